@@ -1,0 +1,1 @@
+"""Train GPT language models on your own text with TensorFlow."""

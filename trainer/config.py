@@ -1,0 +1,413 @@
+"""The configuration of a run: one TOML file plus `key.sub=value` overrides, read into frozen, strict models.
+
+Every check that needs neither data nor a device is made here, before TensorFlow is imported. Each default has its one home
+in a class below; where a setting has a counterpart in the tutorial, the default is the tutorial's.
+"""
+
+import copy
+import difflib
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import tomli_w
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+STORYBOOK_SOURCE = "storybook"
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class UserError(ValueError):
+    """Something the user can put right; the message names the setting or path, what it is, and what to do."""
+
+
+class Section(pydantic.BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """Where the text comes from and how it is cut into training examples."""
+
+    train: tuple[str, ...] = (STORYBOOK_SOURCE,)
+    """Files or globs of UTF-8 text, plain or .gz; or "storybook", the built-in source."""
+    validation: tuple[str, ...] | None = None
+    """Like train. Left out, part of the training text is held out."""
+    documents: Literal["line", "paragraph", "file"] = "line"
+    """What one document is: a line, a block between blank lines, or a whole file."""
+    min_bytes: NonNegativeInt = 0
+    """Only documents of more UTF-8 bytes than this are used."""
+    held_out_fraction: Fraction = 0.01
+    """Share of the text held out when validation is left out: documents picked by their hash, or the tail of each file
+    where a document is a file."""
+    mode: Literal["lines", "packed"] = "lines"
+    """lines: a document per example, cut or padded; packed: documents joined and cut into full windows."""
+    storybook_stories: PositiveInt = 40_000
+    """How many stories the built-in source tells, held-out ones included."""
+    storybook_seed: NonNegativeInt = 0
+    """Other seed, other stories."""
+    prepared_folder: str = "prepared"
+    """Folder that keeps prepared data sets, each in a folder of its own."""
+
+    @pydantic.field_validator("train", "validation", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        for key in ("train", "validation"):
+            sources = getattr(self, key)
+            if sources is not None and not all(sources):
+                raise ValueError(f"data.{key} is empty; give a file, a glob or {STORYBOOK_SOURCE!r}.")
+            if sources is not None and len(sources) != 1 and STORYBOOK_SOURCE in sources:
+                raise ValueError(f"data.{key} mixes {STORYBOOK_SOURCE!r} with files; use one or the other.")
+            if sources == ():
+                raise ValueError(f"data.{key} is empty; give a file, a glob or {STORYBOOK_SOURCE!r}.")
+        if self.validation == (STORYBOOK_SOURCE,):
+            raise ValueError(
+                f"data.validation={STORYBOOK_SOURCE!r} would repeat the training stories; leave data.validation out, "
+                "and part of the stories is held out."
+            )
+        return self
+
+    def is_storybook(self) -> bool:
+        """Whether the text is the built-in storybook's."""
+        return self.train == (STORYBOOK_SOURCE,)
+
+
+class WordPieceConfig(Section):
+    """A WordPiece vocabulary trained on the text, with the tutorial's settings."""
+
+    kind: Literal["wordpiece"]
+    vocabulary_size: Annotated[int, Field(ge=4)] = 5000
+    """Tokens in the vocabulary, the special ones included; fewer where the text has no more to offer."""
+    lowercase: bool = True
+    """Fold case before splitting words."""
+    sample_bytes: PositiveInt = 20_000_000
+    """How much text the vocabulary is trained on at most. Every character of the text gets a token all the same."""
+
+
+class CharConfig(Section):
+    """One token per character of the text."""
+
+    kind: Literal["char"]
+
+
+class ModelConfig(Section):
+    """The shape of the GPT; the defaults are the tutorial's model."""
+
+    num_layers: PositiveInt = 2
+    """Transformer blocks."""
+    num_heads: PositiveInt = 3
+    """Attention heads per block; each is hidden_dim // num_heads wide."""
+    hidden_dim: PositiveInt = 256
+    """Width of the embeddings and of every block."""
+    intermediate_dim: PositiveInt = 256
+    """Width of the feed-forward layer."""
+    activation: Literal["relu", "gelu"] = "relu"
+    """Of the feed-forward layer; gelu is the exact one, with the error function."""
+    pre_norm: bool = False
+    """Normalize before attention and feed-forward, and once at the end, rather than after each sum."""
+    tied_embeddings: bool = False
+    """Use the token embedding as output projection too, without a bias."""
+    use_bias: bool = True
+    """Biases in projections and normalizations."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of activations dropped after attention, feed-forward and, with pre_norm, the embeddings."""
+
+    def head_dim(self) -> int:
+        """Returns the width of one attention head."""
+        return self.hidden_dim // self.num_heads
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_heads > self.hidden_dim:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} is more than model.hidden_dim={self.hidden_dim}; "
+                "a head needs a width of at least 1."
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """Batches, length and arithmetic of the training."""
+
+    precision: Literal["float32", "mixed_bfloat16", "float64"]
+    """A Keras dtype policy. mixed_bfloat16 keeps float32 weights; it is fast on TPUs, on GPUs since Ampere and on CPUs with
+    bfloat16 instructions, and slow on others."""
+    total_steps: PositiveInt | None = None
+    """Optimizer steps to train for; this or num_epochs."""
+    num_epochs: PositiveInt | None = None
+    """Passes over the training examples; this or total_steps."""
+    global_batch_size: PositiveInt = 64
+    """Examples per step over all replicas."""
+    sequence_length: Annotated[int, Field(ge=2)] = 128
+    """Tokens per example."""
+    steps_per_call: PositiveInt = 50
+    """Steps that run in one call of the compiled loop, without coming back to Python."""
+    seed: NonNegativeInt = 0
+    """Of the initial weights, the order of the examples and the dropout masks."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.total_steps is None) == (self.num_epochs is None):
+            raise ValueError(
+                f"train.total_steps={self.total_steps} and train.num_epochs={self.num_epochs}: "
+                "set exactly one of the two (drop one with an override such as train.num_epochs=none)."
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule; the defaults are the tutorial's Adam."""
+
+    learning_rate: PositiveFloat = 1e-3
+    """The peak, reached after warmup_steps."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate goes from learning_rate to final_learning_rate at the last step."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the rate rises linearly to learning_rate."""
+    final_learning_rate: NonNegativeFloat = 0.0
+    """The rate at the last step; not used by a constant schedule."""
+    beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the mean of the gradients."""
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the mean of their squares."""
+    epsilon: PositiveFloat = 1e-7
+    """Added to the root of the mean square."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled decay of matrices and embeddings; biases and normalizations are left alone."""
+    clip_norm: PositiveFloat | None = None
+    """Largest global norm of the gradient; left out, it is not clipped."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.schedule == "constant" and self.final_learning_rate:
+            raise ValueError(
+                f"optimizer.final_learning_rate={self.final_learning_rate} has no effect with "
+                "optimizer.schedule='constant'; choose 'linear' or 'cosine', or leave it out."
+            )
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"optimizer.final_learning_rate={self.final_learning_rate} is above "
+                f"optimizer.learning_rate={self.learning_rate}; the schedule only falls."
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """When the validation text is scored; it always is at the end."""
+
+    every_steps: PositiveInt | None = None
+    """Left out, only at the end."""
+    num_batches: PositiveInt | None = None
+    """Score only that many batches during training; left out, all. The last evaluation always scores all."""
+
+
+class SamplesConfig(Section):
+    """What the model is asked to write for TensorBoard and at the end of a run."""
+
+    every_steps: PositiveInt | None = None
+    """Left out, only at the end."""
+    prompt: str = ""
+    """Text to continue."""
+    num_tokens: PositiveInt = 80
+    """Tokens to write after the prompt."""
+    stop: str | None = None
+    """Text that ends a sample."""
+    num_beams: PositiveInt = 10
+    """Of beam search."""
+    top_k: PositiveInt = 10
+    """Of top-k sampling."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of top-p sampling."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits of top-k and top-p sampling."""
+
+
+class CheckpointConfig(Section):
+    """When weights and optimizer state are written; they always are at the end."""
+
+    every_steps: PositiveInt = 500
+    """Steps between two checkpoints."""
+    keep_last: PositiveInt = 3
+    """How many of the newest are kept."""
+
+
+class LogConfig(Section):
+    """When progress is reported."""
+
+    every_steps: PositiveInt = 50
+    """Steps between two points of the curves in TensorBoard and two lines on the terminal."""
+
+
+class DistributionConfig(Section):
+    """The devices the run uses."""
+
+    kind: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: the first GPU where TensorFlow sees one, else the CPU."""
+
+
+class Config(Section):
+    """Everything that defines a run."""
+
+    run_folder: str
+    """Folder of this run: config, tokenizer, checkpoints and logs."""
+    data: DataConfig = DataConfig()
+    tokenizer: Annotated[WordPieceConfig | CharConfig, Field(discriminator="kind")] = WordPieceConfig(kind="wordpiece")
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    samples: SamplesConfig = SamplesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    distribution: DistributionConfig = DistributionConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        total, warmup = self.train.total_steps, self.optimizer.warmup_steps
+        if total is not None and warmup > total:
+            raise ValueError(
+                f"optimizer.warmup_steps={warmup} is more than train.total_steps={total}; the rate would never peak."
+            )
+        if self.samples.num_tokens > self.train.sequence_length:
+            raise ValueError(
+                f"samples.num_tokens={self.samples.num_tokens} is more than train.sequence_length="
+                f"{self.train.sequence_length}, the most positions the model has; lower the former."
+            )
+        return self
+
+    def prepared_path(self) -> Path:
+        """Returns the folder of this config's prepared data: one for all configs that prepare the same way."""
+        what = {"data": self.data.model_dump(exclude={"prepared_folder", "mode"}), "tokenizer": self.tokenizer.model_dump()}
+        if not self.data.is_storybook():
+            del what["data"]["storybook_stories"], what["data"]["storybook_seed"]
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
+        stem = Path(self.data.train[0]).name.split(".")[0].replace("*", "_") or "text"
+        return Path(self.data.prepared_folder) / f"{stem}-{digest}"
+
+    def to_toml(self) -> str:
+        """Returns the config with every default written out, as TOML that `load_config` reads back."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file, applies overrides and checks the result.
+
+    Args:
+        path: the TOML file. A run_folder it does not set becomes `runs/` and the file's stem.
+        overrides: `section.key=value` strings, value in TOML syntax or a bare word; `none` drops the key.
+
+    Raises:
+        UserError: the file cannot be read, or a setting is unknown or impossible.
+    """
+    path = Path(path)
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file.{_shipped_configs()}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not a readable TOML file: {error}") from None
+    settings.setdefault("run_folder", f"runs/{path.stem}")
+    return make_config(settings, overrides)
+
+
+def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """Builds a checked config from nested settings, as `tomllib` returns them, and overrides.
+
+    Raises:
+        UserError: a setting is unknown or impossible; one line for each.
+    """
+    merged = copy.deepcopy(dict(settings))
+    for override in overrides:
+        _apply_override(merged, override)
+    try:
+        # Through JSON, where strict refuses "3" and true for a number but takes a list for a tuple.
+        return Config.model_validate_json(json.dumps(merged), strict=True)
+    except pydantic.ValidationError as error:
+        raise UserError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{override!r} is not an override; write section.key=value.")
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        settings = settings.setdefault(section, {})
+        if not isinstance(settings, dict):
+            raise UserError(f"{override!r}: {section} is a setting, not a section.")
+    if text.strip().lower() == "none":
+        settings.pop(name, None)
+        return
+    try:
+        settings[name] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        settings[name] = text
+
+
+def _explain(problem: Any) -> str:
+    # A tagged union puts its tag into the location: tokenizer.wordpiece.size is written tokenizer.size by a user.
+    location = [str(part) for part in problem["loc"] if part not in ("wordpiece", "char")]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        if key in setting_names():
+            return f"{key} is not a setting of tokenizer.kind={problem['loc'][1]!r}; leave it out."
+        return f"{key} is not a setting.{_nearest(location)}"
+    if problem["type"] == "missing":
+        return f"{key} is missing; it has no default.{_choices(location)}"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    if problem["type"].startswith("union_tag"):
+        return f"{key}.kind must be one of 'wordpiece', 'char'; received {_received(problem)!r}."
+    return f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+
+
+def _received(problem: Any) -> Any:
+    return problem["input"].get("kind") if isinstance(problem["input"], dict) else problem["input"]
+
+
+def _nearest(location: list[str]) -> str:
+    known = list(setting_names())
+    name = ".".join(location)
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    # A good key in the wrong section is the other common slip.
+    matches = matches or [key for key in known if key.rpartition(".")[2] == location[-1]][:1]
+    return f" Did you mean {matches[0]}?" if matches else f" The sections are: {', '.join(Config.model_fields)}."
+
+
+def _choices(location: list[str]) -> str:
+    section: Any = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        section = annotation
+    options = typing.get_args(section) if typing.get_origin(section) is Literal else ()
+    return f" Choose one of: {', '.join(map(repr, options))}." if options else ""
+
+
+def setting_names(section: Any = Config, prefix: str = "") -> Iterable[str]:
+    """Yields the full name of every setting, such as `train.total_steps`."""
+    for name, field in section.model_fields.items():
+        kinds = [field.annotation]
+        if isinstance(field.annotation, types.UnionType):
+            kinds = list(typing.get_args(field.annotation))
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+        if not sections:
+            yield prefix + name
+        for kind in sections:
+            yield from setting_names(kind, f"{prefix}{name}.")
+
+
+def _shipped_configs() -> str:
+    found = sorted(str(path) for path in Path("configs").glob("*.toml"))
+    return f" Here are: {', '.join(found)}." if found else ""

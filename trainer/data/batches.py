@@ -1,0 +1,156 @@
+"""From token shards to batches: a pure function of the prepared data, the seed and the step.
+
+TensorFlow operations only, and no iterator state: to resume at a step is to start there.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import tensorflow as tf
+
+from trainer.config import Config, UserError
+from trainer.data.shards import PreparedData, Split
+
+Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
+
+
+def training_batches(prepared: PreparedData, config: Config, first_step: int, total_steps: int) -> tf.data.Dataset:
+    """Returns the batches of steps first_step to total_steps - 1, in order.
+
+    Example n of the run is example permute(seed, epoch, n % N) of the data with epoch = n // N: a batch may hold the end of
+    one epoch and the start of the next, so nothing is dropped, and every epoch has an order of its own.
+
+    Args:
+        prepared: the data.
+        config: data.mode and train's sequence_length, global_batch_size and seed count.
+        first_step: the first batch to make; making it costs nothing for those before.
+        total_steps: of the run.
+
+    Returns:
+        A data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length]; a weight is
+        0 where the target is padding.
+    """
+    split = prepared.split("train")
+    batch_size, seed = config.train.global_batch_size, config.train.seed
+    count = num_examples(split, config)
+    read = _reader(prepared, split, config)
+
+    def batch_at(step: tf.Tensor) -> Batch:
+        n = step * batch_size + tf.range(batch_size, dtype=tf.int64)
+        return read(permuted(n % count, n // count, count, seed))
+
+    steps = tf.data.Dataset.range(first_step, total_steps)
+    return steps.map(batch_at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+
+
+def evaluation_batches(prepared: PreparedData, config: Config, num_batches: int | None = None) -> tf.data.Dataset:
+    """Returns the validation examples in the order of the text, each once; the last batch is filled up at weight 0.
+
+    Args:
+        prepared: the data.
+        config: data.mode, train.sequence_length and train.global_batch_size count.
+        num_batches: how many batches at most; None for all.
+    """
+    split = prepared.split("validation")
+    batch_size = config.train.global_batch_size
+    count = num_examples(split, config)
+    read = _reader(prepared, split, config)
+
+    def batch_at(number: tf.Tensor) -> Batch:
+        n = number * batch_size + tf.range(batch_size, dtype=tf.int64)
+        inputs, targets, weights = read(tf.minimum(n, count - 1))
+        return inputs, targets, weights * tf.cast(n < count, tf.float32)[:, tf.newaxis]
+
+    numbers = tf.data.Dataset.range(min(-(-count // batch_size), num_batches or count))
+    return numbers.map(batch_at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+
+
+def num_examples(split: Split, config: Config) -> int:
+    """Returns how many examples an epoch of a split has: documents in lines mode, windows in packed mode."""
+    return sum(_examples_per_shard(split, config))
+
+
+def total_steps(prepared: PreparedData, config: Config) -> int:
+    """Returns the length of the run in steps: train.total_steps, or the steps that num_epochs epochs take, rounded up."""
+    if config.train.total_steps is not None:
+        return config.train.total_steps
+    examples = num_examples(prepared.split("train"), config) * config.train.num_epochs
+    steps = -(-examples // config.train.global_batch_size)
+    if config.optimizer.warmup_steps > steps:
+        raise UserError(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is more than the {steps} steps that "
+            f"train.num_epochs={config.train.num_epochs} takes; lower it."
+        )
+    return steps
+
+
+def permuted(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:
+    """Maps positions in an epoch to examples, one to one: int64 [n] below count to the same.
+
+    Source: a cipher over the index (Simon, Beaulieu et al. 2013) walked until it lands below count, so that any position is
+    found without making the others.
+    """
+    key = tf.stack([tf.fill(tf.shape(index), tf.constant(seed, tf.int64)), epoch, tf.zeros_like(epoch)], axis=1)
+    last = tf.constant(count - 1, tf.int64)
+    return tf.raw_ops.RandomIndexShuffle(index=index, seed=key, max_index=last, rounds=4)
+
+
+def _examples_per_shard(split: Split, config: Config) -> list[int]:
+    if config.data.mode == "lines":
+        return [shard.num_documents for shard in split.shards]
+    # The first token of a shard is never a target and the last window may be part empty.
+    return [-(-(shard.stream_length() - 1) // config.train.sequence_length) for shard in split.shards]
+
+
+def _reader(prepared: PreparedData, split: Split, config: Config) -> Callable[[tf.Tensor], Batch]:
+    """Returns a function from example numbers, int64 [batch], to their batch."""
+    counts = _examples_per_shard(split, config)
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    readers = [_shard_reader(prepared, split, i, config) for i in range(len(counts))]
+
+    def rows_of(examples: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        if len(readers) == 1:
+            return readers[0](examples)
+        shard = tf.searchsorted(tf.constant(ends, tf.int64), examples, side="right")
+        local = examples - tf.gather(tf.constant([0, *ends[:-1]], tf.int64), shard)
+        parts = tf.dynamic_partition(local, shard, len(readers))
+        places = tf.dynamic_partition(tf.range(tf.size(examples)), shard, len(readers))
+        rows, lengths = zip(*(read(part) for read, part in zip(readers, parts, strict=True)), strict=True)
+        return tf.dynamic_stitch(places, rows), tf.dynamic_stitch(places, lengths)
+
+    def read(examples: tf.Tensor) -> Batch:
+        width = config.train.sequence_length
+        rows, lengths = rows_of(examples)
+        rows = tf.ensure_shape(rows, [examples.shape[0], width + 1])
+        used = tf.range(width + 1, dtype=tf.int64) < lengths[:, tf.newaxis]
+        rows = tf.where(used, rows, prepared.pad_id)
+        return rows[:, :-1], rows[:, 1:], tf.cast(used[:, 1:], tf.float32)
+
+    return read
+
+
+def _shard_reader(
+    prepared: PreparedData, split: Split, number: int, config: Config
+) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """Returns a function from examples of one shard to (tokens int32 [n, sequence_length + 1], how many are theirs int64 [n])."""
+    shard = split.shards[number]
+    width, length = config.train.sequence_length, shard.stream_length()
+
+    def read(examples: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        if config.data.mode == "lines":
+            offsets = _mapped(prepared.folder / shard.offsets_file, tf.int64, shard.num_documents + 1)
+            starts = tf.gather(offsets, examples)
+            lengths = tf.minimum(tf.gather(offsets, examples + 1) - starts, width + 1)
+        else:
+            starts = examples * width
+            lengths = tf.minimum(length - starts, width + 1)
+        places = tf.minimum(starts[:, tf.newaxis] + tf.range(width + 1, dtype=tf.int64), length - 1)
+        tokens = _mapped(prepared.folder / shard.tokens_file, tf.as_dtype(prepared.dtype), length)
+        return tf.cast(tf.gather(tokens, places), tf.int32), lengths
+
+    return read
+
+
+def _mapped(path: Path, dtype: tf.DType, length: int) -> tf.Tensor:
+    """Returns a file as a tensor that is read where it is touched; call it in the function that gathers from it."""
+    return tf.raw_ops.ImmutableConst(dtype=dtype, shape=[length], memory_region_name=str(path.absolute()))

@@ -1,0 +1,1 @@
+"""The model: a GPT, its attention and its loss."""

@@ -1,0 +1,49 @@
+"""Causal self-attention, over a whole sequence and over a key-value cache. Functions of tensors, without weights."""
+
+import tensorflow as tf
+
+# Added to a score before the softmax where a query may not look. Finite, so that no row can turn into NaN.
+MASKED = -1e9
+
+
+def causal_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+    """Attends from each position to itself and the positions before it.
+
+    Args:
+        query: float [batch, heads, sequence, head_dim].
+        key: float [batch, heads, sequence, head_dim].
+        value: float [batch, heads, sequence, head_dim].
+
+    Returns:
+        float [batch, heads, sequence, head_dim].
+
+    Source: Vaswani et al. 2017, equation 1.
+    """
+    sequence = query.shape[2]
+    allowed = tf.linalg.band_part(tf.ones([sequence, sequence], tf.bool), -1, 0)
+    return _attend(query, key, value, allowed)
+
+
+def cached_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """Attends from new positions to everything a cache holds up to each of them.
+
+    Args:
+        query: float [batch, heads, new, head_dim], of the positions from index on.
+        key: float [batch, heads, capacity, head_dim], filled up to and with the new positions.
+        value: float [batch, heads, capacity, head_dim], likewise.
+        index: int32 scalar, position of the first query.
+
+    Returns:
+        float [batch, heads, new, head_dim].
+    """
+    positions = index + tf.range(tf.shape(query)[2])
+    allowed = tf.range(key.shape[2])[tf.newaxis, :] <= positions[:, tf.newaxis]
+    return _attend(query, key, value, allowed)
+
+
+def _attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
+    # Scaling the queries costs head_dim / sequence of what scaling the scores would.
+    query *= tf.cast(query.shape[-1] ** -0.5, query.dtype)
+    scores = tf.matmul(query, key, transpose_b=True)  # [batch, heads, query, key]
+    mask = tf.where(allowed, tf.zeros([], scores.dtype), tf.constant(MASKED, scores.dtype))
+    return tf.matmul(tf.nn.softmax(scores + mask), value)

@@ -1,0 +1,302 @@
+"""The GPT: embeddings, transformer blocks and output projection, as a Keras model.
+
+Weights are ordinary Keras variables; run the model inside `keras.StatelessScope` to give it tensors instead.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from trainer.config import ModelConfig
+from trainer.model.attention import cached_attention, causal_attention
+from trainer.model.loss import next_token_loss, next_token_loss_without_gradient
+
+# GPT-2's spread of initial weights (Radford et al. 2019).
+INITIAL_STDDEV = 0.02
+
+LAYER_NORM_EPSILON = 1e-5
+
+
+class DropoutDraw(NamedTuple):
+    """What a dropout mask is a function of, apart from the layer; never a generator's state.
+
+    seed and step: int64 scalars. first_row: int64 scalar, the place of the batch's first row in the global batch, so that a
+    row is masked alike however the batch is spread over replicas and micro-batches.
+    """
+
+    seed: tf.Tensor
+    step: tf.Tensor
+    first_row: tf.Tensor
+
+
+def dropout(x: tf.Tensor, rate: float, layer: int, draw: DropoutDraw | None) -> tf.Tensor:
+    """Drops a share of activations and scales the rest up by 1 / (1 - rate).
+
+    Args:
+        x: float [rows, ...], static but for rows.
+        rate: share to drop.
+        layer: number of the dropout layer in the model.
+        draw: what the mask depends on; None leaves x as it is.
+
+    Returns:
+        A tensor like x. The bits are of Philox 4x32 with the seed as key and (row, layer and step) as counter (Salmon et
+        al. 2011), compared as integers: random floats would differ under XLA.
+    """
+    if draw is None or rate == 0.0:
+        return x
+    row_size = x.shape[1:].num_elements()
+    # The counter advances once for four words of 32 bits.
+    blocks_per_row = -(-row_size // 4)
+    key = tf.reshape(tf.cast(draw.seed, tf.uint64), [1])
+    low = tf.cast(draw.first_row, tf.uint64) * tf.constant(blocks_per_row, tf.uint64)
+    high = tf.cast(draw.step, tf.uint64) * tf.constant(2**16, tf.uint64) + tf.constant(layer, tf.uint64)
+    bits = tf.raw_ops.StatelessRandomUniformFullIntV2(
+        shape=[tf.shape(x)[0], 4 * blocks_per_row], key=key, counter=tf.stack([low, high]), alg=1, dtype=tf.uint32
+    )
+    keep = tf.reshape(bits[:, :row_size], tf.shape(x)) >= tf.constant(round(rate * 2**32), tf.uint32)
+    return tf.where(keep, x * tf.cast(1 / (1 - rate), x.dtype), tf.zeros([], x.dtype))
+
+
+class GPT(keras.Model):
+    """A decoder-only transformer that predicts the next token at every position.
+
+    Args:
+        config: its shape.
+        vocabulary_size: number of tokens.
+        sequence_length: number of positions it can tell apart.
+        seed: of the initial weights.
+        dtype: a Keras dtype policy.
+    """
+
+    def __init__(
+        self, config: ModelConfig, vocabulary_size: int, sequence_length: int, seed: int = 0, dtype: str = "float32"
+    ) -> None:
+        super().__init__(name="gpt", dtype=dtype)
+        self.config = config
+        self.vocabulary_size = vocabulary_size
+        self.sequence_length = sequence_length
+        initial = _Initializers(seed, config)
+        self.token_embedding = keras.layers.Embedding(
+            vocabulary_size, config.hidden_dim, initial.normal(), name="token_embedding", dtype=dtype
+        )
+        self.position_embedding = keras.layers.Embedding(
+            sequence_length, config.hidden_dim, initial.normal(), name="position_embedding", dtype=dtype
+        )
+        self.blocks = [Block(config, i, initial, dtype=dtype, name=f"block_{i}") for i in range(config.num_layers)]
+        self.final_norm = _layer_norm(config, "final_norm", dtype) if config.pre_norm else None
+        self.unembedding = None
+        if not config.tied_embeddings:
+            self.unembedding = Unembedding(vocabulary_size, config.use_bias, initial.normal(), dtype=dtype)
+        self.build()
+
+    def build(self, input_shape: object = None) -> None:
+        """Creates all variables now: a model is built under its strategy's scope, before any batch is seen."""
+        width = (None, None, self.config.hidden_dim)
+        self.token_embedding.build((None, None))
+        self.position_embedding.build((None,))
+        for layer in [*self.blocks, self.final_norm, self.unembedding]:
+            if layer is not None:
+                layer.build(width)
+        self.built = True
+
+    def call(self, tokens: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Returns the logits of the next token: int32 [batch, sequence] to float [batch, sequence, vocabulary]."""
+        if training and self.config.dropout:
+            raise ValueError(
+                f"model.dropout={self.config.dropout} needs trainer.train: its masks follow the step, which Keras fit does "
+                "not tell the model. Set model.dropout=0."
+            )
+        return self.logits(self.hidden_states(tokens))
+
+    def hidden_states(self, tokens: tf.Tensor, draw: DropoutDraw | None = None) -> tf.Tensor:
+        """Returns what the output projection reads, float [batch, sequence, hidden_dim].
+
+        Args:
+            tokens: int32 [batch, sequence], sequence at most sequence_length.
+            draw: of the dropout masks; None drops nothing.
+        """
+        x = self._embed(tokens, tf.range(tf.shape(tokens)[1]))
+        if self.config.pre_norm:
+            x = dropout(x, self.config.dropout, 0, draw)
+        for block in self.blocks:
+            x, _ = block(x, draw=draw)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def logits(self, hidden: tf.Tensor) -> tf.Tensor:
+        """Returns float [batch, sequence, vocabulary] for hidden states [batch, sequence, hidden_dim]."""
+        kernel, bias = self._output_projection()
+        logits = tf.einsum("btd,vd->btv", hidden, tf.cast(kernel, hidden.dtype))
+        return logits if bias is None else logits + tf.cast(bias, hidden.dtype)
+
+    def training_loss(
+        self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, draw: DropoutDraw | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns (loss_sum, num_targets) with gradients; see `next_token_loss`."""
+        kernel, bias = self._output_projection()
+        return next_token_loss(self.hidden_states(tokens, draw), kernel, bias, targets, weights)
+
+    def evaluation_loss(
+        self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns (loss_sum, num_targets) for evaluation."""
+        kernel, bias = self._output_projection()
+        return next_token_loss_without_gradient(self.hidden_states(tokens), kernel, bias, targets, weights)
+
+    def empty_cache(self, batch: int | tf.Tensor) -> tf.Tensor:
+        """Returns zeros [batch, num_layers, 2, num_heads, sequence_length, head_dim] for `decode` to fill."""
+        heads, width = self.config.num_heads, self.config.head_dim()
+        return tf.zeros([batch, self.config.num_layers, 2, heads, self.sequence_length, width], self.compute_dtype)
+
+    def decode(self, tokens: tf.Tensor, cache: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Reads some more tokens, given what a cache remembers of those before.
+
+        Args:
+            tokens: int32 [batch, new], at the positions from index on.
+            cache: as `empty_cache` or an earlier call returned it.
+            index: int32 scalar; index + new is at most sequence_length.
+
+        Returns:
+            (logits float [batch, new, vocabulary], cache).
+        """
+        x = self._embed(tokens, index + tf.range(tf.shape(tokens)[1]))
+        caches = []
+        for block, block_cache in zip(self.blocks, tf.unstack(cache, axis=1), strict=True):
+            x, block_cache = block(x, cache=block_cache, index=index)
+            caches.append(block_cache)
+        x = x if self.final_norm is None else self.final_norm(x)
+        return self.logits(x), tf.stack(caches, axis=1)
+
+    def _embed(self, tokens: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
+        return self.token_embedding(tokens) + self.position_embedding(positions)
+
+    def _output_projection(self) -> tuple[tf.Tensor, tf.Tensor | None]:
+        if self.unembedding is None:
+            return tf.convert_to_tensor(self.token_embedding.embeddings), None
+        bias = self.unembedding.bias
+        return tf.convert_to_tensor(self.unembedding.kernel), None if bias is None else tf.convert_to_tensor(bias)
+
+
+class Block(keras.layers.Layer):
+    """A transformer block: causal self-attention and a feed-forward layer, each with a residual and a normalization.
+
+    Args:
+        config: the model's shape.
+        index: place of the block in the model.
+        initial: makers of initial weights.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, initial: "_Initializers", dtype: str, name: str) -> None:
+        super().__init__(name=name, dtype=dtype)
+        self.config = config
+        self.index = index
+
+        def dense(units: int, initializer: keras.Initializer, name: str, activation: str | None = None) -> object:
+            return keras.layers.Dense(
+                units, activation, config.use_bias, kernel_initializer=initializer, dtype=dtype, name=name
+            )
+
+        attention_dim = config.num_heads * config.head_dim()
+        # One product for queries, keys and values: a third of the reads of x.
+        self.query_key_value = dense(3 * attention_dim, initial.normal(), "query_key_value")
+        self.attention_output = dense(config.hidden_dim, initial.residual(), "attention_output")
+        self.attention_norm = _layer_norm(config, "attention_norm", dtype)
+        self.intermediate = dense(config.intermediate_dim, initial.normal(), "intermediate", config.activation)
+        self.output_dense = dense(config.hidden_dim, initial.residual(), "output")
+        self.feedforward_norm = _layer_norm(config, "feedforward_norm", dtype)
+
+    def build(self, input_shape: tuple) -> None:
+        """Creates the variables of all parts."""
+        attention_shape = (*input_shape[:-1], self.config.num_heads * self.config.head_dim())
+        for layer in (self.query_key_value, self.attention_norm, self.intermediate, self.feedforward_norm):
+            layer.build(input_shape)
+        self.attention_output.build(attention_shape)
+        self.output_dense.build((*input_shape[:-1], self.config.intermediate_dim))
+        self.built = True
+
+    def call(
+        self,
+        x: tf.Tensor,
+        draw: DropoutDraw | None = None,
+        cache: tf.Tensor | None = None,
+        index: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Transforms a sequence, or new positions of one that a cache remembers.
+
+        Args:
+            x: float [batch, sequence, hidden_dim].
+            draw: of the dropout masks.
+            cache: float [batch, 2, num_heads, capacity, head_dim], keys and values of the positions before index.
+            index: int32 scalar, position of x[:, 0] where there is a cache.
+
+        Returns:
+            (float [batch, sequence, hidden_dim], the cache with these positions filled in, or None).
+        """
+        pre_norm, rate = self.config.pre_norm, self.config.dropout
+        residual = x
+        x, cache = self._attention(self.attention_norm(x) if pre_norm else x, cache, index)
+        x = residual + dropout(x, rate, 2 * self.index + 1, draw)
+        if not pre_norm:
+            x = self.attention_norm(x)
+        residual = x
+        x = self.output_dense(self.intermediate(self.feedforward_norm(x) if pre_norm else x))
+        x = residual + dropout(x, rate, 2 * self.index + 2, draw)
+        return x if pre_norm else self.feedforward_norm(x), cache
+
+    def _attention(
+        self, x: tf.Tensor, cache: tf.Tensor | None, index: tf.Tensor | None
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+        heads, width = self.config.num_heads, self.config.head_dim()
+        batch, sequence = tf.shape(x)[0], x.shape[1]
+        x = tf.reshape(self.query_key_value(x), [batch, sequence, 3, heads, width])
+        query, key, value = tf.unstack(tf.transpose(x, [2, 0, 3, 1, 4]))  # each [batch, heads, sequence, head_dim]
+        if cache is None:
+            x = causal_attention(query, key, value)
+        else:
+            cache = keras.ops.slice_update(cache, (0, 0, 0, index, 0), tf.stack([key, value], axis=1))
+            x = cached_attention(query, cache[:, 0], cache[:, 1], index)
+        x = tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [batch, sequence, heads * width])
+        return self.attention_output(x), cache
+
+
+class Unembedding(keras.layers.Layer):
+    """Weights of the output projection: kernel [vocabulary, hidden_dim] and, unless left out, bias [vocabulary].
+
+    It holds them and does not apply them: the loss reads them a chunk of rows at a time.
+    """
+
+    def __init__(self, vocabulary_size: int, use_bias: bool, initializer: keras.Initializer, dtype: str) -> None:
+        super().__init__(name="unembedding", dtype=dtype)
+        self.vocabulary_size = vocabulary_size
+        self.use_bias = use_bias
+        self.initializer = initializer
+        self.bias = None
+
+    def build(self, input_shape: tuple) -> None:
+        """Creates the variables for hidden states of shape [..., hidden_dim]."""
+        self.kernel = self.add_weight((self.vocabulary_size, input_shape[-1]), self.initializer, name="kernel")
+        if self.use_bias:
+            self.bias = self.add_weight((self.vocabulary_size,), "zeros", name="bias")
+
+
+class _Initializers:
+    """Makes GPT-2's initializers, each with a seed of its own that depends on nothing but the order of creation."""
+
+    def __init__(self, seed: int, config: ModelConfig) -> None:
+        self._seeds = itertools.count(seed * 2**16)
+        # Every block adds to the residual stream twice: so its variance at the end does not grow with depth.
+        self._residual_stddev = INITIAL_STDDEV / math.sqrt(2 * config.num_layers)
+
+    def normal(self) -> keras.Initializer:
+        return keras.initializers.RandomNormal(0.0, INITIAL_STDDEV, seed=next(self._seeds))
+
+    def residual(self) -> keras.Initializer:
+        return keras.initializers.RandomNormal(0.0, self._residual_stddev, seed=next(self._seeds))
+
+
+def _layer_norm(config: ModelConfig, name: str, dtype: str) -> keras.layers.Layer:
+    return keras.layers.LayerNormalization(
+        epsilon=LAYER_NORM_EPSILON, center=config.use_bias, dtype=dtype, name=name
+    )

@@ -1,0 +1,173 @@
+"""Next-token cross-entropy as a sum and a count, from hidden states or from logits.
+
+The step divides by the count, after both were summed over micro-batches and replicas.
+"""
+
+import tensorflow as tf
+
+# Rows of logits that exist at a time. Fewer rows mean less memory, more rows fuller matrix products.
+CHUNK_ROWS = 1024
+
+
+def accumulation_dtype(dtype: tf.DType) -> tf.DType:
+    """Returns the dtype to sum losses and gradients in: float64 for float64, else float32."""
+    return tf.float64 if dtype == tf.float64 else tf.float32
+
+
+def next_token_loss(
+    hidden: tf.Tensor,
+    unembedding: tf.Tensor,
+    bias: tf.Tensor | None,
+    targets: tf.Tensor,
+    weights: tf.Tensor,
+    chunk_rows: int = CHUNK_ROWS,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sums the cross-entropy of each target token given its hidden state, a chunk of rows at a time.
+
+    The gradient is made along with the loss, from the same logits, so no chunk of logits outlives its turn.
+
+    Args:
+        hidden: float [batch, sequence, hidden_dim].
+        unembedding: float [vocabulary, hidden_dim], of the dtype to accumulate its gradient in.
+        bias: float [vocabulary], or None.
+        targets: int32 [batch, sequence].
+        weights: float [batch, sequence], 0 where a target is padding.
+        chunk_rows: rows of logits that exist at a time.
+
+    Returns:
+        (loss_sum, num_targets), scalars of the accumulation dtype, loss_sum in nats. A sum and not a mean: replicas can
+        hold different numbers of targets, so only the caller that sees all of them may divide.
+    """
+    dtype = accumulation_dtype(hidden.dtype)
+    weights = tf.cast(weights, dtype)
+
+    @tf.custom_gradient
+    def loss_sum_of(hidden: tf.Tensor, unembedding: tf.Tensor, *bias: tf.Tensor) -> tuple[tf.Tensor, object]:
+        value, *gradients = _loss_and_gradients(hidden, unembedding, bias, targets, weights, chunk_rows)
+        return value, lambda upstream: [tf.cast(upstream, g.dtype) * g for g in gradients]
+
+    operands = (hidden, unembedding) if bias is None else (hidden, unembedding, bias)
+    return loss_sum_of(*operands), tf.reduce_sum(weights)
+
+
+def next_token_loss_from_logits(
+    logits: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sums the cross-entropy of each target token given its logits, for models that offer nothing but logits.
+
+    Args:
+        logits: float [batch, sequence, vocabulary].
+        targets: int32 [batch, sequence].
+        weights: float [batch, sequence], 0 where a target is padding.
+
+    Returns:
+        (loss_sum, num_targets) as `next_token_loss` does.
+    """
+    dtype = accumulation_dtype(logits.dtype)
+    weights = tf.cast(weights, dtype)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, tf.cast(logits, dtype))
+    return tf.reduce_sum(losses * weights), tf.reduce_sum(weights)
+
+
+def next_token_loss_without_gradient(
+    hidden: tf.Tensor,
+    unembedding: tf.Tensor,
+    bias: tf.Tensor | None,
+    targets: tf.Tensor,
+    weights: tf.Tensor,
+    chunk_rows: int = CHUNK_ROWS,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Does what `next_token_loss` does at a third of its cost, for evaluation."""
+    dtype = accumulation_dtype(hidden.dtype)
+    chunks = _Chunks(hidden, targets, tf.cast(weights, dtype), chunk_rows)
+    kernel = tf.cast(unembedding, hidden.dtype)
+
+    def add_chunk(i: tf.Tensor, loss_sum: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        rows, row_targets, row_weights = chunks.at(i)
+        losses, _ = _losses_and_softmax(_logits(rows, kernel, bias, dtype), row_targets)
+        return i + 1, loss_sum + tf.reduce_sum(losses * row_weights)
+
+    _, loss_sum = tf.while_loop(
+        lambda i, _: i < chunks.count, add_chunk, (0, tf.zeros([], dtype)), parallel_iterations=1
+    )
+    return loss_sum, tf.reduce_sum(tf.cast(weights, dtype))
+
+
+class _Chunks:
+    """Rows of a batch, in equal chunks; the last is filled up with rows of weight 0."""
+
+    def __init__(self, hidden: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, chunk_rows: int) -> None:
+        hidden_dim = hidden.shape[-1]
+        rows = tf.reshape(hidden, [-1, hidden_dim])
+        self.num_rows = rows.shape[0]
+        self.chunk_rows = min(chunk_rows, self.num_rows)
+        self.count = -(-self.num_rows // self.chunk_rows)
+        padding = self.count * self.chunk_rows - self.num_rows
+        self._rows = tf.reshape(tf.pad(rows, [[0, padding], [0, 0]]), [self.count, self.chunk_rows, hidden_dim])
+        self._targets = tf.reshape(tf.pad(tf.reshape(targets, [-1]), [[0, padding]]), [self.count, self.chunk_rows])
+        self._weights = tf.reshape(tf.pad(tf.reshape(weights, [-1]), [[0, padding]]), [self.count, self.chunk_rows])
+
+    def at(self, i: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        return tf.gather(self._rows, i), tf.gather(self._targets, i), tf.gather(self._weights, i)
+
+
+def _logits(rows: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None, dtype: tf.DType) -> tf.Tensor:
+    logits = tf.cast(tf.matmul(rows, kernel, transpose_b=True), dtype)
+    return logits if bias is None else logits + tf.cast(bias, dtype)
+
+
+def _losses_and_softmax(logits: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the cross-entropy of each row [rows] and softmax(logits) [rows, vocabulary], from one softmax.
+
+    With m the largest logit and p its probability, log(sum(exp(logits))) = m - log(p); and p, at least 1 / vocabulary,
+    cannot underflow as the target's own probability can.
+    """
+    softmax = tf.nn.softmax(logits)
+    log_sum_exp = tf.reduce_max(logits, axis=-1) - tf.math.log(tf.reduce_max(softmax, axis=-1))
+    return log_sum_exp - tf.gather_nd(logits, _places(targets)), softmax
+
+
+def _places(targets: tf.Tensor) -> tf.Tensor:
+    return tf.stack([tf.range(targets.shape[0]), targets], axis=1)
+
+
+def _loss_and_gradients(
+    hidden: tf.Tensor,
+    unembedding: tf.Tensor,
+    bias: tuple[tf.Tensor, ...],
+    targets: tf.Tensor,
+    weights: tf.Tensor,
+    chunk_rows: int,
+) -> tuple[tf.Tensor, ...]:
+    """Returns the loss sum and its gradient by hidden, unembedding and, where there is one, bias."""
+    dtype = weights.dtype
+    chunks = _Chunks(hidden, targets, weights, chunk_rows)
+    kernel = tf.cast(unembedding, hidden.dtype)
+
+    def add_chunk(i: tf.Tensor, loss_sum: tf.Tensor, d_hidden: tf.TensorArray, *sums: tf.Tensor) -> tuple:
+        rows, row_targets, row_weights = chunks.at(i)
+        losses, softmax = _losses_and_softmax(_logits(rows, kernel, bias[0] if bias else None, dtype), row_targets)
+        # In the wide dtype: in bfloat16 the difference of two numbers near 1 would be noise.
+        d_logits = tf.tensor_scatter_nd_sub(softmax, _places(row_targets), tf.ones_like(losses))
+        narrow = tf.cast(d_logits, hidden.dtype)
+        # A row's weight multiplies hidden_dim numbers here, and not the vocabulary_size of d_logits.
+        narrow_weights = tf.cast(row_weights, hidden.dtype)[:, tf.newaxis]
+        d_hidden = d_hidden.write(i, tf.matmul(narrow, kernel) * narrow_weights)
+        d_kernel = tf.matmul(narrow, rows * narrow_weights, transpose_a=True)
+        new_sums = [sums[0] + tf.cast(d_kernel, unembedding.dtype)]
+        if bias:
+            d_bias = tf.matmul(row_weights[tf.newaxis, :], d_logits)[0]
+            new_sums.append(sums[1] + tf.cast(d_bias, bias[0].dtype))
+        return i + 1, loss_sum + tf.reduce_sum(losses * row_weights), d_hidden, *new_sums
+
+    d_hidden = tf.TensorArray(hidden.dtype, chunks.count, element_shape=[chunks.chunk_rows, hidden.shape[-1]])
+    sums = [tf.zeros_like(unembedding), *(tf.zeros_like(b) for b in bias)]
+    _, loss_sum, d_hidden, *sums = tf.while_loop(
+        lambda i, *_: i < chunks.count,
+        add_chunk,
+        (0, tf.zeros([], dtype), d_hidden, *sums),
+        # In turn: chunks side by side would each hold their logits.
+        parallel_iterations=1,
+    )
+    d_rows = tf.reshape(d_hidden.stack(), [-1, hidden.shape[-1]])[: chunks.num_rows]
+    return loss_sum, tf.reshape(d_rows, tf.shape(hidden)), *sums

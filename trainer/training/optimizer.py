@@ -1,0 +1,86 @@
+"""AdamW with state of our own naming, applied in the replica after gradients were summed and clipped."""
+
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from trainer.config import OptimizerConfig
+
+
+class AdamW(tf.Module):
+    """Adam with decoupled weight decay; equal to Keras AdamW, and without decay to Keras Adam.
+
+    Its own module because a Keras optimizer sums gradients over replicas by itself and names its slots by position.
+
+    Args:
+        config: betas, epsilon and weight decay.
+        variables: the model's trainable variables. Create the optimizer under the same strategy scope as these.
+
+    Source: Kingma and Ba 2015, algorithm 1 in the form of the last paragraph of section 2; Loshchilov and Hutter 2019,
+    algorithm 2.
+    """
+
+    def __init__(self, config: OptimizerConfig, variables: Sequence[keras.Variable]) -> None:
+        super().__init__(name="adamw")
+        self.config = config
+        self.variables_to_train = list(variables)
+        self.num_updates = tf.Variable(0, dtype=tf.int64, trainable=False, name="num_updates")
+        self.first_moments = [_slot(variable, "first_moment") for variable in variables]
+        self.second_moments = [_slot(variable, "second_moment") for variable in variables]
+
+    def state(self) -> dict[str, tf.Variable]:
+        """Returns every variable of the optimizer by a name that follows the weight's own."""
+        named = {"num_updates": self.num_updates}
+        for variable, first, second in zip(
+            self.variables_to_train, self.first_moments, self.second_moments, strict=True
+        ):
+            named[f"{variable.path}/first_moment"] = first
+            named[f"{variable.path}/second_moment"] = second
+        return named
+
+    def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
+        """Updates all weights and moments once.
+
+        Args:
+            gradients: of the mean loss, dense, one per variable and of its shape and dtype.
+            learning_rate: scalar.
+        """
+        config = self.config
+        count = tf.cast(self.num_updates.assign_add(1), tf.float64)
+        beta_1_power = tf.pow(tf.constant(config.beta_1, tf.float64), count)
+        beta_2_power = tf.pow(tf.constant(config.beta_2, tf.float64), count)
+        for variable, first, second, gradient in zip(
+            self.variables_to_train, self.first_moments, self.second_moments, gradients, strict=True
+        ):
+            weight, dtype = variable.value, gradient.dtype
+            if config.weight_decay and decays(variable):
+                weight.assign_sub(weight * tf.cast(learning_rate * config.weight_decay, dtype))
+            # One kernel, one pass over weight and moments.
+            tf.raw_ops.ResourceApplyAdam(
+                var=weight.handle,
+                m=first.handle,
+                v=second.handle,
+                beta1_power=tf.cast(beta_1_power, dtype),
+                beta2_power=tf.cast(beta_2_power, dtype),
+                lr=tf.cast(learning_rate, dtype),
+                beta1=tf.constant(config.beta_1, dtype),
+                beta2=tf.constant(config.beta_2, dtype),
+                epsilon=tf.constant(config.epsilon, dtype),
+                grad=gradient,
+            )
+
+
+def decays(variable: keras.Variable) -> bool:
+    """Whether weight decay applies: to matrices and embeddings, not to biases and normalizations."""
+    return len(variable.shape) > 1
+
+
+def _slot(variable: keras.Variable, name: str) -> tf.Variable:
+    return tf.Variable(
+        tf.zeros(variable.shape, variable.dtype),
+        trainable=False,
+        name=f"{variable.path}/{name}",
+        # Every replica computes the same update, so there is nothing to aggregate.
+        aggregation=tf.VariableAggregation.NONE,
+    )
