@@ -1,1 +1,134 @@
-"""Train GPT language models on your own text with TensorFlow."""
+"""Train GPT language models on your own text with TensorFlow.
+
+    import trainer
+
+    config = trainer.load_config("configs/quickstart.toml", ["train.total_steps=200"])
+    result = trainer.train(config)
+    print(trainer.generate(result.run_folder, "once upon a time"))
+
+TensorFlow is imported by the functions that need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from trainer.config import Config, UserError, load_config, make_config
+from trainer.version import __version__
+
+if TYPE_CHECKING:
+    import keras
+    import tensorflow as tf
+
+    from trainer.training.loop import TrainingResult
+
+__all__ = ["Config", "UserError", "__version__", "batches", "generate", "load_config", "make_config", "resume", "train"]
+
+
+def train(
+    config: Config,
+    build_model: Callable[[Config, int], keras.Model] | None = None,
+    say: Callable[[str], None] = print,
+) -> TrainingResult:
+    """Prepares the text where that is still to be done, and trains a model on it.
+
+    Args:
+        config: from `load_config` or `make_config`.
+        build_model: called under the strategy's scope with the config and the vocabulary size; returns a Keras model
+        from
+            int32 [batch, sequence] to logits [batch, sequence, vocabulary]. Left out, the GPT that config describes.
+        say: prints a line.
+
+    Raises:
+        UserError: a setting, the text or the run folder is not right.
+    """
+    from trainer.training import loop
+
+    return loop.start(config, build_model, say)
+
+
+def resume(
+    run_folder: str,
+    build_model: Callable[[Config, int], keras.Model] | None = None,
+    say: Callable[[str], None] = print,
+) -> TrainingResult:
+    """Goes on with a run where its newest checkpoint left it.
+
+    Args:
+        run_folder: of the run.
+        build_model: as it was given to `train`.
+        say: prints a line.
+
+    Raises:
+        UserError: there is no such run, or its data is gone.
+    """
+    from trainer.training import loop
+
+    return loop.resume(run_folder, build_model, say)
+
+
+def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = print) -> tf.data.Dataset:
+    """Returns the training batches of a config, in the order in which `train` sees them; Keras fit takes them as they
+    are.
+
+    Args:
+        config: from `load_config` or `make_config`; its text is prepared where that is still to be done.
+        first_step: the step to begin at.
+        say: prints a line.
+
+    Returns:
+        A data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length].
+    """
+    from trainer.data.batches import total_steps, training_batches
+    from trainer.data.prepare import prepare
+
+    prepared = prepare(config, say)
+    return training_batches(prepared, config, first_step, total_steps(prepared, config))
+
+
+def generate(
+    run_folder: str,
+    prompts: str | Sequence[str] = "",
+    sampler: str = "top-p",
+    num_tokens: int | None = None,
+    seed: int = 0,
+    stop: str | None = None,
+    k: int | None = None,
+    p: float | None = None,
+    num_beams: int | None = None,
+    temperature: float | None = None,
+    build_model: Callable[[Config, int], keras.Model] | None = None,
+) -> list[str]:
+    """Continues prompts with the newest checkpoint of a run.
+
+    Args:
+        run_folder: of the run.
+        prompts: one text or several.
+        sampler: "greedy", "beam", "top-k" or "top-p".
+        num_tokens: how many to write at most. This and what follows defaults to the run's own `samples` settings.
+        seed: of top-k and top-p.
+        stop: text that ends a continuation.
+        k: of top-k.
+        p: of top-p.
+        num_beams: of beam.
+        temperature: of top-k and top-p.
+        build_model: as it was given to `train`.
+
+    Returns:
+        The prompts with their continuations.
+
+    Raises:
+        UserError: there is no such run, it has no checkpoint, or a prompt or setting does not fit.
+    """
+    from trainer.decoding.generate import Decoder, Generator
+    from trainer.run import RunFolder
+
+    run = RunFolder(run_folder)
+    given = {"top_k": k, "top_p": p, "num_beams": num_beams, "temperature": temperature}
+    samples = run.config.samples.model_copy(update={key: value for key, value in given.items() if value is not None})
+    decoder = Decoder.from_config(sampler, samples)
+    model, _ = run.load_model(build_model)
+    generator = Generator(model, run.tokenizer(), run.config.train.sequence_length)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    return generator.generate(texts, decoder, num_tokens or samples.num_tokens or run.config.train.sequence_length, seed, stop or samples.stop)

@@ -1,10 +1,11 @@
 """The configuration of a run: one TOML file plus `key.sub=value` overrides, read into frozen, strict models.
 
-Every check that needs neither data nor a device is made here, before TensorFlow is imported. Each default has its one home
-in a class below; where a setting has a counterpart in the tutorial, the default is the tutorial's.
+Every check that needs neither data nor a device is made here, before TensorFlow is imported. Each default has its one
+home in a class below; where a setting has a counterpart in the tutorial, the default is the tutorial's.
 """
 
 import copy
+import datetime
 import difflib
 import hashlib
 import json
@@ -22,6 +23,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 STORYBOOK_SOURCE = "storybook"
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class UserError(ValueError):
@@ -31,7 +33,7 @@ class UserError(ValueError):
 class Section(pydantic.BaseModel):
     """A frozen group of settings that refuses unknown keys."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class DataConfig(Section):
@@ -52,12 +54,12 @@ class DataConfig(Section):
     """lines: a document per example, cut or padded; packed: documents joined and cut into full windows."""
     storybook_stories: PositiveInt = 40_000
     """How many stories the built-in source tells, held-out ones included."""
-    storybook_seed: NonNegativeInt = 0
+    storybook_seed: Seed = 0
     """Other seed, other stories."""
     prepared_folder: str = "prepared"
     """Folder that keeps prepared data sets, each in a folder of its own."""
 
-    @pydantic.field_validator("train", "validation", mode="before")
+    @pydantic.field_validator("train", "validation", mode="before", json_schema_input_type=str | tuple[str, ...] | None)
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
@@ -142,8 +144,8 @@ class TrainConfig(Section):
     """Batches, length and arithmetic of the training."""
 
     precision: Literal["float32", "mixed_bfloat16", "float64"]
-    """A Keras dtype policy. mixed_bfloat16 keeps float32 weights; it is fast on TPUs, on GPUs since Ampere and on CPUs with
-    bfloat16 instructions, and slow on others."""
+    """A Keras dtype policy. mixed_bfloat16 keeps float32 weights; it is fast on TPUs, on GPUs since Ampere and on CPUs
+    with bfloat16 instructions, and slow on others."""
     total_steps: PositiveInt | None = None
     """Optimizer steps to train for; this or num_epochs."""
     num_epochs: PositiveInt | None = None
@@ -154,7 +156,7 @@ class TrainConfig(Section):
     """Tokens per example."""
     steps_per_call: PositiveInt = 50
     """Steps that run in one call of the compiled loop, without coming back to Python."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of the initial weights, the order of the examples and the dropout masks."""
 
     @pydantic.model_validator(mode="after")
@@ -212,6 +214,15 @@ class EvaluationConfig(Section):
     num_batches: PositiveInt | None = None
     """Score only that many batches during training; left out, all. The last evaluation always scores all."""
 
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_batches is not None and self.every_steps is None:
+            raise ValueError(
+                f"evaluation.num_batches={self.num_batches} has no effect without evaluation.every_steps, because the "
+                "evaluation at the end scores all; set that too, or leave num_batches out."
+            )
+        return self
+
 
 class SamplesConfig(Section):
     """What the model is asked to write for TensorBoard and at the end of a run."""
@@ -220,9 +231,9 @@ class SamplesConfig(Section):
     """Left out, only at the end."""
     prompt: str = ""
     """Text to continue."""
-    num_tokens: PositiveInt = 80
-    """Tokens to write after the prompt."""
-    stop: str | None = None
+    num_tokens: PositiveInt | None = None
+    """Tokens to write after the prompt; left out, up to the model's last position."""
+    stop: Annotated[str, Field(min_length=1)] | None = None
     """Text that ends a sample."""
     num_beams: PositiveInt = 10
     """Of beam search."""
@@ -260,7 +271,7 @@ class DistributionConfig(Section):
 class Config(Section):
     """Everything that defines a run."""
 
-    run_folder: str
+    run_folder: Annotated[str, Field(min_length=1)]
     """Folder of this run: config, tokenizer, checkpoints and logs."""
     data: DataConfig = DataConfig()
     tokenizer: Annotated[WordPieceConfig | CharConfig, Field(discriminator="kind")] = WordPieceConfig(kind="wordpiece")
@@ -280,18 +291,23 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.warmup_steps={warmup} is more than train.total_steps={total}; the rate would never peak."
             )
-        if self.samples.num_tokens > self.train.sequence_length:
+        if self.samples.num_tokens is not None and self.samples.num_tokens > self.train.sequence_length:
             raise ValueError(
                 f"samples.num_tokens={self.samples.num_tokens} is more than train.sequence_length="
-                f"{self.train.sequence_length}, the most positions the model has; lower the former."
+                f"{self.train.sequence_length}, the most positions the model has; lower it, or leave it out."
             )
         return self
 
     def prepared_path(self) -> Path:
         """Returns the folder of this config's prepared data: one for all configs that prepare the same way."""
-        what = {"data": self.data.model_dump(exclude={"prepared_folder", "mode"}), "tokenizer": self.tokenizer.model_dump()}
+        what = {
+            "data": self.data.model_dump(exclude={"prepared_folder", "mode"}),
+            "tokenizer": self.tokenizer.model_dump(),
+        }
         if not self.data.is_storybook():
             del what["data"]["storybook_stories"], what["data"]["storybook_seed"]
+        if self.data.validation is not None:
+            del what["data"]["held_out_fraction"]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
         stem = Path(self.data.train[0]).name.split(".")[0].replace("*", "_") or "text"
         return Path(self.data.prepared_folder) / f"{stem}-{digest}"
@@ -333,7 +349,7 @@ def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> C
         _apply_override(merged, override)
     try:
         # Through JSON, where strict refuses "3" and true for a number but takes a list for a tuple.
-        return Config.model_validate_json(json.dumps(merged), strict=True)
+        return Config.model_validate_json(json.dumps(merged, default=str), strict=True)
     except pydantic.ValidationError as error:
         raise UserError("\n".join(_explain(problem) for problem in error.errors())) from None
 
@@ -347,18 +363,23 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
         settings = settings.setdefault(section, {})
         if not isinstance(settings, dict):
             raise UserError(f"{override!r}: {section} is a setting, not a section.")
-    if text.strip().lower() == "none":
+    # A misspelt key goes on to be refused.
+    if text.strip().lower() == "none" and key.strip() in {*setting_names(), *Config.model_fields}:
         settings.pop(name, None)
         return
     try:
-        settings[name] = tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        settings[name] = text
+        value = text
+    # No setting is a date, but a folder may be named by one.
+    settings[name] = text if isinstance(value, datetime.date | datetime.time) else value
 
 
 def _explain(problem: Any) -> str:
-    # A tagged union puts its tag into the location: tokenizer.wordpiece.size is written tokenizer.size by a user.
-    location = [str(part) for part in problem["loc"] if part not in ("wordpiece", "char")]
+    location = [str(part) for part in problem["loc"]]
+    if location[:1] == ["tokenizer"]:
+        # A tagged union puts its tag into the location: tokenizer.wordpiece.size is written tokenizer.size by a user.
+        del location[1:2]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         if key in setting_names():
@@ -378,12 +399,18 @@ def _received(problem: Any) -> Any:
 
 
 def _nearest(location: list[str]) -> str:
-    known = list(setting_names())
-    name = ".".join(location)
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    # A good key in the wrong section is the other common slip.
-    matches = matches or [key for key in known if key.rpartition(".")[2] == location[-1]][:1]
-    return f" Did you mean {matches[0]}?" if matches else f" The sections are: {', '.join(Config.model_fields)}."
+    known = list(dict.fromkeys(setting_names()))
+    section, name = ".".join(location[:-1]), location[-1]
+    # A good key in the wrong section is as common a slip as a misspelt one.
+    namesakes = [key for key in known if key.rpartition(".")[2] == name]
+    if namesakes:
+        nearest = difflib.get_close_matches(".".join(location), namesakes, n=1, cutoff=0.0)[0]
+        return f" Did you mean {nearest}?"
+    siblings = [key.rpartition(".")[2] for key in known if section and key.startswith(f"{section}.")]
+    matches = difflib.get_close_matches(name, siblings or Config.model_fields, n=1)
+    if matches:
+        return f" Did you mean {'.'.join([*location[:-1], matches[0]])}?"
+    return f" There are: {', '.join(siblings or Config.model_fields)}."
 
 
 def _choices(location: list[str]) -> str:
@@ -406,6 +433,14 @@ def setting_names(section: Any = Config, prefix: str = "") -> Iterable[str]:
             yield prefix + name
         for kind in sections:
             yield from setting_names(kind, f"{prefix}{name}.")
+
+
+def json_schema() -> str:
+    """Returns the JSON schema of a config file, by which editors complete and check it: configs/schema.json."""
+    schema = Config.model_json_schema()
+    # `load_config` makes up the one that is left out.
+    schema["required"].remove("run_folder")
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 def _shipped_configs() -> str:

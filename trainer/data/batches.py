@@ -17,8 +17,8 @@ Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 def training_batches(prepared: PreparedData, config: Config, first_step: int, total_steps: int) -> tf.data.Dataset:
     """Returns the batches of steps first_step to total_steps - 1, in order.
 
-    Example n of the run is example permute(seed, epoch, n % N) of the data with epoch = n // N: a batch may hold the end of
-    one epoch and the start of the next, so nothing is dropped, and every epoch has an order of its own.
+    Example n of the run is example permute(seed, epoch, n % N) of the data with epoch = n // N: a batch may hold the
+    end of one epoch and the start of the next, so nothing is dropped, and every epoch has an order of its own.
 
     Args:
         prepared: the data.
@@ -27,8 +27,8 @@ def training_batches(prepared: PreparedData, config: Config, first_step: int, to
         total_steps: of the run.
 
     Returns:
-        A data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length]; a weight is
-        0 where the target is padding.
+        A data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length]; a
+        weight is 0 where the target is padding.
     """
     split = prepared.split("train")
     batch_size, seed = config.train.global_batch_size, config.train.seed
@@ -71,7 +71,7 @@ def num_examples(split: Split, config: Config) -> int:
 
 
 def total_steps(prepared: PreparedData, config: Config) -> int:
-    """Returns the length of the run in steps: train.total_steps, or the steps that num_epochs epochs take, rounded up."""
+    """Returns the length of the run in steps: train.total_steps, or what num_epochs epochs take, rounded up."""
     if config.train.total_steps is not None:
         return config.train.total_steps
     examples = num_examples(prepared.split("train"), config) * config.train.num_epochs
@@ -87,8 +87,8 @@ def total_steps(prepared: PreparedData, config: Config) -> int:
 def permuted(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:
     """Maps positions in an epoch to examples, one to one: int64 [n] below count to the same.
 
-    Source: a cipher over the index (Simon, Beaulieu et al. 2013) walked until it lands below count, so that any position is
-    found without making the others.
+    Source: a cipher over the index (Simon, Beaulieu et al. 2013) walked until it lands below count, so that any
+    position is found without making the others.
     """
     key = tf.stack([tf.fill(tf.shape(index), tf.constant(seed, tf.int64)), epoch, tf.zeros_like(epoch)], axis=1)
     last = tf.constant(count - 1, tf.int64)
@@ -132,7 +132,9 @@ def _reader(prepared: PreparedData, split: Split, config: Config) -> Callable[[t
 def _shard_reader(
     prepared: PreparedData, split: Split, number: int, config: Config
 ) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-    """Returns a function from examples of one shard to (tokens int32 [n, sequence_length + 1], how many are theirs int64 [n])."""
+    """Returns a function from examples of one shard to (tokens int32 [n, sequence_length + 1], how many are theirs
+    int64 [n]).
+    """
     shard = split.shards[number]
     width, length = config.train.sequence_length, shard.stream_length()
 

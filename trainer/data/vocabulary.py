@@ -4,6 +4,7 @@ Hugging Face's trainer does the counting, because it is tens of times faster tha
 through keras_nlp's own pretokenizer, because the two split and normalize differently.
 """
 
+import functools
 import hashlib
 import heapq
 import re
@@ -23,6 +24,9 @@ LONE_CHARACTER = (
 _BREAK = re.compile(r"[ \t\n\r\f!-/:-@\[-`{-~\u3400-\u4dbf\u4e00-\u9fff]")
 # Longer texts are handled in pieces of about this many characters, which bounds memory.
 _PIECE_CHARS = 1 << 16
+# keras_nlp refuses tokens of over 256 bytes.
+_MAX_TOKEN_CHARS = 64
+_MAX_WORD_CHARS = 500
 
 Pretokenize = Callable[[list[bytes]], list[str]]
 
@@ -68,18 +72,25 @@ def train_wordpiece(config: WordPieceConfig, documents: Iterable[str]) -> list[s
 def _count_and_merge(size: int, forms: list[str], words: Iterable[str]) -> list[str]:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    model = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    # A WordPiece trainer is a BPE trainer with ##, but does not let us bound a token's length.
+    model = Tokenizer(models.BPE(continuing_subword_prefix="##"))
     model.pre_tokenizer = pre_tokenizers.Split("\n", "removed")
-    # The alphabet goes in as special tokens because those are numbered in this order; other characters would be numbered
-    # in the order of a hash table, and numbers decide between pairs of equal count.
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=size, min_frequency=2, special_tokens=[*SPECIAL_TOKENS, *forms], show_progress=False
+    # The alphabet goes in as special tokens because those are numbered in this order. Other characters would be in the
+    # order of a hash table, and numbers decide between pairs of equal count.
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=[*SPECIAL_TOKENS, *forms],
+        continuing_subword_prefix="##",
+        max_token_length=_MAX_TOKEN_CHARS,
+        show_progress=False,
     )
     model.train_from_iterator(words, trainer)
     ids = model.get_vocab()
     return sorted(ids, key=ids.__getitem__)
 
 
+@functools.cache
 def _pretokenizer(lowercase: bool) -> Pretokenize:
     """Returns keras_nlp's own splitting of texts into normalized words."""
     import tensorflow as tf
@@ -126,6 +137,8 @@ class _Sample:
 
 
 def _joined(words: list[str]) -> Iterator[str]:
+    # The trainer's time grows with the square of a word's length.
+    words = [word[i : i + _MAX_WORD_CHARS] for word in words for i in range(0, len(word), _MAX_WORD_CHARS)]
     for start in range(0, len(words), 1000):
         yield "\n".join(words[start : start + 1000])
 

@@ -19,7 +19,7 @@ def causal_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tf.T
 
     Source: Vaswani et al. 2017, equation 1.
     """
-    sequence = query.shape[2]
+    sequence = tf.shape(query)[2] if query.shape[2] is None else query.shape[2]
     allowed = tf.linalg.band_part(tf.ones([sequence, sequence], tf.bool), -1, 0)
     return _attend(query, key, value, allowed)
 
@@ -43,7 +43,7 @@ def cached_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, index: 
 
 def _attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
     # Scaling the queries costs head_dim / sequence of what scaling the scores would.
-    query *= tf.cast(query.shape[-1] ** -0.5, query.dtype)
+    query *= tf.constant(query.shape[-1] ** -0.5, query.dtype)
     scores = tf.matmul(query, key, transpose_b=True)  # [batch, heads, query, key]
     mask = tf.where(allowed, tf.zeros([], scores.dtype), tf.constant(MASKED, scores.dtype))
     return tf.matmul(tf.nn.softmax(scores + mask), value)

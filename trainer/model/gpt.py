@@ -23,8 +23,8 @@ LAYER_NORM_EPSILON = 1e-5
 class DropoutDraw(NamedTuple):
     """What a dropout mask is a function of, apart from the layer; never a generator's state.
 
-    seed and step: int64 scalars. first_row: int64 scalar, the place of the batch's first row in the global batch, so that a
-    row is masked alike however the batch is spread over replicas and micro-batches.
+    seed and step: int64 scalars. first_row: int64 scalar, the place of the batch's first row in the global batch, so
+    that a row is masked alike however the batch is spread over replicas and micro-batches.
     """
 
     seed: tf.Tensor
@@ -42,8 +42,8 @@ def dropout(x: tf.Tensor, rate: float, layer: int, draw: DropoutDraw | None) -> 
         draw: what the mask depends on; None leaves x as it is.
 
     Returns:
-        A tensor like x. The bits are of Philox 4x32 with the seed as key and (row, layer and step) as counter (Salmon et
-        al. 2011), compared as integers: random floats would differ under XLA.
+        A tensor like x. The bits are of Philox 4x32 with the seed as key and (row, layer and step) as counter (Salmon
+        et al. 2011), compared as integers: random floats would differ under XLA.
     """
     if draw is None or rate == 0.0:
         return x
@@ -57,7 +57,7 @@ def dropout(x: tf.Tensor, rate: float, layer: int, draw: DropoutDraw | None) -> 
         shape=[tf.shape(x)[0], 4 * blocks_per_row], key=key, counter=tf.stack([low, high]), alg=1, dtype=tf.uint32
     )
     keep = tf.reshape(bits[:, :row_size], tf.shape(x)) >= tf.constant(round(rate * 2**32), tf.uint32)
-    return tf.where(keep, x * tf.cast(1 / (1 - rate), x.dtype), tf.zeros([], x.dtype))
+    return tf.where(keep, x * tf.constant(1 / (1 - rate), x.dtype), tf.zeros([], x.dtype))
 
 
 class GPT(keras.Model):
@@ -106,8 +106,8 @@ class GPT(keras.Model):
         """Returns the logits of the next token: int32 [batch, sequence] to float [batch, sequence, vocabulary]."""
         if training and self.config.dropout:
             raise ValueError(
-                f"model.dropout={self.config.dropout} needs trainer.train: its masks follow the step, which Keras fit does "
-                "not tell the model. Set model.dropout=0."
+                f"model.dropout={self.config.dropout} needs trainer.train: its masks follow the step, which Keras fit "
+                "does not tell the model. Set model.dropout=0."
             )
         return self.logits(self.hidden_states(tokens))
 
@@ -138,9 +138,7 @@ class GPT(keras.Model):
         kernel, bias = self._output_projection()
         return next_token_loss(self.hidden_states(tokens, draw), kernel, bias, targets, weights)
 
-    def evaluation_loss(
-        self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
+    def evaluation_loss(self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns (loss_sum, num_targets) for evaluation."""
         kernel, bias = self._output_projection()
         return next_token_loss_without_gradient(self.hidden_states(tokens), kernel, bias, targets, weights)
@@ -249,7 +247,7 @@ class Block(keras.layers.Layer):
         self, x: tf.Tensor, cache: tf.Tensor | None, index: tf.Tensor | None
     ) -> tuple[tf.Tensor, tf.Tensor | None]:
         heads, width = self.config.num_heads, self.config.head_dim()
-        batch, sequence = tf.shape(x)[0], x.shape[1]
+        batch, sequence = tf.shape(x)[0], tf.shape(x)[1] if x.shape[1] is None else x.shape[1]
         x = tf.reshape(self.query_key_value(x), [batch, sequence, 3, heads, width])
         query, key, value = tf.unstack(tf.transpose(x, [2, 0, 3, 1, 4]))  # each [batch, heads, sequence, head_dim]
         if cache is None:
@@ -297,6 +295,4 @@ class _Initializers:
 
 
 def _layer_norm(config: ModelConfig, name: str, dtype: str) -> keras.layers.Layer:
-    return keras.layers.LayerNormalization(
-        epsilon=LAYER_NORM_EPSILON, center=config.use_bias, dtype=dtype, name=name
-    )
+    return keras.layers.LayerNormalization(epsilon=LAYER_NORM_EPSILON, center=config.use_bias, dtype=dtype, name=name)

@@ -1,6 +1,6 @@
 """AdamW with state of our own naming, applied in the replica after gradients were summed and clipped."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import keras
 import tensorflow as tf
@@ -15,28 +15,27 @@ class AdamW(tf.Module):
 
     Args:
         config: betas, epsilon and weight decay.
-        variables: the model's trainable variables. Create the optimizer under the same strategy scope as these.
+        variables: the model's trainable variables by name. Create the optimizer under the same strategy scope as these.
 
     Source: Kingma and Ba 2015, algorithm 1 in the form of the last paragraph of section 2; Loshchilov and Hutter 2019,
     algorithm 2.
     """
 
-    def __init__(self, config: OptimizerConfig, variables: Sequence[keras.Variable]) -> None:
+    def __init__(self, config: OptimizerConfig, variables: Mapping[str, keras.Variable]) -> None:
         super().__init__(name="adamw")
         self.config = config
-        self.variables_to_train = list(variables)
+        self.names = list(variables)
+        self.variables_to_train = list(variables.values())
         self.num_updates = tf.Variable(0, dtype=tf.int64, trainable=False, name="num_updates")
-        self.first_moments = [_slot(variable, "first_moment") for variable in variables]
-        self.second_moments = [_slot(variable, "second_moment") for variable in variables]
+        self.first_moments = [_slot(variable) for variable in self.variables_to_train]
+        self.second_moments = [_slot(variable) for variable in self.variables_to_train]
 
     def state(self) -> dict[str, tf.Variable]:
-        """Returns every variable of the optimizer by a name that follows the weight's own."""
+        """Returns every variable of the optimizer by a name that follows its weight's."""
         named = {"num_updates": self.num_updates}
-        for variable, first, second in zip(
-            self.variables_to_train, self.first_moments, self.second_moments, strict=True
-        ):
-            named[f"{variable.path}/first_moment"] = first
-            named[f"{variable.path}/second_moment"] = second
+        for name, first, second in zip(self.names, self.first_moments, self.second_moments, strict=True):
+            named[f"{name}/first_moment"] = first
+            named[f"{name}/second_moment"] = second
         return named
 
     def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
@@ -76,11 +75,10 @@ def decays(variable: keras.Variable) -> bool:
     return len(variable.shape) > 1
 
 
-def _slot(variable: keras.Variable, name: str) -> tf.Variable:
+def _slot(variable: keras.Variable) -> tf.Variable:
     return tf.Variable(
         tf.zeros(variable.shape, variable.dtype),
         trainable=False,
-        name=f"{variable.path}/{name}",
         # Every replica computes the same update, so there is nothing to aggregate.
         aggregation=tf.VariableAggregation.NONE,
     )

@@ -10,8 +10,8 @@ from trainer.config import OptimizerConfig
 def learning_rate(config: OptimizerConfig, step: tf.Tensor, total_steps: int) -> tf.Tensor:
     """Returns the rate of one step, a float64 scalar.
 
-    It rises linearly over the warm-up, so that step warmup_steps - 1 is the first at the full rate, and then follows the
-    schedule down to final_learning_rate, which is the rate of step total_steps - 1.
+    It rises linearly over the warm-up, so that step warmup_steps - 1 is the first at the full rate, and then follows
+    the schedule down to final_learning_rate, which is the rate of step total_steps - 1.
 
     Args:
         config: peak, end, warm-up and shape.

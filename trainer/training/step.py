@@ -9,6 +9,7 @@ import tensorflow as tf
 from trainer.config import Config
 from trainer.model.gpt import GPT, DropoutDraw
 from trainer.model.loss import next_token_loss_from_logits
+from trainer.training.checkpoint import named_variables
 from trainer.training.optimizer import AdamW
 from trainer.training.schedule import learning_rate
 
@@ -18,8 +19,8 @@ Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 class Gradients(NamedTuple):
     """What one replica contributes to a step; sums, not means.
 
-    weights: one dense gradient of loss_sum per trainable variable. loss_sum: nats. num_targets: tokens that were predicted.
-    state: new values of the variables that are not trained, of a foreign model; the GPT has none.
+    weights: one dense gradient of loss_sum per trainable variable. loss_sum: nats. num_targets: tokens that were
+    predicted. state: new values of the variables that are not trained, of a foreign model; the GPT has none.
     """
 
     weights: list[tf.Tensor]
@@ -89,7 +90,7 @@ def clip(gradients: Sequence[tf.Tensor], clip_norm: float | None) -> tuple[list[
     norm = tf.linalg.global_norm(gradients)
     if clip_norm is None:
         return list(gradients), norm
-    scale = tf.minimum(tf.ones([], norm.dtype), tf.cast(clip_norm, norm.dtype) / norm)
+    scale = tf.minimum(tf.ones([], norm.dtype), tf.constant(clip_norm, norm.dtype) / norm)
     return [gradient * tf.cast(scale, gradient.dtype) for gradient in gradients], norm
 
 
@@ -103,14 +104,14 @@ class TrainingStep:
         strategy: whose scope this is created in.
     """
 
-    def __init__(
-        self, config: Config, total_steps: int, model: keras.Model, strategy: tf.distribute.Strategy
-    ) -> None:
+    def __init__(self, config: Config, total_steps: int, model: keras.Model, strategy: tf.distribute.Strategy) -> None:
         self.config = config
         self.total_steps = total_steps
         self.model = model
         self.strategy = strategy
-        self.optimizer = AdamW(config.optimizer, model.trainable_variables)
+        self.named_variables = named_variables(model)
+        trainable = {name: variable for name, variable in self.named_variables.items() if variable.trainable}
+        self.optimizer = AdamW(config.optimizer, trainable)
         self.step = tf.Variable(0, dtype=tf.int64, trainable=False, name="step")
         # Read by the compiled loop before each step and set by another thread: how a signal stops a long call.
         with tf.device("/cpu:0"):
@@ -148,7 +149,8 @@ class TrainingStep:
         state = [tf.convert_to_tensor(variable.value) for variable in self.model.non_trainable_variables]
         local = forward_backward(self.model, weights, state, batch, draw)
 
-        # Sum over replicas before clipping: clipping each replica's share would make the result depend on how many there are.
+        # Sum over replicas before clipping: clipping each replica's share would make the result depend on how many
+        # there are.
         summed = _all_reduce([*local.weights, local.loss_sum, local.num_targets])
         *gradients, loss_sum, num_targets = summed
         mean = [gradient / tf.cast(tf.maximum(num_targets, 1), gradient.dtype) for gradient in gradients]
@@ -166,7 +168,7 @@ class TrainingStep:
 
         one, zero = tf.ones([], tf.int64), tf.zeros([], tf.int64)
         limit = config.optimizer.clip_norm or float("inf")
-        is_clipped = finite & (grad_norm > tf.cast(limit, grad_norm.dtype))
+        is_clipped = finite & (grad_norm > tf.constant(limit, grad_norm.dtype))
         dtype = loss_sum.dtype
         return (
             one,

@@ -1,0 +1,158 @@
+"""Laws of the batches: what the tutorial feeds, in an order that is a function of seed and step alone."""
+
+import keras
+import keras_nlp
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.config import UserError, make_config
+from trainer.data.batches import evaluation_batches, num_examples, permuted, total_steps, training_batches
+from trainer.data.prepare import prepare
+
+WORDS = "sun moon star tree river stone bird fish wolf bear".split()
+
+
+def config_of(tmp_path, mode="lines", num_lines=23, **sections):
+    """A config on lines of 1 to 12 words, longer and shorter than the 6 tokens of an example."""
+    text = tmp_path / "text.txt"
+    random = np.random.default_rng(0)
+    lines = [" ".join(random.choice(WORDS, random.integers(1, 13))) for _ in range(num_lines)]
+    if not text.exists():
+        text.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return make_config(
+        {
+            "run_folder": str(tmp_path / "run"),
+            "data": {
+                "train": str(text),
+                "validation": str(text),
+                "mode": mode,
+                "prepared_folder": str(tmp_path / "prepared"),
+            },
+            "tokenizer": {"kind": "wordpiece", "vocabulary_size": 60},
+            "train": {"precision": "float32", "total_steps": 9, "global_batch_size": 4, "sequence_length": 6}
+            | sections.pop("train", {}),
+        }
+        | sections
+    )
+
+
+def silently(config, shard_tokens=2**27):
+    return prepare(config, lambda _: None, shard_tokens)
+
+
+def rows_of(data):
+    """All rows of a data set, as tuples of (inputs, targets, weights)."""
+    return [row for batch in data.as_numpy_iterator() for row in zip(*(map(tuple, part) for part in batch), strict=True)]
+
+
+def tutorial_rows(config, tokenizer):
+    """What the tutorial's preprocess function makes of each line."""
+    length = config.train.sequence_length
+    encode = keras_nlp.tokenizers.WordPieceTokenizer(tokenizer.vocabulary, sequence_length=length, lowercase=True)
+    start_packer = keras_nlp.layers.StartEndPacker(sequence_length=length, start_value=tokenizer.bos_id)
+    with open(config.data.train[0], encoding="utf-8") as file:
+        outputs = encode(tf.constant(file.read().splitlines()))
+    features, labels = np.array(start_packer(outputs)), np.array(outputs)
+    weights = (labels != 0).astype(np.float32)
+    return sorted(zip(*(map(tuple, part) for part in (features, labels, weights)), strict=True))
+
+
+# Shards of 40 tokens make several of them; of 2**27 a single one.
+@pytest.mark.parametrize("shard_tokens", [40, 2**27])
+def test_lines_are_exactly_what_the_tutorials_preprocess_gives(tmp_path, shard_tokens):
+    config = config_of(tmp_path, train={"total_steps": None, "num_epochs": 1})
+    prepared = silently(config, shard_tokens)
+    assert (len(prepared.split("train").shards) > 1) == (shard_tokens == 40)
+    tutorial = tutorial_rows(config, prepared.tokenizer())
+    validation = [row for row in rows_of(evaluation_batches(prepared, config)) if any(row[2])]
+    assert sorted(validation) == tutorial
+    steps = total_steps(prepared, config)
+    epoch = rows_of(training_batches(prepared, config, 0, steps))[: len(tutorial)]
+    assert sorted(epoch) == tutorial
+
+
+@pytest.mark.parametrize("shard_tokens", [40, 2**27])
+def test_packed_windows_use_every_token_as_target_once_an_epoch(tmp_path, shard_tokens):
+    config = config_of(tmp_path, "packed")
+    prepared = silently(config, shard_tokens)
+    expected = []
+    for shard in prepared.split("train").shards:
+        stream = np.fromfile(prepared.folder / shard.tokens_file, prepared.dtype)
+        expected.extend(stream[1:])
+    rows = rows_of(evaluation_batches(prepared, config))
+    targets = [token for row in rows for token, weight in zip(row[1], row[2], strict=True) if weight]
+    assert targets == expected
+    for inputs, row_targets, weights in rows:
+        used = int(sum(weights))
+        # Padding is only at the end, and what is read is what came before what is predicted.
+        assert weights == (1.0,) * used + (0.0,) * (6 - used)
+        assert inputs[1:used] == row_targets[: used - 1] if used else True
+    steps = -(-num_examples(prepared.split("train"), config) // 4)
+    epoch = rows_of(training_batches(prepared, config, 0, steps))[: num_examples(prepared.split("train"), config)]
+    real = [row for row in rows if any(row[2])]
+    assert sorted(epoch) == sorted(real)
+
+
+@pytest.mark.parametrize("mode", ["lines", "packed"])
+def test_a_batch_is_a_function_of_seed_and_step(tmp_path, mode):
+    config = config_of(tmp_path, mode)
+    prepared = silently(config)
+    whole = rows_of(training_batches(prepared, config, 0, 20))
+    for first in (1, 7, 19):
+        assert rows_of(training_batches(prepared, config, first, 20)) == whole[4 * first :]
+    other = config_of(tmp_path, mode, train={"seed": 1})
+    assert rows_of(training_batches(prepared, other, 0, 20)) != whole
+
+
+def test_batches_cross_epochs_and_each_epoch_has_an_order_of_its_own(tmp_path):
+    config = config_of(tmp_path)
+    prepared = silently(config)
+    rows = rows_of(training_batches(prepared, config, 0, 23))  # 23 steps of 4 are 4 epochs of 23
+    epochs = [rows[i : i + 23] for i in range(0, 92, 23)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 1000])
+def test_the_order_is_a_permutation_and_any_place_is_found_at_once(count):
+    index = tf.range(count, dtype=tf.int64)
+    for epoch in (0, 1, 10**9):
+        order = permuted(index, tf.fill([count], tf.constant(epoch, tf.int64)), count, seed=3).numpy()
+        assert sorted(order) == list(range(count))
+    if count == 1000:
+        assert abs(np.corrcoef(index, order)[0, 1]) < 0.15  # five standard errors of no correlation
+
+
+def test_the_last_evaluation_batch_is_filled_up_without_weight(tmp_path):
+    config = config_of(tmp_path)
+    prepared = silently(config)
+    sizes = [batch[0].shape for batch in evaluation_batches(prepared, config).as_numpy_iterator()]
+    assert sizes == [(4, 6)] * 6  # 23 lines
+    rows = rows_of(evaluation_batches(prepared, config))
+    assert [any(row[2]) for row in rows] == [True] * 23 + [False]
+    assert len(rows_of(evaluation_batches(prepared, config, num_batches=2))) == 8
+
+
+def test_epochs_are_counted_in_steps_rounded_up(tmp_path):
+    config = config_of(tmp_path, train={"total_steps": None, "num_epochs": 2})
+    assert total_steps(silently(config), config) == 12  # 46 examples, 4 a step
+    with pytest.raises(UserError, match=r"optimizer.warmup_steps=13 is more than the 12 steps that train.num_epochs=2"):
+        long = config_of(tmp_path, train={"total_steps": None, "num_epochs": 2}, optimizer={"warmup_steps": 13})
+        total_steps(silently(long), long)
+
+
+def test_keras_fit_takes_the_batches_as_they_are(tmp_path):
+    config = config_of(tmp_path)
+    prepared = silently(config)
+    model = keras.Sequential([keras.layers.Embedding(60, 8), keras.layers.Dense(60)])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    history = model.fit(training_batches(prepared, config, 0, 9), shuffle=False, verbose=0)
+    assert np.isfinite(history.history["loss"][0])
+
+
+def test_the_pipeline_holds_no_python(tmp_path):
+    config = config_of(tmp_path)
+    graph = training_batches(silently(config, 40), config, 0, 9)._as_serialized_graph().numpy()
+    assert b"RandomIndexShuffle" in graph
+    assert b"PyFunc" not in graph

@@ -1,0 +1,345 @@
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.config import UserError
+from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(params=["disk", "object store"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "disk":
+        yield str(tmp_path / "checkpoints")
+        return
+    yield f"ram://{tmp_path.name}/checkpoints"
+    if tf.io.gfile.exists(f"ram://{tmp_path.name}"):
+        tf.io.gfile.rmtree(f"ram://{tmp_path.name}")
+
+
+def groups(step: int) -> dict[str, dict[str, np.ndarray]]:
+    draw = np.random.default_rng(step)
+    return {
+        "weights": {
+            "kernel": draw.normal(size=[3, 5]).astype(np.float32),
+            "double": draw.normal(size=[2]),
+            "view": draw.normal(size=[4, 6]).T[::2],
+            "nothing": np.zeros([0, 3], np.float32),
+        },
+        "optimizer": {
+            "num_updates": np.array(step, np.int64),
+            "numpy_scalar": np.float64(step / 3),
+            "flag": np.array(True),
+            "half": draw.normal(size=[7]).astype(np.float16),
+        },
+    }
+
+
+def save(checkpoints: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        checkpoints.save(step, groups(step), {"data_fingerprint": "abc"})
+    checkpoints.wait()
+
+
+def assert_is_of(checkpoint: Checkpoint | None, step: int) -> None:
+    assert checkpoint is not None
+    assert checkpoint.step == step
+    assert checkpoint.manifest["data_fingerprint"] == "abc"
+    for group, arrays in groups(step).items():
+        read = checkpoint.arrays(group)
+        assert read.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
+            np.testing.assert_array_equal(read[name], array)
+
+
+def rewrite(path: str, change: Callable[[bytes], bytes]) -> None:
+    with tf.io.gfile.GFile(path, "rb") as file:
+        content = file.read()
+    tf.io.gfile.remove(path)  # TensorFlow's ram:// appends to a file that is there.
+    with tf.io.gfile.GFile(path, "wb") as file:
+        file.write(change(content))
+
+
+def flip_a_bit(content: bytes) -> bytes:
+    return content[:-30] + bytes([content[-30] ^ 0x10]) + content[-29:]
+
+
+def test_latest_returns_what_was_saved(folder: str):
+    checkpoints = Checkpoints(folder, keep_last=2)
+    assert checkpoints.latest() is None
+    save(checkpoints, 7)
+    assert_is_of(Checkpoints(folder).latest(), 7)
+
+
+def test_the_newest_are_kept_by_number_and_not_by_name(folder: str):
+    checkpoints = Checkpoints(folder, keep_last=3)
+    save(checkpoints, 0, 5, 10)
+    assert checkpoints.steps() == [0, 5, 10]
+    save(checkpoints, 10**9 - 1, 10**9)
+    assert checkpoints.steps() == [10, 10**9 - 1, 10**9]
+    assert_is_of(checkpoints.latest(), 10**9)
+
+
+def test_keeping_one_leaves_one(folder: str):
+    checkpoints = Checkpoints(folder)
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+        assert checkpoints.steps() == [step]
+
+
+def test_saving_returns_before_it_is_written_and_writes_what_it_was_given(tmp_path: Path):
+    checkpoints = Checkpoints(str(tmp_path))
+    big = {"weights": {"x": np.ones([4096, 4096], np.float32)}}
+    start = time.monotonic()
+    checkpoints.save(1, big, {})
+    returned = time.monotonic() - start
+    checkpoints.wait()
+    assert returned < (time.monotonic() - start) / 2
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "manifest.json"])
+def test_damaged_checkpoint_is_skipped_for_the_one_before(folder: str, name: str):
+    path = f"{folder}/step_000000020/{name}"
+    damages = [
+        lambda: rewrite(path, flip_a_bit),
+        lambda: rewrite(path, lambda content: content[:-5]),
+        lambda: rewrite(path, lambda content: b"{" + content),
+        lambda: rewrite(path, lambda content: b""),
+        lambda: tf.io.gfile.remove(path),
+    ]
+    for damage in damages:
+        said: list[str] = []
+        checkpoints = Checkpoints(folder, keep_last=2, say=said.append)
+        save(checkpoints, 10, 20)
+        assert_is_of(checkpoints.latest(), 20)
+        damage()
+        assert_is_of(checkpoints.latest(), 10)
+        [line] = said
+        assert line.startswith(f"Skipping {folder}/step_000000020: ")
+        if tf.io.gfile.exists(path):
+            assert f"{path} is damaged: " in line
+        else:
+            assert f"{path} is missing." in line or "it has no manifest, so it was not written to the end." in line
+
+
+def test_no_flipped_bit_of_a_manifest_goes_unnoticed(tmp_path: Path):
+    checkpoints = Checkpoints(str(tmp_path), say=lambda line: None)
+    save(checkpoints, 3)
+    path = tmp_path / "step_000000003/manifest.json"
+    whole = path.read_bytes()
+    expected = json.loads(whole)
+    for position in range(len(whole)):
+        bit = 1 << position % 8
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ bit]) + whole[position + 1 :])
+        checkpoint = checkpoints.latest()
+        # White space may become other white space.
+        assert checkpoint is None or checkpoint.manifest == expected
+
+
+def test_a_file_changed_after_it_was_verified_is_noticed(folder: str):
+    checkpoints = Checkpoints(folder)
+    save(checkpoints, 3)
+    checkpoint = checkpoints.latest()
+    assert checkpoint is not None
+    rewrite(f"{folder}/step_000000003/weights.safetensors", flip_a_bit)
+    with pytest.raises(UserError, match=r"weights.safetensors is damaged: its length or SHA-256 is not the manifest's"):
+        checkpoint.arrays("weights")
+    tf.io.gfile.remove(f"{folder}/step_000000003/weights.safetensors")
+    with pytest.raises(UserError, match=r"weights.safetensors is missing"):
+        checkpoint.arrays("weights")
+
+
+def test_another_format_is_skipped_with_the_advice_to_use_its_release(tmp_path: Path):
+    from trainer.training import checkpoint
+
+    said: list[str] = []
+    save(Checkpoints(str(tmp_path)), 3)
+    path = tmp_path / "step_000000003/manifest.json"
+    manifest = json.loads(path.read_bytes()) | {"format": checkpoint.FORMAT + 1}
+    path.write_text(json.dumps(checkpoint._sealed(manifest)), encoding="utf-8")
+    assert Checkpoints(str(tmp_path), say=said.append).latest() is None
+    assert f"is of format {checkpoint.FORMAT + 1}, not {checkpoint.FORMAT}; use the release that wrote it." in said[0]
+
+
+def test_damaged_newer_checkpoints_take_no_place_of_good_ones(folder: str):
+    checkpoints = Checkpoints(folder, keep_last=4, say=lambda line: None)
+    save(checkpoints, 10, 20, 30, 40)
+    for step in (20, 30, 40):
+        rewrite(f"{folder}/step_{step:09d}/weights.safetensors", flip_a_bit)
+    resumed = Checkpoints(folder, keep_last=1, say=lambda line: None)
+    save(resumed, 15)
+    assert_is_of(resumed.latest(), 15)
+    save(resumed, 20)
+    assert_is_of(resumed.latest(), 20)
+    assert resumed.steps() == [20, 30, 40]
+
+
+def test_saving_what_is_there_already_does_not_touch_it(tmp_path: Path):
+    """A run stopped before its first step does so, and the one checkpoint it has must not be away for a moment."""
+    checkpoints = Checkpoints(str(tmp_path))
+    save(checkpoints, 3)
+    before = (tmp_path / "step_000000003").stat()
+    save(checkpoints, 3)
+    after = (tmp_path / "step_000000003").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path):
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial/weights.safetensors").write_bytes(b"x")
+    (tmp_path / "step_abc").mkdir()
+    checkpoints = Checkpoints(str(tmp_path))
+    assert checkpoints.latest() is None
+    save(checkpoints, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000003", "step_abc"]
+
+
+def test_unwritable_folder_is_an_error_that_names_it(tmp_path: Path):
+    (tmp_path / "checkpoints").write_text("a file")
+    checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
+    checkpoints.save(3, groups(3), {})
+    with pytest.raises(UserError, match=r"Cannot write the checkpoint .*checkpoints/step_000000003: .*Make room"):
+        checkpoints.wait()
+    checkpoints.save(4, groups(4), {})
+    with pytest.raises(UserError, match="step_000000004"):
+        checkpoints.save(5, groups(5), {})
+
+
+# The limit on a file's size stands in for the full disk, which takes root to make: the write fails on its way, too.
+FILL = """
+import resource, sys
+import numpy as np
+from trainer.config import UserError
+from trainer.training.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[1])
+checkpoints.save(1, {"weights": {"x": np.zeros(1000, np.float32)}}, {})
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+checkpoints.save(2, {"weights": {"x": np.zeros(1000, np.float32), "y": np.zeros(1000, np.float32)}}, {})
+try:
+    checkpoints.wait()
+except UserError as error:
+    print(error)
+"""
+
+
+def test_full_disk_leaves_nothing_half_written(tmp_path: Path):
+    said = subprocess.run(
+        [sys.executable, "-c", FILL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert said.startswith(f"Cannot write the checkpoint {tmp_path}/step_000000002: ")
+    assert "nothing half-written is left" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000000001"]
+    checkpoint = Checkpoints(str(tmp_path)).latest()
+    assert checkpoint is not None and checkpoint.step == 1
+
+
+# Forks, because importing TensorFlow for each kill would take minutes. A child announces what it has saved through a file
+# and dies before its n-th system call that changes a folder, where strace can see to that, else after n milliseconds.
+SAVE_AND_DIE = """
+import ctypes, itertools, os, signal, subprocess, sys, time
+import numpy as np
+from trainer.training.checkpoint import Checkpoints
+
+root, strace = sys.argv[1:]
+CALLS = "mkdir,openat,write,fsync,rename,unlink,unlinkat,rmdir"
+NAMES = ("weights.safetensors", "optimizer.safetensors", "manifest.json")
+
+def save(folder):
+    checkpoints = Checkpoints(folder)
+    for step in (1, 2):
+        checkpoints.save(step, {g: {"x": np.full(100, step)} for g in ("weights", "optimizer")}, {})
+        checkpoints.wait()
+        with open(f"{folder}.saved", "w") as file:
+            file.write(str(step))
+
+for n in itertools.count(1):
+    folder = f"{root}/{n}"
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1))  # PR_SET_PTRACER, to anybody.
+        os.read(reader, 1)
+        save(folder)
+        os._exit(0)
+    if strace:
+        folders = [folder, *(f"{folder}/{name}" for name in (".partial", "step_000000001", "step_000000002"))]
+        paths = folders + [f"{one}/{name}" for one in folders for name in NAMES]
+        command = [strace, "-f", "-p", str(child), "-o", "/dev/null", "-e", f"inject={CALLS}:signal=KILL:when={n}"]
+        tracer = subprocess.Popen(command + [f"-P{path}" for path in paths], stderr=subprocess.PIPE)
+        assert b"attached" in tracer.stderr.readline()
+    os.write(writer, b".")
+    if not strace:
+        time.sleep(n / 1000)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        assert status == 0
+        break
+"""
+
+
+@pytest.mark.slow
+def test_checkpoints_survive_a_kill_at_any_time(tmp_path: Path):
+    strace = shutil.which("strace") or ""
+    if strace and subprocess.run([strace, "-o", "/dev/null", "true"], capture_output=True).returncode:
+        strace = ""  # A container may forbid it.
+    subprocess.run([sys.executable, "-W", "ignore", "-c", SAVE_AND_DIE, str(tmp_path), strace], cwd=ROOT, check=True)
+    folders = sorted((path for path in tmp_path.iterdir() if path.is_dir()), key=lambda path: int(path.name))
+    steps = []
+    for folder in folders:
+        saved = folder.with_name(f"{folder.name}.saved")
+        announced = int(saved.read_text()) if saved.exists() and saved.read_text() else 0
+        said: list[str] = []
+        checkpoint = Checkpoints(str(folder), say=said.append).latest()
+        # Only what was being removed may be skipped, and that is never the newest.
+        assert said == []
+        step = 0 if checkpoint is None else checkpoint.step
+        assert step in (announced, announced + 1)
+        for group in ("weights", "optimizer") if checkpoint else ():
+            np.testing.assert_array_equal(checkpoint.arrays(group)["x"], np.full(100, step))
+        steps.append(step)
+    assert steps == sorted(steps) or not strace
+    assert {0, 1, 2} <= set(steps)
+
+
+def test_assign_gives_variables_their_values():
+    variables = {
+        "a": keras.Variable(np.zeros([2, 3], np.float32)),
+        "b": tf.Variable(0, dtype=tf.int64),
+        "c": tf.Variable(np.zeros(2)),
+    }
+    arrays = {"a": np.ones([2, 3], np.float32), "b": np.array(2**40), "c": np.array([1 / 3, 2])}
+    assign(variables, arrays, "here")
+    for name, variable in variables.items():
+        np.testing.assert_array_equal(variable.numpy(), arrays[name])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({}, "here does not hold this model: it lacks ['a'] and has nothing besides. Use the config, or the build_model"),
+        ({"a": np.zeros(2), "b": np.zeros(2)}, "here does not hold this model: it lacks nothing and has ['b'] besides."),
+        ({"a": np.zeros(3)}, "here has a as float64[3], the model as float64[2]. Use the config it was trained with."),
+        ({"a": np.zeros([])}, "here has a as float64[], the model as float64[2]."),
+        ({"a": np.zeros(2, np.float32)}, "here has a as float32[2], the model as float64[2]."),
+        ({"a": np.zeros(2, np.int64)}, "here has a as int64[2], the model as float64[2]."),
+    ],
+)
+def test_assign_refuses_another_model_and_changes_nothing(arrays: dict[str, np.ndarray], message: str):
+    variable = tf.Variable(np.ones(2))
+    with pytest.raises(UserError) as error:
+        assign({"a": variable}, arrays, "here")
+    assert message in str(error.value)
+    np.testing.assert_array_equal(variable.numpy(), np.ones(2))

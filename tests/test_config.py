@@ -1,0 +1,373 @@
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trainer.config
+from trainer.config import Config, Section, UserError, json_schema, load_config, make_config, setting_names
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = {"run_folder": "runs/x", "train": {"precision": "float32", "total_steps": 10}}
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        make_config(SETTINGS, overrides)
+    return str(error.value)
+
+
+def test_defaults_are_the_tutorial_s():
+    config = make_config(SETTINGS)
+    assert (config.model.num_layers, config.model.num_heads, config.model.hidden_dim) == (2, 3, 256)
+    assert config.model.head_dim() == 85
+    assert config.tokenizer.vocabulary_size == 5000
+    assert (config.train.sequence_length, config.train.global_batch_size) == (128, 64)
+
+
+def test_config_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        make_config(SETTINGS).train.seed = 1
+
+
+@pytest.mark.parametrize(
+    ("override", "advice"),
+    [
+        ("train.total_step=1", "train.total_step is not a setting. Did you mean train.total_steps?"),
+        ("train.batch_size=1", "train.batch_size is not a setting. Did you mean train.global_batch_size?"),
+        ("trian.seed=1", "trian is not a setting. Did you mean train?"),
+        ("tokenizer={kind='wordpiece',vocab_size=9}", "Did you mean tokenizer.vocabulary_size?"),
+        # Good keys in the wrong section, the second nearer in spelling to a sister, and one without a section.
+        ("train.hidden_dim=1", "train.hidden_dim is not a setting. Did you mean model.hidden_dim?"),
+        ("train.num_heads=1", "train.num_heads is not a setting. Did you mean model.num_heads?"),
+        ("total_steps=1", "total_steps is not a setting. Did you mean train.total_steps?"),
+        ("optimizer.lr=1", "There are: learning_rate, schedule, warmup_steps"),
+        ("xyzzy=1", "xyzzy is not a setting. There are: run_folder, data, tokenizer, model, train"),
+        # Dropping a misspelt key must not pass for done, nor a key be taken for the kind of tokenizer.
+        ("train.sed=none", "train.sed is not a setting. Did you mean train.seed?"),
+        ("train.char=1", "train.char is not a setting. There are: precision"),
+    ],
+)
+def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
+    assert advice in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.num_epochs=1"],
+            "train.total_steps=10 and train.num_epochs=1: set exactly one of the two (drop one with an override such as "
+            "train.num_epochs=none).",
+        ),
+        (["train.total_steps=none"], "train.total_steps=None and train.num_epochs=None: set exactly one of the two"),
+        (
+            ["model.num_heads=3", "model.hidden_dim=2"],
+            "model.num_heads=3 is more than model.hidden_dim=2; a head needs a width of at least 1.",
+        ),
+        (["train.sequence_length=1"], "train.sequence_length=1: input should be greater than or equal to 2."),
+        (["tokenizer={kind='wordpiece',vocabulary_size=3}"], "tokenizer.vocabulary_size=3: input should be greater"),
+        (["tokenizer.kind=bpe"], "tokenizer.kind must be one of 'wordpiece', 'char'; received 'bpe'."),
+        (["tokenizer.lowercase=true"], "tokenizer.kind must be one of 'wordpiece', 'char'; received None."),
+        (["tokenizer=char"], "tokenizer='char': input should be an object."),
+        (
+            ["tokenizer.kind=char", "tokenizer.lowercase=true"],
+            "tokenizer.lowercase is not a setting of tokenizer.kind='char'; leave it out.",
+        ),
+        (["data.train="], "data.train is empty; give a file, a glob or 'storybook'."),
+        (["data.train=[]"], "data.train is empty; give a file, a glob or 'storybook'."),
+        (["data.validation=[]"], "data.validation is empty; give a file, a glob or 'storybook'."),
+        (["data.train=['storybook', 'a.txt']"], "data.train mixes 'storybook' with files; use one or the other."),
+        (["data.validation=storybook"], "data.validation='storybook' would repeat the training stories; leave"),
+        (["data.held_out_fraction=1.0"], "data.held_out_fraction=1.0: input should be less than 1."),
+        (
+            ["optimizer.final_learning_rate=1e-4"],
+            "optimizer.final_learning_rate=0.0001 has no effect with optimizer.schedule='constant'; choose 'linear' or",
+        ),
+        (
+            ["optimizer.final_learning_rate=0.1", "optimizer.schedule=cosine"],
+            "optimizer.final_learning_rate=0.1 is above optimizer.learning_rate=0.001; the schedule only falls.",
+        ),
+        (
+            ["optimizer.warmup_steps=11"],
+            "optimizer.warmup_steps=11 is more than train.total_steps=10; the rate would never peak.",
+        ),
+        (
+            ["samples.num_tokens=129"],
+            "samples.num_tokens=129 is more than train.sequence_length=128, the most positions the model has; lower it",
+        ),
+        (["samples.stop="], "samples.stop='': string should have at least 1 character."),
+        (["run_folder="], "run_folder='': string should have at least 1 character."),
+        (
+            ["evaluation.num_batches=2"],
+            "evaluation.num_batches=2 has no effect without evaluation.every_steps, because the evaluation at the end",
+        ),
+        (["train.precision=float16"], "train.precision='float16': input should be 'float32', 'mixed_bfloat16' or"),
+        (
+            ["train.precision=none"],
+            "train.precision is missing; it has no default. Choose one of: 'float32', 'mixed_bfloat16', 'float64'.",
+        ),
+        (["train=none"], "train is missing; it has no default."),
+        (["train=3"], "train=3: input should be an object."),
+        (["run_folder=none"], "run_folder is missing; it has no default."),
+        ([f"train.seed={2**63}"], f"train.seed={2**63}: input should be less than {2**63}."),
+    ],
+)
+def test_impossible_settings_are_refused(overrides: list[str], message: str):
+    assert message in refusal(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.num_heads=2", "model.hidden_dim=2"],
+        ["train.sequence_length=2"],
+        ["tokenizer={kind='wordpiece',vocabulary_size=4}"],
+        ["optimizer.warmup_steps=10"],
+        ["samples.num_tokens=128"],
+        ["optimizer.final_learning_rate=0.001", "optimizer.schedule=linear"],
+        ["evaluation.num_batches=2", "evaluation.every_steps=1"],
+        [f"train.seed={2**63 - 1}"],
+    ],
+)
+def test_settings_at_their_limits_are_taken(overrides: list[str]):
+    make_config(SETTINGS, overrides)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.seed='3'",
+        "train.seed=3.0",
+        "train.seed=true",
+        "model.use_bias=1",
+        "model.use_bias='true'",
+        "optimizer.learning_rate='1e-3'",
+        "optimizer.learning_rate=nan",
+        "optimizer.learning_rate=inf",
+        "run_folder=3",
+        "data.train=3",
+        "data.train=[3]",
+    ],
+)
+def test_a_value_of_another_type_is_refused(override: str):
+    key = override.partition("=")[0]
+    assert f"{key}" in refusal(override) and "input should be" in refusal(override)
+
+
+def test_every_problem_has_its_line():
+    assert len(refusal("train.seed=true", "model.num_layers=0", "optimizer.beta_1=1.0").splitlines()) == 3
+
+
+def test_overrides_take_toml_values_and_bare_words():
+    config = make_config(
+        SETTINGS | {"samples": {"stop": "\n"}},
+        [
+            "data.train=my books/*.txt",
+            "data.validation=['a.txt', 'b.txt']",
+            "samples.prompt=once upon = a time",
+            "samples.stop=None",
+            "optimizer.clip_norm=1",
+            "train = {precision = 'float64', num_epochs = 2}",
+            "run_folder=2024-01-31",
+        ],
+    )
+    assert config.data.train == ("my books/*.txt",)
+    assert config.data.validation == ("a.txt", "b.txt")
+    assert config.samples.prompt == "once upon = a time"
+    assert config.samples.stop is None
+    assert config.optimizer.clip_norm == 1.0
+    assert (config.train.precision, config.train.total_steps, config.train.num_epochs) == ("float64", None, 2)
+    assert config.run_folder == "2024-01-31"
+
+
+def test_later_override_wins_and_the_settings_given_stay_as_they_were():
+    settings = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 10}}
+    assert make_config(settings, ["train.seed=1", "train.seed=2"]).train.seed == 2
+    assert settings == {"run_folder": "r", "train": {"precision": "float32", "total_steps": 10}}
+
+
+@pytest.mark.parametrize("text", ["train.seed", "=3", "  =3", ""])
+def test_what_assigns_nothing_is_no_override(text: str):
+    assert f"{text!r} is not an override; write section.key=value." in refusal(text)
+
+
+def test_a_setting_is_no_section():
+    assert "'train.seed.x=1': seed is a setting, not a section." in refusal("train.seed=1", "train.seed.x=1")
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "char"])
+def test_resolved_config_reads_back_as_itself(kind: str, tmp_path: Path):
+    config = make_config(
+        SETTINGS,
+        [
+            f"tokenizer.kind={kind}",
+            "data.train=['a \"b\".txt', 'c\\d.txt']",
+            "data.validation=ü.txt",
+            'samples.stop="\\n\\u0000"',
+            "optimizer.epsilon=1e-30",
+        ],
+    )
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    assert load_config(tmp_path / "config.toml") == config
+
+
+def test_run_folder_is_named_after_the_file(tmp_path: Path):
+    path = tmp_path / "tiny.toml"
+    path.write_text("train = {precision = 'float32', total_steps = 1}")
+    assert load_config(path).run_folder == "runs/tiny"
+    assert load_config(path, ["run_folder=else/where"]).run_folder == "else/where"
+
+
+def test_unreadable_file_is_refused(tmp_path: Path):
+    path = tmp_path / "bad.toml"
+    for content in (b"[train\n", b"train = \xff", b"a = 1\na = 2"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="bad.toml: not a readable TOML file: "):
+            load_config(path)
+    with pytest.raises(UserError, match="not a readable TOML file"):
+        load_config(tmp_path)
+
+
+def test_missing_file_lists_the_shipped_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=r"quickstat.toml: no such config file. Here are: .*configs/quickstart.toml"):
+        load_config("configs/quickstat.toml")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"x.toml: no such config file.$"):
+        load_config("x.toml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_config_is_sound(path: Path):
+    load_config(path)
+
+
+def test_prepared_data_is_shared_by_configs_that_prepare_alike():
+    def path(*overrides: str) -> Path:
+        return make_config(SETTINGS, ["data.train=a.txt", *overrides]).prepared_path()
+
+    alike = [
+        "data.mode=packed", "model.num_layers=9", "train.seed=4", "run_folder=other", "data.storybook_seed=3",
+        "data.storybook_stories=9",
+    ]  # fmt: skip
+    assert {path(override) for override in alike} == {path()}
+    others = [
+        "data.train=b.txt", "data.validation=b.txt", "data.documents=file", "data.min_bytes=1",
+        "data.held_out_fraction=0.5", "tokenizer.kind=char", "tokenizer={kind='wordpiece',vocabulary_size=9}",
+        "tokenizer={kind='wordpiece',lowercase=false}", "data.prepared_folder=elsewhere",
+    ]  # fmt: skip
+    assert len({path(), *(path(override) for override in others)}) == len(others) + 1
+    # Nothing is held out where there is a validation text.
+    validation = "data.validation=b.txt"
+    assert path(validation, "data.held_out_fraction=0.5") == path(validation)
+
+
+def test_prepared_storybooks_differ_by_their_stories():
+    def path(*overrides: str) -> Path:
+        return make_config(SETTINGS, overrides).prepared_path()
+
+    assert len({path(), path("data.storybook_seed=3"), path("data.storybook_stories=9")}) == 3
+    assert path().name.startswith("storybook-")
+
+
+def test_every_setting_is_read_somewhere():
+    read = set()
+    for path in (ROOT / "trainer").rglob("*.py"):
+        for node in ast.walk(_without_checks(ast.parse(path.read_text(encoding="utf-8")))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+    assert [key for key in setting_names() if key.rpartition(".")[2] not in read] == []
+
+
+class _WithoutChecks(ast.NodeTransformer):
+    """To check a setting is not to use it."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
+        return None if node.name == "_check" else self.generic_visit(node)
+
+
+def _without_checks(tree: ast.Module) -> ast.AST:
+    return _WithoutChecks().visit(tree)
+
+
+@pytest.mark.slow
+def test_a_run_reads_every_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The name alone, as in the test before, can be another section's."""
+    import trainer
+
+    read: set[tuple[type, str]] = set()
+    plain = Section.__getattribute__
+
+    def noted(self: Section, name: str) -> Any:
+        # To check a setting is not to use it.
+        if sys._getframe(1).f_code.co_name != "_check":
+            read.add((type(self), name))
+        return plain(self, name)
+
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("".join(f"the {i} cats sat on the mat\n" for i in range(300)), encoding="utf-8")
+    common = {
+        "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4},
+        "train": {"precision": "float32", "sequence_length": 8, "global_batch_size": 128},
+        "samples": {"num_beams": 2, "top_k": 2, "num_tokens": 2},
+        "optimizer": {"schedule": "cosine"},
+    }
+    # Each reads what the other has no use for.
+    files = {"run_folder": "files", "data": {"train": "a.txt"}}
+    stories = {"run_folder": "stories", "data": {"storybook_stories": 300}}
+    configs = [make_config(common | files, ["train.total_steps=2"]), make_config(common | stories, ["train.num_epochs=1"])]
+    monkeypatch.setattr(Section, "__getattribute__", noted)
+    for config in configs:
+        trainer.train(config, say=lambda line: None)
+    monkeypatch.undo()
+
+    unread = []
+    for key in setting_names():
+        section, _, name = key.rpartition(".")
+        kinds = [kind for kind in Section.__subclasses__() if name in kind.model_fields and _is_section(kind, section)]
+        if not any((kind, name) in read for kind in kinds):
+            unread.append(key)
+    assert unread == []
+
+
+def _is_section(kind: type, section: str) -> bool:
+    return kind is Config if not section else section in kind.__name__.lower() or (
+        section == "tokenizer" and kind in (trainer.config.WordPieceConfig, trainer.config.CharConfig)
+    )
+
+
+def test_config_is_read_without_tensorflow():
+    program = "import sys, trainer, trainer.config; trainer.load_config('configs/quickstart.toml'); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"tensorflow", "keras", "numpy"} & set(loaded.stdout.split())
+
+
+def test_shipped_schema_is_current():
+    command = "python -c 'import trainer.config as c; print(c.json_schema(), end=\"\")' > configs/schema.json"
+    assert (ROOT / "configs/schema.json").read_text(encoding="utf-8") == json_schema(), f"write it anew: {command}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_schema_knows_what_shipped_configs_set(path: Path):
+    import tomllib
+
+    schema = json.loads(json_schema())
+    settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    assert set(schema["required"]) <= settings.keys()
+    for section, values in settings.items():
+        found = schema["properties"][section]
+        kinds = [schema["$defs"][kind["$ref"].rpartition("/")[2]] for kind in found.get("oneOf", [found]) if "$ref" in kind]
+        if kinds:
+            assert any(values.keys() <= kind["properties"].keys() for kind in kinds)
+            assert any(set(kind.get("required", [])) <= values.keys() for kind in kinds)
+
+
+def test_schema_lets_an_editor_know_what_a_setting_means():
+    schema = json.loads(json_schema())
+    settings = [setting for section in schema["$defs"].values() for name, setting in section["properties"].items()]
+    assert sum("description" in setting for setting in settings) >= len(settings) - 2  # The two kinds of tokenizer.
+    assert {"type": "string"} in schema["$defs"]["DataConfig"]["properties"]["train"]["anyOf"]

@@ -1,0 +1,104 @@
+"""Laws of the evaluation."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.config import make_config
+from trainer.data import storybook
+from trainer.data.batches import evaluation_batches
+from trainer.data.prepare import prepare
+from trainer.evaluate import Evaluation, Evaluator
+from trainer.model.gpt import GPT
+from trainer.run import build_gpt
+from trainer.training.distribution import make_strategy
+
+
+def evaluator_of(tmp_path, build=build_gpt, **data):
+    config = make_config(
+        {
+            "run_folder": str(tmp_path / "run"),
+            "data": {"storybook_stories": 60, "held_out_fraction": 0.3, "prepared_folder": str(tmp_path / "p")} | data,
+            "tokenizer": {"kind": "wordpiece", "vocabulary_size": 3000},
+            "model": {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8},
+            "train": {"precision": "float64", "total_steps": 1, "global_batch_size": 4, "sequence_length": 128},
+        }
+    )
+    prepared = prepare(config, lambda _: None)
+    strategy = make_strategy(config.distribution)
+    with strategy.scope():
+        model = build(config, prepared.vocabulary_size)
+    return Evaluator(model, strategy, prepared, config)
+
+
+def test_every_token_counts_once_and_alike(tmp_path):
+    evaluator = evaluator_of(tmp_path)
+    plain = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none", dtype="float64")
+    losses, weights = [], []
+    for inputs, targets, batch_weights in evaluation_batches(evaluator.prepared, evaluator.config):
+        losses.append(np.ravel(plain(targets, evaluator.model(inputs))))
+        weights.append(np.ravel(batch_weights))
+    expected = np.average(np.concatenate(losses), weights=np.concatenate(weights))
+    evaluation = evaluator()
+    split = evaluator.prepared.split("validation")
+    assert evaluation.num_tokens == split.num_tokens == np.concatenate(weights).sum()
+    assert evaluation.loss == pytest.approx(expected, rel=1e-12)
+    assert evaluation.perplexity == pytest.approx(math.exp(expected), rel=1e-12)
+    bits = expected * split.num_tokens / math.log(2) / split.num_bytes
+    assert evaluation.bits_per_byte == pytest.approx(bits, rel=1e-12)
+
+
+def test_excess_is_measured_from_the_exact_probability_of_the_same_stories(tmp_path):
+    evaluator = evaluator_of(tmp_path)
+    split, tokenizer = evaluator.prepared.split("validation"), evaluator.prepared.tokenizer()
+    stories = [
+        tokenizer.decode(row[: int(weight.sum())])
+        for _, targets, weights in evaluation_batches(evaluator.prepared, evaluator.config).as_numpy_iterator()
+        for row, weight in zip(targets, weights, strict=True)
+        if weight.any()
+    ]
+    assert len(stories) == split.num_documents
+    entropy = sum(-storybook.log_probability(story) for story in stories) / split.num_tokens
+    evaluation = evaluator()
+    assert evaluation.excess == pytest.approx(evaluation.loss - entropy, abs=1e-9)
+
+
+@pytest.mark.parametrize("case", ["some batches only", "stories packed", "a text file"])
+def test_excess_is_left_out_where_it_would_not_be_exact(tmp_path, case):
+    if case == "some batches only":
+        assert evaluator_of(tmp_path)(num_batches=1).excess is None
+    elif case == "stories packed":
+        assert evaluator_of(tmp_path, mode="packed")().excess is None
+    else:
+        text = tmp_path / "text.txt"
+        text.write_text("\n".join(f"line {i}" for i in range(50)), encoding="utf-8")
+        assert evaluator_of(tmp_path, train=[str(text)])().excess is None
+
+
+def test_a_model_that_offers_only_logits_is_scored_too(tmp_path):
+    def build(config, vocabulary_size):
+        inputs = keras.Input((None,), dtype="int32")
+        return keras.Model(inputs, GPT(config.model, vocabulary_size, 128, dtype="float64")(inputs))
+
+    ours, foreign = evaluator_of(tmp_path), evaluator_of(tmp_path, build)
+    foreign.model.layers[-1].set_weights(ours.model.get_weights())
+    assert not isinstance(foreign.model, GPT)
+    assert foreign().loss == pytest.approx(ours().loss, rel=1e-12)
+
+
+def test_a_lossy_tokenizer_is_named():
+    assert "of what the tokenizer keeps" in str(Evaluation(1.0, 10, 2.0, True, None))
+    assert "of what the tokenizer keeps" not in str(Evaluation(1.0, 10, 2.0, False, 0.01))
+    assert "+0.0100 nats per token above" in str(Evaluation(1.0, 10, 2.0, False, 0.01))
+
+
+def test_evaluation_leaves_the_model_as_it_is(tmp_path):
+    evaluator = evaluator_of(tmp_path)
+    before = [tf.identity(v.value) for v in evaluator.model.variables]
+    first, second = evaluator(), evaluator()
+    assert first == second
+    for variable, value in zip(evaluator.model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable, value)

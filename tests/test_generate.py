@@ -1,0 +1,320 @@
+"""What a text from a model is, whichever way it is computed."""
+
+import itertools
+import string
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.config import ModelConfig, SamplesConfig, UserError
+from trainer.data.tokenizer import CharTokenizer
+from trainer.data.vocabulary import SPECIAL_TOKENS
+from trainer.decoding.generate import DECODERS, Decoder, Generator
+from trainer.model.gpt import GPT
+
+SEQUENCE = 16
+TOKENIZER = CharTokenizer([*SPECIAL_TOKENS, *string.ascii_lowercase[:17]])
+TINY_TOKENIZER = CharTokenizer([*SPECIAL_TOKENS, "a", "b", "c"])
+PAD, UNKNOWN, BOS = range(3)
+
+TUTORIAL_LIKE = ModelConfig(num_layers=2, num_heads=2, hidden_dim=16, intermediate_dim=16)
+MODERN = TUTORIAL_LIKE.model_copy(
+    update={"activation": "gelu", "pre_norm": True, "tied_embeddings": True, "use_bias": False}
+)
+
+
+def make_model(config=TUTORIAL_LIKE, tokenizer=TOKENIZER, dtype="float32", seed=1):
+    """A GPT whose next token depends on all before it; with initial weights it would repeat one."""
+    model = GPT(config, tokenizer.vocabulary_size, SEQUENCE, dtype=dtype)
+    random = np.random.default_rng(seed)
+    for weight in model.trainable_variables:
+        mean = 1.0 if weight.path.endswith("gamma") else 0.0
+        spread = 0.5 if len(weight.shape) == 2 else 0.1
+        weight.assign(random.normal(mean, spread, weight.shape))
+    return model
+
+
+def make_bigram_model(*likely, tokenizer=TINY_TOKENIZER):
+    """A model that is no GPT: logit 0 for a token given the one before, but for `likely`: (before, token, logit)."""
+    table = np.zeros([tokenizer.vocabulary_size] * 2, np.float32)
+    for before, token, logit in likely:
+        table[before, token] = logit
+    model = keras.Sequential([keras.layers.Embedding(*table.shape)])
+    model.build((None, SEQUENCE))
+    model.layers[0].embeddings.assign(table)
+    return model
+
+
+class Uncached(keras.Model):
+    """Hides from the generator that a model is a GPT."""
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.gpt = gpt
+
+    def call(self, tokens):
+        return self.gpt(tokens)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def generator(model):
+    return Generator(model, TOKENIZER, SEQUENCE)
+
+
+def next_log_probs(model, tokens):
+    """Returns log p of each next token, [PAD] and [UNK] ruled out, from the full forward pass."""
+    logits = model(np.array([tokens], np.int32)).numpy().astype(np.float64)[0, -1]
+    logits[[PAD, UNKNOWN]] = -np.inf
+    return logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+
+
+def greedy_text(model, prompt, num_tokens, tokenizer=TOKENIZER):
+    """Repeats the argmax of the full forward pass."""
+    tokens = [BOS, *tokenizer.encode(prompt)]
+    for _ in range(min(num_tokens, SEQUENCE - len(tokens))):
+        tokens.append(int(np.argmax(next_log_probs(model, tokens))))
+        if tokens[-1] == BOS:
+            break
+    return tokenizer.decode(tokens)
+
+
+def log_probs(model, prompt, continuations, tokenizer):
+    """Returns log p of the tokens of each continuation, from one full forward pass."""
+    prompt = [BOS, *tokenizer.encode(prompt)]
+    rows = [([*prompt, *continuation] + [PAD] * SEQUENCE)[:SEQUENCE] for continuation in continuations]
+    logits = model(np.array(rows, np.int32)).numpy().astype(np.float64)
+    logits[:, :, [PAD, UNKNOWN]] = -np.inf
+    logits -= np.log(np.exp(logits).sum(axis=2, keepdims=True))
+    return [
+        sum(logits[i, len(prompt) - 1 + j, token] for j, token in enumerate(continuation))
+        for i, continuation in enumerate(continuations)
+    ]
+
+
+def num_traces(generator, decoder):
+    return generator._compiled[decoder][1].experimental_get_tracing_count()
+
+
+@pytest.mark.parametrize("config", [TUTORIAL_LIKE, MODERN], ids=["post-norm", "pre-norm"])
+def test_cached_step_gives_the_logits_of_the_full_forward_pass(config):
+    model = make_model(config)
+    tokens = np.random.default_rng(1).integers(0, TOKENIZER.vocabulary_size, [3, SEQUENCE], np.int32)
+    first, cache = model.decode(tokens[:, :5], model.empty_cache(3), tf.constant(0))
+    logits = [first]
+    for i in range(5, SEQUENCE):
+        step, cache = model.decode(tokens[:, i : i + 1], cache, tf.constant(i))
+        logits.append(step)
+    np.testing.assert_allclose(tf.concat(logits, axis=1), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", ["", "a", "fed"])
+def test_greedy_repeats_the_argmax_of_the_full_forward_pass(model, generator, prompt):
+    expected = greedy_text(model, prompt, 10)
+    assert len(set(expected)) > 3  # Else the test would prove little.
+    assert generator.generate([prompt], Decoder("greedy"), 10) == [expected]
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        Decoder("beam", num_beams=1),
+        Decoder("top-k", top_k=1),
+        Decoder("top-p", top_p=1e-6),
+        Decoder("top-k", top_k=1000, temperature=1e-6),  # More tokens than there are: all of them.
+    ],
+    ids=["one beam", "k=1", "tiny p", "cold"],
+)
+def test_decoder_with_no_choice_is_greedy(generator, decoder):
+    prompts = ["", "bad", "cab"]
+    assert generator.generate(prompts, decoder, 10) == generator.generate(prompts, Decoder("greedy"), 10)
+
+
+def test_beam_search_over_everything_finds_the_likeliest_text():
+    model = make_model(tokenizer=TINY_TOKENIZER)
+    generator = Generator(model, TINY_TOKENIZER, SEQUENCE)
+    prompts = ["", "abc", "ca"]
+    # A continuation is three tokens, or fewer and [BOS].
+    letters = TINY_TOKENIZER.encode("abc")
+    continuations = [[*text, BOS][:3] for length in range(4) for text in itertools.product(letters, repeat=length)]
+    best, greedy, beam = [], [], []
+    for seed in (5, 6, 9):
+        model.set_weights(make_model(tokenizer=TINY_TOKENIZER, seed=seed).get_weights())
+        for prompt in prompts:
+            scores = log_probs(model, prompt, continuations, TINY_TOKENIZER)
+            assert np.exp(scores).sum() == pytest.approx(1)
+            best.append(prompt + TINY_TOKENIZER.decode(continuations[np.argmax(scores)]))
+            greedy.append(greedy_text(model, prompt, 3, TINY_TOKENIZER))
+        beam += generator.generate(prompts, Decoder("beam", num_beams=TINY_TOKENIZER.vocabulary_size**2), 3)
+    assert beam == best
+    # Where the two differ, greedy's text is the less likely one; were they always equal, this would prove little.
+    assert sum(a != b for a, b in zip(best, greedy, strict=True)) == 3
+
+
+def test_top_k_draws_from_the_k_likeliest_tokens(model, generator):
+    likeliest = TOKENIZER.decode(np.argsort(next_log_probs(model, [BOS, *TOKENIZER.encode("a")]))[-3:])
+    texts = generator.generate(["a"] * 64, Decoder("top-k", top_k=3, temperature=100.0), 1)
+    # At that temperature the three are about equally likely.
+    assert {text[1:] for text in texts} == set(likeliest)
+
+
+def test_top_p_draws_from_the_fewest_tokens_that_reach_p():
+    model = make_bigram_model((BOS, 3, np.log(60)), (BOS, 4, np.log(30)), (BOS, 5, np.log(9)))  # and [BOS] 1
+    generator = Generator(model, TINY_TOKENIZER, SEQUENCE)
+    for p, drawn in [(0.5, {"a"}), (0.8, {"a", "b"}), (0.95, {"a", "b", "c"})]:
+        assert set(generator.generate([""] * 64, Decoder("top-p", top_p=p), 1)) == drawn
+
+
+@pytest.mark.parametrize("name", ["top-k", "top-p"])
+def test_seed_decides_the_text(generator, name):
+    decoder = Decoder(name, top_p=0.9)
+    texts = [generator.generate(["", "b"], decoder, 12, seed=seed) for seed in (1, 2, 1, 2**32 - 1, 2**40 + 7)]
+    assert texts[0] == texts[2]
+    assert len(set(map(tuple, texts))) == 4
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_no_prompt_seed_length_or_weight_traces_again(name):
+    config = TUTORIAL_LIKE.model_copy(update={"num_layers": 1})
+    model, decoder = make_model(config), Decoder(name, num_beams=2)
+    generator = Generator(model, TOKENIZER, SEQUENCE)
+    before = generator.generate(["a"], decoder, 5)
+    generator.generate(["", "abc"], decoder, 7, seed=3)
+    generator.generate(["cab"], Decoder(name, num_beams=2), SEQUENCE)
+    for weight in model.trainable_variables:
+        weight.assign(-weight)
+    assert generator.generate(["a"], decoder, 5) != before
+    assert num_traces(generator, decoder) == 1
+
+
+@pytest.mark.parametrize("decoder", [Decoder("greedy"), Decoder("beam", num_beams=3)], ids=["greedy", "beam"])
+def test_text_is_the_same_alone_and_beside_other_prompts(decoder):
+    generator = Generator(make_model(tokenizer=TINY_TOKENIZER, seed=6), TINY_TOKENIZER, SEQUENCE)
+    random = np.random.default_rng(0)
+    prompts = ["".join(random.choice(list("abc"), length)) for length in [*range(SEQUENCE - 1), *range(10)]]
+    together = generator.generate(prompts, decoder, 6)
+    assert together == [generator.generate([prompt], decoder, 6)[0] for prompt in prompts]
+    assert all(text.startswith(prompt) for text, prompt in zip(together, prompts, strict=True))
+
+
+def test_text_has_the_tokens_asked_for_and_never_more_than_fit():
+    model = make_bigram_model((BOS, 3, 9.0), (3, 3, 9.0))
+    generator = Generator(model, TINY_TOKENIZER, SEQUENCE)
+    room = SEQUENCE - 1  # [BOS] takes one.
+    for prompt_length, num_tokens in [(0, 1), (0, room), (0, room + 1), (3, 5), (room - 1, 1), (room - 1, 2)]:
+        [text] = generator.generate(["a" * prompt_length], Decoder("greedy"), num_tokens)
+        assert text == "a" * min(prompt_length + num_tokens, room)
+
+
+def test_bos_ends_a_text():
+    model = make_bigram_model((BOS, 3, 9.0), (3, 4, 9.0), (4, 5, 9.0), (5, BOS, 9.0))
+    generator = Generator(model, TINY_TOKENIZER, SEQUENCE)
+    for decoder in [Decoder("greedy"), Decoder("beam", num_beams=3)]:
+        assert generator.generate(["", "b", "abcabca"], decoder, 8) == ["abc", "bc", "abcabcabc"]
+
+
+def test_pad_and_unknown_are_never_written():
+    model = make_bigram_model(*((token, bad, 99.0) for token in range(6) for bad in (PAD, UNKNOWN)), (BOS, 3, 9.0))
+    generator = Generator(model, TINY_TOKENIZER, SEQUENCE)
+    for name in DECODERS:
+        texts = generator.generate([""] * 8, Decoder(name, temperature=50.0, num_beams=20), 8)
+        assert set("".join(texts)) <= set("abc")
+    # In a prompt it is what the user gave.
+    assert generator.generate(["?"], Decoder("greedy"), 1)[0].startswith("[UNK]")
+
+
+def test_stop_string_ends_the_continuation_and_is_kept():
+    model = make_bigram_model((BOS, 3, 9.0), (3, 4, 9.0), (4, 5, 9.0), (5, 3, 9.0))
+    generator = Generator(model, TINY_TOKENIZER, SEQUENCE)
+    for prompt, stop, expected in [
+        ("", "bc", "abc"),
+        ("abc", "bc", "abcabc"),
+        ("ab", "bc", "abcabc"),  # Begun in the prompt, it does not count.
+        ("a", "aa", "abcabca"),
+        ("ab", "c", "abc"),
+    ]:
+        assert generator.generate([prompt], Decoder("greedy"), 6, stop=stop)[0] == expected
+
+
+def test_any_keras_model_writes_what_a_cached_one_writes(model, generator):
+    foreign = Generator(Uncached(model), TOKENIZER, SEQUENCE)
+    for decoder in [Decoder("greedy"), Decoder("beam", num_beams=3)]:
+        assert foreign.generate(["", "bad"], decoder, 9) == generator.generate(["", "bad"], decoder, 9)
+
+
+def test_sequential_model_with_a_fixed_length_works():
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Embedding(20, 8, "normal"), keras.layers.Dense(20, kernel_initializer="normal")]
+    model = keras.Sequential([keras.Input([SEQUENCE], dtype="int32"), *layers])
+    table = keras.Sequential(layers)
+    [text] = Generator(model, TOKENIZER, SEQUENCE).generate(["ab"], Decoder("greedy"), 5)
+    assert text == greedy_text(table, "ab", 5)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "mixed_bfloat16"])
+def test_other_precisions_work(dtype):
+    model = make_model(MODERN, dtype=dtype)
+    generator = Generator(model, TOKENIZER, SEQUENCE)
+    texts = generator.generate(["", "bad"], Decoder("greedy"), 6)
+    if dtype == "float64":  # bfloat16 rounds the cached and the full pass to different texts.
+        assert texts == [greedy_text(model, prompt, 6) for prompt in ("", "bad")]
+    assert texts[1].startswith("bad") and len(texts[0]) == 6
+
+
+def test_no_prompts_give_no_texts(generator):
+    assert generator.generate([], Decoder("greedy"), 5) == []
+
+
+def test_cache_is_let_go_after_a_call(generator):
+    generator.generate(["a"] * 4, Decoder("greedy"), 2)
+    assert generator._cache.read_value().shape[0] == 0
+
+
+def test_prompt_without_room_to_continue_is_refused(generator):
+    with pytest.raises(UserError, match=r"'aaaaaaaaaaaaaaa' has 15 tokens; .*train\.sequence_length=16 .*at most 14"):
+        generator.generate(["b", "a" * (SEQUENCE - 1)], Decoder("greedy"), 1)
+
+
+def test_impossible_requests_are_refused(model, generator):
+    with pytest.raises(UserError, match=r"num_tokens=0 .*at least 1"):
+        generator.generate([""], Decoder("greedy"), 0)
+    with pytest.raises(UserError, match=r"stop='' .*leave it out"):
+        generator.generate([""], Decoder("greedy"), 1, stop="")
+    with pytest.raises(UserError, match=r"model tells 20 tokens apart, the tokenizer 6"):
+        Generator(model, TINY_TOKENIZER, SEQUENCE).generate([""], Decoder("greedy"), 1)
+    with pytest.raises(UserError, match=r"train\.sequence_length=17 is more than the model's 16 positions"):
+        Generator(model, TOKENIZER, SEQUENCE + 1)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_model_with_damaged_weights_is_refused(name):
+    model = make_bigram_model((BOS, 3, 9.0), (3, 4, float("nan")))
+    generator = Generator(model, TINY_TOKENIZER, SEQUENCE)
+    with pytest.raises(UserError, match=r"logits are not finite: .*earlier checkpoint"):
+        generator.generate(["", "a"], Decoder(name, num_beams=1), 4)
+
+
+def test_decoder_refuses_impossible_settings():
+    with pytest.raises(UserError, match=r"--sampler=top_k .*greedy, beam, top-k, top-p\. Did you mean top-k"):
+        Decoder("top_k")
+    for setting, value, option in [
+        ("top_k", 0, "--top-k=0"),
+        ("top_p", 0.0, "--top-p=0.0"),
+        ("top_p", 1.5, "--top-p=1.5"),
+        ("num_beams", 0, "--num-beams=0"),
+        ("temperature", 0.0, "--temperature=0.0"),
+        ("temperature", float("nan"), "--temperature=nan"),
+    ]:
+        with pytest.raises(UserError, match=option):
+            Decoder("top-k", **{setting: value})
+
+
+def test_decoder_takes_the_settings_of_the_run():
+    config = SamplesConfig(top_k=3, top_p=0.25, num_beams=4, temperature=0.5)
+    assert Decoder.from_config("top-p", config) == Decoder("top-p", 3, 0.25, 4, 0.5)

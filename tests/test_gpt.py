@@ -1,0 +1,165 @@
+"""Laws of the model; the layers of KerasNLP are the reference."""
+
+import keras
+import keras_nlp
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.config import ModelConfig
+from trainer.model.gpt import GPT, DropoutDraw, dropout
+
+SHAPES = [
+    ModelConfig(num_heads=3, hidden_dim=16, intermediate_dim=12),
+    ModelConfig(num_heads=2, hidden_dim=16, intermediate_dim=12, pre_norm=True, activation="gelu"),
+    ModelConfig(num_heads=2, hidden_dim=16, intermediate_dim=12, tied_embeddings=True, use_bias=False),
+]
+
+
+def tutorial_model(config, vocabulary_size, sequence_length):
+    """The tutorial's model, from KerasNLP's layers."""
+    inputs = keras.layers.Input(shape=(None,), dtype="int32")
+    x = keras_nlp.layers.TokenAndPositionEmbedding(vocabulary_size, sequence_length, config.hidden_dim)(inputs)
+    for _ in range(config.num_layers):
+        x = keras_nlp.layers.TransformerDecoder(
+            config.intermediate_dim, config.num_heads, activation=config.activation, normalize_first=config.pre_norm
+        )(x)
+    return keras.Model(inputs, keras.layers.Dense(vocabulary_size)(x))
+
+
+def copy_weights(model, reference):
+    """Gives a KerasNLP model the weights of ours."""
+    values = {variable.path.removeprefix("gpt/"): variable.numpy() for variable in model.variables}
+    heads, width = model.config.num_heads, model.config.head_dim()
+    _, embedding, *decoders, dense = reference.layers
+    embedding.set_weights([values["token_embedding/embeddings"], values["position_embedding/embeddings"]])
+    for i, decoder in enumerate(decoders):
+        block = {name.split("/", 1)[1]: v for name, v in values.items() if name.startswith(f"block_{i}/")}
+        kernels = block["query_key_value/kernel"].reshape(-1, 3, heads, width)
+        biases = block["query_key_value/bias"].reshape(3, heads, width)
+        projections = [part for k in range(3) for part in (kernels[:, k], biases[k])]
+        attention_output = [block["attention_output/kernel"].reshape(heads, width, -1), block["attention_output/bias"]]
+        rest = ["attention_norm/gamma", "attention_norm/beta", "intermediate/kernel", "intermediate/bias"]
+        rest += ["output/kernel", "output/bias", "feedforward_norm/gamma", "feedforward_norm/beta"]
+        decoder.set_weights([*projections, *attention_output, *(block[name] for name in rest)])
+    dense.set_weights([values["unembedding/kernel"].T, values["unembedding/bias"]])
+
+
+def spread_out(model, stddev=0.3):
+    """Gives every weight, biases and scales too, a random value: zeros and ones would hide mistakes."""
+    random = np.random.default_rng(0)
+    for variable in model.variables:
+        variable.assign(variable.numpy() + random.normal(0, stddev, variable.shape))
+
+
+def random_tokens(vocabulary_size, *shape):
+    return np.random.default_rng(1).integers(0, vocabulary_size, shape).astype(np.int32)
+
+
+def test_defaults_are_the_tutorials_model_parameter_for_parameter():
+    assert GPT(ModelConfig(), 5000, 128).count_params() == 3_387_266
+    assert tutorial_model(ModelConfig(), 5000, 128).count_params() == 3_387_266
+
+
+def test_logits_equal_those_of_the_keras_nlp_layers_with_the_same_weights():
+    config = ModelConfig()
+    model, reference = GPT(config, 200, 32), tutorial_model(config, 200, 32)
+    # Little enough that attention does not turn into a choice of one: there float32 itself would not agree to 1e-5.
+    spread_out(model, 0.05)
+    copy_weights(model, reference)
+    tokens = random_tokens(200, 3, 32)
+    np.testing.assert_allclose(model(tokens), reference(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_loss_is_that_of_the_logits():
+    for config in SHAPES:
+        model = GPT(config, 20, 8, dtype="float64")
+        spread_out(model)
+        tokens, targets = random_tokens(20, 2, 8), random_tokens(20, 2, 8)[:, ::-1]
+        plain = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum", dtype="float64")
+        expected = plain(targets, model(tokens))
+        loss_sum, num_targets = model.training_loss(tokens, targets, np.ones((2, 8)))
+        np.testing.assert_allclose(loss_sum, expected, rtol=1e-12)
+        assert num_targets == 16
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_cached_logits_equal_the_full_forward_pass_at_every_position(config):
+    model = GPT(config, 20, 8)
+    spread_out(model)
+    tokens = random_tokens(20, 2, 8)
+    whole = model(tokens)
+    cache = model.empty_cache(2)
+    prefix, cache = model.decode(tokens[:, :3], cache, tf.constant(0))
+    np.testing.assert_allclose(prefix, whole[:, :3], atol=1e-5)
+    for i in range(3, 8):
+        one, cache = model.decode(tokens[:, i : i + 1], cache, tf.constant(i))
+        np.testing.assert_allclose(one[:, 0], whole[:, i], atol=1e-5)
+
+
+def test_same_seed_same_weights_other_seed_others():
+    config = SHAPES[0]
+    one, two, other = (GPT(config, 20, 8, seed=seed) for seed in (1, 1, 2))
+    for a, b, c in zip(one.variables, two.variables, other.variables, strict=True):
+        np.testing.assert_array_equal(a, b)
+        if len(a.shape) > 1:
+            assert not np.array_equal(a, c)
+
+
+def test_no_two_weights_start_alike():
+    kernels = [v.numpy() for v in GPT(SHAPES[0], 20, 8).variables if v.path.endswith("kernel")]
+    for i, one in enumerate(kernels):
+        assert not any(np.array_equal(one, other) for other in kernels[:i])
+
+
+def test_keras_summary_names_the_parts():
+    lines = []
+    GPT(SHAPES[0], 20, 8).summary(print_fn=lines.append)
+    text = "\n".join(lines)
+    assert all(name in text for name in ("token_embedding", "block_0", "block_1", "unembedding"))
+
+
+def test_dropout_in_keras_fit_is_refused_rather_than_left_out():
+    model = GPT(ModelConfig(hidden_dim=16, dropout=0.1), 20, 8)
+    model(random_tokens(20, 1, 8))
+    with pytest.raises(ValueError, match=r"model.dropout=0.1 needs trainer.train"):
+        model(random_tokens(20, 1, 8), training=True)
+
+
+def draw(seed=0, step=0, first_row=0):
+    return DropoutDraw(*(tf.cast(x, tf.int64) for x in (seed, step, first_row)))
+
+
+# 15 is not a multiple of the four words that one count of the generator gives.
+@pytest.mark.parametrize("row_size", [15, 16])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_row_is_masked_alike_however_the_batch_is_split(row_size, jit_compile):
+    x = tf.ones([8, row_size])
+    masked = tf.function(
+        lambda rows, first: dropout(rows, 0.5, 3, draw(7, 11, first)), jit_compile=jit_compile, autograph=False
+    )
+    whole = dropout(x, 0.5, 3, draw(7, 11))
+    parts = [masked(x[i : i + 2], tf.constant(i, tf.int64)) for i in range(0, 8, 2)]
+    np.testing.assert_array_equal(whole, tf.concat(parts, axis=0))
+
+
+def test_masks_differ_by_seed_step_layer_and_row_and_nothing_else():
+    x = tf.ones([2, 64])
+    masks = [
+        dropout(x, 0.5, 0, draw()),
+        dropout(x, 0.5, 1, draw()),
+        dropout(x, 0.5, 0, draw(step=1)),
+        dropout(x, 0.5, 0, draw(seed=1)),
+        dropout(x, 0.5, 0, draw(first_row=2)),
+    ]
+    rows = [tuple(row) for mask in masks for row in mask.numpy()]
+    assert len(set(rows)) == 10
+    np.testing.assert_array_equal(masks[0], dropout(x, 0.5, 0, draw()))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_keeps_the_mean(rate):
+    out = dropout(tf.ones([100, 1000]), rate, 0, draw()).numpy()
+    # Five standard errors of the share that is dropped.
+    assert abs((out == 0).mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / out.size)
+    np.testing.assert_allclose(out[out > 0], 1 / (1 - rate), rtol=1e-6)

@@ -1,0 +1,205 @@
+"""Laws of whole runs, in real processes where a process has to die."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import trainer
+from trainer.training.loop import is_due, steps_until_due
+
+SETTINGS = {
+    "data": {"mode": "packed", "documents": "file", "held_out_fraction": 0.2},
+    "tokenizer": {"kind": "char"},
+    "model": {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 16, "dropout": 0.1},
+    "train": {
+        "precision": "float32",
+        "total_steps": 40,
+        "global_batch_size": 4,
+        "sequence_length": 8,
+        "steps_per_call": 7,
+    },
+    "optimizer": {"schedule": "cosine", "warmup_steps": 5, "clip_norm": 1.0, "weight_decay": 0.1},
+    "checkpoint": {"every_steps": 10, "keep_last": 10},
+    "log": {"every_steps": 4},
+    "evaluation": {"every_steps": 15},
+    "samples": {"every_steps": 20, "num_tokens": 4},
+}
+
+# A run in a process of its own. PAUSE is a number of seconds to wait in front of each call of the compiled loop.
+RUN = """
+import json, os, sys, time
+import trainer
+from trainer.training import step
+pause, run_steps = float(os.environ.get("PAUSE", 0)), step.TrainingStep._run_steps
+if pause:
+    import trainer.training.loop as loop
+    due = loop.steps_until_due
+    loop.steps_until_due = lambda *arguments: (time.sleep(pause), due(*arguments))[1]
+if sys.argv[1] == "train":
+    result = trainer.train(trainer.make_config(json.loads(sys.argv[2])))
+else:
+    result = trainer.resume(sys.argv[2])
+sys.exit(75 if result.was_interrupted else 0)
+"""
+
+
+def settings_of(tmp_path, name="run", **overrides):
+    text = tmp_path / "text.txt"
+    if not text.exists():
+        text.write_text("the quick brown fox jumps over the lazy dog .\n" * 40, encoding="utf-8")
+    settings = json.loads(json.dumps(SETTINGS))
+    settings["run_folder"] = str(tmp_path / name)
+    settings["data"] |= {"train": str(text), "prepared_folder": str(tmp_path / "prepared")}
+    for key, value in overrides.items():
+        section, _, field = key.partition("__")
+        settings[section][field] = value
+    return settings
+
+
+def start(verb, what, pause=0.0):
+    environment = os.environ | {"PAUSE": str(pause), "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, verb, what], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def wait_for(path, process, secs=90):
+    """Waits until a path is there."""
+    deadline = time.monotonic() + secs
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+def saved(run, step):
+    """All arrays of a checkpoint."""
+    folder = run / "checkpoints" / f"step_{step:09d}"
+    return {
+        f"{group}/{name}": array
+        for group in ("weights", "optimizer")
+        for name, array in safetensors.numpy.load((folder / f"{group}.safetensors").read_bytes()).items()
+    }
+
+
+def assert_bit_identical(one, two):
+    assert one.keys() == two.keys()
+    for name, array in one.items():
+        assert array.tobytes() == two[name].tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run nobody killed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    returncode, output = finish(start("train", json.dumps(settings_of(folder))))
+    assert returncode == 0, output
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_run_ends_bit_identical_to_the_run_nobody_killed(tmp_path, uninterrupted):
+    process = start("train", json.dumps(settings_of(tmp_path)), pause=0.4)
+    run = tmp_path / "run"
+    # Past step 20, with logs and steps that no checkpoint has.
+    wait_for(run / "checkpoints" / "step_000000020", process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (run / "checkpoints" / "step_000000040").exists()
+    returncode, output = finish(start("resume", str(run)))
+    assert returncode == 0, output
+    assert_bit_identical(saved(run, 40), saved(uninterrupted, 40))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_75_and_the_resumed_run_ends_bit_identical(tmp_path, uninterrupted, number):
+    process = start("train", json.dumps(settings_of(tmp_path, checkpoint__every_steps=1000)), pause=0.4)
+    run = tmp_path / "run"
+    wait_for(run / "lock", process)
+    while "step 4/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    returncode, output = finish(process)
+    assert returncode == 75, output
+    assert f"trainer train --resume {run}" in output
+    (folder,) = (run / "checkpoints").iterdir()
+    assert 4 <= int(folder.name.removeprefix("step_")) < 40
+    returncode, output = finish(start("resume", str(run)))
+    assert returncode == 0, output
+    assert_bit_identical(saved(run, 40), saved(uninterrupted, 40))
+
+
+def test_run_leaves_all_that_is_needed_and_a_finished_run_reports_again(tmp_path):
+    lines = []
+    config = trainer.make_config(settings_of(tmp_path))
+    result = trainer.train(config, say=lines.append)
+    run = Path(result.run_folder)
+    assert (result.step, result.was_interrupted) == (40, False)
+    assert set(result.samples) == {"greedy", "beam", "top-k", "top-p"}
+    assert {path.name for path in run.iterdir()} >= {"config.toml", "run.json", "tokenizer", "checkpoints", "logs"}
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [f"step_0000000{n}0" for n in range(1, 5)]
+    again = trainer.resume(str(run), say=lines.append)
+    assert again.evaluation == result.evaluation
+    assert again.samples == result.samples
+    assert trainer.load_config(run / "config.toml") == config
+
+    texts = trainer.generate(str(run), ["the ", "dog"], "greedy", num_tokens=3)
+    assert [text[:4] for text in texts] == ["the ", "dog" + texts[1][3]]
+    with pytest.raises(trainer.UserError, match="already holds a run"):
+        trainer.train(config, say=lines.append)
+
+
+def test_loss_falls_to_the_entropy_of_a_text_that_repeats(tmp_path):
+    settings = settings_of(
+        tmp_path, model__dropout=0.0, train__total_steps=400, optimizer__learning_rate=0.02, train__sequence_length=16
+    )
+    result = trainer.train(trainer.make_config(settings | {"log": {"every_steps": 200}}), say=lambda _: None)
+    # A pangram has few repeats, so after its first letters everything is certain.
+    assert result.evaluation.loss < 0.5
+
+
+def test_a_foreign_keras_model_trains_resumes_and_writes(tmp_path):
+    def build(config, vocabulary_size):
+        return keras.Sequential(
+            [keras.Input((None,), dtype="int32"), keras.layers.Embedding(vocabulary_size, 8), keras.layers.Dense(vocabulary_size)]
+        )
+
+    config = trainer.make_config(settings_of(tmp_path, model__dropout=0.0))
+    result = trainer.train(config, build, say=lambda _: None)
+    assert result.evaluation.loss < np.log(40)
+    again = trainer.resume(result.run_folder, build, say=lambda _: None)
+    assert again.evaluation == result.evaluation
+    assert trainer.generate(result.run_folder, "the ", "greedy", num_tokens=3, build_model=build)[0].startswith("the ")
+    with pytest.raises(trainer.UserError, match="does not hold this model"):
+        trainer.resume(result.run_folder, say=lambda _: None)
+
+
+def test_a_run_that_only_skips_steps_ends_with_advice(tmp_path):
+    settings = settings_of(tmp_path, optimizer__learning_rate=1e30, optimizer__warmup_steps=0)
+    with pytest.raises(trainer.UserError, match=r"Lower optimizer.learning_rate"):
+        trainer.train(trainer.make_config(settings), say=lambda _: None)
+
+
+def test_cadences_meet_at_their_multiples():
+    assert [is_due(step, 3) for step in range(7)] == [False, False, False, True, False, False, True]
+    assert not is_due(3, None)
+    assert steps_until_due(0, 100, (10, None, 4)) == 4
+    assert steps_until_due(4, 100, (10, None, 4)) == 4
+    assert steps_until_due(8, 100, (10, None, 4)) == 2
+    assert steps_until_due(99, 100, (10, None, 4)) == 1

@@ -1,0 +1,43 @@
+"""Laws of the learning-rate schedule."""
+
+import pytest
+
+from trainer.config import OptimizerConfig
+from trainer.training.schedule import learning_rate
+
+
+def rates(total_steps, **settings):
+    config = OptimizerConfig(**settings)
+    return [float(learning_rate(config, step, total_steps)) for step in range(total_steps)]
+
+
+def test_constant_rate_is_the_same_at_every_step():
+    assert rates(5, learning_rate=0.5) == [0.5] * 5
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup_steps", [1, 2, 4])
+def test_warmup_rises_linearly_and_its_last_step_has_the_peak(schedule, warmup_steps):
+    values = rates(20, learning_rate=1.0, schedule=schedule, warmup_steps=warmup_steps)
+    expected = [(step + 1) / warmup_steps for step in range(warmup_steps)]
+    assert values[:warmup_steps] == pytest.approx(expected, rel=1e-12)
+    assert max(values) == values[warmup_steps - 1] == 1.0
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_last_step_has_the_final_rate(schedule):
+    values = rates(11, learning_rate=1.0, final_learning_rate=0.2, schedule=schedule)
+    assert values[0] == 1.0
+    assert values[5] == pytest.approx(0.6, rel=1e-12)
+    assert values[-1] == pytest.approx(0.2, rel=1e-12)
+    assert values == sorted(values, reverse=True)
+
+
+def test_cosine_follows_its_formula():
+    values = rates(5, learning_rate=1.0, schedule="cosine")
+    assert values == pytest.approx([1.0, 0.853553390593, 0.5, 0.146446609407, 0.0], abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_run_of_one_step_has_a_rate(schedule):
+    assert rates(1, learning_rate=1.0, schedule=schedule, warmup_steps=1) == [1.0]

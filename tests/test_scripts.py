@@ -1,0 +1,337 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+BASH = shutil.which("bash") or "bash"
+FIRST_MINOR, PAST_MINOR = (
+    int(minor)
+    for minor in re.findall(r"python_requires = >=3\.(\d+),<3\.(\d+)", (REPOSITORY / "setup.cfg").read_text())[0]
+)
+
+# Answers what the scripts ask of an installed uv, with a real but empty environment. Where there is a file uv_fails, an
+# install prints it and fails.
+FAKE_UV = f"""#!{BASH}
+case $1 in
+    --version) exit ;;
+    python) exit 1 ;;
+esac
+echo "$@" >>"$CHECKOUT/uv.log"
+if [[ $1 == venv ]]; then exec {sys.executable} -m venv --without-pip "$4"; fi
+if [[ -e $CHECKOUT/uv_fails ]]; then cat "$CHECKOUT/uv_fails"; exit 1; fi
+"""
+
+
+class Checkout:
+    """A copy of the scripts in a folder of its own, on a PATH that holds a few tools and no Python."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "checkout"
+        self.bin = folder / "bin"
+        for name in ("scripts", ".ci", "configs", "trainer", "tests"):
+            (self.root / name).mkdir(parents=True)
+        for name in (
+            "scripts/environment.sh",
+            "scripts/quickstart",
+            "scripts/test",
+            ".ci/run",
+            "setup.cfg",
+            "pyproject.toml",
+        ):
+            shutil.copy(REPOSITORY / name, self.root / name)
+        self.bin.mkdir()
+        for tool in ("bash", "env", "cat", "df", "dirname", "grep", "rm", "rmdir", "sed", "tail", "uname"):
+            found = shutil.which(tool)
+            assert found, tool
+            (self.bin / tool).symlink_to(found)
+
+    def program(self, path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def add_python(self, name: str, version: str, venv: bool = True) -> None:
+        """Puts a Python on PATH that knows its version and whether it has the venv module."""
+        self.program(
+            self.bin / name,
+            f"#!{BASH}\ncase $2 in\n*version_info*) echo {version} ;;\n*ensurepip*) exit {0 if venv else 1} ;;\nesac\n",
+        )
+
+    def add_uv(self) -> None:
+        self.program(self.bin / "uv", FAKE_UV)
+
+    def uv_calls(self, command: str) -> list[str]:
+        log = self.root / "uv.log"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [line for line in lines if line.startswith(command)]
+
+    def run(self, *command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        variables = {"PATH": str(self.bin), "HOME": str(self.root.parent), "CHECKOUT": str(self.root)}
+        return subprocess.run(
+            command,
+            cwd=self.root,
+            env=variables | dict(env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+        )
+
+    def make_environment(self, extra: str = "core", **env: str) -> subprocess.CompletedProcess[str]:
+        script = f"set -euo pipefail; source scripts/environment.sh; make_environment {extra}"
+        return self.run(BASH, "-c", script, env=env)
+
+    def stub_environment(self) -> None:
+        """Takes installing out of the scripts, to see what they do after it."""
+        stub = f"root={self.root}\nmake_environment() {{ echo install $1; }}\nfail() {{ echo $1; exit 1; }}\n"
+        (self.root / "scripts/environment.sh").write_text(stub)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [
+        ("2.7.18", "too old"),
+        (f"3.{FIRST_MINOR - 1}.20", "too old"),
+        (f"3.{PAST_MINOR}.0", "too new"),
+        ("4.0.0", "too new"),
+    ],
+)
+def test_python_out_of_range_is_refused_with_its_path_and_version(
+    checkout: Checkout, version: str, problem: str
+) -> None:
+    checkout.add_python("python3", version)
+    result = checkout.make_environment()
+    assert result.returncode == 1
+    assert f"trainer needs Python 3.{FIRST_MINOR} to 3.{PAST_MINOR - 1}, and found none." in result.stdout
+    assert f"{checkout.bin}/python3 is Python {version}, {problem}" in result.stdout
+    assert not (checkout.root / ".venv").exists()
+
+
+@pytest.mark.parametrize("version", [f"3.{FIRST_MINOR}.0", f"3.{PAST_MINOR - 1}.9"])
+def test_python_at_either_end_of_the_range_is_taken(checkout: Checkout, version: str) -> None:
+    checkout.add_uv()
+    checkout.add_python("python3", version)
+    assert checkout.make_environment().returncode == 0
+    assert checkout.uv_calls("venv") == [f"venv --python {checkout.bin}/python3 {checkout.root}/.venv"]
+
+
+def test_missing_python_is_said(checkout: Checkout) -> None:
+    result = checkout.make_environment()
+    assert result.returncode == 1
+    assert "there is no python3 or python on PATH" in result.stdout
+
+
+def test_python_that_does_not_run_is_passed_over(checkout: Checkout) -> None:
+    checkout.add_uv()
+    shim = f"#!{BASH}\necho command not found >&2\nexit 127\n"
+    checkout.program(checkout.bin / "python3", shim)
+    checkout.program(checkout.bin / f"python3.{PAST_MINOR - 1}", shim)
+    assert f"{checkout.bin}/python3 does not run" in checkout.make_environment().stdout
+    checkout.add_python(f"python3.{FIRST_MINOR}", f"3.{FIRST_MINOR}.4")
+    assert checkout.make_environment().returncode == 0
+    assert f"{checkout.bin}/python3.{FIRST_MINOR} " in checkout.uv_calls("venv")[0]
+
+
+def test_trainer_python_is_never_replaced_by_another(checkout: Checkout) -> None:
+    checkout.add_uv()
+    checkout.add_python("python3", f"3.{FIRST_MINOR}.4")
+    checkout.add_python("mine", f"3.{PAST_MINOR}.0")
+    result = checkout.make_environment(TRAINER_PYTHON="mine")
+    assert result.returncode == 1
+    assert "TRAINER_PYTHON=mine is not usable" in result.stdout
+    assert f"3.{PAST_MINOR}.0, too new" in result.stdout
+    assert "there is no such program" in checkout.make_environment(TRAINER_PYTHON="/nowhere/python").stdout
+
+
+def test_missing_venv_module_is_named_with_the_package_to_install(checkout: Checkout) -> None:
+    checkout.add_python("python3", f"3.{FIRST_MINOR}.4", venv=False)
+    result = checkout.make_environment()
+    assert result.returncode == 1
+    assert "its venv module (ensurepip) is missing" in result.stdout
+    assert f"apt install python3.{FIRST_MINOR}-venv" in result.stdout
+    assert not (checkout.root / ".venv").exists()
+
+
+@pytest.mark.slow
+def test_index_that_pip_cannot_reach_is_said(checkout: Checkout) -> None:
+    if subprocess.run([sys.executable, "-c", "import ensurepip"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this Python has no ensurepip")
+    unreachable = {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",  # the discard port: nobody listens
+        "PIP_RETRIES": "0",
+    }
+    result = checkout.make_environment(TRAINER_PYTHON=sys.executable, **unreachable)
+    assert result.returncode == 1
+    assert "The package index cannot be reached." in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("output", "advice"),
+    [
+        ("OSError: [Errno 28] No space left on device", "The disk is full."),
+        ("failed to copy file: No space left on device (os error 28)", "The disk is full."),
+        ("  cause: dns error: failed to lookup address information", "The package index cannot be reached."),
+        (
+            "ERROR: Could not find a version that satisfies the requirement setuptools>=77 (from versions: none)",
+            "The package index cannot be reached.",
+        ),
+        (
+            "WARNING: NewConnectionError\nERROR: No matching distribution found for x",
+            "The package index cannot be reached.",
+        ),
+        ("ERROR: No matching distribution found for tensorflow", "The package index has no build"),
+        ("something else", "Installing failed"),
+    ],
+)
+def test_failed_install_ends_with_its_cause_and_is_tried_again(checkout: Checkout, output: str, advice: str) -> None:
+    checkout.add_uv()
+    checkout.add_python("python3", f"3.{FIRST_MINOR}.4")
+    (checkout.root / "uv_fails").write_text(output)
+    failed = checkout.make_environment()
+    assert failed.returncode == 1
+    assert output in failed.stdout
+    assert advice in failed.stdout
+    (checkout.root / "uv_fails").unlink()
+    assert checkout.make_environment().returncode == 0
+    assert len(checkout.uv_calls("venv")) == 1
+    assert len(checkout.uv_calls("pip install")) == 2
+
+
+def test_second_run_does_nothing_until_the_setup_changes(checkout: Checkout) -> None:
+    checkout.add_uv()
+    checkout.add_python("python3", f"3.{FIRST_MINOR}.4")
+    assert checkout.make_environment().returncode == 0
+    second = checkout.make_environment()
+    assert (second.returncode, second.stdout) == (0, "")
+    assert len(checkout.uv_calls("pip install")) == 1
+    for number, name in enumerate(("setup.cfg", "pyproject.toml"), 2):
+        with (checkout.root / name).open("a") as file:
+            file.write("# changed\n")
+        assert checkout.make_environment().returncode == 0
+        assert len(checkout.uv_calls("pip install")) == number
+
+
+def test_extra_is_installed_into_an_environment_that_lacks_it_and_brings_the_core(checkout: Checkout) -> None:
+    checkout.add_uv()
+    checkout.add_python("python3", f"3.{FIRST_MINOR}.4")
+    for extra in ("core", "test", "test", "core"):
+        assert checkout.make_environment(extra).returncode == 0
+    assert [call.split()[-1] for call in checkout.uv_calls("pip install")] == [".", ".[test]"]
+
+
+def test_environment_of_a_moved_checkout_is_made_again(checkout: Checkout) -> None:
+    checkout.add_uv()
+    checkout.add_python("python3", f"3.{FIRST_MINOR}.4")
+    assert checkout.make_environment().returncode == 0
+    before = checkout.root
+    checkout.root = before.rename(before.with_name("moved"))
+    result = checkout.make_environment()
+    assert result.returncode == 0
+    assert f"Making .venv again: it was made as {before}/.venv." in result.stdout
+    assert checkout.make_environment().stdout == ""
+
+
+def test_environment_whose_python_is_gone_is_made_again(checkout: Checkout) -> None:
+    checkout.add_uv()
+    checkout.add_python("python3", f"3.{FIRST_MINOR}.4")
+    assert checkout.make_environment().returncode == 0
+    (checkout.root / ".venv/bin/python").unlink()
+    assert "Making .venv again: its Python does not run." in checkout.make_environment().stdout
+    assert checkout.make_environment().stdout == ""
+
+
+def test_folder_that_is_no_environment_is_left_alone(checkout: Checkout) -> None:
+    checkout.add_uv()
+    checkout.add_python("python3", f"3.{FIRST_MINOR}.4")
+    precious = checkout.root / ".venv/precious"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    result = checkout.make_environment()
+    assert result.returncode == 1
+    assert "it is not a virtual environment" in result.stdout
+    assert precious.read_text() == "mine"
+
+
+def test_environment_script_is_not_run_by_itself(checkout: Checkout) -> None:
+    result = checkout.run(BASH, "scripts/environment.sh")
+    assert result.returncode == 2
+    assert "run scripts/quickstart or scripts/test" in result.stdout
+
+
+def test_quickstart_trains_then_resumes_and_passes_the_exit_status_on(checkout: Checkout) -> None:
+    checkout.stub_environment()
+    checkout.program(
+        checkout.root / ".venv/bin/trainer",
+        f"#!{BASH}\necho trainer $@\nif [[ $1 == train && -n $STATUS ]]; then exit $STATUS; fi\n",
+    )
+    run = checkout.root / "runs/quickstart"
+    fresh = checkout.run("scripts/quickstart", "train.total_steps=7", env={"STATUS": ""})
+    assert fresh.returncode == 0
+    assert "install core\ntrainer train configs/quickstart.toml train.total_steps=7\n" in fresh.stdout
+    assert re.search(r"Set-up \d+ s, run \d+ s\.", fresh.stdout)
+    assert all(command in fresh.stdout for command in (".venv/bin/tensorboard", "trainer generate", "data.train="))
+
+    run.mkdir(parents=True)
+    (run / "config.toml").touch()
+    stopped = checkout.run("scripts/quickstart", env={"STATUS": "75"})
+    assert stopped.returncode == 75
+    assert "trainer train --resume runs/quickstart\n" in stopped.stdout
+    assert "Next:" not in stopped.stdout
+
+    # A finished or unfinished run keeps its settings: overrides would be ignored silently.
+    refused = checkout.run("scripts/quickstart", "train.total_steps=7", env={"STATUS": ""})
+    assert refused.returncode == 1
+    assert "runs/quickstart is there already" in refused.stdout
+    other = checkout.run("scripts/quickstart", "train.total_steps=7", "run_folder=runs/other", env={"STATUS": ""})
+    assert "trainer train configs/quickstart.toml train.total_steps=7 run_folder=runs/other\n" in other.stdout
+    assert "--logdir runs/other/logs" in other.stdout
+
+
+def test_test_script_checks_every_python_program_then_runs_the_tests(checkout: Checkout) -> None:
+    checkout.stub_environment()
+    for tool in ("ruff", "mypy", "pytest"):
+        program = f"#!{BASH}\necho {tool} $@\nif [[ {tool} == $FAILING ]]; then exit 3; fi\n"
+        checkout.program(checkout.root / ".venv/bin" / tool, program)
+    checkout.program(checkout.root / "scripts/compare", "#!/usr/bin/env python3\n")
+    result = checkout.run("scripts/test", "--fast", "-k", "two words", env={"FAILING": ""})
+    assert result.returncode == 0
+    assert result.stdout.splitlines() == [
+        "install test",
+        "== format",
+        "ruff format --check trainer tests scripts/compare",
+        "== lint",
+        "ruff check trainer tests scripts/compare",
+        "== types",
+        "mypy --scripts-are-modules trainer tests scripts/compare",
+        "== shellcheck: skipped, it is not installed",
+        "== tests",
+        "pytest -m not slow -k two words",
+    ]
+    failed = checkout.run("scripts/test", env={"FAILING": "mypy"})
+    assert failed.returncode == 3
+    assert "== tests" not in failed.stdout
+
+
+def test_ci_runs_the_test_script_with_the_shared_text(checkout: Checkout) -> None:
+    checkout.program(
+        checkout.root / "scripts/test",
+        f'#!{BASH}\necho "test:$*:${{TRAINER_TEST_DATA-unset}}"\nread -r x || echo no input\n',
+    )
+    assert checkout.run(".ci/run").stdout == "test::unset\nno input\n"
+    shared = checkout.root.parent / "shared/data"
+    shared.mkdir(parents=True)
+    closed = checkout.run(BASH, "-c", "exec .ci/run --fast <&-")
+    assert closed.stdout == f"test:--fast:{shared.resolve()}\nno input\n"
+    assert checkout.run(".ci/run", env={"TRAINER_TEST_DATA": "/mine"}).stdout == "test::/mine\nno input\n"

@@ -1,0 +1,247 @@
+"""Laws of the training step."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.config import DistributionConfig, make_config
+from trainer.model.gpt import GPT
+from trainer.training.distribution import make_strategy
+from trainer.training.step import TrainingStep, clip, forward_backward
+
+VOCABULARY = 17
+
+
+def tiny_config(**sections):
+    settings = {
+        "run_folder": "unused",
+        "model": {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8} | sections.pop("model", {}),
+        "train": {"precision": "float64", "total_steps": 100, "global_batch_size": 4, "sequence_length": 6}
+        | sections.pop("train", {}),
+    }
+    return make_config(settings | sections)
+
+
+def make_step(config, model=None):
+    strategy = make_strategy(config.distribution)
+    with strategy.scope():
+        model = model or GPT(config.model, VOCABULARY, config.train.sequence_length, dtype=config.train.precision)
+        return TrainingStep(config, config.train.total_steps, model, strategy)
+
+
+def batches(config, num_batches=100):
+    """Random tokens, some of them padding, of another number in each batch."""
+    random = np.random.default_rng(0)
+    shape = (num_batches, config.train.global_batch_size, config.train.sequence_length)
+    tokens = random.integers(0, VOCABULARY, shape).astype(np.int32)
+    weights = (random.random(shape) < 0.8).astype(np.float32)
+    return tf.data.Dataset.from_tensor_slices((tokens, np.roll(tokens, -1, axis=2), weights))
+
+
+def take(step, data, num_steps):
+    iterator = iter(step.strategy.experimental_distribute_dataset(data))
+    return step.run_steps(iterator, tf.constant(num_steps, tf.int64))
+
+
+def all_weights(step):
+    return np.concatenate([np.ravel(v.numpy()) for v in step.model.variables])
+
+
+def relative_difference(one, two):
+    return np.linalg.norm(one - two) / np.linalg.norm(two)
+
+
+def test_gradients_are_those_of_the_summed_loss():
+    config = tiny_config()
+    model = GPT(config.model, VOCABULARY, 6, dtype="float64")
+    inputs, targets, weights = next(iter(batches(config)))
+    plain = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum", dtype="float64")
+    with tf.GradientTape() as tape:
+        loss = plain(targets, model(inputs), sample_weight=tf.cast(weights, tf.float64))
+    expected = tape.gradient(loss, [v.value for v in model.trainable_variables])
+    values = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
+    result = forward_backward(model, values, [], (inputs, targets, weights), None)
+    np.testing.assert_allclose(result.loss_sum, loss, rtol=1e-12)
+    assert result.num_targets == np.sum(weights)
+    for gradient, reference in zip(result.weights, expected, strict=True):
+        np.testing.assert_allclose(gradient, tf.convert_to_tensor(reference), atol=1e-12)
+
+
+def test_tied_embeddings_get_the_gradient_of_both_their_uses():
+    config = tiny_config(model={"tied_embeddings": True, "use_bias": False})
+    model = GPT(config.model, VOCABULARY, 6, dtype="float64")
+    batch = next(iter(batches(config)))
+    values = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
+    gradient = forward_backward(model, values, [], batch, None).weights[0]
+
+    def loss_at(table):
+        return float(forward_backward(model, [table, *values[1:]], [], batch, None).loss_sum)
+
+    direction = np.random.default_rng(1).normal(size=(1, 8))
+    nudge, place = 1e-6, tf.one_hot(3, VOCABULARY, dtype=tf.float64)[:, None] * direction
+    slope = (loss_at(values[0] + nudge * place) - loss_at(values[0] - nudge * place)) / (2 * nudge)
+    np.testing.assert_allclose(tf.reduce_sum(gradient * place), slope, rtol=1e-7)
+
+
+def test_forward_backward_reads_the_weights_it_is_given_and_no_variable():
+    config = tiny_config()
+    model = GPT(config.model, VOCABULARY, 6, dtype="float64")
+    batch = next(iter(batches(config)))
+    values = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
+    before = forward_backward(model, values, [], batch, None)
+    for variable in model.variables:
+        variable.assign(tf.zeros_like(variable.value))
+    after = forward_backward(model, values, [], batch, None)
+    np.testing.assert_array_equal(before.loss_sum, after.loss_sum)
+    function = tf.function(lambda *weights: forward_backward(model, weights, [], batch, None).weights, autograph=False)
+    captured = function.get_concrete_function(*values).captured_inputs
+    assert not [tensor for tensor in captured if tensor.dtype == tf.resource]
+
+
+def test_a_weight_without_influence_is_an_error():
+    class Idle(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.used = keras.layers.Embedding(VOCABULARY, VOCABULARY)
+            self.idle = self.add_weight((3,), name="idle")
+
+        def call(self, tokens):
+            return self.used(tokens)
+
+    model = Idle()
+    batch = next(iter(batches(tiny_config())))
+    model(batch[0])
+    values = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
+    with pytest.raises(ValueError, match="idle has no influence on the loss"):
+        forward_backward(model, values, [], batch, None)
+
+
+def test_many_steps_in_one_call_equal_one_step_per_call():
+    config = tiny_config(model={"dropout": 0.2}, optimizer={"schedule": "cosine", "clip_norm": 0.5})
+    together, apart = make_step(config), make_step(config)
+    metrics = take(together, batches(config), 6)
+    iterator = iter(apart.strategy.experimental_distribute_dataset(batches(config)))
+    for _ in range(6):
+        apart.run_steps(iterator, tf.constant(1, tf.int64))
+    assert metrics.num_steps == together.step.numpy() == apart.step.numpy() == 6
+    np.testing.assert_array_equal(all_weights(together), all_weights(apart))
+    assert together.run_steps.experimental_get_tracing_count() == 1
+
+
+def test_the_step_divides_by_the_number_of_targets_and_follows_adam():
+    config = tiny_config()
+    step = make_step(config)
+    model = GPT(config.model, VOCABULARY, 6, dtype="float64")
+    adam = keras.optimizers.Adam(1e-3)
+    mean = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none", dtype="float64")
+    for inputs, targets, weights in batches(config).take(5):
+        with tf.GradientTape() as tape:
+            losses = mean(targets, model(inputs)) * tf.cast(weights, tf.float64)
+            loss = tf.reduce_sum(losses) / tf.reduce_sum(tf.cast(weights, tf.float64))
+        gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+        # Dense, as Keras squares the slices of a token that stands twice in a batch before it adds them.
+        adam.apply([tf.convert_to_tensor(gradient) for gradient in gradients], model.trainable_variables)
+    take(step, batches(config), 5)
+    reference = np.concatenate([np.ravel(v.numpy()) for v in model.variables])
+    assert relative_difference(all_weights(step), reference) < 1e-6  # Keras keeps the powers of beta in float32
+
+
+def test_clipping_scales_to_the_norm_and_leaves_smaller_gradients_alone():
+    gradients = [tf.constant([3.0, 0.0], tf.float64), tf.constant([[4.0]], tf.float64)]
+    for clip_norm, expected in ((None, 5.0), (5.0, 5.0), (6.0, 5.0), (1.0, 1.0)):
+        clipped, norm = clip(gradients, clip_norm)
+        assert norm == 5.0
+        np.testing.assert_allclose(tf.linalg.global_norm(clipped), expected, rtol=1e-12)
+    zero, _ = clip([tf.zeros([2], tf.float64)], 1.0)
+    np.testing.assert_array_equal(zero[0], [0.0, 0.0])
+
+
+def test_clipped_steps_are_counted():
+    config = tiny_config(optimizer={"clip_norm": 1e-6})
+    metrics = take(make_step(config), batches(config), 3)
+    assert metrics.num_clipped == 3
+    assert take(make_step(tiny_config()), batches(config), 3).num_clipped == 0
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
+    config = tiny_config()
+    step = make_step(config)
+    good = step.model.variables[0].numpy()
+    step.model.variables[0].assign(np.full_like(good, np.inf))
+    before = {name: value.numpy() for name, value in step.optimizer.state().items()}
+    metrics = take(step, batches(config), 3)
+    assert (metrics.num_steps, metrics.num_skipped, metrics.loss_sum) == (3, 3, 0.0)
+    assert step.step.numpy() == 3
+    for name, value in step.optimizer.state().items():
+        np.testing.assert_array_equal(value, before[name])
+    step.model.variables[0].assign(good)
+    assert take(step, batches(config), 2).num_skipped == 0
+    assert step.optimizer.num_updates.numpy() == 2
+
+
+def test_a_batch_of_padding_alone_is_no_harm():
+    config = tiny_config()
+    step = make_step(config)
+    padding = batches(config, 1).map(lambda inputs, targets, weights: (inputs, targets, 0 * weights))
+    metrics = take(step, padding, 1)
+    assert (metrics.num_targets, metrics.num_skipped) == (0, 0)
+    assert np.isfinite(all_weights(step)).all()
+
+
+def test_the_stop_flag_ends_a_call_between_two_steps():
+    config = tiny_config()
+    step = make_step(config)
+    stop_after = 3
+
+    def maybe_stop(number, batch):
+        flag = tf.cond(number >= stop_after, lambda: step.stop_requested.assign(True), lambda: tf.constant(False))
+        with tf.control_dependencies([flag]):
+            return tf.nest.map_structure(tf.identity, batch)
+
+    metrics = take(step, batches(config).enumerate().map(maybe_stop, num_parallel_calls=1), 50)
+    # The pipeline reads ahead, so the flag may come early; never late.
+    assert 0 <= metrics.num_steps <= stop_after + 1
+    assert step.step.numpy() == metrics.num_steps
+
+
+def test_weights_that_are_not_trained_are_updated_too():
+    config = tiny_config(train={"precision": "float32"})
+    model = keras.Sequential(
+        [
+            keras.layers.Embedding(VOCABULARY, 8),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.5, seed=1),
+            keras.layers.Dense(VOCABULARY),
+        ]
+    )
+    model.build((None, 6))
+    step = make_step(config, model)
+    before = [v.numpy() for v in model.non_trainable_variables]
+    metrics = take(step, batches(config), 3)
+    assert metrics.num_skipped == 0
+    assert len(before) == 3  # two statistics and the state of the dropout's generator
+    for old, variable in zip(before, model.non_trainable_variables, strict=True):
+        assert not np.array_equal(old, variable.numpy())
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "float64"])
+def test_the_model_learns_under_every_precision(precision):
+    config = tiny_config(train={"precision": precision}, optimizer={"learning_rate": 0.03})
+    step = make_step(config)
+    one = batches(config, 1).repeat()
+    losses = []
+    for _ in range(2):
+        metrics = take(step, one, 40)
+        losses.append(metrics.loss_sum / metrics.num_targets)
+    assert losses[1] < 0.5 * losses[0]
+    assert {v.dtype for v in step.model.variables} == {"float64" if precision == "float64" else "float32"}
+
+
+def test_a_gpu_that_is_not_there_is_an_error():
+    if tf.config.list_logical_devices("GPU"):
+        pytest.skip("this machine has a GPU")
+    from trainer.config import UserError
+
+    with pytest.raises(UserError, match="TensorFlow sees no GPU"):
+        make_strategy(DistributionConfig(kind="gpu"))

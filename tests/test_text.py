@@ -1,0 +1,258 @@
+import gzip
+from pathlib import Path
+
+import pytest
+
+from trainer.config import DataConfig, UserError
+from trainer.data import text
+from trainer.data.text import find_files, is_held_out, open_source, read_documents
+
+CHUNK = text._READ_BYTES
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read(path: Path, documents="line") -> list[str]:
+    return list(read_documents([path], documents))
+
+
+def splits(**settings) -> dict[str, list[str]]:
+    settings = {key: (value,) if isinstance(value, str | Path) else value for key, value in settings.items()}
+    documents = settings.pop("documents", ("line",))[0]
+    paths = {key: tuple(map(str, settings.pop(key))) for key in ("train", "validation") if key in settings}
+    found: dict[str, list[str]] = {"train": [], "validation": []}
+    for split, document in open_source(DataConfig(documents=documents, **paths, **settings)).documents():
+        found[split].append(document)
+    return found
+
+
+# Finding files.
+
+
+def test_globs_are_sorted_reach_any_depth_and_keep_the_order_of_the_sources(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    names = ["b.txt", "a.txt", "deep/er/c.txt"]
+    for name in names:
+        written(tmp_path / name, name)
+    assert find_files([f"{tmp_path}/*.txt"], "data.train") == [tmp_path / "a.txt", tmp_path / "b.txt"]
+    found = find_files([f"{tmp_path}/b.txt", f"{tmp_path}/**/*.txt"], "data.train")
+    assert found == [tmp_path / "b.txt", tmp_path / "a.txt", tmp_path / "deep/er/c.txt"]  # Each once.
+
+
+def test_a_name_that_exists_is_no_glob(tmp_path):
+    path = written(tmp_path / "book[1].txt", "a")
+    written(tmp_path / "book1.txt", "b")
+    assert find_files([str(path)], "data.train") == [path]
+
+
+def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = written(tmp_path / "a.txt", "a")
+    assert find_files(["~/a.txt"], "data.train") == [path]
+
+
+@pytest.mark.parametrize("name", ["gone.txt", "*.text", "**/*.text"])
+def test_a_source_without_a_file_is_an_error_naming_the_setting(tmp_path, name):
+    with pytest.raises(
+        UserError, match=r"data\.validation='.*': no (such file|file matches), seen from .*; check the pa"
+    ):
+        find_files([str(tmp_path / name)], "data.validation")
+
+
+def test_a_directory_is_an_error_suggesting_a_glob(tmp_path):
+    with pytest.raises(UserError, match=r"data\.train=.* is a directory; name its files, for example '.*/\*\.txt'"):
+        find_files([str(tmp_path)], "data.train")
+
+
+def test_missing_simplebooks_says_how_to_get_it():
+    with pytest.raises(UserError) as error:
+        find_files(["~/.keras/datasets/simplebooks/no/train.txt"], "data.train")
+    assert "python -c 'import keras; keras.utils.get_file(origin=" in str(error.value)
+    assert "simplebooks.zip" in str(error.value)
+    assert "data.train=PATH data.validation=PATH" in str(error.value)
+
+
+# Reading.
+
+
+def test_lines_end_only_at_line_feeds(tmp_path):
+    odd = "one\x0b\x0c\x1c\x85\u2028\u2029\rstill one"
+    assert read(written(tmp_path / "a", f"{odd}\ntwo\r\n\n \t\n  three")) == [odd, "two", "  three"]
+
+
+def test_paragraphs_end_at_blank_lines(tmp_path):
+    path = written(tmp_path / "a", "\n\na\r\nb\n \r\nc\n\n\n\nd\n")
+    assert read(path, "paragraph") == ["a\nb", "c", "d"]
+
+
+def test_a_file_is_one_document_to_the_character(tmp_path):
+    assert read(written(tmp_path / "a", "\ufeff\r\n a\n\nb \n"), "file") == ["\n a\n\nb \n"]
+
+
+@pytest.mark.parametrize("length", [CHUNK - 2, CHUNK - 1, CHUNK, CHUNK + 1])
+@pytest.mark.parametrize("end", ["한", "\r\n", "\r", "🙂\n"])
+def test_chunks_of_reading_leave_no_trace(tmp_path, length, end):
+    path = written(tmp_path / "a", "a" * length + end + "b")
+    assert read(path, "file") == ["a" * length + end.replace("\r\n", "\n") + "b"]
+
+
+def test_a_byte_order_mark_is_dropped_at_the_start_and_kept_inside(tmp_path):
+    assert read(written(tmp_path / "a", "\ufeffa\n\ufeffb")) == ["a", "\ufeffb"]
+    assert read(written(tmp_path / "b", "\ufeff")) == []
+
+
+def test_gzip_is_read_as_the_text_in_it(tmp_path):
+    assert read(written(tmp_path / "a.gz", gzip.compress("가\n나".encode()))) == ["가", "나"]
+
+
+def test_a_line_of_50_megabytes_is_a_document(tmp_path):
+    line = "0123456789" * 5_000_000
+    assert read(written(tmp_path / "a", f"a\n{line}\nb")) == ["a", line, "b"]
+
+
+@pytest.mark.parametrize("start", [0, 5, CHUNK - 1, CHUNK, CHUNK + 1])
+def test_what_is_not_utf8_is_an_error_with_path_offset_and_fix(tmp_path, start):
+    path = written(tmp_path / "latin.txt", b"a" * start + b"\xe9t\xe9")
+    with pytest.raises(UserError, match=rf"latin\.txt: not UTF-8 at byte offset {start}; convert it.*iconv -f .*latin"):
+        read(path)
+    path = written(tmp_path / "cut.txt", b"a" * start + "한".encode()[:2])
+    with pytest.raises(UserError, match=rf"cut\.txt: not UTF-8 at byte offset {start};"):
+        read(path)
+
+
+@pytest.mark.parametrize("start", [0, CHUNK - 1, CHUNK])
+def test_a_nul_byte_is_an_error_with_its_offset(tmp_path, start):
+    path = written(tmp_path / "a.bin", b"a" * start + b"\0b")
+    with pytest.raises(UserError, match=rf"a\.bin: NUL byte at byte offset {start}; is it text\?"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-20], lambda data: b"text" + data, lambda data: data[:200] + data]
+)
+def test_a_broken_gzip_is_an_error_naming_it(tmp_path, damage):
+    data = gzip.compress("".join(chr(0xAC00 + i * i % 11172) for i in range(5000)).encode())
+    with pytest.raises(UserError, match=r"a\.gz: a broken or cut-off gzip file"):
+        read(written(tmp_path / "a.gz", damage(data)))
+
+
+def test_a_file_that_cannot_be_opened_is_an_error_naming_it(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.txt: cannot be read: No such file"):
+        read(tmp_path / "gone.txt")
+
+
+# Filtering.
+
+
+def test_min_bytes_counts_bytes_strictly_as_the_tutorial_does(tmp_path):
+    path = written(tmp_path / "a", "aaaa\naaaaa\naaaaaa\n한\n한한\r\n")
+    assert splits(train=path, validation=path, min_bytes=5)["train"] == ["aaaaaa", "한한"]
+    assert splits(train=path, validation=path, min_bytes=2)["train"] == ["aaaa", "aaaaa", "aaaaaa", "한", "한한"]
+
+
+@pytest.mark.parametrize(("documents", "count", "longest"), [("line", 3, 9), ("paragraph", 2, 10), ("file", 1, 22)])
+def test_nothing_longer_than_min_bytes_is_an_error_with_the_numbers(tmp_path, documents, count, longest):
+    path = written(tmp_path / "a", "한\n한한\n\n한한한\n")
+    with pytest.raises(UserError) as error:
+        splits(train=path, documents=documents, min_bytes=450)
+    assert f"0 of {count} {documents}s are longer than data.min_bytes=450; the longest has {longest}. Lower" in str(
+        error.value
+    )
+
+
+def test_an_empty_file_among_others_is_fine_but_not_alone(tmp_path):
+    empty, full = written(tmp_path / "empty", ""), written(tmp_path / "full", "a\nb")
+    assert splits(train=[empty, full], validation=full) == {"train": ["a", "b"], "validation": ["a", "b"]}
+    with pytest.raises(UserError, match=r"data\.train=\['.*empty'\]: no text in it but whitespace"):
+        splits(train=empty, validation=full)
+    with pytest.raises(UserError, match=r"data\.validation=\['.*blank'\]: no text in it but whitespace"):
+        splits(train=full, validation=written(tmp_path / "blank", "\n \r\n\t"))
+
+
+# Holding out.
+
+
+def test_held_out_documents_are_that_share_and_depend_on_their_text_alone(tmp_path):
+    lines = [f"line {i}" for i in range(20_000)]
+    path = written(tmp_path / "a", "\n".join([*lines, *reversed(lines)]))
+    found = splits(train=path, held_out_fraction=0.05)
+    held_out = set(found["validation"])
+    assert len(held_out) == pytest.approx(1000, rel=0.1)
+    assert not held_out & set(found["train"])
+    assert len(found["validation"]) == 2 * len(held_out)
+    assert [line for line in lines if is_held_out(line, 0.05)] == found["validation"][: len(held_out)]
+
+
+def test_a_larger_fraction_holds_out_the_same_documents_and_more():
+    lines = [f"line {i}" for i in range(2000)]
+    small, large = ({line for line in lines if is_held_out(line, fraction)} for fraction in (0.1, 0.3))
+    assert small < large
+
+
+def test_the_end_of_each_file_is_held_out_where_a_document_is_a_file(tmp_path):
+    for name, content in (("a", "가" * 90 + "b" * 10), ("c", "c" * 95 + "\n" * 4 + "d")):
+        written(tmp_path / name, content)
+    found = splits(train=[tmp_path / "a", tmp_path / "c"], documents="file", held_out_fraction=0.1)
+    assert found == {"train": ["가" * 90, "c" * 90], "validation": ["b" * 10, "c" * 5 + "\n" * 4 + "d"]}
+
+
+def test_tiny_shakespeare_is_split_as_nanogpt_splits_it(test_data):
+    path = test_data / "tinyshakespeare.txt"
+    found = splits(train=path, documents="file", held_out_fraction=0.1)
+    content = path.read_text("utf-8")
+    assert [len(found[split][0]) for split in found] == [1003854, 111540]
+    assert found["train"][0] + found["validation"][0] == content
+
+
+@pytest.mark.parametrize(
+    ("fraction", "empty", "size"), [(1e-9, "validation", "larger"), (1 - 1e-9, "training", "smaller")]
+)
+def test_a_split_left_empty_is_an_error_with_the_ways_out(tmp_path, fraction, empty, size):
+    path = written(tmp_path / "a", "one\ntwo")
+    with pytest.raises(UserError) as error:
+        splits(train=path, held_out_fraction=fraction)
+    assert str(error.value) == (
+        f"data.held_out_fraction={fraction} of 2 lines leaves nothing for {empty}; give data.validation, a {size} "
+        "fraction, or data.documents='file', which holds out the end of each file."
+    )
+
+
+# Fingerprint.
+
+
+def test_the_fingerprint_follows_content_and_order_but_not_names(tmp_path):
+    a, b, c = written(tmp_path / "a", "x"), written(tmp_path / "b", "y"), written(tmp_path / "c", "x")
+
+    def fingerprint(train, validation=None):
+        return open_source(
+            DataConfig(train=tuple(map(str, train)), validation=validation and tuple(map(str, validation)))
+        ).fingerprint()
+
+    assert fingerprint([a, b]) == fingerprint([c, b])
+    different = [
+        fingerprint([a, b]),
+        fingerprint([b, a]),
+        fingerprint([a]),
+        fingerprint([a], [b]),
+        fingerprint([b], [a]),
+    ]
+    different.append(fingerprint([written(tmp_path / "xy", "xy")]))
+    assert len(set(different)) == len(different)
+
+
+def test_the_storybook_s_fingerprint_follows_seed_and_count():
+    recipes = [{}, {"storybook_seed": 1}, {"storybook_stories": 7}]
+    fingerprints = [open_source(DataConfig(**recipe)).fingerprint() for recipe in recipes]
+    assert len(set(fingerprints)) == 3
+    assert fingerprints[0] == open_source(DataConfig()).fingerprint()
+
+
+def test_the_storybook_is_a_source_of_stories():
+    source = open_source(DataConfig(storybook_stories=200, held_out_fraction=0.1))
+    found = list(source.documents())
+    assert len(found) == 200
+    assert 5 <= sum(split == "validation" for split, _ in found) <= 40
+    assert source.names() == {"train": [], "validation": []}

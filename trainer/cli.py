@@ -1,0 +1,207 @@
+"""The command line: reads arguments, loads what a verb needs, and turns errors a user can mend into messages."""
+
+import argparse
+import contextlib
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from trainer.config import Config, UserError, load_config
+from trainer.version import __version__
+
+EXIT_USER_ERROR = 2
+
+OVERRIDES_HELP = "settings that replace the file's, such as train.total_steps=200"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status.
+
+    0: done. 2: a message says what to mend. 75: stopped by a signal, and saved. 130: stopped by Ctrl-C.
+    """
+    options = _parse(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except UserError as error:
+        print(f"trainer: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("trainer: stopped.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"trainer: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no further overrides once an option came between.
+    if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trainer", description="Train GPT language models on your own text.")
+    parser.add_argument("--version", action="version", version=f"trainer {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    prepare = verbs.add_parser(
+        "prepare", help="turn text into token shards, which train does too where they are missing"
+    )
+    _add_config(prepare)
+    prepare.set_defaults(run=_prepare)
+
+    train = verbs.add_parser("train", help="train a model, or go on with a run")
+    train.add_argument("config", nargs="?", help="a TOML file, such as configs/quickstart.toml")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
+    train.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, by the config kept there")
+    train.set_defaults(run=_train)
+
+    evaluate = verbs.add_parser("evaluate", help="score a run's newest checkpoint on the whole validation text")
+    evaluate.add_argument("run_folder", metavar="RUN", help="folder of the run")
+    evaluate.set_defaults(run=_evaluate)
+
+    generate = verbs.add_parser("generate", help="let a run's newest checkpoint write")
+    generate.add_argument("run_folder", metavar="RUN", help="folder of the run")
+    generate.add_argument("--prompt", default="", help="text to continue")
+    generate.add_argument("--sampler", default="top-p", help="greedy, beam, top-k or top-p (default: %(default)s)")
+    generate.add_argument("--k", type=int, help="of top-k; this and what follows defaults to the run's own settings")
+    generate.add_argument("--p", type=float, help="of top-p")
+    generate.add_argument("--num-beams", type=int, help="of beam")
+    generate.add_argument("--temperature", type=float, help="of top-k and top-p")
+    generate.add_argument("--num-tokens", type=int, help="how many to write at most")
+    generate.add_argument("--stop", help="text that ends a sample")
+    generate.add_argument("--seed", type=int, default=0, help="of top-k and top-p (default: %(default)s)")
+    generate.add_argument("--num-samples", type=int, default=1, help="how many texts to write (default: %(default)s)")
+    generate.set_defaults(run=_generate)
+
+    plan = verbs.add_parser("plan", help="show a config's parameters, without its data")
+    _add_config(plan)
+    plan.add_argument("--vocabulary-size", type=int, help="where the config does not say it, as with characters")
+    plan.set_defaults(run=_plan)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a TOML file, such as configs/quickstart.toml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
+
+
+def _read_config(options: argparse.Namespace) -> Config:
+    return load_config(options.config, options.overrides)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    config = _read_config(options)
+    with _quiet_import():
+        from trainer.data.prepare import prepare
+    prepare(config)
+
+
+def _train(options: argparse.Namespace) -> int:
+    if options.resume is None and options.config is None:
+        raise UserError("train needs a config file, such as configs/quickstart.toml, or --resume RUN.")
+    if options.resume is not None:
+        from trainer.run import RunFolder
+
+        unused = [word for word in (options.config, *options.overrides) if word is not None]
+        if unused:
+            raise UserError(
+                f"--resume {options.resume} goes on with the config that this run keeps; leave out "
+                f"{' '.join(unused)!r}, or start a new run with it."
+            )
+        RunFolder(options.resume)
+    else:
+        from trainer.run import check_is_free
+
+        config = _read_config(options)
+        check_is_free(config)
+    with _quiet_import():
+        from trainer.training import loop
+        from trainer.training.health import EXIT_INTERRUPTED
+
+    result = loop.start(config) if options.resume is None else loop.resume(options.resume)
+    if result.was_interrupted:
+        return EXIT_INTERRUPTED
+    for name, text in result.samples.items():
+        print(f"\n{name}:\n{text}")
+    print(f"\nvalidation: {result.evaluation}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from trainer.run import RunFolder
+
+    run = RunFolder(options.run_folder)
+    with _quiet_import():
+        from trainer.evaluate import Evaluator
+        from trainer.training.distribution import make_strategy
+
+    prepared = run.prepared()
+    strategy = make_strategy(run.config.distribution)
+    with strategy.scope():
+        model, checkpoint = run.load_model()
+    print(f"step {checkpoint.step}: {Evaluator(model, strategy, prepared, run.config)()}")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    if options.num_samples < 1:
+        raise UserError(f"--num-samples {options.num_samples} must be at least 1.")
+    if options.num_samples > 1 and options.sampler in ("greedy", "beam"):
+        raise UserError(
+            f"--num-samples {options.num_samples}: {options.sampler} always writes the same text; ask for 1."
+        )
+    from trainer import generate
+    from trainer.run import RunFolder
+
+    RunFolder(options.run_folder)
+    with _quiet_import():
+        import trainer.decoding.generate  # noqa: F401
+    texts = generate(
+        options.run_folder,
+        [options.prompt] * options.num_samples,
+        options.sampler,
+        options.num_tokens,
+        options.seed,
+        options.stop,
+        options.k,
+        options.p,
+        options.num_beams,
+        options.temperature,
+    )
+    print("\n\n".join(texts))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from trainer.plan import print_plan
+
+    print_plan(_read_config(options), options.vocabulary_size)
+
+
+@contextlib.contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Keeps TensorFlow's greetings off the terminal, and nothing else: warnings and errors are passed on."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as heard:
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            heard.seek(0)
+            lines = heard.read().decode(errors="replace").splitlines()
+            for line in lines:
+                if not line.startswith(("I0000 ", "WARNING: All log messages before absl", "To enable the following")):
+                    print(line, file=sys.stderr)

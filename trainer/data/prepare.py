@@ -1,0 +1,215 @@
+"""Preparing: a config's text made into token shards, once, in bounded memory and on all cores.
+
+A folder gets its name when all of it is on disk; until then it is hidden beside, and goes away with any error.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import glob
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.config import Config, UserError
+from trainer.data.shards import SHARD_TOKENS, PreparedData, SplitWriter, load_prepared, token_dtype, write_manifest
+from trainer.data.text import Source, open_source
+from trainer.data.tokenizer import Tokenizer, train_tokenizer
+from trainer.data.vocabulary import cut
+
+_BATCH_BYTES = 1 << 20
+_PROGRESS_SECS = 5.0
+# A hidden folder this old on which nobody holds a lock is what a killed process left.
+_ABANDONED_SECS = 60.0
+
+Say = Callable[[str], None]
+
+
+def prepare(config: Config, say: Say = print, shard_tokens: int = SHARD_TOKENS) -> PreparedData:
+    """Makes a config's text ready for training, or finds that it is.
+
+    Args:
+        config: the settings.
+        say: gets a line now and then on how far it is.
+        shard_tokens: a shard with this many tokens gets no further document.
+
+    Raises:
+        UserError: the text cannot be used, or the folder cannot be written or is damaged.
+    """
+    source = open_source(config.data)
+    fingerprint, stem = source.fingerprint(), config.prepared_path()
+    folder = stem.with_name(f"{stem.name}-{fingerprint[:10]}")
+    if folder.exists():
+        prepared = load_prepared(folder)
+        say(f"{folder}: already prepared; {_describe(prepared)}")
+        return prepared
+    for path in set(source.train_files) & set(source.validation_files):
+        say(f"warning: {path} is in data.train and in data.validation")
+    if others := sorted(stem.parent.glob(f"{glob.escape(stem.name)}-*")):
+        say(f"the text is not the one of {others[-1]}; preparing it anew (that folder stays)")
+    start = time.monotonic()
+    with _written_whole(folder) as partial:
+        entries = _write(config, source, partial, say, shard_tokens)
+        write_manifest(partial, {**entries, "source_fingerprint": fingerprint, "sources": source.names()})
+    prepared = load_prepared(folder, check_hashes=False)
+    say(f"{folder}: prepared in {time.monotonic() - start:.0f} s; {_describe(prepared)}")
+    return prepared
+
+
+def _describe(prepared: PreparedData) -> str:
+    train, validation = prepared.split("train"), prepared.split("validation")
+    num_tokens = train.num_tokens + validation.num_tokens
+    return (
+        f"{train.num_documents} documents to train on and {validation.num_documents} to validate on, {num_tokens} "
+        f"tokens of {(train.num_bytes + validation.num_bytes) / max(num_tokens, 1):.2f} bytes, "
+        f"{(train.num_unknown + validation.num_unknown) / max(num_tokens, 1):.2%} of them [UNK], "
+        f"{prepared.tokenizer_kind} vocabulary of {prepared.vocabulary_size}"
+    )
+
+
+def _write(config: Config, source: Source, folder: Path, say: Say, shard_tokens: int) -> dict[str, Any]:
+    """Writes tokenizer and shards into a folder; returns what the manifest is to say about them."""
+    documents = _with_progress("reading for the vocabulary", source.documents(), say)
+    tokenizer = train_tokenizer(config.tokenizer, (text for split, text in documents if split == "train"))
+    tokenizer.save(folder / "tokenizer")
+    writers = {split: SplitWriter(folder, split, tokenizer, shard_tokens) for split in ("train", "validation")}
+    documents = _with_progress("encoding", source.documents(), say)
+    if config.data.is_storybook() and config.data.validation is None:
+        documents = _with_nats(documents, writers["validation"].nats)
+    for batch, tokens, lengths in _encoded(tokenizer, documents):
+        writers[batch.split].write(tokens, lengths, batch.is_start, batch.num_bytes)
+    return {
+        "dtype": token_dtype(tokenizer.vocabulary_size),
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "pad_id": tokenizer.pad_id,
+        "unknown_id": tokenizer.unknown_id,
+        "bos_id": tokenizer.bos_id,
+        "tokenizer_kind": tokenizer.kind,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "splits": {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()},
+    }
+
+
+@dataclasses.dataclass
+class _Batch:
+    """Pieces of text of one split, to be encoded together; a piece starts a document or continues the one before."""
+
+    split: str
+    pieces: list[str] = dataclasses.field(default_factory=list)
+    is_start: list[bool] = dataclasses.field(default_factory=list)
+    num_bytes: int = 0
+
+
+def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[_Batch]:
+    open_batches: dict[str, _Batch] = {}
+    for split, document in documents:
+        for i, piece in enumerate(cut(document)):
+            batch = open_batches.setdefault(split, _Batch(split))
+            batch.pieces.append(piece)
+            batch.is_start.append(i == 0)
+            batch.num_bytes += len(piece.encode())
+            if batch.num_bytes >= _BATCH_BYTES:
+                yield open_batches.pop(split)
+    yield from open_batches.values()
+
+
+def _encoded(
+    tokenizer: Tokenizer, documents: Iterator[tuple[str, str]]
+) -> Iterator[tuple[_Batch, np.ndarray, np.ndarray]]:
+    """Encodes batches on all cores, and yields each with its tokens and its pieces' lengths, in order."""
+    num_threads = os.cpu_count() or 1
+    waiting: collections.deque[Any] = collections.deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for batch in _batches(documents):
+            waiting.append((batch, pool.submit(tokenizer.encode_pieces, batch.pieces)))
+            if len(waiting) > num_threads:
+                done, future = waiting.popleft()
+                yield done, *future.result()
+        for done, future in waiting:
+            yield done, *future.result()
+
+
+def _with_nats(documents: Iterator[tuple[str, str]], nats: list[float]) -> Iterator[tuple[str, str]]:
+    from trainer.data import storybook
+
+    for split, story in documents:
+        if split == "validation":
+            nats.append(-storybook.log_probability(story))
+        yield split, story
+
+
+def _with_progress(what: str, documents: Iterator[tuple[str, str]], say: Say) -> Iterator[tuple[str, str]]:
+    """Passes documents on, and says every few seconds how many there were."""
+    start = said = time.monotonic()
+    num_characters = 0
+    for number, (split, document) in enumerate(documents):
+        now = time.monotonic()
+        if now - said >= _PROGRESS_SECS:
+            say(f"{what}: {number} documents, {num_characters / 1e6:.1f} million characters, {now - start:.0f} s")
+            said = now
+        num_characters += len(document)
+        yield split, document
+
+
+@contextlib.contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """Gives a hidden folder to write into, which becomes `folder` at the end, or goes away if anything fails."""
+    partial = folder.parent / f".partial-{folder.name}-{secrets.token_hex(4)}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
+        partial.mkdir()
+        with _opened(partial) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield partial
+            for path in partial.rglob("*"):
+                _sync(path)
+            _sync(partial)
+            _rename_unless_there(partial, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise UserError(
+            f"data.prepared_folder={str(folder.parent)!r}: cannot be written: {error.strerror or error}. Make room, or "
+            "name another folder; nothing half-written is left."
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _rename_unless_there(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError:
+        # Another process prepared the same text meanwhile: the same bytes.
+        if not folder.exists():
+            raise
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for path in folder.parent.glob(f".partial-{glob.escape(folder.name)}-*"):
+        with contextlib.suppress(OSError), _opened(path) as handle:
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECS:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Its writer holds it as long as it lives.
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _sync(path: Path) -> None:
+    with _opened(path) as handle:
+        os.fsync(handle)

@@ -1,0 +1,272 @@
+"""Prepared data on disk: token shards and a manifest, their writer and their reader.
+
+A shard is two flat little-endian files. tokens: `[BOS] document [BOS] document ... [BOS]`, a [BOS] before each document
+and one at the end. offsets: int64, where each document's [BOS] stands, then the last [BOS]. No document crosses shards.
+The manifest lists the files with their hashes, and what they were made from and with.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.config import UserError
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT_VERSION = 1
+SHARD_TOKENS = 1 << 27
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A stretch of a split; num_tokens does not count [BOS]."""
+
+    tokens_file: str
+    offsets_file: str
+    num_documents: int
+    num_tokens: int
+    tokens_sha256: str
+    offsets_sha256: str
+
+    def stream_length(self) -> int:
+        """Returns the number of tokens in the file, each [BOS] included."""
+        return self.num_tokens + self.num_documents + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The training or the validation text.
+
+    Attributes:
+        num_documents: how many documents.
+        num_tokens: tokens of all documents, without [BOS].
+        num_bytes: UTF-8 bytes of all documents.
+        num_unknown: how many of the tokens are [UNK].
+        max_tokens: tokens of the longest document.
+        source_nats: -log of the text's exact probability, where the source knows it.
+        shards: the files, in order.
+    """
+
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
+    num_unknown: int
+    max_tokens: int
+    source_nats: float | None
+    shards: tuple[Shard, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+    """A prepared folder.
+
+    Attributes:
+        folder: where the files are.
+        dtype: of the tokens files: "uint16" or "uint32".
+        vocabulary_size: tokens in the vocabulary, the special ones included.
+        pad_id: token of padding.
+        unknown_id: token of what the vocabulary cannot spell.
+        bos_id: token before each document.
+        tokenizer_kind: "wordpiece" or "char".
+        tokenizer_fingerprint: identifies the tokenizer.
+        source_fingerprint: identifies the text.
+        sources: the files of each split, for people to read.
+        splits: "train" and "validation".
+        fingerprint: identifies all of this but folder and sources, and so every token.
+    """
+
+    folder: Path
+    dtype: str
+    vocabulary_size: int
+    pad_id: int
+    unknown_id: int
+    bos_id: int
+    tokenizer_kind: str
+    tokenizer_fingerprint: str
+    source_fingerprint: str
+    sources: dict[str, list[str]]
+    splits: dict[str, Split]
+    fingerprint: str
+
+    def split(self, name: str) -> Split:
+        """Returns the split "train" or "validation"."""
+        return self.splits[name]
+
+    def tokenizer(self) -> Tokenizer:
+        """Loads the tokenizer the text was prepared with.
+
+        Raises:
+            UserError: it is damaged or another one.
+        """
+        tokenizer = load_tokenizer(self.folder / "tokenizer")
+        if tokenizer.fingerprint != self.tokenizer_fingerprint:
+            raise _damaged(self.folder, "tokenizer/ is not the tokenizer the text was prepared with")
+        return tokenizer
+
+
+def token_dtype(vocabulary_size: int) -> str:
+    """Returns the type of the numbers in a tokens file."""
+    return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
+
+
+def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
+    """Writes manifest.json: the attributes of PreparedData but folder and fingerprint, which is added."""
+    entries = {"format_version": FORMAT_VERSION, **entries}
+    entries["fingerprint"] = _fingerprint(entries)
+    (folder / "manifest.json").write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
+
+
+def load_prepared(folder: str | Path, check_hashes: bool = True) -> PreparedData:
+    """Reads a prepared folder's manifest, and checks the files it lists.
+
+    Args:
+        folder: the folder.
+        check_hashes: whether to read all files and compare their SHA-256, beyond their size.
+
+    Raises:
+        UserError: the manifest or a file is missing or damaged.
+    """
+    folder = Path(folder)
+    try:
+        entries = dict(json.loads((folder / "manifest.json").read_text("utf-8")))
+        expected = _fingerprint(entries)
+    except FileNotFoundError:
+        raise _damaged(folder, "manifest.json is missing") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder, f"manifest.json cannot be read: {error}") from None
+    if entries.pop("format_version", None) != FORMAT_VERSION:
+        raise _damaged(folder, f"manifest.json is not of version {FORMAT_VERSION} of the format")
+    if entries.get("fingerprint") != expected:
+        raise _damaged(folder, "manifest.json was changed: its fingerprint does not match")
+    entries["splits"] = {
+        name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
+        for name, split in entries["splits"].items()
+    }
+    prepared = PreparedData(folder=folder, **entries)
+    for split in prepared.splits.values():
+        for shard in split.shards:
+            _check_shard(prepared, shard, check_hashes)
+    return prepared
+
+
+def _check_shard(prepared: PreparedData, shard: Shard, check_hashes: bool) -> None:
+    width = np.dtype(prepared.dtype).itemsize
+    for name, num_bytes, sha256 in (
+        (shard.tokens_file, shard.stream_length() * width, shard.tokens_sha256),
+        (shard.offsets_file, (shard.num_documents + 1) * 8, shard.offsets_sha256),
+    ):
+        path = prepared.folder / name
+        if not path.is_file():
+            raise _damaged(prepared.folder, f"{name} is missing")
+        if path.stat().st_size != num_bytes:
+            raise _damaged(prepared.folder, f"{name} has {path.stat().st_size} bytes instead of {num_bytes}")
+        if check_hashes:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    raise _damaged(prepared.folder, f"{name} was changed: its SHA-256 does not match")
+
+
+def _fingerprint(entries: dict[str, Any]) -> str:
+    """Hashes a manifest but for its fingerprint and the names of the sources: the same text may lie elsewhere."""
+    kept = {key: value for key, value in entries.items() if key not in ("fingerprint", "sources")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _damaged(folder: Path, what: str) -> UserError:
+    return UserError(f"{folder}: {what}; delete the folder and prepare again.")
+
+
+class SplitWriter:
+    """Writes a split's shards one after the other, and counts."""
+
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int):
+        self._stem, self._shard_tokens = folder / split, shard_tokens
+        self._dtype = np.dtype(token_dtype(tokenizer.vocabulary_size)).newbyteorder("<")
+        self._bos_id, self._unknown_id = tokenizer.bos_id, tokenizer.unknown_id
+        self._shards: list[Shard] = []
+        self._num_bytes = self._num_unknown = self._max_tokens = 0
+        self.nats: list[float] = []
+        self._open_shard()
+
+    def write(self, tokens: np.ndarray, lengths: np.ndarray, is_start: list[bool], num_bytes: int) -> None:
+        """Appends pieces of documents.
+
+        Args:
+            tokens: int32 [tokens], of all pieces.
+            lengths: int64 [pieces], how many of them each piece has.
+            is_start: for each piece whether it starts a document, rather than going on with the one before.
+            num_bytes: of the text of all pieces.
+        """
+        self._num_bytes += num_bytes
+        self._num_unknown += int(np.count_nonzero(tokens == self._unknown_id))
+        first_tokens = (np.cumsum(lengths) - lengths)[is_start]
+        stream = np.insert(tokens, first_tokens, self._bos_id)
+        starts = first_tokens + np.arange(len(first_tokens))
+        while len(beyond := np.flatnonzero(self._tokens.length + starts >= self._shard_tokens)):
+            cut_at = starts[beyond[0]]
+            self._append(stream[:cut_at], starts[: beyond[0]])
+            self._close_shard()
+            self._open_shard()
+            stream, starts = stream[cut_at:], starts[beyond[0] :] - cut_at
+        self._append(stream, starts)
+
+    def close(self) -> Split:
+        """Ends the last shard and returns what was written."""
+        self._close_shard()
+        return Split(
+            num_documents=sum(shard.num_documents for shard in self._shards),
+            num_tokens=sum(shard.num_tokens for shard in self._shards),
+            num_bytes=self._num_bytes,
+            num_unknown=self._num_unknown,
+            max_tokens=self._max_tokens,
+            source_nats=math.fsum(self.nats) if self.nats else None,
+            shards=tuple(self._shards),
+        )
+
+    def _open_shard(self) -> None:
+        name = f"{self._stem}-{len(self._shards):05}"
+        self._tokens = _HashedFile(Path(f"{name}.tokens"), self._dtype)
+        self._offsets = _HashedFile(Path(f"{name}.offsets"), np.dtype("<i8"))
+        self._last_start = 0
+
+    def _append(self, stream: np.ndarray, starts: np.ndarray) -> None:
+        offsets = self._tokens.length + starts
+        lengths = np.diff(offsets, prepend=self._last_start) - 1  # Of the document that ends at each of them.
+        self._max_tokens = max(self._max_tokens, int(lengths.max(initial=0)))
+        self._last_start = int(offsets[-1]) if len(offsets) else self._last_start
+        self._tokens.write(stream)
+        self._offsets.write(offsets)
+
+    def _close_shard(self) -> None:
+        self._append(np.array([self._bos_id]), np.array([0]))
+        num_documents = self._offsets.length - 1
+        self._shards.append(
+            Shard(
+                tokens_file=self._tokens.path.name,
+                offsets_file=self._offsets.path.name,
+                num_documents=num_documents,
+                num_tokens=self._tokens.length - num_documents - 1,
+                tokens_sha256=self._tokens.sha256.hexdigest(),
+                offsets_sha256=self._offsets.sha256.hexdigest(),
+            )
+        )
+
+
+class _HashedFile:
+    """A file of numbers, hashed while it is written."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self.length, self.sha256 = path, 0, hashlib.sha256()
+        self._dtype = dtype
+
+    def write(self, numbers: np.ndarray) -> None:
+        data = numbers.astype(self._dtype).tobytes()
+        # Opened each time, so that no error on the way leaves a file open.
+        with self.path.open("ab") as file:
+            file.write(data)
+        self.sha256.update(data)
+        self.length += len(numbers)

@@ -1,0 +1,103 @@
+"""Scores a model on the validation text, every token of it once and with the same weight."""
+
+import math
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from trainer.config import Config
+from trainer.data.batches import evaluation_batches
+from trainer.data.shards import PreparedData
+from trainer.model.gpt import GPT
+from trainer.model.loss import next_token_loss_from_logits
+
+
+class Evaluation(NamedTuple):
+    """How well a model predicts the validation text.
+
+    loss: nats per token. num_tokens: how many tokens that is the mean of. bits_per_byte: of the original text, with the
+    number of tokens per byte of the whole validation text. is_lossy: whether the tokenizer loses some of that text, so
+    that bits_per_byte is of less than the text. excess: nats per token above the text's own entropy, where that is
+    known: of the storybook, when every story was scored whole.
+    """
+
+    loss: float
+    num_tokens: int
+    bits_per_byte: float
+    is_lossy: bool
+    excess: float | None
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean loss."""
+        return math.exp(min(self.loss, 700.0))
+
+    def __str__(self) -> str:
+        lossy = " (of what the tokenizer keeps)" if self.is_lossy else ""
+        parts = [
+            f"loss {self.loss:.4f} nats per token",
+            f"perplexity {self.perplexity:.2f}",
+            f"{self.bits_per_byte:.3f} bits per byte{lossy}",
+        ]
+        if self.excess is not None:
+            parts.append(f"{self.excess:+.4f} nats per token above the text's own entropy")
+        return ", ".join(parts) + f" ({self.num_tokens:,} tokens)"
+
+
+class Evaluator:
+    """Scores the model of a run, at any time, without touching it.
+
+    Args:
+        model: a GPT, or any Keras model that returns logits.
+        strategy: the model was built under its scope.
+        prepared: the data, whose validation split is scored.
+        config: of the run.
+    """
+
+    def __init__(
+        self, model: keras.Model, strategy: tf.distribute.Strategy, prepared: PreparedData, config: Config
+    ) -> None:
+        self.model = model
+        self.strategy = strategy
+        self.prepared = prepared
+        self.config = config
+        self._is_lossy = prepared.tokenizer().is_lossy
+        self._sum_batch = tf.function(self._score_batch, autograph=False)
+
+    def __call__(self, num_batches: int | None = None) -> Evaluation:
+        """Scores num_batches batches, or all."""
+        batches = self.strategy.distribute_datasets_from_function(
+            lambda _: evaluation_batches(self.prepared, self.config, num_batches)
+        )
+        loss_sum, num_tokens = 0.0, 0
+        for batch in batches:
+            batch_loss, batch_tokens = self._sum_batch(batch)
+            loss_sum += float(batch_loss)
+            num_tokens += int(batch_tokens)
+        return summarize(loss_sum, num_tokens, self.prepared, self._is_lossy)
+
+    def _score_batch(self, batch: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor]:
+        def score(batch: tuple[tf.Tensor, ...]) -> list[tf.Tensor]:
+            inputs, targets, weights = batch
+            if isinstance(self.model, GPT):
+                sums = self.model.evaluation_loss(inputs, targets, weights)
+            else:
+                sums = next_token_loss_from_logits(self.model(inputs, training=False), targets, weights)
+            replica = tf.distribute.get_replica_context()
+            return replica.all_reduce(tf.distribute.ReduceOp.SUM, list(sums))
+
+        loss_sum, num_tokens = self.strategy.run(score, (batch,))
+        return loss_sum, num_tokens
+
+
+def summarize(loss_sum: float, num_tokens: int, prepared: PreparedData, is_lossy: bool) -> Evaluation:
+    """Turns a sum of losses in nats over num_tokens tokens of the validation split into an `Evaluation`."""
+    split = prepared.split("validation")
+    loss = loss_sum / num_tokens
+    bits_per_byte = loss / math.log(2) * split.num_tokens / split.num_bytes
+    excess = None
+    # With fewer tokens a story was cut; with more, separators were scored too: neither is what source_nats is of.
+    if split.source_nats is not None and num_tokens == split.num_tokens:
+        excess = (loss_sum - split.source_nats) / num_tokens
+    return Evaluation(loss, num_tokens, bits_per_byte, is_lossy, excess)

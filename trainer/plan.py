@@ -1,0 +1,79 @@
+"""What a config costs, before any of it is spent: so far its parameters."""
+
+import math
+from collections.abc import Iterator
+
+import rich.box
+import rich.console
+import rich.table
+
+from trainer.config import Config, ModelConfig, UserError, WordPieceConfig
+
+Shape = tuple[int, ...]
+
+
+def parameter_shapes(model: ModelConfig, vocabulary_size: int, sequence_length: int) -> Iterator[tuple[str, Shape]]:
+    """Yields the path and shape of every weight of the GPT, without building it."""
+    width, attention_dim = model.hidden_dim, model.num_heads * model.head_dim()
+    yield "gpt/token_embedding/embeddings", (vocabulary_size, width)
+    yield "gpt/position_embedding/embeddings", (sequence_length, width)
+    for i in range(model.num_layers):
+        block = f"gpt/block_{i}"
+        yield from _projection(f"{block}/query_key_value", (width, 3 * attention_dim), model.use_bias)
+        yield from _projection(f"{block}/attention_output", (attention_dim, width), model.use_bias)
+        yield from _norm(f"{block}/attention_norm", model)
+        yield from _projection(f"{block}/intermediate", (width, model.intermediate_dim), model.use_bias)
+        yield from _projection(f"{block}/output", (model.intermediate_dim, width), model.use_bias)
+        yield from _norm(f"{block}/feedforward_norm", model)
+    if model.pre_norm:
+        yield from _norm("gpt/final_norm", model)
+    if not model.tied_embeddings:
+        yield "gpt/unembedding/kernel", (vocabulary_size, width)
+        if model.use_bias:
+            yield "gpt/unembedding/bias", (vocabulary_size,)
+
+
+def print_plan(config: Config, vocabulary_size: int | None) -> None:
+    """Prints the parameter table of a config.
+
+    Args:
+        config: of the run.
+        vocabulary_size: in place of the config's own.
+
+    Raises:
+        UserError: neither says it, or it is impossible.
+    """
+    if vocabulary_size is None:
+        if not isinstance(config.tokenizer, WordPieceConfig):
+            raise UserError(
+                f"tokenizer.kind={config.tokenizer.kind!r} takes its vocabulary from the text, which plan does not "
+                "read; give --vocabulary-size (English in plain characters: about 100)."
+            )
+        vocabulary_size = config.tokenizer.vocabulary_size
+    if vocabulary_size < 1:
+        raise UserError(f"--vocabulary-size {vocabulary_size} must be at least 1.")
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_footer=True)
+    shapes = list(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
+    total = sum(math.prod(shape) for _, shape in shapes)
+    table.add_column("weight", footer="all")
+    table.add_column("shape", justify="right")
+    table.add_column("parameters", justify="right", footer=f"{total:,}")
+    table.add_column("share", justify="right")
+    for path, shape in shapes:
+        size = math.prod(shape)
+        table.add_row(path, " x ".join(map(str, shape)), f"{size:,}", f"{size / total:.1%}")
+    console = rich.console.Console()
+    console.print(table)
+    console.print(f"vocabulary {vocabulary_size:,}, sequence length {config.train.sequence_length:,}", highlight=False)
+
+
+def _projection(path: str, shape: Shape, use_bias: bool) -> Iterator[tuple[str, Shape]]:
+    yield f"{path}/kernel", shape
+    if use_bias:
+        yield f"{path}/bias", shape[-1:]
+
+
+def _norm(path: str, model: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    yield f"{path}/gamma", (model.hidden_dim,)
+    if model.use_bias:
+        yield f"{path}/beta", (model.hidden_dim,)

@@ -1,0 +1,150 @@
+"""A run's folder: its config, tokenizer and checkpoints, and how the model comes back from them.
+
+config.toml   the resolved config, every default written out
+run.json      which prepared data and tokenizer it uses
+tokenizer/    a copy, so that the model can be used where the data is not
+checkpoints/  see training/checkpoint.py
+logs/         for TensorBoard
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import Config, UserError, load_config
+
+if TYPE_CHECKING:
+    import keras
+
+    from trainer.data.shards import PreparedData
+    from trainer.data.tokenizer import Tokenizer
+    from trainer.training.checkpoint import Checkpoint, Checkpoints
+
+BuildModel = Callable[[Config, int], "keras.Model"]
+
+
+class RunFolder:
+    """The folder of a run.
+
+    Args:
+        path: made by `create`.
+
+    Raises:
+        UserError: there is no run.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        for name in ("config.toml", "run.json"):
+            if not (self.path / name).is_file():
+                raise UserError(f"{self.path} is not a run folder: it has no {name}.{_runs_beside(self.path)}")
+        self.config = load_config(self.path / "config.toml")
+        self.facts: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+
+    @classmethod
+    def create(cls, config: Config, prepared: "PreparedData") -> "RunFolder":
+        """Makes the folder of a new run.
+
+        Raises:
+            UserError: it is there already and not empty, or cannot be written.
+        """
+        path = Path(config.run_folder)
+        check_is_free(config)
+        facts = {
+            "prepared_folder": str(prepared.folder.resolve()),
+            "data_fingerprint": prepared.fingerprint,
+            "tokenizer_fingerprint": prepared.tokenizer_fingerprint,
+        }
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(prepared.folder / "tokenizer", path / "tokenizer", dirs_exist_ok=True)
+            (path / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            # Last: a folder with a config is a run.
+            temporary = path / "config.toml.partial"
+            temporary.write_text(config.to_toml(), encoding="utf-8")
+            temporary.rename(path / "config.toml")
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise UserError(
+                f"run_folder={config.run_folder!r} cannot be written: {error.strerror or error}. Make room, or choose "
+                "another folder; nothing half-written is left."
+            ) from None
+        return cls(path)
+
+    def prepared(self) -> "PreparedData":
+        """Returns the data the run was started on.
+
+        Raises:
+            UserError: it is gone, or is not the same.
+        """
+        from trainer.data.shards import load_prepared
+
+        folder = Path(self.facts["prepared_folder"])
+        if not folder.is_dir():
+            raise UserError(
+                f"{self.path} was started on the prepared data {folder}, which is gone. Prepare the same text with the "
+                f"same settings again (trainer prepare {self.path / 'config.toml'}) or start a new run."
+            )
+        prepared = load_prepared(folder)
+        if prepared.fingerprint != self.facts["data_fingerprint"]:
+            raise UserError(f"{folder} is not the data {self.path} was started on; start a new run for other data.")
+        return prepared
+
+    def tokenizer(self) -> "Tokenizer":
+        """Returns the run's tokenizer."""
+        from trainer.data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(self.path / "tokenizer")
+        if tokenizer.fingerprint != self.facts["tokenizer_fingerprint"]:
+            raise UserError(f"{self.path / 'tokenizer'} is not the tokenizer this run was started with.")
+        return tokenizer
+
+    def checkpoints(self, say: Callable[[str], None] = print) -> "Checkpoints":
+        """Returns the run's checkpoints."""
+        from trainer.training.checkpoint import Checkpoints
+
+        return Checkpoints(str(self.path / "checkpoints"), self.config.checkpoint.keep_last, say)
+
+    def load_model(
+        self, build_model: BuildModel | None = None, say: Callable[[str], None] = print
+    ) -> tuple["keras.Model", "Checkpoint"]:
+        """Builds the model and gives it the weights of the newest checkpoint.
+
+        Raises:
+            UserError: there is no checkpoint that verifies, or it is of another model.
+        """
+        from trainer.training.checkpoint import assign, named_variables
+
+        checkpoint = self.checkpoints(say).latest()
+        if checkpoint is None:
+            raise UserError(f"{self.path} has no checkpoint yet; train on with: trainer train --resume {self.path}")
+        model = (build_model or build_gpt)(self.config, self.tokenizer().vocabulary_size)
+        assign(named_variables(model), checkpoint.arrays("weights"), checkpoint.folder)
+        return model, checkpoint
+
+
+def build_gpt(config: Config, vocabulary_size: int) -> "keras.Model":
+    """Builds the GPT of a config, with initial weights."""
+    from trainer.model.gpt import GPT
+
+    train = config.train
+    return GPT(config.model, vocabulary_size, train.sequence_length, seed=train.seed, dtype=train.precision)
+
+
+def check_is_free(config: Config) -> None:
+    """Raises UserError where a new run's folder is taken."""
+    path = Path(config.run_folder)
+    if (path / "config.toml").is_file():
+        raise UserError(
+            f"run_folder={config.run_folder!r} already holds a run. Go on with it: trainer train --resume {path}; or "
+            f"start another beside it with the override run_folder={path}-2; or delete it."
+        )
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise UserError(f"run_folder={config.run_folder!r} is there already and is no run; choose another folder.")
+
+
+def _runs_beside(path: Path) -> str:
+    found = sorted(str(config.parent) for config in [*path.glob("*/config.toml"), *path.parent.glob("*/config.toml")])
+    return f" Runs near it: {', '.join(found[:5])}." if found else ""

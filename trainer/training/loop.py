@@ -1,0 +1,232 @@
+"""The training run, top to bottom."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainer.config import Config, SamplesConfig
+from trainer.data.batches import total_steps as count_steps
+from trainer.data.batches import training_batches
+from trainer.data.prepare import prepare
+from trainer.data.shards import PreparedData
+from trainer.data.tokenizer import Tokenizer
+from trainer.decoding.generate import DECODERS, Decoder, Generator
+from trainer.evaluate import Evaluation, Evaluator
+from trainer.run import BuildModel, RunFolder, build_gpt, check_is_free
+from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
+from trainer.training.distribution import make_strategy
+from trainer.training.health import check_finite, only_run_in, stop_on_signals
+from trainer.training.monitor import Meter, Monitor
+from trainer.training.schedule import learning_rate
+from trainer.training.step import TrainingStep
+
+Say = Callable[[str], None]
+
+
+class TrainingResult(NamedTuple):
+    """What came of a run.
+
+    run_folder: where it is. model: with its weights after step steps. evaluation and samples: of these; None and empty
+    where a signal stopped the run before its end.
+    """
+
+    run_folder: str
+    model: keras.Model
+    step: int
+    was_interrupted: bool
+    evaluation: Evaluation | None
+    samples: dict[str, str]
+
+
+def start(config: Config, build_model: BuildModel | None = None, say: Say = print) -> TrainingResult:
+    """Prepares what is missing, makes the run's folder and trains.
+
+    Raises:
+        UserError: a setting, the text or the folder is not right.
+    """
+    check_is_free(config)
+    prepared = prepare(config, say)
+    run = RunFolder.create(config, prepared)
+    with only_run_in(run.path):
+        return train(run, prepared, build_model, say)
+
+
+def resume(run_folder: str, build_model: BuildModel | None = None, say: Say = print) -> TrainingResult:
+    """Goes on with a run from its newest checkpoint, with the config it was started with.
+
+    Raises:
+        UserError: there is no such run, or its data is gone.
+    """
+    run = RunFolder(run_folder)
+    with only_run_in(run.path):
+        return train(run, run.prepared(), build_model, say)
+
+
+def train(run: RunFolder, prepared: PreparedData, build_model: BuildModel | None, say: Say) -> TrainingResult:
+    """Trains a run from its newest checkpoint, or from the start, to its end or to a signal."""
+    config = run.config
+    total_steps = count_steps(prepared, config)
+    spent = Stopwatch()
+
+    with spent.on("start"):
+        # The model, and all that changes with a step.
+        strategy = make_strategy(config.distribution)
+        with strategy.scope():
+            model = (build_model or build_gpt)(config, prepared.vocabulary_size)
+            step_function = TrainingStep(config, total_steps, model, strategy)
+        checkpoints = run.checkpoints(say)
+        step = restore(step_function, checkpoints.latest())
+        say(describe(run, prepared, model, step, total_steps))
+
+        # What looks at it.
+        evaluator = Evaluator(model, strategy, prepared, config)
+        tokenizer = run.tokenizer()
+        generator = Generator(model, tokenizer, config.train.sequence_length)
+        monitor = make_monitor(run, prepared, tokenizer, step, total_steps)
+        meter = Meter()
+
+        batches = iter(
+            strategy.distribute_datasets_from_function(lambda _: training_batches(prepared, config, step, total_steps))
+        )
+        run_steps = step_function.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
+
+    request_stop = lambda: step_function.stop_requested.assign(True)  # noqa: E731
+    cadences = (
+        config.log.every_steps,
+        config.checkpoint.every_steps,
+        config.evaluation.every_steps,
+        config.samples.every_steps,
+    )
+    interrupted = False
+    with stop_on_signals(request_stop), monitor.running():
+        while step < total_steps and not interrupted:
+            num_steps = min(config.train.steps_per_call, steps_until_due(step, total_steps, cadences))
+            with spent.on("train") as lap:
+                metrics = run_steps(batches, tf.constant(num_steps, tf.int64))
+                step += int(metrics.num_steps)
+            meter.add(metrics, lap())
+            monitor.advance(step)
+            interrupted = bool(step_function.stop_requested.numpy())
+
+            if is_due(step, config.log.every_steps) or step == total_steps:
+                interval = meter.report(float(learning_rate(config.optimizer, step - 1, total_steps)))
+                monitor.interval(step, interval)
+                check_finite(step, interval.num_steps, interval.num_skipped, monitor.say)
+            if is_due(step, config.checkpoint.every_steps) or step == total_steps or interrupted:
+                with spent.on("checkpoint"):
+                    save(checkpoints, step_function, run)
+            if is_due(step, config.evaluation.every_steps) and step < total_steps and not interrupted:
+                with spent.on("evaluate"):
+                    monitor.evaluation(step, evaluator(config.evaluation.num_batches))
+            if is_due(step, config.samples.every_steps) and step < total_steps and not interrupted:
+                with spent.on("sample"):
+                    monitor.samples(step, write_samples(generator, config.samples))
+
+        with spent.on("checkpoint"):
+            checkpoints.wait()
+        if interrupted:
+            say(
+                f"Stopped at step {step} of {total_steps}, which is saved. Go on with: trainer train --resume {run.path}"
+            )
+            return TrainingResult(str(run.path), model, step, True, None, {})
+        with spent.on("evaluate"):
+            evaluation = evaluator()
+            monitor.evaluation(step, evaluation)
+        with spent.on("sample"):
+            samples = write_samples(generator, config.samples)
+            monitor.samples(step, samples)
+    say(f"Time: {spent}")
+    return TrainingResult(str(run.path), model, step, False, evaluation, samples)
+
+
+def is_due(step: int, every_steps: int | None) -> bool:
+    """Whether something with this cadence happens after this step; never where the cadence is None."""
+    return every_steps is not None and step > 0 and step % every_steps == 0
+
+
+def steps_until_due(step: int, total_steps: int, cadences: tuple[int | None, ...]) -> int:
+    """Returns how many steps may run before the host has something to do."""
+    return min(total_steps - step, *(every - step % every for every in cadences if every is not None))
+
+
+def restore(step_function: TrainingStep, checkpoint: Checkpoint | None) -> int:
+    """Gives model, optimizer and step the values of a checkpoint; returns the step."""
+    if checkpoint is None:
+        return 0
+    assign(step_function.named_variables, checkpoint.arrays("weights"), checkpoint.folder)
+    assign(step_function.optimizer.state(), checkpoint.arrays("optimizer"), checkpoint.folder)
+    step_function.step.assign(checkpoint.step)
+    return checkpoint.step
+
+
+def save(checkpoints: Checkpoints, step_function: TrainingStep, run: RunFolder) -> None:
+    """Saves everything that a step changes."""
+    groups = {
+        "weights": _snapshot(step_function.named_variables),
+        "optimizer": _snapshot(step_function.optimizer.state()),
+    }
+    facts = {key: run.facts[key] for key in ("data_fingerprint", "tokenizer_fingerprint")}
+    checkpoints.save(int(step_function.step), groups, facts | {"config": run.config.model_dump(mode="json")})
+
+
+def write_samples(generator: Generator, config: SamplesConfig) -> dict[str, str]:
+    """Returns what each decoder writes after the prompt; the same every time but for what the model has learned."""
+    num_tokens = config.num_tokens or generator.sequence_length
+    return {
+        name: generator.generate(
+            [config.prompt], Decoder.from_config(name, config), num_tokens, stop=config.stop
+        )[0]
+        for name in DECODERS
+    }
+
+
+def make_monitor(
+    run: RunFolder, prepared: PreparedData, tokenizer: Tokenizer, first_step: int, total_steps: int
+) -> Monitor:
+    """Returns the monitor of a run."""
+    split = prepared.split("train")
+    bits_per_token_byte = split.num_tokens / split.num_bytes / np.log(2)
+    return Monitor(
+        run.path / "logs", run.config, first_step, total_steps, float(bits_per_token_byte), tokenizer.is_lossy
+    )
+
+
+def describe(run: RunFolder, prepared: PreparedData, model: keras.Model, step: int, total_steps: int) -> str:
+    """Returns one line about a run that starts."""
+    train = run.config.train
+    tokens = train.global_batch_size * train.sequence_length
+    text = prepared.split("train")
+    return (
+        f"{run.path}: {model.count_params():,} parameters, {train.precision}; {text.num_tokens:,} tokens of text; "
+        f"steps {step} to {total_steps} of {train.global_batch_size} x {train.sequence_length} = {tokens:,} tokens."
+    )
+
+
+class Stopwatch:
+    """Where the time of a run goes."""
+
+    def __init__(self) -> None:
+        self._secs: Counter[str] = Counter()
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[Callable[[], float]]:
+        """Counts the time of a block as spent on something; gives a function that returns that time so far."""
+        start = time.perf_counter()
+        try:
+            yield lambda: time.perf_counter() - start
+        finally:
+            self._secs[what] += time.perf_counter() - start  # type: ignore[assignment]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{what} {secs:.1f} s" for what, secs in self._secs.items())
+
+
+def _snapshot(variables: dict[str, Any]) -> dict[str, np.ndarray]:
+    # A copy: on a CPU numpy() can be the memory that the next step writes to.
+    return {name: np.array(variable.numpy()) for name, variable in variables.items()}

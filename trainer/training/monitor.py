@@ -1,0 +1,231 @@
+"""What a run shows while it learns: curves and samples in TensorBoard, progress on the terminal."""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import numpy as np
+import rich.console
+import rich.progress
+import tensorflow as tf
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from trainer.config import Config, UserError
+from trainer.evaluate import Evaluation
+from trainer.training.step import CallMetrics
+
+
+class Interval(NamedTuple):
+    """The steps since the last report.
+
+    num_steps and num_skipped: counts. loss: nats per token. grad_norm: mean over steps, before clipping. clip_rate and
+    input_share: shares of steps and of time. tokens_per_sec: predicted tokens, padding not counted. learning_rate: of
+    the last step.
+    """
+
+    num_steps: int
+    num_skipped: int
+    loss: float
+    grad_norm: float
+    clip_rate: float
+    input_share: float
+    tokens_per_sec: float
+    learning_rate: float
+
+
+class Meter:
+    """Adds up the metrics of calls until they are reported."""
+
+    def __init__(self) -> None:
+        self._sums = [0.0] * len(CallMetrics._fields)
+        self._secs = 0.0
+
+    def add(self, metrics: CallMetrics, secs: float) -> None:
+        """Adds a call that took secs seconds."""
+        self._sums = [total + float(value) for total, value in zip(self._sums, metrics, strict=True)]
+        self._secs += secs
+
+    def report(self, learning_rate: float) -> Interval:
+        """Returns the sums as rates and means, and starts again."""
+        sums, secs = CallMetrics(*self._sums), self._secs
+        self.__init__()  # type: ignore[misc]
+        applied = max(1.0, sums.num_steps - sums.num_skipped)
+        return Interval(
+            num_steps=int(sums.num_steps),
+            num_skipped=int(sums.num_skipped),
+            loss=sums.loss_sum / max(1.0, sums.num_targets),
+            grad_norm=sums.grad_norm_sum / applied,
+            clip_rate=sums.num_clipped / applied,
+            input_share=sums.input_secs / secs,
+            tokens_per_sec=sums.num_targets / secs,
+            learning_rate=learning_rate,
+        )
+
+
+class Monitor:
+    """Writes to TensorBoard and to the terminal.
+
+    Args:
+        logs: folder for TensorBoard.
+        config: of the run, shown in TensorBoard.
+        first_step: where this process goes on; what an earlier one logged from there on is dropped from the curves.
+        total_steps: of the run.
+        bits_per_token_byte: factor from nats per token to bits per byte of the training text.
+        is_lossy: whether the tokenizer loses text, so that bits per byte are of less than the text.
+        terminal: where lines and the progress bar go.
+    """
+
+    def __init__(
+        self,
+        logs: Path,
+        config: Config,
+        first_step: int,
+        total_steps: int,
+        bits_per_token_byte: float,
+        is_lossy: bool,
+        terminal: TextIO | None = None,
+    ) -> None:
+        self.total_steps = total_steps
+        self._bits_per_token_byte = bits_per_token_byte
+        self._bits_tag = "bits_per_byte_lossy" if is_lossy else "bits_per_byte"
+        self._train = EventLog(logs / "train", first_step)
+        self._validation = EventLog(logs / "validation", first_step)
+        self._train.texts(first_step, {"config": f"```toml\n{config.to_toml()}\n```"})
+        self._console = rich.console.Console(file=terminal or sys.stdout, highlight=False, soft_wrap=True)
+        self._progress = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=None),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[state]}"),
+            rich.progress.TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._first_step = first_step
+        self._started = time.monotonic()
+        self._task = self._progress.add_task("training", total=total_steps, completed=first_step, state="")
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Shows the progress bar, and closes the log files at the end."""
+        self._started = time.monotonic()
+        try:
+            with self._progress:
+                yield
+        finally:
+            self._train.close()
+            self._validation.close()
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the progress bar where there is one."""
+        self._console.print(line, markup=False)
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar."""
+        self._progress.update(self._task, completed=step)
+
+    def interval(self, step: int, interval: Interval) -> None:
+        """Reports the steps since the last report."""
+        values = interval._asdict() | {
+            "perplexity": _perplexity(interval.loss),
+            self._bits_tag: interval.loss * self._bits_per_token_byte,
+            "skipped_steps": interval.num_skipped,
+        }
+        del values["num_steps"], values["num_skipped"]
+        self._train.scalars(step, values)
+        state = f"loss {interval.loss:.4f}  {interval.tokens_per_sec:,.0f} tokens/s"
+        self._progress.update(self._task, completed=step, state=state)
+        if not self._console.is_terminal:
+            self.say(
+                f"step {step}/{self.total_steps}  loss {interval.loss:.4f}  "
+                f"perplexity {_perplexity(interval.loss):.2f}  rate {interval.learning_rate:.2e}  "
+                f"norm {interval.grad_norm:.2f}  {interval.tokens_per_sec:,.0f} tokens/s  "
+                f"input {interval.input_share:.1%}  {_clock(self._secs_left(step))} left"
+            )
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Reports a score on the validation text."""
+        values = {
+            "loss": evaluation.loss,
+            "perplexity": evaluation.perplexity,
+            self._bits_tag: evaluation.bits_per_byte,
+            "excess_nats_per_token": evaluation.excess,
+        }
+        self._validation.scalars(step, {name: value for name, value in values.items() if value is not None})
+        self.say(f"step {step}/{self.total_steps}  validation: {evaluation}")
+
+    def samples(self, step: int, samples: Mapping[str, str]) -> None:
+        """Reports what each decoder makes of the model."""
+        # Two spaces: where Markdown breaks a line.
+        self._train.texts(step, {f"samples/{name}": text.replace("\n", "  \n") for name, text in samples.items()})
+
+    def _secs_left(self, step: int) -> float:
+        per_step = (time.monotonic() - self._started) / max(1, step - self._first_step)
+        return per_step * (self.total_steps - step)
+
+
+class EventLog:
+    """A file for TensorBoard, that begins by making void what earlier ones in its folder have after first_step.
+
+    A killed run may have logged past its checkpoint. tf.summary's writer cannot say so, and a second file beside it
+    could come after it in the order of names, which TensorBoard takes for the order of time.
+
+    Args:
+        folder: for the file.
+        first_step: what earlier files have up to here stays.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.folder = folder
+        with self._telling_of_errors():
+            self._writer = EventFileWriter(str(folder))
+            start = SessionLog(status=SessionLog.START)
+            self._writer.add_event(Event(step=first_step + 1, wall_time=time.time(), session_log=start))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes a point of each curve."""
+        limits = np.finfo(np.float32)  # All that TensorBoard keeps, and a perplexity can be more.
+        self._write(step, [scalar_pb(name, np.clip(value, limits.min, limits.max)) for name, value in values.items()])
+
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Writes texts, in Markdown."""
+        self._write(step, [text_pb(name, text) for name, text in texts.items()])
+
+    def close(self) -> None:
+        """Closes the file, in which everything is already."""
+        with contextlib.suppress(OSError, tf.errors.OpError):
+            self._writer.close()
+
+    def _write(self, step: int, summaries: list[Summary]) -> None:
+        with self._telling_of_errors():
+            for summary in summaries:
+                self._writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+            self._writer.flush()
+
+    @contextlib.contextmanager
+    def _telling_of_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, tf.errors.OpError) as error:
+            raise UserError(f"Cannot write to {self.folder}: {error}. Make room, then go on with --resume.") from error
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def _clock(secs: float) -> str:
+    minutes, seconds = divmod(round(secs), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
