@@ -1,5 +1,7 @@
 """Laws of the batches: what the tutorial feeds, in an order that is a function of seed and step alone."""
 
+from pathlib import Path
+
 import keras
 import keras_nlp
 import numpy as np
@@ -10,7 +12,7 @@ from trainer.config import UserError, make_config
 from trainer.data.batches import evaluation_batches, num_examples, permuted, total_steps, training_batches
 from trainer.data.prepare import prepare
 
-WORDS = "sun moon star tree river stone bird fish wolf bear".split()
+WORDS = ["sun", "moon", "star", "tree", "river", "stone", "bird", "fish", "wolf", "bear"]
 
 
 def config_of(tmp_path, mode="lines", num_lines=23, **sections):
@@ -43,7 +45,9 @@ def silently(config, shard_tokens=2**27):
 
 def rows_of(data):
     """All rows of a data set, as tuples of (inputs, targets, weights)."""
-    return [row for batch in data.as_numpy_iterator() for row in zip(*(map(tuple, part) for part in batch), strict=True)]
+    return [
+        row for batch in data.as_numpy_iterator() for row in zip(*(map(tuple, part) for part in batch), strict=True)
+    ]
 
 
 def tutorial_rows(config, tokenizer):
@@ -51,8 +55,7 @@ def tutorial_rows(config, tokenizer):
     length = config.train.sequence_length
     encode = keras_nlp.tokenizers.WordPieceTokenizer(tokenizer.vocabulary, sequence_length=length, lowercase=True)
     start_packer = keras_nlp.layers.StartEndPacker(sequence_length=length, start_value=tokenizer.bos_id)
-    with open(config.data.train[0], encoding="utf-8") as file:
-        outputs = encode(tf.constant(file.read().splitlines()))
+    outputs = encode(tf.constant(Path(config.data.train[0]).read_text(encoding="utf-8").splitlines()))
     features, labels = np.array(start_packer(outputs)), np.array(outputs)
     weights = (labels != 0).astype(np.float32)
     return sorted(zip(*(map(tuple, part) for part in (features, labels, weights)), strict=True))

@@ -226,7 +226,7 @@ def test_unreadable_file_is_refused(tmp_path: Path):
     path = tmp_path / "bad.toml"
     for content in (b"[train\n", b"train = \xff", b"a = 1\na = 2"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="bad.toml: not a readable TOML file: "):
+        with pytest.raises(UserError, match=r"bad.toml: not a readable TOML file: "):
             load_config(path)
     with pytest.raises(UserError, match="not a readable TOML file"):
         load_config(tmp_path)
@@ -319,7 +319,10 @@ def test_a_run_reads_every_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     # Each reads what the other has no use for.
     files = {"run_folder": "files", "data": {"train": "a.txt"}}
     stories = {"run_folder": "stories", "data": {"storybook_stories": 300}}
-    configs = [make_config(common | files, ["train.total_steps=2"]), make_config(common | stories, ["train.num_epochs=1"])]
+    configs = [
+        make_config(common | files, ["train.total_steps=2"]),
+        make_config(common | stories, ["train.num_epochs=1"]),
+    ]
     monkeypatch.setattr(Section, "__getattribute__", noted)
     for config in configs:
         trainer.train(config, say=lambda line: None)
@@ -335,8 +338,11 @@ def test_a_run_reads_every_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def _is_section(kind: type, section: str) -> bool:
-    return kind is Config if not section else section in kind.__name__.lower() or (
-        section == "tokenizer" and kind in (trainer.config.WordPieceConfig, trainer.config.CharConfig)
+    return (
+        kind is Config
+        if not section
+        else section in kind.__name__.lower()
+        or (section == "tokenizer" and kind in (trainer.config.WordPieceConfig, trainer.config.CharConfig))
     )
 
 
@@ -360,7 +366,9 @@ def test_schema_knows_what_shipped_configs_set(path: Path):
     assert set(schema["required"]) <= settings.keys()
     for section, values in settings.items():
         found = schema["properties"][section]
-        kinds = [schema["$defs"][kind["$ref"].rpartition("/")[2]] for kind in found.get("oneOf", [found]) if "$ref" in kind]
+        kinds = [
+            schema["$defs"][kind["$ref"].rpartition("/")[2]] for kind in found.get("oneOf", [found]) if "$ref" in kind
+        ]
         if kinds:
             assert any(values.keys() <= kind["properties"].keys() for kind in kinds)
             assert any(set(kind.get("required", [])) <= values.keys() for kind in kinds)

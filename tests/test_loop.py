@@ -38,8 +38,7 @@ SETTINGS = {
 RUN = """
 import json, os, sys, time
 import trainer
-from trainer.training import step
-pause, run_steps = float(os.environ.get("PAUSE", 0)), step.TrainingStep._run_steps
+pause = float(os.environ["PAUSE"])
 if pause:
     import trainer.training.loop as loop
     due = loop.steps_until_due
@@ -66,9 +65,13 @@ def settings_of(tmp_path, name="run", **overrides):
 
 
 def start(verb, what, pause=0.0):
-    environment = os.environ | {"PAUSE": str(pause), "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
+    variables = {"PAUSE": str(pause), "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
-        [sys.executable, "-c", RUN, verb, what], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", RUN, verb, what],
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -177,7 +180,11 @@ def test_loss_falls_to_the_entropy_of_a_text_that_repeats(tmp_path):
 def test_a_foreign_keras_model_trains_resumes_and_writes(tmp_path):
     def build(config, vocabulary_size):
         return keras.Sequential(
-            [keras.Input((None,), dtype="int32"), keras.layers.Embedding(vocabulary_size, 8), keras.layers.Dense(vocabulary_size)]
+            [
+                keras.Input((None,), dtype="int32"),
+                keras.layers.Embedding(vocabulary_size, 8),
+                keras.layers.Dense(vocabulary_size),
+            ]
         )
 
     config = trainer.make_config(settings_of(tmp_path, model__dropout=0.0))

@@ -74,6 +74,7 @@ def total_steps(prepared: PreparedData, config: Config) -> int:
     """Returns the length of the run in steps: train.total_steps, or what num_epochs epochs take, rounded up."""
     if config.train.total_steps is not None:
         return config.train.total_steps
+    assert config.train.num_epochs is not None  # TrainConfig sees to it that one of the two is set.
     examples = num_examples(prepared.split("train"), config) * config.train.num_epochs
     steps = -(-examples // config.train.global_batch_size)
     if config.optimizer.warmup_steps > steps:

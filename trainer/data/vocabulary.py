@@ -24,6 +24,7 @@ LONE_CHARACTER = (
 _BREAK = re.compile(r"[ \t\n\r\f!-/:-@\[-`{-~\u3400-\u4dbf\u4e00-\u9fff]")
 # Longer texts are handled in pieces of about this many characters, which bounds memory.
 _PIECE_CHARS = 1 << 16
+_BATCH_BYTES = 1 << 20
 # keras_nlp refuses tokens of over 256 bytes.
 _MAX_TOKEN_CHARS = 64
 _MAX_WORD_CHARS = 500
@@ -127,11 +128,13 @@ class _Sample:
     def words(self, pretokenize: Pretokenize) -> Iterator[str]:
         """Yields the words, joined by line feeds in short strings: the trainer holds many strings at a time."""
         batch: list[bytes] = []
+        num_bytes = 0
         for _, text in sorted(self._pieces):
             batch.append(text)
-            if len(batch) == 500:
+            num_bytes += len(text)
+            if num_bytes >= _BATCH_BYTES:
                 yield from _joined(pretokenize(batch))
-                batch = []
+                batch, num_bytes = [], 0
         if batch:
             yield from _joined(pretokenize(batch))
 
@@ -164,7 +167,7 @@ class _Alphabet:
         chunks = {chunk for chunk in piece.encode().split() if not chunk.isascii()} - self._known - self._waiting
         self._waiting |= chunks
         self._num_waiting_bytes += sum(map(len, chunks))
-        if self._num_waiting_bytes >= 1 << 20:
+        if self._num_waiting_bytes >= _BATCH_BYTES:
             self._read_waiting()
 
     def _read_waiting(self) -> None:

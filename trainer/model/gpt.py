@@ -191,7 +191,9 @@ class Block(keras.layers.Layer):
         self.config = config
         self.index = index
 
-        def dense(units: int, initializer: keras.Initializer, name: str, activation: str | None = None) -> object:
+        def dense(
+            units: int, initializer: keras.Initializer, name: str, activation: str | None = None
+        ) -> keras.layers.Layer:
             return keras.layers.Dense(
                 units, activation, config.use_bias, kernel_initializer=initializer, dtype=dtype, name=name
             )

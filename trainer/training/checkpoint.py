@@ -152,8 +152,8 @@ class Checkpoints:
 def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
     """Returns every variable of a model by the name it is saved under.
 
-    The GPT's are named by their path. Keras numbers the layers of other models by what was built before in the process, so
-    theirs are named by their place in the model.
+    The GPT's are named by their path. Keras numbers the layers of other models by what was built before in the process,
+    so theirs are named by their place in the model.
     """
     if isinstance(model, GPT):
         return {variable.path: variable for variable in model.variables}

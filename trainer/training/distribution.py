@@ -14,8 +14,8 @@ def make_strategy(config: DistributionConfig) -> tf.distribute.Strategy:
     gpus = tf.config.list_logical_devices("GPU")
     if config.kind == "gpu" and not gpus:
         raise UserError(
-            "distribution.kind='gpu', but TensorFlow sees no GPU; install the extra gpt-trainer[cuda] and a driver, or set "
-            "distribution.kind='cpu'."
+            "distribution.kind='gpu', but TensorFlow sees no GPU; install the extra gpt-trainer[cuda] and a driver, or "
+            "set distribution.kind='cpu'."
         )
     use_gpu = bool(gpus) and config.kind != "cpu"
     return tf.distribute.OneDeviceStrategy("/gpu:0" if use_gpu else "/cpu:0")

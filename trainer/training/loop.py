@@ -131,9 +131,7 @@ def train(run: RunFolder, prepared: PreparedData, build_model: BuildModel | None
         with spent.on("checkpoint"):
             checkpoints.wait()
         if interrupted:
-            say(
-                f"Stopped at step {step} of {total_steps}, which is saved. Go on with: trainer train --resume {run.path}"
-            )
+            say(f"Stopped at step {step} of {total_steps}, saved. Go on with: trainer train --resume {run.path}")
             return TrainingResult(str(run.path), model, step, True, None, {})
         with spent.on("evaluate"):
             evaluation = evaluator()
@@ -179,9 +177,7 @@ def write_samples(generator: Generator, config: SamplesConfig) -> dict[str, str]
     """Returns what each decoder writes after the prompt; the same every time but for what the model has learned."""
     num_tokens = config.num_tokens or generator.sequence_length
     return {
-        name: generator.generate(
-            [config.prompt], Decoder.from_config(name, config), num_tokens, stop=config.stop
-        )[0]
+        name: generator.generate([config.prompt], Decoder.from_config(name, config), num_tokens, stop=config.stop)[0]
         for name in DECODERS
     }
 

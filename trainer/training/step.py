@@ -1,6 +1,6 @@
 """The training step: batch -> gradients -> one all-reduce -> clip -> AdamW, and many steps in one call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import keras
@@ -116,7 +116,7 @@ class TrainingStep:
         # Read by the compiled loop before each step and set by another thread: how a signal stops a long call.
         with tf.device("/cpu:0"):
             self.stop_requested = tf.Variable(False, trainable=False, name="stop_requested")
-        self.run_steps: Callable[..., CallMetrics] = tf.function(self._run_steps, autograph=False)
+        self.run_steps = tf.function(self._run_steps, autograph=False)
 
     def _run_steps(self, batches: tf.data.Iterator, num_steps: tf.Tensor) -> CallMetrics:
         """Takes num_steps steps, fewer where stop_requested is set meanwhile.
@@ -135,7 +135,7 @@ class TrainingStep:
                 batch = next(batches)
             with tf.control_dependencies(tf.nest.flatten(batch)):
                 input_secs = tf.timestamp() - asked
-            step = CallMetrics(*self.strategy.run(self._replica_step, (batch,)), input_secs=input_secs)
+            step = CallMetrics(*self.strategy.run(self._replica_step, (batch,)), input_secs)
             return i + 1, CallMetrics(*(total + new for total, new in zip(metrics, step, strict=True)))
 
         first = tf.zeros([], tf.int64)

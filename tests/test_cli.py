@@ -1,0 +1,157 @@
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from trainer.cli import main
+from trainer.version import __version__
+
+ROOT = Path(__file__).parent.parent
+MINIGPT = str(ROOT / "configs/minigpt.toml")
+
+# Reports what was loaded, whichever way the command ends.
+RUN = """
+import atexit, sys
+atexit.register(lambda: print("loaded:", *({"tensorflow", "keras", "keras_nlp", "numpy"} & set(sys.modules))))
+sys.argv[0] = "trainer"
+from trainer.cli import main
+sys.exit(main())
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", RUN, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def refusal(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("trainer: ")
+    return captured.err
+
+
+def unusable(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def taken_folder(path: Path) -> Path:
+    path.mkdir()
+    (path / "config.toml").write_text("run_folder = 'x'\ntrain = {precision = 'float32', total_steps = 1}")
+    (path / "run.json").write_text("{}")
+    return path
+
+
+def test_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "trainer", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    for verb in ("prepare", "train", "evaluate", "generate", "plan"):
+        assert f"    {verb} " in done.stdout
+
+
+def test_what_needs_no_tensorflow_does_not_load_it(tmp_path: Path):
+    taken = taken_folder(tmp_path / "taken")
+    for arguments, status in (
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["--version"], 0),
+        (["plan", MINIGPT], 0),
+        (["train", MINIGPT, "train.total_step=1"], 2),
+        (["prepare", "nothing.toml"], 2),
+        (["train", MINIGPT, f"run_folder={taken}"], 2),
+        (["train", "--resume", str(tmp_path)], 2),
+        (["evaluate", str(tmp_path)], 2),
+        (["generate", str(tmp_path)], 2),
+        (["generate", str(taken), "--num-samples", "3", "--sampler", "greedy"], 2),
+    ):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout.splitlines()[-1], "Traceback" in done.stderr) == (status, "loaded:", False)
+
+
+def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"trainer {__version__}\n"
+
+
+def test_a_verb_is_needed(capsys: pytest.CaptureFixture[str]):
+    assert "VERB" in unusable([], capsys)
+    assert "invalid choice: 'trian'" in unusable(["trian"], capsys)
+
+
+def test_config_error_is_printed_without_a_traceback(capsys: pytest.CaptureFixture[str]):
+    error = refusal(["plan", MINIGPT, "model.num_head=3"], capsys)
+    assert error == "trainer: model.num_head is not a setting. Did you mean model.num_heads?\n"
+
+
+def test_plan_of_the_shipped_minigpt_has_the_tutorial_s_parameters(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", MINIGPT]) == 0
+    assert "3,387,266" in capsys.readouterr().out
+
+
+def test_plan_of_characters_needs_the_vocabulary_size(capsys: pytest.CaptureFixture[str]):
+    error = refusal(["plan", MINIGPT, "tokenizer={kind='char'}"], capsys)
+    assert "tokenizer.kind='char' takes its vocabulary from the text" in error and "--vocabulary-size" in error
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(capsys: pytest.CaptureFixture[str]):
+    before = ["plan", MINIGPT, "model.num_layers=1", "model.pre_norm=true", "--vocabulary-size", "100"]
+    after = ["plan", MINIGPT, "--vocabulary-size", "100", "model.num_layers=1", "model.pre_norm=true"]
+    around = ["plan", MINIGPT, "model.num_layers=1", "--vocabulary-size", "100", "model.pre_norm=true"]
+    tables = []
+    for arguments in (before, after, around):
+        assert main(arguments) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] == tables[2]
+    assert "block_0" in tables[0] and "block_1" not in tables[0] and "final_norm" in tables[0]
+
+
+def test_what_is_no_option_and_no_override_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert "unrecognized arguments: --steps" in unusable(["plan", MINIGPT, "--steps"], capsys)
+    assert "unrecognized arguments: --steps=3" in unusable(["plan", MINIGPT, "--steps=3"], capsys)
+    assert "unrecognized arguments: x=1" in unusable(["evaluate", "RUN", "x=1"], capsys)
+    assert "'x' is not an override; write section.key=value." in refusal(["plan", MINIGPT, "x"], capsys)
+
+
+def test_train_needs_a_config_or_a_run(capsys: pytest.CaptureFixture[str]):
+    assert "train needs a config file, such as configs/quickstart.toml, or --resume RUN." in refusal(["train"], capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--resume", "RUN", "a.b=1"], [MINIGPT, "--resume", "RUN"], [MINIGPT, "--resume", "RUN", "a.b=1"]]
+)
+def test_resume_ignores_no_config_or_override_silently(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    error = refusal(["train", *arguments], capsys)
+    unused = " ".join(argument for argument in arguments if argument not in ("--resume", "RUN"))
+    assert (
+        f"--resume RUN goes on with the config that this run keeps; leave out {unused!r}, or start a new run" in error
+    )
+
+
+def test_taken_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    taken = taken_folder(tmp_path / "taken")
+    error = refusal(["train", MINIGPT, f"run_folder={taken}"], capsys)
+    assert f"run_folder='{taken}' already holds a run. Go on with it: trainer train --resume {taken}; or start" in error
+
+
+@pytest.mark.parametrize("verb", [["evaluate"], ["generate"], ["train", "--resume"]])
+def test_a_folder_that_is_no_run_is_refused_and_runs_beside_it_named(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    taken_folder(tmp_path / "taken")
+    error = refusal([*verb, str(tmp_path)], capsys)
+    assert error == (
+        f"trainer: {tmp_path} is not a run folder: it has no config.toml. Runs near it: {tmp_path / 'taken'}.\n"
+    )
+
+
+def test_generating_the_same_text_several_times_is_refused(capsys: pytest.CaptureFixture[str]):
+    for sampler in ("greedy", "beam"):
+        error = refusal(["generate", "RUN", "--num-samples", "3", "--sampler", sampler], capsys)
+        assert f"--num-samples 3: {sampler} always writes the same text; ask for 1." in error
+    assert "--num-samples 0 must be at least 1." in refusal(["generate", "RUN", "--num-samples", "0"], capsys)

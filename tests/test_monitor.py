@@ -1,0 +1,206 @@
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+from trainer.config import UserError, make_config
+from trainer.evaluate import Evaluation
+from trainer.training.monitor import Interval, Meter, Monitor
+from trainer.training.step import CallMetrics
+
+CONFIG = make_config({"run_folder": "r", "train": {"precision": "float32", "total_steps": 30}})
+SCORE = Evaluation(loss=2.0, num_tokens=1000, bits_per_byte=1.5, is_lossy=False, excess=0.25)
+
+
+def monitor(logs: Path, first_step: int = 0, is_lossy: bool = False, terminal: io.StringIO | None = None) -> Monitor:
+    return Monitor(logs, CONFIG, first_step, 30, 0.5, is_lossy, terminal or io.StringIO())
+
+
+def interval(**changes: Any) -> Interval:
+    plain = Interval(
+        num_steps=10, num_skipped=1, loss=2.0, grad_norm=3.0, clip_rate=0.5, input_share=0.01, tokens_per_sec=1e6,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    return plain._replace(**changes)
+
+
+def curves(folder: Path) -> Mapping[str, dict[int, Any]]:
+    """What TensorBoard's own reader, which drops orphaned points, makes of a folder: values by tag and step."""
+    events = EventAccumulator(str(folder), purge_orphaned_data=True)
+    events.Reload()
+    return {
+        tag: {event.step: tf.make_ndarray(event.tensor_proto)[()] for event in events.Tensors(tag)}
+        for tag in events.Tags()["tensors"]
+    }
+
+
+def test_curves_hold_each_point_at_its_step(tmp_path: Path):
+    watched = monitor(tmp_path)
+    with watched.running():
+        watched.interval(10, interval())
+        watched.interval(20, interval(loss=1.0, num_skipped=0))
+        watched.evaluation(20, SCORE)
+    train = curves(tmp_path / "train")
+    assert train["loss"] == {10: 2.0, 20: 1.0}
+    assert train["perplexity"] == pytest.approx({10: np.exp(2), 20: np.exp(1)})
+    assert train["bits_per_byte"] == {10: 1.0, 20: 0.5}
+    assert train["skipped_steps"] == {10: 1.0, 20: 0.0}
+    assert train["learning_rate"] == pytest.approx({10: 1e-3, 20: 1e-3})
+    assert {tag: train[tag][10] for tag in ("grad_norm", "clip_rate", "tokens_per_sec")} == {
+        "grad_norm": 3.0, "clip_rate": 0.5, "tokens_per_sec": 1e6,
+    }  # fmt: skip
+    assert train["input_share"][10] == pytest.approx(0.01)
+    assert "num_steps" not in train
+    assert curves(tmp_path / "validation") == {
+        "loss": {20: 2.0}, "perplexity": {20: np.float32(np.exp(2))}, "bits_per_byte": {20: 1.5},
+        "excess_nats_per_token": {20: 0.25},
+    }  # fmt: skip
+
+
+def test_points_are_there_before_the_run_ends(tmp_path: Path):
+    watched = monitor(tmp_path)
+    with watched.running():
+        watched.interval(10, interval())
+        watched.samples(10, {"greedy": "x"})
+        watched.evaluation(10, SCORE)
+        assert curves(tmp_path / "train")["loss"] == {10: 2.0}
+        assert "samples/greedy" in curves(tmp_path / "train")
+        assert curves(tmp_path / "validation")["loss"] == {10: 2.0}
+
+
+def test_resumed_run_drops_what_was_logged_past_its_checkpoint(tmp_path: Path):
+    killed = monitor(tmp_path)
+    for step in (5, 10, 15, 20):
+        killed.interval(step, interval(loss=1.0))
+        killed.evaluation(step, SCORE)
+        killed.samples(step, {"greedy": f"before {step}"})
+    # Killed: nothing is closed.
+    resumed = monitor(tmp_path, first_step=10)
+    with resumed.running():
+        train, validation = curves(tmp_path / "train"), curves(tmp_path / "validation")
+        assert list(train["loss"]) == list(validation["loss"]) == [5, 10]
+        resumed.interval(12, interval(loss=3.0))
+        resumed.interval(15, interval(loss=3.0))
+        resumed.samples(15, {"greedy": "after 15"})
+    train = curves(tmp_path / "train")
+    assert train["loss"] == {5: 1.0, 10: 1.0, 12: 3.0, 15: 3.0}
+    assert train["samples/greedy"] == {5: b"before 5", 10: b"before 10", 15: b"after 15"}
+    with killed.running():
+        pass
+
+
+def test_resumed_run_is_read_after_the_one_before(tmp_path: Path):
+    """TensorBoard takes the order of file names for that of time, and reads on only in the last one."""
+    for first_step in (0, 10, 20):
+        with monitor(tmp_path, first_step).running():
+            pass
+        assert len(list((tmp_path / "train").iterdir())) == first_step // 10 + 1
+
+
+def test_bits_per_byte_of_a_lossy_tokenizer_are_called_so(tmp_path: Path):
+    watched = monitor(tmp_path, is_lossy=True)
+    with watched.running():
+        watched.interval(10, interval())
+        watched.evaluation(10, SCORE._replace(is_lossy=True))
+    for name, value in (("train", 1.0), ("validation", 1.5)):
+        values = curves(tmp_path / name)
+        assert values["bits_per_byte_lossy"] == {10: value}
+        assert "bits_per_byte" not in values
+
+
+def test_unknown_excess_has_no_curve(tmp_path: Path):
+    watched = monitor(tmp_path)
+    with watched.running():
+        watched.evaluation(10, SCORE._replace(excess=None))
+    assert "excess_nats_per_token" not in curves(tmp_path / "validation")
+
+
+@pytest.mark.parametrize("loss", [88.0, 89.0, 800.0, 1e300, float("inf"), float("nan")])
+def test_a_diverged_run_is_still_shown(loss: float, tmp_path: Path):
+    watched = monitor(tmp_path)
+    with watched.running():
+        watched.interval(10, interval(loss=loss, grad_norm=loss))
+        watched.evaluation(10, SCORE._replace(loss=loss))
+    train = curves(tmp_path / "train")
+    assert np.isnan(train["perplexity"][10]) if np.isnan(loss) else train["perplexity"][10] >= np.float32(1.6e38)
+
+
+def test_samples_and_config_are_shown_as_text(tmp_path: Path):
+    watched = monitor(tmp_path)
+    with watched.running():
+        watched.samples(10, {"greedy": "once\nupon", "top-p": "옛날 옛적에"})
+    train = curves(tmp_path / "train")
+    assert train["samples/greedy"] == {10: b"once  \nupon"}
+    assert train["samples/top-p"][10].decode() == "옛날 옛적에"
+    assert train["config"][0].decode() == f"```toml\n{CONFIG.to_toml()}\n```"
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path):
+    terminal = io.StringIO()
+    watched = monitor(tmp_path, terminal=terminal)
+    with watched.running():
+        watched.advance(5)
+        watched.interval(10, interval())
+        watched.evaluation(10, SCORE)
+        watched.say(
+            "a [bold]line[/bold] of more than eighty characters is neither broken nor read as markup, however long"
+        )
+        watched.interval(30, interval())
+    lines = terminal.getvalue().splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith(
+        "step 10/30  loss 2.0000  perplexity 7.39  rate 1.00e-03  norm 3.00  1,000,000 tokens/s  input 1.0%  0:00:0"
+    )
+    assert lines[1] == (
+        "step 10/30  validation: loss 2.0000 nats per token, perplexity 7.39, 1.500 bits per byte, +0.2500 nats per token "
+        "above the text's own entropy (1,000 tokens)"
+    )
+    assert lines[2].startswith("a [bold]line[/bold] of") and lines[2].endswith("however long")
+    assert lines[3].endswith("  0:00:00 left")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    terminal = Terminal()
+    watched = monitor(tmp_path, first_step=10, terminal=terminal)
+    with watched.running():
+        watched.interval(20, interval())
+        watched.say("above the bar")
+    shown = terminal.getvalue()
+    assert "training" in shown and "━" in shown
+    assert "20/30" in shown and "10/30" not in shown.rpartition("20/30")[2]
+    assert "loss 2.0000  1,000,000 tokens/s" in shown
+    assert "above the bar" in shown
+    assert "step 20/30" not in shown  # The bar says it.
+
+
+def test_meter_turns_sums_into_rates_and_starts_again():
+    meter = Meter()
+    meter.add(CallMetrics(3, 1, 40.0, 20.0, 6.0, 1, 0.5), secs=2.0)
+    meter.add(CallMetrics(2, 0, 20.0, 10.0, 2.0, 1, 0.5), secs=3.0)
+    expected = Interval(
+        num_steps=5, num_skipped=1, loss=2.0, grad_norm=2.0, clip_rate=0.5, input_share=0.2, tokens_per_sec=6.0,
+        learning_rate=0.1,
+    )  # fmt: skip
+    assert meter.report(0.1) == expected
+    meter.add(CallMetrics(1, 1, 0.0, 0.0, 0.0, 0, 0.0), secs=1.0)
+    assert meter.report(0.1) == Interval(1, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.1)
+
+
+def test_logs_that_cannot_be_written_are_an_error_that_names_them(tmp_path: Path):
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(UserError, match=r"Cannot write to .*logs/train: .*Make room, then go on with --resume\."):
+        monitor(tmp_path / "logs")

@@ -1,0 +1,167 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainer.config import Config, UserError, load_config, make_config
+from trainer.data.prepare import prepare
+from trainer.data.shards import PreparedData
+from trainer.run import RunFolder, build_gpt, check_is_free
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def tiny(folder: Path, *overrides: str) -> Config:
+    settings = {
+        "run_folder": str(folder / "run"),
+        "data": {"train": str(folder / "a.txt"), "prepared_folder": str(folder / "prepared"), "documents": "file"},
+        "tokenizer": {"kind": "char"},
+        "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4},
+        "train": {"precision": "float32", "total_steps": 2, "sequence_length": 8, "global_batch_size": 2},
+    }
+    return make_config(settings, overrides)
+
+
+def prepared_text(folder: Path, text: str = "the cat sat on the mat\n" * 30) -> PreparedData:
+    (folder / "a.txt").write_text(text, encoding="utf-8")
+    return prepare(tiny(folder), quiet)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tiny(tmp_path), prepared_text(tmp_path))
+
+
+def save_checkpoint(run: RunFolder, step: int, config: Config | None = None) -> dict[str, np.ndarray]:
+    model = build_gpt(config or run.config, run.tokenizer().vocabulary_size)
+    weights = {variable.path: variable.numpy() + 1 for variable in model.variables}
+    checkpoints = run.checkpoints()
+    checkpoints.save(step, {"weights": weights}, {})
+    checkpoints.wait()
+    return weights
+
+
+def test_run_comes_back_as_it_was_created(run: RunFolder, tmp_path: Path):
+    again = RunFolder(str(run.path))
+    assert again.config == run.config == tiny(tmp_path)
+    assert again.facts == run.facts
+    prepared = again.prepared()
+    assert prepared.fingerprint == run.facts["data_fingerprint"]
+    assert again.tokenizer().fingerprint == prepared.tokenizer_fingerprint
+    assert load_config(run.path / "config.toml") == run.config
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.toml", "run.json", "tokenizer"]
+
+
+def test_empty_folder_is_free_for_a_run(tmp_path: Path):
+    prepared = prepared_text(tmp_path)
+    (tmp_path / "run").mkdir()
+    RunFolder.create(tiny(tmp_path), prepared)
+
+
+def test_folder_of_another_run_is_refused(run: RunFolder, tmp_path: Path):
+    for refuse in (lambda: check_is_free(run.config), lambda: RunFolder.create(run.config, run.prepared())):
+        with pytest.raises(UserError) as error:
+            refuse()
+        assert str(error.value) == (
+            f"run_folder='{run.path}' already holds a run. Go on with it: trainer train --resume {run.path}; or start "
+            f"another beside it with the override run_folder={run.path}-2; or delete it."
+        )
+
+
+def test_folder_or_file_that_is_no_run_is_refused_and_left_alone(tmp_path: Path):
+    prepared = prepared_text(tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a").write_text("mine")
+    for path in (tmp_path / "notes", tmp_path / "notes/a"):
+        with pytest.raises(UserError, match=r"is there already and is no run; choose another folder\."):
+            RunFolder.create(tiny(tmp_path, f"run_folder={path}"), prepared)
+    assert (tmp_path / "notes/a").read_text() == "mine"
+
+
+def test_run_folder_that_cannot_be_written_is_refused_and_nothing_left(tmp_path: Path):
+    prepared = prepared_text(tmp_path)
+    with pytest.raises(UserError, match=r"run_folder='.*a.txt/run' cannot be written: Not a directory. Make room, or"):
+        RunFolder.create(tiny(tmp_path, f"run_folder={tmp_path}/a.txt/run"), prepared)
+    shutil.rmtree(prepared.folder / "tokenizer")
+    with pytest.raises(UserError, match=r"run_folder='.*run' cannot be written: "):
+        RunFolder.create(tiny(tmp_path), prepared)
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_that_is_no_run_is_not_opened(run: RunFolder, tmp_path: Path):
+    with pytest.raises(UserError) as error:
+        RunFolder(tmp_path)
+    assert str(error.value) == f"{tmp_path} is not a run folder: it has no config.toml. Runs near it: {run.path}."
+    with pytest.raises(UserError, match=r"nowhere/at/all is not a run folder: it has no config.toml\.$"):
+        RunFolder(tmp_path / "nowhere/at/all")
+    (run.path / "run.json").unlink()
+    with pytest.raises(UserError, match=r"is not a run folder: it has no run.json\."):
+        RunFolder(run.path)
+
+
+def test_damaged_config_of_a_run_is_an_error_that_names_it(run: RunFolder):
+    (run.path / "config.toml").write_text("[train", encoding="utf-8")
+    with pytest.raises(UserError, match=r"run/config.toml: not a readable TOML file"):
+        RunFolder(run.path)
+
+
+def test_data_that_is_gone_is_an_error_that_says_how_to_get_it_back(run: RunFolder, tmp_path: Path):
+    shutil.rmtree(tmp_path / "prepared")
+    with pytest.raises(
+        UserError, match=r"was started on the prepared data .*, which is gone. Prepare the same text"
+    ) as e:
+        run.prepared()
+    assert f"(trainer prepare {run.path / 'config.toml'})" in str(e.value)
+    prepare(load_config(run.path / "config.toml"), quiet)
+    run.prepared()
+
+
+def test_other_data_is_refused(run: RunFolder, tmp_path: Path):
+    other = prepared_text(tmp_path, "another text about a dog\n" * 30)
+    facts = run.facts | {"prepared_folder": str(other.folder)}
+    (run.path / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(UserError, match=r"is not the data .*run was started on; start a new run for other data\."):
+        RunFolder(run.path).prepared()
+
+
+def test_other_tokenizer_is_refused(run: RunFolder, tmp_path: Path):
+    other = prepared_text(tmp_path, "another text about a dog\n" * 30)
+    shutil.copytree(other.folder / "tokenizer", run.path / "tokenizer", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"run/tokenizer is not the tokenizer this run was started with\."):
+        run.tokenizer()
+
+
+def test_run_is_usable_without_its_data(run: RunFolder, tmp_path: Path):
+    save_checkpoint(run, 1)
+    shutil.rmtree(tmp_path / "prepared")
+    run.load_model()
+
+
+def test_model_comes_back_with_the_newest_weights(run: RunFolder):
+    save_checkpoint(run, 1)
+    weights = save_checkpoint(run, 2)
+    model, checkpoint = run.load_model()
+    assert checkpoint.step == 2
+    for variable in model.variables:
+        np.testing.assert_array_equal(variable.numpy(), weights[variable.path])
+
+
+def test_run_without_a_checkpoint_has_no_model(run: RunFolder):
+    with pytest.raises(UserError) as error:
+        run.load_model()
+    assert str(error.value) == f"{run.path} has no checkpoint yet; train on with: trainer train --resume {run.path}"
+
+
+def test_checkpoint_of_another_model_is_refused(run: RunFolder, tmp_path: Path):
+    save_checkpoint(run, 1, tiny(tmp_path, "model.num_layers=2"))
+    with pytest.raises(
+        UserError, match=r"step_000000001 does not hold this model: it lacks nothing and has \['gpt/block_1"
+    ):
+        run.load_model()
+    save_checkpoint(run, 2, tiny(tmp_path, "model.hidden_dim=8"))
+    with pytest.raises(UserError, match=r"step_000000002 has gpt/.* as float32\[.*\], the model as float32\["):
+        run.load_model()
