@@ -143,11 +143,9 @@ def test_taken_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_folder_that_is_no_run_is_refused_and_runs_beside_it_named(
     verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    taken_folder(tmp_path / "taken")
-    error = refusal([*verb, str(tmp_path)], capsys)
-    assert error == (
-        f"trainer: {tmp_path} is not a run folder: it has no config.toml. Runs near it: {tmp_path / 'taken'}.\n"
-    )
+    taken, beside = taken_folder(tmp_path / "taken"), tmp_path / "beside"
+    error = refusal([*verb, str(beside)], capsys)
+    assert error == f"trainer: {beside} is not a run folder: it has no config.toml. Runs near it: {taken}.\n"
 
 
 def test_generating_the_same_text_several_times_is_refused(capsys: pytest.CaptureFixture[str]):

@@ -60,8 +60,8 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
     [
         (
             ["train.num_epochs=1"],
-            "train.total_steps=10 and train.num_epochs=1: set exactly one of the two (drop one with an override such as "
-            "train.num_epochs=none).",
+            "train.total_steps=10 and train.num_epochs=1: set exactly one of the two (drop one with an override such "
+            "as train.num_epochs=none).",
         ),
         (["train.total_steps=none"], "train.total_steps=None and train.num_epochs=None: set exactly one of the two"),
         (

@@ -174,14 +174,14 @@ def test_top_p_draws_from_the_fewest_tokens_that_reach_p():
         assert set(generator.generate([""] * 64, Decoder("top-p", top_p=p), 1)) == drawn
 
 
-@pytest.mark.parametrize("decoder", [TOP_K, TOP_P])
+@pytest.mark.parametrize("decoder", [TOP_K, TOP_P], ids=lambda decoder: decoder.name)
 def test_seed_decides_the_text(generator, decoder):
     texts = [generator.generate(["", "b"], decoder, 12, seed=seed) for seed in (1, 2, 1, 2**32 - 1, 2**40 + 7)]
     assert texts[0] == texts[2]
     assert len(set(map(tuple, texts))) == 4
 
 
-@pytest.mark.parametrize("decoder", [GREEDY, BEAM, TOP_K, TOP_P])
+@pytest.mark.parametrize("decoder", [GREEDY, BEAM, TOP_K, TOP_P], ids=lambda decoder: decoder.name)
 def test_no_prompt_seed_length_or_weight_traces_again(model, generator, decoder):
     before = generator.generate(["a"], decoder, 5)
     generator.generate(["", "abc"], decoder, 7, seed=3)
@@ -194,7 +194,7 @@ def test_no_prompt_seed_length_or_weight_traces_again(model, generator, decoder)
     assert generator._compiled[decoder][1].experimental_get_tracing_count() == 1
 
 
-@pytest.mark.parametrize("decoder", [GREEDY, BEAM])
+@pytest.mark.parametrize("decoder", [GREEDY, BEAM], ids=lambda decoder: decoder.name)
 def test_text_is_the_same_alone_and_beside_other_prompts(decoder):
     generator = Generator(make_model(tokenizer=TINY_TOKENIZER, seed=6), TINY_TOKENIZER, SEQUENCE)
     random = np.random.default_rng(0)

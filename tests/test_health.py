@@ -14,9 +14,9 @@ from trainer.training.health import EXIT_INTERRUPTED, check_finite, only_run_in,
 
 ROOT = Path(__file__).parent.parent
 
-# One call of a compiled loop that by itself ends after minutes, with a flag that stops it.
+# One call of a compiled loop that by itself ends after hours, with a flag that stops it.
 LOOP = """
-import signal, sys, time
+import signal, sys, threading, time
 import tensorflow as tf
 from trainer.training.health import EXIT_INTERRUPTED, stop_on_signals
 
@@ -29,51 +29,58 @@ def run():
         lambda i: (i < 2**40) & ~stop_requested.read_value(), lambda i: reached.assign_add(1), [tf.zeros([], tf.int64)]
     )
 
+def announce():
+    while int(reached) == 0:
+        time.sleep(0.01)
+    print("running", flush=True)
+
 before = [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)]
 with stop_on_signals(lambda: stop_requested.assign(True)):
-    run.get_concrete_function()
-    print("running", flush=True)
+    threading.Thread(target=announce).start()
     run()
-    print("stopped", int(reached) > 0, flush=True)
-    if sys.argv[1] == "wait":
-        time.sleep(60)
+    print("stopped", flush=True)
+    time.sleep(float(sys.argv[1]))
 assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == before
 sys.exit(EXIT_INTERRUPTED)
 """
 
 
-def start_loop(then: str) -> "subprocess.Popen[str]":
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOOP, then], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline() == "running\n"
-    time.sleep(0.1)  # Now it is in the call.
-    return process
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_from_outside_stops_a_compiled_loop(number: signal.Signals):
-    with start_loop("exit") as process:
-        sent = time.monotonic()
-        process.send_signal(number)
-        assert process.stdout.readline() == "stopped True\n"
-        assert time.monotonic() - sent < 2  # Against a loop of minutes.
-        process.communicate()
-        assert process.returncode == EXIT_INTERRUPTED
+def test_signal_from_outside_stops_a_compiled_loop_and_a_second_one_the_process(number: signal.Signals):
+    is_second_sent = number == signal.SIGINT
+    command = [sys.executable, "-c", LOOP, "60" if is_second_sent else "0"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "running\n"
+            sent = time.monotonic()
+            process.send_signal(number)
+            assert process.stdout.readline() == "stopped\n"
+            assert time.monotonic() - sent < 2  # Against a loop of hours.
+            if is_second_sent:
+                process.send_signal(number)
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == (-signal.SIGINT if is_second_sent else EXIT_INTERRUPTED), errors
+    assert ("KeyboardInterrupt" in errors) == is_second_sent
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("second", "ending"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "")])
-def test_second_signal_ends_the_process(second: signal.Signals, ending: str):
-    with start_loop("wait") as process:
-        process.send_signal(signal.SIGTERM)
-        assert process.stdout.readline() == "stopped True\n"
-        process.send_signal(second)
-        _, errors = process.communicate(timeout=20)
-        assert process.returncode == -second
-        assert ending in errors
+TERMINATED = """
+import os, signal, threading, time
+from trainer.training.health import stop_on_signals
+asked = threading.Event()
+with stop_on_signals(asked.set):
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert asked.wait(5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+"""
+
+
+def test_second_sigterm_ends_the_process():
+    assert subprocess.run([sys.executable, "-c", TERMINATED], cwd=ROOT).returncode == -signal.SIGTERM
 
 
 def test_first_signal_asks_to_stop_and_the_second_interrupts():

@@ -93,9 +93,10 @@ def test_run_folder_that_cannot_be_written_is_refused_and_nothing_left(tmp_path:
 
 
 def test_folder_that_is_no_run_is_not_opened(run: RunFolder, tmp_path: Path):
+    beside = tmp_path / "beside"
     with pytest.raises(UserError) as error:
-        RunFolder(tmp_path)
-    assert str(error.value) == f"{tmp_path} is not a run folder: it has no config.toml. Runs near it: {run.path}."
+        RunFolder(beside)
+    assert str(error.value) == f"{beside} is not a run folder: it has no config.toml. Runs near it: {run.path}."
     with pytest.raises(UserError, match=r"nowhere/at/all is not a run folder: it has no config.toml\.$"):
         RunFolder(tmp_path / "nowhere/at/all")
     (run.path / "run.json").unlink()

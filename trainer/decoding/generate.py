@@ -246,7 +246,7 @@ class Generator:
         tokens, lengths, ends = (tf.repeat(x, num_beams, axis=0) for x in (tokens, lengths, ends))
         positions, ids = tf.range(self.sequence_length), tf.range(vocabulary_size)
         logits = tf.where((ids != pad_id) & (ids != unknown_id), tf.cast(logits, tf.float32), -math.inf)
-        # Of such logits some samplers make a token and others an error; all write [PAD], which stands for nothing else.
+        # Of logits that are not numbers some samplers would make a token and others an error. A [PAD] tells `_decode`.
         only = tf.where(tf.math.is_finite(tf.reduce_logsumexp(logits, axis=1)), -1, pad_id)
         is_written = (lengths[:, tf.newaxis] <= positions) & (positions < index)
         is_ended = tf.reduce_any(is_written & (texts == bos_id), axis=1) | (index >= ends)

@@ -192,6 +192,7 @@ class EventLog:
             self._writer = EventFileWriter(str(folder))
             start = SessionLog(status=SessionLog.START)
             self._writer.add_event(Event(step=first_step + 1, wall_time=time.time(), session_log=start))
+            self._writer.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a point of each curve."""

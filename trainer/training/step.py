@@ -135,7 +135,7 @@ class TrainingStep:
                 batch = next(batches)
             with tf.control_dependencies(tf.nest.flatten(batch)):
                 input_secs = tf.timestamp() - asked
-            step = CallMetrics(*self.strategy.run(self._replica_step, (batch,)), input_secs)
+            step = CallMetrics._make((*self.strategy.run(self._replica_step, (batch,)), input_secs))
             return i + 1, CallMetrics(*(total + new for total, new in zip(metrics, step, strict=True)))
 
         first = tf.zeros([], tf.int64)
