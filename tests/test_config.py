@@ -310,22 +310,20 @@ def test_a_run_reads_every_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("".join(f"the {i} cats sat on the mat\n" for i in range(300)), encoding="utf-8")
-    common = {
+    settings = {
+        "run_folder": "run",
+        "data": {"train": "a.txt"},
         "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4},
-        "train": {"precision": "float32", "sequence_length": 8, "global_batch_size": 128},
-        "samples": {"num_beams": 2, "top_k": 2, "num_tokens": 2},
+        "train": {"precision": "float32", "num_epochs": 1, "sequence_length": 8, "global_batch_size": 128},
         "optimizer": {"schedule": "cosine"},
+        "evaluation": {"every_steps": 2},
+        "samples": {"num_beams": 2, "top_k": 2, "num_tokens": 2},
     }
-    # Each reads what the other has no use for.
-    files = {"run_folder": "files", "data": {"train": "a.txt"}}
-    stories = {"run_folder": "stories", "data": {"storybook_stories": 300}}
-    configs = [
-        make_config(common | files, ["train.total_steps=2"]),
-        make_config(common | stories, ["train.num_epochs=1"]),
-    ]
+    config = make_config(settings)
+    stories = make_config(settings, ["data.train=storybook", "data.storybook_stories=300"])
     monkeypatch.setattr(Section, "__getattribute__", noted)
-    for config in configs:
-        trainer.train(config, say=lambda line: None)
+    trainer.train(config, say=lambda line: None)
+    trainer.batches(stories, say=lambda line: None)
     monkeypatch.undo()
 
     unread = []

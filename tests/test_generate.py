@@ -305,9 +305,9 @@ def test_decoder_refuses_impossible_settings():
     with pytest.raises(UserError, match=r"--sampler=top_k .*greedy, beam, top-k, top-p\. Did you mean top-k"):
         Decoder("top_k")
     for setting, value, option in [
-        ("top_k", 0, "--top-k=0"),
-        ("top_p", 0.0, "--top-p=0.0"),
-        ("top_p", 1.5, "--top-p=1.5"),
+        ("top_k", 0, "--k=0"),
+        ("top_p", 0.0, "--p=0.0"),
+        ("top_p", 1.5, "--p=1.5"),
         ("num_beams", 0, "--num-beams=0"),
         ("temperature", 0.0, "--temperature=0.0"),
         ("temperature", float("nan"), "--temperature=nan"),

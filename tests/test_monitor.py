@@ -80,7 +80,7 @@ def test_resumed_run_drops_what_was_logged_past_its_checkpoint(tmp_path: Path):
         killed.interval(step, interval(loss=1.0))
         killed.evaluation(step, SCORE)
         killed.samples(step, {"greedy": f"before {step}"})
-    # Killed: nothing is closed. Names of files follow time by the second, and a process takes longer than that to start.
+    # Killed: nothing is closed. A file's name tells the second, and a process takes longer than that to start.
     time.sleep(1)
     resumed = monitor(tmp_path, first_step=10)
     with resumed.running():

@@ -24,12 +24,12 @@ EVERY_KIND = """The quick brown fox, "jumps" over the lazy dog's back -- 1,234.5
 
 
 @pytest.fixture(scope="module")
-def every_kind() -> WordPieceTokenizer:
+def every_kind():
     return train_tokenizer(WordPieceConfig(kind="wordpiece", vocabulary_size=1000), EVERY_KIND.split("\n"))
 
 
 @pytest.fixture(scope="module")
-def every_kind_cased(every_kind) -> WordPieceTokenizer:
+def every_kind_cased(every_kind):
     return WordPieceTokenizer(every_kind.vocabulary, lowercase=False)
 
 

@@ -131,6 +131,6 @@ def generate(
     model, _ = run.load_model(build_model)
     generator = Generator(model, run.tokenizer(), run.config.train.sequence_length)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    return generator.generate(
-        texts, decoder, num_tokens or samples.num_tokens or run.config.train.sequence_length, seed, stop or samples.stop
-    )
+    if num_tokens is None:
+        num_tokens = samples.num_tokens or run.config.train.sequence_length
+    return generator.generate(texts, decoder, num_tokens, seed, samples.stop if stop is None else stop)

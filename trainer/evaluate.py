@@ -1,6 +1,7 @@
 """Scores a model on the validation text, every token of it once and with the same weight."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
@@ -67,6 +68,12 @@ class Evaluator:
 
     def __call__(self, num_batches: int | None = None) -> Evaluation:
         """Scores num_batches batches, or all."""
+        evaluation = self.unless_stopped(lambda: False, num_batches)
+        assert evaluation is not None
+        return evaluation
+
+    def unless_stopped(self, should_stop: Callable[[], bool], num_batches: int | None) -> Evaluation | None:
+        """Scores num_batches batches, or all; gives up and returns None once should_stop, asked after each, says so."""
         batches = self.strategy.distribute_datasets_from_function(
             lambda _: evaluation_batches(self.prepared, self.config, num_batches)
         )
@@ -75,6 +82,8 @@ class Evaluator:
             batch_loss, batch_tokens = self._sum_batch(batch)
             loss_sum += float(batch_loss)
             num_tokens += int(batch_tokens)
+            if should_stop():
+                return None
         return summarize(loss_sum, num_tokens, self.prepared, self._is_lossy)
 
     def _score_batch(self, batch: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor]:

@@ -51,8 +51,8 @@ class Decoder:
             hint = f" Did you mean {nearest[0]}?" if nearest else ""
             raise UserError(f"--sampler={self.name} is not a sampler; choose one of {', '.join(DECODERS)}.{hint}")
         for option, value, is_possible, allowed in (
-            ("top-k", self.top_k, self.top_k >= 1, "a count of at least 1"),
-            ("top-p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1"),
+            ("k", self.top_k, self.top_k >= 1, "a count of at least 1"),
+            ("p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1"),
             ("num-beams", self.num_beams, self.num_beams >= 1, "a count of at least 1"),
             ("temperature", self.temperature, 0 < self.temperature < math.inf, "a finite number above 0"),
         ):
@@ -118,7 +118,7 @@ class Generator:
             raise UserError("stop='' is found everywhere; give the text that ends a continuation, or leave it out.")
         if not prompts:
             return []
-        tokens, lengths = self._encode(prompts)
+        tokens, lengths = self.encode(prompts)
         ends = np.minimum(lengths + num_tokens, self.sequence_length)
         if decoder not in self._compiled:
             self._compiled[decoder] = self._compile(decoder)
@@ -128,8 +128,12 @@ class Generator:
         written = write(tokens, lengths, ends).numpy()
         return [self._decode(row[:end], length, stop) for row, length, end in zip(written, lengths, ends, strict=True)]
 
-    def _encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ([BOS] and the tokens of each prompt, int32 [batch, sequence]; how many these are, int32 [batch])."""
+    def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns ([BOS] and the tokens of each prompt, int32 [batch, sequence]; how many these are, int32 [batch]).
+
+        Raises:
+            UserError: a prompt leaves no room for a continuation.
+        """
         tokens = np.full([len(prompts), self.sequence_length], self.tokenizer.pad_id, np.int32)
         lengths = np.zeros(len(prompts), np.int32)
         for i, prompt in enumerate(prompts):

@@ -4,7 +4,6 @@ Weights are ordinary Keras variables; run the model inside `keras.StatelessScope
 """
 
 import itertools
-import math
 from typing import NamedTuple
 
 import keras
@@ -14,8 +13,8 @@ from trainer.config import ModelConfig
 from trainer.model.attention import cached_attention, causal_attention
 from trainer.model.loss import next_token_loss, next_token_loss_without_gradient
 
-# GPT-2's spread of initial weights (Radford et al. 2019).
-INITIAL_STDDEV = 0.02
+# GPT-2's spread of initial embeddings (Radford et al. 2019).
+EMBEDDING_STDDEV = 0.02
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -80,16 +79,16 @@ class GPT(keras.Model):
         self.sequence_length = sequence_length
         initial = _Initializers(seed, config)
         self.token_embedding = keras.layers.Embedding(
-            vocabulary_size, config.hidden_dim, initial.normal(), name="token_embedding", dtype=dtype
+            vocabulary_size, config.hidden_dim, initial.embedding(), name="token_embedding", dtype=dtype
         )
         self.position_embedding = keras.layers.Embedding(
-            sequence_length, config.hidden_dim, initial.normal(), name="position_embedding", dtype=dtype
+            sequence_length, config.hidden_dim, initial.embedding(), name="position_embedding", dtype=dtype
         )
         self.blocks = [Block(config, i, initial, dtype=dtype, name=f"block_{i}") for i in range(config.num_layers)]
         self.final_norm = _layer_norm(config, "final_norm", dtype) if config.pre_norm else None
         self.unembedding = None
         if not config.tied_embeddings:
-            self.unembedding = Unembedding(vocabulary_size, config.use_bias, initial.normal(), dtype=dtype)
+            self.unembedding = Unembedding(vocabulary_size, config.use_bias, initial.embedding(), dtype=dtype)
         self.build()
 
     def build(self, input_shape: object = None) -> None:
@@ -200,10 +199,10 @@ class Block(keras.layers.Layer):
 
         attention_dim = config.num_heads * config.head_dim()
         # One product for queries, keys and values: a third of the reads of x.
-        self.query_key_value = dense(3 * attention_dim, initial.normal(), "query_key_value")
+        self.query_key_value = dense(3 * attention_dim, initial.kernel(), "query_key_value")
         self.attention_output = dense(config.hidden_dim, initial.residual(), "attention_output")
         self.attention_norm = _layer_norm(config, "attention_norm", dtype)
-        self.intermediate = dense(config.intermediate_dim, initial.normal(), "intermediate", config.activation)
+        self.intermediate = dense(config.intermediate_dim, initial.kernel(), "intermediate", config.activation)
         self.output_dense = dense(config.hidden_dim, initial.residual(), "output")
         self.feedforward_norm = _layer_norm(config, "feedforward_norm", dtype)
 
@@ -282,18 +281,25 @@ class Unembedding(keras.layers.Layer):
 
 
 class _Initializers:
-    """Makes GPT-2's initializers, each with a seed of its own that depends on nothing but the order of creation."""
+    """Makes initializers, each with a seed of its own that depends on nothing but the order of creation."""
 
     def __init__(self, seed: int, config: ModelConfig) -> None:
         self._seeds = itertools.count(seed * 2**16)
-        # Every block adds to the residual stream twice: so its variance at the end does not grow with depth.
-        self._residual_stddev = INITIAL_STDDEV / math.sqrt(2 * config.num_layers)
+        self._num_residuals = 2 * config.num_layers
 
-    def normal(self) -> keras.Initializer:
-        return keras.initializers.RandomNormal(0.0, INITIAL_STDDEV, seed=next(self._seeds))
+    def embedding(self) -> keras.Initializer:
+        return keras.initializers.RandomNormal(0.0, EMBEDDING_STDDEV, seed=next(self._seeds))
+
+    def kernel(self) -> keras.Initializer:
+        """Keeps the variance of what passes through, at any width (LeCun et al. 1998)."""
+        return self._variance_scaling(1.0)
 
     def residual(self) -> keras.Initializer:
-        return keras.initializers.RandomNormal(0.0, self._residual_stddev, seed=next(self._seeds))
+        """Keeps the variance of the residual stream at its end, at any depth: every block adds to it twice."""
+        return self._variance_scaling(1 / self._num_residuals)
+
+    def _variance_scaling(self, scale: float) -> keras.Initializer:
+        return keras.initializers.VarianceScaling(scale, "fan_in", "untruncated_normal", seed=next(self._seeds))
 
 
 def _layer_norm(config: ModelConfig, name: str, dtype: str) -> keras.layers.Layer:

@@ -88,6 +88,7 @@ def train(run: RunFolder, prepared: PreparedData, build_model: BuildModel | None
         evaluator = Evaluator(model, strategy, prepared, config)
         tokenizer = run.tokenizer()
         generator = Generator(model, tokenizer, config.train.sequence_length)
+        generator.encode([config.samples.prompt])  # A prompt that does not fit is better known now than in an hour.
         monitor = make_monitor(run, prepared, tokenizer, step, total_steps)
         meter = Meter()
 
@@ -96,49 +97,60 @@ def train(run: RunFolder, prepared: PreparedData, build_model: BuildModel | None
         )
         run_steps = step_function.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
 
-    request_stop = lambda: step_function.stop_requested.assign(True)  # noqa: E731
+    def is_stopped() -> bool:
+        return bool(step_function.stop_requested.numpy())
+
     cadences = (
         config.log.every_steps,
         config.checkpoint.every_steps,
         config.evaluation.every_steps,
         config.samples.every_steps,
     )
-    interrupted = False
-    with stop_on_signals(request_stop), monitor.running():
-        while step < total_steps and not interrupted:
-            num_steps = min(config.train.steps_per_call, steps_until_due(step, total_steps, cadences))
-            with spent.on("train") as lap:
-                metrics = run_steps(batches, tf.constant(num_steps, tf.int64))
-                step += int(metrics.num_steps)
-            meter.add(metrics, lap())
-            monitor.advance(step)
-            interrupted = bool(step_function.stop_requested.numpy())
+    with monitor.running():
+        with stop_on_signals(lambda: step_function.stop_requested.assign(True)):
+            while step < total_steps and not is_stopped():
+                # A tensor, not an int: a new Python int would trace the whole loop again.
+                num_steps = min(config.train.steps_per_call, steps_until_due(step, total_steps, cadences))
+                with spent.on("train") as lap:
+                    metrics = run_steps(batches, tf.constant(num_steps, tf.int64))
+                    num_taken = int(metrics.num_steps)
+                if num_taken == 0:
+                    break
+                step += num_taken
+                meter.add(metrics, lap())
+                monitor.advance(step)
 
-            if is_due(step, config.log.every_steps) or step == total_steps:
-                interval = meter.report(float(learning_rate(config.optimizer, step - 1, total_steps)))
-                monitor.interval(step, interval)
-                check_finite(step, interval.num_steps, interval.num_skipped, monitor.say)
-            if is_due(step, config.checkpoint.every_steps) or step == total_steps or interrupted:
-                with spent.on("checkpoint"):
+                if is_due(step, config.log.every_steps) or step == total_steps:
+                    interval = meter.report(float(learning_rate(config.optimizer, step - 1, total_steps)))
+                    monitor.interval(step, interval)
+                    check_finite(step, interval.num_steps, interval.num_skipped, monitor.say)
+                if is_due(step, config.checkpoint.every_steps) or step == total_steps:
+                    with spent.on("checkpoint"):
+                        save(checkpoints, step_function, run)
+                if is_due(step, config.evaluation.every_steps) and step < total_steps:
+                    with spent.on("evaluate"):
+                        score = evaluator.unless_stopped(is_stopped, config.evaluation.num_batches)
+                    if score is not None:
+                        monitor.evaluation(step, score)
+                if is_due(step, config.samples.every_steps) and step < total_steps:
+                    with spent.on("sample"):
+                        monitor.samples(step, write_samples(generator, config.samples, is_stopped))
+
+            with spent.on("checkpoint"):
+                if is_stopped():
                     save(checkpoints, step_function, run)
-            if is_due(step, config.evaluation.every_steps) and step < total_steps and not interrupted:
-                with spent.on("evaluate"):
-                    monitor.evaluation(step, evaluator(config.evaluation.num_batches))
-            if is_due(step, config.samples.every_steps) and step < total_steps and not interrupted:
-                with spent.on("sample"):
-                    monitor.samples(step, write_samples(generator, config.samples))
-
-        with spent.on("checkpoint"):
-            checkpoints.wait()
-        if interrupted:
+                checkpoints.wait()
+        if is_stopped():
             say(f"Stopped at step {step} of {total_steps}, saved. Go on with: trainer train --resume {run.path}")
             return TrainingResult(str(run.path), model, step, True, None, {})
+
+        # All is saved: from here on a signal just ends the process.
         with spent.on("evaluate"):
             evaluation = evaluator()
-            monitor.evaluation(step, evaluation)
+        monitor.evaluation(step, evaluation)
         with spent.on("sample"):
             samples = write_samples(generator, config.samples)
-            monitor.samples(step, samples)
+        monitor.samples(step, samples)
     say(f"Time: {spent}")
     return TrainingResult(str(run.path), model, step, False, evaluation, samples)
 
@@ -173,13 +185,24 @@ def save(checkpoints: Checkpoints, step_function: TrainingStep, run: RunFolder) 
     checkpoints.save(int(step_function.step), groups, facts | {"config": run.config.model_dump(mode="json")})
 
 
-def write_samples(generator: Generator, config: SamplesConfig) -> dict[str, str]:
-    """Returns what each decoder writes after the prompt; the same every time but for what the model has learned."""
+def write_samples(
+    generator: Generator, config: SamplesConfig, is_stopped: Callable[[], bool] = lambda: False
+) -> dict[str, str]:
+    """Returns what each decoder writes after the prompt; the same every time but for what the model has learned.
+
+    Args:
+        generator: of the model.
+        config: prompt, length and decoders' settings.
+        is_stopped: asked before each decoder; the rest is left out once it says so.
+    """
     num_tokens = config.num_tokens or generator.sequence_length
-    return {
-        name: generator.generate([config.prompt], Decoder.from_config(name, config), num_tokens, stop=config.stop)[0]
-        for name in DECODERS
-    }
+    samples = {}
+    for name in DECODERS:
+        if is_stopped():
+            break
+        decoder = Decoder.from_config(name, config)
+        (samples[name],) = generator.generate([config.prompt], decoder, num_tokens, stop=config.stop)
+    return samples
 
 
 def make_monitor(

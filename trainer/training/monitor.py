@@ -56,7 +56,7 @@ class Meter:
     def report(self, learning_rate: float) -> Interval:
         """Returns the sums as rates and means, and starts again."""
         sums, secs = CallMetrics(*self._sums), self._secs
-        self.__init__()  # type: ignore[misc]
+        self._sums, self._secs = [0.0] * len(sums), 0.0
         applied = max(1.0, sums.num_steps - sums.num_skipped)
         return Interval(
             num_steps=int(sums.num_steps),
