@@ -153,3 +153,13 @@ def test_generating_the_same_text_several_times_is_refused(capsys: pytest.Captur
         error = refusal(["generate", "RUN", "--num-samples", "3", "--sampler", sampler], capsys)
         assert f"--num-samples 3: {sampler} always writes the same text; ask for 1." in error
     assert "--num-samples 0 must be at least 1." in refusal(["generate", "RUN", "--num-samples", "0"], capsys)
+
+
+def test_a_sample_is_told_to_be_a_story_or_where_it_stops_being_one():
+    from trainer.cli import _story_verdict
+    from trainer.data.storybook import story
+
+    assert _story_verdict(story(0, 0)) == " (a story of the storybook's grammar)"
+    words = story(0, 0).split(" ")
+    words[3] = "xylophone"
+    assert _story_verdict(" ".join(words)) == " (leaves the storybook's grammar: token 3 is 'xylophone')"

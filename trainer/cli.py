@@ -132,9 +132,20 @@ def _train(options: argparse.Namespace) -> int:
     if result.was_interrupted:
         return EXIT_INTERRUPTED
     for name, text in result.samples.items():
-        print(f"\n{name}:\n{text}")
+        print(f"\n{name}{_story_verdict(text) if result.tells_stories else ''}:\n{text}")
     print(f"\nvalidation: {result.evaluation}")
     return 0
+
+
+def _story_verdict(text: str) -> str:
+    """Says whether a sample is, to the last word, a story that the storybook could have told."""
+    from trainer.data.storybook import log_probability
+
+    try:
+        log_probability(text)
+    except ValueError as error:
+        return f" (leaves the storybook's grammar: {str(error).split(': ', 1)[1].split(', after', 1)[0]})"
+    return " (a story of the storybook's grammar)"
 
 
 def _evaluate(options: argparse.Namespace) -> None:

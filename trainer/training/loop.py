@@ -32,11 +32,12 @@ Say = Callable[[str], None]
 class TrainingResult(NamedTuple):
     """What came of a run.
 
-    run_folder: where it is. model: with its weights after step steps. evaluation and samples: of these; None and empty
-    where a signal stopped the run before its end.
+    run_folder: where it is. tells_stories: whether its text is the storybook's. model: with its weights after step
+    steps. evaluation and samples: of these; None and empty where a signal stopped the run before its end.
     """
 
     run_folder: str
+    tells_stories: bool
     model: keras.Model
     step: int
     was_interrupted: bool
@@ -142,7 +143,7 @@ def train(run: RunFolder, prepared: PreparedData, build_model: BuildModel | None
                 checkpoints.wait()
         if is_stopped():
             say(f"Stopped at step {step} of {total_steps}, saved. Go on with: trainer train --resume {run.path}")
-            return TrainingResult(str(run.path), model, step, True, None, {})
+            return TrainingResult(str(run.path), config.data.is_storybook(), model, step, True, None, {})
 
         # All is saved: from here on a signal just ends the process.
         with spent.on("evaluate"):
@@ -152,7 +153,7 @@ def train(run: RunFolder, prepared: PreparedData, build_model: BuildModel | None
             samples = write_samples(generator, config.samples)
         monitor.samples(step, samples)
     say(f"Time: {spent}")
-    return TrainingResult(str(run.path), model, step, False, evaluation, samples)
+    return TrainingResult(str(run.path), config.data.is_storybook(), model, step, False, evaluation, samples)
 
 
 def is_due(step: int, every_steps: int | None) -> bool:
