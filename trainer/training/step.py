@@ -110,7 +110,8 @@ class TrainingStep:
         self.model = model
         self.strategy = strategy
         self.named_variables = named_variables(model)
-        trainable = {name: variable for name, variable in self.named_variables.items() if variable.trainable}
+        names = {id(variable): name for name, variable in self.named_variables.items()}
+        trainable = {names[id(variable)]: variable for variable in model.trainable_variables}
         self.optimizer = AdamW(config.optimizer, trainable)
         self.step = tf.Variable(0, dtype=tf.int64, trainable=False, name="step")
         # Read by the compiled loop before each step and set by another thread: how a signal stops a long call.
