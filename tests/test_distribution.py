@@ -1,0 +1,25 @@
+"""Laws of the choice of devices."""
+
+import pytest
+import tensorflow as tf
+
+from trainer.config import DistributionConfig, UserError
+from trainer.training.distribution import make_strategy
+
+HAS_GPU = bool(tf.config.list_physical_devices("GPU"))
+
+
+@pytest.mark.parametrize("kind", ["auto", "cpu"])
+def test_one_device_is_chosen_and_holds_the_variables(kind):
+    strategy = make_strategy(DistributionConfig(kind=kind))
+    with strategy.scope():
+        variable = tf.Variable(1.0)
+    assert strategy.num_replicas_in_sync == 1
+    expected = "GPU:0" if HAS_GPU and kind == "auto" else "CPU:0"
+    assert variable.device.endswith(expected)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_an_error():
+    with pytest.raises(UserError, match=r"distribution.kind='gpu', but TensorFlow sees no GPU"):
+        make_strategy(DistributionConfig(kind="gpu"))
