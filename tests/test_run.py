@@ -166,3 +166,13 @@ def test_checkpoint_of_another_model_is_refused(run: RunFolder, tmp_path: Path):
     save_checkpoint(run, 2, tiny(tmp_path, "model.hidden_dim=8"))
     with pytest.raises(UserError, match=r"step_000000002 has gpt/.* as float32\[.*\], the model as float32\["):
         run.load_model()
+
+
+def test_a_folder_that_a_killed_process_began_to_make_is_free(tmp_path: Path):
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{")
+    config = make_config({"run_folder": str(tmp_path / "run"), "train": {"precision": "float32", "total_steps": 1}})
+    check_is_free(config)
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is there already and is no run"):
+        check_is_free(config)

@@ -8,7 +8,7 @@ import tensorflow as tf
 from trainer.config import make_config
 from trainer.model.gpt import GPT
 from trainer.training.distribution import make_strategy
-from trainer.training.step import TrainingStep, clip, forward_backward
+from trainer.training.step import TrainingStep, forward_backward, mean_and_clip
 
 VOCABULARY = 17
 
@@ -147,13 +147,14 @@ def test_the_step_divides_by_the_number_of_targets_and_follows_adam():
     assert relative_difference(all_weights(step), reference) < 1e-6  # Keras keeps the powers of beta in float32
 
 
-def test_clipping_scales_to_the_norm_and_leaves_smaller_gradients_alone():
-    gradients = [tf.constant([3.0, 0.0], tf.float64), tf.constant([[4.0]], tf.float64)]
+def test_clipping_scales_the_mean_to_the_norm_and_leaves_smaller_gradients_alone():
+    sums = [tf.constant([6.0, 0.0], tf.float64), tf.constant([[8.0]], tf.float64)]
+    count = tf.constant(2.0, tf.float64)
     for clip_norm, expected in ((None, 5.0), (5.0, 5.0), (6.0, 5.0), (1.0, 1.0)):
-        clipped, norm = clip(gradients, clip_norm)
+        clipped, norm = mean_and_clip(sums, count, clip_norm)
         assert norm == 5.0
         np.testing.assert_allclose(tf.linalg.global_norm(clipped), expected, rtol=1e-12)
-    zero, _ = clip([tf.zeros([2], tf.float64)], 1.0)
+    zero, _ = mean_and_clip([tf.zeros([2], tf.float64)], count, 1.0)
     np.testing.assert_array_equal(zero[0], [0.0, 0.0])
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from trainer.data.tokenizer import Tokenizer
     from trainer.training.checkpoint import Checkpoint, Checkpoints
 
+# What a process that died while it made a run's folder can have left: no run yet, and nobody else's.
+_MADE_BEFORE_CONFIG = {"tokenizer", "run.json", "config.toml.partial"}
+
 BuildModel = Callable[[Config, int], "keras.Model"]
 
 
@@ -141,7 +144,7 @@ def check_is_free(config: Config) -> None:
             f"run_folder={config.run_folder!r} already holds a run. Go on with it: trainer train --resume {path}; or "
             f"start another beside it with the override run_folder={path}-2; or delete it."
         )
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    if path.is_file() or (path.is_dir() and not {child.name for child in path.iterdir()} <= _MADE_BEFORE_CONFIG):
         raise UserError(f"run_folder={config.run_folder!r} is there already and is no run; choose another folder.")
 
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from trainer.config import ModelConfig
 from trainer.model.attention import cached_attention, causal_attention
-from trainer.model.loss import next_token_loss, next_token_loss_without_gradient
+from trainer.model.loss import accumulation_dtype, next_token_loss, next_token_loss_without_gradient
 
 # GPT-2's spread of initial weights (Radford et al. 2019).
 KERNEL_STDDEV = 0.02
@@ -284,6 +284,44 @@ class Unembedding(keras.layers.Layer):
             self.bias = self.add_weight((self.vocabulary_size,), "zeros", name="bias")
 
 
+class LayerNorm(keras.layers.LayerNormalization):
+    """Keras's layer normalization over the last axis, with its gradient by hand: a third of the passes over memory."""
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Normalizes float [..., hidden_dim], in the accumulation dtype."""
+        wide = tf.cast(x, accumulation_dtype(x.dtype))
+        gamma = tf.cast(self.gamma, wide.dtype)
+        normalized = normalize(wide, gamma)
+        if self.beta is not None:
+            normalized += tf.cast(self.beta, wide.dtype)
+        return tf.cast(normalized, x.dtype)
+
+
+@tf.custom_gradient
+def normalize(x: tf.Tensor, gamma: tf.Tensor) -> tuple[tf.Tensor, object]:
+    """Scales each row to mean 0 and variance 1, then by gamma.
+
+    Args:
+        x: float [..., hidden_dim].
+        gamma: float [hidden_dim].
+
+    Source: Ba, Kiros and Hinton 2016, equation 4.
+    """
+    epsilon = tf.constant(LAYER_NORM_EPSILON, x.dtype)
+    centered = x - tf.reduce_mean(x, axis=-1, keepdims=True)
+    inverse = tf.math.rsqrt(tf.reduce_mean(tf.square(centered), axis=-1, keepdims=True) + epsilon)
+    unit = centered * inverse
+
+    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        d_unit = upstream * gamma
+        mean_d = tf.reduce_mean(d_unit, axis=-1, keepdims=True)
+        mean_d_unit = tf.reduce_mean(d_unit * unit, axis=-1, keepdims=True)
+        d_x = (d_unit - mean_d - unit * mean_d_unit) * inverse
+        return d_x, tf.reduce_sum(upstream * unit, axis=range(len(x.shape) - 1))
+
+    return unit * gamma, gradient
+
+
 class _Initializers:
     """Makes initializers, each with a seed of its own that depends on nothing but the order of creation."""
 
@@ -306,4 +344,4 @@ class _Initializers:
 
 
 def _layer_norm(config: ModelConfig, name: str, dtype: str) -> keras.layers.Layer:
-    return keras.layers.LayerNormalization(epsilon=LAYER_NORM_EPSILON, center=config.use_bias, dtype=dtype, name=name)
+    return LayerNorm(epsilon=LAYER_NORM_EPSILON, center=config.use_bias, dtype=dtype, name=name)

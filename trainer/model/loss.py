@@ -94,21 +94,36 @@ def next_token_loss_without_gradient(
 
 
 class _Chunks:
-    """Rows of a batch, in equal chunks; the last is filled up with rows of weight 0."""
+    """Rows of a batch, in equal chunks: those with weight first, and only chunks that hold such are counted.
+
+    So padding costs no matrix products, while all shapes stay fixed.
+    """
 
     def __init__(self, hidden: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, chunk_rows: int) -> None:
-        hidden_dim = hidden.shape[-1]
-        rows = tf.reshape(hidden, [-1, hidden_dim])
-        self.num_rows = rows.shape[0]
-        self.chunk_rows = min(chunk_rows, self.num_rows)
-        self.count = -(-self.num_rows // self.chunk_rows)
-        padding = self.count * self.chunk_rows - self.num_rows
-        self._rows = tf.reshape(tf.pad(rows, [[0, padding], [0, 0]]), [self.count, self.chunk_rows, hidden_dim])
-        self._targets = tf.reshape(tf.pad(tf.reshape(targets, [-1]), [[0, padding]]), [self.count, self.chunk_rows])
-        self._weights = tf.reshape(tf.pad(tf.reshape(weights, [-1]), [[0, padding]]), [self.count, self.chunk_rows])
+        self._shape = tf.shape(hidden)
+        num_rows, hidden_dim = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
+        self.chunk_rows = min(chunk_rows, num_rows)
+        self.capacity = -(-num_rows // self.chunk_rows)
+        padding = self.capacity * self.chunk_rows - num_rows
+        weights, targets = tf.reshape(weights, [-1]), tf.reshape(targets, [-1])
+        self._order = tf.argsort(tf.cast(tf.equal(weights, 0), tf.int32), stable=True)
+
+        def split(rows: tf.Tensor, *row_shape: int) -> tf.Tensor:
+            padded = tf.pad(tf.gather(rows, self._order), [[0, padding]] + [[0, 0]] * len(row_shape))
+            return tf.reshape(padded, [self.capacity, self.chunk_rows, *row_shape])
+
+        self._rows = split(tf.reshape(hidden, [-1, hidden_dim]), hidden_dim)
+        self._targets, self._weights = split(targets), split(weights)
+        num_used = tf.math.count_nonzero(weights, dtype=tf.int32)
+        self.count = (num_used + self.chunk_rows - 1) // self.chunk_rows
 
     def at(self, i: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         return tf.gather(self._rows, i), tf.gather(self._targets, i), tf.gather(self._weights, i)
+
+    def joined(self, chunks: tf.Tensor) -> tf.Tensor:
+        """Puts [capacity, chunk_rows, hidden_dim] back into the shape and order of the hidden states."""
+        places = tf.math.invert_permutation(self._order)
+        return tf.reshape(tf.gather(tf.reshape(chunks, [-1, chunks.shape[-1]]), places), self._shape)
 
 
 def _logits(rows: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None, dtype: tf.DType) -> tf.Tensor:
@@ -117,14 +132,19 @@ def _logits(rows: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None, dtype: t
 
 
 def _losses_and_softmax(logits: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the cross-entropy of each row [rows] and softmax(logits) [rows, vocabulary], from one softmax.
-
-    With m the largest logit and p its probability, log(sum(exp(logits))) = m - log(p); and p, at least 1 / vocabulary,
-    cannot underflow as the target's own probability can.
-    """
+    """Returns the cross-entropy of each row [rows] and softmax(logits) [rows, vocabulary], from one softmax."""
     softmax = tf.nn.softmax(logits)
-    log_sum_exp = tf.reduce_max(logits, axis=-1) - tf.math.log(tf.reduce_max(softmax, axis=-1))
-    return log_sum_exp - tf.gather_nd(logits, _places(targets)), softmax
+    places = _places(targets)
+    probability = tf.gather_nd(softmax, places)
+
+    def from_largest() -> tf.Tensor:
+        # With m the largest logit and p its probability, log(sum(exp(logits))) = m - log(p); and p, at least
+        # 1 / vocabulary, cannot underflow as the target's own probability can.
+        log_sum_exp = tf.reduce_max(logits, axis=-1) - tf.math.log(tf.reduce_max(softmax, axis=-1))
+        return log_sum_exp - tf.gather_nd(logits, places)
+
+    is_vanishing = tf.reduce_min(probability) < 1e-30
+    return tf.cond(is_vanishing, from_largest, lambda: -tf.math.log(probability)), softmax
 
 
 def _places(targets: tf.Tensor) -> tf.Tensor:
@@ -160,7 +180,8 @@ def _loss_and_gradients(
             new_sums.append(sums[1] + tf.cast(d_bias, bias[0].dtype))
         return i + 1, loss_sum + tf.reduce_sum(losses * row_weights), d_hidden, *new_sums
 
-    d_hidden = tf.TensorArray(hidden.dtype, chunks.count, element_shape=[chunks.chunk_rows, hidden.shape[-1]])
+    # Chunks that are never written stay zero, as the gradient of padding is.
+    d_hidden = tf.TensorArray(hidden.dtype, chunks.capacity, element_shape=[chunks.chunk_rows, hidden.shape[-1]])
     sums = [tf.zeros_like(unembedding), *(tf.zeros_like(b) for b in bias)]
     _, loss_sum, d_hidden, *sums = tf.while_loop(
         lambda i, *_: i < chunks.count,
@@ -169,5 +190,4 @@ def _loss_and_gradients(
         # In turn: chunks side by side would each hold their logits.
         parallel_iterations=1,
     )
-    d_rows = tf.reshape(d_hidden.stack(), [-1, hidden.shape[-1]])[: chunks.num_rows]
-    return loss_sum, tf.reshape(d_rows, tf.shape(hidden)), *sums
+    return loss_sum, chunks.joined(d_hidden.stack()), *sums

@@ -85,12 +85,19 @@ def forward_backward(
     return Gradients(dense, loss_sum, num_targets, new_state)
 
 
-def clip(gradients: Sequence[tf.Tensor], clip_norm: float | None) -> tuple[list[tf.Tensor], tf.Tensor]:
-    """Scales gradients down to a global norm of at most clip_norm; returns them and the norm they had."""
-    norm = tf.linalg.global_norm(gradients)
-    if clip_norm is None:
-        return list(gradients), norm
-    scale = tf.minimum(tf.ones([], norm.dtype), tf.constant(clip_norm, norm.dtype) / norm)
+def mean_and_clip(
+    gradients: Sequence[tf.Tensor], num_targets: tf.Tensor, clip_norm: float | None
+) -> tuple[list[tf.Tensor], tf.Tensor]:
+    """Divides summed gradients by the number of targets and scales them down to a global norm of at most clip_norm.
+
+    Returns:
+        (gradients, the global norm of the mean before clipping). Each gradient is scaled once, by one number.
+    """
+    count = tf.maximum(num_targets, 1)
+    norm = tf.linalg.global_norm(gradients) / tf.cast(count, gradients[0].dtype)
+    scale = 1 / tf.cast(count, norm.dtype)
+    if clip_norm is not None:
+        scale *= tf.minimum(tf.ones([], norm.dtype), tf.constant(clip_norm, norm.dtype) / norm)
     return [gradient * tf.cast(scale, gradient.dtype) for gradient in gradients], norm
 
 
@@ -154,8 +161,7 @@ class TrainingStep:
         # there are.
         summed = _all_reduce([*local.weights, local.loss_sum, local.num_targets])
         *gradients, loss_sum, num_targets = summed
-        mean = [gradient / tf.cast(tf.maximum(num_targets, 1), gradient.dtype) for gradient in gradients]
-        clipped, grad_norm = clip(mean, config.optimizer.clip_norm)
+        clipped, grad_norm = mean_and_clip(gradients, num_targets, config.optimizer.clip_norm)
         finite = tf.math.is_finite(grad_norm) & tf.math.is_finite(loss_sum)
         rate = learning_rate(config.optimizer, self.step, self.total_steps)
 
