@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import ModelConfig
-from trainer.model.gpt import GPT, DropoutDraw, dropout
+from trainer.model.gpt import GPT, LAYER_NORM_EPSILON, DropoutDraw, LayerNorm, dropout
 
 SHAPES = [
     ModelConfig(num_heads=3, hidden_dim=16, intermediate_dim=12),
@@ -163,3 +163,22 @@ def test_dropout_keeps_the_mean(rate):
     # Five standard errors of the share that is dropped.
     assert abs((out == 0).mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / out.size)
     np.testing.assert_allclose(out[out > 0], 1 / (1 - rate), rtol=1e-6)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_normalization_equals_keras_in_value_and_every_gradient(center):
+    random = np.random.default_rng(0)
+    x, upstream = (tf.constant(random.normal(2, 3, (2, 5, 7))) for _ in range(2))
+    results = []
+    for kind in (LayerNorm, keras.layers.LayerNormalization):
+        layer = kind(epsilon=LAYER_NORM_EPSILON, center=center, dtype="float64")
+        layer.build(x.shape)
+        for variable in layer.variables:
+            variable.assign(np.linspace(-1, 2, 7))
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+        weights = [variable.value for variable in layer.trainable_variables]
+        results.append([y, *tape.gradient(y, [x, *weights], upstream)])
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
