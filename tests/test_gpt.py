@@ -182,3 +182,14 @@ def test_normalization_equals_keras_in_value_and_every_gradient(center):
         results.append([y, *tape.gradient(y, [x, *weights], upstream)])
     for ours, theirs in zip(*results, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+def test_the_tutorials_model_starts_from_the_spread_of_the_tutorials_weights():
+    config = ModelConfig()
+    model, reference = GPT(config, 1000, 128), tutorial_model(config, 1000, 128)
+    other = tutorial_model(config, 1000, 128)
+    initial = [np.array(weight) for weight in reference.get_weights()]
+    copy_weights(model, other)
+    for ours, theirs in zip(other.get_weights(), initial, strict=True):
+        np.testing.assert_allclose(np.std(ours), np.std(theirs), rtol=0.03)
+        np.testing.assert_allclose(np.abs(ours).max(), np.abs(theirs).max(), rtol=0.03)

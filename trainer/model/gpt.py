@@ -20,6 +20,9 @@ KERNEL_STDDEV = 0.02
 # Wider than GPT-2's: at 0.02 what the first blocks add drowns the tokens, and small models learn late to copy a name.
 EMBEDDING_STDDEV = 0.1
 
+# Of Keras's "uniform", which the tutorial's embeddings start from.
+TUTORIAL_EMBEDDING_LIMIT = 0.05
+
 LAYER_NORM_EPSILON = 1e-5
 
 
@@ -92,7 +95,9 @@ class GPT(keras.Model):
         self.final_norm = _layer_norm(config, "final_norm", dtype) if config.pre_norm else None
         self.unembedding = None
         if not config.tied_embeddings:
-            self.unembedding = Unembedding(vocabulary_size, config.use_bias, initial.embedding(), dtype=dtype)
+            self.unembedding = Unembedding(
+                vocabulary_size, config.use_bias, initial.unembedding(vocabulary_size), dtype=dtype
+            )
         self.build()
 
     def build(self, input_shape: object = None) -> None:
@@ -203,11 +208,11 @@ class Block(keras.layers.Layer):
 
         attention_dim = config.num_heads * config.head_dim()
         # One product for queries, keys and values: a third of the reads of x.
-        self.query_key_value = dense(3 * attention_dim, initial.kernel(), "query_key_value")
-        self.attention_output = dense(config.hidden_dim, initial.residual(), "attention_output")
+        self.query_key_value = dense(3 * attention_dim, initial.query_key_value(), "query_key_value")
+        self.attention_output = dense(config.hidden_dim, initial.attention_output(), "attention_output")
         self.attention_norm = _layer_norm(config, "attention_norm", dtype)
-        self.intermediate = dense(config.intermediate_dim, initial.kernel(), "intermediate", config.activation)
-        self.output_dense = dense(config.hidden_dim, initial.residual(), "output")
+        self.intermediate = dense(config.intermediate_dim, initial.intermediate(), "intermediate", config.activation)
+        self.output_dense = dense(config.hidden_dim, initial.output(), "output")
         self.feedforward_norm = _layer_norm(config, "feedforward_norm", dtype)
 
     def build(self, input_shape: tuple) -> None:
@@ -323,24 +328,51 @@ def normalize(x: tf.Tensor, gamma: tf.Tensor) -> tuple[tf.Tensor, object]:
 
 
 class _Initializers:
-    """Makes initializers, each with a seed of its own that depends on nothing but the order of creation."""
+    """Makes initializers, each with a seed of its own that depends on nothing but the order of creation.
+
+    Without pre_norm they are those of the tutorial's KerasNLP layers, so that the same model also starts alike; with
+    it, GPT-2's.
+    """
 
     def __init__(self, seed: int, config: ModelConfig) -> None:
         self._seeds = itertools.count(seed * 2**16)
-        self._num_residuals = 2 * config.num_layers
+        self._config = config
 
     def embedding(self) -> keras.Initializer:
-        return self._normal(EMBEDDING_STDDEV)
+        return self._normal(EMBEDDING_STDDEV) if self._config.pre_norm else self._uniform(TUTORIAL_EMBEDDING_LIMIT)
 
-    def kernel(self) -> keras.Initializer:
-        return self._normal(KERNEL_STDDEV)
+    def unembedding(self, vocabulary_size: int) -> keras.Initializer:
+        return self._kernel(EMBEDDING_STDDEV, self._config.hidden_dim + vocabulary_size)
 
-    def residual(self) -> keras.Initializer:
+    def query_key_value(self) -> keras.Initializer:
+        # The fans of each of the three, as where they are kernels of their own.
+        return self._kernel(KERNEL_STDDEV, self._config.hidden_dim + self._attention_dim())
+
+    def attention_output(self) -> keras.Initializer:
+        return self._kernel(self._residual_stddev(), self._config.hidden_dim + self._attention_dim())
+
+    def intermediate(self) -> keras.Initializer:
+        return self._kernel(KERNEL_STDDEV, self._config.hidden_dim + self._config.intermediate_dim)
+
+    def output(self) -> keras.Initializer:
+        return self._kernel(self._residual_stddev(), self._config.hidden_dim + self._config.intermediate_dim)
+
+    def _attention_dim(self) -> int:
+        return self._config.num_heads * self._config.head_dim()
+
+    def _residual_stddev(self) -> float:
         # Every block adds to the residual stream twice: so its variance at the end does not grow with depth.
-        return self._normal(KERNEL_STDDEV / math.sqrt(self._num_residuals))
+        return KERNEL_STDDEV / math.sqrt(2 * self._config.num_layers)
+
+    def _kernel(self, stddev: float, fans: int) -> keras.Initializer:
+        """Source of the uniform: Glorot and Bengio 2010, equation 16."""
+        return self._normal(stddev) if self._config.pre_norm else self._uniform(math.sqrt(6 / fans))
 
     def _normal(self, stddev: float) -> keras.Initializer:
         return keras.initializers.RandomNormal(0.0, stddev, seed=next(self._seeds))
+
+    def _uniform(self, limit: float) -> keras.Initializer:
+        return keras.initializers.RandomUniform(-limit, limit, seed=next(self._seeds))
 
 
 def _layer_norm(config: ModelConfig, name: str, dtype: str) -> keras.layers.Layer:

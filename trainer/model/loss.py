@@ -6,7 +6,7 @@ The step divides by the count, after both were summed over micro-batches and rep
 import tensorflow as tf
 
 # Rows of logits that exist at a time. Fewer rows mean less memory, more rows fuller matrix products.
-CHUNK_ROWS = 1024
+CHUNK_ROWS = 512
 
 
 def accumulation_dtype(dtype: tf.DType) -> tf.DType:
