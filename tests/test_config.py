@@ -37,12 +37,13 @@ def test_config_is_frozen():
     ("override", "advice"),
     [
         ("train.total_step=1", "train.total_step is not a setting. Did you mean train.total_steps?"),
-        ("train.batch_size=1", "train.batch_size is not a setting. Did you mean train.global_batch_size?"),
+        ("train.batch_size=1", "Did you mean train.global_batch_size or train.micro_batch_size?"),
         ("trian.seed=1", "trian is not a setting. Did you mean train?"),
         ("tokenizer={kind='wordpiece',vocab_size=9}", "Did you mean tokenizer.vocabulary_size?"),
         # Good keys in the wrong section, the second nearer in spelling to a sister, and one without a section.
         ("train.hidden_dim=1", "train.hidden_dim is not a setting. Did you mean model.hidden_dim?"),
         ("train.num_heads=1", "train.num_heads is not a setting. Did you mean model.num_heads?"),
+        ("train.lerning_rate=1", "train.lerning_rate is not a setting. Did you mean optimizer.learning_rate?"),
         ("total_steps=1", "total_steps is not a setting. Did you mean train.total_steps?"),
         ("optimizer.lr=1", "There are: learning_rate, schedule, warmup_steps"),
         ("xyzzy=1", "xyzzy is not a setting. There are: run_folder, data, tokenizer, model, train"),
@@ -58,6 +59,10 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ["train.micro_batch_size=24"],
+            "train.global_batch_size=64 is not a multiple of train.micro_batch_size=24; change either.",
+        ),
         (
             ["train.num_epochs=1"],
             "train.total_steps=10 and train.num_epochs=1: set exactly one of the two (drop one with an override such "

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import DistributionConfig, UserError
-from trainer.training.distribution import make_strategy
+from trainer.training.distribution import make_strategy, micro_batches
 
 HAS_GPU = bool(tf.config.list_physical_devices("GPU"))
 
@@ -23,3 +23,11 @@ def test_one_device_is_chosen_and_holds_the_variables(kind):
 def test_a_gpu_that_is_not_there_is_an_error():
     with pytest.raises(UserError, match=r"distribution.kind='gpu', but TensorFlow sees no GPU"):
         make_strategy(DistributionConfig(kind="gpu"))
+
+
+def test_a_cpu_takes_a_large_batch_in_two_halves_at_once_unless_told_otherwise():
+    strategy = make_strategy(DistributionConfig(kind="cpu"))
+    assert micro_batches(None, 32, 118, strategy) == (16, 2)
+    assert micro_batches(None, 12, 64, strategy) == (12, 2)
+    assert micro_batches(None, 33, 118, strategy) == (33, 2)
+    assert micro_batches(8, 32, 118, strategy) == (8, 2)

@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import make_config
-from trainer.model.gpt import GPT
+from trainer.model.gpt import GPT, DropoutDraw
 from trainer.training.distribution import make_strategy
-from trainer.training.step import TrainingStep, forward_backward, mean_and_clip
+from trainer.training.step import TrainingStep, accumulate, forward_backward, mean_and_clip
 
 VOCABULARY = 17
 
@@ -97,6 +97,31 @@ def test_forward_backward_reads_the_weights_it_is_given_and_no_variable():
     function = tf.function(lambda *weights: forward_backward(model, weights, [], batch, None).weights, autograph=False)
     captured = function.get_concrete_function(*values).captured_inputs
     assert not [tensor for tensor in captured if tensor.dtype == tf.resource]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_micro_batches_add_up_to_the_batch(micro_batch_size, at_once):
+    config = tiny_config(model={"dropout": 0.3, "tied_embeddings": True, "use_bias": False})
+    model = GPT(config.model, VOCABULARY, 6, dtype="float64")
+    batch = next(iter(batches(config)))
+    values = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
+    draw = DropoutDraw(*(tf.constant(number, tf.int64) for number in (1, 2, 3)))
+    whole = forward_backward(model, values, [], batch, draw)
+    parts = accumulate(model, values, [], batch, draw, micro_batch_size, at_once)
+    np.testing.assert_allclose(parts.loss_sum, whole.loss_sum, rtol=1e-14)
+    assert parts.num_targets == whole.num_targets
+    for part, reference in zip(parts.weights, whole.weights, strict=True):
+        np.testing.assert_allclose(part, reference, atol=1e-14)
+
+
+def test_the_step_takes_micro_batches_of_the_size_asked_for():
+    settings = {"model": {"dropout": 0.2}, "optimizer": {"clip_norm": 0.5}}
+    whole = make_step(tiny_config(**settings))
+    apart = make_step(tiny_config(**settings, train={"micro_batch_size": 1}))
+    take(whole, batches(whole.config), 5)
+    take(apart, batches(apart.config), 5)
+    assert 0 < relative_difference(all_weights(apart), all_weights(whole)) < 1e-12
 
 
 def test_a_weight_without_influence_is_an_error():
@@ -206,8 +231,9 @@ def test_the_stop_flag_ends_a_call_between_two_steps():
     assert step.step.numpy() == metrics.num_steps
 
 
-def test_weights_that_are_not_trained_are_updated_too():
-    config = tiny_config(train={"precision": "float32"})
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_weights_that_are_not_trained_are_updated_too(micro_batch_size):
+    config = tiny_config(train={"precision": "float32", "micro_batch_size": micro_batch_size})
     model = keras.Sequential(
         [
             keras.layers.Embedding(VOCABULARY, 8),

@@ -152,6 +152,9 @@ class TrainConfig(Section):
     """Passes over the training examples; this or total_steps."""
     global_batch_size: PositiveInt = 64
     """Examples per step over all replicas."""
+    micro_batch_size: PositiveInt | None = None
+    """Examples a replica works through at a time: fewer need less memory, and a step's gradients are added up before
+    the optimizer sees them. Left out, as fits the device: all of its share at once, or on a CPU in two halves."""
     sequence_length: Annotated[int, Field(ge=2)] = 128
     """Tokens per example."""
     steps_per_call: PositiveInt = 50
@@ -165,6 +168,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"train.total_steps={self.total_steps} and train.num_epochs={self.num_epochs}: "
                 "set exactly one of the two (drop one with an override such as train.num_epochs=none)."
+            )
+        if self.global_batch_size % (self.micro_batch_size or 1):
+            raise ValueError(
+                f"train.global_batch_size={self.global_batch_size} is not a multiple of train.micro_batch_size="
+                f"{self.micro_batch_size}; change either."
             )
         return self
 
@@ -409,7 +417,14 @@ def _nearest(location: list[str]) -> str:
     siblings = [key.rpartition(".")[2] for key in known if section and key.startswith(f"{section}.")]
     matches = difflib.get_close_matches(name, siblings or Config.model_fields, n=1)
     if matches:
-        return f" Did you mean {'.'.join([*location[:-1], matches[0]])}?"
+        # batch_size is as near to global_batch_size as to micro_batch_size.
+        alike = [sibling for sibling in siblings if name in sibling] if name in matches[0] else matches
+        return f" Did you mean {' or '.join('.'.join([*location[:-1], match]) for match in alike)}?"
+    # Misspelt, and in the wrong section.
+    elsewhere = {key.rpartition(".")[2]: key for key in reversed(known) if "." in key}
+    matches = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8)
+    if matches:
+        return f" Did you mean {elsewhere[matches[0]]}?"
     return f" There are: {', '.join(siblings or Config.model_fields)}."
 
 

@@ -202,9 +202,7 @@ class Block(keras.layers.Layer):
         def dense(
             units: int, initializer: keras.Initializer, name: str, activation: str | None = None
         ) -> keras.layers.Layer:
-            return keras.layers.Dense(
-                units, activation, config.use_bias, kernel_initializer=initializer, dtype=dtype, name=name
-            )
+            return Dense(units, activation, config.use_bias, kernel_initializer=initializer, dtype=dtype, name=name)
 
         attention_dim = config.num_heads * config.head_dim()
         # One product for queries, keys and values: a third of the reads of x.
@@ -269,6 +267,28 @@ class Block(keras.layers.Layer):
         return self.attention_output(x), cache
 
 
+class Dense(keras.layers.Dense):
+    """Keras's dense layer, as one product of matrices: TensorFlow fuses that with the bias and the activation."""
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Maps float [..., width] to [..., units]."""
+        rows = tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), tf.cast(self.kernel, x.dtype))
+        if self.bias is not None:
+            rows = add_bias(rows, tf.cast(self.bias, x.dtype))
+        return tf.reshape(self.activation(rows), tf.concat([tf.shape(x)[:-1], [self.units]], axis=0))
+
+
+@tf.custom_gradient
+def add_bias(rows: tf.Tensor, bias: tf.Tensor) -> tuple[tf.Tensor, object]:
+    """Adds float [width] to each row of [rows, width]."""
+    return tf.nn.bias_add(rows, bias), lambda upstream: (upstream, column_sums(upstream))
+
+
+def column_sums(rows: tf.Tensor) -> tf.Tensor:
+    """Sums float [rows, width] over its rows, as a matrix product: several times faster than a reduction."""
+    return tf.matmul(tf.ones([1, tf.shape(rows)[0]], rows.dtype), rows)[0]
+
+
 class Unembedding(keras.layers.Layer):
     """Weights of the output projection: kernel [vocabulary, hidden_dim] and, unless left out, bias [vocabulary].
 
@@ -296,10 +316,11 @@ class LayerNorm(keras.layers.LayerNormalization):
         """Normalizes float [..., hidden_dim], in the accumulation dtype."""
         wide = tf.cast(x, accumulation_dtype(x.dtype))
         gamma = tf.cast(self.gamma, wide.dtype)
-        normalized = normalize(wide, gamma)
-        if self.beta is not None:
-            normalized += tf.cast(self.beta, wide.dtype)
-        return tf.cast(normalized, x.dtype)
+        beta = None if self.beta is None else tf.cast(self.beta, wide.dtype)
+        rows = normalize(tf.reshape(wide, [-1, x.shape[-1]]), gamma)
+        if beta is not None:
+            rows = add_bias(rows, beta)
+        return tf.cast(tf.reshape(rows, tf.shape(x)), x.dtype)
 
 
 @tf.custom_gradient
@@ -307,22 +328,23 @@ def normalize(x: tf.Tensor, gamma: tf.Tensor) -> tuple[tf.Tensor, object]:
     """Scales each row to mean 0 and variance 1, then by gamma.
 
     Args:
-        x: float [..., hidden_dim].
+        x: float [rows, hidden_dim].
         gamma: float [hidden_dim].
 
     Source: Ba, Kiros and Hinton 2016, equation 4.
     """
-    epsilon = tf.constant(LAYER_NORM_EPSILON, x.dtype)
+    epsilon, width = tf.constant(LAYER_NORM_EPSILON, x.dtype), tf.constant(x.shape[-1], x.dtype)
     centered = x - tf.reduce_mean(x, axis=-1, keepdims=True)
     inverse = tf.math.rsqrt(tf.reduce_mean(tf.square(centered), axis=-1, keepdims=True) + epsilon)
     unit = centered * inverse
 
     def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        d_unit = upstream * gamma
-        mean_d = tf.reduce_mean(d_unit, axis=-1, keepdims=True)
-        mean_d_unit = tf.reduce_mean(d_unit * unit, axis=-1, keepdims=True)
-        d_x = (d_unit - mean_d - unit * mean_d_unit) * inverse
-        return d_x, tf.reduce_sum(upstream * unit, axis=range(len(x.shape) - 1))
+        # Means over a row of upstream * gamma, and of that times unit, without making either.
+        d_gamma = upstream * unit
+        mean_d = tf.matmul(upstream, gamma[:, tf.newaxis]) / width
+        mean_d_unit = tf.matmul(d_gamma, gamma[:, tf.newaxis]) / width
+        d_x = (upstream * gamma - mean_d - unit * mean_d_unit) * inverse
+        return d_x, column_sums(d_gamma)
 
     return unit * gamma, gradient
 

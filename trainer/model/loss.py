@@ -168,7 +168,9 @@ def _loss_and_gradients(
         rows, row_targets, row_weights = chunks.at(i)
         losses, softmax = _losses_and_softmax(_logits(rows, kernel, bias[0] if bias else None, dtype), row_targets)
         # In the wide dtype: in bfloat16 the difference of two numbers near 1 would be noise.
-        d_logits = tf.tensor_scatter_nd_sub(softmax, _places(row_targets), tf.ones_like(losses))
+        # Once the losses have read the softmax, it is overwritten in place.
+        with tf.control_dependencies([losses]):
+            d_logits = tf.tensor_scatter_nd_sub(softmax, _places(row_targets), tf.ones_like(losses))
         narrow = tf.cast(d_logits, hidden.dtype)
         # A row's weight multiplies hidden_dim numbers here, and not the vocabulary_size of d_logits.
         narrow_weights = tf.cast(row_weights, hidden.dtype)[:, tf.newaxis]

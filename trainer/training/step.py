@@ -8,8 +8,9 @@ import tensorflow as tf
 
 from trainer.config import Config
 from trainer.model.gpt import GPT, DropoutDraw
-from trainer.model.loss import next_token_loss_from_logits
+from trainer.model.loss import accumulation_dtype, next_token_loss_from_logits
 from trainer.training.checkpoint import named_variables
+from trainer.training.distribution import micro_batches
 from trainer.training.optimizer import AdamW
 from trainer.training.schedule import learning_rate
 
@@ -85,6 +86,46 @@ def forward_backward(
     return Gradients(dense, loss_sum, num_targets, new_state)
 
 
+def accumulate(
+    model: keras.Model,
+    weights: Sequence[tf.Tensor],
+    state: Sequence[tf.Tensor],
+    batch: Batch,
+    draw: DropoutDraw,
+    micro_batch_size: int,
+    at_once: int = 1,
+) -> Gradients:
+    """Does what `forward_backward` does, some rows of the batch after others, and adds up the gradients.
+
+    Args:
+        model: as there.
+        weights: as there.
+        state: as there; each micro-batch begins with what the one before left.
+        batch: as there, of a static shape.
+        draw: of the dropout masks of the whole batch.
+        micro_batch_size: rows at a time; divides those of the batch.
+        at_once: micro-batches that may be under way at the same time. The sums are made in order all the same.
+    """
+    rows = batch[0].shape[0]
+    if micro_batch_size == rows:
+        return forward_backward(model, weights, state, batch, draw)
+    parts = [tf.reshape(part, [-1, micro_batch_size, *part.shape[1:]]) for part in batch]
+
+    def add(i: tf.Tensor, sums: Gradients) -> tuple[tf.Tensor, Gradients]:
+        inputs, targets, target_weights = (tf.gather(part, i) for part in parts)
+        first_row = draw.first_row + tf.cast(i * micro_batch_size, tf.int64)
+        new = forward_backward(
+            model, weights, sums.state, (inputs, targets, target_weights), draw._replace(first_row=first_row)
+        )
+        gradients = [total + gradient for total, gradient in zip(sums.weights, new.weights, strict=True)]
+        return i + 1, Gradients(gradients, sums.loss_sum + new.loss_sum, sums.num_targets + new.num_targets, new.state)
+
+    none = tf.zeros([], accumulation_dtype(weights[0].dtype))
+    nothing = Gradients([tf.zeros_like(weight) for weight in weights], none, none, list(state))
+    _, sums = tf.while_loop(lambda i, _: i < rows // micro_batch_size, add, (0, nothing), parallel_iterations=at_once)
+    return sums
+
+
 def mean_and_clip(
     gradients: Sequence[tf.Tensor], num_targets: tf.Tensor, clip_norm: float | None
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
@@ -155,7 +196,9 @@ class TrainingStep:
         draw = DropoutDraw(tf.constant(config.train.seed, tf.int64), self.step, tf.zeros([], tf.int64))
         weights = [tf.convert_to_tensor(variable.value) for variable in self.model.trainable_variables]
         state = [tf.convert_to_tensor(variable.value) for variable in self.model.non_trainable_variables]
-        local = forward_backward(self.model, weights, state, batch, draw)
+        rows, sequence = batch[0].shape
+        micro_batch_size, at_once = micro_batches(config.train.micro_batch_size, rows, sequence, self.strategy)
+        local = accumulate(self.model, weights, state, batch, draw, micro_batch_size, at_once)
 
         # Sum over replicas before clipping: clipping each replica's share would make the result depend on how many
         # there are.
