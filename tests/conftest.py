@@ -1,6 +1,8 @@
 """Fixtures shared by all tests."""
 
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,3 +15,17 @@ def test_data() -> Path:
     if not folder:
         pytest.skip("TRAINER_TEST_DATA does not name a folder of test text")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def free_addresses() -> Callable[[int], list[str]]:
+    """A function that finds addresses of this machine that nobody listens at just now."""
+
+    def find(count: int) -> list[str]:
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+        found = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+        for each in sockets:
+            each.close()
+        return found
+
+    return find

@@ -110,10 +110,14 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
             ["evaluation.num_batches=2"],
             "evaluation.num_batches=2 has no effect without evaluation.every_steps, because the evaluation at the end",
         ),
-        (["train.precision=float16"], "train.precision='float16': input should be 'float32', 'mixed_bfloat16' or"),
+        (
+            ["train.precision=float16"],
+            "train.precision='float16': input should be 'float32', 'mixed_bfloat16', 'mixed_float16' or",
+        ),
         (
             ["train.precision=none"],
-            "train.precision is missing; it has no default. Choose one of: 'float32', 'mixed_bfloat16', 'float64'.",
+            "train.precision is missing; it has no default. Choose one of: 'float32', 'mixed_bfloat16', "
+            "'mixed_float16', 'float64'.",
         ),
         (["train=none"], "train is missing; it has no default."),
         (["train=3"], "train=3: input should be an object."),

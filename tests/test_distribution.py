@@ -21,8 +21,10 @@ def test_one_device_is_chosen_and_holds_the_variables(kind):
 
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_an_error():
-    with pytest.raises(UserError, match=r"distribution.kind='gpu', but TensorFlow sees no GPU"):
+    with pytest.raises(UserError, match=r"A GPU is asked for .* but TensorFlow sees none"):
         make_strategy(DistributionConfig(kind="gpu"))
+    with pytest.raises(UserError, match=r"A GPU is asked for .* but TensorFlow sees none"):
+        make_strategy(DistributionConfig(num_gpus=2))
 
 
 def test_a_cpu_takes_a_large_batch_in_two_halves_at_once_unless_told_otherwise():

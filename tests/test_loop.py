@@ -46,7 +46,7 @@ if pause:
 if sys.argv[1] == "train":
     result = trainer.train(trainer.make_config(json.loads(sys.argv[2])))
 else:
-    result = trainer.resume(sys.argv[2])
+    result = trainer.resume(sys.argv[2], overrides=sys.argv[3:])
 sys.exit(75 if result.was_interrupted else 0)
 """
 
@@ -64,10 +64,12 @@ def settings_of(tmp_path, name="run", **overrides):
     return settings
 
 
-def start(verb, what, pause=0.0):
+def start(verb, what, *overrides, pause=0.0, tf_config=None):
     variables = {"PAUSE": str(pause), "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
+    if tf_config is not None:
+        variables["TF_CONFIG"] = json.dumps(tf_config)
     return subprocess.Popen(
-        [sys.executable, "-c", RUN, verb, what],
+        [sys.executable, "-c", RUN, verb, what, *overrides],
         env=os.environ | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -146,6 +148,88 @@ def test_a_signal_saves_and_exits_75_and_the_resumed_run_ends_bit_identical(tmp_
     returncode, output = finish(start("resume", str(run)))
     assert returncode == 0, output
     assert_bit_identical(saved(run, 40), saved(uninterrupted, 40))
+
+
+def two_workers(workers, verb, what, *overrides, pause=0.0):
+    return [
+        start(
+            verb,
+            what,
+            *overrides,
+            pause=pause,
+            tf_config={"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}},
+        )
+        for i in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_killed_and_resumed_on_other_devices_is_shaped_by_the_same_batches(
+    tmp_path, uninterrupted, free_addresses
+):
+    run = tmp_path / "run"
+    process = start("train", json.dumps(settings_of(tmp_path)), pause=0.4)
+    wait_for(run / "checkpoints" / "step_000000010", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+    process = start("resume", str(run), "distribution.logical_devices=4", pause=0.4)
+    wait_for(run / "checkpoints" / "step_000000020", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (run / "checkpoints" / "step_000000040").exists()
+
+    for process in two_workers(free_addresses(2), "resume", str(run)):
+        returncode, output = finish(process)
+        assert returncode == 0, output
+    expected, found = saved(uninterrupted, 40), saved(run, 40)
+    assert found["optimizer/batches_hash"] == expected["optimizer/batches_hash"]
+    weights = [name for name in expected if name.startswith("weights/")]
+    difference, size = (
+        np.linalg.norm(np.concatenate([np.ravel(array[name]) for name in weights]))
+        for array in ({name: found[name] - expected[name] for name in weights}, expected)
+    )
+    assert difference / size < 1e-5
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_worker_stops_all_of_them_saved(tmp_path, free_addresses):
+    run = tmp_path / "run"
+    settings = json.dumps(settings_of(tmp_path, checkpoint__every_steps=1000))
+    chief, other = two_workers(free_addresses(2), "train", settings, pause=0.4)
+    while "step 4/" not in chief.stdout.readline():
+        assert chief.poll() is None
+    other.send_signal(signal.SIGTERM)
+    for process in (chief, other):
+        returncode, output = finish(process)
+        assert returncode == 75, output
+    (folder,) = (run / "checkpoints").iterdir()
+    assert 4 <= int(folder.name.removeprefix("step_")) < 40
+
+
+def test_a_batch_that_the_devices_cannot_share_leaves_nothing_behind(tmp_path):
+    settings = settings_of(tmp_path) | {"distribution": {"kind": "cpu", "logical_devices": 3}}
+    returncode, output = finish(start("train", json.dumps(settings)))
+    assert returncode == 1
+    assert "train.global_batch_size=4 is not a multiple of 3 replicas" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_workers_with_different_configs_refuse_to_start(tmp_path, free_addresses):
+    workers = free_addresses(2)
+    settings = [settings_of(tmp_path), settings_of(tmp_path, train__seed=7)]
+    processes = [
+        start(
+            "train", json.dumps(one), tf_config={"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}}
+        )
+        for i, one in enumerate(settings)
+    ]
+    for process in processes:
+        returncode, output = finish(process)
+        assert returncode == 1, output
+        assert "UserError: the config differs: worker 1" in output
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_leaves_all_that_is_needed_and_a_finished_run_reports_again(tmp_path):

@@ -5,10 +5,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import make_config
+from trainer.config import UserError, make_config
 from trainer.model.gpt import GPT, DropoutDraw
-from trainer.training.distribution import make_strategy
-from trainer.training.step import TrainingStep, accumulate, forward_backward, mean_and_clip
+from trainer.training.distribution import make_strategy, rows_per_replica
+from trainer.training.step import (
+    LossScale,
+    TrainingStep,
+    accumulate,
+    batch_hash,
+    forward_backward,
+    mean_and_clip,
+)
 
 VOCABULARY = 17
 
@@ -106,9 +113,14 @@ def test_micro_batches_add_up_to_the_batch(micro_batch_size, at_once):
     model = GPT(config.model, VOCABULARY, 6, dtype="float64")
     batch = next(iter(batches(config)))
     values = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
-    draw = DropoutDraw(*(tf.constant(number, tf.int64) for number in (1, 2, 3)))
-    whole = forward_backward(model, values, [], batch, draw)
-    parts = accumulate(model, values, [], batch, draw, micro_batch_size, at_once)
+
+    def gradients_of(weights, state, batch, first_row):
+        draw = DropoutDraw(tf.constant(1, tf.int64), tf.constant(2, tf.int64), first_row)
+        return forward_backward(model, weights, state, batch, draw)
+
+    first_row = tf.constant(3, tf.int64)
+    whole = gradients_of(values, [], batch, first_row)
+    parts = accumulate(gradients_of, values, [], batch, first_row, micro_batch_size, at_once)
     np.testing.assert_allclose(parts.loss_sum, whole.loss_sum, rtol=1e-14)
     assert parts.num_targets == whole.num_targets
     for part, reference in zip(parts.weights, whole.weights, strict=True):
@@ -122,6 +134,90 @@ def test_the_step_takes_micro_batches_of_the_size_asked_for():
     take(whole, batches(whole.config), 5)
     take(apart, batches(apart.config), 5)
     assert 0 < relative_difference(all_weights(apart), all_weights(whole)) < 1e-12
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_scale_multiplies_the_gradients_and_not_the_loss(tied):
+    config = tiny_config(model={"tied_embeddings": tied})
+    gpt = GPT(config.model, VOCABULARY, 6, dtype="float64")
+    foreign = keras.Sequential([keras.layers.Embedding(VOCABULARY, VOCABULARY, dtype="float64")])
+    foreign.build((None, 6))
+    for model in (gpt, foreign):
+        values = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
+        batch = next(iter(batches(config)))
+        plain = forward_backward(model, values, [], batch, None)
+        scaled = forward_backward(model, values, [], batch, None, tf.constant(8.0))
+        assert scaled.loss_sum == plain.loss_sum
+        for one, eight in zip(plain.weights, scaled.weights, strict=True):
+            np.testing.assert_allclose(eight, 8 * one, rtol=1e-12)
+
+
+def test_an_overflow_halves_the_loss_scale_and_skips_the_step():
+    config = tiny_config(train={"precision": "mixed_float16"})
+    step = make_step(config)
+    step.loss_scale.value.assign(2.0**40)
+    before = all_weights(step)
+    assert take(step, batches(config), 1).num_skipped == 1
+    assert step.loss_scale.value.numpy() == 2.0**39
+    np.testing.assert_array_equal(all_weights(step), before)
+    step.loss_scale.value.assign(2.0**5)
+    assert take(step, batches(config), 3).num_skipped == 0
+    assert step.loss_scale.value.numpy() == 2.0**5
+    assert step.loss_scale.good_steps.numpy() == 3
+
+
+def test_the_loss_scale_doubles_after_a_while_without_overflow():
+    scale = LossScale()
+    scale.good_steps.assign(LossScale.STEPS_TO_DOUBLE - 2)
+    scale.adapt(tf.constant(True))
+    assert scale.value.numpy() == LossScale.FIRST
+    scale.adapt(tf.constant(True))
+    assert scale.value.numpy() == 2 * LossScale.FIRST
+    assert scale.good_steps.numpy() == 0
+
+
+def test_the_hash_of_batches_sees_every_token_its_place_and_the_order():
+    config = tiny_config()
+    inputs, targets, weights = next(iter(batches(config)))
+    zero = tf.constant(0, tf.int64)
+
+    def hash_of(inputs=inputs, targets=targets, weights=weights):
+        return float(batch_hash((inputs, targets, weights), zero, 4))
+
+    halves = sum(
+        float(batch_hash((inputs[i : i + 2], targets[i : i + 2], weights[i : i + 2]), zero + i, 4)) for i in (0, 2)
+    )
+    assert hash_of() == halves
+    order = [1, 0, 2, 3]
+    assert hash_of(*(tf.gather(part, order) for part in (inputs, targets, weights))) != hash_of()
+    seen = [(row, place) for row in range(4) for place in range(6) if weights[row, place] > 0]
+    changed = [hash_of(targets=tf.tensor_scatter_nd_add(targets, [place], [1])) for place in seen]
+    # Twelve bits for a row: a collision here and there is to be expected.
+    assert sum(one == hash_of() for one in changed) <= 1
+
+    forwards, backwards = make_step(config), make_step(config)
+    data = batches(config, 2)
+    take(forwards, data, 2)
+    take(backwards, data.skip(1).concatenate(data.take(1)), 2)
+    assert forwards.batches_hash.numpy() != backwards.batches_hash.numpy()
+
+
+def test_xla_changes_nothing_but_the_rounding():
+    config = tiny_config(model={"dropout": 0.2}, train={"xla": "on", "micro_batch_size": 2})
+    plain = tiny_config(model={"dropout": 0.2}, train={"xla": "off", "micro_batch_size": 2})
+    compiled, interpreted = make_step(config), make_step(plain)
+    take(compiled, batches(config), 3)
+    take(interpreted, batches(config), 3)
+    assert relative_difference(all_weights(compiled), all_weights(interpreted)) < 1e-12
+
+
+def test_a_batch_that_replicas_cannot_share_is_refused():
+    config = tiny_config(train={"micro_batch_size": 2})
+    assert rows_per_replica(config, 2) == 2
+    with pytest.raises(
+        UserError, match=r"train.global_batch_size=4 is not a multiple of 3 replicas x train.micro_batch"
+    ):
+        rows_per_replica(config, 3)
 
 
 def test_a_weight_without_influence_is_an_error():
@@ -226,8 +322,9 @@ def test_the_stop_flag_ends_a_call_between_two_steps():
             return tf.nest.map_structure(tf.identity, batch)
 
     metrics = take(step, batches(config).enumerate().map(maybe_stop, num_parallel_calls=1), 50)
-    # The pipeline reads ahead, so the flag may come early; never late.
-    assert 0 <= metrics.num_steps <= stop_after + 1
+    # The pipeline reads ahead, so the flag may come early; never late. The step under way is the last.
+    assert 1 <= metrics.num_steps <= stop_after + 2
+    assert metrics.stop_votes == 1
     assert step.step.numpy() == metrics.num_steps
 
 
@@ -252,7 +349,7 @@ def test_weights_that_are_not_trained_are_updated_too(micro_batch_size):
         assert not np.array_equal(old, variable.numpy())
 
 
-@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "float64"])
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "mixed_float16", "float64"])
 def test_the_model_learns_under_every_precision(precision):
     config = tiny_config(train={"precision": precision}, optimizer={"learning_rate": 0.03})
     step = make_step(config)

@@ -52,6 +52,7 @@ def resume(
     run_folder: str,
     build_model: Callable[[Config, int], keras.Model] | None = None,
     say: Callable[[str], None] = print,
+    overrides: Sequence[str] = (),
 ) -> TrainingResult:
     """Goes on with a run where its newest checkpoint left it.
 
@@ -59,13 +60,15 @@ def resume(
         run_folder: of the run.
         build_model: as it was given to `train`.
         say: prints a line.
+        overrides: `section.key=value` strings for what leaves the result alone, such as
+            `distribution.logical_devices=4`.
 
     Raises:
-        UserError: there is no such run, or its data is gone.
+        UserError: there is no such run, its data is gone, or an override would make it another run.
     """
     from trainer.training import loop
 
-    return loop.resume(run_folder, build_model, say)
+    return loop.resume(run_folder, build_model, say, overrides)
 
 
 def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = print) -> tf.data.Dataset:

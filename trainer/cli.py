@@ -83,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--num-samples", type=int, default=1, help="how many texts to write (default: %(default)s)")
     generate.set_defaults(run=_generate)
 
+    verify = verbs.add_parser("verify", help="prove that a config gives the same model on any number of replicas")
+    _add_config(verify)
+    verify.add_argument("--replicas", default="1,2,4", help="numbers of replicas to compare (default: %(default)s)")
+    verify.add_argument("--steps", type=int, default=5, help="steps to train on each (default: %(default)s)")
+    verify.set_defaults(run=_verify)
+
     plan = verbs.add_parser("plan", help="show a config's parameters, without its data")
     _add_config(plan)
     plan.add_argument("--vocabulary-size", type=int, help="where the config does not say it, as with characters")
@@ -112,23 +118,26 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume is not None:
         from trainer.run import RunFolder
 
-        unused = [word for word in (options.config, *options.overrides) if word is not None]
-        if unused:
+        overrides = [word for word in (options.config, *options.overrides) if word is not None]
+        files = [word for word in overrides if "=" not in word]
+        if files:
             raise UserError(
-                f"--resume {options.resume} goes on with the config that this run keeps; leave out "
-                f"{' '.join(unused)!r}, or start a new run with it."
+                f"--resume {options.resume} goes on with the config that this run keeps; leave out {files[0]!r}, or "
+                "start a new run with it."
             )
-        RunFolder(options.resume)
+        RunFolder(options.resume, overrides)
     else:
         from trainer.run import check_is_free
+        from trainer.training.hosts import find_hosts
 
         config = _read_config(options)
-        check_is_free(config)
+        if find_hosts(config.distribution).is_chief:
+            check_is_free(config)
     with _quiet_import():
         from trainer.training import loop
         from trainer.training.health import EXIT_INTERRUPTED
 
-    result = loop.start(config) if options.resume is None else loop.resume(options.resume)
+    result = loop.start(config) if options.resume is None else loop.resume(options.resume, overrides=overrides)
     if result.was_interrupted:
         return EXIT_INTERRUPTED
     for name, text in result.samples.items():
@@ -189,6 +198,18 @@ def _generate(options: argparse.Namespace) -> None:
         options.temperature,
     )
     print("\n\n".join(texts))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    config = _read_config(options)
+    numbers = options.replicas.split(",")
+    if not all(number.isdecimal() and int(number) for number in numbers) or len(numbers) < 2:
+        raise UserError(f"--replicas {options.replicas} must be numbers such as 1,2,4: at least two, to compare.")
+    if options.steps < 1:
+        raise UserError(f"--steps {options.steps} must be at least 1.")
+    with _quiet_import():
+        from trainer.verify import verify
+    return 0 if verify(config, [int(number) for number in numbers], options.steps) else 1
 
 
 def _plan(options: argparse.Namespace) -> None:

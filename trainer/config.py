@@ -143,9 +143,9 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """Batches, length and arithmetic of the training."""
 
-    precision: Literal["float32", "mixed_bfloat16", "float64"]
-    """A Keras dtype policy. mixed_bfloat16 keeps float32 weights; it is fast on TPUs, on GPUs since Ampere and on CPUs
-    with bfloat16 instructions, and slow on others."""
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16", "float64"]
+    """A Keras dtype policy. Both mixed ones keep float32 weights. mixed_bfloat16 is fast on TPUs, on GPUs since Ampere
+    and on CPUs with bfloat16 instructions, and slow on others; mixed_float16, with a loss scale, is for older GPUs."""
     total_steps: PositiveInt | None = None
     """Optimizer steps to train for; this or num_epochs."""
     num_epochs: PositiveInt | None = None
@@ -159,6 +159,8 @@ class TrainConfig(Section):
     """Tokens per example."""
     steps_per_call: PositiveInt = 50
     """Steps that run in one call of the compiled loop, without coming back to Python."""
+    xla: Literal["auto", "on", "off"] = "auto"
+    """Compile each replica's forward and backward pass with XLA; auto: on GPUs, where it pays."""
     seed: Seed = 0
     """Of the initial weights, the order of the examples and the dropout masks."""
 
@@ -270,10 +272,33 @@ class LogConfig(Section):
 
 
 class DistributionConfig(Section):
-    """The devices the run uses."""
+    """The devices the run uses. The model comes out the same whatever they are."""
 
-    kind: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto: the first GPU where TensorFlow sees one, else the CPU."""
+    kind: Literal["auto", "cpu", "gpu", "multi_worker"] = "auto"
+    """auto: several workers where TF_CONFIG names them, else every GPU that TensorFlow sees, else the CPU."""
+    num_gpus: PositiveInt | None = None
+    """How many GPUs of this machine to use; left out, all."""
+    logical_devices: PositiveInt = 1
+    """Splits the CPU into this many replicas, to rehearse what a run on as many accelerators would do."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.logical_devices > 1 and self.kind in ("gpu", "multi_worker"):
+            raise ValueError(
+                f"distribution.logical_devices={self.logical_devices} splits a CPU and does not go with "
+                f"distribution.kind={self.kind!r}; leave it out, or choose 'cpu'."
+            )
+        if self.num_gpus is not None and self.kind == "cpu":
+            raise ValueError(
+                f"distribution.num_gpus={self.num_gpus} does not go with distribution.kind='cpu'; leave it out, or "
+                "choose 'gpu'."
+            )
+        if self.num_gpus is not None and self.logical_devices > 1:
+            raise ValueError(
+                f"distribution.num_gpus={self.num_gpus} and distribution.logical_devices={self.logical_devices}: "
+                "replicas are on GPUs or on a split CPU; leave out one of the two."
+            )
+        return self
 
 
 class Config(Section):
@@ -344,6 +369,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
     settings.setdefault("run_folder", f"runs/{path.stem}")
     return make_config(settings, overrides)
+
+
+# What a resumed run may change: where it runs, and what it costs, and nothing of what comes out.
+RESUMABLE = ("distribution.", "train.micro_batch_size", "train.steps_per_call", "train.xla", "log.", "checkpoint.")
+
+
+def check_resumable(overrides: Iterable[str]) -> None:
+    """Raises UserError where an override would make a resumed run another run."""
+    for override in overrides:
+        if not override.startswith(RESUMABLE):
+            raise UserError(
+                f"{override}: a run goes on with the config it was started with; only {', '.join(RESUMABLE)} can be "
+                "given with --resume. Start a new run for anything else."
+            )
 
 
 def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:

@@ -12,6 +12,7 @@ from trainer.data.batches import evaluation_batches
 from trainer.data.shards import PreparedData
 from trainer.model.gpt import GPT
 from trainer.model.loss import next_token_loss_from_logits
+from trainer.training.distribution import rows_per_replica, share_of
 
 
 class Evaluation(NamedTuple):
@@ -63,6 +64,7 @@ class Evaluator:
         self.strategy = strategy
         self.prepared = prepared
         self.config = config
+        self._rows = rows_per_replica(config, strategy.num_replicas_in_sync)
         self._is_lossy = prepared.tokenizer().is_lossy
         self._sum_batch = tf.function(self._score_batch, autograph=False)
 
@@ -75,7 +77,7 @@ class Evaluator:
     def unless_stopped(self, should_stop: Callable[[], bool], num_batches: int | None) -> Evaluation | None:
         """Scores num_batches batches, or all; gives up and returns None once should_stop, asked after each, says so."""
         batches = self.strategy.distribute_datasets_from_function(
-            lambda _: evaluation_batches(self.prepared, self.config, num_batches)
+            lambda context: evaluation_batches(self.prepared, self.config, num_batches, share_of(context))
         )
         loss_sum, num_tokens = 0.0, 0
         for batch in batches:
@@ -88,7 +90,9 @@ class Evaluator:
 
     def _score_batch(self, batch: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor]:
         def score(batch: tuple[tf.Tensor, ...]) -> list[tf.Tensor]:
-            inputs, targets, weights = batch
+            # Across hosts TensorFlow forgets how many rows there are.
+            shape = [self._rows, self.config.train.sequence_length]
+            inputs, targets, weights = (tf.ensure_shape(part, shape) for part in batch)
             if isinstance(self.model, GPT):
                 sums = self.model.evaluation_loss(inputs, targets, weights)
             else:
@@ -96,7 +100,10 @@ class Evaluator:
             replica = tf.distribute.get_replica_context()
             return replica.all_reduce(tf.distribute.ReduceOp.SUM, list(sums))
 
-        loss_sum, num_tokens = self.strategy.run(score, (batch,))
+        # Sums over all replicas, so that any one's will do.
+        loss_sum, num_tokens = (
+            self.strategy.experimental_local_results(s)[0] for s in self.strategy.run(score, (batch,))
+        )
         return loss_sum, num_tokens
 
 

@@ -9,11 +9,11 @@ logs/         for TensorBoard
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import Config, UserError, load_config
+from trainer.config import Config, UserError, check_resumable, load_config
 
 if TYPE_CHECKING:
     import keras
@@ -33,17 +33,19 @@ class RunFolder:
 
     Args:
         path: made by `create`.
+        overrides: `section.key=value` strings, of what a resumed run may change.
 
     Raises:
-        UserError: there is no run.
+        UserError: there is no run, or an override would change what comes out.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
+        check_resumable(overrides)
         self.path = Path(path)
         for name in ("config.toml", "run.json"):
             if not (self.path / name).is_file():
                 raise UserError(f"{self.path} is not a run folder: it has no {name}.{_runs_beside(self.path)}")
-        self.config = load_config(self.path / "config.toml")
+        self.config = load_config(self.path / "config.toml", overrides)
         self.facts: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
 
     @classmethod

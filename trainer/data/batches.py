@@ -5,6 +5,7 @@ TensorFlow operations only, and no iterator state: to resume at a step is to sta
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -14,7 +15,30 @@ from trainer.data.shards import PreparedData, Split
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
 
-def training_batches(prepared: PreparedData, config: Config, first_step: int, total_steps: int) -> tf.data.Dataset:
+class Share(NamedTuple):
+    """Which part of every global batch a pipeline makes: that of num_replicas replicas from first_replica on, of
+    total_replicas.
+    """
+
+    first_replica: int = 0
+    num_replicas: int = 1
+    total_replicas: int = 1
+
+    def of_element(self, element: tf.Tensor, global_batch_size: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns, for element number int64 [] of the pipeline, the number of its global batch and which rows of that
+        it holds, int64 [rows]. An element is the rows of one replica.
+        """
+        rows = global_batch_size // self.total_replicas
+        replica = self.first_replica + element % self.num_replicas
+        return element // self.num_replicas, replica * rows + tf.range(rows, dtype=tf.int64)
+
+
+ALL = Share()
+
+
+def training_batches(
+    prepared: PreparedData, config: Config, first_step: int, total_steps: int, share: Share = ALL
+) -> tf.data.Dataset:
     """Returns the batches of steps first_step to total_steps - 1, in order.
 
     Example n of the run is example permute(seed, epoch, n % N) of the data with epoch = n // N: a batch may hold the
@@ -25,44 +49,50 @@ def training_batches(prepared: PreparedData, config: Config, first_step: int, to
         config: data.mode and train's sequence_length, global_batch_size and seed count.
         first_step: the first batch to make; making it costs nothing for those before.
         total_steps: of the run.
+        share: the part of each batch to make, and nothing else is read; left out, all of it.
 
     Returns:
-        A data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length]; a
-        weight is 0 where the target is padding.
+        A data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length], or of
+        the rows of one replica after the other; a weight is 0 where the target is padding.
     """
     split = prepared.split("train")
     batch_size, seed = config.train.global_batch_size, config.train.seed
     count = num_examples(split, config)
     read = _reader(prepared, split, config)
 
-    def batch_at(step: tf.Tensor) -> Batch:
-        n = step * batch_size + tf.range(batch_size, dtype=tf.int64)
+    def batch_at(element: tf.Tensor) -> Batch:
+        step, rows = share.of_element(element, batch_size)
+        n = step * batch_size + rows
         return read(permuted(n % count, n // count, count, seed))
 
-    steps = tf.data.Dataset.range(first_step, total_steps)
-    return steps.map(batch_at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+    elements = tf.data.Dataset.range(first_step * share.num_replicas, total_steps * share.num_replicas)
+    return elements.map(batch_at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
 
 
-def evaluation_batches(prepared: PreparedData, config: Config, num_batches: int | None = None) -> tf.data.Dataset:
+def evaluation_batches(
+    prepared: PreparedData, config: Config, num_batches: int | None = None, share: Share = ALL
+) -> tf.data.Dataset:
     """Returns the validation examples in the order of the text, each once; the last batch is filled up at weight 0.
 
     Args:
         prepared: the data.
         config: data.mode, train.sequence_length and train.global_batch_size count.
         num_batches: how many batches at most; None for all.
+        share: the part of each batch to make.
     """
     split = prepared.split("validation")
     batch_size = config.train.global_batch_size
     count = num_examples(split, config)
     read = _reader(prepared, split, config)
 
-    def batch_at(number: tf.Tensor) -> Batch:
-        n = number * batch_size + tf.range(batch_size, dtype=tf.int64)
+    def batch_at(element: tf.Tensor) -> Batch:
+        number, rows = share.of_element(element, batch_size)
+        n = number * batch_size + rows
         inputs, targets, weights = read(tf.minimum(n, count - 1))
         return inputs, targets, weights * tf.cast(n < count, tf.float32)[:, tf.newaxis]
 
-    numbers = tf.data.Dataset.range(min(-(-count // batch_size), num_batches or count))
-    return numbers.map(batch_at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+    elements = tf.data.Dataset.range(min(-(-count // batch_size), num_batches or count) * share.num_replicas)
+    return elements.map(batch_at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
 
 
 def num_examples(split: Split, config: Config) -> int:

@@ -45,5 +45,6 @@ def _attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, allowed: tf.Tens
     # Scaling the queries costs head_dim / sequence of what scaling the scores would.
     query *= tf.constant(query.shape[-1] ** -0.5, query.dtype)
     scores = tf.matmul(query, key, transpose_b=True)  # [batch, heads, query, key]
-    mask = tf.where(allowed, tf.zeros([], scores.dtype), tf.constant(MASKED, scores.dtype))
+    masked = tf.constant(max(MASKED, float(scores.dtype.min)), scores.dtype)  # float16 ends at -65504.
+    mask = tf.where(allowed, tf.zeros([], scores.dtype), masked)
     return tf.matmul(tf.nn.softmax(scores + mask), value)

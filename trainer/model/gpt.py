@@ -140,11 +140,16 @@ class GPT(keras.Model):
         return logits if bias is None else logits + tf.cast(bias, hidden.dtype)
 
     def training_loss(
-        self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, draw: DropoutDraw | None = None
+        self,
+        tokens: tf.Tensor,
+        targets: tf.Tensor,
+        weights: tf.Tensor,
+        draw: DropoutDraw | None = None,
+        loss_scale: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns (loss_sum, num_targets) with gradients; see `next_token_loss`."""
         kernel, bias = self._output_projection()
-        return next_token_loss(self.hidden_states(tokens, draw), kernel, bias, targets, weights)
+        return next_token_loss(self.hidden_states(tokens, draw), kernel, bias, targets, weights, loss_scale)
 
     def evaluation_loss(self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns (loss_sum, num_targets) for evaluation."""

@@ -20,6 +20,7 @@ def next_token_loss(
     bias: tf.Tensor | None,
     targets: tf.Tensor,
     weights: tf.Tensor,
+    loss_scale: tf.Tensor | None = None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Sums the cross-entropy of each target token given its hidden state, a chunk of rows at a time.
@@ -32,6 +33,8 @@ def next_token_loss(
         bias: float [vocabulary], or None.
         targets: int32 [batch, sequence].
         weights: float [batch, sequence], 0 where a target is padding.
+        loss_scale: scalar that multiplies the gradient, and not the loss, before it is rounded to hidden's dtype: what
+            keeps it from vanishing in float16.
         chunk_rows: rows of logits that exist at a time.
 
     Returns:
@@ -43,7 +46,7 @@ def next_token_loss(
 
     @tf.custom_gradient
     def loss_sum_of(hidden: tf.Tensor, unembedding: tf.Tensor, *bias: tf.Tensor) -> tuple[tf.Tensor, object]:
-        value, *gradients = _loss_and_gradients(hidden, unembedding, bias, targets, weights, chunk_rows)
+        value, *gradients = _loss_and_gradients(hidden, unembedding, bias, targets, weights, loss_scale, chunk_rows)
         return value, lambda upstream: [tf.cast(upstream, g.dtype) * g for g in gradients]
 
     operands = (hidden, unembedding) if bias is None else (hidden, unembedding, bias)
@@ -51,7 +54,7 @@ def next_token_loss(
 
 
 def next_token_loss_from_logits(
-    logits: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor
+    logits: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, loss_scale: tf.Tensor | None = None
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Sums the cross-entropy of each target token given its logits, for models that offer nothing but logits.
 
@@ -59,6 +62,7 @@ def next_token_loss_from_logits(
         logits: float [batch, sequence, vocabulary].
         targets: int32 [batch, sequence].
         weights: float [batch, sequence], 0 where a target is padding.
+        loss_scale: as of `next_token_loss`.
 
     Returns:
         (loss_sum, num_targets) as `next_token_loss` does.
@@ -66,7 +70,8 @@ def next_token_loss_from_logits(
     dtype = accumulation_dtype(logits.dtype)
     weights = tf.cast(weights, dtype)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, tf.cast(logits, dtype))
-    return tf.reduce_sum(losses * weights), tf.reduce_sum(weights)
+    loss_sum = tf.reduce_sum(losses * weights)
+    return loss_sum if loss_scale is None else _scale_gradient(loss_sum, loss_scale), tf.reduce_sum(weights)
 
 
 def next_token_loss_without_gradient(
@@ -91,6 +96,11 @@ def next_token_loss_without_gradient(
         lambda i, _: i < chunks.count, add_chunk, (0, tf.zeros([], dtype)), parallel_iterations=1
     )
     return loss_sum, tf.reduce_sum(tf.cast(weights, dtype))
+
+
+@tf.custom_gradient
+def _scale_gradient(x: tf.Tensor, scale: tf.Tensor) -> tuple[tf.Tensor, object]:
+    return tf.identity(x), lambda upstream: (upstream * tf.cast(scale, upstream.dtype), None)
 
 
 class _Chunks:
@@ -157,6 +167,7 @@ def _loss_and_gradients(
     bias: tuple[tf.Tensor, ...],
     targets: tf.Tensor,
     weights: tf.Tensor,
+    loss_scale: tf.Tensor | None,
     chunk_rows: int,
 ) -> tuple[tf.Tensor, ...]:
     """Returns the loss sum and its gradient by hidden, unembedding and, where there is one, bias."""
@@ -171,6 +182,8 @@ def _loss_and_gradients(
         # Once the losses have read the softmax, it is overwritten in place.
         with tf.control_dependencies([losses]):
             d_logits = tf.tensor_scatter_nd_sub(softmax, _places(row_targets), tf.ones_like(losses))
+        if loss_scale is not None:
+            d_logits *= tf.cast(loss_scale, dtype)
         narrow = tf.cast(d_logits, hidden.dtype)
         # A row's weight multiplies hidden_dim numbers here, and not the vocabulary_size of d_logits.
         narrow_weights = tf.cast(row_weights, hidden.dtype)[:, tf.newaxis]

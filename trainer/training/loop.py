@@ -1,8 +1,11 @@
 """The training run, top to bottom."""
 
+import contextlib
+import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,9 +23,10 @@ from trainer.decoding.generate import DECODERS, Decoder, Generator
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.run import BuildModel, RunFolder, build_gpt, check_is_free
 from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
-from trainer.training.distribution import make_strategy
+from trainer.training.distribution import count_replicas, make_strategy, rows_per_replica, share_of
 from trainer.training.health import check_finite, only_run_in, stop_on_signals
-from trainer.training.monitor import Meter, Monitor
+from trainer.training.hosts import Hosts, find_hosts, meet
+from trainer.training.monitor import Meter, Monitor, Silence
 from trainer.training.schedule import learning_rate
 from trainer.training.step import TrainingStep
 
@@ -49,38 +53,119 @@ def start(config: Config, build_model: BuildModel | None = None, say: Say = prin
     """Prepares what is missing, makes the run's folder and trains.
 
     Raises:
-        UserError: a setting, the text or the folder is not right.
+        UserError: a setting, the text or the folder is not right, or workers do not agree.
     """
-    check_is_free(config)
-    prepared = prepare(config, say)
-    run = RunFolder.create(config, prepared)
-    with only_run_in(run.path):
-        return train(run, prepared, build_model, say)
+    hosts = find_hosts(config.distribution)
+    if hosts.is_chief:
+        check_is_free(config)
+    if not hosts.are_several:
+        strategy = make_strategy(config.distribution)
+        rows_per_replica(config, strategy.num_replicas_in_sync)
+        prepared = prepare(config, say)
+        run = RunFolder.create(config, prepared)
+        return train(run, hosts, strategy, prepared, build_model, say)
+
+    def prepared_fingerprints() -> dict[str, str]:
+        prepared = prepare_in_a_process_of_its_own(config, say)
+        return fingerprints(config) | {"the prepared data": prepared.fingerprint}
+
+    rows_per_replica(config, count_replicas(config.distribution))
+    say = say if hosts.is_chief else _be_silent
+    meet(hosts.workers, hosts.number, prepared_fingerprints)
+    prepared = prepare_in_a_process_of_its_own(config, _be_silent)
+    if hosts.is_chief:
+        RunFolder.create(config, prepared)
+    return _join(config.run_folder, hosts, prepared, build_model, say)
 
 
-def resume(run_folder: str, build_model: BuildModel | None = None, say: Say = print) -> TrainingResult:
+def resume(
+    run_folder: str, build_model: BuildModel | None = None, say: Say = print, overrides: Sequence[str] = ()
+) -> TrainingResult:
     """Goes on with a run from its newest checkpoint, with the config it was started with.
 
     Raises:
-        UserError: there is no such run, or its data is gone.
+        UserError: there is no such run, or its data is gone, or workers do not agree.
     """
-    run = RunFolder(run_folder)
-    with only_run_in(run.path):
-        return train(run, run.prepared(), build_model, say)
+    run = RunFolder(run_folder, overrides)
+    hosts = find_hosts(run.config.distribution)
+    if hosts.are_several:
+        say = say if hosts.is_chief else _be_silent
+        return _join(run_folder, hosts, run.prepared(), build_model, say, overrides)
+    strategy = make_strategy(run.config.distribution)
+    return train(run, hosts, strategy, run.prepared(), build_model, say)
 
 
-def train(run: RunFolder, prepared: PreparedData, build_model: BuildModel | None, say: Say) -> TrainingResult:
-    """Trains a run from its newest checkpoint, or from the start, to its end or to a signal."""
+def _join(
+    run_folder: str,
+    hosts: Hosts,
+    prepared: PreparedData,
+    build_model: BuildModel | None,
+    say: Say,
+    overrides: Sequence[str] = (),
+) -> TrainingResult:
+    """Trains with other workers, once all see the same run and the same newest checkpoint."""
+
+    def what_is_there() -> dict[str, str]:
+        run = RunFolder(run_folder, overrides)
+        newest = run.checkpoints(say).latest()
+        return fingerprints(run.config) | {
+            f"the data of {run_folder}": run.facts["data_fingerprint"],
+            f"the newest checkpoint in {run_folder}": "none" if newest is None else newest.manifest["sha256"],
+        }
+
+    meet(hosts.workers, hosts.number, what_is_there)
+    run = RunFolder(run_folder, overrides)
+    return train(run, hosts, make_strategy(run.config.distribution), prepared, build_model, say)
+
+
+def fingerprints(config: Config) -> dict[str, str]:
+    """Returns what all workers of a run must have in common before any text is read."""
+    return {"the config": config.to_toml(), "TensorFlow": tf.__version__, "Keras": keras.__version__}
+
+
+def prepare_in_a_process_of_its_own(config: Config, say: Say) -> PreparedData:
+    """Prepares, and leaves this process as it was: hosts can only be joined before TensorFlow computes anything."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(prepare, config, print if say is print else _be_silent).result()
+
+
+def _be_silent(_: str) -> None:
+    pass
+
+
+def train(
+    run: RunFolder,
+    hosts: Hosts,
+    strategy: tf.distribute.Strategy,
+    prepared: PreparedData,
+    build_model: BuildModel | None,
+    say: Say,
+) -> TrainingResult:
+    """Trains a run from its newest checkpoint, or from the start, to its end or to a signal.
+
+    Every host takes every step and scores its part of the validation text; the first alone writes.
+    """
+    with only_run_in(run.path) if hosts.is_chief else contextlib.nullcontext():
+        return _train(run, hosts, strategy, prepared, build_model, say)
+
+
+def _train(
+    run: RunFolder,
+    hosts: Hosts,
+    strategy: tf.distribute.Strategy,
+    prepared: PreparedData,
+    build_model: BuildModel | None,
+    say: Say,
+) -> TrainingResult:
     config = run.config
     total_steps = count_steps(prepared, config)
     spent = Stopwatch()
 
     with spent.on("start"):
         # The model, and all that changes with a step.
-        strategy = make_strategy(config.distribution)
         with strategy.scope():
             model = (build_model or build_gpt)(config, prepared.vocabulary_size)
-            step_function = TrainingStep(config, total_steps, model, strategy)
+        step_function = TrainingStep(config, total_steps, model, strategy)
         checkpoints = run.checkpoints(say)
         step = restore(step_function, checkpoints.latest())
         say(describe(run, prepared, model, step, total_steps))
@@ -90,16 +175,21 @@ def train(run: RunFolder, prepared: PreparedData, build_model: BuildModel | None
         tokenizer = run.tokenizer()
         generator = Generator(model, tokenizer, config.train.sequence_length)
         generator.encode([config.samples.prompt])  # A prompt that does not fit is better known now than in an hour.
-        monitor = make_monitor(run, prepared, tokenizer, step, total_steps)
+        monitor = make_monitor(run, prepared, tokenizer, step, total_steps) if hosts.is_chief else Silence()
         meter = Meter()
 
         batches = iter(
-            strategy.distribute_datasets_from_function(lambda _: training_batches(prepared, config, step, total_steps))
+            strategy.distribute_datasets_from_function(
+                # Endless, though nobody reads that far: else hosts would ask each other before every step whether
+                # there is another batch.
+                lambda context: training_batches(prepared, config, step, total_steps, share_of(context)).repeat()
+            )
         )
         run_steps = step_function.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
 
-    def is_stopped() -> bool:
-        return bool(step_function.stop_requested.numpy())
+    def is_asked_to_stop() -> bool:
+        # Several hosts have to agree on the last step, and do so within it.
+        return not hosts.are_several and bool(step_function.stop_requested.numpy())
 
     cadences = (
         config.log.every_steps,
@@ -109,15 +199,15 @@ def train(run: RunFolder, prepared: PreparedData, build_model: BuildModel | None
     )
     with monitor.running():
         with stop_on_signals(lambda: step_function.stop_requested.assign(True)):
-            while step < total_steps and not is_stopped():
+            is_stopped = False
+            while step < total_steps and not (is_stopped or is_asked_to_stop()):
                 # A tensor, not an int: a new Python int would trace the whole loop again.
                 num_steps = min(config.train.steps_per_call, steps_until_due(step, total_steps, cadences))
                 with spent.on("train") as lap:
                     metrics = run_steps(batches, tf.constant(num_steps, tf.int64))
                     num_taken = int(metrics.num_steps)
-                if num_taken == 0:
-                    break
                 step += num_taken
+                is_stopped = bool(metrics.stop_votes)
                 meter.add(metrics, lap())
                 monitor.advance(step)
 
@@ -125,23 +215,24 @@ def train(run: RunFolder, prepared: PreparedData, build_model: BuildModel | None
                     interval = meter.report(float(learning_rate(config.optimizer, step - 1, total_steps)))
                     monitor.interval(step, interval)
                     check_finite(step, interval.num_steps, interval.num_skipped, monitor.say)
-                if is_due(step, config.checkpoint.every_steps) or step == total_steps:
+                if (is_due(step, config.checkpoint.every_steps) or step == total_steps) and hosts.is_chief:
                     with spent.on("checkpoint"):
                         save(checkpoints, step_function, run)
                 if is_due(step, config.evaluation.every_steps) and step < total_steps:
                     with spent.on("evaluate"):
-                        score = evaluator.unless_stopped(is_stopped, config.evaluation.num_batches)
+                        score = evaluator.unless_stopped(is_asked_to_stop, config.evaluation.num_batches)
                     if score is not None:
                         monitor.evaluation(step, score)
-                if is_due(step, config.samples.every_steps) and step < total_steps:
+                if is_due(step, config.samples.every_steps) and step < total_steps and hosts.is_chief:
                     with spent.on("sample"):
-                        monitor.samples(step, write_samples(generator, config.samples, is_stopped))
+                        monitor.samples(step, write_samples(generator, config.samples, is_asked_to_stop))
 
+            is_stopped = is_stopped or is_asked_to_stop()
             with spent.on("checkpoint"):
-                if is_stopped():
+                if is_stopped and hosts.is_chief:
                     save(checkpoints, step_function, run)
                 checkpoints.wait()
-        if is_stopped():
+        if is_stopped:
             say(f"Stopped at step {step} of {total_steps}, saved. Go on with: trainer train --resume {run.path}")
             return TrainingResult(str(run.path), config.data.is_storybook(), model, step, True, None, {})
 
@@ -150,7 +241,7 @@ def train(run: RunFolder, prepared: PreparedData, build_model: BuildModel | None
             evaluation = evaluator()
         monitor.evaluation(step, evaluation)
         with spent.on("sample"):
-            samples = write_samples(generator, config.samples)
+            samples = write_samples(generator, config.samples) if hosts.is_chief else {}
         monitor.samples(step, samples)
     say(f"Time: {spent}")
     return TrainingResult(str(run.path), config.data.is_storybook(), model, step, False, evaluation, samples)
@@ -171,7 +262,7 @@ def restore(step_function: TrainingStep, checkpoint: Checkpoint | None) -> int:
     if checkpoint is None:
         return 0
     assign(step_function.named_variables, checkpoint.arrays("weights"), checkpoint.folder)
-    assign(step_function.optimizer.state(), checkpoint.arrays("optimizer"), checkpoint.folder)
+    assign(step_function.state(), checkpoint.arrays("optimizer"), checkpoint.folder)
     step_function.step.assign(checkpoint.step)
     return checkpoint.step
 
@@ -180,10 +271,10 @@ def save(checkpoints: Checkpoints, step_function: TrainingStep, run: RunFolder) 
     """Saves everything that a step changes."""
     groups = {
         "weights": _snapshot(step_function.named_variables),
-        "optimizer": _snapshot(step_function.optimizer.state()),
+        "optimizer": _snapshot(step_function.state()),
     }
     facts = {key: run.facts[key] for key in ("data_fingerprint", "tokenizer_fingerprint")}
-    checkpoints.save(int(step_function.step), groups, facts | {"config": run.config.model_dump(mode="json")})
+    checkpoints.save(int(step_function.step.numpy()), groups, facts | {"config": run.config.model_dump(mode="json")})
 
 
 def write_samples(

@@ -172,6 +172,20 @@ class Monitor:
         return per_step * (self.total_steps - step)
 
 
+class Silence:
+    """A monitor that reports nothing: of a worker that is not the first."""
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Does nothing."""
+        yield
+
+    def say(self, *_: object) -> None:
+        """Does nothing."""
+
+    advance = interval = evaluation = samples = say
+
+
 class EventLog:
     """A file for TensorBoard, that begins by making void what earlier ones in its folder have after first_step.
 

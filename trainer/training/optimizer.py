@@ -26,7 +26,8 @@ class AdamW(tf.Module):
         self.config = config
         self.names = list(variables)
         self.variables_to_train = list(variables.values())
-        self.num_updates = tf.Variable(0, dtype=tf.int64, trainable=False, name="num_updates")
+        none = tf.VariableAggregation.NONE
+        self.num_updates = tf.Variable(0, dtype=tf.int64, trainable=False, aggregation=none, name="num_updates")
         self.first_moments = [_slot(variable) for variable in self.variables_to_train]
         self.second_moments = [_slot(variable) for variable in self.variables_to_train]
 
@@ -54,7 +55,9 @@ class AdamW(tf.Module):
         ):
             weight, dtype = variable.value, gradient.dtype
             if config.weight_decay and decays(variable):
-                weight.assign_sub(weight * tf.cast(learning_rate * config.weight_decay, dtype))
+                decay = tf.cast(learning_rate * config.weight_decay, dtype)
+                # The raw operation: assign_sub would average over replicas, which all compute the same.
+                tf.raw_ops.AssignSubVariableOp(resource=weight.handle, value=tf.convert_to_tensor(weight) * decay)
             # One kernel, one pass over weight and moments.
             tf.raw_ops.ResourceApplyAdam(
                 var=weight.handle,

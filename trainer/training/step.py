@@ -1,20 +1,22 @@
 """The training step: batch -> gradients -> one all-reduce -> clip -> AdamW, and many steps in one call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config
+from trainer.config import Config, UserError
 from trainer.model.gpt import GPT, DropoutDraw
 from trainer.model.loss import accumulation_dtype, next_token_loss_from_logits
 from trainer.training.checkpoint import named_variables
-from trainer.training.distribution import micro_batches
+from trainer.training.distribution import device_kind, micro_batches, rows_per_replica
 from trainer.training.optimizer import AdamW
 from trainer.training.schedule import learning_rate
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
+NONE = tf.VariableAggregation.NONE
 
 
 class Gradients(NamedTuple):
@@ -34,7 +36,8 @@ class CallMetrics(NamedTuple):
     """What a call of `run_steps` reports, summed over its steps.
 
     num_steps and num_skipped: int64. loss_sum (nats) and num_targets: of the accumulation dtype. grad_norm_sum and
-    num_clipped: of the norms before clipping, of applied steps. input_secs: float64, time spent waiting for batches.
+    num_clipped: of the norms before clipping, of applied steps. stop_votes: of the accumulation dtype, how many
+    replicas' hosts want to stop. input_secs: float64, time spent waiting for batches.
     """
 
     num_steps: tf.Tensor
@@ -43,7 +46,12 @@ class CallMetrics(NamedTuple):
     num_targets: tf.Tensor
     grad_norm_sum: tf.Tensor
     num_clipped: tf.Tensor
+    stop_votes: tf.Tensor
     input_secs: tf.Tensor
+
+
+# forward_backward as a function of weights, state, batch and the number of the batch's first row.
+GradientsOf = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor], Batch, tf.Tensor], Gradients]
 
 
 def forward_backward(
@@ -52,6 +60,7 @@ def forward_backward(
     state: Sequence[tf.Tensor],
     batch: Batch,
     draw: DropoutDraw | None,
+    loss_scale: tf.Tensor | None = None,
 ) -> Gradients:
     """Computes the loss sum of a batch and its gradient: a function of tensors, that reads no variable.
 
@@ -61,6 +70,7 @@ def forward_backward(
         state: values for model.non_trainable_variables.
         batch: inputs int32, targets int32 and weights float32, each [batch, sequence].
         draw: of the dropout masks.
+        loss_scale: scalar, multiplies the gradients.
 
     Raises:
         ValueError: a weight has no influence on the loss.
@@ -72,10 +82,10 @@ def forward_backward(
         tape.watch(weights)
         with keras.StatelessScope(state_mapping=values) as scope:
             if isinstance(model, GPT):
-                loss_sum, num_targets = model.training_loss(inputs, targets, target_weights, draw)
+                loss_sum, num_targets = model.training_loss(inputs, targets, target_weights, draw, loss_scale)
             else:
                 logits = model(inputs, training=True)
-                loss_sum, num_targets = next_token_loss_from_logits(logits, targets, target_weights)
+                loss_sum, num_targets = next_token_loss_from_logits(logits, targets, target_weights, loss_scale)
     gradients = tape.gradient(loss_sum, weights)
     for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
         if gradient is None:
@@ -87,36 +97,34 @@ def forward_backward(
 
 
 def accumulate(
-    model: keras.Model,
+    gradients_of: GradientsOf,
     weights: Sequence[tf.Tensor],
     state: Sequence[tf.Tensor],
     batch: Batch,
-    draw: DropoutDraw,
+    first_row: tf.Tensor,
     micro_batch_size: int,
     at_once: int = 1,
 ) -> Gradients:
-    """Does what `forward_backward` does, some rows of the batch after others, and adds up the gradients.
+    """Adds up the gradients of a batch, some of its rows after others.
 
     Args:
-        model: as there.
-        weights: as there.
-        state: as there; each micro-batch begins with what the one before left.
-        batch: as there, of a static shape.
-        draw: of the dropout masks of the whole batch.
+        gradients_of: computes those of some rows.
+        weights: values for model.trainable_variables.
+        state: values for model.non_trainable_variables; each micro-batch begins with what the one before left.
+        batch: as of `forward_backward`, of a static shape.
+        first_row: int64 scalar, where the batch begins in the global batch.
         micro_batch_size: rows at a time; divides those of the batch.
         at_once: micro-batches that may be under way at the same time. The sums are made in order all the same.
     """
     rows = batch[0].shape[0]
     if micro_batch_size == rows:
-        return forward_backward(model, weights, state, batch, draw)
+        return gradients_of(weights, state, batch, first_row)
     parts = [tf.reshape(part, [-1, micro_batch_size, *part.shape[1:]]) for part in batch]
 
     def add(i: tf.Tensor, sums: Gradients) -> tuple[tf.Tensor, Gradients]:
         inputs, targets, target_weights = (tf.gather(part, i) for part in parts)
-        first_row = draw.first_row + tf.cast(i * micro_batch_size, tf.int64)
-        new = forward_backward(
-            model, weights, sums.state, (inputs, targets, target_weights), draw._replace(first_row=first_row)
-        )
+        row = first_row + tf.cast(i * micro_batch_size, tf.int64)
+        new = gradients_of(weights, sums.state, (inputs, targets, target_weights), row)
         gradients = [total + gradient for total, gradient in zip(sums.weights, new.weights, strict=True)]
         return i + 1, Gradients(gradients, sums.loss_sum + new.loss_sum, sums.num_targets + new.num_targets, new.state)
 
@@ -126,15 +134,38 @@ def accumulate(
     return sums
 
 
+def batch_hash(batch: Batch, first_row: tf.Tensor, global_batch_size: int) -> tf.Tensor:
+    """Returns a number for a batch, to be summed over replicas: the sum is the same for the same rows at the same
+    places of the global batch, however they are spread.
+
+    Returns:
+        float32 scalar, integral; so small that the sum over a global batch is exact.
+    """
+    inputs, targets, weights = batch
+    # Knuth's multiplicative hashing: odd factors, so that every token counts modulo 2**32, and then the high bits,
+    # which all of them have reached.
+    factors = np.cumprod(np.full(targets.shape[1] + 2, 2654435761, np.uint32), dtype=np.uint32).view(np.int32)
+    seen = tf.concat([inputs[:, :1], tf.where(weights > 0, targets, -1)], axis=1) + 2
+    rows = tf.cast(first_row, tf.int32) + tf.range(targets.shape[0])
+    hashes = (tf.reduce_sum(seen * factors[1:], axis=1) + (rows + 1) * factors[0]) * factors[0]
+    bits = 24 - min(max((global_batch_size - 1).bit_length(), 12), 23)
+    high = tf.bitwise.right_shift(tf.bitcast(hashes, tf.uint32), tf.constant(32 - bits, tf.uint32))
+    return tf.reduce_sum(tf.cast(tf.bitcast(high, tf.int32), tf.float32))
+
+
 def mean_and_clip(
-    gradients: Sequence[tf.Tensor], num_targets: tf.Tensor, clip_norm: float | None
+    gradients: Sequence[tf.Tensor],
+    num_targets: tf.Tensor,
+    clip_norm: float | None,
+    loss_scale: tf.Tensor | None = None,
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
-    """Divides summed gradients by the number of targets and scales them down to a global norm of at most clip_norm.
+    """Divides summed gradients by the number of targets, and by the loss scale where there is one, and scales them down
+    to a global norm of at most clip_norm.
 
     Returns:
         (gradients, the global norm of the mean before clipping). Each gradient is scaled once, by one number.
     """
-    count = tf.maximum(num_targets, 1)
+    count = tf.maximum(num_targets, 1) * (1 if loss_scale is None else tf.cast(loss_scale, num_targets.dtype))
     norm = tf.linalg.global_norm(gradients) / tf.cast(count, gradients[0].dtype)
     scale = 1 / tf.cast(count, norm.dtype)
     if clip_norm is not None:
@@ -149,7 +180,10 @@ class TrainingStep:
         config: of the run.
         total_steps: of the run; the schedule ends there.
         model: built under the strategy's scope.
-        strategy: whose scope this is created in.
+        strategy: of the run.
+
+    Raises:
+        UserError: the batch cannot be spread evenly over the replicas, or the model cannot be trained by several.
     """
 
     def __init__(self, config: Config, total_steps: int, model: keras.Model, strategy: tf.distribute.Strategy) -> None:
@@ -157,69 +191,101 @@ class TrainingStep:
         self.total_steps = total_steps
         self.model = model
         self.strategy = strategy
+        self.rows_per_replica = rows_per_replica(config, strategy.num_replicas_in_sync)
+        if model.non_trainable_variables and strategy.num_replicas_in_sync > 1:
+            names = ", ".join(variable.path for variable in model.non_trainable_variables[:3])
+            raise UserError(
+                f"The model has variables that are not trained ({names}), and every replica would have its own. Leave "
+                "out layers such as BatchNormalization and Dropout, or use one device."
+            )
         self.named_variables = named_variables(model)
-        names = {id(variable): name for name, variable in self.named_variables.items()}
-        trainable = {names[id(variable)]: variable for variable in model.trainable_variables}
-        self.optimizer = AdamW(config.optimizer, trainable)
-        self.step = tf.Variable(0, dtype=tf.int64, trainable=False, name="step")
+        name_of = {id(variable): name for name, variable in self.named_variables.items()}
+        trainable = {name_of[id(variable)]: variable for variable in model.trainable_variables}
+        with strategy.scope():
+            self.optimizer = AdamW(config.optimizer, trainable)
+            self.step = _counter("step")
+            self.batches_hash = _counter("batches_hash")
+            self.loss_scale = LossScale() if config.train.precision == "mixed_float16" else None
         # Read by the compiled loop before each step and set by another thread: how a signal stops a long call.
         with tf.device("/cpu:0"):
             self.stop_requested = tf.Variable(False, trainable=False, name="stop_requested")
         self.run_steps = tf.function(self._run_steps, autograph=False)
+        self._gradients_of = self._compiled_where_asked()
+
+    def state(self) -> dict[str, tf.Variable]:
+        """Returns every variable that a step changes, but for the model's and the step itself, by name."""
+        scale = {} if self.loss_scale is None else self.loss_scale.state()
+        return self.optimizer.state() | {"batches_hash": self.batches_hash} | scale
 
     def _run_steps(self, batches: tf.data.Iterator, num_steps: tf.Tensor) -> CallMetrics:
-        """Takes num_steps steps, fewer where stop_requested is set meanwhile.
+        """Takes num_steps steps; fewer where stop_requested is set meanwhile, on any host: the step under way is the
+        last.
 
         Args:
             batches: of a distributed data set.
             num_steps: int64 scalar; a tensor, as a Python number would trace the loop anew for each value.
         """
 
-        def goes_on(i: tf.Tensor, _: CallMetrics) -> tf.Tensor:
-            return (i < num_steps) & ~self.stop_requested.read_value()
+        def goes_on(i: tf.Tensor, metrics: CallMetrics) -> tf.Tensor:
+            return (i < num_steps) & tf.equal(metrics.stop_votes, 0)
 
         def take_step(i: tf.Tensor, metrics: CallMetrics) -> tuple[tf.Tensor, CallMetrics]:
+            stop = self.stop_requested.read_value()
             asked = tf.timestamp()
             with tf.control_dependencies([asked]):
                 batch = next(batches)
-            with tf.control_dependencies(tf.nest.flatten(batch)):
+            with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
                 input_secs = tf.timestamp() - asked
-            step = CallMetrics._make((*self.strategy.run(self._replica_step, (batch,)), input_secs))
+            replicas = self.strategy.run(self._replica_step, (batch, stop))
+            # Sums over all replicas, so that any one's will do.
+            own = (self.strategy.experimental_local_results(metric)[0] for metric in replicas)
+            step = CallMetrics._make((*own, input_secs))
             return i + 1, CallMetrics(*(total + new for total, new in zip(metrics, step, strict=True)))
 
         first = tf.zeros([], tf.int64)
         _, metrics = tf.while_loop(goes_on, take_step, (first, self._no_metrics()), parallel_iterations=1)
         return metrics
 
-    def _replica_step(self, batch: Batch) -> tuple[tf.Tensor, ...]:
-        config = self.config
-        draw = DropoutDraw(tf.constant(config.train.seed, tf.int64), self.step, tf.zeros([], tf.int64))
-        weights = [tf.convert_to_tensor(variable.value) for variable in self.model.trainable_variables]
-        state = [tf.convert_to_tensor(variable.value) for variable in self.model.non_trainable_variables]
-        rows, sequence = batch[0].shape
-        micro_batch_size, at_once = micro_batches(config.train.micro_batch_size, rows, sequence, self.strategy)
-        local = accumulate(self.model, weights, state, batch, draw, micro_batch_size, at_once)
+    def _replica_step(self, batch: Batch, stop: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        config, model = self.config, self.model
+        # Across hosts TensorFlow forgets how many rows there are.
+        shape = [self.rows_per_replica, config.train.sequence_length]
+        inputs, targets, target_weights = (tf.ensure_shape(part, shape) for part in batch)
+        batch = (inputs, targets, target_weights)
+        replica = tf.distribute.get_replica_context()
+        first_row = tf.cast(replica.replica_id_in_sync_group, tf.int64) * self.rows_per_replica
+        weights = [tf.convert_to_tensor(variable.value) for variable in model.trainable_variables]
+        state = [tf.convert_to_tensor(variable.value) for variable in model.non_trainable_variables]
+        scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
+        local = accumulate(self._gradients_of, weights, state, batch, first_row, *self._micro_batches())
 
         # Sum over replicas before clipping: clipping each replica's share would make the result depend on how many
-        # there are.
-        summed = _all_reduce([*local.weights, local.loss_sum, local.num_targets])
-        *gradients, loss_sum, num_targets = summed
-        clipped, grad_norm = mean_and_clip(gradients, num_targets, config.optimizer.clip_norm)
+        # there are. One list of one dtype, so that one operation sums it all.
+        dtype = local.loss_sum.dtype
+        local_hash = tf.cast(batch_hash(batch, first_row, config.train.global_batch_size), dtype)
+        summands = [*local.weights, local.loss_sum, local.num_targets, local_hash, tf.cast(stop, dtype)]
+        *gradients, loss_sum, num_targets, hash_sum, stop_votes = replica.all_reduce(
+            tf.distribute.ReduceOp.SUM, summands
+        )
+        clipped, grad_norm = mean_and_clip(gradients, num_targets, config.optimizer.clip_norm, scale)
         finite = tf.math.is_finite(grad_norm) & tf.math.is_finite(loss_sum)
         rate = learning_rate(config.optimizer, self.step, self.total_steps)
 
         def update() -> None:
             self.optimizer.apply(clipped, rate)
-            for variable, value in zip(self.model.non_trainable_variables, local.state, strict=True):
+            for variable, value in zip(model.non_trainable_variables, local.state, strict=True):
                 variable.value.assign(value)
+            # A chain: it tells which batches shaped the weights, and in which order.
+            self.batches_hash.assign(self.batches_hash * 1_000_003 + tf.cast(hash_sum, tf.int64))
 
         tf.cond(finite, update, lambda: None)
         self.step.assign_add(1)
+        if self.loss_scale is not None:
+            self.loss_scale.adapt(finite)
 
         one, zero = tf.ones([], tf.int64), tf.zeros([], tf.int64)
         limit = config.optimizer.clip_norm or float("inf")
         is_clipped = finite & (grad_norm > tf.constant(limit, grad_norm.dtype))
-        dtype = loss_sum.dtype
         return (
             one,
             tf.where(finite, zero, one),
@@ -227,15 +293,74 @@ class TrainingStep:
             tf.where(finite, num_targets, tf.zeros([], dtype)),
             tf.where(finite, tf.cast(grad_norm, tf.float64), tf.zeros([], tf.float64)),
             tf.where(is_clipped, one, zero),
+            stop_votes,
         )
+
+    def _compiled_where_asked(self) -> GradientsOf:
+        seed = tf.constant(self.config.train.seed, tf.int64)
+
+        def gradients_of(
+            weights: Sequence[tf.Tensor],
+            state: Sequence[tf.Tensor],
+            batch: Batch,
+            first_row: tf.Tensor,
+            step: tf.Tensor,
+            scale: tf.Tensor | None,
+        ) -> Gradients:
+            return forward_backward(self.model, weights, state, batch, DropoutDraw(seed, step, first_row), scale)
+
+        compiled = tf.function(gradients_of, autograph=False, jit_compile=True) if self._uses_xla() else gradients_of
+
+        def with_what_the_step_knows(
+            weights: Sequence[tf.Tensor], state: Sequence[tf.Tensor], batch: Batch, first_row: tf.Tensor
+        ) -> Gradients:
+            scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
+            return compiled(weights, state, batch, first_row, tf.convert_to_tensor(self.step), scale)
+
+        return with_what_the_step_knows
+
+    def _uses_xla(self) -> bool:
+        asked = self.config.train.xla
+        return asked == "on" or (asked == "auto" and device_kind(self.strategy) == "GPU")
+
+    def _micro_batches(self) -> tuple[int, int]:
+        train = self.config.train
+        return micro_batches(train.micro_batch_size, self.rows_per_replica, train.sequence_length, self.strategy)
 
     def _no_metrics(self) -> CallMetrics:
         dtype = tf.float64 if self.config.train.precision == "float64" else tf.float32
         zero, none = tf.zeros([], tf.int64), tf.zeros([], dtype)
         secs = tf.zeros([], tf.float64)
-        return CallMetrics(zero, zero, none, none, secs, zero, secs)
+        return CallMetrics(zero, zero, none, none, secs, zero, none, secs)
 
 
-def _all_reduce(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
-    replica = tf.distribute.get_replica_context()
-    return replica.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
+class LossScale(tf.Module):
+    """The factor that keeps float16 gradients from vanishing: halved when they overflow, doubled after a while without.
+
+    Source: Micikevicius et al. 2018, section 3.2.
+    """
+
+    FIRST = 2.0**15
+    STEPS_TO_DOUBLE = 2000
+
+    def __init__(self) -> None:
+        super().__init__(name="loss_scale")
+        self.value = tf.Variable(self.FIRST, dtype=tf.float32, trainable=False, aggregation=NONE, name="loss_scale")
+        self.good_steps = _counter("good_steps")
+
+    def state(self) -> dict[str, tf.Variable]:
+        """Returns its variables by name."""
+        return {"loss_scale": self.value, "good_steps": self.good_steps}
+
+    def adapt(self, is_finite: tf.Tensor) -> None:
+        """Takes note of a step; is_finite is the same on every replica, as it is of the reduced gradients."""
+        good = tf.where(is_finite, self.good_steps + 1, tf.zeros([], tf.int64))
+        doubles = good >= self.STEPS_TO_DOUBLE
+        grown = tf.where(doubles, self.value * 2, self.value)
+        self.value.assign(tf.where(is_finite, grown, tf.maximum(self.value / 2, 1.0)))
+        self.good_steps.assign(tf.where(doubles, tf.zeros([], tf.int64), good))
+
+
+def _counter(name: str) -> tf.Variable:
+    # Every replica computes the same value, so there is nothing to aggregate.
+    return tf.Variable(0, dtype=tf.int64, trainable=False, aggregation=NONE, name=name)

@@ -1,0 +1,151 @@
+"""Takes a few steps of a tiny GPT on the replicas it is told to, and keeps what came of them. Run by test_replicas.py.
+
+    python tests/replica_steps.py OUT.npz DISTRIBUTION CASE...
+
+DISTRIBUTION is the section of the config as JSON, and a CASE the other sections and, for the controls, what to break.
+One process makes one strategy: two could collide on the keys of their collective operations.
+"""
+
+import json
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import tensorflow as tf
+
+import trainer.training.step as step_module
+from trainer.config import make_config
+from trainer.model.gpt import GPT, DropoutDraw
+from trainer.training.distribution import make_strategy, share_of
+
+VOCABULARY, NUM_STEPS, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH = 29, 5, 96, 8
+
+
+def config_of(distribution, case, num_replicas=1):
+    """The config of a case: clipped in every step, and with masks that a replica could get wrong."""
+    rows = GLOBAL_BATCH_SIZE // num_replicas // case.get("micro_batches", 1)
+    settings = {
+        "run_folder": "unused",
+        "model": {
+            "num_layers": 1,
+            "num_heads": 2,
+            "hidden_dim": 16,
+            "intermediate_dim": 16,
+            "dropout": 0.2,
+            **case.get("model", {}),
+        },
+        "train": {
+            "precision": case.get("precision", "float64"),
+            "micro_batch_size": rows,
+            "total_steps": NUM_STEPS,
+            "global_batch_size": GLOBAL_BATCH_SIZE,
+            "sequence_length": SEQUENCE_LENGTH,
+        },
+        "optimizer": {"learning_rate": 1e-2, "clip_norm": 0.1, "weight_decay": 0.1},
+        "distribution": distribution,
+    }
+    return make_config(settings)
+
+
+def global_batches():
+    """Random examples whose ends are padding: of other lengths in each, so that replicas hold unequal counts."""
+    random = np.random.default_rng(0)
+    shape = (NUM_STEPS, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH)
+    tokens = random.integers(0, VOCABULARY, shape).astype(np.int32)
+    lengths = random.integers(1, SEQUENCE_LENGTH + 1, shape[:2])
+    lengths[:, -7:] = 0  # The last replica has next to nothing to learn from.
+    lengths[:, -1] = SEQUENCE_LENGTH
+    weights = (np.arange(SEQUENCE_LENGTH) < lengths[..., np.newaxis]).astype(np.float32)
+    return tokens, np.roll(tokens, -1, axis=2), weights
+
+
+def elements(share):
+    """The part of the batches that a host feeds to its replicas."""
+    parts = [tf.constant(part) for part in global_batches()]
+
+    def element(number):
+        batch, rows = share.of_element(number, GLOBAL_BATCH_SIZE)
+        return tuple(
+            tf.ensure_shape(tf.gather(part[batch], rows), [GLOBAL_BATCH_SIZE // share.total_replicas, SEQUENCE_LENGTH])
+            for part in parts
+        )
+
+    return tf.data.Dataset.range(NUM_STEPS * share.num_replicas).map(element).repeat()
+
+
+def break_on_purpose(what):
+    """Makes a mistake that a trainer could make."""
+    accumulate = step_module.accumulate
+
+    def clip_before_reduce(*arguments):
+        local = accumulate(*arguments)
+        clipped, _ = tf.clip_by_global_norm(local.weights, 0.1 * tf.maximum(local.num_targets, 1))
+        return local._replace(weights=clipped)
+
+    def mean_of_means(*arguments):
+        local = accumulate(*arguments)
+        count = tf.maximum(local.num_targets, 1)
+        return local._replace(weights=[g / count for g in local.weights], num_targets=tf.ones_like(count))
+
+    def dropped_last_example(gradients_of, weights, state, batch, *rest):
+        inputs, targets, target_weights = batch
+        last = tf.range(target_weights.shape[0]) == target_weights.shape[0] - 1
+        kept = tf.where(last[:, tf.newaxis], 0.0, target_weights)
+        return accumulate(gradients_of, weights, state, (inputs, targets, kept), *rest)
+
+    def one_mask_for_all(seed, step, first_row):
+        return DropoutDraw(seed, step, tf.zeros_like(first_row))
+
+    if what == "one_mask_for_all":
+        step_module.DropoutDraw = one_mask_for_all
+    elif what is not None:
+        mistakes = (clip_before_reduce, mean_of_means, dropped_last_example)
+        step_module.accumulate = {mistake.__name__: mistake for mistake in mistakes}[what]
+    return lambda: [setattr(step_module, "accumulate", accumulate), setattr(step_module, "DropoutDraw", DropoutDraw)]
+
+
+def count_reductions(function):
+    """How many collective reductions a traced function holds, in all the functions it calls."""
+    graph = function.graph.as_graph_def()
+    nodes = [*graph.node, *(node for called in graph.library.function for node in called.node_def)]
+    return sum(node.op == "CollectiveReduceV2" for node in nodes)
+
+
+def take_steps(strategy, config):
+    """Returns the weights after all steps, each clipped gradient of the first step, and what the step reported."""
+    with strategy.scope():
+        model = GPT(config.model, VOCABULARY, SEQUENCE_LENGTH, dtype=config.train.precision)
+    step = step_module.TrainingStep(config, NUM_STEPS, model, strategy)
+    batches = iter(strategy.distribute_datasets_from_function(lambda context: elements(share_of(context))))
+    run_steps = step.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
+    run_steps(batches, tf.constant(1, tf.int64))
+    # Adam's first moment after one step is the gradient times 1 - beta_1.
+    gradients = {name: value.numpy() for name, value in step.optimizer.state().items() if name.endswith("first_moment")}
+    metrics = run_steps(batches, tf.constant(NUM_STEPS - 1, tf.int64))
+    assert int(metrics.num_steps) == NUM_STEPS - 1
+    return {
+        **{f"weights/{name}": value.numpy() for name, value in step.named_variables.items()},
+        **{f"gradients/{name}": value for name, value in gradients.items()},
+        "num_clipped": metrics.num_clipped.numpy(),
+        "loss": (metrics.loss_sum / metrics.num_targets).numpy(),
+        "batches_hash": step.batches_hash.numpy(),
+        "num_reductions": count_reductions(run_steps),
+    }
+
+
+def main():
+    out, distribution, *cases = sys.argv[1:]
+    strategy = make_strategy(config_of(json.loads(distribution), {}).distribution)
+    results = {}
+    for number, case in enumerate(map(json.loads, cases)):
+        mend = break_on_purpose(case.get("mistake"))
+        config = config_of(json.loads(distribution), case, strategy.num_replicas_in_sync)
+        results |= {f"{number}/{name}": value for name, value in take_steps(strategy, config).items()}
+        mend()
+    np.savez(out, num_replicas=strategy.num_replicas_in_sync, **results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Laws of the meeting of several workers, before TensorFlow joins them."""
+
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+from trainer.config import DistributionConfig, UserError
+from trainer.training.hosts import Hosts, find_hosts, meet, read_tf_config
+
+
+def verdicts(workers, facts, timeout_secs=10.0):
+    """What `meet` raises on each worker that comes; None where it does not. facts: by the worker's number."""
+    found = {}
+
+    def come(number):
+        try:
+            meet(workers, number, facts[number], timeout_secs)
+            found[number] = None
+        except Exception as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=come, args=(number,)) for number in facts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert set(found) == set(facts), "a worker still waits"
+    return found
+
+
+def test_workers_that_agree_go_on_and_can_meet_again_at_once(free_addresses):
+    workers = free_addresses(3)
+    facts = dict.fromkeys(range(3), lambda: {"the config": "same"})
+    for _ in range(3):
+        assert verdicts(workers, facts) == dict.fromkeys(range(3))
+
+
+def test_a_worker_alone_meets_nobody():
+    meet(["localhost:1"], 0, dict)
+
+
+def test_a_difference_is_named_on_every_worker(free_addresses):
+    workers = free_addresses(3)
+    facts = {
+        i: lambda i=i: {"the config": "same", "the prepared data": "other" if i == 2 else "this"} for i in range(3)
+    }
+    for error in verdicts(workers, facts).values():
+        assert isinstance(error, UserError)
+        assert f"the prepared data differs: worker 2 ({workers[2]}) has other, worker 0 has this." in str(error)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_worker_that_fails_is_named_on_the_others(failing, free_addresses):
+    def fail():
+        raise UserError("data.train='x': no such file.")
+
+    workers = free_addresses(3)
+    found = verdicts(workers, {i: fail if i == failing else dict for i in range(3)})
+    assert str(found.pop(failing)) == "data.train='x': no such file."
+    for error in found.values():
+        assert f"worker {failing} ({workers[failing]}) failed: data.train='x': no such file." in str(error)
+
+
+def test_a_worker_that_never_comes_is_an_error_on_all_others_in_time(free_addresses):
+    workers = free_addresses(3)
+    begin = time.monotonic()
+    found = verdicts(workers, {0: dict, 1: dict}, timeout_secs=1.0)
+    assert time.monotonic() - begin < 20
+    for error in found.values():
+        assert f"worker 2 ({workers[2]}) did not come within 1 s" in str(error)
+
+
+def test_a_first_worker_that_never_comes_is_an_error_on_the_others(free_addresses):
+    workers = free_addresses(2)
+    (error,) = verdicts(workers, {1: dict}, timeout_secs=1.0).values()
+    assert f"worker 0 ({workers[0]}) could not be reached within 1 s" in str(error)
+
+
+def test_what_is_no_worker_may_knock(free_addresses):
+    workers = free_addresses(2)
+
+    def knock():
+        for _ in range(100):
+            try:
+                with socket.create_connection(("127.0.0.1", int(workers[0].split(":")[1])), timeout=1) as line:
+                    line.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    return
+            except OSError:
+                time.sleep(0.02)
+
+    stranger = threading.Thread(target=knock)
+    stranger.start()
+    leader = threading.Thread(target=meet, args=(workers, 0, dict))
+    leader.start()
+    stranger.join()
+    meet(workers, 1, dict)
+    leader.join(10)
+    assert not leader.is_alive()
+
+
+def tf_config(workers=("a:1", "b:2"), kind="worker", index=1, **more):
+    return json.dumps({"cluster": {"worker": workers, **more}, "task": {"type": kind, "index": index}})
+
+
+def test_tf_config_is_read():
+    hosts = read_tf_config(tf_config())
+    assert hosts == Hosts(("a:1", "b:2"), 1)
+    assert hosts.are_several
+    assert not hosts.is_chief
+    assert read_tf_config(tf_config(index=0)).is_chief
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "TF_CONFIG is not set"),
+        ("", "TF_CONFIG is not set"),
+        ("{", "is not what it should be"),
+        ("[]", "is not what it should be"),
+        ('{"cluster": {"worker": ["a:1"]}}', "is not what it should be"),
+        (tf_config(index=2), "task.index=2 must be a number from 0 to 1"),
+        (tf_config(index="1"), "task.index='1' must be a number from 0 to 1"),
+        (tf_config(kind="chief"), "has a task that is no worker"),
+        (tf_config(ps=["c:3"]), "has a task that is no worker"),
+        (tf_config(workers=["a:1", "a:1"]), "must list a different host:port for each worker"),
+        (tf_config(workers=["a", "b"]), "must list a different host:port for each worker"),
+        (tf_config(workers=[]), "must list a different host:port for each worker"),
+    ],
+)
+def test_a_tf_config_that_is_not_right_says_what_is_wrong(text, message):
+    with pytest.raises(UserError) as error:
+        read_tf_config(text)
+    assert message in str(error.value)
+    assert "scripts/launch_local" in str(error.value)
+
+
+def test_several_hosts_are_found_where_tf_config_names_them(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    assert find_hosts(DistributionConfig()) == Hosts()
+    with pytest.raises(UserError, match="TF_CONFIG is not set"):
+        find_hosts(DistributionConfig(kind="multi_worker"))
+    monkeypatch.setenv("TF_CONFIG", tf_config())
+    assert find_hosts(DistributionConfig()).number == 1
+    assert find_hosts(DistributionConfig(kind="cpu")) == Hosts()

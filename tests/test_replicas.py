@@ -1,0 +1,129 @@
+"""The law this project stands on: the same weights on any number of replicas, hosts and micro-batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parent / "replica_steps.py"
+TOLERANCE = {"float64": 1e-12, "float32": 1e-6}
+MISTAKES = ["clip_before_reduce", "mean_of_means", "dropped_last_example", "one_mask_for_all"]
+
+TIED = {"tied_embeddings": True, "use_bias": False, "pre_norm": True}
+CASES = [
+    {"model": model, "precision": precision, "micro_batches": micro_batches}
+    for model in ({}, TIED)
+    for precision in ("float64", "float32")
+    for micro_batches in (1, 2, 4)
+]
+CONTROLS = [{"mistake": mistake} for mistake in MISTAKES]
+
+
+def start(out, distribution, cases, environment=None):
+    arguments = [sys.executable, str(SCRIPT), str(out), json.dumps(distribution), *map(json.dumps, cases)]
+    return subprocess.Popen(
+        arguments,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def results_of(process, out):
+    """One dictionary per case."""
+    try:
+        said, _ = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said[-3000:]
+    arrays = dict(np.load(out))
+    del arrays["num_replicas"]
+    cases = sorted({int(name.split("/")[0]) for name in arrays})
+    return [{n.split("/", 1)[1]: a for n, a in arrays.items() if n.startswith(f"{case}/")} for case in cases]
+
+
+def on_replicas(tmp_path, num_replicas, cases):
+    out = tmp_path / f"{num_replicas}.npz"
+    return results_of(start(out, {"kind": "cpu", "logical_devices": num_replicas}, cases), out)
+
+
+def relative_difference(one, two, group):
+    def together(results):
+        return np.concatenate([np.ravel(results[name]) for name in sorted(two) if name.startswith(group)])
+
+    return np.linalg.norm(together(one) - together(two)) / np.linalg.norm(together(two))
+
+
+def assert_equal(results, reference, tolerance):
+    assert relative_difference(results, reference, "weights/") <= tolerance
+    names = [name for name in reference if name.startswith("gradients/")]
+    whole = np.linalg.norm([np.linalg.norm(reference[name]) for name in names])
+    for name in names:
+        if np.linalg.norm(reference[name]) > 1e-6 * whole:
+            difference = np.linalg.norm(results[name] - reference[name]) / np.linalg.norm(reference[name])
+            assert difference <= tolerance, (name, difference)
+    assert results["num_clipped"] == reference["num_clipped"] == 4
+    assert results["batches_hash"] == reference["batches_hash"]
+    np.testing.assert_allclose(results["loss"], reference["loss"], rtol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    """What one device makes of each case, and at last of one without a mistake."""
+    return on_replicas(tmp_path_factory.mktemp("one"), 1, [*CASES, {}])
+
+
+def test_micro_batches_change_nothing_on_one_device(one_device):
+    for first in range(0, len(CASES), 3):
+        for case in (first + 1, first + 2):
+            assert_equal(one_device[case], one_device[first], TOLERANCE[CASES[case]["precision"]])
+
+
+@pytest.mark.parametrize(
+    "num_replicas", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
+def test_the_number_of_replicas_changes_nothing(tmp_path, one_device, num_replicas):
+    results = on_replicas(tmp_path, num_replicas, CASES)
+    for i, case in enumerate(CASES):
+        assert_equal(results[i], one_device[i - i % 3], TOLERANCE[case["precision"]])
+        # One operation sums all gradients, the loss and the counts.
+        assert results[i]["num_reductions"] == num_replicas
+
+
+@pytest.mark.slow
+def test_a_mistake_would_be_seen(tmp_path, one_device):
+    for mistake, broken in zip(MISTAKES, on_replicas(tmp_path, 4, CONTROLS), strict=True):
+        with pytest.raises(AssertionError):
+            assert_equal(broken, one_device[-1], TOLERANCE["float32"])
+        assert relative_difference(broken, one_device[-1], "weights/") > 1e-4, mistake
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_the_number_of_hosts_changes_nothing(tmp_path, one_device, num_workers, free_addresses):
+    workers = free_addresses(num_workers)
+    chosen = [0, 5, 7]
+    outs = [tmp_path / f"worker{i}.npz" for i in range(num_workers)]
+    processes = [
+        start(
+            out,
+            {"kind": "multi_worker"},
+            [CASES[i] for i in chosen],
+            {"TF_CONFIG": json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}})},
+        )
+        for i, out in enumerate(outs)
+    ]
+    all_results = [results_of(process, out) for process, out in zip(processes, outs, strict=True)]
+    for results in all_results:
+        for i, result in zip(chosen, results, strict=True):
+            assert_equal(result, one_device[i - i % 3], TOLERANCE[CASES[i]["precision"]])
+            assert result["num_reductions"] == 1
+    for results, first in zip(zip(*all_results[1:], strict=True), all_results[0], strict=True):
+        for other in results:
+            for name in first:
+                np.testing.assert_array_equal(other[name], first[name])

@@ -1,0 +1,108 @@
+"""Proves on this machine that a config gives the same model on any number of replicas."""
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.config import Config, DistributionConfig
+from trainer.data.batches import training_batches
+from trainer.data.prepare import prepare
+from trainer.data.shards import PreparedData
+from trainer.run import build_gpt
+from trainer.training.distribution import make_strategy, rows_per_replica, share_of
+from trainer.training.step import TrainingStep
+
+# Largest |a - b| / |a| that rounding explains: with another number of replicas, sums are made in another order.
+TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "mixed_bfloat16": 1e-2, "mixed_float16": 1e-2}
+
+
+class Trace(NamedTuple):
+    """What some steps led to: loss and gradient norm of each step, and all weights after the last, as one vector."""
+
+    losses: np.ndarray
+    grad_norms: np.ndarray
+    weights: np.ndarray
+
+
+class Difference(NamedTuple):
+    """The largest relative differences of one trace from another."""
+
+    loss: float
+    grad_norm: float
+    weights: float
+
+
+def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Callable[[str], None] = print) -> bool:
+    """Trains the first steps of a config on each number of replicas, and compares.
+
+    Replicas are GPUs where distribution.kind is "gpu", else parts of the CPU. Each number has a process of its own.
+
+    Args:
+        config: whose data, model and precision are used as they are.
+        replicas: the numbers to try; the first is what others are compared with.
+        num_steps: how many steps.
+        say: prints a line.
+
+    Returns:
+        Whether all differences are within what rounding explains.
+
+    Raises:
+        UserError: a batch cannot be spread over that many replicas, or the text cannot be used.
+    """
+    for num_replicas in replicas:
+        rows_per_replica(config, num_replicas)
+    prepared = prepare(config, say)
+    tolerance = TOLERANCE[config.train.precision]
+    reference: Trace | None = None
+    worst = 0.0
+    say(f"{num_steps} steps of {config.train.global_batch_size} examples, {config.train.precision}:")
+    for num_replicas in replicas:
+        # Spawned, not forked: TensorFlow's threads would not survive that.
+        with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
+            trace = executor.submit(take_steps, config, prepared, num_replicas, num_steps).result()
+        reference = reference or trace
+        found = difference(trace, reference)
+        worst = max(worst, *found)
+        say(
+            f"  {num_replicas} replica{'s' if num_replicas > 1 else ''}: loss {trace.losses[-1]:.6f}; differs by "
+            f"{found.loss:.1e} in loss, {found.grad_norm:.1e} in gradient norm, {found.weights:.1e} in all weights"
+        )
+    same = worst <= tolerance
+    verdict = "the same model" if same else "NOT the same model"
+    say(f"{verdict}: the largest relative difference is {worst:.1e}, and rounding explains {tolerance:.0e}.")
+    return same
+
+
+def take_steps(config: Config, prepared: PreparedData, num_replicas: int, num_steps: int) -> Trace:
+    """Takes the first steps of a config in this process."""
+    if config.distribution.kind == "gpu":
+        distribution = DistributionConfig(kind="gpu", num_gpus=num_replicas)
+    else:
+        distribution = DistributionConfig(kind="cpu", logical_devices=num_replicas)
+    strategy = make_strategy(distribution)
+    with strategy.scope():
+        model = build_gpt(config, prepared.vocabulary_size)
+    step = TrainingStep(config, num_steps, model, strategy)
+    data = strategy.distribute_datasets_from_function(
+        lambda context: training_batches(prepared, config, 0, num_steps, share_of(context))
+    )
+    batches, one = iter(data), tf.constant(1, tf.int64)
+    metrics = [step.run_steps(batches, one) for _ in range(num_steps)]
+    return Trace(
+        np.array([float(m.loss_sum) / float(m.num_targets) for m in metrics]),
+        np.array([float(m.grad_norm_sum) for m in metrics]),
+        np.concatenate([np.ravel(variable.numpy()) for variable in model.variables]),
+    )
+
+
+def difference(trace: Trace, reference: Trace) -> Difference:
+    """Compares two traces."""
+    return Difference(
+        float(np.max(np.abs(trace.losses - reference.losses) / np.abs(reference.losses))),
+        float(np.max(np.abs(trace.grad_norms - reference.grad_norms) / reference.grad_norms)),
+        float(np.linalg.norm(trace.weights - reference.weights) / np.linalg.norm(reference.weights)),
+    )
