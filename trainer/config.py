@@ -274,24 +274,36 @@ class LogConfig(Section):
 class DistributionConfig(Section):
     """The devices the run uses. The model comes out the same whatever they are."""
 
-    kind: Literal["auto", "cpu", "gpu", "multi_worker"] = "auto"
-    """auto: several workers where TF_CONFIG names them, else every GPU that TensorFlow sees, else the CPU."""
+    kind: Literal["auto", "cpu", "gpu", "multi_worker", "tpu"] = "auto"
+    """auto: several workers where TF_CONFIG names them, else every GPU that TensorFlow sees, else the CPU. A TPU is
+    never taken unasked."""
     num_gpus: PositiveInt | None = None
     """How many GPUs of this machine to use; left out, all."""
     logical_devices: PositiveInt = 1
     """Splits the CPU into this many replicas, to rehearse what a run on as many accelerators would do."""
+    tpu_name: Annotated[str, Field(min_length=1)] = "local"
+    """Of the TPU: local on a TPU VM, or the name of one in Google Cloud."""
+    tpu_zone: str | None = None
+    """Of a TPU with a name, such as us-central1-a; left out, that of this machine."""
+    tpu_project: str | None = None
+    """Google Cloud project of a TPU with a name; left out, that of this machine."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
-        if self.logical_devices > 1 and self.kind in ("gpu", "multi_worker"):
+        if self.kind != "tpu" and (self.tpu_name != "local" or self.tpu_zone or self.tpu_project):
+            raise ValueError(
+                f"distribution.tpu_name, tpu_zone and tpu_project do not go with distribution.kind={self.kind!r}; "
+                "leave them out, or choose 'tpu'."
+            )
+        if self.logical_devices > 1 and self.kind in ("gpu", "multi_worker", "tpu"):
             raise ValueError(
                 f"distribution.logical_devices={self.logical_devices} splits a CPU and does not go with "
                 f"distribution.kind={self.kind!r}; leave it out, or choose 'cpu'."
             )
-        if self.num_gpus is not None and self.kind == "cpu":
+        if self.num_gpus is not None and self.kind in ("cpu", "tpu"):
             raise ValueError(
-                f"distribution.num_gpus={self.num_gpus} does not go with distribution.kind='cpu'; leave it out, or "
-                "choose 'gpu'."
+                f"distribution.num_gpus={self.num_gpus} does not go with distribution.kind={self.kind!r}; leave it "
+                "out, or choose 'gpu'."
             )
         if self.num_gpus is not None and self.logical_devices > 1:
             raise ValueError(

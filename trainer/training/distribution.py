@@ -1,14 +1,18 @@
 """Which devices a run uses. The only module that names a tf.distribute class."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import tensorflow as tf
 
 from trainer.config import Config, DistributionConfig, UserError
 from trainer.data.batches import Share
-from trainer.training.hosts import find_hosts
+from trainer.training.hosts import Hosts, find_hosts
 
 # In smaller batches adding up the gradients costs more than two halves at once gain: measured on two cores, 12 x 64
 # tokens are a fifth slower in halves, 32 x 118 a sixth faster.
 HALVED_FROM_TOKENS = 2048
+
+TPU_TIMEOUT_SECS = 50.0
 
 
 def make_strategy(config: DistributionConfig) -> tf.distribute.Strategy:
@@ -21,15 +25,14 @@ def make_strategy(config: DistributionConfig) -> tf.distribute.Strategy:
     """
     if find_hosts(config).are_several:
         return tf.distribute.MultiWorkerMirroredStrategy()
+    if config.kind == "tpu":
+        return _tpu(config)
     return _gpus(config.num_gpus) if _wants_gpus(config) else _cpu(config.logical_devices)
 
 
-def count_replicas(config: DistributionConfig) -> int:
-    """Returns how many replicas `make_strategy` will make, on all hosts, before it does."""
-    hosts = find_hosts(config)
-    if hosts.are_several:
-        return len(hosts.workers) * max(1, _num_gpus())
-    return (config.num_gpus or _num_gpus()) if _wants_gpus(config) else config.logical_devices
+def count_replicas_of(hosts: Hosts) -> int:
+    """Returns how many replicas `make_strategy` will make of several hosts alike, before it does."""
+    return len(hosts.workers) * max(1, _num_gpus())
 
 
 def rows_per_replica(config: Config, num_replicas: int) -> int:
@@ -102,6 +105,32 @@ def _gpus(asked: int | None) -> tf.distribute.Strategy:
     if used == 1:
         return tf.distribute.OneDeviceStrategy("/gpu:0")
     return tf.distribute.MirroredStrategy([f"/gpu:{i}" for i in range(used)])
+
+
+def _tpu(config: DistributionConfig) -> tf.distribute.Strategy:
+    name = config.tpu_name
+
+    def connect() -> tf.distribute.cluster_resolver.TPUClusterResolver:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
+            name, zone=config.tpu_zone, project=config.tpu_project
+        )
+        if name != "local":
+            tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+        return resolver
+
+    # In a thread: to look for a TPU that is not there can take many minutes.
+    waiting = ThreadPoolExecutor(max_workers=1).submit(connect)
+    try:
+        resolver = waiting.result(timeout=TPU_TIMEOUT_SECS)
+    except Exception as error:
+        reason = f"no answer within {TPU_TIMEOUT_SECS:.0f} s" if isinstance(error, TimeoutError) else str(error)
+        raise UserError(
+            f"distribution.tpu_name={name!r}: no TPU could be reached ({reason[:300]}). On a TPU VM use 'local', with "
+            "tensorflow-tpu installed; from elsewhere give the TPU's name, tpu_zone and tpu_project. Or set "
+            "distribution.kind='cpu'."
+        ) from None
+    return tf.distribute.TPUStrategy(resolver)
 
 
 def _cpu(logical_devices: int) -> tf.distribute.Strategy:

@@ -23,7 +23,7 @@ from trainer.decoding.generate import DECODERS, Decoder, Generator
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.run import BuildModel, RunFolder, build_gpt, check_is_free
 from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
-from trainer.training.distribution import count_replicas, make_strategy, rows_per_replica, share_of
+from trainer.training.distribution import count_replicas_of, make_strategy, rows_per_replica, share_of
 from trainer.training.health import check_finite, only_run_in, stop_on_signals
 from trainer.training.hosts import Hosts, find_hosts, meet
 from trainer.training.monitor import Meter, Monitor, Silence
@@ -69,7 +69,7 @@ def start(config: Config, build_model: BuildModel | None = None, say: Say = prin
         prepared = prepare_in_a_process_of_its_own(config, say)
         return fingerprints(config) | {"the prepared data": prepared.fingerprint}
 
-    rows_per_replica(config, count_replicas(config.distribution))
+    rows_per_replica(config, count_replicas_of(hosts))
     say = say if hosts.is_chief else _be_silent
     meet(hosts.workers, hosts.number, prepared_fingerprints)
     prepared = prepare_in_a_process_of_its_own(config, _be_silent)

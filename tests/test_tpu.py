@@ -1,0 +1,84 @@
+"""What can be known about a TPU on a machine that has none."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.python.tpu.topology import Topology
+from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
+
+from trainer.config import DistributionConfig, UserError, make_config
+from trainer.model.gpt import GPT
+from trainer.training.distribution import device_kind, make_strategy, micro_batches
+from trainer.training.step import TrainingStep
+
+NUM_CORES = 4
+
+
+class FakeResolver(tf.distribute.cluster_resolver.ClusterResolver):
+    """Tells of a slice of four cores on one host: enough to build a program for, not to run it."""
+
+    task_type, task_id, environment, tpu_hardware_feature = "worker", 0, "", None
+
+    def get_tpu_system_metadata(self):
+        devices = [
+            SimpleNamespace(name=f"/job:worker/replica:0/task:0/device:TPU:{i}", device_type="TPU")
+            for i in range(NUM_CORES)
+        ]
+        coordinates = np.array([[[x, y, 0, 0] for x in range(2) for y in range(2)]], np.int32)
+        topology = Topology(mesh_shape=[2, 2, 1, 1], device_coordinates=coordinates)
+        return TPUSystemMetadata(NUM_CORES, 1, NUM_CORES, topology, devices)
+
+    def cluster_spec(self):
+        return tf.train.ClusterSpec({"worker": ["localhost:1"]})
+
+    def master(self, *_, **__):
+        return ""
+
+    def num_accelerators(self, *_, **__):
+        return {"TPU": NUM_CORES}
+
+
+@pytest.mark.tpu
+def test_the_step_is_built_for_every_core_of_a_slice():
+    settings = {
+        "run_folder": "unused",
+        "model": {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 16, "dropout": 0.1},
+        "train": {
+            "precision": "mixed_bfloat16",
+            "total_steps": 10,
+            "global_batch_size": 16,
+            "micro_batch_size": 2,
+            "sequence_length": 8,
+        },
+        "optimizer": {"clip_norm": 1.0, "weight_decay": 0.1},
+    }
+    config = make_config(settings)
+    with tf.Graph().as_default() as graph:
+        strategy = tf.distribute.TPUStrategy(FakeResolver())
+        assert device_kind(strategy) == "TPU"
+        assert micro_batches(None, 64, 1024, strategy) == (64, 1)
+        with strategy.scope():
+            model = GPT(config.model, 32, 8, dtype=config.train.precision)
+        step = TrainingStep(config, 10, model, strategy)
+        batch = tuple(tf.compat.v1.placeholder(dtype, [4, 8]) for dtype in (tf.int32, tf.int32, tf.float32))
+        strategy.run(step._replica_step, (batch, tf.constant(False)))
+    replicated = [node for node in graph.get_operations() if "_tpu_replicate" in node.node_def.attr]
+    types = {node.type for node in replicated}
+    assert {"CrossReplicaSum", "ResourceApplyAdam"} <= types | {
+        node.op for function in graph.as_graph_def().library.function for node in function.node_def
+    }
+    # Nothing that a TPU has no kernel for: it would be moved to the host, or refused.
+    assert not types & {"AsString", "PrintV2", "PyFunc", "EagerPyFunc", "RandomIndexShuffle", "ImmutableConst", "Where"}
+    sums = [node for node in replicated if node.type == "CrossReplicaSum"]
+    # The gradients, and the loss, the count, the hash and the votes.
+    assert len(sums) == len(model.trainable_variables) + 4
+    assert {node.inputs[0].dtype for node in sums} == {tf.float32}
+    assert all(output.shape.is_fully_defined() for node in replicated for output in node.outputs)
+
+
+@pytest.mark.skipif(bool(tf.config.list_physical_devices("TPU")), reason="this machine has a TPU")
+def test_a_tpu_that_is_not_there_is_an_error():
+    with pytest.raises(UserError, match=r"distribution.tpu_name='local': no TPU could be reached"):
+        make_strategy(DistributionConfig(kind="tpu"))
