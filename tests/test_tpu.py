@@ -63,7 +63,7 @@ def test_the_step_is_built_for_every_core_of_a_slice():
             model = GPT(config.model, 32, 8, dtype=config.train.precision)
         step = TrainingStep(config, 10, model, strategy)
         batch = tuple(tf.compat.v1.placeholder(dtype, [4, 8]) for dtype in (tf.int32, tf.int32, tf.float32))
-        strategy.run(step._replica_step, (batch, tf.constant(False)))
+        strategy.run(step.take_on_replica, (batch, tf.constant(False)))
     replicated = [node for node in graph.get_operations() if "_tpu_replicate" in node.node_def.attr]
     types = {node.type for node in replicated}
     assert {"CrossReplicaSum", "ResourceApplyAdam"} <= types | {

@@ -236,7 +236,7 @@ class TrainingStep:
                 batch = next(batches)
             with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
                 input_secs = tf.timestamp() - asked
-            replicas = self.strategy.run(self._replica_step, (batch, stop))
+            replicas = self.strategy.run(self.take_on_replica, (batch, stop))
             # Sums over all replicas, so that any one's will do.
             own = (self.strategy.experimental_local_results(metric)[0] for metric in replicas)
             step = CallMetrics._make((*own, input_secs))
@@ -246,7 +246,16 @@ class TrainingStep:
         _, metrics = tf.while_loop(goes_on, take_step, (first, self._no_metrics()), parallel_iterations=1)
         return metrics
 
-    def _replica_step(self, batch: Batch, stop: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def take_on_replica(self, batch: Batch, stop: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Takes a step, on every replica at once: to be called through `strategy.run`.
+
+        Args:
+            batch: this replica's rows.
+            stop: bool scalar, whether this host wants to stop.
+
+        Returns:
+            `CallMetrics` of this step but for input_secs; the same on every replica.
+        """
         config, model = self.config, self.model
         # Across hosts TensorFlow forgets how many rows there are.
         shape = [self.rows_per_replica, config.train.sequence_length]

@@ -1,0 +1,63 @@
+"""Laws of scripts/launch_local, with small programs in place of a training."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LAUNCH = Path(__file__).parent.parent / "scripts" / "launch_local"
+WHO = "import json, os; config = json.loads(os.environ['TF_CONFIG']); index = config['task']['index']; "
+
+
+def launch(count, program, **options):
+    command = [sys.executable, str(LAUNCH), "-n", str(count), sys.executable, "-c", program]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, **options
+    )
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+def test_every_worker_gets_a_number_and_the_same_addresses_and_its_lines_are_prefixed():
+    status, output, errors = finish(launch(3, WHO + "print(index, sorted(config['cluster']['worker']))"))
+    assert (status, errors) == (0, "")
+    lines = sorted(output.splitlines())
+    assert [line[:5] for line in lines] == ["[0] 0", "[1] 1", "[2] 2"]
+    (addresses,) = {line[6:] for line in lines}
+    assert addresses.count("127.0.0.1:") == 3
+
+
+def test_a_worker_that_fails_stops_the_others_and_gives_its_status():
+    begin = time.monotonic()
+    status, _, errors = finish(launch(2, WHO + "import sys, time; sys.exit(7) if index else time.sleep(60)"))
+    assert status == 7
+    assert "worker 1 ended with 7; stopping the others." in errors
+    assert time.monotonic() - begin < 40
+
+
+def test_a_signal_goes_to_all_workers_and_their_status_comes_back():
+    program = (
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(75)))\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    process = launch(2, program)
+    assert sorted(process.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+    process.send_signal(signal.SIGTERM)
+    status, output, errors = finish(process)
+    assert (status, errors) == (75, "")
+    assert sorted(output.splitlines()) == ["[0] saved", "[1] saved"]
+
+
+def test_what_cannot_be_run_is_said():
+    command = [sys.executable, str(LAUNCH), "-n", "2"]
+    for arguments, message in (
+        (["no-such-program"], "no-such-program is not a program on PATH; activate .venv, or give its path."),
+        ([], "give the command that each worker runs"),
+    ):
+        process = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        assert process.returncode == 2
+        assert message in process.stderr

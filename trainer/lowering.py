@@ -1,0 +1,42 @@
+"""Lowers a config's training step to the program that a TPU's or GPU's compiler reads, with no such device at hand."""
+
+import tensorflow as tf
+
+from trainer.config import Config
+from trainer.run import build_gpt
+from trainer.training.distribution import make_strategy, rows_per_replica
+from trainer.training.step import TrainingStep
+
+
+def lower_step(config: Config, vocabulary_size: int, num_replicas: int) -> bytes:
+    """Returns one replica's whole step (forward, backward, clip and AdamW) as a serialized XLA HloModuleProto.
+
+    The sum over replicas is left out: beside the gradients, which are there anyway, it needs no memory to speak of.
+
+    Args:
+        config: of the run.
+        vocabulary_size: number of tokens.
+        num_replicas: that share the global batch.
+
+    Raises:
+        UserError: the batch cannot be spread over that many replicas.
+    """
+    train, rows = config.train, rows_per_replica(config, num_replicas)
+    # As on the device: what is left open would otherwise be chosen for the CPU that lowers it.
+    asked = {"global_batch_size": rows, "micro_batch_size": train.micro_batch_size or rows}
+    distribution = config.distribution.model_copy(update={"kind": "cpu", "num_gpus": None})
+    one = config.model_copy(update={"train": train.model_copy(update=asked), "distribution": distribution})
+
+    strategy = make_strategy(distribution)
+    with strategy.scope():
+        model = build_gpt(one, vocabulary_size)
+    step = TrainingStep(one, train.total_steps or 1, model, strategy)
+
+    @tf.function(autograph=False, jit_compile=True)
+    def take_step(inputs: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return step.take_on_replica((inputs, targets, weights), tf.constant(False))
+
+    shape = [rows, train.sequence_length]
+    specs = [tf.TensorSpec(shape, dtype) for dtype in (tf.int32, tf.int32, tf.float32)]
+    hlo: bytes = take_step.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
+    return hlo
