@@ -41,7 +41,8 @@ def test_a_worker_that_fails_stops_the_others_and_gives_its_status():
 
 def test_a_signal_goes_to_all_workers_and_their_status_comes_back():
     program = (
-        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(75)))\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(75)))\n"
         "print('ready', flush=True); time.sleep(60)"
     )
     process = launch(2, program)
