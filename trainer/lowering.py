@@ -1,8 +1,11 @@
 """Lowers a config's training step to the program that a TPU's or GPU's compiler reads, with no such device at hand."""
 
+import sys
+from pathlib import Path
+
 import tensorflow as tf
 
-from trainer.config import Config
+from trainer.config import CharConfig, Config, UserError, load_config
 from trainer.run import build_gpt
 from trainer.training.distribution import make_strategy, rows_per_replica
 from trainer.training.step import TrainingStep
@@ -40,3 +43,21 @@ def lower_step(config: Config, vocabulary_size: int, num_replicas: int) -> bytes
     specs = [tf.TensorSpec(shape, dtype) for dtype in (tf.int32, tf.int32, tf.float32)]
     hlo: bytes = take_step.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
     return hlo
+
+
+def main() -> None:
+    """Writes what `lower_step` returns: python -m trainer.lowering CONFIG NUM_REPLICAS OUT [key.sub=value ...]."""
+    path, num_replicas, out, *overrides = sys.argv[1:]
+    try:
+        config = load_config(path, overrides)
+        if isinstance(config.tokenizer, CharConfig):
+            raise UserError("tokenizer.kind='char': how many characters there are is known once the text is prepared.")
+        # The most that it can come to: no text is read for this.
+        hlo = lower_step(config, config.tokenizer.vocabulary_size, int(num_replicas))
+    except UserError as error:
+        sys.exit(f"trainer: {error}")
+    Path(out).write_bytes(hlo)
+
+
+if __name__ == "__main__":
+    main()
