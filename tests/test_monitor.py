@@ -183,14 +183,14 @@ def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_meter_turns_sums_into_rates_and_starts_again():
     meter = Meter()
-    meter.add(CallMetrics(3, 1, 40.0, 20.0, 6.0, 1, 0.5), secs=2.0)
-    meter.add(CallMetrics(2, 0, 20.0, 10.0, 2.0, 1, 0.5), secs=3.0)
+    meter.add(CallMetrics(3, 1, 40.0, 20.0, 6.0, 1, 0.0, 0.5), secs=2.0)
+    meter.add(CallMetrics(2, 0, 20.0, 10.0, 2.0, 1, 0.0, 0.5), secs=3.0)
     expected = Interval(
         num_steps=5, num_skipped=1, loss=2.0, grad_norm=2.0, clip_rate=0.5, input_share=0.2, tokens_per_sec=6.0,
         learning_rate=0.1,
     )  # fmt: skip
     assert meter.report(0.1) == expected
-    meter.add(CallMetrics(1, 1, 0.0, 0.0, 0.0, 0, 0.0), secs=1.0)
+    meter.add(CallMetrics(1, 1, 0.0, 0.0, 0.0, 0, 0.0, 0.0), secs=1.0)
     assert meter.report(0.1) == Interval(1, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.1)
 
 
