@@ -78,15 +78,20 @@ def one_device(tmp_path_factory):
     return on_replicas(tmp_path_factory.mktemp("one"), 1, [*CASES, {}])
 
 
+def test_two_replicas_make_the_weights_of_one(tmp_path):
+    (whole,), (halves,) = (on_replicas(tmp_path, n, [{"micro_batches": n}]) for n in (1, 2))
+    assert_equal(halves, whole, TOLERANCE["float64"])
+
+
+@pytest.mark.slow
 def test_micro_batches_change_nothing_on_one_device(one_device):
     for first in range(0, len(CASES), 3):
         for case in (first + 1, first + 2):
             assert_equal(one_device[case], one_device[first], TOLERANCE[CASES[case]["precision"]])
 
 
-@pytest.mark.parametrize(
-    "num_replicas", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("num_replicas", [2, 4, 8])
 def test_the_number_of_replicas_changes_nothing(tmp_path, one_device, num_replicas):
     results = on_replicas(tmp_path, num_replicas, CASES)
     for i, case in enumerate(CASES):
