@@ -216,6 +216,19 @@ def test_a_batch_that_the_devices_cannot_share_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_worker_that_is_killed_ends_the_others_with_what_to_do(tmp_path, free_addresses):
+    chief, other = two_workers(free_addresses(2), "train", json.dumps(settings_of(tmp_path)), pause=0.4)
+    while "step 4/" not in chief.stdout.readline():
+        assert chief.poll() is None
+    other.send_signal(signal.SIGKILL)
+    other.communicate()
+    returncode, output = finish(chief)
+    assert returncode == 1, output
+    assert "most likely because another one went away" in output
+    assert f"trainer train --resume {tmp_path / 'run'}" in output
+
+
+@pytest.mark.slow
 def test_workers_with_different_configs_refuse_to_start(tmp_path, free_addresses):
     workers = free_addresses(2)
     settings = [settings_of(tmp_path), settings_of(tmp_path, train__seed=7)]

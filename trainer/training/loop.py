@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, SamplesConfig
+from trainer.config import Config, SamplesConfig, UserError
 from trainer.data.batches import total_steps as count_steps
 from trainer.data.batches import training_batches
 from trainer.data.prepare import prepare
@@ -146,7 +146,16 @@ def train(
     Every host takes every step and scores its part of the validation text; the first alone writes.
     """
     with only_run_in(run.path) if hosts.is_chief else contextlib.nullcontext():
-        return _train(run, hosts, strategy, prepared, build_model, say)
+        try:
+            return _train(run, hosts, strategy, prepared, build_model, say)
+        except tf.errors.OpError as error:
+            if not hosts.are_several:
+                raise
+            raise UserError(
+                f"Worker {hosts.number} ({hosts.workers[hosts.number]}) cannot go on, most likely because another one "
+                f"went away: {error.message[:300]}. See what the others said, then start all of them again with: "
+                f"trainer train --resume {run.path}"
+            ) from error
 
 
 def _train(
