@@ -1,5 +1,8 @@
 """What can be known about a TPU on a machine that has none."""
 
+import platform
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +15,9 @@ from trainer.config import DistributionConfig, UserError, make_config
 from trainer.model.gpt import GPT
 from trainer.training.distribution import device_kind, make_strategy, micro_batches
 from trainer.training.step import TrainingStep
+from trainer.training.tpu import check_tpu_install
+
+ROOT = Path(__file__).parent.parent
 
 NUM_CORES = 4
 
@@ -78,7 +84,44 @@ def test_the_step_is_built_for_every_core_of_a_slice():
     assert all(output.shape.is_fully_defined() for node in replicated for output in node.outputs)
 
 
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.skipif(
+    platform.system() != "Linux" or platform.machine() != "x86_64", reason="tensorflow-tpu is for others"
+)
+def test_step_and_decoding_are_lowered_by_the_tpu_s_own_tensorflow():
+    environment = ROOT / ".venv-tpu"
+    install = subprocess.run([str(ROOT / "scripts" / "install_tpu")], capture_output=True, text=True, check=False)
+    if "The package index cannot be reached" in install.stderr:
+        pytest.skip("no package index to take tensorflow-tpu from")
+    assert install.returncode == 0, install.stderr[-3000:]
+    command = [str(environment / "bin" / "python"), str(ROOT / "tests" / "tpu_lowering.py")]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.splitlines() == ["step has static shapes True", "decode has static shapes True"]
+
+
+@pytest.mark.parametrize(
+    ("versions", "problem"),
+    [
+        ({}, "tensorflow-tpu is not installed"),
+        ({"tensorflow": "2.21.0"}, "tensorflow-tpu is not installed"),
+        (
+            {"tensorflow-tpu": "2.20.0", "tensorflow": "2.20.0", "libtpu": "0.0.17"},
+            "plain tensorflow is installed over",
+        ),
+        ({"tensorflow-tpu": "2.20.0", "libtpu": "0.0.52"}, "libtpu is 0.0.52, and tensorflow-tpu loads 0.0.17"),
+    ],
+)
+def test_an_install_that_cannot_reach_a_tpu_is_refused_with_the_remedy(versions, problem):
+    with pytest.raises(UserError) as error:
+        check_tpu_install(versions.get)
+    assert problem in str(error.value)
+    assert "Run scripts/install_tpu" in str(error.value)
+    check_tpu_install({"tensorflow-tpu": "2.20.0", "libtpu": "0.0.17"}.get)
+
+
 @pytest.mark.skipif(bool(tf.config.list_physical_devices("TPU")), reason="this machine has a TPU")
 def test_a_tpu_that_is_not_there_is_an_error():
-    with pytest.raises(UserError, match=r"distribution.tpu_name='local': no TPU could be reached"):
+    with pytest.raises(UserError, match="tensorflow-tpu is not installed"):
         make_strategy(DistributionConfig(kind="tpu"))

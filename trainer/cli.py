@@ -129,8 +129,11 @@ def _train(options: argparse.Namespace) -> int:
     else:
         from trainer.run import check_is_free
         from trainer.training.hosts import find_hosts
+        from trainer.training.tpu import check_tpu_install
 
         config = _read_config(options)
+        if config.distribution.kind == "tpu":
+            check_tpu_install()
         if find_hosts(config.distribution).is_chief:
             check_is_free(config)
     with _quiet_import():

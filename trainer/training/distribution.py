@@ -7,6 +7,7 @@ import tensorflow as tf
 from trainer.config import Config, DistributionConfig, UserError
 from trainer.data.batches import Share
 from trainer.training.hosts import Hosts, find_hosts
+from trainer.training.tpu import check_tpu_install
 
 # In smaller batches adding up the gradients costs more than two halves at once gain: measured on two cores, 12 x 64
 # tokens are a fifth slower in halves, 32 x 118 a sixth faster.
@@ -109,6 +110,7 @@ def _gpus(asked: int | None) -> tf.distribute.Strategy:
 
 def _tpu(config: DistributionConfig) -> tf.distribute.Strategy:
     name = config.tpu_name
+    check_tpu_install()
 
     def connect() -> tf.distribute.cluster_resolver.TPUClusterResolver:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
@@ -126,8 +128,8 @@ def _tpu(config: DistributionConfig) -> tf.distribute.Strategy:
     except Exception as error:
         reason = f"no answer within {TPU_TIMEOUT_SECS:.0f} s" if isinstance(error, TimeoutError) else str(error)
         raise UserError(
-            f"distribution.tpu_name={name!r}: no TPU could be reached ({reason[:300]}). On a TPU VM use 'local', with "
-            "tensorflow-tpu installed; from elsewhere give the TPU's name, tpu_zone and tpu_project. Or set "
+            f"distribution.tpu_name={name!r}: no TPU could be reached ({reason[:300]}). On a TPU VM use 'local'; "
+            "from elsewhere give the TPU's name, tpu_zone and tpu_project. Or set "
             "distribution.kind='cpu'."
         ) from None
     return tf.distribute.TPUStrategy(resolver)

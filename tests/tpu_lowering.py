@@ -1,0 +1,58 @@
+"""Lowers the step and cached decoding for a TPU with tensorflow-tpu, and prints what it finds. Run by test_tpu.py.
+
+In an environment that scripts/install_tpu made, on a machine without a TPU: only tensorflow-tpu's registry knows which
+operations a TPU has. Weights are arguments, as variables would have to live on one.
+"""
+
+import os
+
+os.environ["TPU_LIBRARY_PATH"] = "/nonexistent"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import tensorflow as tf
+
+from trainer.config import make_config
+from trainer.model.gpt import GPT, DropoutDraw
+from trainer.training.step import accumulate, batch_hash, forward_backward, mean_and_clip
+
+ROWS, LENGTH, VOCABULARY = 8, 64, 256
+
+
+def main():
+    settings = {
+        "run_folder": "unused",
+        "model": {"dropout": 0.1, "pre_norm": True},
+        "train": {"precision": "mixed_bfloat16", "total_steps": 10},
+    }
+    config = make_config(settings)
+    model = GPT(config.model, VOCABULARY, LENGTH, dtype=config.train.precision)
+    weight_specs = [tf.TensorSpec(variable.shape, tf.float32) for variable in model.trainable_variables]
+
+    @tf.function(jit_compile=True, autograph=False)
+    def step(inputs, targets, target_weights, number, first_row, *weights):
+        def gradients_of(weights, state, batch, first_row):
+            draw = DropoutDraw(tf.constant(1, tf.int64), number, first_row)
+            return forward_backward(model, weights, state, batch, draw)
+
+        batch = (inputs, targets, target_weights)
+        sums = accumulate(gradients_of, weights, [], batch, first_row, ROWS // 2)
+        return mean_and_clip(sums.weights, sums.num_targets, 1.0), batch_hash(batch, first_row, 8 * ROWS)
+
+    @tf.function(jit_compile=True, autograph=False)
+    def decode(tokens, cache, index, *weights):
+        with keras.StatelessScope(state_mapping=list(zip(model.trainable_variables, weights, strict=True))):
+            return model.decode(tokens, cache, index)
+
+    number = tf.TensorSpec([], tf.int64)
+    batch = [tf.TensorSpec([ROWS, LENGTH], dtype) for dtype in (tf.int32, tf.int32, tf.float32)]
+    cache = tf.TensorSpec(model.empty_cache(2).shape, tf.bfloat16)
+    position = [tf.TensorSpec([2, 1], tf.int32), cache, tf.TensorSpec([], tf.int32)]
+    for name, function, specs in (("step", step, [*batch, number, number]), ("decode", decode, position)):
+        hlo = function.experimental_get_compiler_ir(*specs, *weight_specs)(stage="hlo", platform_name="TPU")
+        # A bounded dynamic shape is written as <=64.
+        print(name, "has bounded dynamic shapes" if "<=" in hlo else "has static shapes", len(hlo) > 10_000)
+
+
+if __name__ == "__main__":
+    main()
