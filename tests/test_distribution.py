@@ -6,7 +6,8 @@ import tensorflow as tf
 from trainer.config import DistributionConfig, UserError
 from trainer.training.distribution import make_strategy, micro_batches
 
-HAS_GPU = bool(tf.config.list_physical_devices("GPU"))
+NUM_GPUS = len(tf.config.list_physical_devices("GPU"))
+HAS_GPU = NUM_GPUS > 0
 
 
 @pytest.mark.parametrize("kind", ["auto", "cpu"])
@@ -33,3 +34,9 @@ def test_a_cpu_takes_a_large_batch_in_two_halves_at_once_unless_told_otherwise()
     assert micro_batches(None, 12, 64, strategy) == (12, 2)
     assert micro_batches(None, 33, 118, strategy) == (33, 2)
     assert micro_batches(8, 32, 118, strategy) == (8, 2)
+
+
+def test_a_host_can_be_told_to_go_alone(monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}')
+    for kind in ("auto", "multi_worker"):
+        assert make_strategy(DistributionConfig(kind=kind), alone=True).num_replicas_in_sync == max(1, NUM_GPUS)

@@ -168,8 +168,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         from trainer.evaluate import Evaluator
         from trainer.training.distribution import make_strategy
 
+    strategy = make_strategy(run.config.distribution, alone=True)
     prepared = run.prepared()
-    strategy = make_strategy(run.config.distribution)
     with strategy.scope():
         model, checkpoint = run.load_model()
     print(f"step {checkpoint.step}: {Evaluator(model, strategy, prepared, run.config)()}")

@@ -16,15 +16,19 @@ HALVED_FROM_TOKENS = 2048
 TPU_TIMEOUT_SECS = 50.0
 
 
-def make_strategy(config: DistributionConfig) -> tf.distribute.Strategy:
+def make_strategy(config: DistributionConfig, alone: bool = False) -> tf.distribute.Strategy:
     """Returns the strategy to build the model under and to run the step with.
 
     Call it before TensorFlow computes anything: the CPU can only be split, and hosts only be joined, before that.
 
+    Args:
+        config: what to use.
+        alone: use no other hosts, whatever config and TF_CONFIG say.
+
     Raises:
         UserError: the devices asked for are not there.
     """
-    if find_hosts(config).are_several:
+    if not alone and find_hosts(config).are_several:
         return tf.distribute.MultiWorkerMirroredStrategy()
     if config.kind == "tpu":
         return _tpu(config)
