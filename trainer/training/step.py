@@ -1,5 +1,6 @@
 """The training step: batch -> gradients -> one all-reduce -> clip -> AdamW, and many steps in one call."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -210,7 +211,9 @@ class TrainingStep:
         with tf.device("/cpu:0"):
             self.stop_requested = tf.Variable(False, trainable=False, name="stop_requested")
         self.run_steps = tf.function(self._run_steps, autograph=False)
-        self._gradients_of = self._compiled_where_asked()
+        self._forward_backward: Callable[..., Gradients] = functools.partial(forward_backward, model)
+        if self._uses_xla():
+            self._forward_backward = tf.function(self._forward_backward, autograph=False, jit_compile=True)
 
     def state(self) -> dict[str, tf.Variable]:
         """Returns every variable that a step changes, but for the model's and the step itself, by name."""
@@ -266,7 +269,14 @@ class TrainingStep:
         weights = [tf.convert_to_tensor(variable.value) for variable in model.trainable_variables]
         state = [tf.convert_to_tensor(variable.value) for variable in model.non_trainable_variables]
         scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
-        local = accumulate(self._gradients_of, weights, state, batch, first_row, *self._micro_batches())
+        seed, number = tf.constant(config.train.seed, tf.int64), tf.convert_to_tensor(self.step)
+
+        def gradients_of(
+            weights: Sequence[tf.Tensor], state: Sequence[tf.Tensor], batch: Batch, first_row: tf.Tensor
+        ) -> Gradients:
+            return self._forward_backward(weights, state, batch, DropoutDraw(seed, number, first_row), scale)
+
+        local = accumulate(gradients_of, weights, state, batch, first_row, *self._micro_batches())
 
         # Sum over replicas before clipping: clipping each replica's share would make the result depend on how many
         # there are. One list of one dtype, so that one operation sums it all.
@@ -304,29 +314,6 @@ class TrainingStep:
             tf.where(is_clipped, one, zero),
             stop_votes,
         )
-
-    def _compiled_where_asked(self) -> GradientsOf:
-        seed = tf.constant(self.config.train.seed, tf.int64)
-
-        def gradients_of(
-            weights: Sequence[tf.Tensor],
-            state: Sequence[tf.Tensor],
-            batch: Batch,
-            first_row: tf.Tensor,
-            step: tf.Tensor,
-            scale: tf.Tensor | None,
-        ) -> Gradients:
-            return forward_backward(self.model, weights, state, batch, DropoutDraw(seed, step, first_row), scale)
-
-        compiled = tf.function(gradients_of, autograph=False, jit_compile=True) if self._uses_xla() else gradients_of
-
-        def with_what_the_step_knows(
-            weights: Sequence[tf.Tensor], state: Sequence[tf.Tensor], batch: Batch, first_row: tf.Tensor
-        ) -> Gradients:
-            scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
-            return compiled(weights, state, batch, first_row, tf.convert_to_tensor(self.step), scale)
-
-        return with_what_the_step_knows
 
     def _uses_xla(self) -> bool:
         asked = self.config.train.xla
