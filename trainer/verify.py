@@ -1,5 +1,6 @@
 """Proves on this machine that a config gives the same model on any number of replicas."""
 
+import math
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, DistributionConfig
+from trainer.config import Config, DistributionConfig, UserError
 from trainer.data.batches import training_batches
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
@@ -21,7 +22,9 @@ TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "mixed_bfloat16": 1e-2, "mixed_f
 
 
 class Trace(NamedTuple):
-    """What some steps led to: loss and gradient norm of each step, and all weights after the last, as one vector."""
+    """What some steps led to: loss and gradient norm of each that was not skipped, and all weights after the last, as
+    one vector.
+    """
 
     losses: np.ndarray
     grad_norms: np.ndarray
@@ -92,6 +95,10 @@ def take_steps(config: Config, prepared: PreparedData, num_replicas: int, num_st
     )
     batches, one = iter(data), tf.constant(1, tf.int64)
     metrics = [step.run_steps(batches, one) for _ in range(num_steps)]
+    # A float16 run begins with steps that overflow, until the loss scale has come down.
+    metrics = [each for each in metrics if not int(each.num_skipped)]
+    if not metrics:
+        raise UserError(f"--steps {num_steps}: the loss or gradient of every step was not finite; take more steps.")
     return Trace(
         np.array([float(m.loss_sum) / float(m.num_targets) for m in metrics]),
         np.array([float(m.grad_norm_sum) for m in metrics]),
@@ -100,7 +107,9 @@ def take_steps(config: Config, prepared: PreparedData, num_replicas: int, num_st
 
 
 def difference(trace: Trace, reference: Trace) -> Difference:
-    """Compares two traces."""
+    """Compares two traces; infinite where other steps were skipped."""
+    if trace.losses.shape != reference.losses.shape:
+        return Difference(math.inf, math.inf, math.inf)
     return Difference(
         float(np.max(np.abs(trace.losses - reference.losses) / np.abs(reference.losses))),
         float(np.max(np.abs(trace.grad_norms - reference.grad_norms) / reference.grad_norms)),

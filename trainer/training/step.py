@@ -1,6 +1,7 @@
 """The training step: batch -> gradients -> one all-reduce -> clip -> AdamW, and many steps in one call."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -206,7 +207,8 @@ class TrainingStep:
             self.optimizer = AdamW(config.optimizer, trainable)
             self.step = _counter("step")
             self.batches_hash = _counter("batches_hash")
-            self.loss_scale = LossScale() if config.train.precision == "mixed_float16" else None
+            num_targets = config.train.global_batch_size * config.train.sequence_length
+            self.loss_scale = LossScale(num_targets) if config.train.precision == "mixed_float16" else None
         # Read by the compiled loop before each step and set by another thread: how a signal stops a long call.
         with tf.device("/cpu:0"):
             self.stop_requested = tf.Variable(False, trainable=False, name="stop_requested")
@@ -333,15 +335,19 @@ class TrainingStep:
 class LossScale(tf.Module):
     """The factor that keeps float16 gradients from vanishing: halved when they overflow, doubled after a while without.
 
+    Args:
+        num_targets: tokens of a global batch, whose losses are summed.
+
     Source: Micikevicius et al. 2018, section 3.2.
     """
 
-    FIRST = 2.0**15
     STEPS_TO_DOUBLE = 2000
 
-    def __init__(self) -> None:
+    def __init__(self, num_targets: int) -> None:
         super().__init__(name="loss_scale")
-        self.value = tf.Variable(self.FIRST, dtype=tf.float32, trainable=False, aggregation=NONE, name="loss_scale")
+        # 2**15 is what a mean loss usually begins with; gradients of a sum are larger by the number of its terms.
+        first = 2.0 ** (15 - round(math.log2(num_targets)))
+        self.value = tf.Variable(first, dtype=tf.float32, trainable=False, aggregation=NONE, name="loss_scale")
         self.good_steps = _counter("good_steps")
 
     def state(self) -> dict[str, tf.Variable]:
@@ -353,7 +359,7 @@ class LossScale(tf.Module):
         good = tf.where(is_finite, self.good_steps + 1, tf.zeros([], tf.int64))
         doubles = good >= self.STEPS_TO_DOUBLE
         grown = tf.where(doubles, self.value * 2, self.value)
-        self.value.assign(tf.where(is_finite, grown, tf.maximum(self.value / 2, 1.0)))
+        self.value.assign(tf.where(is_finite, grown, self.value / 2))
         self.good_steps.assign(tf.where(doubles, tf.zeros([], tf.int64), good))
 
 

@@ -1,0 +1,44 @@
+"""Laws of trainer verify."""
+
+import numpy as np
+import pytest
+
+from trainer.config import UserError, make_config
+from trainer.verify import Trace, difference, verify
+
+
+def config_of(tmp_path, **train):
+    return make_config(
+        {
+            "run_folder": str(tmp_path / "run"),
+            "data": {"storybook_stories": 200, "prepared_folder": str(tmp_path / "prepared")},
+            "model": {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8},
+            "train": {"precision": "float64", "total_steps": 9, "global_batch_size": 4, "sequence_length": 16, **train},
+        }
+    )
+
+
+def trace(losses=(2.0, 1.0), norms=(0.5, 0.5), weights=(3.0, 4.0)):
+    return Trace(np.array(losses), np.array(norms), np.array(weights))
+
+
+def test_a_difference_is_relative_and_the_largest():
+    found = difference(trace(losses=(2.0, 1.5), norms=(0.25, 0.5), weights=(3.0, 4.5)), trace())
+    assert found == pytest.approx((0.5, 0.5, 0.1))
+    assert difference(trace(), trace()) == (0.0, 0.0, 0.0)
+    assert difference(trace(losses=(1.0,)), trace()) == (np.inf, np.inf, np.inf)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float64", "mixed_float16"])
+def test_replicas_of_a_split_cpu_make_the_same_model(tmp_path, precision):
+    lines = []
+    assert verify(config_of(tmp_path, precision=precision), [1, 2], num_steps=8, say=lines.append)
+    assert lines[-1].startswith("the same model: the largest relative difference is ")
+    assert [line.split(":")[0].strip() for line in lines[-3:-1]] == ["1 replica", "2 replicas"]
+
+
+def test_a_batch_that_replicas_cannot_share_is_said_before_anything_is_prepared(tmp_path):
+    with pytest.raises(UserError, match=r"train.global_batch_size=4 is not a multiple of 3 replicas"):
+        verify(config_of(tmp_path), [1, 3])
+    assert not (tmp_path / "prepared").exists()
