@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,3 +126,17 @@ def test_an_install_that_cannot_reach_a_tpu_is_refused_with_the_remedy(versions,
 def test_a_tpu_that_is_not_there_is_an_error():
     with pytest.raises(UserError, match="tensorflow-tpu is not installed"):
         make_strategy(DistributionConfig(kind="tpu"))
+
+
+def test_a_tpu_that_does_not_answer_is_an_error_in_time_and_holds_up_no_exit():
+    program = (
+        "import time, tensorflow as tf, trainer.training.distribution as d\n"
+        "from trainer.config import DistributionConfig, UserError\n"
+        "d.TPU_TIMEOUT_SECS, d.check_tpu_install = 0.5, lambda: None\n"
+        "tf.distribute.cluster_resolver.TPUClusterResolver = lambda *_, **__: time.sleep(600)\n"
+        "try:\n    d.make_strategy(DistributionConfig(kind='tpu', tpu_name='x'))\n"
+        "except UserError as error:\n    print(error)\n"
+    )
+    command = [sys.executable, "-c", program]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    assert "distribution.tpu_name='x': no TPU could be reached (no answer within 0 s)" in process.stdout

@@ -1,6 +1,7 @@
 """Which devices a run uses. The only module that names a tf.distribute class."""
 
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 
 import tensorflow as tf
 
@@ -125,10 +126,18 @@ def _tpu(config: DistributionConfig) -> tf.distribute.Strategy:
         tf.tpu.experimental.initialize_tpu_system(resolver)
         return resolver
 
-    # In a thread: to look for a TPU that is not there can take many minutes.
-    waiting = ThreadPoolExecutor(max_workers=1).submit(connect)
+    # In a thread: to look for a TPU that is not there can take many minutes. A daemon, which no exit waits for.
+    connected: Future[tf.distribute.cluster_resolver.TPUClusterResolver] = Future()
+
+    def try_to_connect() -> None:
+        try:
+            connected.set_result(connect())
+        except Exception as error:
+            connected.set_exception(error)
+
+    threading.Thread(target=try_to_connect, name="tpu", daemon=True).start()
     try:
-        resolver = waiting.result(timeout=TPU_TIMEOUT_SECS)
+        resolver = connected.result(timeout=TPU_TIMEOUT_SECS)
     except Exception as error:
         reason = f"no answer within {TPU_TIMEOUT_SECS:.0f} s" if isinstance(error, TimeoutError) else str(error)
         raise UserError(

@@ -63,7 +63,8 @@ def start(config: Config, build_model: BuildModel | None = None, say: Say = prin
         rows_per_replica(config, strategy.num_replicas_in_sync)
         prepared = prepare(config, say)
         run = RunFolder.create(config, prepared)
-        return train(run, hosts, strategy, prepared, build_model, say)
+        with _whole_run(run, hosts):
+            return train(run, hosts, strategy, prepared, build_model, say)
 
     def prepared_fingerprints() -> dict[str, str]:
         prepared = prepare_in_a_process_of_its_own(config, say)
@@ -92,7 +93,8 @@ def resume(
         say = say if hosts.is_chief else _be_silent
         return _join(run_folder, hosts, run.prepared(), build_model, say, overrides)
     strategy = make_strategy(run.config.distribution)
-    return train(run, hosts, strategy, run.prepared(), build_model, say)
+    with _whole_run(run, hosts):
+        return train(run, hosts, strategy, run.prepared(), build_model, say)
 
 
 def _join(
@@ -115,7 +117,8 @@ def _join(
 
     meet(hosts.workers, hosts.number, what_is_there)
     run = RunFolder(run_folder, overrides)
-    return train(run, hosts, make_strategy(run.config.distribution), prepared, build_model, say)
+    with _whole_run(run, hosts):
+        return train(run, hosts, make_strategy(run.config.distribution), prepared, build_model, say)
 
 
 def fingerprints(config: Config) -> dict[str, str]:
@@ -133,6 +136,22 @@ def _be_silent(_: str) -> None:
     pass
 
 
+@contextlib.contextmanager
+def _whole_run(run: RunFolder, hosts: Hosts) -> Iterator[None]:
+    """Holds the run's folder for its first host, and says what a lost worker means for the others."""
+    with only_run_in(run.path) if hosts.is_chief else contextlib.nullcontext():
+        try:
+            yield
+        except tf.errors.OpError as error:
+            if not hosts.are_several:
+                raise
+            raise UserError(
+                f"Worker {hosts.number} ({hosts.workers[hosts.number]}) cannot go on, most likely because another one "
+                f"went away: {error.message[:300]}. See what the others said, then start all of them again with: "
+                f"trainer train --resume {run.path}"
+            ) from error
+
+
 def train(
     run: RunFolder,
     hosts: Hosts,
@@ -145,27 +164,6 @@ def train(
 
     Every host takes every step and scores its part of the validation text; the first alone writes.
     """
-    with only_run_in(run.path) if hosts.is_chief else contextlib.nullcontext():
-        try:
-            return _train(run, hosts, strategy, prepared, build_model, say)
-        except tf.errors.OpError as error:
-            if not hosts.are_several:
-                raise
-            raise UserError(
-                f"Worker {hosts.number} ({hosts.workers[hosts.number]}) cannot go on, most likely because another one "
-                f"went away: {error.message[:300]}. See what the others said, then start all of them again with: "
-                f"trainer train --resume {run.path}"
-            ) from error
-
-
-def _train(
-    run: RunFolder,
-    hosts: Hosts,
-    strategy: tf.distribute.Strategy,
-    prepared: PreparedData,
-    build_model: BuildModel | None,
-    say: Say,
-) -> TrainingResult:
     config = run.config
     total_steps = count_steps(prepared, config)
     spent = Stopwatch()
