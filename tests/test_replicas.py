@@ -91,6 +91,16 @@ def test_micro_batches_change_nothing_on_one_device(one_device):
 
 
 @pytest.mark.slow
+def test_the_same_micro_batches_make_the_same_bits_on_any_number_of_replicas(tmp_path):
+    alone, *others = (
+        on_replicas(tmp_path, n, [{"precision": "float32", "micro_batches": 8 // n}])[0] for n in (1, 2, 4, 8)
+    )
+    for other in others:
+        for name in alone.keys() - {"num_reductions"}:
+            np.testing.assert_array_equal(other[name], alone[name], err_msg=name)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("num_replicas", [2, 4, 8])
 def test_the_number_of_replicas_changes_nothing(tmp_path, one_device, num_replicas):
     results = on_replicas(tmp_path, num_replicas, CASES)

@@ -42,7 +42,8 @@ class Difference(NamedTuple):
 def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Callable[[str], None] = print) -> bool:
     """Trains the first steps of a config on each number of replicas, and compares.
 
-    Replicas are GPUs where distribution.kind is "gpu", else parts of the CPU. Each number has a process of its own.
+    Replicas are GPUs where distribution.kind is "gpu", else parts of the CPU. Each number has a process of its own. All
+    take the same micro-batches: on a CPU that makes the same bits, however many steps there are.
 
     Args:
         config: whose data, model and precision are used as they are.
@@ -56,13 +57,16 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
     Raises:
         UserError: a batch cannot be spread over that many replicas, or the text cannot be used.
     """
-    for num_replicas in replicas:
-        rows_per_replica(config, num_replicas)
+    shares = [rows_per_replica(config, num_replicas) for num_replicas in replicas]
+    micro_batch_size = config.train.micro_batch_size or math.gcd(*shares)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": micro_batch_size})})
     prepared = prepare(config, say)
     tolerance = TOLERANCE[config.train.precision]
     reference: Trace | None = None
     worst = 0.0
-    say(f"{num_steps} steps of {config.train.global_batch_size} examples, {config.train.precision}:")
+    say(
+        f"{num_steps} steps of {config.train.global_batch_size} examples, {micro_batch_size} at a time, {config.train.precision}:"
+    )
     for num_replicas in replicas:
         # Spawned, not forked: TensorFlow's threads would not survive that.
         with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
@@ -76,7 +80,10 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
         )
     same = worst <= tolerance
     verdict = "the same model" if same else "NOT the same model"
-    say(f"{verdict}: the largest relative difference is {worst:.1e}, and rounding explains {tolerance:.0e}.")
+    if worst == 0:
+        say(f"{verdict}, to the last bit.")
+    else:
+        say(f"{verdict}: the largest relative difference is {worst:.1e}, and rounding explains {tolerance:.0e}.")
     return same
 
 

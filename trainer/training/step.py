@@ -106,6 +106,7 @@ def accumulate(
     first_row: tf.Tensor,
     micro_batch_size: int,
     at_once: int = 1,
+    sum_dtype: tf.DType | None = None,
 ) -> Gradients:
     """Adds up the gradients of a batch, some of its rows after others.
 
@@ -117,23 +118,29 @@ def accumulate(
         first_row: int64 scalar, where the batch begins in the global batch.
         micro_batch_size: rows at a time; divides those of the batch.
         at_once: micro-batches that may be under way at the same time. The sums are made in order all the same.
+        sum_dtype: of the result; None: the accumulation dtype.
     """
-    rows = batch[0].shape[0]
+    rows, dtype = batch[0].shape[0], sum_dtype or accumulation_dtype(weights[0].dtype)
     if micro_batch_size == rows:
-        return gradients_of(weights, state, batch, first_row)
+        return _cast_sums(gradients_of(weights, state, batch, first_row), dtype)
     parts = [tf.reshape(part, [-1, micro_batch_size, *part.shape[1:]]) for part in batch]
 
     def add(i: tf.Tensor, sums: Gradients) -> tuple[tf.Tensor, Gradients]:
         inputs, targets, target_weights = (tf.gather(part, i) for part in parts)
         row = first_row + tf.cast(i * micro_batch_size, tf.int64)
-        new = gradients_of(weights, sums.state, (inputs, targets, target_weights), row)
+        new = _cast_sums(gradients_of(weights, sums.state, (inputs, targets, target_weights), row), dtype)
         gradients = [total + gradient for total, gradient in zip(sums.weights, new.weights, strict=True)]
         return i + 1, Gradients(gradients, sums.loss_sum + new.loss_sum, sums.num_targets + new.num_targets, new.state)
 
-    none = tf.zeros([], accumulation_dtype(weights[0].dtype))
-    nothing = Gradients([tf.zeros_like(weight) for weight in weights], none, none, list(state))
+    none = tf.zeros([], dtype)
+    nothing = Gradients([tf.zeros_like(weight, dtype) for weight in weights], none, none, list(state))
     _, sums = tf.while_loop(lambda i, _: i < rows // micro_batch_size, add, (0, nothing), parallel_iterations=at_once)
     return sums
+
+
+def _cast_sums(sums: Gradients, dtype: tf.DType) -> Gradients:
+    weights = [tf.cast(gradient, dtype) for gradient in sums.weights]
+    return Gradients(weights, tf.cast(sums.loss_sum, dtype), tf.cast(sums.num_targets, dtype), sums.state)
 
 
 def batch_hash(batch: Batch, first_row: tf.Tensor, global_batch_size: int) -> tf.Tensor:
@@ -278,16 +285,16 @@ class TrainingStep:
         ) -> Gradients:
             return self._forward_backward(weights, state, batch, DropoutDraw(seed, number, first_row), scale)
 
-        local = accumulate(gradients_of, weights, state, batch, first_row, *self._micro_batches())
+        sum_dtype = self._sum_dtype()
+        local = accumulate(gradients_of, weights, state, batch, first_row, *self._micro_batches(), sum_dtype)
 
         # Sum over replicas before clipping: clipping each replica's share would make the result depend on how many
         # there are. One list of one dtype, so that one operation sums it all.
-        dtype = local.loss_sum.dtype
-        local_hash = tf.cast(batch_hash(batch, first_row, config.train.global_batch_size), dtype)
-        summands = [*local.weights, local.loss_sum, local.num_targets, local_hash, tf.cast(stop, dtype)]
-        *gradients, loss_sum, num_targets, hash_sum, stop_votes = replica.all_reduce(
-            tf.distribute.ReduceOp.SUM, summands
-        )
+        local_hash = tf.cast(batch_hash(batch, first_row, config.train.global_batch_size), sum_dtype)
+        summands = [*local.weights, local.loss_sum, local.num_targets, local_hash, tf.cast(stop, sum_dtype)]
+        sums = replica.all_reduce(tf.distribute.ReduceOp.SUM, summands)
+        dtype = self._accumulation_dtype()
+        *gradients, loss_sum, num_targets, hash_sum, stop_votes = (tf.cast(total, dtype) for total in sums)
         clipped, grad_norm = mean_and_clip(gradients, num_targets, config.optimizer.clip_norm, scale)
         finite = tf.math.is_finite(grad_norm) & tf.math.is_finite(loss_sum)
         rate = learning_rate(config.optimizer, self.step, self.total_steps)
@@ -325,9 +332,16 @@ class TrainingStep:
         train = self.config.train
         return micro_batches(train.micro_batch_size, self.rows_per_replica, train.sequence_length, self.strategy)
 
+    def _accumulation_dtype(self) -> tf.DType:
+        return tf.float64 if self.config.train.precision == "float64" else tf.float32
+
+    def _sum_dtype(self) -> tf.DType:
+        # In float64 a sum of float32 gradients does not depend on the order of its terms, so a CPU makes the same bits
+        # of the same micro-batches on any number of replicas. An accelerator has no time or no circuits for that.
+        return tf.float64 if device_kind(self.strategy) == "CPU" else self._accumulation_dtype()
+
     def _no_metrics(self) -> CallMetrics:
-        dtype = tf.float64 if self.config.train.precision == "float64" else tf.float32
-        zero, none = tf.zeros([], tf.int64), tf.zeros([], dtype)
+        zero, none = tf.zeros([], tf.int64), tf.zeros([], self._accumulation_dtype())
         secs = tf.zeros([], tf.float64)
         return CallMetrics(zero, zero, none, none, secs, zero, none, secs)
 
