@@ -65,7 +65,8 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
     reference: Trace | None = None
     worst = 0.0
     say(
-        f"{num_steps} steps of {config.train.global_batch_size} examples, {micro_batch_size} at a time, {config.train.precision}:"
+        f"{num_steps} steps of {config.train.global_batch_size} examples, {micro_batch_size} at a time, "
+        f"{config.train.precision}:"
     )
     for num_replicas in replicas:
         # Spawned, not forked: TensorFlow's threads would not survive that.
