@@ -45,6 +45,24 @@ sys.exit(EXIT_INTERRUPTED)
 """
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_not_ignored():
+    """As they are where the tests run as a shell's background job, and so in every process that these start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stopped = []
+    with stop_on_signals(lambda: stopped.append(True)):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    assert not stopped
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_from_outside_stops_a_compiled_loop_and_a_second_one_the_process(number: signal.Signals):

@@ -52,7 +52,7 @@ def test_run_comes_back_as_it_was_created(run: RunFolder, tmp_path: Path):
     prepared = again.prepared()
     assert prepared.fingerprint == run.facts["data_fingerprint"]
     assert again.tokenizer().fingerprint == prepared.tokenizer_fingerprint
-    assert load_config(run.path / "config.toml") == run.config
+    assert load_config(str(run.path / "config.toml")) == run.config
     assert sorted(path.name for path in run.path.iterdir()) == ["config.toml", "run.json", "tokenizer"]
 
 
@@ -99,7 +99,7 @@ def test_folder_that_is_no_run_is_not_opened(run: RunFolder, tmp_path: Path):
     assert str(error.value) == f"{beside} is not a run folder: it has no config.toml. Runs near it: {run.path}."
     with pytest.raises(UserError, match=r"nowhere/at/all is not a run folder: it has no config.toml\.$"):
         RunFolder(tmp_path / "nowhere/at/all")
-    (run.path / "run.json").unlink()
+    (tmp_path / "run/run.json").unlink()
     with pytest.raises(UserError, match=r"is not a run folder: it has no run.json\."):
         RunFolder(run.path)
 
@@ -117,7 +117,7 @@ def test_data_that_is_gone_is_an_error_that_says_how_to_get_it_back(run: RunFold
     ) as e:
         run.prepared()
     assert f"(trainer prepare {run.path / 'config.toml'})" in str(e.value)
-    prepare(load_config(run.path / "config.toml"), quiet)
+    prepare(load_config(str(run.path / "config.toml")), quiet)
     run.prepared()
 
 
@@ -131,7 +131,7 @@ def test_other_data_is_refused(run: RunFolder, tmp_path: Path):
 
 def test_other_tokenizer_is_refused(run: RunFolder, tmp_path: Path):
     other = prepared_text(tmp_path, "another text about a dog\n" * 30)
-    shutil.copytree(other.folder / "tokenizer", run.path / "tokenizer", dirs_exist_ok=True)
+    shutil.copytree(other.folder / "tokenizer", tmp_path / "run/tokenizer", dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"run/tokenizer is not the tokenizer this run was started with\."):
         run.tokenizer()
 

@@ -343,8 +343,8 @@ class Config(Section):
             )
         return self
 
-    def prepared_path(self) -> Path:
-        """Returns the folder of this config's prepared data: one for all configs that prepare the same way."""
+    def prepared_name(self) -> str:
+        """Returns the name of this config's prepared data: one for all configs that prepare the same way."""
         what = {
             "data": self.data.model_dump(exclude={"prepared_folder", "mode"}),
             "tokenizer": self.tokenizer.model_dump(),
@@ -355,7 +355,7 @@ class Config(Section):
             del what["data"]["held_out_fraction"]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
         stem = Path(self.data.train[0]).name.split(".")[0].replace("*", "_") or "text"
-        return Path(self.data.prepared_folder) / f"{stem}-{digest}"
+        return f"{stem}-{digest}"
 
     def to_toml(self) -> str:
         """Returns the config with every default written out, as TOML that `load_config` reads back."""
@@ -374,12 +374,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file.{_shipped_configs()}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
-    settings.setdefault("run_folder", f"runs/{path.stem}")
+    return parse_config(text, str(path), overrides)
+
+
+def parse_config(text: str, path: str, overrides: Sequence[str] = ()) -> Config:
+    """Does what `load_config` does with the text of a file at that path."""
+    try:
+        settings = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not a readable TOML file: {error}") from None
+    settings.setdefault("run_folder", f"runs/{Path(path).stem}")
     return make_config(settings, overrides)
 
 

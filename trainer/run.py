@@ -8,12 +8,11 @@ logs/         for TensorBoard
 """
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import Config, UserError, check_resumable, load_config
+from trainer.config import Config, UserError, check_resumable, parse_config
+from trainer.storage import Location, Url, copy_folder, locate, on_disk, remove_folder, write_whole
 
 if TYPE_CHECKING:
     import keras
@@ -32,20 +31,21 @@ class RunFolder:
     """The folder of a run.
 
     Args:
-        path: made by `create`.
+        path: made by `create`; a folder on a disk, or a URL such as gs://bucket/run.
         overrides: `section.key=value` strings, of what a resumed run may change.
 
     Raises:
         UserError: there is no run, or an override would change what comes out.
     """
 
-    def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
+    def __init__(self, path: str | Location, overrides: Sequence[str] = ()) -> None:
         check_resumable(overrides)
-        self.path = Path(path)
+        self.path = locate(path)
         for name in ("config.toml", "run.json"):
             if not (self.path / name).is_file():
                 raise UserError(f"{self.path} is not a run folder: it has no {name}.{_runs_beside(self.path)}")
-        self.config = load_config(self.path / "config.toml", overrides)
+        config_file = self.path / "config.toml"
+        self.config = parse_config(config_file.read_text(encoding="utf-8"), str(config_file), overrides)
         self.facts: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
 
     @classmethod
@@ -55,23 +55,21 @@ class RunFolder:
         Raises:
             UserError: it is there already and not empty, or cannot be written.
         """
-        path = Path(config.run_folder)
+        path = locate(config.run_folder)
         check_is_free(config)
         facts = {
-            "prepared_folder": str(prepared.folder.resolve()),
+            "prepared_folder": prepared.stored_in or str(prepared.folder.resolve()),
             "data_fingerprint": prepared.fingerprint,
             "tokenizer_fingerprint": prepared.tokenizer_fingerprint,
         }
         try:
             path.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(prepared.folder / "tokenizer", path / "tokenizer", dirs_exist_ok=True)
+            copy_folder(prepared.folder / "tokenizer", path / "tokenizer")
             (path / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             # Last: a folder with a config is a run.
-            temporary = path / "config.toml.partial"
-            temporary.write_text(config.to_toml(), encoding="utf-8")
-            temporary.rename(path / "config.toml")
+            write_whole(path / "config.toml", config.to_toml())
         except OSError as error:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_folder(path)
             raise UserError(
                 f"run_folder={config.run_folder!r} cannot be written: {error.strerror or error}. Make room, or choose "
                 "another folder; nothing half-written is left."
@@ -84,15 +82,16 @@ class RunFolder:
         Raises:
             UserError: it is gone, or is not the same.
         """
+        from trainer.data.prepare import fetch
         from trainer.data.shards import load_prepared
 
-        folder = Path(self.facts["prepared_folder"])
+        folder = locate(self.facts["prepared_folder"])
         if not folder.is_dir():
             raise UserError(
                 f"{self.path} was started on the prepared data {folder}, which is gone. Prepare the same text with the "
                 f"same settings again (trainer prepare {self.path / 'config.toml'}) or start a new run."
             )
-        prepared = load_prepared(folder)
+        prepared = fetch(folder) if isinstance(folder, Url) else load_prepared(folder)
         if prepared.fingerprint != self.facts["data_fingerprint"]:
             raise UserError(f"{folder} is not the data {self.path} was started on; start a new run for other data.")
         return prepared
@@ -101,7 +100,8 @@ class RunFolder:
         """Returns the run's tokenizer."""
         from trainer.data.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(self.path / "tokenizer")
+        with on_disk(self.path / "tokenizer") as folder:
+            tokenizer = load_tokenizer(folder)
         if tokenizer.fingerprint != self.facts["tokenizer_fingerprint"]:
             raise UserError(f"{self.path / 'tokenizer'} is not the tokenizer this run was started with.")
         return tokenizer
@@ -140,7 +140,7 @@ def build_gpt(config: Config, vocabulary_size: int) -> "keras.Model":
 
 def check_is_free(config: Config) -> None:
     """Raises UserError where a new run's folder is taken."""
-    path = Path(config.run_folder)
+    path = locate(config.run_folder)
     if (path / "config.toml").is_file():
         raise UserError(
             f"run_folder={config.run_folder!r} already holds a run. Go on with it: trainer train --resume {path}; or "
@@ -150,6 +150,8 @@ def check_is_free(config: Config) -> None:
         raise UserError(f"run_folder={config.run_folder!r} is there already and is no run; choose another folder.")
 
 
-def _runs_beside(path: Path) -> str:
+def _runs_beside(path: Location) -> str:
+    if isinstance(path, Url):
+        return ""
     found = sorted(str(config.parent) for config in [*path.glob("*/config.toml"), *path.parent.glob("*/config.toml")])
     return f" Runs near it: {', '.join(found[:5])}." if found else ""

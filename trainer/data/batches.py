@@ -10,7 +10,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from trainer.config import Config, UserError
-from trainer.data.shards import PreparedData, Split
+from trainer.data.shards import MANIFEST, PreparedData, Split
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
@@ -65,7 +65,7 @@ def training_batches(
         n = step * batch_size + rows
         return read(permuted(n % count, n // count, count, seed))
 
-    elements = tf.data.Dataset.range(first_step * share.num_replicas, total_steps * share.num_replicas)
+    elements = _elements(prepared, first_step * share.num_replicas, total_steps * share.num_replicas)
     return elements.map(batch_at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
 
 
@@ -91,7 +91,7 @@ def evaluation_batches(
         inputs, targets, weights = read(tf.minimum(n, count - 1))
         return inputs, targets, weights * tf.cast(n < count, tf.float32)[:, tf.newaxis]
 
-    elements = tf.data.Dataset.range(min(-(-count // batch_size), num_batches or count) * share.num_replicas)
+    elements = _elements(prepared, 0, min(-(-count // batch_size), num_batches or count) * share.num_replicas)
     return elements.map(batch_at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
 
 
@@ -124,6 +124,30 @@ def permuted(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Te
     key = tf.stack([tf.fill(tf.shape(index), tf.constant(seed, tf.int64)), epoch, tf.zeros_like(epoch)], axis=1)
     last = tf.constant(count - 1, tf.int64)
     return tf.raw_ops.RandomIndexShuffle(index=index, seed=key, max_index=last, rounds=4)
+
+
+def _elements(prepared: PreparedData, first: int, end: int) -> tf.data.Dataset:
+    """Returns the numbers of a pipeline's elements; before the first one, the shards are on the host that makes it."""
+    if prepared.stored_in is None:
+        return tf.data.Dataset.range(first, end)
+    # On a TPU slice the other hosts run TensorFlow's server and none of our Python: only operations reach their disks.
+    copied = tf.data.Dataset.from_tensors(prepared.stored_in).map(lambda source: _copy_unless_there(prepared, source))
+    return copied.flat_map(lambda _: tf.data.Dataset.range(first, end))
+
+
+def _copy_unless_there(prepared: PreparedData, source: tf.Tensor) -> tf.Tensor:
+    shards = [shard for split in prepared.splits.values() for shard in split.shards]
+    # The manifest last: where it is, all is.
+    names = [name for shard in shards for name in (shard.tokens_file, shard.offsets_file)] + [MANIFEST]
+
+    def copy() -> tf.Tensor:
+        for name in names:
+            content = tf.io.read_file(tf.strings.join([source, "/", name]))
+            tf.io.write_file(str(prepared.folder.absolute() / name), content)
+        return tf.constant(True)
+
+    there = tf.io.matching_files(str(prepared.folder.absolute() / MANIFEST))
+    return tf.cond(tf.size(there) > 0, lambda: tf.constant(True), copy)
 
 
 def _examples_per_shard(split: Split, config: Config) -> list[int]:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import fcntl
 import glob
+import json
 import os
 import secrets
 import shutil
@@ -20,10 +21,19 @@ from typing import Any
 import numpy as np
 
 from trainer.config import Config, UserError
-from trainer.data.shards import SHARD_TOKENS, PreparedData, SplitWriter, load_prepared, token_dtype, write_manifest
+from trainer.data.shards import (
+    MANIFEST,
+    SHARD_TOKENS,
+    PreparedData,
+    SplitWriter,
+    load_prepared,
+    token_dtype,
+    write_manifest,
+)
 from trainer.data.text import Source, open_source
 from trainer.data.tokenizer import Tokenizer, train_tokenizer
 from trainer.data.vocabulary import cut
+from trainer.storage import Url, copy_file, copy_folder, locate, place_on_disk, sync
 
 _BATCH_BYTES = 1 << 20
 _PROGRESS_SECS = 5.0
@@ -45,15 +55,53 @@ def prepare(config: Config, say: Say = print, shard_tokens: int = SHARD_TOKENS) 
         UserError: the text cannot be used, or the folder cannot be written or is damaged.
     """
     source = open_source(config.data)
-    fingerprint, stem = source.fingerprint(), config.prepared_path()
-    folder = stem.with_name(f"{stem.name}-{fingerprint[:10]}")
+    fingerprint = source.fingerprint()
+    name = f"{config.prepared_name()}-{fingerprint[:10]}"
+    home = locate(config.data.prepared_folder)
+    if isinstance(home, Path):
+        return _prepare_on_disk(home / name, config, source, fingerprint, say, shard_tokens)
+    stored = home / name
+    if not (stored / MANIFEST).is_file():
+        copy = place_on_disk(stored)
+        _prepare_on_disk(copy, config, source, fingerprint, say, shard_tokens)
+        say(f"{stored}: copying it there")
+        for path in sorted(copy.iterdir(), key=lambda path: path.name == MANIFEST):  # What makes it whole goes last.
+            copy_folder(path, stored / path.name) if path.is_dir() else copy_file(path, stored / path.name)
+    prepared = fetch(stored)
+    say(f"{stored}: prepared, and on this host's disk as {prepared.folder}; {_describe(prepared)}")
+    return prepared
+
+
+def fetch(stored: Url) -> PreparedData:
+    """Returns prepared data of an object store, copied to this host's disk if it is not there yet.
+
+    Raises:
+        UserError: the store's copy is damaged or cannot be read, or this host's cannot be written.
+    """
+    folder = place_on_disk(stored)
+    if not folder.exists():
+        with _written_whole(folder) as partial:
+            copy_folder(stored, partial)
+            try:
+                load_prepared(partial)
+            except UserError as error:
+                raise UserError(str(error).replace(str(partial), str(stored))) from None
+    prepared = load_prepared(folder)
+    if json.loads((stored / MANIFEST).read_text())["fingerprint"] != prepared.fingerprint:
+        raise UserError(f"{folder} is no copy of {stored} any more; delete it, and it will be copied again.")
+    return dataclasses.replace(prepared, stored_in=str(stored))
+
+
+def _prepare_on_disk(
+    folder: Path, config: Config, source: Source, fingerprint: str, say: Say, shard_tokens: int
+) -> PreparedData:
     if folder.exists():
         prepared = load_prepared(folder)
         say(f"{folder}: already prepared; {_describe(prepared)}")
         return prepared
     for path in set(source.train_files) & set(source.validation_files):
         say(f"warning: {path} is in data.train and in data.validation")
-    if others := sorted(stem.parent.glob(f"{glob.escape(stem.name)}-*")):
+    if others := sorted(folder.parent.glob(f"{glob.escape(config.prepared_name())}-*")):
         say(f"the text is not the one of {others[-1]}; preparing it anew (that folder stays)")
     start = time.monotonic()
     with _written_whole(folder) as partial:
@@ -171,10 +219,10 @@ def _written_whole(folder: Path) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield partial
             for path in partial.rglob("*"):
-                _sync(path)
-            _sync(partial)
+                sync(path)
+            sync(partial)
             _rename_unless_there(partial, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise UserError(
             f"data.prepared_folder={str(folder.parent)!r}: cannot be written: {error.strerror or error}. Make room, or "
@@ -208,8 +256,3 @@ def _opened(path: Path) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
-
-
-def _sync(path: Path) -> None:
-    with _opened(path) as handle:
-        os.fsync(handle)

@@ -17,6 +17,7 @@ import numpy as np
 from trainer.config import UserError
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
+MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 SHARD_TOKENS = 1 << 27
 
@@ -77,6 +78,7 @@ class PreparedData:
         sources: the files of each split, for people to read.
         splits: "train" and "validation".
         fingerprint: identifies all of this but folder and sources, and so every token.
+        stored_in: URL of the folder that `folder` is this host's copy of, or None.
     """
 
     folder: Path
@@ -91,6 +93,7 @@ class PreparedData:
     sources: dict[str, list[str]]
     splits: dict[str, Split]
     fingerprint: str
+    stored_in: str | None = None
 
     def split(self, name: str) -> Split:
         """Returns the split "train" or "validation"."""
@@ -117,7 +120,7 @@ def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
     """Writes manifest.json: the attributes of PreparedData but folder and fingerprint, which is added."""
     entries = {"format_version": FORMAT_VERSION, **entries}
     entries["fingerprint"] = _fingerprint(entries)
-    (folder / "manifest.json").write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
 
 
 def load_prepared(folder: str | Path, check_hashes: bool = True) -> PreparedData:
@@ -132,7 +135,7 @@ def load_prepared(folder: str | Path, check_hashes: bool = True) -> PreparedData
     """
     folder = Path(folder)
     try:
-        entries = dict(json.loads((folder / "manifest.json").read_text("utf-8")))
+        entries = dict(json.loads((folder / MANIFEST).read_text("utf-8")))
         expected = _fingerprint(entries)
     except FileNotFoundError:
         raise _damaged(folder, "manifest.json is missing") from None

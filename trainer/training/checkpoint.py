@@ -6,7 +6,6 @@ counts once its manifest, written last, is there and agrees with the files.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ import tensorflow as tf
 
 from trainer.config import UserError
 from trainer.model.gpt import GPT
+from trainer.storage import is_url, sync
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -120,7 +120,7 @@ class Checkpoints:
         if _holds(final, manifest):
             return
         # One name for all steps, so that what a killed process left is cleared away by the next one.
-        written = final if _is_object_store(final) else f"{self.folder}/.partial"
+        written = final if is_url(final) else f"{self.folder}/.partial"
         try:
             _remove_tree(written)
             tf.io.gfile.makedirs(written)
@@ -128,10 +128,10 @@ class Checkpoints:
                 _write_file(f"{written}/{name}", data)
             _write_file(f"{written}/{MANIFEST}", json.dumps(manifest, indent=2).encode())
             if written != final:
-                _sync(written)
+                sync(written)
                 _remove_tree(final)
                 tf.io.gfile.rename(written, final)
-                _sync(self.folder)
+                sync(self.folder)
         except (OSError, tf.errors.OpError) as error:
             _remove_tree(written)
             raise UserError(
@@ -243,27 +243,12 @@ def _identity(data: bytes) -> dict[str, Any]:
 def _write_file(path: str, data: bytes) -> None:
     with tf.io.gfile.GFile(path, "wb") as file:
         file.write(data)
-    _sync(path)
+    sync(path)
     # gfile does not tell of every short write.
     if tf.io.gfile.stat(path).length != len(data):
         raise OSError(f"{path} was cut short; is the disk full?")
 
 
-def _sync(path: str) -> None:
-    """Makes a file or folder of a disk outlive a loss of power."""
-    if _is_object_store(path):
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _remove_tree(folder: str) -> None:
     if tf.io.gfile.exists(folder):
         tf.io.gfile.rmtree(folder)
-
-
-def _is_object_store(path: str) -> bool:
-    return "://" in path

@@ -6,9 +6,9 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from trainer.config import UserError
+from trainer.storage import Location, Url
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again. Schedulers can be told to.
 EXIT_INTERRUPTED = 75
@@ -16,7 +16,8 @@ EXIT_INTERRUPTED = 75
 
 @contextlib.contextmanager
 def stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """Calls request_stop at the first SIGINT or SIGTERM; a second one ends the process as it always does.
+    """Calls request_stop at the first SIGINT or SIGTERM; a second one ends the process as it always does. A signal that
+    the process was started to ignore, as a shell's background job is SIGINT, stays ignored.
 
     Python runs a signal's handler between two of its own instructions, and a call of the compiled loop is one for
     minutes. So the handler in C writes to a socket, and a thread that reads it calls request_stop.
@@ -26,29 +27,29 @@ def stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
         return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    names = (signal.SIGINT, signal.SIGTERM)
-    before = {name: signal.getsignal(name) for name in names}
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    before = {name: handler for name, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def watch() -> None:
         # Any signal that Python handles writes its number, not these two alone. No byte: the other end is closed.
         while number := reader.recv(1):
-            if number[0] in names:
+            if number[0] in before:
                 request_stop()
 
     def note(*_: object) -> None:
-        for name in names:
-            signal.signal(name, before[name])
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
     thread = threading.Thread(target=watch, name="signals", daemon=True)
     thread.start()
     previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    for name in names:
+    for name in before:
         signal.signal(name, note)
     try:
         yield
     finally:
-        for name in names:
-            signal.signal(name, before[name])
+        for name, handler in before.items():
+            signal.signal(name, handler)
         signal.set_wakeup_fd(previous)
         writer.close()
         thread.join()
@@ -56,12 +57,15 @@ def stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """Holds a run's folder for this process.
+def only_run_in(folder: Location) -> Iterator[None]:
+    """Holds a run's folder for this process; one in an object store, which has no locks, it cannot.
 
     Raises:
         UserError: another process trains in it.
     """
+    if isinstance(folder, Url):
+        yield
+        return
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import numpy as np
@@ -20,6 +19,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from trainer.config import Config, UserError
 from trainer.evaluate import Evaluation
+from trainer.storage import Location
 from trainer.training.step import CallMetrics
 
 
@@ -85,7 +85,7 @@ class Monitor:
 
     def __init__(
         self,
-        logs: Path,
+        logs: Location,
         config: Config,
         first_step: int,
         total_steps: int,
@@ -200,7 +200,7 @@ class EventLog:
         UserError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Location, first_step: int) -> None:
         self.folder = folder
         with self._telling_of_errors():
             self._writer = EventFileWriter(str(folder))

@@ -1,0 +1,157 @@
+"""Laws of runs and data in an object store; ram:// stands in for one."""
+
+import contextlib
+import secrets
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import trainer
+from trainer.config import UserError, make_config
+from trainer.data.batches import evaluation_batches, training_batches
+from trainer.data.prepare import fetch, prepare
+from trainer.run import RunFolder
+from trainer.storage import Url, copy_folder, locate, on_disk, place_on_disk, remove_folder
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture
+def store(monkeypatch, tmp_path):
+    """A bucket of its own, and a disk of its own for the copies."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return f"ram://{secrets.token_hex(4)}"
+
+
+def config_in(store, *overrides):
+    settings = {
+        "run_folder": f"{store}/run",
+        "data": {"storybook_stories": 300, "prepared_folder": f"{store}/prepared"},
+        "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 8, "intermediate_dim": 8},
+        "train": {"precision": "float32", "total_steps": 4, "sequence_length": 16, "global_batch_size": 4},
+        "samples": {"num_tokens": 2},
+    }
+    return make_config(settings, overrides)
+
+
+def all_batches(dataset):
+    return [[part.numpy() for part in batch] for batch in dataset]
+
+
+def test_a_location_is_a_path_or_a_url():
+    assert locate("runs/a") == Path("runs/a")
+    url = locate("gs://bucket/runs/")
+    assert isinstance(url, Url)
+    assert (str(url), url.name, str(url / "a")) == ("gs://bucket/runs", "runs", "gs://bucket/runs/a")
+    assert locate(url) is url
+
+
+def test_a_folder_goes_there_and_back_byte_for_byte(store, tmp_path):
+    (tmp_path / "a/deep").mkdir(parents=True)
+    (tmp_path / "a/bytes").write_bytes(bytes(range(256)))
+    (tmp_path / "a/deep/text").write_text("한국어")
+    folder = locate(f"{store}/copy")
+    copy_folder(tmp_path / "a", folder)
+    assert [entry.name for entry in folder.iterdir()] == ["bytes", "deep"]
+    assert folder.is_dir() and not folder.is_file() and (folder / "bytes").is_file()
+    with on_disk(folder) as copy:
+        assert (copy / "bytes").read_bytes() == bytes(range(256))
+        assert (copy / "deep/text").read_text() == (folder / "deep" / "text").read_text() == "한국어"
+    remove_folder(folder)
+    assert not folder.is_dir()
+
+
+def test_what_is_not_there_is_a_missing_file_and_what_is_no_store_is_said(store):
+    with pytest.raises(FileNotFoundError, match=r"nothing"):
+        locate(f"{store}/nothing").read_text()
+    with pytest.raises(UserError, match=r"nosuch://bucket/a: the object store says: .*Check the name"):
+        locate("nosuch://bucket/a").read_text()
+
+
+def test_data_prepared_in_a_store_is_read_from_a_copy_on_the_disk(store, tmp_path):
+    said = []
+    prepared = prepare(config_in(store), said.append)
+    on_a_disk = prepare(config_in(store, f"data.prepared_folder={tmp_path / 'prepared'}"), quiet)
+    assert prepared.stored_in == f"{store}/prepared/{on_a_disk.folder.name}"
+    assert prepared.fingerprint == on_a_disk.fingerprint
+    assert prepared.folder == place_on_disk(locate(prepared.stored_in))
+    assert said[-1].startswith(f"{prepared.stored_in}: prepared, and on this host's disk as {prepared.folder}; ")
+    for make in (
+        lambda data: training_batches(data, config_in(store), 1, 4),
+        lambda data: evaluation_batches(data, config_in(store)),
+    ):
+        np.testing.assert_equal(all_batches(make(prepared)), all_batches(make(on_a_disk)))
+
+
+def test_a_host_without_a_copy_gets_one(store):
+    prepared = prepare(config_in(store), quiet)
+    shutil.rmtree(prepared.folder)
+    assert prepare(config_in(store), quiet) == prepared == fetch(locate(prepared.stored_in))
+
+
+def test_a_host_that_runs_no_python_copies_the_shards_by_operations(store):
+    prepared = prepare(config_in(store), quiet)
+    expected = all_batches(training_batches(prepared, config_in(store), 0, 3))
+    before = {path.name: path.read_bytes() for path in prepared.folder.iterdir() if path.is_file()}
+    dataset = training_batches(prepared, config_in(store), 0, 3)
+    shutil.rmtree(prepared.folder)
+    np.testing.assert_equal(all_batches(dataset), expected)
+    assert {path.name: path.read_bytes() for path in prepared.folder.iterdir()} == before
+    # Once: what is there is not touched again.
+    times = {path: path.stat().st_mtime_ns for path in prepared.folder.iterdir()}
+    np.testing.assert_equal(all_batches(dataset), expected)
+    assert {path: path.stat().st_mtime_ns for path in prepared.folder.iterdir()} == times
+
+
+def test_data_damaged_in_the_store_is_not_copied(store):
+    prepared = prepare(config_in(store), quiet)
+    shutil.rmtree(prepared.folder)
+    shard = locate(prepared.stored_in) / "train-00000.tokens"
+    content = shard.read_bytes()
+    tf.io.gfile.remove(str(shard))  # ram:// would append.
+    shard.write_bytes(b"x" + content[1:])
+    with pytest.raises(UserError, match=rf"{prepared.stored_in}: train-00000.tokens was changed: its SHA-256 does not"):
+        prepare(config_in(store), quiet)
+    assert not prepared.folder.exists()
+
+
+def test_a_run_in_a_store_is_that_on_a_disk(store, tmp_path):
+    """Trained, stopped in the middle, resumed and used, with nothing of it on a disk but the copy of the data."""
+    on_a_disk = trainer.train(config_in(store, f"run_folder={tmp_path / 'run'}"), say=quiet)
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_two(line):
+        if line.startswith("step 2"):
+            raise Stop
+
+    config = config_in(store, "log.every_steps=2", "checkpoint.every_steps=1")
+    with contextlib.suppress(Stop):
+        trainer.train(config, say=stop_at_two)
+    said = []
+    result = trainer.resume(config.run_folder, say=said.append)
+    assert result.step == 4 and result.run_folder == config.run_folder
+    for ours, theirs in zip(result.model.get_weights(), on_a_disk.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert result.samples == on_a_disk.samples
+    run = RunFolder(config.run_folder)
+    assert run.config == config
+    assert run.load_model(say=quiet)[1].step == 4
+    assert trainer.generate(config.run_folder, "once") == trainer.generate(str(tmp_path / "run"), "once")
+    assert [entry.name for entry in run.path.iterdir()] == [
+        "checkpoints",
+        "config.toml",
+        "logs",
+        "run.json",
+        "tokenizer",
+    ]
+    (events,) = tf.io.gfile.glob(f"{config.run_folder}/logs/validation/*")[-1:]
+    assert tf.io.gfile.stat(events).length > 0
+    with pytest.raises(UserError, match=r"already holds a run"):
+        trainer.train(config, say=quiet)

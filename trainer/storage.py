@@ -1,0 +1,185 @@
+"""Folders on a disk or in an object store: what of pathlib a run and its data need, for gs:// and whatever else
+tf.io.gfile reads.
+
+An object store has no rename and no locks, but a file there is whole or not there at all. Data is read from a disk: a
+folder in a store has a place on this host's disk where a copy of it belongs.
+"""
+
+import contextlib
+import getpass
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.config import UserError
+
+
+class Url:
+    """A file or folder in an object store, with the methods of a Path that are used here.
+
+    Args:
+        text: scheme://name; a slash at its end says nothing.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text.rstrip("/")
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __truediv__(self, name: str) -> "Url":
+        return Url(f"{self._text}/{name}")
+
+    @property
+    def name(self) -> str:
+        """What stands behind the last slash."""
+        return self._text.rpartition("/")[2]
+
+    def is_file(self) -> bool:
+        """Whether there is such a file."""
+        with _telling_of_errors(self):
+            return bool(_gfile().exists(self._text)) and not _gfile().isdir(self._text)
+
+    def is_dir(self) -> bool:
+        """Whether there is anything in such a folder."""
+        with _telling_of_errors(self):
+            return bool(_gfile().isdir(self._text))
+
+    def iterdir(self) -> Iterator["Url"]:
+        """Yields what is in the folder, by name."""
+        with _telling_of_errors(self):
+            names = sorted(name.rstrip("/") for name in _gfile().listdir(self._text))
+        for name in names:
+            yield self / name
+
+    def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
+        """Makes the folder, where the store has folders at all."""
+        with _telling_of_errors(self):
+            _gfile().makedirs(self._text)
+
+    def read_bytes(self) -> bytes:
+        """Returns the file's content."""
+        with _telling_of_errors(self), _gfile().GFile(self._text, "rb") as file:
+            return bytes(file.read())
+
+    def write_bytes(self, content: bytes) -> None:
+        """Writes the file; others see all of it or nothing."""
+        with _telling_of_errors(self), _gfile().GFile(self._text, "wb") as file:
+            file.write(content)
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """Returns the file's text."""
+        return self.read_bytes().decode(encoding)
+
+    def write_text(self, text: str, encoding: str = "utf-8") -> None:
+        """Writes the file; others see all of it or nothing."""
+        self.write_bytes(text.encode(encoding))
+
+
+Location = Path | Url
+
+
+def is_url(path: object) -> bool:
+    """Whether a path is in an object store."""
+    return "://" in str(path)
+
+
+def locate(path: str | Location) -> Location:
+    """Returns the Path or Url that a string means."""
+    if isinstance(path, Url):
+        return path
+    return Url(str(path)) if is_url(path) else Path(path)
+
+
+def write_whole(file: Location, text: str) -> None:
+    """Writes a text file that nobody ever sees half of."""
+    if isinstance(file, Url):
+        file.write_text(text)
+        return
+    temporary = file.with_name(f"{file.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(file)
+
+
+def copy_folder(source: Location, target: Location) -> None:
+    """Copies the files and folders in a folder; those already in the target stay unless they have the same name."""
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in source.iterdir():
+        if entry.is_dir():
+            copy_folder(entry, target / entry.name)
+        else:
+            copy_file(entry, target / entry.name)
+
+
+def copy_file(source: Location, target: Location) -> None:
+    """Copies a file of any size."""
+    if isinstance(source, Path) and isinstance(target, Path):
+        shutil.copyfile(source, target)
+        return
+    with _telling_of_errors(source if isinstance(source, Url) else target):
+        _gfile().copy(str(source), str(target), overwrite=True)
+
+
+def remove_folder(folder: Location) -> None:
+    """Removes a folder and all in it, as far as that can be done."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.is_dir():
+        _gfile().rmtree(str(folder))
+
+
+@contextlib.contextmanager
+def on_disk(folder: Location) -> Iterator[Path]:
+    """Gives a folder on a disk for as long as it takes to read it: the folder itself or a copy."""
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="trainer-") as name:
+        copy_folder(folder, Path(name))
+        yield Path(name)
+
+
+def place_on_disk(folder: Url) -> Path:
+    """Returns where on a host's disk a folder of a store belongs; the same on every host with the same user.
+
+    It is below the folder for temporary files, which TMPDIR names.
+    """
+    of_parent = hashlib.sha256(str(folder).rpartition("/")[0].encode()).hexdigest()[:10]
+    return Path(tempfile.gettempdir()) / f"trainer-{getpass.getuser()}" / of_parent / folder.name
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Makes a file or folder of a disk outlive a loss of power; in a store they always do."""
+    if is_url(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _gfile() -> Any:
+    # Here, as a run on a disk is looked at before TensorFlow is loaded.
+    import tensorflow as tf
+
+    return tf.io.gfile
+
+
+@contextlib.contextmanager
+def _telling_of_errors(where: object) -> Iterator[None]:
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.NotFoundError as error:
+        raise FileNotFoundError(f"{where}: {error.message}") from None
+    except tf.errors.OpError as error:
+        raise UserError(
+            f"{where}: the object store says: {error.message[:300]}. Check the name, and that this machine may "
+            "read and write there (for gs://: gcloud auth application-default login)."
+        ) from None
