@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
 from trainer.config import CharConfig, Config, UserError, load_config
 from trainer.run import build_gpt
@@ -14,7 +15,7 @@ from trainer.training.step import TrainingStep
 def lower_step(config: Config, vocabulary_size: int, num_replicas: int) -> bytes:
     """Returns one replica's whole step (forward, backward, clip and AdamW) as a serialized XLA HloModuleProto.
 
-    The sum over replicas is left out: beside the gradients, which are there anyway, it needs no memory to speak of.
+    One replica of several, which the sum over replicas in it joins.
 
     Args:
         config: of the run.
@@ -33,7 +34,8 @@ def lower_step(config: Config, vocabulary_size: int, num_replicas: int) -> bytes
     strategy = make_strategy(distribution)
     with strategy.scope():
         model = build_gpt(one, vocabulary_size)
-    step = TrainingStep(one, train.total_steps or 1, model, strategy)
+    step = _StepOfMany(one, train.total_steps or 1, model, strategy)
+    step.num_replicas = num_replicas
 
     @tf.function(autograph=False, jit_compile=True)
     def take_step(inputs: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -43,6 +45,21 @@ def lower_step(config: Config, vocabulary_size: int, num_replicas: int) -> bytes
     specs = [tf.TensorSpec(shape, dtype) for dtype in (tf.int32, tf.int32, tf.float32)]
     hlo: bytes = take_step.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
     return hlo
+
+
+class _StepOfMany(TrainingStep):
+    """The step as the compiler of several devices sees it, where the strategy has one."""
+
+    num_replicas = 1
+
+    def sum_over_replicas(self, replica: tf.distribute.ReplicaContext, summands: list[tf.Tensor]) -> list[tf.Tensor]:
+        if self.num_replicas == 1:
+            return summands
+        groups = tf.constant([[*range(self.num_replicas)]], tf.int32)
+        return [gen_xla_ops.xla_all_reduce(x, groups, "Add", "CrossReplica") for x in summands]
+
+    def _sum_dtype(self) -> tf.DType:
+        return self._accumulation_dtype()  # As on the device, which is no CPU.
 
 
 def main() -> None:

@@ -292,7 +292,7 @@ class TrainingStep:
         # there are. One list of one dtype, so that one operation sums it all.
         local_hash = tf.cast(batch_hash(batch, first_row, config.train.global_batch_size), sum_dtype)
         summands = [*local.weights, local.loss_sum, local.num_targets, local_hash, tf.cast(stop, sum_dtype)]
-        sums = replica.all_reduce(tf.distribute.ReduceOp.SUM, summands)
+        sums = self.sum_over_replicas(replica, summands)
         dtype = self._accumulation_dtype()
         *gradients, loss_sum, num_targets, hash_sum, stop_votes = (tf.cast(total, dtype) for total in sums)
         clipped, grad_norm = mean_and_clip(gradients, num_targets, config.optimizer.clip_norm, scale)
@@ -323,6 +323,11 @@ class TrainingStep:
             tf.where(is_clipped, one, zero),
             stop_votes,
         )
+
+    def sum_over_replicas(self, replica: tf.distribute.ReplicaContext, summands: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Sums tensors of one dtype over all replicas, in one operation."""
+        sums: list[tf.Tensor] = replica.all_reduce(tf.distribute.ReduceOp.SUM, summands)
+        return sums
 
     def _uses_xla(self) -> bool:
         asked = self.config.train.xla
