@@ -45,6 +45,7 @@ def test_config_is_frozen():
         ("train.num_heads=1", "train.num_heads is not a setting. Did you mean model.num_heads?"),
         ("train.lerning_rate=1", "train.lerning_rate is not a setting. Did you mean optimizer.learning_rate?"),
         ("total_steps=1", "total_steps is not a setting. Did you mean train.total_steps?"),
+        ("distribution.num_gpus=2", "distribution.num_gpus is not a setting. Did you mean distribution.gpus?"),
         ("optimizer.lr=1", "There are: learning_rate, schedule, warmup_steps"),
         ("xyzzy=1", "xyzzy is not a setting. There are: run_folder, data, tokenizer, model, train"),
         # Dropping a misspelt key must not pass for done, nor a key be taken for the kind of tokenizer.
@@ -64,13 +65,16 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
             "distribution.logical_devices=2 splits a CPU and does not go with distribution.kind='gpu'",
         ),
         (
-            ["distribution.num_gpus=2", "distribution.kind=cpu"],
-            "distribution.num_gpus=2 does not go with distribution.kind='cpu'",
+            ["distribution.gpus=[0, 1]", "distribution.kind=cpu"],
+            "distribution.gpus=[0, 1] does not go with distribution.kind='cpu'",
         ),
         (
-            ["distribution.num_gpus=2", "distribution.logical_devices=2"],
-            "distribution.num_gpus=2 and distribution.logical_devices=2: replicas are on GPUs or on a split CPU",
+            ["distribution.gpus=[0, 1]", "distribution.logical_devices=2"],
+            "distribution.gpus=[0, 1] and distribution.logical_devices=2: replicas are on GPUs or on a split CPU",
         ),
+        (["distribution.gpus=[]"], "distribution.gpus=[] must name at least one GPU, and none twice; leave it out for"),
+        (["distribution.gpus=[1, 1]"], "distribution.gpus=[1, 1] must name at least one GPU, and none twice; leave it"),
+        (["distribution.gpus=[-1]"], "distribution.gpus.0=-1: input should be greater than or equal to 0."),
         (
             ["distribution.tpu_zone=us-central1-a"],
             "distribution.tpu_name, tpu_zone and tpu_project do not go with distribution.kind='auto'",
@@ -89,6 +93,7 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
             ["model.num_heads=3", "model.hidden_dim=2"],
             "model.num_heads=3 is more than model.hidden_dim=2; a head needs a width of at least 1.",
         ),
+        (["model.vocabulary_multiple=0"], "model.vocabulary_multiple=0: input should be greater than 0."),
         (["train.sequence_length=1"], "train.sequence_length=1: input should be greater than or equal to 2."),
         (["tokenizer={kind='wordpiece',vocabulary_size=3}"], "tokenizer.vocabulary_size=3: input should be greater"),
         (["tokenizer.kind=bpe"], "tokenizer.kind must be one of 'wordpiece', 'char'; received 'bpe'."),
@@ -176,6 +181,8 @@ def test_settings_at_their_limits_are_taken(overrides: list[str]):
         "run_folder=3",
         "data.train=3",
         "data.train=[3]",
+        "distribution.gpus=0",
+        "distribution.gpus=[0.0]",
     ],
 )
 def test_a_value_of_another_type_is_refused(override: str):
@@ -234,6 +241,7 @@ def test_resolved_config_reads_back_as_itself(kind: str, tmp_path: Path):
             "data.validation=ü.txt",
             'samples.stop="\\n\\u0000"',
             "optimizer.epsilon=1e-30",
+            "distribution.gpus=[1, 0]",
         ],
     )
     (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
@@ -297,6 +305,13 @@ def test_prepared_storybooks_differ_by_their_stories():
 
     assert len({path(), path("data.storybook_seed=3"), path("data.storybook_stories=9")}) == 3
     assert path().startswith("storybook-")
+
+
+def test_logits_are_rounded_up_to_a_multiple():
+    sizes = (1, 127, 128, 129, 50257)
+    for multiple, rounded in ((1, sizes), (128, (128, 128, 128, 256, 50304))):
+        model = make_config(SETTINGS, [f"model.vocabulary_multiple={multiple}"]).model
+        assert tuple(model.num_logits(size) for size in sizes) == rounded
 
 
 def test_every_setting_is_read_somewhere():

@@ -1,10 +1,14 @@
 """Laws of the choice of devices."""
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import tensorflow as tf
 
 from trainer.config import DistributionConfig, UserError
-from trainer.training.distribution import make_strategy, micro_batches
+from trainer.training.distribution import gpu_numbers, make_strategy, micro_batches
 
 NUM_GPUS = len(tf.config.list_physical_devices("GPU"))
 HAS_GPU = NUM_GPUS > 0
@@ -22,10 +26,36 @@ def test_one_device_is_chosen_and_holds_the_variables(kind):
 
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_an_error():
-    with pytest.raises(UserError, match=r"A GPU is asked for .* but TensorFlow sees none"):
+    with pytest.raises(UserError, match=r"distribution\.kind='gpu', but TensorFlow sees no GPU; install the extra"):
         make_strategy(DistributionConfig(kind="gpu"))
-    with pytest.raises(UserError, match=r"A GPU is asked for .* but TensorFlow sees none"):
-        make_strategy(DistributionConfig(num_gpus=2))
+    with pytest.raises(UserError, match=r"distribution\.gpus=\[1, 0\], but TensorFlow sees no GPU; install the extra"):
+        make_strategy(DistributionConfig(gpus=(1, 0)))
+
+
+def test_the_gpus_named_are_used_and_one_that_is_not_seen_is_an_error():
+    assert gpu_numbers(None, 3) == [0, 1, 2]
+    assert gpu_numbers((2, 0), 3) == [0, 2]
+    assert gpu_numbers((0,), 1) == [0]
+    with pytest.raises(UserError, match=r"distribution\.gpus=\[0, 2\], but TensorFlow sees 2, numbered from 0; choose"):
+        gpu_numbers((0, 2), 2)
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="this machine has no GPU")
+def test_a_run_sees_no_gpu_but_those_named():
+    # In a process of its own: which GPUs are hidden is for ever.
+    program = """
+        import tensorflow as tf
+        from trainer.config import DistributionConfig
+        from trainer.training.distribution import make_strategy
+        *_, last = tf.config.list_physical_devices("GPU")
+        strategy = make_strategy(DistributionConfig(gpus=(int(last.name.rpartition(":")[2]),)))
+        assert tf.config.get_visible_devices("GPU") == [last]
+        assert [device.name for device in tf.config.list_logical_devices("GPU")] == ["/device:GPU:0"]
+        with strategy.scope():
+            assert tf.Variable(1.0).device.endswith("GPU:0")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_cpu_takes_a_large_batch_in_two_halves_at_once_unless_told_otherwise():

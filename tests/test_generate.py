@@ -230,6 +230,21 @@ def test_pad_and_unknown_are_never_written():
     assert generator.generate(["?"], GREEDY, 1)[0].startswith("[UNK]")
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_logit_beyond_the_vocabulary_is_never_written_however_large(name):
+    model = make_model(TUTORIAL_LIKE.model_copy(update={"vocabulary_multiple": 16}), TINY_TOKENIZER)
+    model.unembedding.bias.assign(np.where(np.arange(16) < TINY_TOKENIZER.vocabulary_size, 0.0, 99.0))
+    assert (np.argmax(model(np.array([[BOS, 3, 4, 5]])), axis=-1) >= TINY_TOKENIZER.vocabulary_size).all()
+    plain = make_model(TUTORIAL_LIKE, TINY_TOKENIZER)
+    for variable, weight in zip(plain.variables, model.get_weights(), strict=True):
+        variable.assign(weight[tuple(map(slice, variable.shape))])
+    decoder = Decoder(name, top_k=1000, num_beams=20)
+    texts, expected = (
+        Generator(each, TINY_TOKENIZER, SEQUENCE).generate(["", "ab"], decoder, 8, seed=3) for each in (model, plain)
+    )
+    assert texts == expected
+
+
 def test_stop_string_ends_the_continuation_and_is_kept():
     model = make_bigram_model((BOS, 3, 9.0), (3, 4, 9.0), (4, 5, 9.0), (5, 3, 9.0))
     generator = Generator(model, TINY_TOKENIZER, SEQUENCE)

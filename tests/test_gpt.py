@@ -84,6 +84,22 @@ def test_loss_is_that_of_the_logits():
 
 
 @pytest.mark.parametrize("config", SHAPES)
+def test_rows_beyond_the_vocabulary_are_logits_and_weights_like_any_other(config):
+    padded = config.model_copy(update={"vocabulary_multiple": 16})
+    model, plain = (GPT(shape, size, 8, dtype="float64") for shape, size in ((padded, 20), (config, 32)))
+    assert model.vocabulary_size == 20
+    assert [v.shape for v in model.variables] == [v.shape for v in plain.variables]
+    spread_out(model)
+    plain.set_weights(model.get_weights())
+    tokens, targets = random_tokens(20, 2, 8), random_tokens(20, 2, 8)[:, ::-1]
+    assert model(tokens).shape == (2, 8, 32)
+    np.testing.assert_array_equal(model(tokens), plain(tokens))
+    for loss in ("training_loss", "evaluation_loss"):
+        batch = (tokens, targets, np.ones((2, 8)))
+        assert getattr(model, loss)(*batch)[0] == getattr(plain, loss)(*batch)[0]
+
+
+@pytest.mark.parametrize("config", SHAPES)
 def test_cached_logits_equal_the_full_forward_pass_at_every_position(config):
     model = GPT(config, 20, 8)
     spread_out(model)

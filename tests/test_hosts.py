@@ -145,3 +145,14 @@ def test_several_hosts_are_found_where_tf_config_names_them(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", tf_config())
     assert find_hosts(DistributionConfig()).number == 1
     assert find_hosts(DistributionConfig(kind="cpu")) == Hosts()
+
+
+def test_gpus_of_one_machine_are_not_ignored_by_several(monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", tf_config())
+    for kind in ("auto", "multi_worker"):
+        with pytest.raises(UserError, match=r"distribution\.gpus=\[0, 1\] does not go with the 2 workers of TF_CONFIG"):
+            find_hosts(DistributionConfig(kind=kind, gpus=(0, 1)))
+    # Named for this machine alone, which `make_strategy` sees to.
+    assert find_hosts(DistributionConfig(kind="gpu", gpus=(0, 1))) == Hosts()
+    monkeypatch.setenv("TF_CONFIG", tf_config(workers=["a:1"], index=0))
+    assert not find_hosts(DistributionConfig(kind="multi_worker", gpus=(0, 1))).are_several

@@ -1,9 +1,17 @@
 """Laws of the program that a TPU's or GPU's compiler gets."""
 
+import sys
+
 import pytest
 
 from trainer.config import UserError, make_config
-from trainer.lowering import lower_step
+from trainer.lowering import lower_step, main
+
+CONFIG = """
+tokenizer = {kind = "wordpiece", vocabulary_size = 50}
+model = {num_layers = 1, num_heads = 1, hidden_dim = 8, intermediate_dim = 8}
+train = {precision = "float32", total_steps = 1, sequence_length = 16, global_batch_size = 2}
+"""
 
 
 def config_of(**train):
@@ -27,3 +35,17 @@ def test_a_program_of_several_replicas_sums_each_gradient_once_over_them(micro_b
 def test_a_batch_that_replicas_cannot_share_is_said():
     with pytest.raises(UserError, match=r"train.global_batch_size=8 is not a multiple of 3 replicas"):
         lower_step(config_of(), 13, 3)
+
+
+def has_matrix(hlo, num_rows, num_columns):
+    # The dimensions of a Shape in an HloModuleProto: field 3, two bytes long, for numbers below 128 a byte each.
+    return bytes([0x1A, 2, num_rows, num_columns]) in hlo
+
+
+def test_a_step_lowered_without_text_has_the_rows_of_the_padded_vocabulary(tmp_path, monkeypatch):
+    (tmp_path / "config.toml").write_text(CONFIG)
+    for overrides, num_rows, other in ([], 50, 64), (["model.vocabulary_multiple=64"], 64, 50):
+        out = tmp_path / f"{num_rows}.hlo"
+        monkeypatch.setattr(sys, "argv", ["lowering", str(tmp_path / "config.toml"), "2", str(out), *overrides])
+        main()
+        assert has_matrix(out.read_bytes(), num_rows, 8) and not has_matrix(out.read_bytes(), other, 8)

@@ -16,6 +16,8 @@ SETTINGS = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 
         ["model.pre_norm=true", "model.tied_embeddings=true", "model.use_bias=false"],
         ["model.num_heads=5", "model.hidden_dim=16", "model.intermediate_dim=7", "model.tied_embeddings=true"],
         ["model.pre_norm=true", "model.num_layers=1"],
+        ["model.vocabulary_multiple=16"],
+        ["model.vocabulary_multiple=16", "model.tied_embeddings=true"],
     ],
 )
 def test_planned_weights_are_those_of_the_model(overrides: list[str]):
@@ -38,6 +40,13 @@ def test_the_tutorial_s_model_has_3_387_266_parameters(capsys: pytest.CaptureFix
 def test_vocabulary_size_given_goes_before_the_config_s(capsys: pytest.CaptureFixture[str]):
     print_plan(make_config(SETTINGS), 100)
     assert "100 x 256" in capsys.readouterr().out
+
+
+def test_planned_parameters_are_those_of_the_padded_vocabulary(capsys: pytest.CaptureFixture[str]):
+    print_plan(make_config(SETTINGS, ["model.vocabulary_multiple=128"]), 5000)
+    table = capsys.readouterr().out
+    # 120 rows more, in the embedding, the projection and its bias.
+    assert "5120 x 256" in table and f"{3_387_266 + 120 * (2 * 256 + 1):,}" in table
 
 
 def test_vocabulary_that_only_the_text_knows_must_be_given(capsys: pytest.CaptureFixture[str]):

@@ -56,6 +56,12 @@ def test_run_comes_back_as_it_was_created(run: RunFolder, tmp_path: Path):
     assert sorted(path.name for path in run.path.iterdir()) == ["config.toml", "run.json", "tokenizer"]
 
 
+def test_a_run_may_go_on_on_other_devices_and_never_with_another_model(run: RunFolder):
+    assert RunFolder(run.path, ["distribution.gpus=[0,1]"]).config.distribution.gpus == (0, 1)
+    with pytest.raises(UserError, match=r"model\.vocabulary_multiple=8: a run goes on with the config it was started"):
+        RunFolder(run.path, ["model.vocabulary_multiple=8"])
+
+
 def test_empty_folder_is_free_for_a_run(tmp_path: Path):
     prepared = prepared_text(tmp_path)
     (tmp_path / "run").mkdir()

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from trainer.config import UserError, load_config, make_config
-from trainer.verify import Trace, difference, verify
+from trainer.config import DistributionConfig, UserError, load_config, make_config
+from trainer.verify import Trace, difference, distribution_of, verify
 
 
 def config_of(tmp_path, **train):
@@ -45,6 +45,18 @@ def test_the_quickstart_has_the_same_losses_on_four_devices_for_200_steps(tmp_pa
     lines = []
     assert verify(load_config("configs/quickstart.toml", overrides), [1, 4], num_steps=200, say=lines.append)
     assert lines[-1] == "the same model, to the last bit."
+
+
+def test_replicas_are_the_first_gpus_named_or_parts_of_the_cpu(tmp_path):
+    assert distribution_of(DistributionConfig(), 2) == DistributionConfig(kind="cpu", logical_devices=2)
+    assert distribution_of(DistributionConfig(kind="gpu"), 2) == DistributionConfig(kind="gpu", gpus=(0, 1))
+    assert distribution_of(DistributionConfig(gpus=(3, 1, 2)), 2) == DistributionConfig(kind="gpu", gpus=(3, 1))
+    config = config_of(tmp_path).model_copy(update={"distribution": DistributionConfig(gpus=(3, 1))})
+    with pytest.raises(
+        UserError, match=r"--replicas 4 is more than the GPUs of distribution\.gpus=\[3, 1\]; name more"
+    ):
+        verify(config, [1, 4])
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_a_batch_that_replicas_cannot_share_is_said_before_anything_is_prepared(tmp_path):

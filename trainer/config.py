@@ -125,10 +125,17 @@ class ModelConfig(Section):
     """Biases in projections and normalizations."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of activations dropped after attention, feed-forward and, with pre_norm, the embeddings."""
+    vocabulary_multiple: PositiveInt = 1
+    """Rows of the embedding and of the logits are rounded up to a multiple of this; 128 fills a TPU's tiles. The rows
+    beyond the vocabulary are trained as tokens that never come, and never written."""
 
     def head_dim(self) -> int:
         """Returns the width of one attention head."""
         return self.hidden_dim // self.num_heads
+
+    def num_logits(self, vocabulary_size: int) -> int:
+        """Returns the rows of the embedding and of the logits for so many tokens."""
+        return -(-vocabulary_size // self.vocabulary_multiple) * self.vocabulary_multiple
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
@@ -277,8 +284,9 @@ class DistributionConfig(Section):
     kind: Literal["auto", "cpu", "gpu", "multi_worker", "tpu"] = "auto"
     """auto: several workers where TF_CONFIG names them, else every GPU that TensorFlow sees, else the CPU. A TPU is
     never taken unasked."""
-    num_gpus: PositiveInt | None = None
-    """How many GPUs of this machine to use; left out, all."""
+    gpus: tuple[NonNegativeInt, ...] | None = None
+    """Which GPUs of this machine to use, by the numbers that TensorFlow gives them from 0 on; left out, all. Of several
+    workers each uses all that it sees, which CUDA_VISIBLE_DEVICES narrows."""
     logical_devices: PositiveInt = 1
     """Splits the CPU into this many replicas, to rehearse what a run on as many accelerators would do."""
     tpu_name: Annotated[str, Field(min_length=1)] = "local"
@@ -300,14 +308,20 @@ class DistributionConfig(Section):
                 f"distribution.logical_devices={self.logical_devices} splits a CPU and does not go with "
                 f"distribution.kind={self.kind!r}; leave it out, or choose 'cpu'."
             )
-        if self.num_gpus is not None and self.kind in ("cpu", "tpu"):
+        if self.gpus is None:
+            return self
+        if not self.gpus or len(set(self.gpus)) < len(self.gpus):
             raise ValueError(
-                f"distribution.num_gpus={self.num_gpus} does not go with distribution.kind={self.kind!r}; leave it "
-                "out, or choose 'gpu'."
+                f"distribution.gpus={list(self.gpus)} must name at least one GPU, and none twice; leave it out for all."
             )
-        if self.num_gpus is not None and self.logical_devices > 1:
+        if self.kind in ("cpu", "tpu"):
             raise ValueError(
-                f"distribution.num_gpus={self.num_gpus} and distribution.logical_devices={self.logical_devices}: "
+                f"distribution.gpus={list(self.gpus)} does not go with distribution.kind={self.kind!r}; leave it out, "
+                "or choose 'gpu'."
+            )
+        if self.logical_devices > 1:
+            raise ValueError(
+                f"distribution.gpus={list(self.gpus)} and distribution.logical_devices={self.logical_devices}: "
                 "replicas are on GPUs or on a split CPU; leave out one of the two."
             )
         return self

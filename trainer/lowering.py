@@ -28,7 +28,7 @@ def lower_step(config: Config, vocabulary_size: int, num_replicas: int) -> bytes
     train, rows = config.train, rows_per_replica(config, num_replicas)
     # As on the device: what is left open would otherwise be chosen for the CPU that lowers it.
     asked = {"global_batch_size": rows, "micro_batch_size": train.micro_batch_size or rows}
-    distribution = config.distribution.model_copy(update={"kind": "cpu", "num_gpus": None})
+    distribution = config.distribution.model_copy(update={"kind": "cpu", "gpus": None})
     one = config.model_copy(update={"train": train.model_copy(update=asked), "distribution": distribution})
 
     strategy = make_strategy(distribution)

@@ -15,7 +15,8 @@ Shape = tuple[int, ...]
 def parameter_shapes(model: ModelConfig, vocabulary_size: int, sequence_length: int) -> Iterator[tuple[str, Shape]]:
     """Yields the path and shape of every weight of the GPT, without building it."""
     width, attention_dim = model.hidden_dim, model.num_heads * model.head_dim()
-    yield "gpt/token_embedding/embeddings", (vocabulary_size, width)
+    num_logits = model.num_logits(vocabulary_size)
+    yield "gpt/token_embedding/embeddings", (num_logits, width)
     yield "gpt/position_embedding/embeddings", (sequence_length, width)
     for i in range(model.num_layers):
         block = f"gpt/block_{i}"
@@ -28,9 +29,9 @@ def parameter_shapes(model: ModelConfig, vocabulary_size: int, sequence_length: 
     if model.pre_norm:
         yield from _norm("gpt/final_norm", model)
     if not model.tied_embeddings:
-        yield "gpt/unembedding/kernel", (vocabulary_size, width)
+        yield "gpt/unembedding/kernel", (num_logits, width)
         if model.use_bias:
-            yield "gpt/unembedding/bias", (vocabulary_size,)
+            yield "gpt/unembedding/bias", (num_logits,)
 
 
 def print_plan(config: Config, vocabulary_size: int | None) -> None:

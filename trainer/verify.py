@@ -42,8 +42,9 @@ class Difference(NamedTuple):
 def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Callable[[str], None] = print) -> bool:
     """Trains the first steps of a config on each number of replicas, and compares.
 
-    Replicas are GPUs where distribution.kind is "gpu", else parts of the CPU. Each number has a process of its own. All
-    take the same micro-batches: on a CPU that makes the same bits, however many steps there are.
+    Replicas are GPUs where distribution.kind is "gpu" or distribution.gpus names them, else parts of the CPU. Each
+    number has a process of its own. All take the same micro-batches: on a CPU that makes the same bits, however many
+    steps there are.
 
     Args:
         config: whose data, model and precision are used as they are.
@@ -55,8 +56,9 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
         Whether all differences are within what rounding explains.
 
     Raises:
-        UserError: a batch cannot be spread over that many replicas, or the text cannot be used.
+        UserError: a batch cannot be spread over that many replicas, too few GPUs are named, or the text cannot be used.
     """
+    distributions = [distribution_of(config.distribution, num_replicas) for num_replicas in replicas]
     shares = [rows_per_replica(config, num_replicas) for num_replicas in replicas]
     micro_batch_size = config.train.micro_batch_size or math.gcd(*shares)
     config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": micro_batch_size})})
@@ -68,10 +70,10 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
         f"{num_steps} steps of {config.train.global_batch_size} examples, {micro_batch_size} at a time, "
         f"{config.train.precision}:"
     )
-    for num_replicas in replicas:
+    for num_replicas, distribution in zip(replicas, distributions, strict=True):
         # Spawned, not forked: TensorFlow's threads would not survive that.
         with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
-            trace = executor.submit(take_steps, config, prepared, num_replicas, num_steps).result()
+            trace = executor.submit(take_steps, config, prepared, distribution, num_steps).result()
         reference = reference or trace
         found = difference(trace, reference)
         worst = max(worst, *found)
@@ -88,12 +90,25 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
     return same
 
 
-def take_steps(config: Config, prepared: PreparedData, num_replicas: int, num_steps: int) -> Trace:
-    """Takes the first steps of a config in this process."""
-    if config.distribution.kind == "gpu":
-        distribution = DistributionConfig(kind="gpu", num_gpus=num_replicas)
-    else:
-        distribution = DistributionConfig(kind="cpu", logical_devices=num_replicas)
+def distribution_of(config: DistributionConfig, num_replicas: int) -> DistributionConfig:
+    """Returns the first so many of the GPUs that config uses, or so many parts of the CPU.
+
+    Raises:
+        UserError: it names fewer.
+    """
+    if config.kind != "gpu" and config.gpus is None:
+        return DistributionConfig(kind="cpu", logical_devices=num_replicas)
+    gpus = config.gpus or tuple(range(num_replicas))
+    if num_replicas > len(gpus):
+        raise UserError(
+            f"--replicas {num_replicas} is more than the GPUs of distribution.gpus={list(gpus)}; name more, or leave "
+            "it out for the first of all."
+        )
+    return DistributionConfig(kind="gpu", gpus=gpus[:num_replicas])
+
+
+def take_steps(config: Config, prepared: PreparedData, distribution: DistributionConfig, num_steps: int) -> Trace:
+    """Takes the first steps of a config on these devices, in this process."""
     strategy = make_strategy(distribution)
     with strategy.scope():
         model = build_gpt(config, prepared.vocabulary_size)

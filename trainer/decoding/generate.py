@@ -204,7 +204,7 @@ class Generator:
             return tf.range(tf.shape(tokens)[0])
 
     def _read(self, texts: tf.Tensor, origins: Any, index: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        """Returns (logits of position index, float [rows, vocabulary]; the origins of the next step)."""
+        """Returns (logits of position index, float [rows, num_logits]; the origins of the next step)."""
         if not isinstance(self.model, GPT):
             return self.model(texts, training=False)[:, index - 1], origins
         newest = texts[:, index - 1][:, tf.newaxis]
@@ -229,7 +229,7 @@ class Generator:
         on with [BOS]: the sampler stops once every row has one.
 
         Args:
-            logits: float [rows, vocabulary]; beam search has several rows for each text.
+            logits: float [rows, num_logits]; beam search has several rows for each text.
             texts: int32 [rows, sequence], written up to index.
             index: int32 scalar, the position to write.
             tokens: int32 [batch, sequence], the prompts.
@@ -241,11 +241,14 @@ class Generator:
         """
         pad_id, unknown_id, bos_id = self.tokenizer.pad_id, self.tokenizer.unknown_id, self.tokenizer.bos_id
         vocabulary_size = self.tokenizer.vocabulary_size
-        if logits.shape[-1] != vocabulary_size:
+        num_tokens = self.model.vocabulary_size if isinstance(self.model, GPT) else logits.shape[-1]
+        if num_tokens != vocabulary_size:
             raise UserError(
-                f"The model tells {logits.shape[-1]} tokens apart, the tokenizer {vocabulary_size}; give the "
-                "tokenizer the model was trained with."
+                f"The model tells {num_tokens} tokens apart, the tokenizer {vocabulary_size}; give the tokenizer the "
+                "model was trained with."
             )
+        # Logits that model.vocabulary_multiple adds are of no token: no sampler ever sees them.
+        logits = logits[:, :vocabulary_size]
         num_beams = tf.shape(texts)[0] // tf.shape(tokens)[0]
         tokens, lengths, ends = (tf.repeat(x, num_beams, axis=0) for x in (tokens, lengths, ends))
         positions, ids = tf.range(self.sequence_length), tf.range(vocabulary_size)

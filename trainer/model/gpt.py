@@ -71,7 +71,8 @@ class GPT(keras.Model):
 
     Args:
         config: its shape.
-        vocabulary_size: number of tokens.
+        vocabulary_size: number of tokens. The embedding and the logits have `config.num_logits` of it, and what is more
+            than the tokens stands for none.
         sequence_length: number of positions it can tell apart.
         seed: of the initial weights.
         dtype: a Keras dtype policy.
@@ -85,8 +86,9 @@ class GPT(keras.Model):
         self.vocabulary_size = vocabulary_size
         self.sequence_length = sequence_length
         initial = _Initializers(seed, config)
+        num_logits = config.num_logits(vocabulary_size)
         self.token_embedding = keras.layers.Embedding(
-            vocabulary_size, config.hidden_dim, initial.embedding(), name="token_embedding", dtype=dtype
+            num_logits, config.hidden_dim, initial.embedding(), name="token_embedding", dtype=dtype
         )
         self.position_embedding = keras.layers.Embedding(
             sequence_length, config.hidden_dim, initial.embedding(), name="position_embedding", dtype=dtype
@@ -95,9 +97,7 @@ class GPT(keras.Model):
         self.final_norm = _layer_norm(config, "final_norm", dtype) if config.pre_norm else None
         self.unembedding = None
         if not config.tied_embeddings:
-            self.unembedding = Unembedding(
-                vocabulary_size, config.use_bias, initial.unembedding(vocabulary_size), dtype=dtype
-            )
+            self.unembedding = Unembedding(num_logits, config.use_bias, initial.unembedding(num_logits), dtype=dtype)
         self.build()
 
     def build(self, input_shape: object = None) -> None:
@@ -111,7 +111,7 @@ class GPT(keras.Model):
         self.built = True
 
     def call(self, tokens: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Returns the logits of the next token: int32 [batch, sequence] to float [batch, sequence, vocabulary]."""
+        """Returns the logits of the next token: int32 [batch, sequence] to float [batch, sequence, num_logits]."""
         if training and self.config.dropout:
             raise ValueError(
                 f"model.dropout={self.config.dropout} needs trainer.train: its masks follow the step, which Keras fit "
@@ -134,7 +134,7 @@ class GPT(keras.Model):
         return x if self.final_norm is None else self.final_norm(x)
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
-        """Returns float [batch, sequence, vocabulary] for hidden states [batch, sequence, hidden_dim]."""
+        """Returns float [batch, sequence, num_logits] for hidden states [batch, sequence, hidden_dim]."""
         kernel, bias = self._output_projection()
         logits = tf.einsum("btd,vd->btv", hidden, tf.cast(kernel, hidden.dtype))
         return logits if bias is None else logits + tf.cast(bias, hidden.dtype)
@@ -170,7 +170,7 @@ class GPT(keras.Model):
             index: int32 scalar; index + new is at most sequence_length.
 
         Returns:
-            (logits float [batch, new, vocabulary], cache).
+            (logits float [batch, new, num_logits], cache).
         """
         x = self._embed(tokens, index + tf.range(tf.shape(tokens)[1]))
         caches = []
@@ -295,23 +295,23 @@ def column_sums(rows: tf.Tensor) -> tf.Tensor:
 
 
 class Unembedding(keras.layers.Layer):
-    """Weights of the output projection: kernel [vocabulary, hidden_dim] and, unless left out, bias [vocabulary].
+    """Weights of the output projection: kernel [num_logits, hidden_dim] and, unless left out, bias [num_logits].
 
     It holds them and does not apply them: the loss reads them a chunk of rows at a time.
     """
 
-    def __init__(self, vocabulary_size: int, use_bias: bool, initializer: keras.Initializer, dtype: str) -> None:
+    def __init__(self, num_logits: int, use_bias: bool, initializer: keras.Initializer, dtype: str) -> None:
         super().__init__(name="unembedding", dtype=dtype)
-        self.vocabulary_size = vocabulary_size
+        self.num_logits = num_logits
         self.use_bias = use_bias
         self.initializer = initializer
         self.bias = None
 
     def build(self, input_shape: tuple) -> None:
         """Creates the variables for hidden states of shape [..., hidden_dim]."""
-        self.kernel = self.add_weight((self.vocabulary_size, input_shape[-1]), self.initializer, name="kernel")
+        self.kernel = self.add_weight((self.num_logits, input_shape[-1]), self.initializer, name="kernel")
         if self.use_bias:
-            self.bias = self.add_weight((self.vocabulary_size,), "zeros", name="bias")
+            self.bias = self.add_weight((self.num_logits,), "zeros", name="bias")
 
 
 class LayerNorm(keras.layers.LayerNormalization):
@@ -368,8 +368,8 @@ class _Initializers:
     def embedding(self) -> keras.Initializer:
         return self._normal(EMBEDDING_STDDEV) if self._config.pre_norm else self._uniform(TUTORIAL_EMBEDDING_LIMIT)
 
-    def unembedding(self, vocabulary_size: int) -> keras.Initializer:
-        return self._kernel(EMBEDDING_STDDEV, self._config.hidden_dim + vocabulary_size)
+    def unembedding(self, num_logits: int) -> keras.Initializer:
+        return self._kernel(EMBEDDING_STDDEV, self._config.hidden_dim + num_logits)
 
     def query_key_value(self) -> keras.Initializer:
         # The fans of each of the three, as where they are kernels of their own.

@@ -33,7 +33,7 @@ def make_strategy(config: DistributionConfig, alone: bool = False) -> tf.distrib
         return tf.distribute.MultiWorkerMirroredStrategy()
     if config.kind == "tpu":
         return _tpu(config)
-    return _gpus(config.num_gpus) if _wants_gpus(config) else _cpu(config.logical_devices)
+    return _gpus(config.gpus) if _wants_gpus(config) else _cpu(config.logical_devices)
 
 
 def count_replicas_of(hosts: Hosts) -> int:
@@ -89,28 +89,52 @@ def micro_batches(asked: int | None, rows: int, sequence: int, strategy: tf.dist
 
 def _wants_gpus(config: DistributionConfig) -> bool:
     wants_cpu = config.kind == "cpu" or config.logical_devices > 1
-    return config.kind == "gpu" or config.num_gpus is not None or (_num_gpus() > 0 and not wants_cpu)
+    return config.kind == "gpu" or config.gpus is not None or (_num_gpus() > 0 and not wants_cpu)
 
 
 def _num_gpus() -> int:
     return len(tf.config.list_physical_devices("GPU"))
 
 
-def _gpus(asked: int | None) -> tf.distribute.Strategy:
-    there = _num_gpus()
-    if not there:
+def _gpus(asked: tuple[int, ...] | None) -> tf.distribute.Strategy:
+    seen = tf.config.list_physical_devices("GPU")
+    numbers = gpu_numbers(asked, len(seen))
+    used = [seen[number] for number in numbers]
+    try:
+        # The others are hidden: TensorFlow would take their memory too, which another run may need.
+        if tf.config.get_visible_devices("GPU") != used:
+            tf.config.set_visible_devices(used, "GPU")
+    except RuntimeError:
         raise UserError(
-            "A GPU is asked for (distribution.kind or distribution.num_gpus), but TensorFlow sees none; install the "
-            "extra gpt-trainer[cuda] and a driver, or set distribution.kind='cpu'."
-        )
-    if asked is not None and asked > there:
+            f"distribution.gpus={numbers}: this process has used TensorFlow already, and GPUs can only be chosen "
+            "before. Start a new process."
+        ) from None
+    # TensorFlow numbers anew those that are not hidden.
+    devices = [f"/gpu:{i}" for i in range(len(used))]
+    return tf.distribute.OneDeviceStrategy(devices[0]) if len(used) == 1 else tf.distribute.MirroredStrategy(devices)
+
+
+def gpu_numbers(asked: tuple[int, ...] | None, num_seen: int) -> list[int]:
+    """Returns the numbers of the GPUs to use, in rising order.
+
+    Args:
+        asked: distribution.gpus.
+        num_seen: how many GPUs TensorFlow sees.
+
+    Raises:
+        UserError: it sees none, or not all that are asked for.
+    """
+    setting = "distribution.kind='gpu'" if asked is None else f"distribution.gpus={list(asked)}"
+    if not num_seen:
         raise UserError(
-            f"distribution.num_gpus={asked}, but TensorFlow sees {there}; lower it, or leave it out for all."
+            f"{setting}, but TensorFlow sees no GPU; install the extra gpt-trainer[cuda] and a driver, or set "
+            "distribution.kind='cpu' and leave distribution.gpus out."
         )
-    used = asked or there
-    if used == 1:
-        return tf.distribute.OneDeviceStrategy("/gpu:0")
-    return tf.distribute.MirroredStrategy([f"/gpu:{i}" for i in range(used)])
+    if asked is not None and max(asked) >= num_seen:
+        raise UserError(
+            f"{setting}, but TensorFlow sees {num_seen}, numbered from 0; choose among these, or leave it out for all."
+        )
+    return sorted(asked or range(num_seen))
 
 
 def _tpu(config: DistributionConfig) -> tf.distribute.Strategy:

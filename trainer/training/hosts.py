@@ -43,11 +43,19 @@ def find_hosts(config: DistributionConfig) -> Hosts:
     """Returns the processes of the run, by TF_CONFIG where several are meant.
 
     Raises:
-        UserError: TF_CONFIG is missing or not right.
+        UserError: TF_CONFIG is missing or not right, or config names GPUs, which are one machine's.
     """
-    if config.kind == "multi_worker" or (config.kind == "auto" and "TF_CONFIG" in os.environ):
-        return read_tf_config(os.environ.get("TF_CONFIG"))
-    return Hosts()
+    are_meant = config.kind == "multi_worker" or (config.kind == "auto" and "TF_CONFIG" in os.environ)
+    if not are_meant:
+        return Hosts()
+    hosts = read_tf_config(os.environ.get("TF_CONFIG"))
+    if hosts.are_several and config.gpus is not None:
+        raise UserError(
+            f"distribution.gpus={list(config.gpus)} does not go with the {len(hosts.workers)} workers of TF_CONFIG, "
+            "each of which uses all GPUs it sees; leave it out and set CUDA_VISIBLE_DEVICES on each, or choose "
+            "distribution.kind='gpu' to use this machine alone."
+        )
+    return hosts
 
 
 def read_tf_config(text: str | None) -> Hosts:
