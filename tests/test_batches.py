@@ -9,7 +9,15 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import UserError, make_config
-from trainer.data.batches import evaluation_batches, num_examples, permuted, total_steps, training_batches
+from trainer.data.batches import (
+    Window,
+    evaluation_batches,
+    num_examples,
+    permuted,
+    shuffled,
+    total_steps,
+    training_batches,
+)
 from trainer.data.prepare import prepare
 
 WORDS = ["sun", "moon", "star", "tree", "river", "stone", "bird", "fish", "wolf", "bear"]
@@ -125,6 +133,46 @@ def test_the_order_is_a_permutation_and_any_place_is_found_at_once(count):
         assert sorted(order) == list(range(count))
     if count == 1000:
         assert abs(np.corrcoef(index, order)[0, 1]) < 0.15  # five standard errors of no correlation
+
+
+@pytest.mark.parametrize("count", [1, 7, 12, 13, 24, 25, 100, 1001])
+@pytest.mark.parametrize("window", [Window(1, 1), Window(4, 3), Window(5, 2), Window(6, 4)])
+def test_a_windowed_order_is_a_permutation_too(count, window):
+    for epoch in (0, 1, 10**9):
+        order = order_of(count, epoch, window)
+        assert sorted(order) == list(range(count))
+    assert count < 13 or (order_of(count, 0, window) != order_of(count, 1, window)).any()
+    np.testing.assert_array_equal(order_of(count, 10**9, window), order)
+
+
+def order_of(count, epoch, window):
+    index = tf.range(count, dtype=tf.int64)
+    return shuffled(index, tf.fill([count], tf.constant(epoch, tf.int64)), count, 3, window).numpy()
+
+
+def test_a_window_reads_from_few_blocks_at_a_time():
+    order = order_of(10_000, 5, Window(100, 4))
+    for start in range(0, 10_000, 400):
+        rows = np.sort(order[start : start + 400])
+        # Four blocks that follow each other nowhere; one may go around the end of the ring.
+        assert np.count_nonzero(np.diff(rows) > 1) <= 5
+        assert abs(np.corrcoef(np.arange(400), order[start : start + 400])[0, 1]) < 0.25
+
+
+@pytest.mark.parametrize("window", [None, Window(10, 10)])
+def test_every_example_comes_at_every_place_as_often(window):
+    """Chi-square of the places of 200 examples over 4,000 epochs, in ten bins; half of them by luck above 9, of a
+    thousand one above 28."""
+    count, num_epochs = 200, 4000
+    epochs = tf.repeat(tf.range(num_epochs, dtype=tf.int64), count)
+    index = tf.tile(tf.range(count, dtype=tf.int64), [num_epochs])
+    order = shuffled(index, epochs, count, 7, window).numpy().reshape(num_epochs, count)
+    places = np.argsort(order, axis=1) // (count // 10)
+    observed = np.stack([np.count_nonzero(places == bin, axis=0) for bin in range(10)])
+    expected = num_epochs / 10
+    chi_square = ((observed - expected) ** 2 / expected).sum(axis=0)
+    assert chi_square.mean() == pytest.approx(9, abs=1.5)
+    assert chi_square.max() < 40
 
 
 def test_the_last_evaluation_batch_is_filled_up_without_weight(tmp_path):

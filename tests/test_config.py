@@ -285,7 +285,7 @@ def test_prepared_data_is_shared_by_configs_that_prepare_alike():
 
     alike = [
         "data.mode=packed", "model.num_layers=9", "train.seed=4", "run_folder=other", "data.storybook_seed=3",
-        "data.storybook_stories=9", "data.prepared_folder=elsewhere",
+        "data.storybook_stories=9", "data.prepared_folder=elsewhere", "data.shuffle_window_mb=9",
     ]  # fmt: skip
     assert {path(override) for override in alike} == {path()}
     others = [

@@ -52,6 +52,9 @@ class DataConfig(Section):
     where a document is a file."""
     mode: Literal["lines", "packed"] = "lines"
     """lines: a document per example, cut or padded; packed: documents joined and cut into full windows."""
+    shuffle_window_mb: PositiveInt | None = None
+    """For data that no host's memory holds: blocks of 8 MB are read in a shuffled order, and the examples of so many
+    megabytes of them are shuffled together. Left out, every example may come anywhere in an epoch."""
     storybook_stories: PositiveInt = 40_000
     """How many stories the built-in source tells, held-out ones included."""
     storybook_seed: Seed = 0
@@ -360,7 +363,7 @@ class Config(Section):
     def prepared_name(self) -> str:
         """Returns the name of this config's prepared data: one for all configs that prepare the same way."""
         what = {
-            "data": self.data.model_dump(exclude={"prepared_folder", "mode"}),
+            "data": self.data.model_dump(exclude={"prepared_folder", "mode", "shuffle_window_mb"}),
             "tokenizer": self.tokenizer.model_dump(),
         }
         if not self.data.is_storybook():

@@ -14,6 +14,12 @@ from trainer.data.shards import MANIFEST, PreparedData, Split
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
+# So many tokens are read by one call of the pipeline's function, and split into elements after that: small batches
+# would spend their time on starting operations.
+TOKENS_PER_READ = 1 << 16
+# Large enough that a disk reads it as fast as it reads at all.
+BLOCK_BYTES = 8_000_000
+
 
 class Share(NamedTuple):
     """Which part of every global batch a pipeline makes: that of num_replicas replicas from first_replica on, of
@@ -25,12 +31,12 @@ class Share(NamedTuple):
     total_replicas: int = 1
 
     def of_element(self, element: tf.Tensor, global_batch_size: int) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns, for element number int64 [] of the pipeline, the number of its global batch and which rows of that
-        it holds, int64 [rows]. An element is the rows of one replica.
+        """Returns, for elements of the pipeline by number, int64 [...], the number of the global batch of each, int64
+        [...], and which rows of that it holds, int64 [..., rows]. An element is the rows of one replica.
         """
         rows = global_batch_size // self.total_replicas
         replica = self.first_replica + element % self.num_replicas
-        return element // self.num_replicas, replica * rows + tf.range(rows, dtype=tf.int64)
+        return element // self.num_replicas, replica[..., tf.newaxis] * rows + tf.range(rows, dtype=tf.int64)
 
 
 ALL = Share()
@@ -56,17 +62,15 @@ def training_batches(
         the rows of one replica after the other; a weight is 0 where the target is padding.
     """
     split = prepared.split("train")
-    batch_size, seed = config.train.global_batch_size, config.train.seed
+    seed = config.train.seed
     count = num_examples(split, config)
     read = _reader(prepared, split, config)
+    window = _window(prepared, split, config)
 
-    def batch_at(element: tf.Tensor) -> Batch:
-        step, rows = share.of_element(element, batch_size)
-        n = step * batch_size + rows
-        return read(permuted(n % count, n // count, count, seed))
+    def rows_at(n: tf.Tensor) -> Batch:
+        return read(shuffled(n % count, n // count, count, seed, window))
 
-    elements = _elements(prepared, first_step * share.num_replicas, total_steps * share.num_replicas)
-    return elements.map(batch_at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+    return _pipeline(prepared, config, share, first_step, total_steps, rows_at)
 
 
 def evaluation_batches(
@@ -85,14 +89,11 @@ def evaluation_batches(
     count = num_examples(split, config)
     read = _reader(prepared, split, config)
 
-    def batch_at(element: tf.Tensor) -> Batch:
-        number, rows = share.of_element(element, batch_size)
-        n = number * batch_size + rows
+    def rows_at(n: tf.Tensor) -> Batch:
         inputs, targets, weights = read(tf.minimum(n, count - 1))
         return inputs, targets, weights * tf.cast(n < count, tf.float32)[:, tf.newaxis]
 
-    elements = _elements(prepared, 0, min(-(-count // batch_size), num_batches or count) * share.num_replicas)
-    return elements.map(batch_at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+    return _pipeline(prepared, config, share, 0, min(-(-count // batch_size), num_batches or count), rows_at)
 
 
 def num_examples(split: Split, config: Config) -> int:
@@ -115,18 +116,109 @@ def total_steps(prepared: PreparedData, config: Config) -> int:
     return steps
 
 
-def permuted(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:
+class Window(NamedTuple):
+    """How far apart examples that come near each other may lie: block_rows examples that follow each other are a block,
+    and those of num_blocks blocks are shuffled together.
+    """
+
+    block_rows: int
+    num_blocks: int
+
+
+def shuffled(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int, window: Window | None = None) -> tf.Tensor:
     """Maps positions in an epoch to examples, one to one: int64 [n] below count to the same.
+
+    Args:
+        index: the positions.
+        epoch: of each, int64 [n].
+        count: examples in an epoch.
+        seed: of the order.
+        window: None: any example may come anywhere. Else the blocks are read in a shuffled order, some of them at a
+            time, so that data which no memory holds is not read at random places. Blocks begin elsewhere each epoch.
+    """
+    if window is None or count <= window.block_rows * window.num_blocks:
+        return permuted(index, epoch, count, seed)
+    # The examples are a ring, cut into blocks at another place each epoch; the last rows, less than a block, and the
+    # blocks that fill no window are shuffled among themselves.
+    num_blocks = count // window.block_rows
+    in_blocks, per_window = num_blocks * window.block_rows, window.block_rows * window.num_blocks
+    whole = num_blocks // window.num_blocks * per_window
+    number = index // per_window
+    start = number * per_window
+    size = tf.where(index < whole, per_window, tf.where(index < in_blocks, in_blocks - whole, count - in_blocks))
+    size = tf.cast(size, tf.int64)
+    start = tf.where(index < in_blocks, start, in_blocks)
+    place = start + _permuted_below(index - start, epoch, size, seed + 1, number)
+    block = permuted(tf.minimum(place // window.block_rows, num_blocks - 1), epoch, num_blocks, seed)
+    row = tf.where(place < in_blocks, block * window.block_rows + place % window.block_rows, place)
+    shift = permuted(tf.zeros_like(epoch), epoch, count, seed)
+    return (row + shift) % count
+
+
+def permuted(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:
+    """Maps positions in an epoch to examples, one to one and at random: int64 [n] below count to the same.
 
     Source: a cipher over the index (Simon, Beaulieu et al. 2013) walked until it lands below count, so that any
     position is found without making the others.
     """
-    key = tf.stack([tf.fill(tf.shape(index), tf.constant(seed, tf.int64)), epoch, tf.zeros_like(epoch)], axis=1)
-    last = tf.constant(count - 1, tf.int64)
-    return tf.raw_ops.RandomIndexShuffle(index=index, seed=key, max_index=last, rounds=4)
+    return _permuted_below(index, epoch, tf.constant(count, tf.int64), seed, tf.zeros_like(epoch))
 
 
-def _elements(prepared: PreparedData, first: int, end: int) -> tf.data.Dataset:
+def _permuted_below(index: tf.Tensor, epoch: tf.Tensor, count: tf.Tensor, seed: int, number: tf.Tensor) -> tf.Tensor:
+    """Permutes index, int64 [n], below count, int64 [] or [n]; in another way for each epoch and number, int64 [n]."""
+    # Of three keys the cipher takes no more bits than half an index has, 8 where there are few examples: so they are
+    # hashed first, with the constants of SplitMix64 (Steele et al. 2014), and each key gets a third of that.
+    factors = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+    x = sum(
+        tf.cast(part, tf.uint64) * tf.constant(factor, tf.uint64)
+        for part, factor in zip((seed, epoch, number), factors, strict=True)
+    )
+    for shift, factor in ((30, factors[1]), (27, factors[2])):
+        x = tf.bitwise.bitwise_xor(x, _shifted(x, shift)) * tf.constant(factor, tf.uint64)
+    keys = tf.stack([tf.bitcast(_shifted(x, shift), tf.int64) for shift in (0, 21, 42)], axis=1)
+    return tf.raw_ops.RandomIndexShuffle(index=index, seed=keys, max_index=count - 1, rounds=8)
+
+
+def _shifted(x: tf.Tensor, num_bits: int) -> tf.Tensor:
+    return tf.bitwise.right_shift(x, tf.constant(num_bits, tf.uint64))
+
+
+def _window(prepared: PreparedData, split: Split, config: Config) -> Window | None:
+    asked = config.data.shuffle_window_mb
+    if asked is None:
+        return None
+    num_bytes = sum(shard.stream_length() for shard in split.shards) * tf.as_dtype(prepared.dtype).size
+    block_rows = max(1, BLOCK_BYTES * num_examples(split, config) // num_bytes)
+    return Window(block_rows, max(1, asked * 10**6 // BLOCK_BYTES))
+
+
+def _pipeline(
+    prepared: PreparedData,
+    config: Config,
+    share: Share,
+    first_batch: int,
+    end_batch: int,
+    rows_at: Callable[[tf.Tensor], Batch],
+) -> tf.data.Dataset:
+    """Returns the elements of a range of batches; rows_at gives the rows of the run with numbers int64 [n]."""
+    batch_size, width = config.train.global_batch_size, config.train.sequence_length
+    rows_per_element = batch_size // share.total_replicas
+
+    def elements_at(numbers: tf.Tensor) -> Batch:
+        batch, rows = share.of_element(numbers, batch_size)
+        inputs, targets, weights = rows_at(tf.reshape(batch[:, tf.newaxis] * batch_size + rows, [-1]))
+        shape = [-1, rows_per_element, width]
+        return tf.reshape(inputs, shape), tf.reshape(targets, shape), tf.reshape(weights, shape)
+
+    first, end = first_batch * share.num_replicas, end_batch * share.num_replicas
+    numbers = _numbers(prepared, first, end)
+    together = numbers.batch(max(1, TOKENS_PER_READ // (rows_per_element * width)))
+    elements = together.map(elements_at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).unbatch()
+    # Keras fit and a progress bar ask how many there are, which unbatch() cannot tell.
+    return elements.apply(tf.data.experimental.assert_cardinality(end - first)).prefetch(tf.data.AUTOTUNE)
+
+
+def _numbers(prepared: PreparedData, first: int, end: int) -> tf.data.Dataset:
     """Returns the numbers of a pipeline's elements; before the first one, the shards are on the host that makes it."""
     if prepared.stored_in is None:
         return tf.data.Dataset.range(first, end)
@@ -176,7 +268,7 @@ def _reader(prepared: PreparedData, split: Split, config: Config) -> Callable[[t
     def read(examples: tf.Tensor) -> Batch:
         width = config.train.sequence_length
         rows, lengths = rows_of(examples)
-        rows = tf.ensure_shape(rows, [examples.shape[0], width + 1])
+        rows = tf.ensure_shape(rows, [None, width + 1])
         used = tf.range(width + 1, dtype=tf.int64) < lengths[:, tf.newaxis]
         rows = tf.where(used, rows, prepared.pad_id)
         return rows[:, :-1], rows[:, 1:], tf.cast(used[:, 1:], tf.float32)
