@@ -6,20 +6,24 @@ import tensorflow as tf
 
 from trainer.model.attention import cached_attention, causal_attention
 
+# Where the document of each of six positions starts, in two rows.
+STARTS = np.array([[0, 0, 2, 2, 2, 5], [0, 1, 1, 1, 4, 4]], np.int32)
+
 
 def projections(sequence=6):
     random = np.random.default_rng(0)
     return [tf.constant(random.normal(size=(2, 3, sequence, 5))) for _ in range(3)]
 
 
-def attention_by_loops(query, key, value):
+def attention_by_loops(query, key, value, starts=None):
     query, key, value = (np.array(x) for x in (query, key, value))
     out = np.zeros_like(query)
     for b, h, i in np.ndindex(query.shape[:3]):
-        scores = np.array([query[b, h, i] @ key[b, h, j] / np.sqrt(query.shape[-1]) for j in range(i + 1)])
+        seen = range(0 if starts is None else starts[b, i], i + 1)
+        scores = np.array([query[b, h, i] @ key[b, h, j] / np.sqrt(query.shape[-1]) for j in seen])
         probabilities = np.exp(scores - scores.max())
         probabilities /= probabilities.sum()
-        out[b, h, i] = sum(p * value[b, h, j] for j, p in enumerate(probabilities))
+        out[b, h, i] = sum(p * value[b, h, j] for p, j in zip(probabilities, seen, strict=True))
     return out
 
 
@@ -27,6 +31,23 @@ def attention_by_loops(query, key, value):
 def test_causal_attention_equals_the_formula(sequence):
     operands = projections(sequence)
     np.testing.assert_allclose(causal_attention(*operands), attention_by_loops(*operands), atol=1e-12)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_attention_inside_documents_equals_the_formula(jit_compile):
+    operands = projections()
+    attend = tf.function(causal_attention, autograph=False, jit_compile=jit_compile)
+    np.testing.assert_allclose(attend(*operands, STARTS), attention_by_loops(*operands, STARTS), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_what_other_documents_hold_changes_not_one_bit(dtype):
+    query, key, value = (tf.cast(x, dtype) for x in projections())
+    # The first document of the first row, which ends before its other two.
+    other = tf.cast(np.arange(6)[:, np.newaxis] < 2, dtype)
+    before = causal_attention(query, key, value, STARTS)[0, :, 2:]
+    after = causal_attention(query, key + 9 * other, value - 9 * other, STARTS)[0, :, 2:]
+    np.testing.assert_array_equal(before, after)
 
 
 def test_no_position_sees_the_future():

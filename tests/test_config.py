@@ -136,6 +136,11 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
             "train.precision='float16': input should be 'float32', 'mixed_bfloat16', 'mixed_float16' or",
         ),
         (
+            ["model.document_mask=true"],
+            "model.document_mask=true does not go with data.mode='lines', where every example is one document; leave "
+            "it out, or choose 'packed'.",
+        ),
+        (
             ["train.precision=none"],
             "train.precision is missing; it has no default. Choose one of: 'float32', 'mixed_bfloat16', "
             "'mixed_float16', 'float64'.",
@@ -158,6 +163,7 @@ def test_impossible_settings_are_refused(overrides: list[str], message: str):
         ["tokenizer={kind='wordpiece',vocabulary_size=4}"],
         ["optimizer.warmup_steps=10"],
         ["samples.num_tokens=128"],
+        ["model.document_mask=true", "data.mode=packed"],
         ["optimizer.final_learning_rate=0.001", "optimizer.schedule=linear"],
         ["evaluation.num_batches=2", "evaluation.every_steps=1"],
         [f"train.seed={2**63 - 1}"],

@@ -1,5 +1,6 @@
 """Laws of the evaluation."""
 
+import functools
 import math
 
 import keras
@@ -17,7 +18,7 @@ from trainer.run import build_gpt
 from trainer.training.distribution import make_strategy
 
 
-def evaluator_of(tmp_path, build=build_gpt, **data):
+def evaluator_of(tmp_path, build=None, **data):
     config = make_config(
         {
             "run_folder": str(tmp_path / "run"),
@@ -30,6 +31,7 @@ def evaluator_of(tmp_path, build=build_gpt, **data):
     prepared = prepare(config, lambda _: None)
     strategy = make_strategy(config.distribution)
     with strategy.scope():
+        build = build or functools.partial(build_gpt, bos_id=prepared.bos_id)
         model = build(config, prepared.vocabulary_size)
     return Evaluator(model, strategy, prepared, config)
 

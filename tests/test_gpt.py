@@ -7,13 +7,22 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import ModelConfig
-from trainer.model.gpt import GPT, LAYER_NORM_EPSILON, DropoutDraw, LayerNorm, dropout
+from trainer.model.gpt import GPT, LAYER_NORM_EPSILON, DropoutDraw, LayerNorm, document_starts, dropout
 
 SHAPES = [
     ModelConfig(num_heads=3, hidden_dim=16, intermediate_dim=12),
     ModelConfig(num_heads=2, hidden_dim=16, intermediate_dim=12, pre_norm=True, activation="gelu"),
     ModelConfig(num_heads=2, hidden_dim=16, intermediate_dim=12, tied_embeddings=True, use_bias=False),
 ]
+MASKED_SHAPES = [config.model_copy(update={"document_mask": True}) for config in SHAPES]
+BOS = 2
+
+# Windows of packed text, and where their documents are: one begins inside a document, holds one that is [BOS] alone and
+# ends with a [BOS]; the other begins with a [BOS].
+WINDOWS = np.array(
+    [[3, 4, 5, BOS, 6, 7, 8, BOS, BOS, 9, 10, BOS], [BOS, 11, 12, 13, 14, BOS, 15, 16, 17, 18, 19, 3]], np.int32
+)
+DOCUMENTS = [(0, 0, 3), (0, 3, 7), (0, 7, 8), (0, 8, 11), (0, 11, 12), (1, 0, 5), (1, 5, 12)]
 
 
 def tutorial_model(config, vocabulary_size, sequence_length):
@@ -111,6 +120,80 @@ def test_cached_logits_equal_the_full_forward_pass_at_every_position(config):
     for i in range(3, 8):
         one, cache = model.decode(tokens[:, i : i + 1], cache, tf.constant(i))
         np.testing.assert_allclose(one[:, 0], whole[:, i], atol=1e-5)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_document_starts_at_its_bos_and_the_first_one_where_the_window_does(jit_compile):
+    starts = tf.function(document_starts, autograph=False, jit_compile=jit_compile)(WINDOWS, BOS).numpy()
+    expected = np.zeros_like(WINDOWS)
+    for row, begin, end in DOCUMENTS:
+        expected[row, begin:end] = begin
+    np.testing.assert_array_equal(starts, expected)
+    assert starts.dtype == np.int32
+
+
+@pytest.mark.parametrize("config", MASKED_SHAPES)
+def test_packed_documents_have_the_logits_of_each_alone(config):
+    model = GPT(config, 20, 12, dtype="float64", bos_id=BOS)
+    plain = GPT(config.model_copy(update={"document_mask": False}), 20, 12, dtype="float64")
+    spread_out(model)
+    plain.set_weights(model.get_weights())
+    packed, mixed = model(WINDOWS), plain(WINDOWS)
+    for row, begin, end in DOCUMENTS:
+        alone = plain(WINDOWS[row : row + 1, begin:end])[0]
+        np.testing.assert_allclose(packed[row, begin:end], alone, atol=1e-12)
+        # Without the mask only the first document of a window does not see others.
+        assert np.allclose(mixed[row, begin:end], alone, atol=1e-3) == (begin == 0)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_the_loss_of_a_document_has_no_gradient_in_another_s_tokens(jit_compile):
+    model = GPT(MASKED_SHAPES[0], 20, 12, dtype="float64", bos_id=BOS)
+    spread_out(model)
+    tables = [layer.embeddings.value for layer in (model.token_embedding, model.position_embedding)]
+
+    @tf.function(autograph=False, jit_compile=jit_compile)
+    def gradients(weights):
+        with tf.GradientTape() as tape:
+            loss_sum, _ = model.training_loss(WINDOWS, np.roll(WINDOWS, -1, axis=1), weights)
+        return [tf.convert_to_tensor(gradient) for gradient in tape.gradient(loss_sum, tables)]
+
+    for row, begin, end in DOCUMENTS:
+        weights = np.zeros(WINDOWS.shape)
+        weights[row, begin:end] = 1
+        own_tokens, own_positions = set(WINDOWS[row, begin:end]), set(range(end - begin))
+        for gradient, own in zip(gradients(tf.constant(weights)), (own_tokens, own_positions), strict=True):
+            assert set(np.flatnonzero(np.any(gradient != 0, axis=1))) == own
+
+
+@pytest.mark.parametrize("config", MASKED_SHAPES)
+def test_cached_logits_of_a_document_equal_those_with_the_mask(config):
+    model = GPT(config, 20, 12, dtype="float64", bos_id=BOS)
+    spread_out(model)
+    tokens = WINDOWS[1:, :5]
+    # Packed behind another document, where it neither starts nor is at the positions that decoding gives it.
+    whole = model(np.concatenate([WINDOWS[:1, :7], tokens], axis=1))[:, 7:]
+    prefix, cache = model.decode(tokens[:, :2], model.empty_cache(1), tf.constant(0))
+    np.testing.assert_allclose(prefix, whole[:, :2], atol=1e-12)
+    for i in range(2, 5):
+        one, cache = model.decode(tokens[:, i : i + 1], cache, tf.constant(i))
+        np.testing.assert_allclose(one[:, 0], whole[:, i], atol=1e-12)
+
+
+def test_without_the_mask_the_program_looks_for_no_documents():
+    def operations(config):
+        model = GPT(config, 20, 12, bos_id=BOS)
+        graph = tf.function(model.hidden_states, autograph=False).get_concrete_function(WINDOWS).graph
+        return {operation.type for operation in graph.get_operations()}
+
+    searching = {"Equal", "Cumsum", "LowerBound"}
+    assert searching <= operations(MASKED_SHAPES[0])
+    assert not searching & operations(SHAPES[0])
+
+
+def test_a_document_mask_needs_to_know_bos():
+    with pytest.raises(ValueError, match=r"model.document_mask=true finds documents by their \[BOS\]; give bos_id"):
+        GPT(MASKED_SHAPES[0], 20, 12)
 
 
 def test_same_seed_same_weights_other_seed_others():

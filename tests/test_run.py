@@ -37,7 +37,8 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def save_checkpoint(run: RunFolder, step: int, config: Config | None = None) -> dict[str, np.ndarray]:
-    model = build_gpt(config or run.config, run.tokenizer().vocabulary_size)
+    tokenizer = run.tokenizer()
+    model = build_gpt(config or run.config, tokenizer.vocabulary_size, tokenizer.bos_id)
     weights = {variable.path: variable.numpy() + 1 for variable in model.variables}
     checkpoints = run.checkpoints()
     checkpoints.save(step, {"weights": weights}, {})
@@ -155,6 +156,12 @@ def test_model_comes_back_with_the_newest_weights(run: RunFolder):
     assert checkpoint.step == 2
     for variable in model.variables:
         np.testing.assert_array_equal(variable.numpy(), weights[variable.path])
+
+
+def test_model_that_comes_back_knows_bos(run: RunFolder):
+    save_checkpoint(run, 1)
+    model, _ = run.load_model()
+    assert model.bos_id == run.tokenizer().bos_id == run.prepared().bos_id
 
 
 def test_run_without_a_checkpoint_has_no_model(run: RunFolder):

@@ -33,7 +33,9 @@ def tiny_config(**sections):
 def make_step(config, model=None):
     strategy = make_strategy(config.distribution)
     with strategy.scope():
-        model = model or GPT(config.model, VOCABULARY, config.train.sequence_length, dtype=config.train.precision)
+        if model is None:
+            train = config.train
+            model = GPT(config.model, VOCABULARY, train.sequence_length, dtype=train.precision, bos_id=2)
         return TrainingStep(config, config.train.total_steps, model, strategy)
 
 
@@ -203,9 +205,11 @@ def test_the_hash_of_batches_sees_every_token_its_place_and_the_order():
     assert forwards.batches_hash.numpy() != backwards.batches_hash.numpy()
 
 
-def test_xla_changes_nothing_but_the_rounding():
-    config = tiny_config(model={"dropout": 0.2}, train={"xla": "on", "micro_batch_size": 2})
-    plain = tiny_config(model={"dropout": 0.2}, train={"xla": "off", "micro_batch_size": 2})
+@pytest.mark.parametrize("model", [{}, {"document_mask": True}])
+def test_xla_changes_nothing_but_the_rounding(model):
+    settings = {"data": {"mode": "packed"}, "model": {"dropout": 0.2} | model}
+    config = tiny_config(**settings, train={"xla": "on", "micro_batch_size": 2})
+    plain = tiny_config(**settings, train={"xla": "off", "micro_batch_size": 2})
     compiled, interpreted = make_step(config), make_step(plain)
     take(compiled, batches(config), 3)
     take(interpreted, batches(config), 3)

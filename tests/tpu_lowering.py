@@ -22,11 +22,12 @@ ROWS, LENGTH, VOCABULARY = 8, 64, 256
 def main():
     settings = {
         "run_folder": "unused",
-        "model": {"dropout": 0.1, "pre_norm": True},
+        "data": {"mode": "packed"},
+        "model": {"dropout": 0.1, "pre_norm": True, "document_mask": True},
         "train": {"precision": "mixed_bfloat16", "total_steps": 10},
     }
     config = make_config(settings)
-    model = GPT(config.model, VOCABULARY, LENGTH, dtype=config.train.precision)
+    model = GPT(config.model, VOCABULARY, LENGTH, dtype=config.train.precision, bos_id=2)
     weight_specs = [tf.TensorSpec(variable.shape, tf.float32) for variable in model.trainable_variables]
 
     @tf.function(jit_compile=True, autograph=False)

@@ -131,6 +131,8 @@ class ModelConfig(Section):
     vocabulary_multiple: PositiveInt = 1
     """Rows of the embedding and of the logits are rounded up to a multiple of this; 128 fills a TPU's tiles. The rows
     beyond the vocabulary are trained as tokens that never come, and never written."""
+    document_mask: bool = False
+    """With packed data: a token attends to those of its own document alone, and positions count from its start."""
 
     def head_dim(self) -> int:
         """Returns the width of one attention head."""
@@ -357,6 +359,11 @@ class Config(Section):
             raise ValueError(
                 f"samples.num_tokens={self.samples.num_tokens} is more than train.sequence_length="
                 f"{self.train.sequence_length}, the most positions the model has; lower it, or leave it out."
+            )
+        if self.model.document_mask and self.data.mode != "packed":
+            raise ValueError(
+                f"model.document_mask=true does not go with data.mode={self.data.mode!r}, where every example is one "
+                "document; leave it out, or choose 'packed'."
             )
         return self
 

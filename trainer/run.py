@@ -7,6 +7,7 @@ checkpoints/  see training/checkpoint.py
 logs/         for TensorBoard
 """
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -125,17 +126,19 @@ class RunFolder:
         checkpoint = self.checkpoints(say).latest()
         if checkpoint is None:
             raise UserError(f"{self.path} has no checkpoint yet; train on with: trainer train --resume {self.path}")
-        model = (build_model or build_gpt)(self.config, self.tokenizer().vocabulary_size)
+        tokenizer = self.tokenizer()
+        build_model = build_model or functools.partial(build_gpt, bos_id=tokenizer.bos_id)
+        model = build_model(self.config, tokenizer.vocabulary_size)
         assign(named_variables(model), checkpoint.arrays("weights"), checkpoint.folder)
         return model, checkpoint
 
 
-def build_gpt(config: Config, vocabulary_size: int) -> "keras.Model":
+def build_gpt(config: Config, vocabulary_size: int, bos_id: int) -> "keras.Model":
     """Builds the GPT of a config, with initial weights."""
     from trainer.model.gpt import GPT
 
     train = config.train
-    return GPT(config.model, vocabulary_size, train.sequence_length, seed=train.seed, dtype=train.precision)
+    return GPT(config.model, vocabulary_size, train.sequence_length, train.seed, train.precision, bos_id)
 
 
 def check_is_free(config: Config) -> None:

@@ -111,7 +111,7 @@ def take_steps(config: Config, prepared: PreparedData, distribution: Distributio
     """Takes the first steps of a config on these devices, in this process."""
     strategy = make_strategy(distribution)
     with strategy.scope():
-        model = build_gpt(config, prepared.vocabulary_size)
+        model = build_gpt(config, prepared.vocabulary_size, prepared.bos_id)
     step = TrainingStep(config, num_steps, model, strategy)
     data = strategy.distribute_datasets_from_function(
         lambda context: training_batches(prepared, config, 0, num_steps, share_of(context))

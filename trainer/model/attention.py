@@ -6,13 +6,14 @@ import tensorflow as tf
 MASKED = -1e9
 
 
-def causal_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
-    """Attends from each position to itself and the positions before it.
+def causal_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, starts: tf.Tensor | None = None) -> tf.Tensor:
+    """Attends from each position to itself and the positions before it, or those of them in its document.
 
     Args:
         query: float [batch, heads, sequence, head_dim].
         key: float [batch, heads, sequence, head_dim].
         value: float [batch, heads, sequence, head_dim].
+        starts: int32 [batch, sequence], the position where each one's document starts; None where all is one document.
 
     Returns:
         float [batch, heads, sequence, head_dim].
@@ -21,6 +22,11 @@ def causal_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tf.T
     """
     sequence = tf.shape(query)[2] if query.shape[2] is None else query.shape[2]
     allowed = tf.linalg.band_part(tf.ones([sequence, sequence], tf.bool), -1, 0)
+    if starts is not None:
+        # A document has no gaps: what is neither after a query nor before its document's start is of its document.
+        # Compared as floats, which hold any position: TensorFlow's GPU kernel takes int32 to the host for it.
+        starts = tf.cast(starts, tf.float32)[:, tf.newaxis, :, tf.newaxis]
+        allowed &= tf.cast(tf.range(sequence), tf.float32) >= starts  # [batch, 1, query, key]
     return _attend(query, key, value, allowed)
 
 

@@ -66,6 +66,20 @@ def dropout(x: tf.Tensor, rate: float, layer: int, draw: DropoutDraw | None) -> 
     return tf.where(keep, x * tf.constant(1 / (1 - rate), x.dtype), tf.zeros([], x.dtype))
 
 
+def document_starts(tokens: tf.Tensor, bos_id: int) -> tf.Tensor:
+    """Returns, for each token, the position where its document starts: at its [BOS], or at 0 where that is not there.
+
+    Args:
+        tokens: int32 [batch, sequence], documents one after the other.
+        bos_id: token before each document.
+
+    Returns:
+        int32 [batch, sequence].
+    """
+    documents = tf.cumsum(tf.cast(tokens == bos_id, tf.int32), axis=1)  # Their numbers: sorted, so to be searched.
+    return tf.searchsorted(documents, documents, side="left")
+
+
 class GPT(keras.Model):
     """A decoder-only transformer that predicts the next token at every position.
 
@@ -76,15 +90,30 @@ class GPT(keras.Model):
         sequence_length: number of positions it can tell apart.
         seed: of the initial weights.
         dtype: a Keras dtype policy.
+        bos_id: token before each document, by which a document_mask finds them.
+
+    Raises:
+        ValueError: there is a document_mask and no bos_id.
     """
 
     def __init__(
-        self, config: ModelConfig, vocabulary_size: int, sequence_length: int, seed: int = 0, dtype: str = "float32"
+        self,
+        config: ModelConfig,
+        vocabulary_size: int,
+        sequence_length: int,
+        seed: int = 0,
+        dtype: str = "float32",
+        bos_id: int | None = None,
     ) -> None:
+        if config.document_mask and bos_id is None:
+            raise ValueError(
+                "model.document_mask=true finds documents by their [BOS]; give bos_id, the token's number."
+            )
         super().__init__(name="gpt", dtype=dtype)
         self.config = config
         self.vocabulary_size = vocabulary_size
         self.sequence_length = sequence_length
+        self.bos_id = bos_id
         initial = _Initializers(seed, config)
         num_logits = config.num_logits(vocabulary_size)
         self.token_embedding = keras.layers.Embedding(
@@ -126,11 +155,16 @@ class GPT(keras.Model):
             tokens: int32 [batch, sequence], sequence at most sequence_length.
             draw: of the dropout masks; None drops nothing.
         """
-        x = self._embed(tokens, tf.range(tf.shape(tokens)[1]))
+        positions, starts = tf.range(tf.shape(tokens)[1]), None
+        if self.config.document_mask:
+            assert self.bos_id is not None  # The constructor sees to it.
+            starts = document_starts(tokens, self.bos_id)
+            positions -= starts  # [batch, sequence]
+        x = self._embed(tokens, positions)
         if self.config.pre_norm:
             x = dropout(x, self.config.dropout, 0, draw)
         for block in self.blocks:
-            x, _ = block(x, draw=draw)
+            x, _ = block(x, draw=draw, starts=starts)
         return x if self.final_norm is None else self.final_norm(x)
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
@@ -165,7 +199,8 @@ class GPT(keras.Model):
         """Reads some more tokens, given what a cache remembers of those before.
 
         Args:
-            tokens: int32 [batch, new], at the positions from index on.
+            tokens: int32 [batch, new], at the positions from index on. A row is one document, which begins at 0:
+                a second [BOS] starts none here, with a document_mask neither.
             cache: as `empty_cache` or an earlier call returned it.
             index: int32 scalar; index + new is at most sequence_length.
 
@@ -231,6 +266,7 @@ class Block(keras.layers.Layer):
         self,
         x: tf.Tensor,
         draw: DropoutDraw | None = None,
+        starts: tf.Tensor | None = None,
         cache: tf.Tensor | None = None,
         index: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor | None]:
@@ -239,6 +275,7 @@ class Block(keras.layers.Layer):
         Args:
             x: float [batch, sequence, hidden_dim].
             draw: of the dropout masks.
+            starts: int32 [batch, sequence] of `document_starts`, where there is no cache; None for a single document.
             cache: float [batch, 2, num_heads, capacity, head_dim], keys and values of the positions before index.
             index: int32 scalar, position of x[:, 0] where there is a cache.
 
@@ -247,7 +284,7 @@ class Block(keras.layers.Layer):
         """
         pre_norm, rate = self.config.pre_norm, self.config.dropout
         residual = x
-        x, cache = self._attention(self.attention_norm(x) if pre_norm else x, cache, index)
+        x, cache = self._attention(self.attention_norm(x) if pre_norm else x, starts, cache, index)
         x = residual + dropout(x, rate, 2 * self.index + 1, draw)
         if not pre_norm:
             x = self.attention_norm(x)
@@ -257,14 +294,14 @@ class Block(keras.layers.Layer):
         return x if pre_norm else self.feedforward_norm(x), cache
 
     def _attention(
-        self, x: tf.Tensor, cache: tf.Tensor | None, index: tf.Tensor | None
+        self, x: tf.Tensor, starts: tf.Tensor | None, cache: tf.Tensor | None, index: tf.Tensor | None
     ) -> tuple[tf.Tensor, tf.Tensor | None]:
         heads, width = self.config.num_heads, self.config.head_dim()
         batch, sequence = tf.shape(x)[0], tf.shape(x)[1] if x.shape[1] is None else x.shape[1]
         x = tf.reshape(self.query_key_value(x), [batch, sequence, 3, heads, width])
         query, key, value = tf.unstack(tf.transpose(x, [2, 0, 3, 1, 4]))  # each [batch, heads, sequence, head_dim]
         if cache is None:
-            x = causal_attention(query, key, value)
+            x = causal_attention(query, key, value, starts)
         else:
             cache = keras.ops.slice_update(cache, (0, 0, 0, index, 0), tf.stack([key, value], axis=1))
             x = cached_attention(query, cache[:, 0], cache[:, 1], index)

@@ -1,6 +1,7 @@
 """The training run, top to bottom."""
 
 import contextlib
+import functools
 import multiprocessing
 import time
 from collections import Counter
@@ -171,7 +172,8 @@ def train(
     with spent.on("start"):
         # The model, and all that changes with a step.
         with strategy.scope():
-            model = (build_model or build_gpt)(config, prepared.vocabulary_size)
+            build_model = build_model or functools.partial(build_gpt, bos_id=prepared.bos_id)
+            model = build_model(config, prepared.vocabulary_size)
         step_function = TrainingStep(config, total_steps, model, strategy)
         checkpoints = run.checkpoints(say)
         step = restore(step_function, checkpoints.latest())
