@@ -96,13 +96,29 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
         (["model.vocabulary_multiple=0"], "model.vocabulary_multiple=0: input should be greater than 0."),
         (["train.sequence_length=1"], "train.sequence_length=1: input should be greater than or equal to 2."),
         (["tokenizer={kind='wordpiece',vocabulary_size=3}"], "tokenizer.vocabulary_size=3: input should be greater"),
-        (["tokenizer.kind=bpe"], "tokenizer.kind must be one of 'wordpiece', 'char'; received 'bpe'."),
-        (["tokenizer.lowercase=true"], "tokenizer.kind must be one of 'wordpiece', 'char'; received None."),
+        (["tokenizer={kind='bpe',vocabulary_size=257}"], "tokenizer.vocabulary_size=257: input should be greater"),
+        (["tokenizer.kind=gpt2"], "tokenizer.kind must be one of 'wordpiece', 'bpe', 'char', 'byte'; received 'gpt2'."),
+        (["tokenizer.path=vocab.txt"], "must be one of 'wordpiece', 'bpe', 'char', 'byte'; received None."),
+        (["tokenizer.kind=[1]"], "must be one of 'wordpiece', 'bpe', 'char', 'byte'; received [1]."),
         (["tokenizer=char"], "tokenizer='char': input should be an object."),
         (
             ["tokenizer.kind=char", "tokenizer.lowercase=true"],
             "tokenizer.lowercase is not a setting of tokenizer.kind='char'; leave it out.",
         ),
+        (
+            ["tokenizer={kind='bpe',path='a.json',lowercase=true}"],
+            "tokenizer.lowercase is not a setting of tokenizer.kind='bpe'; leave it out.",
+        ),
+        (["tokenizer={kind='byte',path='a.json'}"], "tokenizer.path is not a setting of tokenizer.kind='byte'; leave"),
+        (
+            ["tokenizer={kind='bpe',path='a.json',vocabulary_size=999}"],
+            "tokenizer.vocabulary_size does not go with tokenizer.path, whose file decides; leave out one of the two.",
+        ),
+        (
+            ["tokenizer={kind='wordpiece',path='vocab.txt',sample_bytes=999}"],
+            "tokenizer.sample_bytes does not go with tokenizer.path, whose file decides; leave out one of the two.",
+        ),
+        (["tokenizer={kind='bpe',path=''}"], "tokenizer.path='': string should have at least 1 character."),
         (["data.train="], "data.train is empty; give a file, a glob or 'storybook'."),
         (["data.train=[]"], "data.train is empty; give a file, a glob or 'storybook'."),
         (["data.validation=[]"], "data.validation is empty; give a file, a glob or 'storybook'."),
@@ -161,6 +177,8 @@ def test_impossible_settings_are_refused(overrides: list[str], message: str):
         ["model.num_heads=2", "model.hidden_dim=2"],
         ["train.sequence_length=2"],
         ["tokenizer={kind='wordpiece',vocabulary_size=4}"],
+        ["tokenizer={kind='bpe',vocabulary_size=258}"],
+        ["tokenizer={kind='wordpiece',path='v',lowercase=false}"],
         ["optimizer.warmup_steps=10"],
         ["samples.num_tokens=128"],
         ["model.document_mask=true", "data.mode=packed"],
@@ -237,12 +255,12 @@ def test_a_setting_is_no_section():
     assert "'train.seed.x=1': seed is a setting, not a section." in refusal("train.seed=1", "train.seed.x=1")
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "char"])
+@pytest.mark.parametrize("kind", ["wordpiece", "wordpiece,path=v.txt", "bpe", "bpe,path=a.json", "char", "byte"])
 def test_resolved_config_reads_back_as_itself(kind: str, tmp_path: Path):
     config = make_config(
         SETTINGS,
         [
-            f"tokenizer.kind={kind}",
+            *(f"tokenizer.{setting}" for setting in f"kind={kind}".split(",")),
             "data.train=['a \"b\".txt', 'c\\d.txt']",
             "data.validation=ü.txt",
             'samples.stop="\\n\\u0000"',
@@ -300,6 +318,8 @@ def test_prepared_data_is_shared_by_configs_that_prepare_alike():
         "tokenizer={kind='wordpiece',lowercase=false}",
     ]  # fmt: skip
     assert len({path(), *(path(override) for override in others)}) == len(others) + 1
+    files = ["tokenizer={kind='bpe'}", "tokenizer={kind='bpe',path='a'}", "tokenizer={kind='bpe',path='b'}"]
+    assert len({path(), *(path(override) for override in files)}) == len(files) + 1
     # Nothing is held out where there is a validation text.
     validation = "data.validation=b.txt"
     assert path(validation, "data.held_out_fraction=0.5") == path(validation)
@@ -367,9 +387,11 @@ def test_a_run_reads_every_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     }
     config = make_config(settings)
     stories = make_config(settings, ["data.train=storybook", "data.storybook_stories=300"])
+    with_file = make_config(settings, ["tokenizer={kind='wordpiece',path='run/tokenizer/vocab.txt'}"])
     monkeypatch.setattr(Section, "__getattribute__", noted)
     trainer.train(config, say=lambda line: None)
     trainer.batches(stories, say=lambda line: None)
+    trainer.batches(with_file, say=lambda line: None)
     monkeypatch.undo()
 
     unread = []
@@ -387,7 +409,7 @@ def _is_section(kind: type, section: str) -> bool:
         kind is Config
         if not section
         else section in kind.__name__.lower()
-        or (section == "tokenizer" and kind in (trainer.config.WordPieceConfig, trainer.config.CharConfig))
+        or (section == "tokenizer" and kind in trainer.config._sections(trainer.config.TokenizerConfig))
     )
 
 
@@ -422,5 +444,7 @@ def test_schema_knows_what_shipped_configs_set(path: Path):
 def test_schema_lets_an_editor_know_what_a_setting_means():
     schema = json.loads(json_schema())
     settings = [setting for section in schema["$defs"].values() for name, setting in section["properties"].items()]
-    assert sum("description" in setting for setting in settings) >= len(settings) - 2  # The two kinds of tokenizer.
+    assert sum("description" in setting for setting in settings) >= len(settings) - 6  # The kinds of tokenizer.
+    kinds = schema["properties"]["tokenizer"]["oneOf"]
+    assert len(kinds) == len({kind["$ref"] for kind in kinds}) == 6
     assert {"type": "string"} in schema["$defs"]["DataConfig"]["properties"]["train"]["anyOf"]

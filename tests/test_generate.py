@@ -312,8 +312,24 @@ def test_impossible_requests_are_refused(model, generator):
 def test_model_with_damaged_weights_is_refused(name):
     model = make_bigram_model((BOS, 3, 9.0), (3, 4, float("nan")))
     generator = Generator(model, TINY_TOKENIZER, SEQUENCE)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"logits are not finite: .*earlier checkpoint"):
+            generator.generate(["", "a"], Decoder(name, num_beams=1), 4)
+    # After "b" all is well.
+    assert generator.generate(["b"], Decoder(name, num_beams=1, top_k=1, top_p=0.1), 1)[0][:1] == "b"
+
+
+@pytest.mark.parametrize(("name", "bos_id"), [("greedy", 0), ("beam", 2), ("top-k", 2), ("top-p", 0)])
+def test_a_vocabulary_that_pads_with_what_begins_a_text_ends_its_texts_too(name, bos_id, monkeypatch):
+    tokenizer = CharTokenizer(TINY_TOKENIZER.vocabulary)
+    monkeypatch.setattr(tokenizer, "bos_id", bos_id)
+    monkeypatch.setattr(tokenizer, "pad_id", bos_id)
+    likely = [(bos_id, 3, 99.0), (3, 4, 99.0), (4, bos_id, 99.0), (5, 4, float("nan"))]
+    model = make_bigram_model(*likely, tokenizer=tokenizer)
+    generator = Generator(model, tokenizer, SEQUENCE)
+    assert generator.generate(["", "ba"], Decoder(name, num_beams=1), 9) == ["ab", "bab"]
     with pytest.raises(UserError, match=r"logits are not finite: .*earlier checkpoint"):
-        generator.generate(["", "a"], Decoder(name, num_beams=1), 4)
+        generator.generate(["", "c"], Decoder(name, num_beams=1), 9)
 
 
 def test_decoder_refuses_impossible_settings():

@@ -55,6 +55,11 @@ def test_vocabulary_that_only_the_text_knows_must_be_given(capsys: pytest.Captur
         UserError, match=r"tokenizer.kind='char' takes its vocabulary from the text, which plan does not"
     ):
         print_plan(config, None)
+    with_file = make_config(SETTINGS, ["tokenizer={kind='bpe',path='tokenizer.json'}"])
+    with pytest.raises(UserError, match=r"tokenizer.kind='bpe' takes its vocabulary from tokenizer.path, which plan"):
+        print_plan(with_file, None)
+    print_plan(make_config(SETTINGS, ["tokenizer.kind=byte"]), None)
+    assert "vocabulary 258" in capsys.readouterr().out
     print_plan(config, 68)
     assert "vocabulary 68" in capsys.readouterr().out
     with pytest.raises(UserError, match="--vocabulary-size 0 must be at least 1"):

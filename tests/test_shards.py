@@ -130,6 +130,19 @@ def test_a_huge_document_has_the_wordpiece_tokens_of_the_whole(tmp_path):
     assert prepared.split("train").num_unknown == 0
 
 
+def test_a_huge_document_has_the_bpe_tokens_of_the_whole(tmp_path):
+    text = "".join(f"{i} Words,  한글\n\n我能吞下玻璃 naïve… " for i in range(5_000))
+    config = config_for(tmp_path, text, data={"documents": "file"}, tokenizer={"kind": "bpe", "vocabulary_size": 600})
+    prepared = prepare(config, quiet)
+    train = text[: int(len(text) * 0.9)]
+    whole = prepared.tokenizer().encoder.encode(train).ids
+    shard = prepared.split("train").shards[0]
+    assert np.fromfile(prepared.folder / shard.tokens_file, "<u2").tolist() == [1, *whole, 1]
+    assert documents(prepared, "train") == [train]
+    assert (prepared.pad_id, prepared.bos_id, prepared.unknown_id) == (0, 1, -1)
+    assert prepared.split("train").num_unknown == prepared.split("validation").num_unknown == 0
+
+
 def test_a_document_without_tokens_keeps_its_place(tmp_path):
     (tmp_path / "validation.txt").write_text("b")
     tokenizer = {"kind": "wordpiece", "vocabulary_size": 10}
@@ -177,11 +190,21 @@ def test_preparing_again_changes_no_file(tmp_path):
     assert said[0].startswith(f"{first.folder}: already prepared; ")
 
 
-@pytest.mark.parametrize("tokenizer", [{"kind": "char"}, {"kind": "wordpiece", "vocabulary_size": 60}])
-def test_the_same_text_gives_the_same_bytes(tmp_path, tokenizer):
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        {"kind": "char"},
+        {"kind": "byte"},
+        {"kind": "wordpiece", "vocabulary_size": 60},
+        {"kind": "bpe", "vocabulary_size": 300},
+    ],
+)
+def test_the_same_text_gives_the_same_bytes(tmp_path, tokenizer, monkeypatch):
     contents = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
+        if name == "two":
+            monkeypatch.setattr("trainer.data.prepare._BATCH_BYTES", 50)
         prepared = prepare(config_for(tmp_path / name, "\n".join(LINES), tokenizer=tokenizer), quiet)
         contents.append(file_contents(prepared.folder))
         manifest = json.loads(contents[-1].pop("manifest.json"))
@@ -201,15 +224,61 @@ def test_changed_text_is_noticed_and_the_old_folder_stays(tmp_path):
     assert prepare(config_for(tmp_path, "\n".join(LINES)), quiet) == old
 
 
+def test_a_changed_tokenizer_file_is_noticed_and_the_old_folder_stays(tmp_path):
+    vocabulary, said = tmp_path / "vocab.txt", []
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\nline\ntext\n")
+    tokenizer = {"kind": "wordpiece", "path": str(vocabulary)}
+    old = prepare(config_for(tmp_path, "\n".join(LINES), tokenizer=tokenizer), quiet)
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\nline\nof\ntext\n")
+    new = prepare(config_for(tmp_path, "\n".join(LINES), tokenizer=tokenizer), said.append)
+    assert said[0] == (
+        f"the text or the file of tokenizer.path is not the one of {old.folder}; preparing it anew (that folder stays)"
+    )
+    assert new.split("train").num_unknown < old.split("train").num_unknown
+    assert load_prepared(old.folder) == old
+    vocabulary.unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.path='.*vocab\.txt': cannot be read: No such file or directory\."):
+        prepare(config_for(tmp_path, tokenizer=tokenizer), quiet)
+
+
 def test_a_summary_is_said_at_the_end(tmp_path):
     said: list[str] = []
-    (tmp_path / "validation.txt").write_text("ax")
+    (tmp_path / "validation.txt").write_text("ax\nab\nxx yx\nba")
     prepare(config_for(tmp_path, "ab\n한", data={"validation": str(tmp_path / "validation.txt")}), said.append)
-    assert len(said) == 1
+    assert len(said) == 3
     assert said[0].endswith(
-        ": prepared in 0 s; 2 documents to train on and 1 to validate on, 5 tokens of 1.40 bytes, 20.00% of them "
+        ": prepared in 0 s; 2 documents to train on and 4 to validate on, 14 tokens of 1.14 bytes, 42.86% of them "
         "[UNK], char vocabulary of 6"
     )
+    assert said[1:] == [
+        "50.0% of 4 validation documents come back exactly from their tokens",
+        "3 characters have no token; how often the commonest occur: 'x' 4, ' ' 1, 'y' 1",
+    ]
+
+
+def test_the_ten_commonest_unknown_characters_are_said_wherever_they_stand(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.data.prepare._SAMPLE_DOCUMENTS", 3)
+    said: list[str] = []
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[BOS]\na\n##a\nb\n")
+    text = "".join(f"a{chr(0x3B1 + i)}a " * (i + 1) for i in range(12)) + "\n" + "a a aa " * 9
+    (tmp_path / "validation.txt").write_text("aa\naa a\nA\nab ab\n")
+    data = {"validation": str(tmp_path / "validation.txt")}
+    config = config_for(tmp_path, text, data=data, tokenizer={"kind": "wordpiece", "path": str(tmp_path / "vocab.txt")})
+    prepare(config, said.append)
+    assert said[1] == "66.7% of 3 validation documents come back exactly from their tokens"
+    listed = ", ".join(f"{chr(0x3B1 + i)!r} {i + 1}" for i in reversed(range(2, 12)))
+    # The b is known at the start of a word alone.
+    assert said[2] == f"13 characters have no token; how often the commonest occur: {listed}"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte"])
+def test_a_vocabulary_of_bytes_loses_nothing(tmp_path, kind):
+    said: list[str] = []
+    (tmp_path / "validation.txt").write_text("never seen: 한글\tЖ\u2028[BOS]  \n" * 3)
+    data = {"validation": str(tmp_path / "validation.txt")}
+    prepared = prepare(config_for(tmp_path, "ab\nba", data=data, tokenizer={"kind": kind}), said.append)
+    assert documents(prepared, "validation") == ["never seen: 한글\tЖ\u2028[BOS]  "] * 3
+    assert said[1:] == ["100.0% of 3 validation documents come back exactly from their tokens"]
 
 
 def test_progress_is_said_every_few_seconds(tmp_path, monkeypatch):
@@ -217,7 +286,7 @@ def test_progress_is_said_every_few_seconds(tmp_path, monkeypatch):
     said: list[str] = []
     prepare(config_for(tmp_path, "ab\ncd", data={"held_out_fraction": 0.5, "documents": "file"}), said.append)
     assert said[0] == "reading for the vocabulary: 0 documents, 0.0 million characters, 0 s"
-    assert said[-2] == "encoding: 1 documents, 0.0 million characters, 0 s"
+    assert said[-4] == "encoding: 1 documents, 0.0 million characters, 0 s"
 
 
 def test_text_that_is_trained_and_validated_on_is_warned_of(tmp_path):

@@ -120,6 +120,7 @@ def test_data_damaged_in_the_store_is_not_copied(store):
     assert not prepared.folder.exists()
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_is_that_on_a_disk(store, tmp_path):
     """Trained, stopped in the middle, resumed and used, with nothing of it on a disk but the copy of the data."""
     on_a_disk = trainer.train(config_in(store, f"run_folder={tmp_path / 'run'}"), say=quiet)

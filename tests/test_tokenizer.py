@@ -1,3 +1,5 @@
+import itertools
+import json
 import os
 import random
 import re
@@ -8,10 +10,33 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from trainer.config import CharConfig, UserError, WordPieceConfig
+from trainer.config import (
+    BpeConfig,
+    BpeFileConfig,
+    ByteConfig,
+    CharConfig,
+    UserError,
+    WordPieceConfig,
+    WordPieceFileConfig,
+)
 from trainer.data.text import read_documents
-from trainer.data.tokenizer import CharTokenizer, WordPieceTokenizer, load_tokenizer, train_tokenizer
-from trainer.data.vocabulary import SPECIAL_TOKENS, _Sample, cut, train_wordpiece
+from trainer.data.tokenizer import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    WordPieceTokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
+from trainer.data.vocabulary import (
+    BPE_BREAKS,
+    BYTE_SPECIAL_TOKENS,
+    SPECIAL_TOKENS,
+    WORDPIECE_BREAKS,
+    _Sample,
+    cut,
+    train_wordpiece,
+)
 
 # A little of everything the pretokenizer treats in its own way: ideographs, half and full width, signs that fold into
 # several characters, combining marks, no-break and ideographic spaces, format characters, emoji, text without spaces.
@@ -31,6 +56,38 @@ def every_kind():
 @pytest.fixture(scope="module")
 def every_kind_cased(every_kind):
     return WordPieceTokenizer(every_kind.vocabulary, lowercase=False)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_tokenizer(BpeConfig(kind="bpe", vocabulary_size=1000), EVERY_KIND.split("\n") * 3)
+
+
+@pytest.fixture
+def gpt2_file(tmp_path, bpe):
+    """A tokenizer.json laid out as GPT-2's: the bytes, the merges, and <|endoftext|> at the end; no padding."""
+    file = json.loads(bpe.file)
+    tokens = sorted(file["model"]["vocab"], key=file["model"]["vocab"].get)[len(BYTE_SPECIAL_TOKENS) :]
+    file["model"]["vocab"] = {token: id for id, token in enumerate([*tokens, "<|endoftext|>"])}
+    file["model"]["merges"] = [" ".join(pair) for pair in file["model"]["merges"]]
+    file["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": True}
+    file["added_tokens"] = [{"id": len(tokens), "content": "<|endoftext|>", **flags}]
+    file["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+    path = tmp_path / "gpt2.json"
+    path.write_text(json.dumps(file), "utf-8")
+    return path
+
+
+def nasty_texts(count: int) -> list[str]:
+    """Random texts of what tokenizers get wrong: runs of blanks of all kinds, marks, contractions, special tokens."""
+    draw = random.Random(0)
+    parts = [
+        *" \t\n\r\u00a0\u3000\u2028\x0b\x1c\u200b\u0303\u1161_'\"", "  ", "    ", "\r\n", "\n\n", " \n ", "'s", "'ll",
+        "n't", "ab", "A", "1", "234", "½", "한글", "ㅋㅋ", "我能", "。", "、", ",", ".", "...", "!?", "🙂", "ไม่",
+        "é", "e\u0301", "ﬁ", "\U0010ffff", "[BOS]", "[PAD]", "[UNK]", "<|endoftext|>", "<s>", "Ġ", "##a",
+    ]  # fmt: skip
+    return ["".join(draw.choices(parts, k=draw.randint(0, 40))) for _ in range(count)]
 
 
 def plain_keras_tokens(tokenizer: WordPieceTokenizer, texts: list[str]) -> list[list[int]]:
@@ -86,17 +143,19 @@ def test_the_vocabulary_has_the_size_asked_for_where_the_text_offers_enough():
     assert "Raise it, or use tokenizer.kind='char'." in str(error.value)
 
 
-def test_the_vocabulary_is_the_same_in_another_process(every_kind):
+def test_the_vocabulary_is_the_same_in_another_process(every_kind, bpe):
     program = (
-        "import sys; from trainer.config import WordPieceConfig; from trainer.data.tokenizer import train_tokenizer;"
-        "config = WordPieceConfig(kind='wordpiece', vocabulary_size=1000);"
-        "print(train_tokenizer(config, sys.stdin.buffer.read().decode().split('\\n')).fingerprint)"
+        "import sys; from trainer.config import *; from trainer.data.tokenizer import train_tokenizer;"
+        "text = sys.stdin.buffer.read().decode().split('\\n');"
+        "wordpiece = train_tokenizer(WordPieceConfig(kind='wordpiece', vocabulary_size=1000), text);"
+        "bpe = train_tokenizer(BpeConfig(kind='bpe', vocabulary_size=1000), text * 3);"
+        "print(wordpiece.fingerprint, bpe.fingerprint)"
     )
     for_child = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.run(
         [sys.executable, "-c", program], input=EVERY_KIND.encode(), env=for_child, capture_output=True, check=True
     )
-    assert child.stdout.decode().strip() == every_kind.fingerprint
+    assert child.stdout.decode().split() == [every_kind.fingerprint, bpe.fingerprint]
 
 
 def test_the_sample_is_bounded_from_all_over_the_text_and_the_same_in_any_order():
@@ -106,7 +165,7 @@ def test_the_sample_is_bounded_from_all_over_the_text_and_the_same_in_any_order(
         sample = _Sample(max_bytes=50_000)
         for document in documents:
             sample.add(document)
-        return sorted(text.decode() for _, text in sample._pieces)
+        return [text.decode() for text in sample.texts()]
 
     found = sampled(documents)
     assert found == sampled(reversed(documents))
@@ -167,7 +226,7 @@ def test_the_tokens_of_pieces_are_the_tokens_of_the_whole(num_chars, lowercase, 
     tokenizer = every_kind if lowercase else every_kind_cased
     # Words longer than twice num_chars would be cut themselves.
     text = " ".join(word for word in EVERY_KIND.split(" ") if num_chars > 60 or len(word) < 2)
-    pieces = list(cut(text, num_chars))
+    pieces = list(cut(text, WORDPIECE_BREAKS, num_chars))
     assert "".join(pieces) == text
     assert len(pieces) > 1
     tokens, lengths = tokenizer.encode_pieces(pieces)
@@ -176,13 +235,15 @@ def test_the_tokens_of_pieces_are_the_tokens_of_the_whole(num_chars, lowercase, 
 
 
 def test_pieces_are_short_and_cut_in_a_word_only_where_it_is_very_long():
-    assert list(cut("")) == [""]
+    assert list(cut("", WORDPIECE_BREAKS)) == [""]
     for length in (9, 10, 11, 19, 20, 21, 30, 31):
-        pieces = list(cut("x" * length, 10))
+        pieces = list(cut("x" * length, WORDPIECE_BREAKS, 10))
         assert "".join(pieces) == "x" * length
         assert max(map(len, pieces)) <= 20
-    assert list(cut("aaaa bbbb cccc dddd", 6)) == ["aaaa bbbb ", "cccc dddd"]
-    assert list(cut("我能吞下玻璃而不傷", 4)) == ["我能吞下", "玻璃而不", "傷"]
+    assert list(cut("aaaa bbbb cccc dddd", WORDPIECE_BREAKS, 6)) == ["aaaa bbbb ", "cccc dddd"]
+    assert list(cut("aaaa bbbb cccc dddd", BPE_BREAKS, 6)) == ["aaaa bbbb", " cccc dddd"]
+    assert list(cut("我能吞下玻璃而不傷", WORDPIECE_BREAKS, 4)) == ["我能吞下", "玻璃而不", "傷"]
+    assert list(cut("我能吞下，玻璃而不傷。", BPE_BREAKS, 4)) == ["我能吞下", "，玻璃而不傷", "。"]
 
 
 # Decoding.
@@ -202,12 +263,13 @@ def test_padding_and_bos_are_left_out_of_the_text(every_kind):
 # Files.
 
 
-def test_a_saved_tokenizer_comes_back_the_same(tmp_path, every_kind):
-    for tokenizer in (every_kind, CharTokenizer([*SPECIAL_TOKENS, "\n", "\r", '"', "a", "\u2028", "한", "🙂"])):
+def test_a_saved_tokenizer_comes_back_the_same(tmp_path, every_kind, bpe):
+    char = CharTokenizer([*SPECIAL_TOKENS, "\n", "\r", '"', "a", "\u2028", "한", "🙂"])
+    for tokenizer in (every_kind, char, bpe, ByteTokenizer()):
         tokenizer.save(tmp_path / tokenizer.kind)
         loaded = load_tokenizer(tmp_path / tokenizer.kind)
-        assert (loaded.kind, loaded.fingerprint) == (tokenizer.kind, tokenizer.fingerprint)
-        assert loaded.vocabulary == tokenizer.vocabulary
+        for name in ("kind", "fingerprint", "vocabulary_size", "pad_id", "unknown_id", "bos_id"):
+            assert getattr(loaded, name) == getattr(tokenizer, name)
         assert loaded.encode(EVERY_KIND).tolist() == tokenizer.encode(EVERY_KIND).tolist()
 
 
@@ -242,6 +304,18 @@ def test_hugging_face_gives_the_same_characters(tmp_path):
     assert twin.decode(tokenizer.encode(EVERY_KIND).tolist()) == EVERY_KIND
 
 
+def test_hugging_face_gives_the_same_tokens_for_bytes_and_their_pairs(tmp_path, bpe):
+    for tokenizer in (bpe, ByteTokenizer()):
+        tokenizer.save(tmp_path)
+        twin = HuggingFaceTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        assert twin.get_vocab_size() == tokenizer.vocabulary_size
+        assert twin.token_to_id("[BOS]") == tokenizer.bos_id
+        for text in [EVERY_KIND, "".join(map(chr, range(0x900))), *nasty_texts(100)]:
+            tokens = tokenizer.encode(text).tolist()
+            assert twin.encode(text).ids == tokens
+            assert twin.decode(tokens) == text
+
+
 def test_a_changed_vocabulary_is_refused(tmp_path, every_kind):
     every_kind.save(tmp_path)
     vocabulary = tmp_path / "vocab.txt"
@@ -261,15 +335,34 @@ def test_a_damaged_tokenizer_is_an_error_naming_the_folder(tmp_path, every_kind,
         load_tokenizer(tmp_path)
 
 
-def test_the_fingerprint_follows_kind_settings_and_vocabulary(every_kind):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_text("{}"),
+        lambda path: path.write_text(path.read_text("utf-8").replace("[BOS]", "[EOS]"), "utf-8"),
+        lambda path: path.write_text(path.read_text("utf-8").replace('"dropout": null', '"dropout": 0.1'), "utf-8"),
+    ],
+)
+def test_a_damaged_bpe_tokenizer_is_an_error_naming_the_folder(tmp_path, bpe, damage):
+    bpe.save(tmp_path)
+    damage(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=rf"{tmp_path}: (not a whole tokenizer|the tokenizer has fingerprint)"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_fingerprint_follows_kind_settings_and_vocabulary(every_kind, bpe):
     letters = [*SPECIAL_TOKENS, "a", "b"]
     tokenizers = [
         CharTokenizer(letters),
         CharTokenizer([*SPECIAL_TOKENS, "b", "a"]),
         WordPieceTokenizer(letters, True),
         WordPieceTokenizer(letters, False),
+        bpe,
+        BpeTokenizer(bpe.file + " "),
+        ByteTokenizer(),
     ]
-    assert len({tokenizer.fingerprint for tokenizer in tokenizers}) == 4
+    assert len({tokenizer.fingerprint for tokenizer in tokenizers}) == 7
     assert CharTokenizer(letters).fingerprint == tokenizers[0].fingerprint
     assert re.fullmatch("[0-9a-f]{64}", every_kind.fingerprint)
 
@@ -295,6 +388,237 @@ def test_an_unseen_character_is_unknown():
     assert (tokens.tolist(), lengths.tolist()) == ([3, 4, 3], [1, 0, 2])
 
 
+# Bytes and their pairs.
+
+
+def test_bytes_have_the_first_ids_and_no_text_is_unknown(bpe):
+    assert (bpe.pad_id, bpe.bos_id, bpe.unknown_id) == (0, 1, -1)
+    assert [bpe.encoder.id_to_token(id) for id in (0, 1)] == list(BYTE_SPECIAL_TOKENS)
+    assert 258 < bpe.vocabulary_size <= 1000
+    assert sorted(len(bpe.encoder.id_to_token(id)) for id in range(2, 258)) == [1] * 256
+    tokenizer = ByteTokenizer()
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.unknown_id, tokenizer.vocabulary_size) == (0, 1, -1, 258)
+    assert tokenizer.encode("a한").tolist() == [byte + 2 for byte in "a한".encode()]
+
+
+def test_every_text_comes_back_and_none_has_a_special_token(bpe, gpt2_file):
+    from_file = train_tokenizer(BpeFileConfig(kind="bpe", path=str(gpt2_file)), [])
+    texts = ["", " ", "\n", "".join(map(chr, [*range(0x3000), *range(0xFF00, 0x10400)])), EVERY_KIND, *nasty_texts(300)]
+    for tokenizer in (bpe, from_file, ByteTokenizer()):
+        assert not tokenizer.is_lossy
+        for text, tokens in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            assert tokenizer.decode(tokens) == text
+            assert not {tokenizer.pad_id, tokenizer.bos_id} & set(tokens.tolist())
+            assert tokens.dtype == np.int32
+        assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("a b"), tokenizer.pad_id]) == "a b"
+
+
+def test_half_a_character_is_decoded_to_a_replacement(bpe):
+    for tokenizer in (bpe, ByteTokenizer()):
+        tokens = tokenizer.encode("a\U0010ffff")  # Seen nowhere, so in bytes.
+        assert tokenizer.decode(tokens[:-1]) == "a\ufffd"
+
+
+def test_a_text_cut_at_any_break_has_the_bpe_tokens_of_the_whole():
+    texts = nasty_texts(2000)
+    # Learned from these, it has tokens for what a wrong cut would divide.
+    tokenizer = train_tokenizer(BpeConfig(kind="bpe", vocabulary_size=2000), texts)
+    num_pieces = 0
+    for text in texts:
+        ends = [0, *(found.end() for found in BPE_BREAKS.finditer(text)), len(text)]
+        pieces = [text[start:end] for start, end in itertools.pairwise(ends)]
+        tokens, lengths = tokenizer.encode_pieces(pieces)
+        assert tokens.tolist() == tokenizer.encode(text).tolist()
+        assert len(lengths) == len(pieces) and lengths.sum() == len(tokens)
+        num_pieces += len(pieces)
+    assert num_pieces > 2 * len(texts)
+
+
+def test_a_bpe_vocabulary_has_the_size_asked_for_where_the_text_offers_enough():
+    draw = random.Random(0)
+    text = " ".join("".join(draw.choices("abcde", k=draw.randint(1, 8))) for _ in range(20_000))
+    for size in (258, 259, 1001):
+        assert train_tokenizer(BpeConfig(kind="bpe", vocabulary_size=size), [text]).vocabulary_size == size
+
+
+def test_a_word_of_any_length_is_learned_from_in_bounded_time_and_encoded(bpe):
+    tokenizer = train_tokenizer(BpeConfig(kind="bpe", vocabulary_size=300), ["0123456789" * 100_000])
+    text = "9876543210" * 30_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# Vocabularies that are there already.
+
+
+def test_gpt_2_s_layout_begins_documents_and_pads_with_its_end_of_text(gpt2_file, bpe, tmp_path):
+    tokenizer = train_tokenizer(BpeFileConfig(kind="bpe", path=str(gpt2_file)), [])
+    assert tokenizer.vocabulary_size == bpe.vocabulary_size - 1
+    assert tokenizer.bos_id == tokenizer.pad_id == tokenizer.vocabulary_size - 1
+    assert tokenizer.encode(EVERY_KIND).tolist() == (bpe.encode(EVERY_KIND) - 2).tolist()
+    theirs = HuggingFaceTokenizer.from_file(str(gpt2_file))
+    assert tokenizer.encode(EVERY_KIND).tolist() == theirs.encode(EVERY_KIND).ids
+    tokenizer.save(tmp_path / "saved")
+    assert (tmp_path / "saved/tokenizer.json").read_bytes() == gpt2_file.read_bytes()
+    loaded = load_tokenizer(tmp_path / "saved")
+    assert (loaded.fingerprint, loaded.bos_id) == (tokenizer.fingerprint, tokenizer.bos_id)
+
+
+def test_what_a_file_says_of_training_is_left_out(gpt2_file):
+    file = json.loads(gpt2_file.read_text("utf-8"))
+    plain = train_tokenizer(BpeFileConfig(kind="bpe", path=str(gpt2_file)), [])
+    file["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    file["model"]["dropout"] = 0.9
+    gpt2_file.write_text(json.dumps(file), "utf-8")
+    tokenizer = train_tokenizer(BpeFileConfig(kind="bpe", path=str(gpt2_file)), [])
+    assert tokenizer.encode(EVERY_KIND).tolist() == plain.encode(EVERY_KIND).tolist()
+
+
+BERT = [
+    "[PAD]",
+    "[unused0]",
+    "[unused1]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "the",
+    "fox",
+    "a",
+    "##b",
+    "b",
+    "!",
+    "cafe",
+]
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "windows.txt", "cut_short.txt", "tokenizer.json"])
+def test_bert_s_special_tokens_are_found_by_name(tmp_path, name):
+    content = "\n".join(BERT) + "\n"
+    if name == "windows.txt":
+        content = content.replace("\n", "\r\n")
+    if name == "cut_short.txt":
+        content = content.removesuffix("\n")
+    if name == "tokenizer.json":
+        from tokenizers import models
+
+        content = HuggingFaceTokenizer(
+            models.WordPiece({t: id for id, t in enumerate(BERT)}, unk_token="[UNK]")
+        ).to_str()
+    (tmp_path / name).write_bytes(content.encode())
+    tokenizer = train_tokenizer(WordPieceFileConfig(kind="wordpiece", path=str(tmp_path / name)), [])
+    assert (tokenizer.pad_id, tokenizer.unknown_id, tokenizer.bos_id) == (0, 3, 4)
+    assert tokenizer.vocabulary_size == len(BERT)
+    assert tokenizer.encode("The fox! AB zebra [CLS]").tolist() == [7, 8, 12, 9, 10, 3, 3, 3, 3]
+    assert tokenizer.decode([4, 7, 8, 0, 0]) == "the fox"
+    tokenizer.save(tmp_path / "saved")
+    loaded = load_tokenizer(tmp_path / "saved")
+    assert (loaded.fingerprint, loaded.bos_id, loaded.vocabulary) == (tokenizer.fingerprint, 4, BERT)
+
+
+def test_a_saved_vocabulary_can_be_used_for_other_text(tmp_path, every_kind, bpe):
+    every_kind.save(tmp_path / "wordpiece")
+    bpe.save(tmp_path / "bpe")
+    for name in ("vocab.txt", "tokenizer.json"):
+        config = WordPieceFileConfig(kind="wordpiece", path=str(tmp_path / "wordpiece" / name))
+        assert train_tokenizer(config, []).fingerprint == every_kind.fingerprint
+    config = BpeFileConfig(kind="bpe", path=str(tmp_path / "bpe/tokenizer.json"))
+    assert train_tokenizer(config, []).fingerprint == bpe.fingerprint
+
+
+def changed_json(**changes):
+    """A damage to a tokenizer.json: settings replaced, of the model where their names begin with model_."""
+
+    def change(content: bytes) -> bytes:
+        file = json.loads(content)
+        for key, value in changes.items():
+            (file["model"] if key.startswith("model_") else file)[key.removeprefix("model_")] = value
+        return json.dumps(file).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: None, "cannot be read: No such file or directory"),
+        (lambda content: b"[PAD]\n[UNK]\n[BOS]\n", "not a tokenizer.json of Hugging Face"),
+        (lambda content: b"{}", "not a tokenizer.json of Hugging Face"),
+        (lambda content: b"\xff", "'utf-8' codec can't decode byte 0xff"),
+        (lambda content: content.replace(b"<|endoftext|>", b"<|other|>"), "no token named [BOS] or [CLS] or <s> or"),
+        (changed_json(model_merges=[], model_vocab={"a": 0, "<|endoftext|>": 1}), "no token for 255 of the 256 bytes"),
+        (changed_json(normalizer={"type": "NFC"}), "a text does not come back from its tokens"),
+        (changed_json(normalizer={"type": "Lowercase"}), "a text does not come back from its tokens"),
+        (changed_json(decoder=None), "a text does not come back from its tokens"),
+        (
+            changed_json(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
+            "a text does not come back from its tokens",
+        ),
+        (
+            changed_json(
+                model_type="WordPiece", model_unk_token="<|endoftext|>", model_max_input_chars_per_word=100,
+                model_continuing_subword_prefix="##",
+            ),
+            "a WordPiece vocabulary, and not BPE",
+        ),
+    ],
+)  # fmt: skip
+def test_a_bpe_file_that_cannot_be_used_is_an_error_naming_it(gpt2_file, damage, message):
+    content = damage(gpt2_file.read_bytes())
+    gpt2_file.unlink() if content is None else gpt2_file.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        train_tokenizer(BpeFileConfig(kind="bpe", path=str(gpt2_file)), [])
+    assert str(error.value).startswith(f"tokenizer.path={str(gpt2_file)!r}: {message}")
+    if content is not None:
+        assert str(error.value).endswith("; give a tokenizer.json of byte-level BPE, such as GPT-2's.")
+
+
+def test_words_that_go_on_after_a_space_are_refused(gpt2_file):
+    file = json.loads(gpt2_file.read_text("utf-8"))
+    file["pre_tokenizer"]["use_regex"] = False
+    vocabulary = file["model"]["vocab"]
+    vocabulary["eĠ"] = len(vocabulary)
+    file["model"]["merges"].insert(0, "e Ġ")
+    gpt2_file.write_text(json.dumps(file), "utf-8")
+    with pytest.raises(UserError, match=r"gpt2\.json': words do not end before spaces; give a tokenizer\.json"):
+        train_tokenizer(BpeFileConfig(kind="bpe", path=str(gpt2_file)), [])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: Is a directory"),
+        ("\n".join(BERT).replace("[UNK]", "<unk>"), "no token named [UNK]"),
+        ("\n".join(BERT).replace("[PAD]", "pad"), "no token named [PAD] or <pad>"),
+        ("\n".join(BERT).replace("[CLS]", "cls"), "no token named [BOS] or [CLS]"),
+        ("\n".join([*BERT, "the"]), "an empty line, or a token twice"),
+        ("\n".join([*BERT, "", "x"]), "an empty line, or a token twice"),
+        ("a text\nof something", "no token named [PAD]"),
+        ("\n".join([*BERT, "x" * 257]), "Vocab token utf8 length (excluding suffix indicator) exceeds the max"),
+        (
+            "\n".join([*BERT, "The", "US"]),
+            "2 tokens have capitals, such as 'The', which no text has with tokenizer.lowercase=true; set that to false",
+        ),
+    ],
+)
+def test_a_wordpiece_file_that_cannot_be_used_is_an_error_naming_it(tmp_path, content, message):
+    path = tmp_path / "vocab.txt"
+    path.mkdir() if content is None else path.write_text(content, "utf-8")
+    with pytest.raises(UserError) as error:
+        train_tokenizer(WordPieceFileConfig(kind="wordpiece", path=str(path)), [])
+    assert str(error.value).startswith(f"tokenizer.path={str(path)!r}: {message}")
+
+
+def test_a_bpe_file_is_no_wordpiece_file(gpt2_file):
+    with pytest.raises(UserError, match=r"a BPE vocabulary, and not WordPiece; give a vocab.txt or tokenizer.json of"):
+        train_tokenizer(WordPieceFileConfig(kind="wordpiece", path=str(gpt2_file)), [])
+
+
+def test_capitals_are_kept_where_a_cased_file_is_asked_for(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*BERT, "The"]), "utf-8")
+    config = WordPieceFileConfig(kind="wordpiece", path=str(tmp_path / "vocab.txt"), lowercase=False)
+    assert train_tokenizer(config, []).encode("The the").tolist() == [len(BERT), 7]
+
+
 # Larger text.
 
 
@@ -305,8 +629,15 @@ def test_532_languages_have_no_unknown_token(test_data, tmp_path):
     assert tokenizer.vocabulary_size == 12_000
     tokens = tokenizer.encode_batch(documents)
     assert not sum(np.count_nonzero(of_document == tokenizer.unknown_id) for of_document in tokens)
+
+
+def test_532_languages_come_back_exactly(test_data):
+    documents = list(read_documents([test_data / "udhr_all_languages.txt.gz"], "line"))
     char = train_tokenizer(CharConfig(kind="char"), documents)
-    assert [char.decode(of_document) for of_document in char.encode_batch(documents)] == documents
+    bpe = train_tokenizer(BpeConfig(kind="bpe", vocabulary_size=12_000, sample_bytes=1_000_000), documents)
+    assert bpe.vocabulary_size == 12_000
+    for exact in (char, bpe, ByteTokenizer()):
+        assert [exact.decode(of_document) for of_document in exact.encode_batch(documents)] == documents
 
 
 def test_korean_comes_back_as_it_went_in(test_data):
@@ -315,6 +646,13 @@ def test_korean_comes_back_as_it_went_in(test_data):
     assert tokenizer.unknown_id not in np.concatenate(tokenizer.encode_batch(documents))
     hangul = [" ".join(re.findall("[가-힣]+", document)) for document in documents]
     assert [tokenizer.decode(tokens) for tokens in tokenizer.encode_batch(hangul)] == hangul
+    num_tokens = []
+    for config in (BpeConfig(kind="bpe", vocabulary_size=5000), CharConfig(kind="char"), ByteConfig(kind="byte")):
+        exact = train_tokenizer(config, documents)
+        encoded = exact.encode_batch(documents)
+        assert [exact.decode(tokens) for tokens in encoded] == documents
+        num_tokens.append(sum(map(len, encoded)))
+    assert num_tokens == sorted(num_tokens)
 
 
 def test_english_books_have_the_tutorial_s_tokens_and_hugging_face_s(test_data, tmp_path):

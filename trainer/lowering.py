@@ -6,7 +6,7 @@ from pathlib import Path
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
-from trainer.config import CharConfig, Config, UserError, load_config
+from trainer.config import Config, UserError, load_config
 from trainer.run import build_gpt
 from trainer.training.distribution import make_strategy, rows_per_replica
 from trainer.training.step import TrainingStep
@@ -68,10 +68,11 @@ def main() -> None:
     path, num_replicas, out, *overrides = sys.argv[1:]
     try:
         config = load_config(path, overrides)
-        if isinstance(config.tokenizer, CharConfig):
-            raise UserError("tokenizer.kind='char': how many characters there are is known once the text is prepared.")
         # The most that it can come to: no text is read for this.
-        hlo = lower_step(config, config.tokenizer.vocabulary_size, int(num_replicas))
+        if (vocabulary_size := config.vocabulary_size()) is None:
+            kind = config.tokenizer.kind
+            raise UserError(f"tokenizer.kind={kind!r}: how many tokens there are is known once the text is prepared.")
+        hlo = lower_step(config, vocabulary_size, int(num_replicas))
     except UserError as error:
         sys.exit(f"trainer: {error}")
     Path(out).write_bytes(hlo)

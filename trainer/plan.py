@@ -7,7 +7,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from trainer.config import Config, ModelConfig, UserError, WordPieceConfig
+from trainer.config import CharConfig, Config, ModelConfig, UserError
 
 Shape = tuple[int, ...]
 
@@ -44,13 +44,15 @@ def print_plan(config: Config, vocabulary_size: int | None) -> None:
     Raises:
         UserError: neither says it, or it is impossible.
     """
+    vocabulary_size = config.vocabulary_size() if vocabulary_size is None else vocabulary_size
     if vocabulary_size is None:
-        if not isinstance(config.tokenizer, WordPieceConfig):
-            raise UserError(
-                f"tokenizer.kind={config.tokenizer.kind!r} takes its vocabulary from the text, which plan does not "
-                "read; give --vocabulary-size (English in plain characters: about 100)."
-            )
-        vocabulary_size = config.tokenizer.vocabulary_size
+        where, example = "tokenizer.path", "GPT-2: 50257"
+        if isinstance(config.tokenizer, CharConfig):
+            where, example = "the text", "English in plain characters: about 100"
+        raise UserError(
+            f"tokenizer.kind={config.tokenizer.kind!r} takes its vocabulary from {where}, which plan does not read; "
+            f"give --vocabulary-size ({example})."
+        )
     if vocabulary_size < 1:
         raise UserError(f"--vocabulary-size {vocabulary_size} must be at least 1.")
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_footer=True)

@@ -8,8 +8,10 @@ import contextlib
 import dataclasses
 import fcntl
 import glob
+import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import Config, UserError
+from trainer.config import BpeFileConfig, Config, UserError, WordPieceFileConfig
 from trainer.data.shards import (
     MANIFEST,
     SHARD_TOKENS,
@@ -31,12 +33,14 @@ from trainer.data.shards import (
     write_manifest,
 )
 from trainer.data.text import Source, open_source
-from trainer.data.tokenizer import Tokenizer, train_tokenizer
+from trainer.data.tokenizer import Tokenizer, read_tokenizer_file, train_tokenizer
 from trainer.data.vocabulary import cut
 from trainer.storage import Url, copy_file, copy_folder, locate, place_on_disk, sync
 
 _BATCH_BYTES = 1 << 20
 _PROGRESS_SECS = 5.0
+# How many validation documents, and how much of each, are decoded again to see what comes back.
+_SAMPLE_DOCUMENTS, _SAMPLE_CHARS = 200, 10_000
 # A hidden folder this old on which nobody holds a lock is what a killed process left.
 _ABANDONED_SECS = 60.0
 
@@ -52,10 +56,13 @@ def prepare(config: Config, say: Say = print, shard_tokens: int = SHARD_TOKENS) 
         shard_tokens: a shard with this many tokens gets no further document.
 
     Raises:
-        UserError: the text cannot be used, or the folder cannot be written or is damaged.
+        UserError: the text or tokenizer.path cannot be used, or the folder cannot be written or is damaged.
     """
+    tokenizer_file = read_tokenizer_file(config.tokenizer)  # First: a misspelt path should not wait for all the text.
     source = open_source(config.data)
     fingerprint = source.fingerprint()
+    if tokenizer_file is not None:
+        fingerprint = hashlib.sha256(fingerprint.encode() + tokenizer_file).hexdigest()
     name = f"{config.prepared_name()}-{fingerprint[:10]}"
     home = locate(config.data.prepared_folder)
     if isinstance(home, Path):
@@ -102,13 +109,17 @@ def _prepare_on_disk(
     for path in set(source.train_files) & set(source.validation_files):
         say(f"warning: {path} is in data.train and in data.validation")
     if others := sorted(folder.parent.glob(f"{glob.escape(config.prepared_name())}-*")):
-        say(f"the text is not the one of {others[-1]}; preparing it anew (that folder stays)")
+        of_file = isinstance(config.tokenizer, WordPieceFileConfig | BpeFileConfig)
+        what = "the text or the file of tokenizer.path" if of_file else "the text"
+        say(f"{what} is not the one of {others[-1]}; preparing it anew (that folder stays)")
     start = time.monotonic()
     with _written_whole(folder) as partial:
-        entries = _write(config, source, partial, say, shard_tokens)
+        entries, report = _write(config, source, partial, say, shard_tokens)
         write_manifest(partial, {**entries, "source_fingerprint": fingerprint, "sources": source.names()})
     prepared = load_prepared(folder, check_hashes=False)
     say(f"{folder}: prepared in {time.monotonic() - start:.0f} s; {_describe(prepared)}")
+    for line in report:
+        say(line)
     return prepared
 
 
@@ -123,8 +134,10 @@ def _describe(prepared: PreparedData) -> str:
     )
 
 
-def _write(config: Config, source: Source, folder: Path, say: Say, shard_tokens: int) -> dict[str, Any]:
-    """Writes tokenizer and shards into a folder; returns what the manifest is to say about them."""
+def _write(
+    config: Config, source: Source, folder: Path, say: Say, shard_tokens: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Writes tokenizer and shards into a folder; returns what the manifest is to say about them, and lines to say."""
     documents = _with_progress("reading for the vocabulary", source.documents(), say)
     tokenizer = train_tokenizer(config.tokenizer, (text for split, text in documents if split == "train"))
     tokenizer.save(folder / "tokenizer")
@@ -132,9 +145,14 @@ def _write(config: Config, source: Source, folder: Path, say: Say, shard_tokens:
     documents = _with_progress("encoding", source.documents(), say)
     if config.data.is_storybook() and config.data.validation is None:
         documents = _with_nats(documents, writers["validation"].nats)
-    for batch, tokens, lengths in _encoded(tokenizer, documents):
+    sample: list[str] = []
+    near_unknown: collections.Counter[str] = collections.Counter()
+    for batch, tokens, lengths in _encoded(tokenizer, _with_sample(documents, sample)):
         writers[batch.split].write(tokens, lengths, batch.is_start, batch.num_bytes)
-    return {
+        unknown = np.flatnonzero(tokens == tokenizer.unknown_id)
+        for i in np.unique(np.searchsorted(np.cumsum(lengths), unknown, side="right")):
+            near_unknown.update(batch.pieces[i])
+    entries = {
         "dtype": token_dtype(tokenizer.vocabulary_size),
         "vocabulary_size": tokenizer.vocabulary_size,
         "pad_id": tokenizer.pad_id,
@@ -144,6 +162,23 @@ def _write(config: Config, source: Source, folder: Path, say: Say, shard_tokens:
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "splits": {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()},
     }
+    return entries, [_what_comes_back(tokenizer, sample), *_what_is_unknown(tokenizer, near_unknown)]
+
+
+def _what_comes_back(tokenizer: Tokenizer, sample: list[str]) -> str:
+    decoded = map(tokenizer.decode, tokenizer.encode_batch(sample))
+    share = np.mean([back == document for back, document in zip(decoded, sample, strict=True)])
+    return f"{share:.1%} of {len(sample)} validation documents come back exactly from their tokens"
+
+
+def _what_is_unknown(tokenizer: Tokenizer, near_unknown: collections.Counter[str]) -> Iterator[str]:
+    # Doubled, because WordPiece has one token for a letter at the start of a word and another inside.
+    counts = near_unknown.most_common()
+    tokens = tokenizer.encode_batch([2 * character for character, _ in counts])
+    unknown = [count for count, pair in zip(counts, tokens, strict=True) if tokenizer.unknown_id in pair]
+    if unknown:
+        listed = ", ".join(f"{character!r} {number}" for character, number in unknown[:10])
+        yield f"{len(unknown)} characters have no token; how often the commonest occur: {listed}"
 
 
 @dataclasses.dataclass
@@ -156,10 +191,10 @@ class _Batch:
     num_bytes: int = 0
 
 
-def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[_Batch]:
+def _batches(documents: Iterator[tuple[str, str]], breaks: re.Pattern[str]) -> Iterator[_Batch]:
     open_batches: dict[str, _Batch] = {}
     for split, document in documents:
-        for i, piece in enumerate(cut(document)):
+        for i, piece in enumerate(cut(document, breaks)):
             batch = open_batches.setdefault(split, _Batch(split))
             batch.pieces.append(piece)
             batch.is_start.append(i == 0)
@@ -176,7 +211,7 @@ def _encoded(
     num_threads = os.cpu_count() or 1
     waiting: collections.deque[Any] = collections.deque()
     with ThreadPoolExecutor(num_threads) as pool:
-        for batch in _batches(documents):
+        for batch in _batches(documents, tokenizer.breaks):
             waiting.append((batch, pool.submit(tokenizer.encode_pieces, batch.pieces)))
             if len(waiting) > num_threads:
                 done, future = waiting.popleft()
@@ -192,6 +227,13 @@ def _with_nats(documents: Iterator[tuple[str, str]], nats: list[float]) -> Itera
         if split == "validation":
             nats.append(-storybook.log_probability(story))
         yield split, story
+
+
+def _with_sample(documents: Iterator[tuple[str, str]], sample: list[str]) -> Iterator[tuple[str, str]]:
+    for split, document in documents:
+        if split == "validation" and len(sample) < _SAMPLE_DOCUMENTS:
+            sample.append(document[:_SAMPLE_CHARS])
+        yield split, document
 
 
 def _with_progress(what: str, documents: Iterator[tuple[str, str]], say: Say) -> Iterator[tuple[str, str]]:

@@ -70,11 +70,11 @@ class PreparedData:
         dtype: of the tokens files: "uint16" or "uint32".
         vocabulary_size: tokens in the vocabulary, the special ones included.
         pad_id: token of padding.
-        unknown_id: token of what the vocabulary cannot spell.
+        unknown_id: token of what the vocabulary cannot spell; -1 where it can spell everything.
         bos_id: token before each document.
-        tokenizer_kind: "wordpiece" or "char".
+        tokenizer_kind: as in tokenizer.kind.
         tokenizer_fingerprint: identifies the tokenizer.
-        source_fingerprint: identifies the text.
+        source_fingerprint: identifies the text, and the file of tokenizer.path.
         sources: the files of each split, for people to read.
         splits: "train" and "validation".
         fingerprint: identifies all of this but folder and sources, and so every token.

@@ -1,8 +1,8 @@
 """Tokenizers: text to tokens and back, and the files that keep one.
 
-keras_nlp's WordPieceTokenizer is the one WordPiece encoder. The tokenizer.json written beside its vocabulary is for
-other tools: exact for char; for WordPiece equal on plain text and near on the rest, because Hugging Face folds the case
-of a text before it splits words, and keras_nlp the other way round.
+keras_nlp's WordPieceTokenizer is the one WordPiece encoder, and Hugging Face's the one BPE encoder. Each kind also
+writes a tokenizer.json for other tools: exact but for WordPiece, where it is equal on plain text and near on the rest,
+because Hugging Face folds the case of a text before it splits words, and keras_nlp the other way round.
 """
 
 import hashlib
@@ -10,14 +10,37 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from trainer.config import CharConfig, UserError, WordPieceConfig
-from trainer.data.vocabulary import LONE_CHARACTER, SPECIAL_TOKENS, cut, train_wordpiece
+from trainer.config import (
+    BpeConfig,
+    BpeFileConfig,
+    ByteConfig,
+    CharConfig,
+    TokenizerConfig,
+    UserError,
+    WordPieceConfig,
+    WordPieceFileConfig,
+)
+from trainer.data.vocabulary import (
+    ANYWHERE,
+    BPE_BREAKS,
+    BYTE_SPECIAL_TOKENS,
+    LONE_CHARACTER,
+    SPECIAL_TOKENS,
+    WORDPIECE_BREAKS,
+    cut,
+    train_bpe,
+    train_wordpiece,
+)
+
+# What vocabularies call padding, and the token before a document; the end of one text is the start of the next.
+_PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")
+_BOS_NAMES = ("[BOS]", "[CLS]", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
 
 # Folding turns the letter ㅋ (U+314B) into ᄏ (U+110F), the first part of a syllable, which without the other parts can
 # only have been that letter.
@@ -28,23 +51,83 @@ _LONE_JAMO = re.compile(
 )
 
 
-class WordPieceTokenizer:
+class Tokenizer(Protocol):
+    """What all kinds have.
+
+    Attributes:
+        kind: as in tokenizer.kind.
+        is_lossy: whether decoding may give another text than was encoded, even where no token is unknown.
+        breaks: where a text may be cut without a change to its tokens; see `cut`.
+        vocabulary_size: number of tokens, the special ones included.
+        pad_id: token of padding; where the vocabulary has none, bos_id.
+        unknown_id: token of what the vocabulary cannot spell; -1 where it can spell everything.
+        bos_id: token before each document. No text has it, even one that holds its name.
+        fingerprint: SHA-256 of all that decides how text becomes tokens.
+    """
+
+    kind: ClassVar[str]
+    is_lossy: ClassVar[bool]
+    breaks: ClassVar[re.Pattern[str]]
+    vocabulary_size: int
+    pad_id: int
+    unknown_id: int
+    bos_id: int
+    fingerprint: str
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the tokens of one text, without [BOS]: int32 [tokens]."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the tokens of each text, without [BOS]: int32 [tokens]."""
+        if not texts:
+            return []
+        pieces = [list(cut(text, self.breaks)) for text in texts]
+        tokens, lengths = self.encode_pieces(list(itertools.chain.from_iterable(pieces)))
+        last_pieces = np.cumsum([len(of_text) for of_text in pieces]) - 1
+        return np.split(tokens, np.cumsum(lengths)[last_pieces][:-1])
+
+    def encode_pieces(self, pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes texts that `cut` has made short; may be called from several threads.
+
+        Returns:
+            (tokens, lengths): the tokens of all pieces, int32 [tokens], and how many each has, int64 [pieces].
+        """
+        ...
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of tokens, [PAD] and [BOS] left out."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what, beside the vocabulary, decides how text becomes tokens."""
+        return {"kind": self.kind}
+
+    def save(self, folder: Path) -> None:
+        """Writes what `load_tokenizer` reads, and tokenizer.json, into a folder."""
+        ...
+
+
+class WordPieceTokenizer(Tokenizer):
     """WordPiece with the tutorial's settings: words end at whitespace, punctuation and ideographs; case is folded.
 
     Differs from the tutorial's in one point: a word of more than 100 bytes is split into tokens like any other, where
     keras_nlp makes it one [UNK]. Scripts that put no spaces between words, such as Thai, are full of them.
 
+    What comes back differs from the text in spacing, case and form.
+
     Attributes:
         vocabulary: the tokens; a token's index is its id.
         lowercase: whether case is folded, by Unicode's NFKC case folding.
         keras_tokenizer: the keras_nlp layer.
-        fingerprint: SHA-256 of all that decides how text becomes tokens.
+
+    Raises:
+        ValueError: the vocabulary lacks a special token.
     """
 
     kind = "wordpiece"
-    pad_id, unknown_id, bos_id = range(3)
     is_lossy = True
-    """Whether decoding may give another text, in spacing, case or form, than was encoded."""
+    breaks = WORDPIECE_BREAKS
 
     def __init__(self, vocabulary: Sequence[str], lowercase: bool):
         # Here, like every import of TensorFlow in this module: a misspelt path should not wait for it to load.
@@ -53,10 +136,14 @@ class WordPieceTokenizer:
         import tensorflow_text
 
         self.vocabulary, self.lowercase = list(vocabulary), lowercase
+        self.vocabulary_size = len(self.vocabulary)
         self.fingerprint = _fingerprint(self.settings(), self.vocabulary)
+        ids = {token: id for id, token in enumerate(self.vocabulary)}
+        names = [_first_of(names, ids) for names in (_PAD_NAMES, ("[UNK]",), _BOS_NAMES)]
+        self.pad_id, self.unknown_id, self.bos_id = (ids[name] for name in names)
         # Without _allow_python_workflow, eager calls would take keras_nlp's second encoder, written in Python.
         self.keras_tokenizer = keras_nlp.tokenizers.WordPieceTokenizer(
-            self.vocabulary, lowercase=lowercase, special_tokens=list(SPECIAL_TOKENS), _allow_python_workflow=False
+            self.vocabulary, lowercase=lowercase, special_tokens=names, _allow_python_workflow=False
         )
         self.keras_tokenizer._fast_word_piece = tensorflow_text.FastWordpieceTokenizer(
             self.vocabulary, max_bytes_per_word=2**30, token_out_type=tf.int32, unknown_token="[UNK]",
@@ -64,35 +151,18 @@ class WordPieceTokenizer:
         )  # fmt: skip
         self._tokenize = tf.function(self.keras_tokenizer.tokenize, [tf.TensorSpec([None], tf.string)], autograph=False)
 
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of tokens, the special ones included."""
-        return len(self.vocabulary)
-
     def settings(self) -> dict[str, Any]:
         """Returns what, beside the vocabulary, decides how text becomes tokens."""
         return {"kind": self.kind, "lowercase": self.lowercase}
 
-    def encode(self, text: str) -> np.ndarray:
-        """Returns the tokens of one text, without [BOS]: int32 [tokens]."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns the tokens of each text, without [BOS]: int32 [tokens]."""
-        return _encode_whole(self, texts)
-
     def encode_pieces(self, pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes texts that `cut` has made short; may be called from several threads.
-
-        Returns:
-            (tokens, lengths): the tokens of all pieces, int32 [tokens], and how many each has, int64 [pieces].
-        """
+        """Encodes texts that `cut` has made short."""
         tokens = self._tokenize(list(pieces))
         return tokens.values.numpy(), tokens.row_lengths().numpy()
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Returns the text of tokens, words joined by single spaces, [PAD] and [BOS] left out."""
-        kept = _without_padding(tokens)
+        kept = _without_special(self, tokens)
         if not len(kept):
             return ""
         text: str = self.keras_tokenizer.detokenize(kept)
@@ -117,54 +187,85 @@ class WordPieceTokenizer:
             pre_tokenizers.Split(Regex(rf"{LONE_CHARACTER}|\p{{P}}"), "isolated"),
         ])  # fmt: skip
         twin.decoder = decoders.WordPiece("##", cleanup=False)
-        _save(self, folder, twin)
+        _save(self, folder, twin.to_str(pretty=True))
         (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in self.vocabulary), "utf-8", newline="\n")
 
 
-class CharTokenizer:
+class BpeTokenizer(Tokenizer):
+    """Byte-level BPE: text is split into words as GPT-2's, and every text comes back exactly.
+
+    Args:
+        file: a tokenizer.json of Hugging Face, its whole text.
+
+    Raises:
+        ValueError: it is none, or of another kind, or lacks the token before a document.
+    """
+
+    kind = "bpe"
+    is_lossy = False
+    breaks = BPE_BREAKS
+    unknown_id = -1
+
+    def __init__(self, file: str):
+        self.file = file
+        self.fingerprint = _fingerprint(self.settings(), [file])
+        self.encoder = _parsed(file, "BPE")
+        # What a file may ask for where a model is trained: texts cut and filled up, and other tokens each time.
+        self.encoder.no_truncation()
+        self.encoder.no_padding()
+        self.encoder.model.dropout = None
+        # The name of a special token in a text is text.
+        self.encoder.encode_special_tokens = True
+        ids = self.encoder.get_vocab()
+        self.vocabulary_size = max(ids.values()) + 1
+        self.bos_id = ids[_first_of(_BOS_NAMES, ids)]
+        self.pad_id = next((ids[name] for name in _PAD_NAMES if name in ids), self.bos_id)
+
+    def encode_pieces(self, pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes texts that `cut` has made short; each call uses all cores."""
+        encodings = self.encoder.encode_batch_fast(list(pieces), add_special_tokens=False)
+        lengths = np.array([len(encoding) for encoding in encodings], np.int64)
+        ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
+        return np.fromiter(ids, np.int32, lengths.sum()), lengths
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of tokens, [PAD] and [BOS] left out; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self.encoder.decode(_without_special(self, tokens).tolist())
+        return text
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and settings.json into a folder."""
+        _save(self, folder, self.file)
+
+
+class CharTokenizer(Tokenizer):
     """One token for each Unicode code point of the text it was made from; decoding gives those back exactly.
 
     Attributes:
         vocabulary: the tokens; a token's index is its id.
-        fingerprint: SHA-256 of all that decides how text becomes tokens.
     """
 
     kind = "char"
-    pad_id, unknown_id, bos_id = range(3)
     is_lossy = False
-    """Whether decoding may give another text than was encoded; here only where a character is unknown."""
+    breaks = ANYWHERE
+    pad_id, unknown_id, bos_id = range(3)
 
     def __init__(self, vocabulary: Sequence[str]):
         self.vocabulary = list(vocabulary)
+        self.vocabulary_size = len(self.vocabulary)
         self.fingerprint = _fingerprint(self.settings(), self.vocabulary)
         self._ids = np.full(0x110000, self.unknown_id, np.int32)  # Every code point there can be: 4 MB.
         characters = self.vocabulary[len(SPECIAL_TOKENS) :]
         self._ids[[ord(character) for character in characters]] = np.arange(len(characters)) + len(SPECIAL_TOKENS)
 
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of tokens, the special ones included."""
-        return len(self.vocabulary)
-
-    def settings(self) -> dict[str, Any]:
-        """Returns what, beside the vocabulary, decides how text becomes tokens."""
-        return {"kind": self.kind}
-
-    def encode(self, text: str) -> np.ndarray:
-        """Returns the tokens of one text, without [BOS]: int32 [tokens]."""
-        return self._ids[np.frombuffer(text.encode("utf-32-le"), "<u4")]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns the tokens of each text, without [BOS]: int32 [tokens]."""
-        return [self.encode(text) for text in texts]
-
     def encode_pieces(self, pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes texts together; returns (tokens int32 [tokens], lengths int64 [pieces])."""
-        return self.encode("".join(pieces)), np.array([len(piece) for piece in pieces], np.int64)
+        """Encodes texts."""
+        tokens = self._ids[np.frombuffer("".join(pieces).encode("utf-32-le"), "<u4")]
+        return tokens, np.array([len(piece) for piece in pieces], np.int64)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Returns the text of tokens, [PAD] and [BOS] left out."""
-        return "".join(self.vocabulary[token] for token in _without_padding(tokens))
+        return "".join(self.vocabulary[token] for token in _without_special(self, tokens))
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and settings.json into a folder."""
@@ -174,33 +275,80 @@ class CharTokenizer:
         twin = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
         twin.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         twin.decoder = decoders.Fuse()
-        _save(self, folder, twin)
+        _save(self, folder, twin.to_str(pretty=True))
 
 
-Tokenizer = WordPieceTokenizer | CharTokenizer
+class ByteTokenizer(Tokenizer):
+    """One token for each UTF-8 byte; every text comes back exactly."""
+
+    kind = "byte"
+    is_lossy = False
+    breaks = ANYWHERE
+    vocabulary_size = ByteConfig.vocabulary_size
+    pad_id, bos_id = range(2)
+    unknown_id = -1
+
+    def __init__(self) -> None:
+        self.fingerprint = _fingerprint(self.settings(), [])
+
+    def encode_pieces(self, pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes texts."""
+        encoded = [piece.encode() for piece in pieces]
+        tokens = np.frombuffer(b"".join(encoded), np.uint8).astype(np.int32) + len(BYTE_SPECIAL_TOKENS)
+        return tokens, np.array([len(of_piece) for of_piece in encoded], np.int64)
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of tokens, [PAD] and [BOS] left out; bytes that are no UTF-8 become U+FFFD."""
+        values = _without_special(self, tokens) - len(BYTE_SPECIAL_TOKENS)
+        return values.astype(np.uint8).tobytes().decode(errors="replace")
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and settings.json into a folder."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        # BPE writes a byte as a letter: those of Latin-1 that can be seen as themselves, the others from U+0100 on.
+        seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        unseen = sorted(set(range(0x100)) - set(seen))
+        letters = {**{byte: chr(byte) for byte in seen}, **{byte: chr(0x100 + i) for i, byte in enumerate(unseen)}}
+        tokens = [*BYTE_SPECIAL_TOKENS, *(letters[byte] for byte in range(0x100))]
+        twin = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, []))
+        twin.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        twin.decoder = decoders.ByteLevel()
+        _save(self, folder, twin.to_str(pretty=True))
 
 
-def _encode_whole(tokenizer: WordPieceTokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    if not texts:
-        return []
-    pieces = [list(cut(text)) for text in texts]
-    tokens, lengths = tokenizer.encode_pieces(list(itertools.chain.from_iterable(pieces)))
-    last_pieces = np.cumsum([len(of_text) for of_text in pieces]) - 1
-    return np.split(tokens, np.cumsum(lengths)[last_pieces][:-1])
-
-
-def _without_padding(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+def _without_special(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
     array = np.asarray(tokens, np.int32)
-    return array[(array != WordPieceTokenizer.pad_id) & (array != WordPieceTokenizer.bos_id)]
+    return array[(array != tokenizer.pad_id) & (array != tokenizer.bos_id)]
+
+
+def _first_of(names: Sequence[str], ids: Container[str]) -> str:
+    found = [name for name in names if name in ids]
+    if not found:
+        raise ValueError(f"no token named {' or '.join(names)}")
+    return found[0]
 
 
 def _fingerprint(settings: dict[str, Any], vocabulary: list[str]) -> str:
     return hashlib.sha256(json.dumps([settings, vocabulary], sort_keys=True).encode()).hexdigest()
 
 
-def _save(tokenizer: Tokenizer, folder: Path, twin: Any) -> None:
+def _parsed(file: str, kind: str) -> Any:
+    """Returns Hugging Face's tokenizer of a tokenizer.json; raises ValueError where it is none, or of another kind."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(file)
+    except Exception as error:  # The library raises nothing more precise.
+        raise ValueError(f"not a tokenizer.json of Hugging Face ({error})") from None
+    if (found := type(tokenizer.model).__name__) != kind:
+        raise ValueError(f"a {found} vocabulary, and not {kind}")
+    return tokenizer
+
+
+def _save(tokenizer: Tokenizer, folder: Path, file: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(twin.to_str(pretty=True), "utf-8")
+    (folder / "tokenizer.json").write_bytes(file.encode())
     settings = {**tokenizer.settings(), "fingerprint": tokenizer.fingerprint}
     (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
@@ -218,6 +366,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if settings["kind"] == "wordpiece":
             lines = (folder / "vocab.txt").read_text("utf-8").split("\n")[:-1]
             tokenizer = WordPieceTokenizer(lines, settings["lowercase"])
+        elif settings["kind"] == "bpe":
+            tokenizer = BpeTokenizer((folder / "tokenizer.json").read_bytes().decode())
+        elif settings["kind"] == "byte":
+            tokenizer = ByteTokenizer()
         else:
             ids = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
             tokenizer = CharTokenizer(sorted(ids, key=ids.get))
@@ -233,15 +385,87 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(config: WordPieceConfig | CharConfig, documents: Iterable[str]) -> Tokenizer:
-    """Makes the tokenizer a config asks for from documents, read once.
+def train_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
+    """Makes the tokenizer a config asks for: from documents, read once, or from a file.
 
     Raises:
-        UserError: the vocabulary is too small for the characters of the text.
+        UserError: the vocabulary is too small for the characters of the text, or tokenizer.path cannot be used.
     """
+    if isinstance(config, WordPieceFileConfig | BpeFileConfig):
+        return _from_file(config)
+    if isinstance(config, WordPieceConfig):
+        return WordPieceTokenizer(train_wordpiece(config, documents), config.lowercase)
+    if isinstance(config, BpeConfig):
+        return BpeTokenizer(train_bpe(config, documents))
     if isinstance(config, CharConfig):
         characters: set[str] = set()
         for document in documents:
             characters.update(document)
         return CharTokenizer([*SPECIAL_TOKENS, *sorted(characters)])
-    return WordPieceTokenizer(train_wordpiece(config, documents), config.lowercase)
+    return ByteTokenizer()
+
+
+def read_tokenizer_file(config: TokenizerConfig) -> bytes | None:
+    """Returns what is in the file that tokenizer.path names; None where the config names none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not isinstance(config, WordPieceFileConfig | BpeFileConfig):
+        return None
+    try:
+        return Path(config.path).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"tokenizer.path={config.path!r}: cannot be read: {error.strerror or error}.") from None
+
+
+def _from_file(config: WordPieceFileConfig | BpeFileConfig) -> Tokenizer:
+    content, needed = read_tokenizer_file(config), "a tokenizer.json of byte-level BPE, such as GPT-2's"
+    assert content is not None
+    try:
+        if isinstance(config, BpeFileConfig):
+            return _checked(BpeTokenizer(content.decode()))
+        needed = "a vocab.txt or tokenizer.json of WordPiece, such as BERT's"
+        return WordPieceTokenizer(_wordpiece_vocabulary(content.decode(), config), config.lowercase)
+    except (ValueError, RuntimeError) as error:  # tensorflow_text's is the latter.
+        raise UserError(f"tokenizer.path={config.path!r}: {error}; give {needed}.") from None
+
+
+def _wordpiece_vocabulary(file: str, config: WordPieceFileConfig) -> list[str]:
+    if Path(config.path).suffix == ".json":
+        ids = _parsed(file, "WordPiece").get_vocab()
+        vocabulary = sorted(ids, key=ids.get)
+    else:
+        vocabulary = file.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    if len(set(vocabulary)) < len(vocabulary) or "" in vocabulary:
+        raise ValueError("an empty line, or a token twice")
+    capitals = [token for token in vocabulary if re.search("[A-Z]", token) and not re.fullmatch(r"\[.*\]", token)]
+    if config.lowercase and capitals:
+        raise ValueError(
+            f"{len(capitals)} tokens have capitals, such as {capitals[0]!r}, which no text has with "
+            "tokenizer.lowercase=true; set that to false"
+        )
+    return vocabulary
+
+
+# Blanks of all kinds, what a normalizer would change, and places to cut at.
+_PROBE = "The  quick\n\n fox's\t 12 feet.\r\n  n\u0303 \u1112\u1161\u11ab 한, ① ﬁ\u00a0 、我。\u200b 🙂 \u2028 "
+
+
+def _checked(tokenizer: BpeTokenizer) -> BpeTokenizer:
+    """Raises ValueError where some text does not come back, or words do not end where `cut` takes them to."""
+    from tokenizers import pre_tokenizers
+
+    ids = tokenizer.encoder.get_vocab()
+    if missing := set(pre_tokenizers.ByteLevel.alphabet()) - ids.keys():
+        raise ValueError(f"no token for {len(missing)} of the 256 bytes")
+    special = [name for name, id in ids.items() if id in (tokenizer.pad_id, tokenizer.bos_id)]
+    text = _PROBE.join(["", *special, ""])
+    whole = tokenizer.encode(text)
+    if tokenizer.decode(whole) != text:
+        raise ValueError("a text does not come back from its tokens")
+    ends = [0, *(found.end() for found in BPE_BREAKS.finditer(text)), len(text)]
+    tokens, _ = tokenizer.encode_pieces([text[start:end] for start, end in itertools.pairwise(ends)])
+    if tokens.tolist() != whole.tolist():
+        raise ValueError("words do not end before spaces")
+    return tokenizer

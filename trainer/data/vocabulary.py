@@ -1,27 +1,36 @@
-"""Training a WordPiece vocabulary, with all the knowledge of how keras_nlp splits text into words.
+"""Training WordPiece and byte-level BPE vocabularies, with all the knowledge of where words end.
 
-Hugging Face's trainer does the counting, because it is tens of times faster than keras_nlp's; it is fed words that went
-through keras_nlp's own pretokenizer, because the two split and normalize differently.
+Hugging Face's trainer does the counting. For WordPiece, where it is tens of times faster than keras_nlp's, it is fed
+words that went through keras_nlp's own pretokenizer, because the two split and normalize differently.
 """
 
 import functools
 import hashlib
 import heapq
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
-from trainer.config import UserError, WordPieceConfig
+from trainer.config import BpeConfig, UserError, WordPieceConfig
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[BOS]")
+# Bytes can spell everything.
+BYTE_SPECIAL_TOKENS = ("[PAD]", "[BOS]")
 
 # keras_nlp makes each of these, and all other Unicode punctuation, a word of its own.
 LONE_CHARACTER = (
     "[!-/:-@\\[-`{-~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
 )
-# A word ends at each of these whatever surrounds it, so a cut there changes no token.
-_BREAK = re.compile(r"[ \t\n\r\f!-/:-@\[-`{-~\u3400-\u4dbf\u4e00-\u9fff]")
+# A match ends where a word ends whatever surrounds it, so that a cut there changes no token.
+WORDPIECE_BREAKS = re.compile(r"[ \t\n\r\f!-/:-@\[-`{-~\u3400-\u4dbf\u4e00-\u9fff]")
+# Spaces belong to the word after them. Letters are spelled out, and few, because what is one changes with Unicode's
+# version, which Python and the encoder need not share.
+BPE_BREAKS = re.compile(
+    r"\S(?= )|[A-Za-z\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3](?=[\n,.!?、。，！？])"
+)
+ANYWHERE = re.compile(r"[\s\S]")
 # Longer texts are handled in pieces of about this many characters, which bounds memory.
 _PIECE_CHARS = 1 << 16
 _BATCH_BYTES = 1 << 20
@@ -32,14 +41,19 @@ _MAX_WORD_CHARS = 500
 Pretokenize = Callable[[list[bytes]], list[str]]
 
 
-def cut(text: str, num_chars: int = _PIECE_CHARS) -> Iterator[str]:
+def cut(text: str, breaks: re.Pattern[str], num_chars: int = _PIECE_CHARS) -> Iterator[str]:
     """Yields a text in pieces whose tokens, joined, are the tokens of the whole; at least one piece.
 
-    Only where nothing breaks a word for num_chars characters is the word itself cut, as if there were a space.
+    Only where nothing breaks a word for num_chars characters is the word itself cut, as if it ended there.
+
+    Args:
+        text: the text.
+        breaks: matches of at least one character, at whose ends the text may be cut: a tokenizer's.
+        num_chars: a piece has this many characters or a few more, and at most twice as many.
     """
     start = 0
     while len(text) - start > num_chars:
-        found = _BREAK.search(text, start + num_chars - 1, start + 2 * num_chars)
+        found = breaks.search(text, start + num_chars - 1, start + 2 * num_chars)
         end = found.end() if found else start + 2 * num_chars
         yield text[start:end]
         start = end
@@ -56,7 +70,7 @@ def train_wordpiece(config: WordPieceConfig, documents: Iterable[str]) -> list[s
     pretokenize = _pretokenizer(config.lowercase)
     sample, alphabet = _Sample(config.sample_bytes), _Alphabet(pretokenize, config.lowercase)
     for document in documents:
-        for piece in cut(document):
+        for piece in cut(document, WORDPIECE_BREAKS):
             sample.add(piece)
             alphabet.add(piece)
     forms = alphabet.forms()
@@ -67,7 +81,37 @@ def train_wordpiece(config: WordPieceConfig, documents: Iterable[str]) -> list[s
             f"{num_needed}, as a letter is one token at the start of a word and another inside. "
             "Raise it, or use tokenizer.kind='char'."
         )
-    return _count_and_merge(config.vocabulary_size, forms, sample.words(pretokenize))
+    return _count_and_merge(config.vocabulary_size, forms, _words(sample, pretokenize))
+
+
+def train_bpe(config: BpeConfig, documents: Iterable[str]) -> str:
+    """Trains a byte-level BPE vocabulary on documents, read once; returns it as Hugging Face's tokenizer.json.
+
+    The special tokens come first, then the bytes, then the trained tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    sample = _Sample(config.sample_bytes)
+    for document in documents:
+        for piece in cut(document, BPE_BREAKS):
+            sample.add(piece)
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary_size,
+        min_frequency=2,
+        special_tokens=list(BYTE_SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # In small pieces, because the trainer's time grows with the square of a word's length.
+    pieces = (piece for text in sample.texts() for piece in cut(text.decode(), BPE_BREAKS, _MAX_WORD_CHARS // 2))
+    model.train_from_iterator(pieces, trainer)
+    settings = json.loads(model.to_str())
+    # Unlisted, special tokens are never looked for in a text.
+    settings["added_tokens"] = []
+    return json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
 
 
 def _count_and_merge(size: int, forms: list[str], words: Iterable[str]) -> list[str]:
@@ -125,18 +169,24 @@ class _Sample:
             negative_key, dropped = heapq.heappop(self._pieces)
             self._bound, self._num_bytes = -negative_key, self._num_bytes - len(dropped)
 
-    def words(self, pretokenize: Pretokenize) -> Iterator[str]:
-        """Yields the words, joined by line feeds in short strings: the trainer holds many strings at a time."""
-        batch: list[bytes] = []
-        num_bytes = 0
+    def texts(self) -> Iterator[bytes]:
+        """Yields the pieces, in an order that depends on nothing but them."""
         for _, text in sorted(self._pieces):
-            batch.append(text)
-            num_bytes += len(text)
-            if num_bytes >= _BATCH_BYTES:
-                yield from _joined(pretokenize(batch))
-                batch, num_bytes = [], 0
-        if batch:
+            yield text
+
+
+def _words(sample: _Sample, pretokenize: Pretokenize) -> Iterator[str]:
+    """Yields the words, joined by line feeds in short strings: the trainer holds many strings at a time."""
+    batch: list[bytes] = []
+    num_bytes = 0
+    for text in sample.texts():
+        batch.append(text)
+        num_bytes += len(text)
+        if num_bytes >= _BATCH_BYTES:
             yield from _joined(pretokenize(batch))
+            batch, num_bytes = [], 0
+    if batch:
+        yield from _joined(pretokenize(batch))
 
 
 def _joined(words: list[str]) -> Iterator[str]:

@@ -82,6 +82,8 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
+        # Not a mark in the texts: every token that can be drawn has a meaning of its own.
+        self._is_finite = tf.Variable(True, trainable=False, name="is_finite")
         self._compiled: dict[Decoder, tuple[keras_nlp.samplers.Sampler, Any]] = {}
         if isinstance(model, GPT):
             if sequence_length > model.sequence_length:
@@ -125,7 +127,12 @@ class Generator:
         sampler, write = self._compiled[decoder]
         for state in sampler.variables:  # Greedy and beam have none.
             state.assign(np.array([seed % 2**32, 0], np.uint32))
+        self._is_finite.assign(True)
         written = write(tokens, lengths, ends).numpy()
+        if not self._is_finite:
+            raise UserError(
+                "The model's logits are not finite: its weights are damaged; go back to an earlier checkpoint."
+            )
         return [self._decode(row[:end], length, stop) for row, length, end in zip(written, lengths, ends, strict=True)]
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +141,9 @@ class Generator:
         Raises:
             UserError: a prompt leaves no room for a continuation.
         """
-        tokens = np.full([len(prompts), self.sequence_length], self.tokenizer.pad_id, np.int32)
+        # Not padding, which can be [BOS]: the sampler stops where it finds that.
+        filler = 0 if self.tokenizer.bos_id != 0 else 1
+        tokens = np.full([len(prompts), self.sequence_length], filler, np.int32)
         lengths = np.zeros(len(prompts), np.int32)
         for i, prompt in enumerate(prompts):
             encoded = self.tokenizer.encode(prompt)
@@ -152,10 +161,6 @@ class Generator:
         ended = np.flatnonzero(tokens[prompt_length:] == self.tokenizer.bos_id)
         if len(ended):
             tokens = tokens[: prompt_length + ended[0]]
-        if self.tokenizer.pad_id in tokens[prompt_length:]:
-            raise UserError(
-                "The model's logits are not finite: its weights are damaged; go back to an earlier checkpoint."
-            )
         text = self.tokenizer.decode(tokens[1:])
         if stop is None:
             return text
@@ -252,12 +257,18 @@ class Generator:
         num_beams = tf.shape(texts)[0] // tf.shape(tokens)[0]
         tokens, lengths, ends = (tf.repeat(x, num_beams, axis=0) for x in (tokens, lengths, ends))
         positions, ids = tf.range(self.sequence_length), tf.range(vocabulary_size)
-        logits = tf.where((ids != pad_id) & (ids != unknown_id), tf.cast(logits, tf.float32), -math.inf)
-        # Of logits that are not numbers some samplers would make a token and others an error. A [PAD] tells `_decode`.
-        only = tf.where(tf.math.is_finite(tf.reduce_logsumexp(logits, axis=1)), -1, pad_id)
+        is_allowed = (ids == bos_id) | (ids != pad_id) & (ids != unknown_id)  # Some vocabularies pad with [BOS].
+        logits = tf.where(is_allowed, tf.cast(logits, tf.float32), -math.inf)
         is_written = (lengths[:, tf.newaxis] <= positions) & (positions < index)
         is_ended = tf.reduce_any(is_written & (texts == bos_id), axis=1) | (index >= ends)
-        only = tf.where(is_ended, bos_id, only)
+        # Of logits that are not numbers some samplers would make a token and others an error: their text ends, and
+        # `generate` is told.
+        is_finite = tf.math.is_finite(tf.reduce_logsumexp(logits, axis=1))
+        is_told = self._is_finite.assign(
+            self._is_finite & tf.reduce_all(is_finite | is_ended | (index < lengths)), read_value=False
+        )
+        with tf.control_dependencies([is_told]):
+            only = tf.where(is_finite & ~is_ended, -1, bos_id)
         only = tf.where(index < lengths, tokens[:, index], only)[:, tf.newaxis]
         return tf.where(only < 0, logits, tf.where(ids == only, 0.0, -math.inf))
 
