@@ -193,6 +193,26 @@ def test_tokens_are_those_of_plain_keras_nlp_but_for_words_over_100_bytes(every_
     assert theirs[thai][0] == every_kind.unknown_id
 
 
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_plain_ascii_goes_another_way_to_the_tokens_of_keras_nlp(lowercase):
+    draw = random.Random(0)
+    of_ascii = [chr(code) for code in range(128)]
+    alphabets = [
+        of_ascii[32:127],
+        [*of_ascii[32:127], *" \t\n\r\x0b\f"],
+        [*of_ascii, "\u00a0", "é", "한", "##", "[UNK]"],
+    ]
+    texts = ["".join(draw.choices(alphabet, k=draw.randint(0, 60))) for alphabet in alphabets for _ in range(3000)]
+    # A blank that folds into a space makes one a token; and some characters have none.
+    config = WordPieceConfig(kind="wordpiece", vocabulary_size=700, lowercase=lowercase)
+    tokenizer = train_tokenizer(config, [text.replace("~", "") for text in texts])
+    assert not lowercase or {" ", "## "} & set(tokenizer.vocabulary)
+    expected = plain_keras_tokens(tokenizer, texts)
+    assert lists(tokenizer.encode_batch(texts)) == expected
+    assert lists(tokenizer.encode_batch(texts[:3000])) == expected[:3000]  # Plain all of them.
+    assert any(tokenizer.unknown_id in tokens for tokens in expected[:3000])
+
+
 def test_a_word_of_any_length_has_tokens(every_kind):
     for length in (99, 100, 101, 5000):
         tokens = every_kind.encode("q" * length)
