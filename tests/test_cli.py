@@ -63,6 +63,7 @@ def test_what_needs_no_tensorflow_does_not_load_it(tmp_path: Path):
         (["train", MINIGPT, "train.total_step=1"], 2),
         (["prepare", "nothing.toml"], 2),
         (["train", MINIGPT, f"run_folder={taken}"], 2),
+        (["train", MINIGPT, "--or-resume", f"run_folder={taken}"], 2),
         (["train", "--resume", str(tmp_path)], 2),
         (["evaluate", str(tmp_path)], 2),
         (["generate", str(tmp_path)], 2),
@@ -130,6 +131,18 @@ def test_resume_ignores_no_config_or_override_silently(capsys: pytest.CaptureFix
     # What leaves the result alone is allowed, and then there has to be a run.
     error = refusal(["train", "--resume", "RUN", "distribution.logical_devices=2"], capsys)
     assert "RUN is not a run folder" in error
+
+
+def test_or_resume_goes_with_a_config_whose_run_has_the_same_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    error = refusal(["train", "--or-resume", "--resume", "RUN"], capsys)
+    assert "--resume RUN and --or-resume, which goes with a config: leave out one." in error
+    assert "train needs a config file" in refusal(["train", "--or-resume"], capsys)
+    taken = taken_folder(tmp_path / "taken")
+    error = refusal(["train", MINIGPT, "--or-resume", f"run_folder={taken}", "log.every_steps=3"], capsys)
+    assert f"run_folder='{taken}' holds a run that was started with other settings: data.train=[" in error
+    assert "(was ['storybook'])" in error and "log.every_steps" not in error.split("Go on with")[0]
 
 
 def test_taken_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,6 +1,7 @@
 """Laws of the meeting of several workers, before TensorFlow joins them."""
 
 import json
+import os
 import socket
 import threading
 import time
@@ -8,7 +9,7 @@ import time
 import pytest
 
 from trainer.config import DistributionConfig, UserError
-from trainer.training.hosts import Hosts, find_hosts, meet, read_tf_config
+from trainer.training.hosts import Hosts, find_hosts, meet, meeting_secs, read_tf_config
 
 
 def verdicts(workers, facts, timeout_secs=10.0):
@@ -156,3 +157,107 @@ def test_gpus_of_one_machine_are_not_ignored_by_several(monkeypatch):
     assert find_hosts(DistributionConfig(kind="gpu", gpus=(0, 1))) == Hosts()
     monkeypatch.setenv("TF_CONFIG", tf_config(workers=["a:1"], index=0))
     assert not find_hosts(DistributionConfig(kind="multi_worker", gpus=(0, 1))).are_several
+
+
+@pytest.fixture
+def slurm_task(monkeypatch):
+    """A function that makes this process a task of a SLURM step, as srun would."""
+
+    def become(nodes, tasks, node, local_id=0, rank=0, count=2, job="7"):
+        # Set first, so that what find_hosts sets goes away with the test.
+        monkeypatch.setenv("TF_CONFIG", "")
+        monkeypatch.delenv("TF_CONFIG")
+        for name, value in {
+            "SLURM_STEP_NUM_TASKS": count,
+            "SLURM_STEP_NODELIST": nodes,
+            "SLURM_STEP_TASKS_PER_NODE": tasks,
+            "SLURM_PROCID": rank,
+            "SLURM_LOCALID": local_id,
+            "SLURMD_NODENAME": node,
+            "SLURM_JOB_ID": job,
+        }.items():
+            monkeypatch.setenv(name, str(value))
+
+    return become
+
+
+@pytest.mark.parametrize("kind", ["auto", "multi_worker"])
+def test_tasks_of_a_slurm_step_are_the_workers_and_tf_config_says_so(slurm_task, monkeypatch, kind):
+    slurm_task("node[01-02]", "1(x2)", "node02", rank=1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    hosts = find_hosts(DistributionConfig(kind=kind))
+    assert hosts == Hosts(("node01:10700", "node02:10700"), 1)
+    assert read_tf_config(os.environ["TF_CONFIG"]) == hosts
+    # GPUs are SLURM's to share out.
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tasks", "count", "node", "local_id", "workers", "number"),
+    [
+        ("node1", "2", 2, "node1", 1, ("node1:10700", "node1:10701"), 1),
+        ("node[01-03]", "1(x3)", 3, "node03", 0, ("node01:10700", "node02:10700", "node03:10700"), 2),
+        ("a,b[7,9]", "2(x2),1", 5, "b7", 1, ("a:10700", "a:10701", "b7:10700", "b7:10701", "b9:10700"), 3),
+        # SLURM counts node9 first, the resolver sorts it last.
+        ("node[9-10]", "1(x2)", 2, "node9", 0, ("node10:10700", "node9:10700"), 1),
+    ],
+)
+def test_a_slurm_task_finds_its_own_address(slurm_task, nodes, tasks, count, node, local_id, workers, number):
+    slurm_task(nodes, tasks, node, local_id, count=count)
+    assert find_hosts(DistributionConfig()) == Hosts(workers, number)
+
+
+def test_slurm_jobs_that_follow_each_other_have_ports_of_their_own(slurm_task, monkeypatch):
+    ports = []
+    for job in ("199", "200", "201"):
+        slurm_task("node1", "2", "node1", job=job)
+        ports += [int(worker.split(":")[1]) for worker in find_hosts(DistributionConfig()).workers]
+    assert ports == [29900, 29901, 10000, 10001, 10100, 10101]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("SLURM_STEP_NUM_TASKS", "many", "SLURM_STEP_NUM_TASKS='many' must be a number"),
+        ("SLURM_STEP_NUM_TASKS", "3", "SLURM_STEP_NUM_TASKS='3', SLURM_STEP_NODELIST='node[1-2]', "),
+        ("SLURM_PROCID", None, "SLURM_PROCID (not set) must be a number"),
+        ("SLURM_JOB_ID", "7_1", "SLURM_JOB_ID='7_1' must be a number"),
+        ("SLURM_LOCALID", "-1", "SLURM_LOCALID='-1' must be a number"),
+        ("SLURM_LOCALID", "1", "SLURMD_NODENAME='node1', SLURM_LOCALID='1' is none of the tasks"),
+        ("SLURMD_NODENAME", None, "SLURMD_NODENAME (not set), SLURM_LOCALID='0' is none of the tasks"),
+        ("SLURM_STEP_NODELIST", None, "SLURM_STEP_NODELIST (not set)"),
+        ("SLURM_STEP_NODELIST", "node[1-2", "SLURM_STEP_NODELIST='node[1-2', "),
+        ("SLURM_STEP_NODELIST", "", "SLURM_STEP_NODELIST='', "),
+        ("SLURM_STEP_TASKS_PER_NODE", None, "SLURM_STEP_TASKS_PER_NODE (not set)"),
+        ("SLURM_STEP_TASKS_PER_NODE", "1x2", "SLURM_STEP_TASKS_PER_NODE='1x2'"),
+    ],
+)
+def test_a_slurm_environment_that_is_not_right_names_the_variable(slurm_task, monkeypatch, name, value, message):
+    slurm_task("node[1-2]", "1(x2)", "node1")
+    monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        find_hosts(DistributionConfig())
+    assert message in str(error.value)
+    assert "Start the workers with srun, as scripts/slurm_train does, or set TF_CONFIG on each." in str(error.value)
+    assert "TF_CONFIG" not in os.environ
+
+
+def test_slurm_is_not_asked_where_one_process_is_meant_or_tf_config_is_set(slurm_task, monkeypatch):
+    slurm_task("node[1-2]", "1(x2)", "node1")
+    assert find_hosts(DistributionConfig(kind="cpu")) == Hosts()
+    monkeypatch.setenv("TF_CONFIG", tf_config())
+    assert find_hosts(DistributionConfig()).workers == ("a:1", "b:2")
+    slurm_task("node1", "1", "node1", count=1)
+    assert find_hosts(DistributionConfig()) == Hosts()
+
+
+def test_workers_wait_as_long_as_they_are_told(monkeypatch, free_addresses):
+    monkeypatch.delenv("TRAINER_MEETING_SECS", raising=False)
+    assert meeting_secs() == 45.0
+    monkeypatch.setenv("TRAINER_MEETING_SECS", "1")
+    with pytest.raises(UserError, match="could not be reached within 1 s"):
+        meet(free_addresses(2), 1, dict)
+    for text in ("", "0", "soon", "1.5"):
+        monkeypatch.setenv("TRAINER_MEETING_SECS", text)
+        with pytest.raises(UserError, match=rf"TRAINER_MEETING_SECS='{text}' must be a whole number of seconds"):
+            meeting_secs()

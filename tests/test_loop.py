@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import pytest
 import safetensors.numpy
 
 import trainer
+from trainer.data.prepare import prepare
+from trainer.run import RunFolder
+from trainer.training import loop
 from trainer.training.loop import is_due, steps_until_due
 
 SETTINGS = {
@@ -38,13 +42,15 @@ SETTINGS = {
 RUN = """
 import json, os, sys, time
 import trainer
+import trainer.training.loop as loop
 pause = float(os.environ["PAUSE"])
 if pause:
-    import trainer.training.loop as loop
     due = loop.steps_until_due
     loop.steps_until_due = lambda *arguments: (time.sleep(pause), due(*arguments))[1]
 if sys.argv[1] == "train":
     result = trainer.train(trainer.make_config(json.loads(sys.argv[2])))
+elif sys.argv[1] == "train or resume":
+    result = loop.start(trainer.make_config(json.loads(sys.argv[2])), or_resume=True)
 else:
     result = trainer.resume(sys.argv[2], overrides=sys.argv[3:])
 sys.exit(75 if result.was_interrupted else 0)
@@ -205,6 +211,60 @@ def test_a_signal_to_one_worker_stops_all_of_them_saved(tmp_path, free_addresses
         assert returncode == 75, output
     (folder,) = (run / "checkpoints").iterdir()
     assert 4 <= int(folder.name.removeprefix("step_")) < 40
+
+
+@pytest.mark.slow
+def test_workers_that_train_or_resume_start_then_go_on_and_a_difference_is_an_error_on_all(
+    tmp_path, uninterrupted, free_addresses
+):
+    settings, run = settings_of(tmp_path), tmp_path / "run"
+    processes = two_workers(free_addresses(2), "train or resume", json.dumps(settings), pause=0.4)
+    wait_for(run / "checkpoints" / "step_000000020", processes[0])
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not (run / "checkpoints" / "step_000000040").exists()
+
+    settings["train"]["seed"] = 7
+    for process in two_workers(free_addresses(2), "train or resume", json.dumps(settings)):
+        returncode, output = finish(process)
+        assert returncode == 1, output
+        assert "holds a run that was started with other settings: train.seed=7 (was 0)" in output
+
+    settings["train"]["seed"] = 0
+    shutil.rmtree(tmp_path / "prepared")
+    for process in two_workers(free_addresses(2), "train or resume", json.dumps(settings)):
+        returncode, output = finish(process)
+        assert returncode == 0, output
+        assert "steps 0 to 40" not in output
+    expected, found = saved(uninterrupted, 40), saved(run, 40)
+    assert found["optimizer/batches_hash"] == expected["optimizer/batches_hash"]
+
+
+@pytest.mark.slow
+def test_train_or_resume_starts_then_goes_on_and_at_last_reports_again(tmp_path):
+    lines = []
+    settings = settings_of(tmp_path)
+    # Made, and killed before the first checkpoint.
+    config = trainer.make_config(settings)
+    RunFolder.create(config, prepare(config, lines.append))
+    result = loop.start(config, say=lines.append, or_resume=True)
+    assert (result.step, "steps 0 to 40" in " ".join(lines)) == (40, True)
+
+    run = Path(result.run_folder)
+    shutil.rmtree(run / "checkpoints" / "step_000000040")
+    shutil.rmtree(tmp_path / "prepared")
+    lines.clear()
+    # The cadence of today's config applies, not the one it was started with.
+    config = trainer.make_config(settings_of(tmp_path, checkpoint__every_steps=5))
+    again = loop.start(config, say=lines.append, or_resume=True)
+    assert "steps 30 to 40" in " ".join(lines)
+    assert (run / "checkpoints" / "step_000000035").is_dir()
+    assert again.evaluation == result.evaluation
+    finished = loop.start(config, say=lines.append, or_resume=True)
+    assert (finished.step, finished.evaluation, finished.samples) == (40, result.evaluation, result.samples)
+    with pytest.raises(trainer.UserError, match=r"train.seed=7 \(was 0\)"):
+        loop.start(trainer.make_config(settings_of(tmp_path, train__seed=7)), say=lines.append, or_resume=True)
 
 
 def test_a_batch_that_the_devices_cannot_share_leaves_nothing_behind(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from trainer.config import Config, UserError, load_config, make_config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
-from trainer.run import RunFolder, build_gpt, check_is_free
+from trainer.run import RunFolder, build_gpt, check_is_free, find_run
 
 
 def quiet(line: str) -> None:
@@ -126,6 +126,47 @@ def test_data_that_is_gone_is_an_error_that_says_how_to_get_it_back(run: RunFold
     assert f"(trainer prepare {run.path / 'config.toml'})" in str(e.value)
     prepare(load_config(str(run.path / "config.toml")), quiet)
     run.prepared()
+
+
+def test_data_that_is_gone_can_be_prepared_again_if_it_comes_out_the_same(run: RunFolder, tmp_path: Path):
+    shutil.rmtree(tmp_path / "prepared")
+    assert run.prepared(lambda: prepared_text(tmp_path)).fingerprint == run.facts["data_fingerprint"]
+    shutil.rmtree(tmp_path / "prepared")
+    with pytest.raises(UserError, match=r"is not the data .*run was started on; start a new run for other data\."):
+        run.prepared(lambda: prepared_text(tmp_path, "another text about a dog\n" * 30))
+
+
+def test_a_run_is_found_again_with_what_may_change_as_the_config_now_has_it(run: RunFolder, tmp_path: Path):
+    config = tiny(tmp_path, "train.steps_per_call=3", "distribution.logical_devices=2", "log.every_steps=7")
+    found = find_run(config, or_resume=True)
+    assert found is not None and found.config == config != run.config
+    assert found.facts == run.facts
+    # Moved or named otherwise, it is the same run.
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert find_run(tiny(tmp_path, f"run_folder={tmp_path}/moved"), or_resume=True) is not None
+    assert find_run(config, or_resume=True) is None
+
+
+def test_a_run_with_other_settings_is_not_gone_on_with(run: RunFolder, tmp_path: Path):
+    others = ["train.seed=7", "model.dropout=0.5", "optimizer.clip_norm=1.0", "samples.prompt=x", "log.every_steps=7"]
+    with pytest.raises(UserError) as error:
+        find_run(tiny(tmp_path, *others), or_resume=True)
+    assert str(error.value).startswith(
+        f"run_folder='{run.path}' holds a run that was started with other settings: model.dropout=0.5 (was 0.0); "
+        "train.seed=7 (was 0); optimizer.clip_norm=1.0 (was None); and 1 more. Go on with the settings it was started "
+    )
+    with pytest.raises(UserError, match=r"tokenizer.kind='wordpiece' \(was 'char'\)"):
+        find_run(tiny(tmp_path, "tokenizer={kind='wordpiece'}"), or_resume=True)
+    with pytest.raises(UserError, match="already holds a run"):
+        find_run(tiny(tmp_path), or_resume=False)
+
+
+def test_a_folder_that_is_no_run_is_not_gone_on_with(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    assert find_run(tiny(tmp_path), or_resume=True) is None
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is there already and is no run"):
+        find_run(tiny(tmp_path), or_resume=True)
 
 
 def test_other_data_is_refused(run: RunFolder, tmp_path: Path):

@@ -39,6 +39,7 @@ class Checkout:
         for name in (
             "scripts/environment.sh",
             "scripts/quickstart",
+            "scripts/slurm_train",
             "scripts/test",
             ".ci/run",
             "setup.cfg",
@@ -297,6 +298,41 @@ def test_quickstart_trains_then_resumes_and_passes_the_exit_status_on(checkout: 
     other = checkout.run("scripts/quickstart", "train.total_steps=7", "run_folder=runs/other", env={"STATUS": ""})
     assert "trainer train configs/quickstart.toml train.total_steps=7 run_folder=runs/other\n" in other.stdout
     assert "--logdir runs/other/logs" in other.stdout
+
+
+@pytest.mark.parametrize(("status", "is_queued_again"), [(0, False), (2, False), (75, True)])
+def test_slurm_job_goes_on_with_its_run_and_queues_itself_again_where_it_was_interrupted(
+    checkout: Checkout, status: int, is_queued_again: bool
+) -> None:
+    fake = f'#!{BASH}\necho ${{0##*/}} "$@" cpus:$SRUN_CPUS_PER_TASK\n'
+    checkout.program(checkout.bin / "srun", fake + f'while [[ $1 == -* ]]; do shift; done; "$@"; exit {status}\n')
+    checkout.program(checkout.bin / "scontrol", fake)
+    checkout.program(checkout.root / ".venv/bin/trainer", f'#!{BASH}\nprintf "<%s>" "$@"; echo\n')
+    # SLURM runs a copy of the script, in the folder it was submitted from.
+    spooled = checkout.root.parent / "slurm_script"
+    shutil.copy(checkout.root / "scripts/slurm_train", spooled)
+    job = {"SLURM_JOB_ID": "12", "SLURM_CPUS_PER_TASK": "16"}
+    done = checkout.run(BASH, str(spooled), "configs/x.toml", "data.train=a b", env=job)
+    assert done.returncode == status
+    started, trained, *queued = done.stdout.splitlines()
+    assert started.startswith("srun ") and started.endswith(
+        "trainer train --or-resume configs/x.toml data.train=a b cpus:16"
+    )
+    # A worker that is done must not end the first one, which may still be saving.
+    assert "--kill-on-bad-exit=0" in started
+    assert trained == "<train><--or-resume><configs/x.toml><data.train=a b>"
+    assert queued == (["scontrol requeue 12 cpus:16"] if is_queued_again else [])
+
+
+def test_slurm_script_asks_for_a_signal_that_stops_a_run_and_says_how_to_submit_it(checkout: Checkout) -> None:
+    asked = re.findall(r"(?m)^#SBATCH --(.*)$", (REPOSITORY / "scripts/slurm_train").read_text())
+    assert {"ntasks-per-node=1", "requeue", "signal=INT@300"} <= set(asked)
+    usage = checkout.run("scripts/slurm_train", "--help")
+    assert usage.returncode == 0
+    assert "sbatch -N 2 scripts/slurm_train configs/quickstart.toml" in usage.stdout and "SBATCH" not in usage.stdout
+    alone = checkout.run("scripts/slurm_train", "configs/x.toml")
+    assert alone.returncode == 2
+    assert "this is no SLURM job; submit it: sbatch -N 2 scripts/slurm_train configs/x.toml" in alone.stdout
 
 
 def test_test_script_checks_every_python_program_then_runs_the_tests(checkout: Checkout) -> None:

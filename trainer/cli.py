@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="?", help="a TOML file, such as configs/quickstart.toml")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
     train.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, by the config kept there")
+    train.add_argument(
+        "--or-resume", action="store_true", help="go on with the config's run where its folder is there already"
+    )
     train.set_defaults(run=_train)
 
     evaluate = verbs.add_parser("evaluate", help="score a run's newest checkpoint on the whole validation text")
@@ -116,6 +119,8 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume is None and options.config is None:
         raise UserError("train needs a config file, such as configs/quickstart.toml, or --resume RUN.")
     if options.resume is not None:
+        if options.or_resume:
+            raise UserError(f"--resume {options.resume} and --or-resume, which goes with a config: leave out one.")
         from trainer.run import RunFolder
 
         overrides = [word for word in (options.config, *options.overrides) if word is not None]
@@ -127,20 +132,24 @@ def _train(options: argparse.Namespace) -> int:
             )
         RunFolder(options.resume, overrides)
     else:
-        from trainer.run import check_is_free
+        from trainer.run import find_run
         from trainer.training.hosts import find_hosts
         from trainer.training.tpu import check_tpu_install
 
         config = _read_config(options)
         if config.distribution.kind == "tpu":
             check_tpu_install()
-        if find_hosts(config.distribution).is_chief:
-            check_is_free(config)
+        find_run(config, options.or_resume)
+        with _quiet_import():  # On SLURM TensorFlow finds them.
+            find_hosts(config.distribution)
     with _quiet_import():
         from trainer.training import loop
         from trainer.training.health import EXIT_INTERRUPTED
 
-    result = loop.start(config) if options.resume is None else loop.resume(options.resume, overrides=overrides)
+    if options.resume is None:
+        result = loop.start(config, or_resume=options.or_resume)
+    else:
+        result = loop.resume(options.resume, overrides=overrides)
     if result.was_interrupted:
         return EXIT_INTERRUPTED
     for name, text in result.samples.items():

@@ -346,8 +346,8 @@ class DistributionConfig(Section):
     """The devices the run uses. The model comes out the same whatever they are."""
 
     kind: Literal["auto", "cpu", "gpu", "multi_worker", "tpu"] = "auto"
-    """auto: several workers where TF_CONFIG names them, else every GPU that TensorFlow sees, else the CPU. A TPU is
-    never taken unasked."""
+    """auto: several workers where TF_CONFIG or SLURM names them, else every GPU that TensorFlow sees, else the CPU. A
+    TPU is never taken unasked."""
     gpus: tuple[NonNegativeInt, ...] | None = None
     """Which GPUs of this machine to use, by the numbers that TensorFlow gives them from 0 on; left out, all. Of several
     workers each uses all that it sees, which CUDA_VISIBLE_DEVICES narrows."""
@@ -493,6 +493,25 @@ def check_resumable(overrides: Iterable[str]) -> None:
                 f"{override}: a run goes on with the config it was started with; only {', '.join(RESUMABLE)} can be "
                 "given with --resume. Start a new run for anything else."
             )
+
+
+def check_same_run(config: Config, started: Config) -> None:
+    """Raises UserError where a config would make a run another one than the config it was started with."""
+    now, before = _flat(config), _flat(started)
+    differing = [key for key in {**before, **now} if now.get(key) != before.get(key) and not key.startswith(RESUMABLE)]
+    if differing:
+        listed = "; ".join(f"{key}={now.get(key)!r} (was {before.get(key)!r})" for key in differing[:3])
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"run_folder={config.run_folder!r} holds a run that was started with other settings: {listed}{more}. Go on "
+            f"with the settings it was started with, of which only {', '.join(RESUMABLE)} can change; or choose "
+            "another run_folder for a new run."
+        )
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    sections = config.model_dump(mode="json", exclude={"run_folder"})
+    return {f"{section}.{name}": value for section, settings in sections.items() for name, value in settings.items()}
 
 
 def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:

@@ -10,9 +10,9 @@ logs/         for TensorBoard
 import functools
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from trainer.config import Config, UserError, check_resumable, parse_config
+from trainer.config import Config, UserError, check_resumable, check_same_run, parse_config
 from trainer.storage import Location, Url, copy_folder, locate, on_disk, remove_folder, write_whole
 
 if TYPE_CHECKING:
@@ -50,7 +50,19 @@ class RunFolder:
         self.facts: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
 
     @classmethod
-    def create(cls, config: Config, prepared: "PreparedData") -> "RunFolder":
+    def of(cls, config: Config) -> Self:
+        """Opens the run in a config's folder, with what a resumed run may change as the config has it.
+
+        Raises:
+            UserError: there is no run, or it was started with other settings.
+        """
+        run = cls(config.run_folder)
+        check_same_run(config, run.config)
+        run.config = config
+        return run
+
+    @classmethod
+    def create(cls, config: Config, prepared: "PreparedData") -> Self:
         """Makes the folder of a new run.
 
         Raises:
@@ -77,8 +89,11 @@ class RunFolder:
             ) from None
         return cls(path)
 
-    def prepared(self) -> "PreparedData":
+    def prepared(self, prepare_again: "Callable[[], PreparedData] | None" = None) -> "PreparedData":
         """Returns the data the run was started on.
+
+        Args:
+            prepare_again: called where it is gone; left out, that is an error.
 
         Raises:
             UserError: it is gone, or is not the same.
@@ -87,14 +102,19 @@ class RunFolder:
         from trainer.data.shards import load_prepared
 
         folder = locate(self.facts["prepared_folder"])
-        if not folder.is_dir():
+        if folder.is_dir():
+            prepared = fetch(folder) if isinstance(folder, Url) else load_prepared(folder)
+        elif prepare_again is not None:
+            prepared = prepare_again()
+        else:
             raise UserError(
                 f"{self.path} was started on the prepared data {folder}, which is gone. Prepare the same text with the "
                 f"same settings again (trainer prepare {self.path / 'config.toml'}) or start a new run."
             )
-        prepared = fetch(folder) if isinstance(folder, Url) else load_prepared(folder)
         if prepared.fingerprint != self.facts["data_fingerprint"]:
-            raise UserError(f"{folder} is not the data {self.path} was started on; start a new run for other data.")
+            raise UserError(
+                f"{prepared.folder} is not the data {self.path} was started on; start a new run for other data."
+            )
         return prepared
 
     def tokenizer(self) -> "Tokenizer":
@@ -139,6 +159,18 @@ def build_gpt(config: Config, vocabulary_size: int, bos_id: int) -> "keras.Model
 
     train = config.train
     return GPT(config.model, vocabulary_size, train.sequence_length, train.seed, train.precision, bos_id)
+
+
+def find_run(config: Config, or_resume: bool) -> RunFolder | None:
+    """Returns the run to go on with, or None where a new one is to be made.
+
+    Raises:
+        UserError: the folder is taken: without or_resume by any run, with it by a run with other settings.
+    """
+    if or_resume and (locate(config.run_folder) / "config.toml").is_file():
+        return RunFolder.of(config)
+    check_is_free(config)
+    return None
 
 
 def check_is_free(config: Config) -> None:

@@ -180,7 +180,8 @@ class WordPieceTokenizer(Tokenizer):
             import tensorflow as tf
 
             plain, other = (
-                tf.constant([pieces[i] for i in np.flatnonzero(chosen)], tf.string) for chosen in (is_plain, ~is_plain)
+                tf.constant([pieces[i] for i in np.flatnonzero(chosen).tolist()], tf.string)
+                for chosen in (is_plain, ~is_plain)
             )
             tokens = tf.concat([self._tokenize_ascii(plain), self._tokenize(other)], axis=0)
             places = np.empty(len(pieces), np.int64)

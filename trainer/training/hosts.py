@@ -16,8 +16,15 @@ from typing import NamedTuple, Self
 from trainer.config import DistributionConfig, UserError
 
 TIMEOUT_SECS = 45.0
+TIMEOUT_VARIABLE = "TRAINER_MEETING_SECS"
 _RETRY_SECS = 0.2
 _MAX_MESSAGE_BYTES = 1_000_000
+
+# Below the ports that Linux gives to outgoing connections.
+_SLURM_FIRST_PORT = 10_000
+_SLURM_NUM_SLOTS = 200
+_SLURM_PORTS_PER_SLOT = 100
+_SLURM_ADVICE = "Start the workers with srun, as scripts/slurm_train does, or set TF_CONFIG on each."
 
 Facts = Mapping[str, str]
 
@@ -42,11 +49,17 @@ class Hosts(NamedTuple):
 def find_hosts(config: DistributionConfig) -> Hosts:
     """Returns the processes of the run, by TF_CONFIG where several are meant.
 
+    In a SLURM step of several tasks TF_CONFIG is set here, where nobody has: TensorFlow reads it too.
+
     Raises:
-        UserError: TF_CONFIG is missing or not right, or config names GPUs, which are one machine's.
+        UserError: TF_CONFIG or a variable of SLURM's is missing or not right, or config names GPUs, which are one
+            machine's.
     """
-    are_meant = config.kind == "multi_worker" or (config.kind == "auto" and "TF_CONFIG" in os.environ)
-    if not are_meant:
+    if config.kind not in ("auto", "multi_worker"):
+        return Hosts()
+    if "TF_CONFIG" not in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        os.environ["TF_CONFIG"] = slurm_tf_config()
+    if config.kind == "auto" and "TF_CONFIG" not in os.environ:
         return Hosts()
     hosts = read_tf_config(os.environ.get("TF_CONFIG"))
     if hosts.are_several and config.gpus is not None:
@@ -58,6 +71,55 @@ def find_hosts(config: DistributionConfig) -> Hosts:
     return hosts
 
 
+def slurm_tf_config() -> str:
+    """Returns the TF_CONFIG of this task of a SLURM step; its tasks are the workers.
+
+    Raises:
+        UserError: a variable that srun sets is missing or not right.
+    """
+    import tensorflow as tf
+
+    num_tasks, job, local_id = map(_slurm_number, ("SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID", "SLURM_LOCALID"))
+    _slurm_number("SLURM_PROCID")
+    # Jobs that share a node need ports of their own, and a job's tasks have to know each other's before they can talk:
+    # ids of jobs that run together are close to each other, so they fall into different slots.
+    port_base = _SLURM_FIRST_PORT + job % _SLURM_NUM_SLOTS * _SLURM_PORTS_PER_SLOT
+    try:
+        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
+            port_base=port_base,
+            # GPUs are SLURM's to share out. Left alone, the resolver would count them with nvidia-smi, fail where there
+            # are none or fewer than tasks, and write over the CUDA_VISIBLE_DEVICES that SLURM gave this task.
+            gpus_per_node=num_tasks,
+            gpus_per_task=1,
+            auto_set_gpu=False,
+        )
+        workers = resolver.cluster_spec().as_dict()["worker"]
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{_slurm_values('SLURM_STEP_NUM_TASKS', 'SLURM_STEP_NODELIST', 'SLURM_STEP_TASKS_PER_NODE')} do not say "
+            f"where the tasks run: {error}. {_SLURM_ADVICE}"
+        ) from None
+    # Not by SLURM_PROCID: the resolver sorts nodes as text, node10 before node9, and SLURM counts tasks as it likes.
+    own = f"{os.environ.get('SLURMD_NODENAME')}:{port_base + local_id}"
+    if own not in workers:
+        raise UserError(
+            f"{_slurm_values('SLURMD_NODENAME', 'SLURM_LOCALID')} is none of the tasks that SLURM_STEP_NODELIST and "
+            f"SLURM_STEP_TASKS_PER_NODE tell of, {', '.join(workers)}. {_SLURM_ADVICE}"
+        )
+    return json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": workers.index(own)}})
+
+
+def _slurm_number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise UserError(f"{_slurm_values(name)} must be a number. {_SLURM_ADVICE}")
+    return int(text)
+
+
+def _slurm_values(*names: str) -> str:
+    return ", ".join(f"{name}={os.environ[name]!r}" if name in os.environ else f"{name} (not set)" for name in names)
+
+
 def read_tf_config(text: str | None) -> Hosts:
     """Reads TF_CONFIG, the environment variable that tells a worker who it is and where the others are.
 
@@ -65,7 +127,10 @@ def read_tf_config(text: str | None) -> Hosts:
         UserError: it is missing or not right.
     """
     example = '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}'
-    advice = f"Set it on every worker, as in {example}, or start the workers with scripts/launch_local."
+    advice = (
+        f"Set it on every worker, as in {example}, or start the workers with scripts/launch_local, scripts/slurm_train "
+        "or scripts/kubernetes_job."
+    )
     if not text:
         raise UserError(f"distribution.kind='multi_worker', but TF_CONFIG is not set. {advice}")
     try:
@@ -86,18 +151,32 @@ def read_tf_config(text: str | None) -> Hosts:
     return Hosts(tuple(workers), index)
 
 
-def meet(workers: Sequence[str], index: int, facts: Callable[[], Facts], timeout_secs: float = TIMEOUT_SECS) -> None:
+def meeting_secs() -> float:
+    """Returns how long workers wait for each other; longer where TRAINER_MEETING_SECS says that they come far apart.
+
+    Raises:
+        UserError: that is no number of seconds.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE)
+    if text is not None and not (text.isdecimal() and int(text)):
+        raise UserError(f"{TIMEOUT_VARIABLE}={text!r} must be a whole number of seconds, such as 600.")
+    return TIMEOUT_SECS if text is None else float(text)
+
+
+def meet(workers: Sequence[str], index: int, facts: Callable[[], Facts], timeout_secs: float | None = None) -> None:
     """Returns once all workers are there and agree.
 
     Args:
         workers: host:port of each.
         index: which of them this is.
         facts: what must be the same on all, by name; called when all are there, and may take as long as it likes.
-        timeout_secs: how long to wait for the others to come.
+        timeout_secs: how long to wait for the others to come; left out, `meeting_secs`.
 
     Raises:
         UserError: a worker does not come, goes away, fails or differs. Every worker that is there raises.
     """
+    if timeout_secs is None:
+        timeout_secs = meeting_secs()
     if len(workers) == 1:
         facts()
     elif index == 0:

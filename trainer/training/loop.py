@@ -22,7 +22,7 @@ from trainer.data.shards import PreparedData
 from trainer.data.tokenizer import Tokenizer
 from trainer.decoding.generate import DECODERS, Decoder, Generator
 from trainer.evaluate import Evaluation, Evaluator
-from trainer.run import BuildModel, RunFolder, build_gpt, check_is_free
+from trainer.run import BuildModel, RunFolder, build_gpt, find_run
 from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
 from trainer.training.distribution import count_replicas_of, make_strategy, rows_per_replica, share_of
 from trainer.training.health import check_finite, only_run_in, stop_on_signals
@@ -50,34 +50,40 @@ class TrainingResult(NamedTuple):
     samples: dict[str, str]
 
 
-def start(config: Config, build_model: BuildModel | None = None, say: Say = print) -> TrainingResult:
-    """Prepares what is missing, makes the run's folder and trains.
+def start(
+    config: Config, build_model: BuildModel | None = None, say: Say = print, or_resume: bool = False
+) -> TrainingResult:
+    """Prepares what is missing, makes the run's folder and trains; with or_resume goes on with a run that is there.
 
     Raises:
         UserError: a setting, the text or the folder is not right, or workers do not agree.
     """
     hosts = find_hosts(config.distribution)
-    if hosts.is_chief:
-        check_is_free(config)
+    # All hosts find the same: the first one makes the folder after all have met.
+    run = find_run(config, or_resume)
+
+    def find_data(prepare: Callable[[Config, Say], PreparedData], say: Say) -> PreparedData:
+        return prepare(config, say) if run is None else run.prepared(lambda: prepare(config, say))
+
     if not hosts.are_several:
         strategy = make_strategy(config.distribution)
         rows_per_replica(config, strategy.num_replicas_in_sync)
-        prepared = prepare(config, say)
-        run = RunFolder.create(config, prepared)
+        prepared = find_data(prepare, say)
+        run = run or RunFolder.create(config, prepared)
         with _whole_run(run, hosts):
             return train(run, hosts, strategy, prepared, build_model, say)
 
     def prepared_fingerprints() -> dict[str, str]:
-        prepared = prepare_in_a_process_of_its_own(config, say)
+        prepared = find_data(prepare_in_a_process_of_its_own, say)
         return fingerprints(config) | {"the prepared data": prepared.fingerprint}
 
     rows_per_replica(config, count_replicas_of(hosts))
     say = say if hosts.is_chief else _be_silent
     meet(hosts.workers, hosts.number, prepared_fingerprints)
-    prepared = prepare_in_a_process_of_its_own(config, _be_silent)
-    if hosts.is_chief:
+    prepared = find_data(prepare_in_a_process_of_its_own, _be_silent)
+    if hosts.is_chief and run is None:
         RunFolder.create(config, prepared)
-    return _join(config.run_folder, hosts, prepared, build_model, say)
+    return _join(lambda: RunFolder.of(config), hosts, prepared, build_model, say)
 
 
 def resume(
@@ -92,32 +98,27 @@ def resume(
     hosts = find_hosts(run.config.distribution)
     if hosts.are_several:
         say = say if hosts.is_chief else _be_silent
-        return _join(run_folder, hosts, run.prepared(), build_model, say, overrides)
+        return _join(lambda: RunFolder(run_folder, overrides), hosts, run.prepared(), build_model, say)
     strategy = make_strategy(run.config.distribution)
     with _whole_run(run, hosts):
         return train(run, hosts, strategy, run.prepared(), build_model, say)
 
 
 def _join(
-    run_folder: str,
-    hosts: Hosts,
-    prepared: PreparedData,
-    build_model: BuildModel | None,
-    say: Say,
-    overrides: Sequence[str] = (),
+    open_run: Callable[[], RunFolder], hosts: Hosts, prepared: PreparedData, build_model: BuildModel | None, say: Say
 ) -> TrainingResult:
     """Trains with other workers, once all see the same run and the same newest checkpoint."""
 
     def what_is_there() -> dict[str, str]:
-        run = RunFolder(run_folder, overrides)
+        run = open_run()
         newest = run.checkpoints(say).latest()
         return fingerprints(run.config) | {
-            f"the data of {run_folder}": run.facts["data_fingerprint"],
-            f"the newest checkpoint in {run_folder}": "none" if newest is None else newest.manifest["sha256"],
+            f"the data of {run.path}": run.facts["data_fingerprint"],
+            f"the newest checkpoint in {run.path}": "none" if newest is None else newest.manifest["sha256"],
         }
 
     meet(hosts.workers, hosts.number, what_is_there)
-    run = RunFolder(run_folder, overrides)
+    run = open_run()
     with _whole_run(run, hosts):
         return train(run, hosts, make_strategy(run.config.distribution), prepared, build_model, say)
 

@@ -1,0 +1,134 @@
+"""Laws of scripts/kubernetes_job: what it prints is read as Kubernetes reads it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.training.hosts import meeting_secs, read_tf_config
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "kubernetes_job"
+TRAIN = ["trainer", "train", "configs/quickstart.toml", "--or-resume", "run_folder=/runs/gpt"]
+
+
+def run(*arguments):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def printed(n, *options, command=TRAIN):
+    """The service and the job."""
+    process = run("-n", n, "--name", "gpt", "--image", "registry.example/trainer:1", *options, *command)
+    assert (process.returncode, process.stderr) == (0, "")
+    manifest = json.loads(process.stdout)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("v1", "List")
+    return manifest["items"]
+
+
+def pod_of(job):
+    return job["spec"]["template"]["spec"]
+
+
+def expand(text, known):
+    """Does to a text what Kubernetes does: $(NAME) is a variable that is known, $$ a dollar."""
+    return re.sub(r"\$\$|\$\(([^)]*)\)", lambda m: "$" if m[0] == "$$" else known.get(m[1], m[0]), text)
+
+
+def environment(job, index):
+    """The variables of a pod's container; each may refer to those before it."""
+    annotations = {"metadata.annotations['batch.kubernetes.io/job-completion-index']": str(index)}
+    known = {}
+    for entry in pod_of(job)["containers"][0]["env"]:
+        if "value" in entry:
+            known[entry["name"]] = expand(entry["value"], known)
+        else:
+            known[entry["name"]] = annotations[entry["valueFrom"]["fieldRef"]["fieldPath"]]
+    return known
+
+
+@pytest.mark.parametrize("n", [1, 2, 11])
+def test_each_pod_is_the_worker_of_its_index_at_the_name_that_the_service_gives_it(n):
+    service, job = printed(n)
+    for index in range(n):
+        hosts = read_tf_config(environment(job, index)["TF_CONFIG"])
+        assert hosts.number == index
+        assert hosts.workers == tuple(f"gpt-{i}.gpt:2222" for i in range(n))
+    # A pod's name is its index under the job's name, in the domain of the headless service that selects it.
+    assert (job["kind"], job["apiVersion"], job["metadata"]["name"]) == ("Job", "batch/v1", "gpt")
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == n
+    assert (service["kind"], service["apiVersion"], service["spec"]["clusterIP"]) == ("Service", "v1", "None")
+    assert service["metadata"]["name"] == pod_of(job)["subdomain"] == "gpt"
+    assert service["spec"]["selector"] == {"job-name": "gpt"}
+
+
+def test_the_command_runs_as_it_was_given_whatever_is_in_it():
+    _, job = printed(2, command=[*TRAIN, "data.train=$(TF_CONFIG)/$$x/*.txt", "--", "-n", "a b"])
+    command = pod_of(job)["containers"][0]["command"]
+    known = environment(job, 0)
+    assert [expand(word, known) for word in command] == [
+        *TRAIN,
+        "data.train=$(TF_CONFIG)/$$x/*.txt",
+        "--",
+        "-n",
+        "a b",
+    ]
+
+
+def test_a_pod_that_fails_starts_again_and_waits_for_the_others_longer_than_they_can_take(monkeypatch):
+    _, job = printed(4)
+    assert pod_of(job)["restartPolicy"] == "OnFailure"
+    assert job["spec"]["backoffLimit"] >= 4
+    monkeypatch.setenv("TRAINER_MEETING_SECS", environment(job, 0)["TRAINER_MEETING_SECS"])
+    # Kubernetes lets at most 5 minutes pass between two starts.
+    assert meeting_secs() > 300
+
+
+def test_gpus_and_the_claim_are_the_pod_s_and_nothing_is_mounted_unasked():
+    _, job = printed(2, "--gpus", 8, "--claim", "my-claim", "--mount", "/runs")
+    (container,) = pod_of(job)["containers"]
+    assert container["image"] == "registry.example/trainer:1"
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
+    volumes = {volume.pop("name"): volume for volume in pod_of(job)["volumes"]}
+    mounted = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+    assert mounted == {
+        "/runs": {"persistentVolumeClaim": {"claimName": "my-claim"}},
+        "/dev/shm": {"emptyDir": {"medium": "Memory"}},
+    }
+    _, job = printed(2)
+    assert pod_of(job)["volumes"] == pod_of(job)["containers"][0]["volumeMounts"] == []
+    assert pod_of(job)["containers"][0]["resources"]["limits"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"-n": 0}, "-n 0: there must be at least 1 worker."),
+        ({"--name": "GPT"}, "--name 'GPT' must be a DNS label"),
+        ({"--name": "gpt.2"}, "--name 'gpt.2' must be a DNS label"),
+        ({"--name": "2gpt"}, "--name '2gpt' must be a DNS label"),
+        ({"--name": "gpt-"}, "--name 'gpt-' must be a DNS label"),
+        ({"--name": "a" * 62, "-n": 2}, "is too long: with the worker's number it may have 63 characters."),
+        ({"--image": ""}, "--image '' is no name of an image."),
+        ({"--gpus": -1}, "--gpus -1 must be 0 or more."),
+        ({"--claim": "my-claim"}, "--claim and --mount go together"),
+        ({"--mount": "/runs"}, "--claim and --mount go together"),
+        ({"--claim": "My", "--mount": "/runs"}, "--claim 'My' is no name of a claim"),
+        ({"--claim": "my", "--mount": "runs"}, "--mount 'runs' must be a path from /"),
+    ],
+)
+def test_what_kubernetes_would_refuse_is_refused(arguments, message):
+    options = {"-n": 2, "--name": "gpt", "--image": "trainer"} | arguments
+    process = run(*(word for option in options.items() for word in option), *TRAIN)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert message in process.stderr
+
+
+def test_the_longest_name_is_taken_and_a_command_is_needed():
+    assert run("-n", 2, "--name", "a" * 61, "--image", "trainer", *TRAIN).returncode == 0
+    process = run("-n", 2, "--name", "gpt", "--image", "trainer")
+    assert process.returncode == 2
+    assert "give the command that each worker runs" in process.stderr
