@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 
 from trainer.config import DataConfig, UserError
-from trainer.data import text
-from trainer.data.text import find_files, is_held_out, open_source, read_documents
+from trainer.data import files
+from trainer.data.files import find_files, parts_of
+from trainer.data.text import is_held_out, open_source
 
-CHUNK = text._READ_BYTES
+CHUNK = files._READ_BYTES
 
 
 def written(path: Path, content: str | bytes) -> Path:
@@ -16,7 +17,7 @@ def written(path: Path, content: str | bytes) -> Path:
 
 
 def read(path: Path, documents="line") -> list[str]:
-    return list(read_documents([path], documents))
+    return ["".join(parts_of(document)) for document in files.read_documents(path, documents)]
 
 
 def splits(**settings) -> dict[str, list[str]]:
@@ -25,7 +26,7 @@ def splits(**settings) -> dict[str, list[str]]:
     paths = {key: tuple(map(str, settings.pop(key))) for key in ("train", "validation") if key in settings}
     found: dict[str, list[str]] = {"train": [], "validation": []}
     for split, document in open_source(DataConfig(documents=documents, **paths, **settings)).documents():
-        found[split].append(document)
+        found[split].append("".join(parts_of(document)))
     return found
 
 
@@ -117,17 +118,17 @@ def test_a_line_of_50_megabytes_is_a_document(tmp_path):
 def test_what_is_not_utf8_is_an_error_with_path_offset_and_fix(tmp_path, start):
     path = written(tmp_path / "latin.txt", b"a" * start + b"\xe9t\xe9")
     with pytest.raises(UserError, match=rf"latin\.txt: not UTF-8 at byte offset {start}; convert it.*iconv -f .*latin"):
-        read(path)
+        splits(train=path, validation=path)
     path = written(tmp_path / "cut.txt", b"a" * start + "한".encode()[:2])
     with pytest.raises(UserError, match=rf"cut\.txt: not UTF-8 at byte offset {start};"):
-        read(path)
+        splits(train=path, validation=path)
 
 
 @pytest.mark.parametrize("start", [0, CHUNK - 1, CHUNK])
 def test_a_nul_byte_is_an_error_with_its_offset(tmp_path, start):
     path = written(tmp_path / "a.bin", b"a" * start + b"\0b")
     with pytest.raises(UserError, match=rf"a\.bin: NUL byte at byte offset {start}; is it text\?"):
-        read(path)
+        splits(train=path, validation=path)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from trainer.config import (
     WordPieceConfig,
     WordPieceFileConfig,
 )
-from trainer.data.text import read_documents
+from trainer.data.files import read_documents
 from trainer.data.tokenizer import (
     BpeTokenizer,
     ByteTokenizer,
@@ -643,7 +643,7 @@ def test_capitals_are_kept_where_a_cased_file_is_asked_for(tmp_path):
 
 
 def test_532_languages_have_no_unknown_token(test_data, tmp_path):
-    documents = list(read_documents([test_data / "udhr_all_languages.txt.gz"], "line"))
+    documents = list(read_documents(test_data / "udhr_all_languages.txt.gz", "line"))
     config = WordPieceConfig(kind="wordpiece", vocabulary_size=12_000, sample_bytes=1_000_000)
     tokenizer = train_tokenizer(config, documents)
     assert tokenizer.vocabulary_size == 12_000
@@ -652,7 +652,7 @@ def test_532_languages_have_no_unknown_token(test_data, tmp_path):
 
 
 def test_532_languages_come_back_exactly(test_data):
-    documents = list(read_documents([test_data / "udhr_all_languages.txt.gz"], "line"))
+    documents = list(read_documents(test_data / "udhr_all_languages.txt.gz", "line"))
     char = train_tokenizer(CharConfig(kind="char"), documents)
     bpe = train_tokenizer(BpeConfig(kind="bpe", vocabulary_size=12_000, sample_bytes=1_000_000), documents)
     assert bpe.vocabulary_size == 12_000
@@ -661,7 +661,7 @@ def test_532_languages_come_back_exactly(test_data):
 
 
 def test_korean_comes_back_as_it_went_in(test_data):
-    documents = list(read_documents([test_data / "korean/paragraphs_valid.txt"], "line"))
+    documents = list(read_documents(test_data / "korean/paragraphs_valid.txt", "line"))
     tokenizer = train_tokenizer(WordPieceConfig(kind="wordpiece", vocabulary_size=5000), documents)
     assert tokenizer.unknown_id not in np.concatenate(tokenizer.encode_batch(documents))
     hangul = [" ".join(re.findall("[가-힣]+", document)) for document in documents]
@@ -676,7 +676,7 @@ def test_korean_comes_back_as_it_went_in(test_data):
 
 
 def test_english_books_have_the_tutorial_s_tokens_and_hugging_face_s(test_data, tmp_path):
-    documents = list(read_documents([test_data / "books/simple_valid.txt"], "line"))[:4000]
+    documents = list(read_documents(test_data / "books/simple_valid.txt", "line"))[:4000]
     tokenizer = train_tokenizer(WordPieceConfig(kind="wordpiece", vocabulary_size=2000), documents)
     ours = lists(tokenizer.encode_batch(documents))
     assert ours == plain_keras_tokens(tokenizer, documents)

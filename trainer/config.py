@@ -39,12 +39,18 @@ class DataConfig(Section):
     """Where the text comes from and how it is cut into training examples."""
 
     train: tuple[str, ...] = (STORYBOOK_SOURCE,)
-    """Files or globs of UTF-8 text, plain or .gz; or "storybook", the built-in source."""
+    """Files or globs of UTF-8 text or JSON Lines (.jsonl), plain or .gz, on a disk or in an object store (gs://...);
+    splits of tensorflow-datasets, as tfds:imdb_reviews:train[:90%]; or "storybook", the built-in source."""
     validation: tuple[str, ...] | None = None
     """Like train. Left out, part of the training text is held out."""
     documents: Literal["line", "paragraph", "file"] = "line"
-    """What one document is: a line, a block between blank lines, or a whole file."""
-    min_bytes: NonNegativeInt = 0
+    """What one document is in a text file: a line, a block between blank lines, or the whole file."""
+    text_field: Annotated[str, Field(min_length=1)] = "text"
+    """The field of JSON Lines, or the feature of a tensorflow-datasets split, that holds a document."""
+    max_broken_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the documents that may be broken (not UTF-8, not JSON, without the text) and is left out; with 0 the
+    first one is an error."""
+    min_bytes: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Only documents of more UTF-8 bytes than this are used."""
     held_out_fraction: Fraction = 0.01
     """Share of the text held out when validation is left out: documents picked by their hash, or the tail of each file

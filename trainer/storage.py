@@ -39,6 +39,12 @@ class Url:
         """What stands behind the last slash."""
         return self._text.rpartition("/")[2]
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Url) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
     def is_file(self) -> bool:
         """Whether there is such a file."""
         with _telling_of_errors(self):
@@ -55,6 +61,23 @@ class Url:
             names = sorted(name.rstrip("/") for name in _gfile().listdir(self._text))
         for name in names:
             yield self / name
+
+    def glob(self) -> "list[Url]":
+        """Returns the files that this matches as a pattern, or itself where it is one, by name."""
+        with _telling_of_errors(self):
+            if _gfile().exists(self._text):
+                return [self]
+            return [Url(text) for text in sorted(_gfile().glob(self._text)) if not _gfile().isdir(text)]
+
+    def open(self, mode: str) -> Any:
+        """Opens the file; mode is that of `open`."""
+        return _gfile().GFile(self._text, mode)
+
+    def stat(self) -> os.stat_result:
+        """Returns what is known of the file; only its size."""
+        with _telling_of_errors(self):
+            size = _gfile().stat(self._text).length
+        return os.stat_result((0, 0, 0, 0, 0, 0, size, 0, 0, 0))
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         """Makes the folder, where the store has folders at all."""

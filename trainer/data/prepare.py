@@ -6,6 +6,7 @@ A folder gets its name when all of it is on disk; until then it is hidden beside
 import collections
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import glob
 import hashlib
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config import BpeFileConfig, Config, UserError, WordPieceFileConfig
+from trainer.data.files import Document
 from trainer.data.shards import (
     MANIFEST,
     SHARD_TOKENS,
@@ -32,9 +34,9 @@ from trainer.data.shards import (
     token_dtype,
     write_manifest,
 )
-from trainer.data.text import Source, open_source
+from trainer.data.text import Source, open_source, peek
 from trainer.data.tokenizer import Tokenizer, read_tokenizer_file, train_tokenizer
-from trainer.data.vocabulary import cut
+from trainer.data.vocabulary import cut_document
 from trainer.storage import Url, copy_file, copy_folder, locate, place_on_disk, sync
 
 _BATCH_BYTES = 1 << 20
@@ -138,11 +140,11 @@ def _write(
     config: Config, source: Source, folder: Path, say: Say, shard_tokens: int
 ) -> tuple[dict[str, Any], list[str]]:
     """Writes tokenizer and shards into a folder; returns what the manifest is to say about them, and lines to say."""
-    documents = _with_progress("reading for the vocabulary", source.documents(), say)
-    tokenizer = train_tokenizer(config.tokenizer, (text for split, text in documents if split == "train"))
+    documents = _with_progress("reading for the vocabulary", source, source.documents(), say)
+    tokenizer = train_tokenizer(config.tokenizer, (document for split, document in documents if split == "train"))
     tokenizer.save(folder / "tokenizer")
     writers = {split: SplitWriter(folder, split, tokenizer, shard_tokens) for split in ("train", "validation")}
-    documents = _with_progress("encoding", source.documents(), say)
+    documents = _with_progress("encoding", source, source.documents(say), say)
     if config.data.is_storybook() and config.data.validation is None:
         documents = _with_nats(documents, writers["validation"].nats)
     sample: list[str] = []
@@ -191,21 +193,21 @@ class _Batch:
     num_bytes: int = 0
 
 
-def _batches(documents: Iterator[tuple[str, str]], breaks: re.Pattern[str]) -> Iterator[_Batch]:
+def _batches(documents: Iterator[tuple[str, Document]], breaks: re.Pattern[str]) -> Iterator[_Batch]:
     open_batches: dict[str, _Batch] = {}
     for split, document in documents:
-        for i, piece in enumerate(cut(document, breaks)):
+        for i, piece in enumerate(cut_document(document, breaks)):
             batch = open_batches.setdefault(split, _Batch(split))
             batch.pieces.append(piece)
             batch.is_start.append(i == 0)
-            batch.num_bytes += len(piece.encode())
+            batch.num_bytes += len(piece) if piece.isascii() else len(piece.encode())
             if batch.num_bytes >= _BATCH_BYTES:
                 yield open_batches.pop(split)
     yield from open_batches.values()
 
 
 def _encoded(
-    tokenizer: Tokenizer, documents: Iterator[tuple[str, str]]
+    tokenizer: Tokenizer, documents: Iterator[tuple[str, Document]]
 ) -> Iterator[tuple[_Batch, np.ndarray, np.ndarray]]:
     """Encodes batches on all cores, and yields each with its tokens and its pieces' lengths, in order."""
     num_threads = os.cpu_count() or 1
@@ -220,33 +222,43 @@ def _encoded(
             yield done, *future.result()
 
 
-def _with_nats(documents: Iterator[tuple[str, str]], nats: list[float]) -> Iterator[tuple[str, str]]:
+def _with_nats(documents: Iterator[tuple[str, Document]], nats: list[float]) -> Iterator[tuple[str, Document]]:
     from trainer.data import storybook
 
     for split, story in documents:
+        assert isinstance(story, str)
         if split == "validation":
             nats.append(-storybook.log_probability(story))
         yield split, story
 
 
-def _with_sample(documents: Iterator[tuple[str, str]], sample: list[str]) -> Iterator[tuple[str, str]]:
+def _with_sample(documents: Iterator[tuple[str, Document]], sample: list[str]) -> Iterator[tuple[str, Document]]:
     for split, document in documents:
         if split == "validation" and len(sample) < _SAMPLE_DOCUMENTS:
-            sample.append(document[:_SAMPLE_CHARS])
+            start, document = peek(document)
+            sample.append(start[:_SAMPLE_CHARS])
         yield split, document
 
 
-def _with_progress(what: str, documents: Iterator[tuple[str, str]], say: Say) -> Iterator[tuple[str, str]]:
-    """Passes documents on, and says every few seconds how many there were."""
+def _with_progress(
+    what: str, source: Source, documents: Iterator[tuple[str, Document]], say: Say
+) -> Iterator[tuple[str, Document]]:
+    """Passes documents on, and says every few seconds how many there were and how long the rest will take."""
     start = said = time.monotonic()
-    num_characters = 0
     for number, (split, document) in enumerate(documents):
         now = time.monotonic()
         if now - said >= _PROGRESS_SECS:
-            say(f"{what}: {number} documents, {num_characters / 1e6:.1f} million characters, {now - start:.0f} s")
+            say(f"{what}: {number} documents{_pace(source, now - start)}")
             said = now
-        num_characters += len(document)
         yield split, document
+
+
+def _pace(source: Source, secs: float) -> str:
+    done, total = source.progress.done, source.progress.total
+    if not done:
+        return f", {secs:.0f} s"  # Stories and data sets are not files that could be measured.
+    left = datetime.timedelta(seconds=round(secs / done * (total - done)))
+    return f", {done / 1e6:.1f} of {total / 1e6:.1f} MB, {done / 1e6 / max(secs, 1e-9):.1f} MB a second, {left} left"
 
 
 @contextlib.contextmanager

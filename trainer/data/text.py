@@ -1,158 +1,41 @@
-"""From the sources a config names to documents: finding files, reading, filtering and holding out.
+"""From the sources a config names to documents: reading, filtering and holding out.
 
-Streams, in memory bounded by the largest document. Knows nothing of tokens, and imports no TensorFlow.
+Streams: of a long document no more than a part is in memory at a time. Knows nothing of tokens, and imports no
+TensorFlow but for a source that needs it.
 """
 
-import codecs
 import dataclasses
-import glob
-import gzip
 import hashlib
+import itertools
 import json
-import zlib
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import BinaryIO, Literal
+from collections.abc import Callable, Iterable, Iterator
 
 from trainer.config import DataConfig, UserError
+from trainer.data.datasets import Dataset, is_dataset
+from trainer.data.files import (
+    LONG_CHARS,
+    Document,
+    Progress,
+    count_characters,
+    digest,
+    find_files,
+    first_fault,
+    is_json_lines,
+    read_documents,
+    read_records,
+)
+from trainer.storage import Location
 
-Kind = Literal["line", "paragraph", "file"]
+File = Location | Dataset
 
-_READ_BYTES = 1 << 20
-_SIMPLEBOOKS_URL = "https://dldata-public.s3.us-east-2.amazonaws.com/simplebooks.zip"
-
-
-def find_files(sources: Iterable[str], setting: str) -> list[Path]:
-    """Expands file names and globs to files, in the order given, a glob's matches sorted, each file once.
-
-    Args:
-        sources: names of files, or globs, where ** matches any depth and ~ is the home folder.
-        setting: the setting they come from, for the error.
-
-    Raises:
-        UserError: a source matches no file, or is a directory.
-    """
-    files: dict[Path, None] = {}
-    for source in sources:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            raise UserError(
-                f"{setting}={source!r} is a directory; name its files, for example {str(path / '*.txt')!r}."
-            )
-        # A name that exists is taken literally: book[1].txt is no glob.
-        names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (no root)
-        matches = [Path(name) for name in names if not Path(name).is_dir()]
-        if not matches:
-            raise UserError(f"{setting}={source!r}: {_nothing_there(source)}")
-        files.update(dict.fromkeys(matches))
-    return list(files)
-
-
-def _nothing_there(source: str) -> str:
-    if "simplebooks" in source.lower():
-        return (
-            "no such file. Get SimpleBooks with\n"
-            f"  python -c 'import keras; keras.utils.get_file(origin=\"{_SIMPLEBOOKS_URL}\", extract=True)'\n"
-            "or train on your own text: data.train=PATH data.validation=PATH"
-        )
-    if glob.has_magic(source):
-        return f"no file matches, seen from {Path.cwd()}; check the pattern."
-    return f"no such file, seen from {Path.cwd()}; check the path, or use a glob."
-
-
-def read_documents(paths: Iterable[Path], documents: Kind) -> Iterator[str]:
-    r"""Yields the documents of UTF-8 files, plain or .gz, in order.
-
-    A line ends at \n or \r\n and nowhere else: not at U+2028 and its like, and a lone \r is a character of the text.
-    The end is no part of the line, and a \r\n inside a paragraph or a file becomes \n. A byte-order mark at the start
-    of a file is dropped, and so are documents of nothing but whitespace.
-
-    Args:
-        paths: the files.
-        documents: what one document is.
-
-    Raises:
-        UserError: a file cannot be read, is not UTF-8, or contains a NUL byte.
-    """
-    for path in paths:
-        pieces = _read_text(path)
-        if documents == "file":
-            found: Iterable[str] = ["".join(pieces)]
-        else:
-            found = _lines(pieces) if documents == "line" else _paragraphs(_lines(pieces))
-        for document in found:
-            if document and not document.isspace():
-                yield document
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, is_start, held_back = 0, True, ""
-    for chunk in _read_bytes(path):
-        num_pending = len(decoder.getstate()[0])
-        if b"\0" in chunk:
-            raise UserError(
-                f"{path}: NUL byte at byte offset {offset + chunk.index(0)}; is it text? UTF-16 can be converted with: "
-                f"iconv -f UTF-16 -t UTF-8 {path} > {path}.utf8"
-            )
-        try:
-            text = held_back + decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}: not UTF-8 at byte offset {offset - num_pending + error.start}; convert it, for example with: "
-                f"iconv -f LATIN1 -t UTF-8 {path} > {path}.utf8 (naming the encoding it is in)."
-            ) from None
-        offset += len(chunk)
-        if is_start and text:
-            text, is_start = text.removeprefix("\ufeff"), False
-        # The \n of a \r\n may be the first byte of the next chunk.
-        held_back = "\r" if chunk and text.endswith("\r") else ""
-        yield text.removesuffix(held_back).replace("\r\n", "\n")
-
-
-def _read_bytes(path: Path) -> Iterator[bytes]:
-    """Yields a file's bytes, unpacked, and an empty chunk at the end."""
-    try:
-        with _open(path) as file:
-            while chunk := file.read(_READ_BYTES):
-                yield chunk
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: a broken or cut-off gzip file ({error}); fetch it again.") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
-    yield b""
-
-
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _lines(pieces: Iterable[str]) -> Iterator[str]:
-    line: list[str] = []  # Parts and not a growing str: one line may be 50 MB.
-    for piece in pieces:
-        # Not splitlines(), which also splits at U+2028, \x0b, \x85 and others.
-        first, *others = piece.split("\n")
-        line.append(first)
-        for other in others:
-            yield "".join(line)
-            line = [other]
-    yield "".join(line)
-
-
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    paragraph: list[str] = []
-    for line in lines:
-        if line and not line.isspace():
-            paragraph.append(line)
-        elif paragraph:
-            yield "\n".join(paragraph)
-            paragraph = []
-    yield "\n".join(paragraph)
+# So many broken records are named one by one.
+_NUM_NAMED = 5
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the validation split: a property of its text, so copies of it go the same way."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    """Whether a document belongs to the validation split: a property of its text, so copies of it go the same way. Of a
+    long one, of its first LONG_CHARS characters."""
+    digest = hashlib.blake2b(text[:LONG_CHARS].encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
@@ -164,11 +47,13 @@ class Source:
         data: the settings.
         train_files: files of data.train; none for the storybook.
         validation_files: files of data.validation; none where part of the training text is held out.
+        progress: how far the latest reading is.
     """
 
     data: DataConfig
-    train_files: tuple[Path, ...]
-    validation_files: tuple[Path, ...]
+    train_files: tuple[File, ...]
+    validation_files: tuple[File, ...]
+    progress: Progress = dataclasses.field(default_factory=Progress, compare=False)
 
     def names(self) -> dict[str, list[str]]:
         """Returns the files of each split, for people to read."""
@@ -179,59 +64,105 @@ class Source:
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 of the files' contents in order, whatever their names, or of the storybook's recipe."""
-        digest = hashlib.sha256()
+        digests = hashlib.sha256()
         if self.data.is_storybook():
             from trainer.data import storybook, storybook_grammar
 
             seed, num_stories = self.data.storybook_seed, self.data.storybook_stories
             # The grammar, and one story in case the way of drawing from it changes.
             recipe = [storybook_grammar.GRAMMAR_TEXT, *storybook.stories(seed, 1), seed, num_stories]
-            digest.update(json.dumps(recipe).encode())
+            digests.update(json.dumps(recipe).encode())
         for files in (self.train_files, self.validation_files):
-            digest.update(len(files).to_bytes(8, "little"))
-            for path in files:
-                digest.update(_file_digest(path))
-        return digest.hexdigest()
+            digests.update(len(files).to_bytes(8, "little"))
+            for file in files:
+                digests.update(file.digest() if isinstance(file, Dataset) else digest(file))
+        return digests.hexdigest()
 
-    def documents(self) -> Iterator[tuple[str, str]]:
-        """Yields (split, document), split being "train" or "validation", in the order of the sources.
+    def documents(self, say: Callable[[str], None] | None = None) -> Iterator[tuple[str, Document]]:
+        """Yields (split, document), split being "train" or "validation", in the order of the sources. The parts of a
+        document have to be read before the next one is asked for.
+
+        Args:
+            say: gets a line about broken records that were left out.
 
         Raises:
-            UserError: as in read_documents; or, at the end, a split is left without a document.
+            UserError: a file cannot be read; more records are broken than data.max_broken_fraction; or, at the end, a
+                split is left without a document.
         """
+        self.progress.done = 0
+        self.progress.total = sum(file.stat().st_size for file in self._paths())
         tally = {"train": _Tally(), "validation": _Tally()}
-        for setting, document in self._unsplit():
-            num_bytes = len(document.encode())
-            tally[setting].num_seen += 1
-            tally[setting].longest_bytes = max(tally[setting].longest_bytes, num_bytes)
+        broken = _Broken(self.data.max_broken_fraction)
+        for setting, file, number, document in self._unsplit(broken):
+            seen = tally[setting]
+            if isinstance(document, str):
+                try:
+                    num_bytes = len(document) if document.isascii() else len(document.encode())
+                except UnicodeEncodeError:
+                    num_bytes = -1
+                if num_bytes < 0 or "\0" in document:
+                    broken.add(file, f"document {number} is not UTF-8 or holds a NUL byte", first_fault)
+                    continue
+            else:
+                document = _checked(document, file)
+                num_bytes = LONG_CHARS
+            seen.num_seen += 1
+            seen.longest_bytes = max(seen.longest_bytes, num_bytes)
             if num_bytes <= self.data.min_bytes:
                 continue
-            tally[setting].num_used += 1
-            for split, text in [(setting, document)] if self.validation_files else self._split(document):
+            seen.num_used += 1
+            for split, part in [(setting, document)] if self.validation_files else self._split(document, file):
                 tally[split].num_yielded += 1
-                yield split, text
+                yield split, part
+        broken.finish(sum(each.num_seen for each in tally.values()), say)
         self._check_not_empty(tally)
 
-    def _unsplit(self) -> Iterator[tuple[str, str]]:
+    def _paths(self) -> Iterator[Location]:
+        return (file for file in (*self.train_files, *self.validation_files) if not isinstance(file, Dataset))
+
+    def _unsplit(self, broken: "_Broken") -> Iterator[tuple[str, File | None, int, Document]]:
+        """Yields (setting, file, number in that file from 1 on, document)."""
         if self.data.is_storybook():
             from trainer.data import storybook
 
-            for story in storybook.stories(self.data.storybook_seed, self.data.storybook_stories):
-                yield "train", story
-        for split, files in (("train", self.train_files), ("validation", self.validation_files)):
-            for document in read_documents(files, self.data.documents):
-                yield split, document
+            stories = storybook.stories(self.data.storybook_seed, self.data.storybook_stories)
+            yield from (("train", None, number, story) for number, story in enumerate(stories, start=1))
+        for setting, files in (("train", self.train_files), ("validation", self.validation_files)):
+            for file in files:
+                records = self._records(file)
+                if records is None:
+                    assert not isinstance(file, Dataset)
+                    documents = read_documents(file, self.data.documents, self.progress)
+                    yield from ((setting, file, number, each) for number, each in enumerate(documents, start=1))
+                    continue
+                for number, record in enumerate(records, start=1):
+                    if isinstance(record, ValueError):
+                        broken.add(file, str(record))
+                    elif record and not record.isspace():
+                        yield setting, file, number, record
 
-    def _split(self, document: str) -> Iterator[tuple[str, str]]:
+    def _records(self, file: File) -> Iterator[str | ValueError] | None:
+        """Returns the texts of a file whose records are documents, whatever data.documents says; None for others."""
+        if isinstance(file, Dataset):
+            return file.records(self.data.text_field)
+        return read_records(file, self.data.text_field, self.progress) if is_json_lines(file) else None
+
+    def _split(self, document: Document, file: File | None) -> Iterator[tuple[str, Document]]:
         fraction = self.data.held_out_fraction
-        if self.data.documents != "file" or self.data.is_storybook():
-            yield "validation" if is_held_out(document, fraction) else "train", document
+        if self.data.documents != "file" or file is None or isinstance(file, Dataset) or is_json_lines(file):
+            start, document = peek(document)
+            yield "validation" if is_held_out(start, fraction) else "train", document
             return
         # The cut of nanoGPT's data scripts, to the character.
-        num_train = int(len(document) * (1 - fraction))
-        for split, text in (("train", document[:num_train]), ("validation", document[num_train:])):
-            if text and not text.isspace():
-                yield split, text
+        if isinstance(document, str):
+            num_train = int(len(document) * (1 - fraction))
+            for split, text in (("train", document[:num_train]), ("validation", document[num_train:])):
+                if text and not text.isspace():
+                    yield split, text
+            return
+        rest = [""]
+        yield "train", _first_characters(document, int(count_characters(file) * (1 - fraction)), rest)
+        yield "validation", itertools.chain(rest, document)
 
     def _check_not_empty(self, tally: "dict[str, _Tally]") -> None:
         for setting in ("train", "validation") if self.validation_files else ("train",):
@@ -271,16 +202,87 @@ def open_source(data: DataConfig) -> Source:
     """Finds the files a config names.
 
     Raises:
-        UserError: as in find_files.
+        UserError: as in find_files; or a data set of tensorflow-datasets is not right.
     """
-    train = () if data.is_storybook() else tuple(find_files(data.train, "data.train"))
-    validation = () if data.validation is None else tuple(find_files(data.validation, "data.validation"))
+    train = () if data.is_storybook() else _find(data.train, "data.train")
+    validation = () if data.validation is None else _find(data.validation, "data.validation")
     return Source(data, train, validation)
 
 
-def _file_digest(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
+def _find(names: Iterable[str], setting: str) -> tuple[File, ...]:
+    files: list[File] = []
+    for name in names:
+        files += [Dataset.find(name, setting)] if is_dataset(name) else find_files([name], setting)
+    return tuple(dict.fromkeys(files))  # Each once.
+
+
+class _Broken:
+    """Counts the records that cannot be used, and names the first ones."""
+
+    def __init__(self, max_fraction: float):
+        self._max_fraction = max_fraction
+        self._num = 0
+        self._named: list[str] = []
+
+    def add(self, file: File | None, what: str, explain: Callable[[Location], str | None] | None = None) -> None:
+        """Counts one.
+
+        Raises:
+            UserError: data.max_broken_fraction is 0.
+        """
+        self._num += 1
+        if not self._max_fraction:
+            explained = explain(file) if explain is not None and isinstance(file, Location) else None
+            raise UserError(explained or f"{file}: {what}; mend it, or set data.max_broken_fraction to leave some out.")
+        if len(self._named) < _NUM_NAMED:
+            self._named.append(f"{file}: {what}")
+
+    def finish(self, num_seen: int, say: Callable[[str], None] | None) -> None:
+        """Says how many there were among num_seen others.
+
+        Raises:
+            UserError: more than data.max_broken_fraction of all.
+        """
+        if not self._num:
+            return
+        share = self._num / (self._num + num_seen)
+        listed = "; ".join(self._named) + (" ..." if self._num > len(self._named) else "")
+        if share > self._max_fraction:
+            raise UserError(
+                f"data.max_broken_fraction={self._max_fraction}: {self._num} records, {share:.2%} of all, are broken: "
+                f"{listed}. Mend them, or raise it."
+            )
+        if say is not None:
+            say(f"{self._num} broken records ({share:.2%}) are left out: {listed}")
+
+
+def peek(document: Document) -> tuple[str, Document]:
+    """Returns the first part of a document, and the document."""
+    if isinstance(document, str):
+        return document, document
+    first = next(document)
+    return first, itertools.chain((first,), document)
+
+
+def _first_characters(parts: Iterator[str], num_chars: int, rest: list[str]) -> Iterator[str]:
+    """Yields so many characters, and leaves in rest[0] what the part that holds the last one has after it."""
+    for part in parts:
+        if len(part) > num_chars:
+            rest[0] = part[num_chars:]
+            yield part[:num_chars]
+            return
+        num_chars -= len(part)
+        yield part
+
+
+def _checked(document: Iterator[str], file: File | None) -> Iterator[str]:
+    """Passes on the parts of a long document; of one that is broken half is written already, so that is an error."""
+    for part in document:
+        try:
+            is_right = part.isascii() or bool(part.encode())
+        except UnicodeEncodeError:
+            is_right = False
+        if "\0" in part or not is_right:
+            assert isinstance(file, Location)  # Records come whole.
+            raise UserError(first_fault(file))
+        yield part

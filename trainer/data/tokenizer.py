@@ -26,6 +26,7 @@ from trainer.config import (
     WordPieceConfig,
     WordPieceFileConfig,
 )
+from trainer.data.files import Document, parts_of
 from trainer.data.vocabulary import (
     ANYWHERE,
     BPE_BREAKS,
@@ -414,7 +415,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
+def train_tokenizer(config: TokenizerConfig, documents: Iterable[Document]) -> Tokenizer:
     """Makes the tokenizer a config asks for: from documents, read once, or from a file.
 
     Raises:
@@ -428,8 +429,8 @@ def train_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokeni
         return BpeTokenizer(train_bpe(config, documents))
     if isinstance(config, CharConfig):
         characters: set[str] = set()
-        for document in documents:
-            characters.update(document)
+        for part in itertools.chain.from_iterable(map(parts_of, documents)):
+            characters.update(part)
         return CharTokenizer([*SPECIAL_TOKENS, *sorted(characters)])
     return ByteTokenizer()
 

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
 from trainer.config import BpeConfig, UserError, WordPieceConfig
+from trainer.data.files import Document, parts_of
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[BOS]")
 # Bytes can spell everything.
@@ -61,7 +62,24 @@ def cut(text: str, breaks: re.Pattern[str], num_chars: int = _PIECE_CHARS) -> It
         yield text[start:]
 
 
-def train_wordpiece(config: WordPieceConfig, documents: Iterable[str]) -> list[str]:
+def cut_document(document: Document, breaks: re.Pattern[str], num_chars: int = _PIECE_CHARS) -> Iterator[str]:
+    """Yields the pieces that `cut` makes of a whole document, of which no more than a part is there at a time."""
+    rest, is_cut = "", False
+    for part in parts_of(document):
+        rest = rest + part if rest else part
+        start = 0
+        # What follows the next 2 * num_chars characters has no say in where the next cut is.
+        while len(rest) - start >= 2 * num_chars:
+            found = breaks.search(rest, start + num_chars - 1, start + 2 * num_chars)
+            end = found.end() if found else start + 2 * num_chars
+            yield rest[start:end]
+            start, is_cut = end, True
+        rest = rest[start:] if start else rest
+    if rest or not is_cut:
+        yield from cut(rest, breaks, num_chars)
+
+
+def train_wordpiece(config: WordPieceConfig, documents: Iterable[Document]) -> list[str]:
     """Trains a vocabulary on documents, read once: special tokens, every character of the text, then the trained ones.
 
     Raises:
@@ -70,7 +88,7 @@ def train_wordpiece(config: WordPieceConfig, documents: Iterable[str]) -> list[s
     pretokenize = _pretokenizer(config.lowercase)
     sample, alphabet = _Sample(config.sample_bytes), _Alphabet(pretokenize, config.lowercase)
     for document in documents:
-        for piece in cut(document, WORDPIECE_BREAKS):
+        for piece in cut_document(document, WORDPIECE_BREAKS):
             sample.add(piece)
             alphabet.add(piece)
     forms = alphabet.forms()
@@ -84,7 +102,7 @@ def train_wordpiece(config: WordPieceConfig, documents: Iterable[str]) -> list[s
     return _count_and_merge(config.vocabulary_size, forms, _words(sample, pretokenize))
 
 
-def train_bpe(config: BpeConfig, documents: Iterable[str]) -> str:
+def train_bpe(config: BpeConfig, documents: Iterable[Document]) -> str:
     """Trains a byte-level BPE vocabulary on documents, read once; returns it as Hugging Face's tokenizer.json.
 
     The special tokens come first, then the bytes, then the trained tokens.
@@ -93,7 +111,7 @@ def train_bpe(config: BpeConfig, documents: Iterable[str]) -> str:
 
     sample = _Sample(config.sample_bytes)
     for document in documents:
-        for piece in cut(document, BPE_BREAKS):
+        for piece in cut_document(document, BPE_BREAKS):
             sample.add(piece)
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

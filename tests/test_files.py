@@ -1,0 +1,250 @@
+"""Laws of JSON Lines, data sets and long documents as sources of text."""
+
+import gzip
+import json
+import secrets
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from trainer.config import DataConfig, UserError
+from trainer.data import files, text
+from trainer.data.files import is_json_lines, parts_of, read_documents
+from trainer.data.text import open_source
+from trainer.data.vocabulary import BPE_BREAKS, WORDPIECE_BREAKS, cut, cut_document
+from trainer.storage import locate
+
+
+def records(path, *lines):
+    content = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    return str(path)
+
+
+def documents(say=None, **settings):
+    """The documents of each split; there is a file of one line to validate on."""
+    source = open_source(
+        DataConfig(**{key: (value,) if key in ("train", "validation") else value for key, value in settings.items()})
+    )
+    found = {"train": [], "validation": []}
+    for split, document in source.documents(say):
+        found[split].append("".join(parts_of(document)))
+    return found
+
+
+# JSON Lines.
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson"])
+def test_a_record_of_json_lines_is_a_document_whatever_its_lines(tmp_path, name):
+    assert is_json_lines(tmp_path / name)
+    path = records(
+        tmp_path / name, {"text": "one\n\ntwo", "id": 1}, "\n", {"text": " "}, {"id": 2, "text": "한\u2028글"}
+    )
+    for kind in ("line", "paragraph", "file"):
+        assert documents(train=path, validation=path, documents=kind)["train"] == ["one\n\ntwo", "한\u2028글"]
+
+
+def test_the_text_is_in_the_field_that_is_named(tmp_path):
+    path = records(tmp_path / "a.jsonl", {"body": "b", "text": "t"})
+    assert documents(train=path, validation=path, text_field="body")["train"] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"\n', r"line 2 is not JSON: .*; mend it, or set data\.max_broken_fraction"),
+        ('{"body": "a", "id": 1}\n', r"line 2 has no text in data\.text_field='text'; it has \['body', 'id'\]"),
+        ('{"text": 7}\n', r"line 2 has no text in data\.text_field='text'; it has \['text'\]"),
+        ('["a"]\n', r"line 2 has no text in data\.text_field='text'; it has a list"),
+    ],
+)
+def test_a_broken_record_is_an_error_naming_its_line(tmp_path, line, message):
+    path = records(tmp_path / "a.jsonl", {"text": "a"}, line)
+    with pytest.raises(UserError, match=rf"a\.jsonl: {message}"):
+        documents(train=path, validation=path)
+
+
+# Broken records.
+
+
+def test_broken_records_are_left_out_and_named_up_to_the_share_that_is_set(tmp_path):
+    good = [{"text": f"t{i}"} for i in range(8)]
+    path = records(tmp_path / "a.jsonl", *good[:5], "oops\n", *good[5:], '{"text": null}\n')
+    (tmp_path / "b.txt").write_bytes(b"valid\nlatin \xe9\nnul \0\nlast")
+    (tmp_path / "valid").write_text("v")
+    said = []
+    settings = {"train": (path, str(tmp_path / "b.txt")), "validation": (str(tmp_path / "valid"),)}
+    source = open_source(DataConfig(**settings, max_broken_fraction=0.3))
+    found = [document for split, document in source.documents(said.append) if split == "train"]
+    assert found == [*(each["text"] for each in good), "valid", "last"]
+    assert len(said) == 1
+    assert said[0].startswith("4 broken records (26.67%) are left out: ")
+    for name in (
+        "a.jsonl: line 6 is not JSON",
+        "a.jsonl: line 10 has no text",
+        "b.txt: document 2",
+        "b.txt: document 3",
+    ):
+        assert name in said[0]
+    with pytest.raises(
+        UserError, match=r"data\.max_broken_fraction=0\.2: 4 records, 26\.67% of all, are broken: .*a\.jsonl"
+    ):
+        list(open_source(DataConfig(**settings, max_broken_fraction=0.2)).documents())
+
+
+# An object store.
+
+
+def test_text_in_an_object_store_is_found_and_read(tmp_path):
+    bucket = f"ram://{secrets.token_hex(4)}"
+    records(tmp_path / "x.jsonl.gz", {"text": "packed"})
+    for name, content in (
+        ("b.txt", b"two\nthree"),
+        ("a.txt", b"one"),
+        ("x.jsonl.gz", (tmp_path / "x.jsonl.gz").read_bytes()),
+    ):
+        locate(f"{bucket}/text/{name}").write_bytes(content)
+    found = documents(train=f"{bucket}/text/*.txt", validation=f"{bucket}/text/x.jsonl.gz")
+    assert found == {"train": ["one", "two", "three"], "validation": ["packed"]}
+    source = open_source(DataConfig(train=(f"{bucket}/text/a.txt",), validation=(f"{bucket}/text/x.jsonl.gz",)))
+    (tmp_path / "a.txt").write_text("one")
+    copy = DataConfig(train=(str(tmp_path / "a.txt"),), validation=(str(tmp_path / "x.jsonl.gz"),))
+    assert source.fingerprint() == open_source(copy).fingerprint()
+    list(source.documents())
+    assert source.progress.done == source.progress.total == 3 + (tmp_path / "x.jsonl.gz").stat().st_size
+    with pytest.raises(UserError, match=r"data\.train='ram://.*/none\*': no file matches"):
+        open_source(DataConfig(train=(f"{bucket}/none*",)))
+
+
+# tensorflow-datasets.
+
+
+class TinyStories(tfds.core.GeneratorBasedBuilder):
+    """Ten stories to train on and two to test with."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "number": tfds.features.Scalar(np.int64)})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._stories("train", 10), "test": self._stories("test", 2)}
+
+    def _generate_examples(self):
+        raise NotImplementedError
+
+    def _stories(self, name, count):
+        for i in range(count):
+            yield i, {"text": f"{name} story {i}: 한글", "number": i}
+
+
+@pytest.fixture
+def tiny_stories(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "data"))
+    builder = TinyStories(data_dir=tmp_path / "data")
+    builder.download_and_prepare()
+    monkeypatch.setattr(tfds, "builder", lambda name: {"tiny_stories": builder}[name])
+
+
+def test_a_split_of_tensorflow_datasets_is_a_source(tiny_stories):
+    found = documents(train="tfds:tiny_stories:train[:40%]", validation="tfds:tiny_stories:test")
+    assert sorted(found["train"])[0].startswith("train story ") and len(set(found["train"])) == 4
+    assert sorted(found["validation"]) == ["test story 0: 한글", "test story 1: 한글"]
+    whole = documents(train="tfds:tiny_stories:train", validation="tfds:tiny_stories:test")["train"]
+    assert found["train"] == whole[:4]  # In one order, whoever reads.
+
+    def fingerprint(train):
+        return open_source(DataConfig(train=(train,), validation=("tfds:tiny_stories:test",))).fingerprint()
+
+    names = ["tfds:tiny_stories:train", "tfds:tiny_stories:train[:40%]", "tfds:tiny_stories:test"]
+    assert len({fingerprint(name) for name in names}) == 3
+    assert fingerprint(names[0]) == fingerprint(names[0])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("tfds:tiny_stories", r"write tfds:NAME:SPLIT"),
+        ("tfds:no_such:train", r"tensorflow-datasets cannot give it: .*no_such"),
+        ("tfds:tiny_stories:nosplit", r"tensorflow-datasets cannot give it: .*nosplit"),
+    ],
+)
+def test_a_data_set_that_is_not_there_is_said(tiny_stories, source, message):
+    with pytest.raises(UserError, match=rf"data\.train='{source}': {message}"):
+        documents(train=source)
+
+
+def test_a_feature_that_is_no_text_is_said(tiny_stories):
+    for field in ("number", "body"):
+        with pytest.raises(
+            UserError, match=rf"data\.text_field='{field}' is no text feature of tfds:.*; there are text"
+        ):
+            documents(train="tfds:tiny_stories:train", text_field=field)
+
+
+# Long documents.
+
+
+@pytest.fixture
+def short_is_10(monkeypatch):
+    monkeypatch.setattr(files, "LONG_CHARS", 10)
+    monkeypatch.setattr(text, "LONG_CHARS", 10)
+    monkeypatch.setattr(files, "_READ_BYTES", 7)
+
+
+@pytest.mark.parametrize("kind", ["line", "paragraph", "file"])
+def test_a_long_document_comes_in_parts_and_whole(tmp_path, short_is_10, kind):
+    content = (
+        "short\n\nparagraph one, which is long\nand has a second line\n \nb\n"
+        + "x" * 50
+        + "\n\n"
+        + " " * 30
+        + "\nend\n"
+    )
+    path = tmp_path / "a.txt"
+    path.write_text(content)
+    found = []
+    num_long = 0
+    for document in read_documents(path, kind):
+        num_long += not isinstance(document, str)
+        found.append("".join(parts_of(document)))
+    lines = content.split("\n")
+    expected = {
+        "line": [line for line in lines if line.strip()],
+        "paragraph": ["short", "\n".join(lines[2:4]), "b\n" + "x" * 50, "end"],
+        "file": [content],
+    }
+    assert found == expected[kind]
+    assert num_long == {"line": 3, "paragraph": 2, "file": 1}[kind]
+
+
+def test_of_a_long_document_what_nobody_reads_is_passed_over(tmp_path, short_is_10):
+    path = tmp_path / "a.txt"
+    path.write_text("a" * 100 + "\nnext\n" + "b" * 100)
+    starts = [document if isinstance(document, str) else next(document) for document in read_documents(path, "line")]
+    assert [start[:1] for start in starts] == ["a", "n", "b"]
+
+
+def test_the_end_of_a_long_file_is_held_out_to_the_character(tmp_path, short_is_10):
+    content = "".join(chr(0x61 + i % 26) for i in range(95)) + "한글한글한"
+    (tmp_path / "a.txt").write_text(content)
+    found = documents(train=str(tmp_path / "a.txt"), documents="file", held_out_fraction=0.1)
+    assert found == {"train": [content[:90]], "validation": [content[90:]]}
+
+
+def test_what_is_broken_late_in_a_long_document_is_an_error(tmp_path, short_is_10):
+    (tmp_path / "a.txt").write_bytes(b"a" * 100 + b"\xff" + b"\nb\n")
+    for share in (0.0, 0.5):
+        with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte offset 100"):
+            documents(train=str(tmp_path / "a.txt"), validation=str(tmp_path / "a.txt"), max_broken_fraction=share)
+
+
+@pytest.mark.parametrize("breaks", [WORDPIECE_BREAKS, BPE_BREAKS])
+@pytest.mark.parametrize("size", [1, 3, 7, 50, 1000])
+def test_a_document_in_parts_is_cut_where_the_whole_one_is(breaks, size):
+    for content in ("", "a", "one two, three. four five six, seven", "x" * 97, "ab " * 40 + "y" * 60 + " z"):
+        parts = (content[i : i + size] for i in range(0, len(content), size))
+        assert list(cut_document(parts, breaks, num_chars=8)) == list(cut(content, breaks, num_chars=8))
