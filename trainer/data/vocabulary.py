@@ -222,14 +222,19 @@ class _Alphabet:
         self._characters: set[str] = set()
         self._inner: set[str] = set()  # Those seen after the first character of a word.
         self._ascii: set[str] = set()
+        self._seen = b""  # The same, as bytes.
         self._known: set[bytes] = set()
         self._waiting: set[bytes] = set()
         self._num_waiting_bytes = 0
 
     def add(self, piece: str) -> None:
-        self._ascii |= set(piece)
         if piece.isascii():
+            # What is left without the characters that were seen: found ten times as fast as all its characters are.
+            if new := piece.encode().translate(None, self._seen):
+                self._ascii.update(new.decode())
+                self._seen = "".join(self._ascii).encode()
             return
+        self._ascii.update(filter(str.isascii, piece))
         # Only what is not ASCII, and each such chunk once, goes through the slow pretokenizer; it, too, ends a word
         # wherever bytes.split() does.
         chunks = {chunk for chunk in piece.encode().split() if not chunk.isascii()} - self._known - self._waiting
