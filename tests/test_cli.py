@@ -49,7 +49,7 @@ def taken_folder(path: Path) -> Path:
 def test_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "trainer", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    for verb in ("prepare", "train", "evaluate", "generate", "plan"):
+    for verb in ("prepare", "train", "inspect", "evaluate", "generate", "plan"):
         assert f"    {verb} " in done.stdout
 
 

@@ -5,14 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import trainer
 from trainer.config import Config, UserError, load_config, make_config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
+from trainer.data.tokenizer import CharTokenizer
 from trainer.run import RunFolder, build_gpt, check_is_free, find_run
 
 
 def quiet(line: str) -> None:
     pass
+
+
+def refuse(line: str) -> None:
+    raise AssertionError(f"said, though nothing should have begun: {line}")
 
 
 def tiny(folder: Path, *overrides: str) -> Config:
@@ -167,6 +173,85 @@ def test_a_folder_that_is_no_run_is_not_gone_on_with(tmp_path: Path):
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="is there already and is no run"):
         find_run(tiny(tmp_path), or_resume=True)
+
+
+def test_data_that_is_gone_is_not_replaced_by_that_of_a_changed_text(run: RunFolder, tmp_path: Path):
+    shutil.rmtree(tmp_path / "prepared")
+    prepared_text(tmp_path, "another text about a dog\n" * 30)
+    with pytest.raises(UserError, match=r"was started on the prepared data .*, which is gone\."):
+        trainer.resume(str(run.path), say=quiet)
+
+
+def damage_one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def swap_tokenizer(path: Path) -> None:
+    CharTokenizer(["[PAD]", "[UNK]", "[BOS]", *" acehmnost"]).save(path.parent)
+
+
+DAMAGES = {
+    "a shard lacks a byte": ("train-00000.tokens", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+    "a bit of a shard": ("validation-00000.tokens", damage_one_bit),
+    "a bit of the offsets": ("train-00000.offsets", damage_one_bit),
+    "no shard": ("train-00000.tokens", Path.unlink),
+    "no manifest": ("manifest.json", Path.unlink),
+    "a bit of the manifest": ("manifest.json", damage_one_bit),
+    "another tokenizer": ("tokenizer/settings.json", swap_tokenizer),
+    "no tokenizer": ("tokenizer/tokenizer.json", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_no_step_is_taken_on_damaged_data(tmp_path: Path, damage: str):
+    prepared = prepared_text(tmp_path)
+    name, do_damage = DAMAGES[damage]
+    started = RunFolder.create(tiny(tmp_path, f"run_folder={tmp_path}/started"), prepared)
+    do_damage(prepared.folder / name)
+    for train in (
+        lambda: trainer.train(tiny(tmp_path), say=refuse),
+        lambda: trainer.resume(str(started.path), say=refuse),
+    ):
+        with pytest.raises(UserError, match=rf"^{prepared.folder}: {name} .*; delete the folder and prepare again\.$"):
+            train()
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "started" / "checkpoints").exists()
+
+
+def test_text_changed_after_prepare_is_prepared_anew_by_train_which_says_so(tmp_path: Path):
+    class Begun(Exception):
+        pass
+
+    said: list[str] = []
+
+    def listen(line: str) -> None:
+        said.append(line)
+        if "parameters" in line:
+            raise Begun
+
+    old = prepared_text(tmp_path)
+    (tmp_path / "a.txt").write_text("another text about a dog\n" * 30, encoding="utf-8")
+    with pytest.raises(Begun):
+        trainer.train(tiny(tmp_path), say=listen)
+    assert said[0] == f"the text is not the one of {old.folder}; preparing it anew (that folder stays)"
+    new = RunFolder(str(tmp_path / "run")).prepared()
+    assert new.folder != old.folder
+    assert new.fingerprint == prepare(tiny(tmp_path), quiet).fingerprint != old.fingerprint
+
+
+@pytest.mark.slow
+def test_text_changed_after_the_start_of_a_run_changes_nothing_in_it(tmp_path: Path):
+    prepared_text(tmp_path)
+    whole = trainer.train(tiny(tmp_path, "checkpoint.every_steps=1", "checkpoint.keep_last=2"), say=quiet)
+    shutil.rmtree(tmp_path / "run/checkpoints/step_000000002")
+    (tmp_path / "a.txt").write_text("another text about a dog\n" * 30, encoding="utf-8")
+    said: list[str] = []
+    resumed = trainer.resume(str(tmp_path / "run"), say=said.append)
+    assert "; steps 1 to 2 of " in said[0]
+    for ours, theirs in zip(resumed.model.get_weights(), whole.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_other_data_is_refused(run: RunFolder, tmp_path: Path):

@@ -1,7 +1,9 @@
 import dataclasses
+import errno
 import itertools
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 
 from trainer.config import Config, UserError, make_config
 from trainer.data.prepare import prepare
-from trainer.data.shards import PreparedData, Split, load_prepared, token_dtype
+from trainer.data.shards import PreparedData, Split, faults_of_files, load_prepared, read_manifest, token_dtype
 from trainer.data.tokenizer import CharTokenizer
 
 LINES = [f"line {i}" + " of text" * (i % 7) for i in range(500)]
@@ -209,7 +211,7 @@ def test_the_same_text_gives_the_same_bytes(tmp_path, tokenizer, monkeypatch):
         prepared = prepare(config_for(tmp_path / name, "\n".join(LINES), tokenizer=tokenizer), quiet)
         contents.append(file_contents(prepared.folder))
         manifest = json.loads(contents[-1].pop("manifest.json"))
-        manifest.pop("sources")  # The files lie elsewhere, and the fingerprint does not mind.
+        del manifest["sources"], manifest["sha256"]  # The files lie elsewhere, and the fingerprint does not mind.
         contents[-1]["manifest.json"] = manifest
     assert contents[0] == contents[1]
 
@@ -417,11 +419,15 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["train-00000.tokens", "train-00000.offsets", "validation-00000.tokens"])
+@pytest.mark.parametrize(
+    "name", ["train-00000.tokens", "train-00000.offsets", "validation-00000.tokens", "tokenizer/tokenizer.json"]
+)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_shard_is_an_error_naming_file_and_fix(prepared, name, fault):
+def test_a_damaged_file_is_an_error_naming_file_and_fix(prepared, name, fault):
     damage, message = FAULTS[fault]
     damage(prepared.folder / name)
+    if name.startswith("tokenizer/") and fault != "missing":  # The manifest does not say how long those are.
+        message = FAULTS["changed"][1]
     with pytest.raises(UserError, match=rf"{prepared.folder}: {name} {message}; delete the folder and prepare again\."):
         load_prepared(prepared.folder)
 
@@ -432,10 +438,15 @@ def test_a_damaged_shard_is_an_error_naming_file_and_fix(prepared, name, fault):
         (lambda text: None, "manifest.json is missing"),
         (lambda text: text[:-10], "manifest.json cannot be read"),
         (lambda text: "[1]", "manifest.json cannot be read"),
-        (lambda text: "{}", "manifest.json is not of version 1 of the format"),
-        (lambda text: text.replace('"format_version": 1', '"format_version": 2'), "manifest.json is not of version 1"),
+        (lambda text: '[["a", 1], [2, 3]]', "manifest.json cannot be read"),
+        (lambda text: "{}", "manifest.json is not of version 2 of the format"),
+        (lambda text: text.replace('"format_version": 2', '"format_version": 1'), "manifest.json is not of version 2"),
         (lambda text: text.replace('"num_unknown": 0', '"num_unknown": 1'), "manifest.json was changed"),
         (lambda text: text.replace('"bos_id": 2,', ""), "manifest.json was changed"),
+        # What the fingerprint leaves out, and what JSON does not see.
+        (lambda text: text.replace("text.txt", "test.txt"), "manifest.json was changed"),
+        (lambda text: text.replace('": 2,', '":\t2,'), "manifest.json was changed"),
+        (lambda text: text.removesuffix("\n"), "manifest.json was changed"),
     ],
 )
 def test_a_damaged_manifest_is_an_error_naming_it(prepared, damage, message):
@@ -446,8 +457,46 @@ def test_a_damaged_manifest_is_an_error_naming_it(prepared, damage, message):
         load_prepared(prepared.folder)
 
 
+def test_a_change_of_any_byte_of_the_manifest_is_found(tmp_path):
+    # A letter that JSON writes as an escape, whose case does not matter to JSON.
+    (tmp_path / "ö.txt").write_text("\n".join(LINES))
+    folder = prepare(config_for(tmp_path, data={"train": f"{tmp_path}/ö.txt"}), quiet).folder
+    content = (folder / "manifest.json").read_bytes()
+    assert b"\\u00f6.txt" in content
+    rng = random.Random(0)
+    for place, byte in enumerate(content):
+        for change in (1 << place % 8, 0x20, rng.randrange(1, 256)):
+            (folder / "manifest.json").write_bytes(content[:place] + bytes([byte ^ change]) + content[place + 1 :])
+            with pytest.raises(UserError, match=r"manifest\.json (was changed|cannot be read|is not of version)"):
+                read_manifest(folder)
+
+
+def test_a_file_that_its_disk_cannot_read_is_an_error_naming_it(prepared, monkeypatch):
+    def fail(file, algorithm):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("hashlib.file_digest", fail)
+    with pytest.raises(UserError, match=r": train-00000.tokens cannot be read: Input/output error; delete the folder"):
+        load_prepared(prepared.folder)
+
+
+def test_every_damaged_file_is_found(prepared):
+    for name in ("train-00000.offsets", "validation-00000.tokens", "tokenizer/settings.json"):
+        changed(prepared.folder / name)
+    (prepared.folder / "tokenizer/tokenizer.json").unlink()
+    assert list(faults_of_files(prepared)) == [
+        "train-00000.offsets was changed: its SHA-256 does not match",
+        "validation-00000.tokens was changed: its SHA-256 does not match",
+        "tokenizer/settings.json was changed: its SHA-256 does not match",
+        "tokenizer/tokenizer.json is missing",
+    ]
+    assert list(faults_of_files(prepared, check_hashes=False)) == ["tokenizer/tokenizer.json is missing"]
+
+
 def test_another_tokenizer_is_refused(prepared):
     CharTokenizer(["[PAD]", "[UNK]", "[BOS]", "a"]).save(prepared.folder / "tokenizer")
+    with pytest.raises(UserError, match=r"tokenizer/settings.json was changed: its SHA-256 does not match; delete"):
+        load_prepared(prepared.folder)
     with pytest.raises(
         UserError, match=r"tokenizer/ is not the tokenizer the text was prepared with; delete the folder"
     ):

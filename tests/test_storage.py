@@ -1,6 +1,5 @@
 """Laws of runs and data in an object store; ram:// stands in for one."""
 
-import contextlib
 import secrets
 import shutil
 from pathlib import Path
@@ -97,11 +96,11 @@ def test_a_host_without_a_copy_gets_one(store):
 def test_a_host_that_runs_no_python_copies_the_shards_by_operations(store):
     prepared = prepare(config_in(store), quiet)
     expected = all_batches(training_batches(prepared, config_in(store), 0, 3))
-    before = {path.name: path.read_bytes() for path in prepared.folder.iterdir() if path.is_file()}
+    before = {path: path.read_bytes() for path in prepared.folder.rglob("*") if path.is_file()}
     dataset = training_batches(prepared, config_in(store), 0, 3)
     shutil.rmtree(prepared.folder)
     np.testing.assert_equal(all_batches(dataset), expected)
-    assert {path.name: path.read_bytes() for path in prepared.folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in prepared.folder.rglob("*") if path.is_file()} == before
     # Once: what is there is not touched again.
     times = {path: path.stat().st_mtime_ns for path in prepared.folder.iterdir()}
     np.testing.assert_equal(all_batches(dataset), expected)
@@ -120,21 +119,27 @@ def test_data_damaged_in_the_store_is_not_copied(store):
     assert not prepared.folder.exists()
 
 
+def test_a_manifest_damaged_in_the_store_is_an_error_though_the_copy_is_whole(store):
+    prepared = prepare(config_in(store), quiet)
+    manifest = locate(prepared.stored_in) / "manifest.json"
+    content = manifest.read_bytes()
+    tf.io.gfile.remove(str(manifest))  # ram:// would append.
+    manifest.write_bytes(content[:-1])
+    with pytest.raises(
+        UserError, match=rf"{prepared.stored_in}: manifest.json was changed: its SHA-256 does not match"
+    ):
+        prepare(config_in(store), quiet)
+
+
 @pytest.mark.slow
 def test_a_run_in_a_store_is_that_on_a_disk(store, tmp_path):
     """Trained, stopped in the middle, resumed and used, with nothing of it on a disk but the copy of the data."""
     on_a_disk = trainer.train(config_in(store, f"run_folder={tmp_path / 'run'}"), say=quiet)
 
-    class Stop(Exception):
-        pass
-
-    def stop_at_two(line):
-        if line.startswith("step 2"):
-            raise Stop
-
-    config = config_in(store, "log.every_steps=2", "checkpoint.every_steps=1")
-    with contextlib.suppress(Stop):
-        trainer.train(config, say=stop_at_two)
+    config = config_in(store, "checkpoint.every_steps=1")
+    trainer.train(config, say=quiet)
+    remove_folder(locate(f"{config.run_folder}/checkpoints/step_000000004"))
+    remove_folder(locate(f"{config.run_folder}/checkpoints/step_000000003"))
     said = []
     result = trainer.resume(config.run_folder, say=said.append)
     assert result.step == 4 and result.run_folder == config.run_folder

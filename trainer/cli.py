@@ -19,7 +19,8 @@ OVERRIDES_HELP = "settings that replace the file's, such as train.total_steps=20
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status.
 
-    0: done. 2: a message says what to mend. 75: stopped by a signal, and saved. 130: stopped by Ctrl-C.
+    0: done. 1: what was to be verified is not so. 2: a message says what to mend. 75: stopped by a signal, and saved.
+    130: stopped by Ctrl-C.
     """
     options = _parse(arguments)
     try:
@@ -67,6 +68,15 @@ def _parser() -> argparse.ArgumentParser:
         "--or-resume", action="store_true", help="go on with the config's run where its folder is there already"
     )
     train.set_defaults(run=_train)
+
+    inspect = verbs.add_parser("inspect", help="verify prepared data, and show what is in it")
+    inspect.add_argument("path", metavar="PATH", help="prepared folder, or a run's, for the data it was started on")
+    inspect.add_argument(
+        "--split", default="train", choices=("train", "validation"), help="for lengths and examples (default: train)"
+    )
+    inspect.add_argument("--examples", type=int, default=3, help="documents to show (default: %(default)s)")
+    inspect.add_argument("--sequence-length", type=int, help="also say what this one would cut")
+    inspect.set_defaults(run=_inspect)
 
     evaluate = verbs.add_parser("evaluate", help="score a run's newest checkpoint on the whole validation text")
     evaluate.add_argument("run_folder", metavar="RUN", help="folder of the run")
@@ -167,6 +177,14 @@ def _story_verdict(text: str) -> str:
     except ValueError as error:
         return f" (leaves the storybook's grammar: {str(error).split(': ', 1)[1].split(', after', 1)[0]})"
     return " (a story of the storybook's grammar)"
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from trainer.inspect import inspect
+
+    # All of it: TensorFlow is loaded on the way, and only for WordPiece and object stores.
+    with _quiet_import():
+        return 0 if inspect(options.path, options.split, options.examples, options.sequence_length) else 1
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -229,8 +229,9 @@ def _numbers(prepared: PreparedData, first: int, end: int) -> tf.data.Dataset:
 
 def _copy_unless_there(prepared: PreparedData, source: tf.Tensor) -> tf.Tensor:
     shards = [shard for split in prepared.splits.values() for shard in split.shards]
+    names = [name for shard in shards for name in (shard.tokens_file, shard.offsets_file)]
     # The manifest last: where it is, all is.
-    names = [name for shard in shards for name in (shard.tokens_file, shard.offsets_file)] + [MANIFEST]
+    names += [*(f"tokenizer/{name}" for name in prepared.tokenizer_files), MANIFEST]
 
     def copy() -> tf.Tensor:
         for name in names:

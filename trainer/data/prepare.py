@@ -10,7 +10,6 @@ import datetime
 import fcntl
 import glob
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -31,6 +30,7 @@ from trainer.data.shards import (
     PreparedData,
     SplitWriter,
     load_prepared,
+    read_manifest,
     token_dtype,
     write_manifest,
 )
@@ -96,7 +96,7 @@ def fetch(stored: Url) -> PreparedData:
             except UserError as error:
                 raise UserError(str(error).replace(str(partial), str(stored))) from None
     prepared = load_prepared(folder)
-    if json.loads((stored / MANIFEST).read_text())["fingerprint"] != prepared.fingerprint:
+    if read_manifest(stored)["fingerprint"] != prepared.fingerprint:
         raise UserError(f"{folder} is no copy of {stored} any more; delete it, and it will be copied again.")
     return dataclasses.replace(prepared, stored_in=str(stored))
 

@@ -2,13 +2,15 @@
 
 A shard is two flat little-endian files. tokens: `[BOS] document [BOS] document ... [BOS]`, a [BOS] before each document
 and one at the end. offsets: int64, where each document's [BOS] stands, then the last [BOS]. No document crosses shards.
-The manifest lists the files with their hashes, and what they were made from and with.
+The manifest lists the files with their hashes, the tokenizer's too, and what they were made from and with; its last
+entry is the hash of the others.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ import numpy as np
 
 from trainer.config import UserError
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.storage import Location
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARD_TOKENS = 1 << 27
 
 
@@ -77,7 +80,8 @@ class PreparedData:
         source_fingerprint: identifies the text, and the file of tokenizer.path.
         sources: the files of each split, for people to read.
         splits: "train" and "validation".
-        fingerprint: identifies all of this but folder and sources, and so every token.
+        tokenizer_files: SHA-256 of the files in tokenizer/, by name.
+        fingerprint: identifies every token, with what and from what it was made, wherever that lies.
         stored_in: URL of the folder that `folder` is this host's copy of, or None.
     """
 
@@ -92,6 +96,7 @@ class PreparedData:
     source_fingerprint: str
     sources: dict[str, list[str]]
     splits: dict[str, Split]
+    tokenizer_files: dict[str, str]
     fingerprint: str
     stored_in: str | None = None
 
@@ -117,10 +122,37 @@ def token_dtype(vocabulary_size: int) -> str:
 
 
 def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
-    """Writes manifest.json: the attributes of PreparedData but folder and fingerprint, which is added."""
-    entries = {"format_version": FORMAT_VERSION, **entries}
-    entries["fingerprint"] = _fingerprint(entries)
-    (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
+    """Writes manifest.json, once the tokenizer is in the folder.
+
+    Args:
+        folder: the folder.
+        entries: the attributes of PreparedData but folder, tokenizer_files and fingerprint, which are added.
+    """
+    files = sorted((folder / "tokenizer").iterdir())
+    hashes = {"tokenizer_files": {path.name: _sha256(path) for path in files}}
+    (folder / MANIFEST).write_bytes(_sealed({"format_version": FORMAT_VERSION, **entries, **hashes}))
+
+
+def read_manifest(folder: Location) -> dict[str, Any]:
+    """Returns the entries of manifest.json.
+
+    Raises:
+        UserError: it is missing, or one bit of it is not what was written.
+    """
+    try:
+        content = (folder / MANIFEST).read_bytes()
+        entries = dict(json.loads(content.decode()))
+        expected = _sealed(entries)
+    except FileNotFoundError:
+        raise _damaged(folder, f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder, f"{MANIFEST} cannot be read: {error}") from None
+    if entries.get("format_version") != FORMAT_VERSION:
+        raise _damaged(folder, f"{MANIFEST} is not of version {FORMAT_VERSION} of the format")
+    # Byte for byte, because a change that JSON does not see is a damaged disk as well.
+    if content != expected:
+        raise _damaged(folder, f"{MANIFEST} was changed: its SHA-256 does not match")
+    return entries
 
 
 def load_prepared(folder: str | Path, check_hashes: bool = True) -> PreparedData:
@@ -133,53 +165,79 @@ def load_prepared(folder: str | Path, check_hashes: bool = True) -> PreparedData
     Raises:
         UserError: the manifest or a file is missing or damaged.
     """
-    folder = Path(folder)
-    try:
-        entries = dict(json.loads((folder / MANIFEST).read_text("utf-8")))
-        expected = _fingerprint(entries)
-    except FileNotFoundError:
-        raise _damaged(folder, "manifest.json is missing") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(folder, f"manifest.json cannot be read: {error}") from None
-    if entries.pop("format_version", None) != FORMAT_VERSION:
-        raise _damaged(folder, f"manifest.json is not of version {FORMAT_VERSION} of the format")
-    if entries.get("fingerprint") != expected:
-        raise _damaged(folder, "manifest.json was changed: its fingerprint does not match")
+    prepared = prepared_in(Path(folder))
+    for fault in faults_of_files(prepared, check_hashes):
+        raise _damaged(prepared.folder, fault)
+    return prepared
+
+
+def prepared_in(folder: Path) -> PreparedData:
+    """Reads a prepared folder's manifest, and looks at no other file.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    entries = read_manifest(folder)
     entries["splits"] = {
         name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
         for name, split in entries["splits"].items()
     }
-    prepared = PreparedData(folder=folder, **entries)
+    return PreparedData(folder=folder, **{key: entries[key] for key in entries.keys() - {"format_version", "sha256"}})
+
+
+def faults_of_files(prepared: PreparedData, check_hashes: bool = True) -> Iterator[str]:
+    """Yields what is wrong with each file that is not what the manifest says, beginning with its name.
+
+    Args:
+        prepared: what the manifest says.
+        check_hashes: whether to read all files and compare their SHA-256, beyond their size.
+    """
+    width = np.dtype(prepared.dtype).itemsize
     for split in prepared.splits.values():
         for shard in split.shards:
-            _check_shard(prepared, shard, check_hashes)
-    return prepared
+            for name, num_bytes, sha256 in (
+                (shard.tokens_file, shard.stream_length() * width, shard.tokens_sha256),
+                (shard.offsets_file, (shard.num_documents + 1) * 8, shard.offsets_sha256),
+            ):
+                yield from _faults(prepared.folder, name, num_bytes, sha256 if check_hashes else None)
+    for name, sha256 in prepared.tokenizer_files.items():
+        yield from _faults(prepared.folder, f"tokenizer/{name}", None, sha256 if check_hashes else None)
 
 
-def _check_shard(prepared: PreparedData, shard: Shard, check_hashes: bool) -> None:
-    width = np.dtype(prepared.dtype).itemsize
-    for name, num_bytes, sha256 in (
-        (shard.tokens_file, shard.stream_length() * width, shard.tokens_sha256),
-        (shard.offsets_file, (shard.num_documents + 1) * 8, shard.offsets_sha256),
-    ):
-        path = prepared.folder / name
+def _faults(folder: Path, name: str, num_bytes: int | None, sha256: str | None) -> Iterator[str]:
+    path = folder / name
+    try:
         if not path.is_file():
-            raise _damaged(prepared.folder, f"{name} is missing")
-        if path.stat().st_size != num_bytes:
-            raise _damaged(prepared.folder, f"{name} has {path.stat().st_size} bytes instead of {num_bytes}")
-        if check_hashes:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    raise _damaged(prepared.folder, f"{name} was changed: its SHA-256 does not match")
+            yield f"{name} is missing"
+        elif num_bytes is not None and path.stat().st_size != num_bytes:
+            yield f"{name} has {path.stat().st_size} bytes instead of {num_bytes}"
+        elif sha256 is not None and _sha256(path) != sha256:
+            yield f"{name} was changed: its SHA-256 does not match"
+    except OSError as error:
+        yield f"{name} cannot be read: {error.strerror or error}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sealed(entries: dict[str, Any]) -> bytes:
+    """Returns manifest.json: the entries, their fingerprint, and the SHA-256 of both."""
+    content = {key: value for key, value in entries.items() if key not in ("fingerprint", "sha256")}
+    content["fingerprint"] = _fingerprint(content)
+    content["sha256"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _fingerprint(entries: dict[str, Any]) -> str:
-    """Hashes a manifest but for its fingerprint and the names of the sources: the same text may lie elsewhere."""
-    kept = {key: value for key, value in entries.items() if key not in ("fingerprint", "sources")}
+    """Hashes what decides the tokens: not where the text lies, and not how the same tokenizer is written down."""
+    left_out = ("format_version", "sources", "tokenizer_files")
+    kept = {key: value for key, value in entries.items() if key not in left_out}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _damaged(folder: Path, what: str) -> UserError:
+def _damaged(folder: Location, what: str) -> UserError:
     return UserError(f"{folder}: {what}; delete the folder and prepare again.")
 
 

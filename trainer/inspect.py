@@ -1,0 +1,255 @@
+"""What is in prepared data: its counts, the lengths of its documents and some of them, after every byte was verified.
+
+Reads tokens and offsets where it needs them, so that data larger than memory can be looked at.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import rich.bar
+import rich.box
+import rich.console
+import rich.table
+import rich.text
+
+from trainer.config import UserError
+from trainer.data.shards import MANIFEST, PreparedData, Split, faults_of_files, prepared_in
+from trainer.run import RunFolder
+from trainer.storage import Location, Url, locate, on_disk
+
+_OFFSETS_PER_READ = 1 << 20
+_BAR_WIDTH = 30
+# A character takes at most so many tokens, the bytes of UTF-8, where the vocabulary has none of its own for it.
+_TOKENS_PER_CHARACTER = 4
+_NAMES_SHOWN = 5
+
+
+class Lengths(NamedTuple):
+    """How long the documents of a split are: values, int64 [n], the lengths in tokens that occur, ascending; counts,
+    int64 [n], of how many documents.
+    """
+
+    values: np.ndarray
+    counts: np.ndarray
+
+    def percentile(self, percent: int) -> int:
+        """Returns the smallest length that at least so many percent of the documents do not exceed."""
+        at_most = np.cumsum(self.counts)
+        return int(self.values[np.searchsorted(100 * at_most, percent * at_most[-1])])
+
+    def cut_at(self, sequence_length: int) -> tuple[int, int]:
+        """Returns how many documents are longer than this, and how many tokens of theirs are beyond it."""
+        beyond = np.maximum(self.values - sequence_length, 0)
+        return int(self.counts[beyond > 0].sum()), int(beyond @ self.counts)
+
+    def bins(self) -> Iterator[tuple[int, int, int]]:
+        """Yields (shortest, longest, number of documents) for bins that end where a power of two begins, from the first
+        one that holds documents to the last.
+        """
+        exponents = np.frexp(self.values)[1]  # 0 for 0, and e for lengths from 2^(e - 1) on, below 2^e.
+        for exponent in range(exponents.min(), exponents.max() + 1):
+            yield 2**exponent // 2, 2**exponent - 1, int(self.counts[exponents == exponent].sum())
+
+
+def inspect(path: str, split_name: str = "train", num_examples: int = 3, sequence_length: int | None = None) -> bool:
+    """Prints what is in prepared data, and whether every file of it is what was written.
+
+    Args:
+        path: the prepared folder, or a run's for the data it was started on; on a disk, or in an object store, of which
+            it reads a copy.
+        split_name: "train" or "validation", for lengths and examples.
+        num_examples: how many documents to show.
+        sequence_length: of lines mode, to say what it would cut.
+
+    Returns:
+        Whether it is. If not, the names of all damaged files go to stderr, and nothing is read from them.
+
+    Raises:
+        UserError: there is nothing of the kind at path, or a number is impossible.
+    """
+    if num_examples < 0:
+        raise UserError(f"--examples {num_examples} must be at least 0.")
+    if sequence_length is not None and sequence_length < 1:
+        raise UserError(f"--sequence-length {sequence_length} must be at least 1.")
+    stored, run = _data_of(path)
+    console = rich.console.Console(highlight=False)
+    with on_disk(stored) as folder:
+        try:
+            prepared = prepared_in(folder)
+        except UserError as error:
+            return _tell(str(error).replace(str(folder), str(stored)))
+        if run is not None and prepared.fingerprint != run.facts["data_fingerprint"]:
+            return _tell(f"{stored} is not the data {run.path} was started on.")
+        console.print(_facts(prepared, stored), _counts(prepared))
+        with console.status("reading all files"):
+            faults = list(faults_of_files(prepared))
+        if faults:
+            return _tell("\n  ".join([f"{stored} is damaged; delete it and prepare again:", *faults]))
+        num_files = 1 + len(prepared.tokenizer_files) + 2 * sum(len(each.shards) for each in prepared.splits.values())
+        console.print(f"Verified: all {num_files} files are, to the last bit, what was written.\n")
+        _print_lengths(console, prepared.split(split_name), folder, split_name, sequence_length)
+        if num_examples:
+            console.print()
+            console.print(_examples(prepared, prepared.split(split_name), split_name, num_examples, console.width))
+    return True
+
+
+def lengths_of(split: Split, folder: Path) -> Lengths:
+    """Counts the documents of a split by their length.
+
+    Takes little memory: of N tokens there are fewer than sqrt(2 N) different lengths.
+    """
+    values = counts = np.zeros(0, np.int64)
+    for shard in split.shards:
+        offsets = np.memmap(folder / shard.offsets_file, "<i8", "r")
+        for start in range(0, shard.num_documents, _OFFSETS_PER_READ):
+            read = np.asarray(offsets[start : start + _OFFSETS_PER_READ + 1], np.int64)
+            found, numbers = np.unique(np.diff(read) - 1, return_counts=True)
+            values, places = np.unique(np.concatenate([values, found]), return_inverse=True)
+            counts, before = np.zeros(len(values), np.int64), counts
+            np.add.at(counts, places, np.concatenate([before, numbers]))
+    return Lengths(values, counts)
+
+
+def document(prepared: PreparedData, split: Split, number: int, max_tokens: int) -> tuple[int, np.ndarray]:
+    """Returns the length of a document in tokens, and the first max_tokens of these."""
+    firsts = np.cumsum([0, *(shard.num_documents for shard in split.shards)])
+    place = int(np.searchsorted(firsts, number, side="right")) - 1
+    shard, index = split.shards[place], number - firsts[place]
+    start, end = np.memmap(prepared.folder / shard.offsets_file, "<i8", "r")[index : index + 2].tolist()
+    tokens = np.memmap(prepared.folder / shard.tokens_file, np.dtype(prepared.dtype).newbyteorder("<"), "r")
+    return end - start - 1, np.array(tokens[start + 1 : min(end, start + 1 + max_tokens)])
+
+
+def _data_of(path: str) -> tuple[Location, RunFolder | None]:
+    """Returns the folder of prepared data that path means, and the run that it belongs to if path is a run."""
+    location = locate(path)
+    if (location / "config.toml").is_file():
+        run = RunFolder(location)
+        data = locate(run.facts["prepared_folder"])
+        if not data.is_dir():
+            raise UserError(f"{location} was started on the prepared data {data}, which is gone.")
+        return data, run
+    if not (location / MANIFEST).is_file() and not _has_shards(location):
+        raise UserError(
+            f"{location} is no prepared data, which has a {MANIFEST}, and no run folder, which has a config.toml."
+            f"{_data_near(location)}"
+        )
+    return location, None
+
+
+def _has_shards(folder: Location) -> bool:
+    return folder.is_dir() and any(entry.name.endswith((".tokens", ".offsets")) for entry in folder.iterdir())
+
+
+def _data_near(path: Location) -> str:
+    if isinstance(path, Url):
+        return ""
+    found = sorted(
+        str(file.parent) for file in itertools.chain(path.glob(f"*/{MANIFEST}"), path.parent.glob(f"*/{MANIFEST}"))
+    )
+    return f" Prepared data near it: {', '.join(found[:_NAMES_SHOWN])}." if found else ""
+
+
+def _tell(fault: str) -> bool:
+    print(f"trainer: {fault}", file=sys.stderr)
+    return False
+
+
+def _facts(prepared: PreparedData, stored: Location) -> rich.table.Table:
+    table = rich.table.Table(box=None, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("data", _visible(str(stored)))
+    table.add_row("fingerprint", prepared.fingerprint)
+    table.add_row(
+        "tokenizer", f"{prepared.tokenizer_kind}, {prepared.vocabulary_size:,} tokens, kept as {prepared.dtype}"
+    )
+    table.add_row("", prepared.tokenizer_fingerprint)
+    table.add_row("source", prepared.source_fingerprint)
+    for name, files in prepared.sources.items():
+        more = f" and {len(files) - _NAMES_SHOWN:,} more" if len(files) > _NAMES_SHOWN else ""
+        without_files = "the storybook" if name == "train" else "held out of train"
+        table.add_row("", _visible(f"{name}: {', '.join(files[:_NAMES_SHOWN]) or without_files}{more}"))
+    return table
+
+
+def _counts(prepared: PreparedData) -> rich.console.Group:
+    names, splits = list(prepared.splits), list(prepared.splits.values())
+    counts = rich.table.Table("", box=rich.box.SIMPLE_HEAD)
+    for name in names:
+        counts.add_column(name, justify="right")
+    rows = {
+        "documents": [f"{split.num_documents:,}" for split in splits],
+        "tokens": [f"{split.num_tokens:,}" for split in splits],
+        "bytes": [f"{split.num_bytes:,}" for split in splits],
+        "bytes per token": [f"{split.num_bytes / max(split.num_tokens, 1):.2f}" for split in splits],
+        "[UNK]": [f"{split.num_unknown / max(split.num_tokens, 1):.2%}" for split in splits],
+        "shards": [f"{len(split.shards):,}" for split in splits],
+    }
+    for name, values in rows.items():
+        counts.add_row(rich.text.Text(name), *values)
+    shards = rich.table.Table("shard", box=rich.box.SIMPLE_HEAD)
+    for name in ("documents", "tokens", "bytes on disk"):
+        shards.add_column(name, justify="right")
+    width = np.dtype(prepared.dtype).itemsize
+    for shard in itertools.chain.from_iterable(split.shards for split in splits):
+        num_bytes = shard.stream_length() * width + (shard.num_documents + 1) * 8
+        shards.add_row(
+            shard.tokens_file.removesuffix(".tokens"),
+            f"{shard.num_documents:,}",
+            f"{shard.num_tokens:,}",
+            f"{num_bytes:,}",
+        )
+    return rich.console.Group(counts, shards)
+
+
+def _print_lengths(
+    console: rich.console.Console, split: Split, folder: Path, name: str, sequence_length: int | None
+) -> None:
+    lengths = lengths_of(split, folder)
+    most = max(number for _, _, number in lengths.bins())
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=f"documents of {name} by tokens", title_justify="left")
+    for column in ("tokens", "documents", "share"):
+        table.add_column(column, justify="right")
+    table.add_column()
+    for shortest, longest, number in lengths.bins():
+        span = f"{shortest:,}" if shortest >= longest else f"{shortest:,} to {longest:,}"
+        share = f"{number / split.num_documents:.1%}"
+        table.add_row(span, f"{number:,}", share, rich.bar.Bar(most, 0, number, width=_BAR_WIDTH))
+    console.print(table)
+    console.print(
+        f"median {lengths.percentile(50):,}, p90 {lengths.percentile(90):,}, max {lengths.values[-1]:,} tokens"
+    )
+    if sequence_length is not None:
+        num_documents, num_tokens = lengths.cut_at(sequence_length)
+        console.print(
+            f"at sequence length {sequence_length:,} lines mode cuts {num_documents / split.num_documents:.2%} of the "
+            f"documents and leaves out {num_tokens / max(split.num_tokens, 1):.2%} of the tokens"
+        )
+
+
+def _examples(prepared: PreparedData, split: Split, name: str, num_examples: int, width: int) -> rich.table.Table:
+    tokenizer = prepared.tokenizer()
+    table = rich.table.Table(
+        box=rich.box.SIMPLE_HEAD, title=f"some documents of {name}", title_justify="left", expand=True
+    )
+    table.add_column("number", justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("text", ratio=1, no_wrap=True, overflow="ellipsis")
+    num_examples = min(num_examples, split.num_documents)
+    for i in range(num_examples):
+        number = (2 * i + 1) * split.num_documents // (2 * num_examples)
+        length, tokens = document(prepared, split, number, _TOKENS_PER_CHARACTER * width)
+        text = tokenizer.decode(tokens) + ("…" if len(tokens) < length else "")
+        table.add_row(f"{number:,}", f"{length:,}", _visible(text))
+    return table
+
+
+def _visible(text: str) -> rich.text.Text:
+    """Escapes what would end a line or steer a terminal, and keeps rich from reading markup."""
+    return rich.text.Text(repr(text)[1:-1])
