@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,15 @@ import pytest
 
 from trainer.config import Config, UserError, make_config
 from trainer.data.prepare import prepare
-from trainer.data.shards import PreparedData, Split, faults_of_files, load_prepared, read_manifest, token_dtype
+from trainer.data.shards import (
+    PreparedData,
+    Split,
+    SplitWriter,
+    faults_of_files,
+    load_prepared,
+    read_manifest,
+    token_dtype,
+)
 from trainer.data.tokenizer import CharTokenizer
 
 LINES = [f"line {i}" + " of text" * (i % 7) for i in range(500)]
@@ -322,29 +331,90 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch, error,
     assert left_behind(tmp_path) == []
 
 
-def test_a_killed_preparation_leaves_nothing_usable_and_the_next_one_cleans_up(tmp_path):
-    program = (
-        "import os, signal, sys; from pathlib import Path; from test_shards import *;"
-        "Path.rename = lambda path, target: os.kill(os.getpid(), signal.SIGKILL);"
-        "prepare(config_for(Path(sys.argv[1])), quiet)"
-    )
-    config = config_for(tmp_path, "\n".join(LINES))
-    assert run_python(program, str(tmp_path)).returncode == -signal.SIGKILL
+KILLED = (
+    "import os, signal, sys; from pathlib import Path; from test_shards import *; import trainer.data.prepare as p;"
+    "p._SAVE_SECS = 0.0; p._BATCH_BYTES = 100; left = int(sys.argv[2]); write = SplitWriter.write;\n"
+    "def write_some(self, *arguments):\n"
+    "    global left\n"
+    "    left -= 1\n"
+    "    if left < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+    "    write(self, *arguments)\n"
+    "SplitWriter.write = write_some\n"
+    "prepare(config_for(Path(sys.argv[1])), quiet, shard_tokens=300)"
+)
+
+
+@pytest.mark.parametrize("num_writes", [0, 1, 7, 30])
+def test_a_killed_preparation_leaves_nothing_usable_and_the_next_one_goes_on(tmp_path, monkeypatch, num_writes):
+    texts = [f"{line} {i} 한글" for i, line in enumerate(LINES * 6)]
+    config = config_for(tmp_path, "\n".join(texts))
+    whole = prepare(config, quiet, shard_tokens=300)
+    contents = file_contents(whole.folder)
+    shutil.rmtree(whole.folder)
+
+    assert run_python(KILLED, str(tmp_path), str(num_writes)).returncode == -signal.SIGKILL
     (partial,) = left_behind(tmp_path)
     assert partial.startswith(".partial-")
-    # One as fresh as this may be another process at work.
-    prepared = prepare(config, quiet)
-    assert left_behind(tmp_path) == [partial, prepared.folder.name]
-    config = config_for(tmp_path, "\n".join(LINES))
-    prepared.folder.rename(tmp_path / "aside")
-    os.utime(tmp_path / "prepared" / partial, (0, 0))
-    assert left_behind(tmp_path) == [partial]
-    assert prepare(config, quiet) == prepared
-    assert left_behind(tmp_path) == [prepared.folder.name]
+    said: list[str] = []
+    encoded = pieces_encoded(monkeypatch)
+    assert prepare(config, said.append, shard_tokens=300) == whole
+    assert file_contents(whole.folder) == contents
+    assert left_behind(tmp_path) == [whole.folder.name]
+    goes_on = "going on with what a preparation that was stopped had written"
+    assert (goes_on in said) == (num_writes > 0)
+    assert (texts[0] not in encoded) == (num_writes > 0)
+
+
+def pieces_encoded(monkeypatch) -> list[str]:
+    """A list that every piece will be in that is encoded."""
+    pieces: list[str] = []
+    encode = CharTokenizer.encode_pieces
+
+    def encode_and_count(self, new):
+        pieces.extend(new)
+        return encode(self, new)
+
+    monkeypatch.setattr(CharTokenizer, "encode_pieces", encode_and_count)
+    return pieces
+
+
+@pytest.mark.parametrize("name", ["train-00000.tokens", "train-00001.offsets", "tokenizer/settings.json"])
+def test_what_a_killed_preparation_left_damaged_is_begun_anew(tmp_path, name):
+    config = config_for(tmp_path, "\n".join(f"{line} {i}" for i, line in enumerate(LINES * 6)))
+    whole = prepare(config, quiet, shard_tokens=300)
+    contents = file_contents(whole.folder)
+    shutil.rmtree(whole.folder)
+    run_python(KILLED, str(tmp_path), "30")
+    (partial,) = left_behind(tmp_path)
+    path = tmp_path / "prepared" / partial / name
+    path.write_bytes(b"?" + path.read_bytes()[1:])
+    said: list[str] = []
+    prepare(config, said.append, shard_tokens=300)
+    assert not any(line.startswith("going on") for line in said)
+    assert file_contents(whole.folder) == contents
+
+
+def test_ctrl_c_keeps_what_there_is_to_go_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.data.prepare._SAVE_SECS", 0.0)
+    monkeypatch.setattr("trainer.data.prepare._BATCH_BYTES", 100)
+    config = config_for(tmp_path, "\n".join(LINES * 6))
+    write, left = SplitWriter.write, iter(range(9))
+
+    def interrupted(self, *arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    monkeypatch.setattr(SplitWriter, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, quiet)
+    monkeypatch.setattr(SplitWriter, "write", write)
+    said: list[str] = []
+    prepare(config, said.append)
+    assert said[0].startswith("going on with")
 
 
 def test_another_process_at_work_is_left_alone_and_the_first_to_finish_wins(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.data.prepare._ABANDONED_SECS", -1.0)
     monkeypatch.setattr("trainer.data.prepare._PROGRESS_SECS", 0.0)
     config, inner = config_for(tmp_path, "\n".join(LINES)), []
 

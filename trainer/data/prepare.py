@@ -10,6 +10,7 @@ import datetime
 import fcntl
 import glob
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -35,16 +36,18 @@ from trainer.data.shards import (
     write_manifest,
 )
 from trainer.data.text import Source, open_source, peek
-from trainer.data.tokenizer import Tokenizer, read_tokenizer_file, train_tokenizer
+from trainer.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file, train_tokenizer
 from trainer.data.vocabulary import cut_document
-from trainer.storage import Url, copy_file, copy_folder, locate, place_on_disk, sync
+from trainer.storage import Url, copy_file, copy_folder, locate, place_on_disk, sync, write_whole
 
 _BATCH_BYTES = 1 << 20
 _PROGRESS_SECS = 5.0
 # How many validation documents, and how much of each, are decoded again to see what comes back.
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARS = 200, 10_000
-# A hidden folder this old on which nobody holds a lock is what a killed process left.
-_ABANDONED_SECS = 60.0
+# Where a preparation saves how far it is, and how often.
+_PROGRESS = "progress.json"
+_SAVE_SECS = 20.0
+SPLITS = ("train", "validation")
 
 Say = Callable[[str], None]
 
@@ -90,6 +93,7 @@ def fetch(stored: Url) -> PreparedData:
     folder = place_on_disk(stored)
     if not folder.exists():
         with _written_whole(folder) as partial:
+            _empty(partial)
             copy_folder(stored, partial)
             try:
                 load_prepared(partial)
@@ -139,18 +143,31 @@ def _describe(prepared: PreparedData) -> str:
 def _write(
     config: Config, source: Source, folder: Path, say: Say, shard_tokens: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Writes tokenizer and shards into a folder; returns what the manifest is to say about them, and lines to say."""
-    documents = _with_progress("reading for the vocabulary", source, source.documents(), say)
-    tokenizer = train_tokenizer(config.tokenizer, (document for split, document in documents if split == "train"))
-    tokenizer.save(folder / "tokenizer")
-    writers = {split: SplitWriter(folder, split, tokenizer, shard_tokens) for split in ("train", "validation")}
+    """Writes tokenizer and shards into a folder, or goes on where another process was stopped in it; returns what the
+    manifest is to say about them, and lines to say.
+    """
+    taken_up = _take_up(folder, shard_tokens)
+    if taken_up is None:
+        _empty(folder)
+        documents = _with_progress("reading for the vocabulary", source, source.documents(), say)
+        tokenizer = train_tokenizer(config.tokenizer, (document for split, document in documents if split == "train"))
+        tokenizer.save(folder / "tokenizer")
+        writers = {split: SplitWriter(folder, split, tokenizer, shard_tokens) for split in SPLITS}
+    else:
+        tokenizer, writers = taken_up
+        say("going on with what a preparation that was stopped had written")
     documents = _with_progress("encoding", source, source.documents(say), say)
     if config.data.is_storybook() and config.data.validation is None:
         documents = _with_nats(documents, writers["validation"].nats)
     sample: list[str] = []
     near_unknown: collections.Counter[str] = collections.Counter()
-    for batch, tokens, lengths in _encoded(tokenizer, _with_sample(documents, sample)):
+    saved = time.monotonic()
+    for batch, tokens, lengths in _encoded(tokenizer, _with_sample(documents, sample), writers):
         writers[batch.split].write(tokens, lengths, batch.is_start, batch.num_bytes)
+        if time.monotonic() - saved >= _SAVE_SECS:
+            progress = {split: writer.progress() for split, writer in writers.items()}
+            write_whole(folder / _PROGRESS, json.dumps({"shard_tokens": shard_tokens, "splits": progress}))
+            saved = time.monotonic()
         unknown = np.flatnonzero(tokens == tokenizer.unknown_id)
         for i in np.unique(np.searchsorted(np.cumsum(lengths), unknown, side="right")):
             near_unknown.update(batch.pieces[i])
@@ -164,7 +181,33 @@ def _write(
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "splits": {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()},
     }
-    return entries, [_what_comes_back(tokenizer, sample), *_what_is_unknown(tokenizer, near_unknown)]
+    (folder / _PROGRESS).unlink(missing_ok=True)
+    unknown_now = _what_is_unknown(tokenizer, near_unknown)
+    if taken_up is not None:
+        unknown_now = (f"in what was left to encode, {line}" for line in unknown_now)
+    return entries, [_what_comes_back(tokenizer, sample), *unknown_now]
+
+
+def _take_up(folder: Path, shard_tokens: int) -> tuple[Tokenizer, dict[str, SplitWriter]] | None:
+    """Returns the tokenizer and the writers of a preparation that was stopped in a folder, as of the last time that it
+    saved where it was; None where it did not, or what it wrote is not whole.
+    """
+    try:
+        progress = json.loads((folder / _PROGRESS).read_text("utf-8"))
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        writers = {split: SplitWriter(folder, split, tokenizer, shard_tokens) for split in SPLITS}
+        if progress["shard_tokens"] != shard_tokens:
+            return None
+        for split, writer in writers.items():
+            writer.go_on(progress["splits"][split])
+    except (OSError, ValueError, KeyError, UserError):
+        return None
+    return tokenizer, writers
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _what_comes_back(tokenizer: Tokenizer, sample: list[str]) -> str:
@@ -193,10 +236,16 @@ class _Batch:
     num_bytes: int = 0
 
 
-def _batches(documents: Iterator[tuple[str, Document]], breaks: re.Pattern[str]) -> Iterator[_Batch]:
+def _batches(
+    documents: Iterator[tuple[str, Document]], breaks: re.Pattern[str], num_written: dict[str, int]
+) -> Iterator[_Batch]:
+    """Puts the pieces of documents into batches, but for those of each split that are written already."""
     open_batches: dict[str, _Batch] = {}
     for split, document in documents:
         for i, piece in enumerate(cut_document(document, breaks)):
+            if num_written[split]:
+                num_written[split] -= 1
+                continue
             batch = open_batches.setdefault(split, _Batch(split))
             batch.pieces.append(piece)
             batch.is_start.append(i == 0)
@@ -207,13 +256,14 @@ def _batches(documents: Iterator[tuple[str, Document]], breaks: re.Pattern[str])
 
 
 def _encoded(
-    tokenizer: Tokenizer, documents: Iterator[tuple[str, Document]]
+    tokenizer: Tokenizer, documents: Iterator[tuple[str, Document]], writers: dict[str, SplitWriter]
 ) -> Iterator[tuple[_Batch, np.ndarray, np.ndarray]]:
     """Encodes batches on all cores, and yields each with its tokens and its pieces' lengths, in order."""
+    num_written = {split: writer.num_pieces for split, writer in writers.items()}
     num_threads = os.cpu_count() or 1
     waiting: collections.deque[Any] = collections.deque()
     with ThreadPoolExecutor(num_threads) as pool:
-        for batch in _batches(documents, tokenizer.breaks):
+        for batch in _batches(documents, tokenizer.breaks, num_written):
             waiting.append((batch, pool.submit(tokenizer.encode_pieces, batch.pieces)))
             if len(waiting) > num_threads:
                 done, future = waiting.popleft()
@@ -263,27 +313,32 @@ def _pace(source: Source, secs: float) -> str:
 
 @contextlib.contextmanager
 def _written_whole(folder: Path) -> Iterator[Path]:
-    """Gives a hidden folder to write into, which becomes `folder` at the end, or goes away if anything fails."""
-    partial = folder.parent / f".partial-{folder.name}-{secrets.token_hex(4)}"
+    """Gives a hidden folder to write into, which becomes `folder` at the end, or goes away if anything fails: an empty
+    one, or one that a process left which was killed. Ctrl-C leaves it, too, where there is something to go on with.
+    """
+    partial: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
-        partial.mkdir()
-        with _opened(partial) as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            partial = _lock_partial(folder, stack)
             yield partial
             for path in partial.rglob("*"):
                 sync(path)
             sync(partial)
             _rename_unless_there(partial, folder)
-        sync(folder.parent)
+            sync(folder.parent)
+    except KeyboardInterrupt:
+        if partial is not None and (partial / _PROGRESS).exists():
+            partial = None
+        raise
     except OSError as error:
         raise UserError(
             f"data.prepared_folder={str(folder.parent)!r}: cannot be written: {error.strerror or error}. Make room, or "
             "name another folder; nothing half-written is left."
         ) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _rename_unless_there(partial: Path, folder: Path) -> None:
@@ -295,12 +350,26 @@ def _rename_unless_there(partial: Path, folder: Path) -> None:
             raise
 
 
-def _remove_abandoned(folder: Path) -> None:
-    for path in folder.parent.glob(f".partial-{glob.escape(folder.name)}-*"):
+def _lock_partial(folder: Path, stack: contextlib.ExitStack) -> Path:
+    """Returns a hidden folder that this process alone works in for as long as the stack lives."""
+    while True:
+        left = sorted(folder.parent.glob(f".partial-{glob.escape(folder.name)}-*"))
+        for path in [*left, folder.parent / f".partial-{folder.name}-{secrets.token_hex(4)}"]:
+            path.mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):
+                # Its writer holds it as long as it lives.
+                handle = stack.enter_context(_opened(path))
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists():  # Not just renamed or removed.
+                    _remove_abandoned(set(left) - {path})
+                    return path
+
+
+def _remove_abandoned(paths: set[Path]) -> None:
+    for path in paths:
         with contextlib.suppress(OSError), _opened(path) as handle:
-            if time.time() - path.stat().st_mtime > _ABANDONED_SECS:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Its writer holds it as long as it lives.
-                shutil.rmtree(path, ignore_errors=True)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

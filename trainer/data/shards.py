@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 
 from trainer.config import UserError
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
-from trainer.storage import Location
+from trainer.storage import Location, sync
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -250,6 +251,7 @@ class SplitWriter:
         self._bos_id, self._unknown_id = tokenizer.bos_id, tokenizer.unknown_id
         self._shards: list[Shard] = []
         self._num_bytes = self._num_unknown = self._max_tokens = 0
+        self.num_pieces = 0
         self.nats: list[float] = []
         self._open_shard()
 
@@ -262,6 +264,7 @@ class SplitWriter:
             is_start: for each piece whether it starts a document, rather than going on with the one before.
             num_bytes: of the text of all pieces.
         """
+        self.num_pieces += len(lengths)
         self._num_bytes += num_bytes
         self._num_unknown += int(np.count_nonzero(tokens == self._unknown_id))
         first_tokens = (np.cumsum(lengths) - lengths)[is_start]
@@ -274,6 +277,31 @@ class SplitWriter:
             self._open_shard()
             stream, starts = stream[cut_at:], starts[beyond[0] :] - cut_at
         self._append(stream, starts)
+
+    def progress(self) -> dict[str, Any]:
+        """Returns, once all that was written is on the disk, what `go_on` needs to know."""
+        counts = {name: getattr(self, name) for name in self._COUNTS}
+        files = [self._tokens.progress(), self._offsets.progress()]
+        return {"shards": [dataclasses.asdict(shard) for shard in self._shards], "files": files, **counts}
+
+    def go_on(self, progress: dict[str, Any]) -> None:
+        """Takes up what another writer of the same split had written by the time of its `progress`.
+
+        Raises:
+            ValueError: a file is not what it was.
+        """
+        self._shards = [Shard(**shard) for shard in progress["shards"]]
+        for shard in self._shards:
+            for name, sha256 in ((shard.tokens_file, shard.tokens_sha256), (shard.offsets_file, shard.offsets_sha256)):
+                if fault := next(_faults(self._stem.parent, name, None, sha256), None):
+                    raise ValueError(fault)
+        self._open_shard()  # Which may have grown since; those after it are written over.
+        for file, (length, sha256) in zip((self._tokens, self._offsets), progress["files"], strict=True):
+            file.go_on(length, sha256)
+        for name in self._COUNTS:
+            setattr(self, name, progress[name])
+
+    _COUNTS = ("num_pieces", "_num_bytes", "_num_unknown", "_max_tokens", "_last_start")
 
     def close(self) -> Split:
         """Ends the last shard and returns what was written."""
@@ -324,7 +352,24 @@ class _HashedFile:
         self.path, self.length, self.sha256 = path, 0, hashlib.sha256()
         self._dtype = dtype
 
+    def progress(self) -> tuple[int, str]:
+        if self.length:
+            sync(self.path)
+        return self.length, self.sha256.hexdigest()
+
+    def go_on(self, length: int, sha256: str) -> None:
+        """Takes up a file that had this length and SHA-256, and may have grown since."""
+        if length:
+            os.truncate(self.path, length * self._dtype.itemsize)
+            with self.path.open("rb") as file:
+                self.sha256 = hashlib.file_digest(file, "sha256")
+        if self.sha256.hexdigest() != sha256:
+            raise ValueError(f"{self.path.name} was changed")
+        self.length = length
+
     def write(self, numbers: np.ndarray) -> None:
+        if not self.length:
+            self.path.unlink(missing_ok=True)  # What a writer that was stopped may have left.
         data = numbers.astype(self._dtype).tobytes()
         # Opened each time, so that no error on the way leaves a file open.
         with self.path.open("ab") as file:
