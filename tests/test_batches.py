@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import UserError, make_config
+from trainer.config import MIXTURE_EXAMPLES, UserError, make_config
 from trainer.data.batches import (
     Share,
     Window,
     evaluation_batches,
+    mixed,
     num_examples,
     permuted,
+    shares_of,
     shuffled,
     total_steps,
     training_batches,
@@ -232,6 +234,63 @@ def test_every_example_comes_at_every_place_as_often(window):
     chi_square = ((observed - expected) ** 2 / expected).sum(axis=0)
     assert chi_square.mean() == pytest.approx(9, abs=0.5)
     assert chi_square.max() < 40
+
+
+# Several sources.
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (0.7, 0.2, 0.1), (1, 1023)])
+def test_each_source_has_its_share_and_each_of_its_examples_in_turn(weights):
+    counts = [50, 1000, 7][: len(weights)]
+    firsts = np.cumsum([0, *counts])
+    n = tf.range(4 * MIXTURE_EXAMPLES, dtype=tf.int64)
+    examples = mixed(n, counts, weights, seed=5).numpy()
+    sources = np.searchsorted(firsts, examples, side="right") - 1
+    shares = shares_of(weights)
+    assert sum(shares) == MIXTURE_EXAMPLES
+    np.testing.assert_allclose(np.array(shares) / MIXTURE_EXAMPLES, np.array(weights) / sum(weights), atol=1e-3)
+    for part in np.split(sources, 4):
+        assert np.bincount(part, minlength=len(weights)).tolist() == shares
+    assert not np.array_equal(sources[:MIXTURE_EXAMPLES], sources[MIXTURE_EXAMPLES : 2 * MIXTURE_EXAMPLES])
+    for i, count in enumerate(counts):
+        own = np.sort(np.bincount(examples[sources == i] - firsts[i], minlength=count))
+        assert own[-1] - own[0] <= 1  # All before any comes again.
+    some = tf.constant([1, 4000, 77], tf.int64)
+    np.testing.assert_array_equal(mixed(some, counts, weights, seed=5), examples[some.numpy()])
+
+
+def mixture_of(tmp_path, **data):
+    for name, word, num_lines in (("sun", "sun", 40), ("moon", "moon", 200)):
+        (tmp_path / f"{name}.txt").write_text(f"{word} {word}\n" * num_lines)
+        (tmp_path / f"{name}_valid.txt").write_text(f"{word}\n" * 5)
+    sources = {"train": [str(tmp_path / "sun.txt"), str(tmp_path / "moon.txt")], "weights": [3, 1]}
+    return config_of(tmp_path, data={**sources, "prepared_folder": str(tmp_path / "prepared"), **data})
+
+
+def test_sources_are_mixed_by_weight_and_hosts_share_the_mixture(tmp_path):
+    valid = [str(tmp_path / "sun_valid.txt"), str(tmp_path / "moon_valid.txt")]
+    config = mixture_of(tmp_path, validation=valid)
+    prepared = silently(config)
+    assert list(prepared.splits) == ["train-0", "validation-0", "train-1", "validation-1"]
+    assert [part.num_documents for part in prepared.parts("train")] == [40, 200]
+    assert prepared.split("train").num_documents == 240
+    sun = prepared.tokenizer().encode("sun")[0]
+    rows = rows_of(training_batches(prepared, config, 0, 256))
+    assert sum(row[1][0] == sun for row in rows) == 768
+    halves = [rows_of(training_batches(prepared, config, 0, 256, Share(i, 1, 2))) for i in (0, 1)]
+    assert sorted(halves[0] + halves[1]) == sorted(rows)
+    # Other weights, the same shards.
+    assert silently(mixture_of(tmp_path, validation=valid, weights=[1, 1])) == prepared
+
+
+def test_each_source_holds_out_a_part_of_its_own(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i}\n" for i in range(300)))
+    data = {"train": [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], "weights": [1, 1], "held_out_fraction": 0.1}
+    prepared = silently(config_of(tmp_path, data={**data, "prepared_folder": str(tmp_path / "prepared")}))
+    for part in (*prepared.parts("train"), *prepared.parts("validation")):
+        assert part.num_documents > 10
+    assert prepared.split("train").num_documents + prepared.split("validation").num_documents == 600
 
 
 def test_the_last_evaluation_batch_is_filled_up_without_weight(tmp_path):

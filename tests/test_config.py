@@ -448,3 +448,19 @@ def test_schema_lets_an_editor_know_what_a_setting_means():
     kinds = schema["properties"]["tokenizer"]["oneOf"]
     assert len(kinds) == len({kind["$ref"] for kind in kinds}) == 6
     assert {"type": "string"} in schema["$defs"]["DataConfig"]["properties"]["train"]["anyOf"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.weights=[1]"], r"data\.weights=\[1\.0\] are 1, and data\.train names 2 sources; give as many"),
+        (["data.weights=[1,2]", "data.validation=v"], r"are 2, and data\.validation names 1 sources; give as many"),
+        (["data.weights=[1,2000]"], r"data\.weights=\[1\.0, 2000\.0\]: the smallest must be at least a 1024th of"),
+        (["data.weights=[1,0]"], r"data\.weights\.1=0: input should be greater than 0"),
+        (["data.weights=[1,2]", "data.shuffle_window_mb=8"], r"data\.shuffle_window_mb does not go with data\.weights"),
+        (["data.weights=[1,2]", "train.total_steps=none", "train.num_epochs=1"], r"train\.num_epochs does not go with"),
+    ],
+)
+def test_weights_that_make_no_mixture_are_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        make_config(SETTINGS, ['data.train=["a","b"]', *overrides])

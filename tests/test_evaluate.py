@@ -53,6 +53,30 @@ def test_every_token_counts_once_and_alike(tmp_path):
     assert evaluation.bits_per_byte == pytest.approx(bits, rel=1e-12)
 
 
+def test_each_source_of_a_mixture_is_scored_by_itself_too(tmp_path):
+    for name, lines in (
+        ("a", "one\ntwo two\n"),
+        ("b", "three\n"),
+        ("a_valid", "two\none\n"),
+        ("b_valid", "three one\n" * 9),
+    ):
+        (tmp_path / f"{name}.txt").write_text(lines)
+    train, validation = ([str(tmp_path / f"{name}{end}.txt") for name in "ab"] for end in ("", "_valid"))
+    evaluator = evaluator_of(tmp_path, train=train, validation=validation, weights=[1, 1])
+    evaluation = evaluator()
+    sums = []
+    for split in evaluator.prepared.parts("validation"):
+        batches = evaluation_batches(evaluator.prepared, evaluator.config, split=split)
+        scores = [[float(each) for each in evaluator.model.evaluation_loss(*batch)] for batch in batches]
+        sums.append(np.sum(scores, axis=0))
+    counts = [split.num_tokens for split in evaluator.prepared.parts("validation")]
+    assert [count for _, count in sums] == counts
+    assert evaluation.losses == pytest.approx([loss / count for loss, count in sums], rel=1e-12)
+    assert evaluation.num_tokens == sum(counts)
+    assert evaluation.loss == pytest.approx(sum(loss for loss, _ in sums) / sum(counts), rel=1e-12)
+    assert f"of each source {evaluation.losses[0]:.4f}, {evaluation.losses[1]:.4f}" in str(evaluation)
+
+
 def test_excess_is_measured_from_the_exact_probability_of_the_same_stories(tmp_path):
     evaluator = evaluator_of(tmp_path)
     split, tokenizer = evaluator.prepared.split("validation"), evaluator.prepared.tokenizer()

@@ -9,6 +9,7 @@ import datetime
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,8 @@ import pydantic
 import tomli_w
 from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
+# Of so many examples in a row, each source of data.weights has exactly its share.
+MIXTURE_EXAMPLES = 1024
 STORYBOOK_SOURCE = "storybook"
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -57,6 +60,9 @@ class DataConfig(Section):
     where a document is a file."""
     mode: Literal["lines", "packed"] = "lines"
     """lines: a document per example, cut or padded; packed: documents joined and cut into full windows."""
+    weights: tuple[PositiveFloat, ...] | None = None
+    """How often an example comes from each of data.train, relative to the others; data.validation, where it is given,
+    names one source for each of them, and each is scored by itself as well. Left out, data.train is one text."""
     shuffle_window_mb: PositiveInt | None = None
     """For data that no host's memory holds: blocks of 8 MB are read in a shuffled order, and the examples of so many
     megabytes of them are shuffled together. Left out, every example may come anywhere in an epoch."""
@@ -82,12 +88,39 @@ class DataConfig(Section):
                 raise ValueError(f"data.{key} mixes {STORYBOOK_SOURCE!r} with files; use one or the other.")
             if sources == ():
                 raise ValueError(f"data.{key} is empty; give a file, a glob or {STORYBOOK_SOURCE!r}.")
+        if self.weights is not None:
+            self._check_weights(self.weights)
         if self.validation == (STORYBOOK_SOURCE,):
             raise ValueError(
                 f"data.validation={STORYBOOK_SOURCE!r} would repeat the training stories; leave data.validation out, "
                 "and part of the stories is held out."
             )
         return self
+
+    def _check_weights(self, weights: tuple[float, ...]) -> None:
+        for key in ("train", "validation"):
+            sources = getattr(self, key)
+            if sources is not None and len(sources) != len(weights):
+                raise ValueError(
+                    f"data.weights={list(weights)} are {len(weights)}, and data.{key} names {len(sources)} sources; "
+                    "give as many, or leave out data.weights."
+                )
+        if min(weights) * MIXTURE_EXAMPLES < sum(weights):
+            raise ValueError(
+                f"data.weights={list(weights)}: the smallest must be at least a {MIXTURE_EXAMPLES}th of their sum."
+            )
+        if self.shuffle_window_mb is not None:
+            raise ValueError("data.shuffle_window_mb does not go with data.weights; leave out one of them.")
+
+    def sources(self) -> "tuple[DataConfig, ...]":
+        """Returns the settings of each source that is mixed by data.weights; without these, of the only one."""
+        if self.weights is None:
+            return (self,)
+        validation = [None] * len(self.train) if self.validation is None else [(each,) for each in self.validation]
+        return tuple(
+            self.model_copy(update={"train": (train,), "validation": each, "weights": None})
+            for train, each in zip(self.train, validation, strict=True)
+        )
 
     def is_storybook(self) -> bool:
         """Whether the text is the built-in storybook's."""
@@ -425,6 +458,11 @@ class Config(Section):
                 f"samples.num_tokens={self.samples.num_tokens} is more than train.sequence_length="
                 f"{self.train.sequence_length}, the most positions the model has; lower it, or leave it out."
             )
+        if self.data.weights is not None and self.train.total_steps is None:
+            raise ValueError(
+                "train.num_epochs does not go with data.weights, by which the sources end at different times; set "
+                "train.total_steps."
+            )
         if self.model.document_mask and self.data.mode != "packed":
             raise ValueError(
                 f"model.document_mask=true does not go with data.mode={self.data.mode!r}, where every example is one "
@@ -435,15 +473,17 @@ class Config(Section):
     def prepared_name(self) -> str:
         """Returns the name of this config's prepared data: one for all configs that prepare the same way."""
         what = {
-            "data": self.data.model_dump(exclude={"prepared_folder", "mode", "shuffle_window_mb"}),
+            "data": self.data.model_dump(exclude={"prepared_folder", "mode", "shuffle_window_mb", "weights"}),
             "tokenizer": self.tokenizer.model_dump(),
         }
         if not self.data.is_storybook():
             del what["data"]["storybook_stories"], what["data"]["storybook_seed"]
         if self.data.validation is not None:
             del what["data"]["held_out_fraction"]
+        if self.data.weights is not None:
+            what["data"]["is_mixture"] = True  # Whatever the weights, the shards are the same.
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
-        stem = Path(self.data.train[0]).name.split(".")[0].replace("*", "_") or "text"
+        stem = re.sub(r"[^\w-]+", "_", Path(self.data.train[0]).name.split(".")[0]).strip("_") or "text"
         return f"{stem}-{digest}"
 
     def vocabulary_size(self) -> int | None:

@@ -1,7 +1,7 @@
 """Scores a model on the validation text, every token of it once and with the same weight."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import keras
@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from trainer.config import Config
 from trainer.data.batches import evaluation_batches
-from trainer.data.shards import PreparedData
+from trainer.data.shards import PreparedData, Split
 from trainer.model.gpt import GPT
 from trainer.model.loss import next_token_loss_from_logits
 from trainer.training.distribution import rows_per_replica, share_of
@@ -21,7 +21,7 @@ class Evaluation(NamedTuple):
     loss: nats per token. num_tokens: how many tokens that is the mean of. bits_per_byte: of the original text, with the
     number of tokens per byte of the whole validation text. is_lossy: whether the tokenizer loses some of that text, so
     that bits_per_byte is of less than the text. excess: nats per token above the text's own entropy, where that is
-    known: of the storybook, when every story was scored whole.
+    known: of the storybook, when every story was scored whole. losses: of each source that data.weights mixes.
     """
 
     loss: float
@@ -29,6 +29,7 @@ class Evaluation(NamedTuple):
     bits_per_byte: float
     is_lossy: bool
     excess: float | None
+    losses: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -44,6 +45,8 @@ class Evaluation(NamedTuple):
         ]
         if self.excess is not None:
             parts.append(f"{self.excess:+.4f} nats per token above the text's own entropy")
+        if self.losses:
+            parts.append("of each source " + ", ".join(f"{loss:.4f}" for loss in self.losses))
         return ", ".join(parts) + f" ({self.num_tokens:,} tokens)"
 
 
@@ -69,24 +72,33 @@ class Evaluator:
         self._sum_batch = tf.function(self._score_batch, autograph=False)
 
     def __call__(self, num_batches: int | None = None) -> Evaluation:
-        """Scores num_batches batches, or all."""
+        """Scores num_batches batches of each source, or all."""
         evaluation = self.unless_stopped(lambda: False, num_batches)
         assert evaluation is not None
         return evaluation
 
     def unless_stopped(self, should_stop: Callable[[], bool], num_batches: int | None) -> Evaluation | None:
-        """Scores num_batches batches, or all; gives up and returns None once should_stop, asked after each, says so."""
-        batches = self.strategy.distribute_datasets_from_function(
-            lambda context: evaluation_batches(self.prepared, self.config, num_batches, share_of(context))
+        """Scores num_batches batches of each source, or all; gives up and returns None once should_stop, asked after
+        each batch, says so.
+        """
+        splits = self.prepared.parts("validation")
+        sums = [(0.0, 0)] * len(splits)
+        for i, split in enumerate(splits):
+            for batch in self._batches(split, num_batches):
+                batch_loss, batch_tokens = self._sum_batch(batch)
+                sums[i] = sums[i][0] + float(batch_loss), sums[i][1] + int(batch_tokens)
+                if should_stop():
+                    return None
+        loss_sum, num_tokens = (sum(each) for each in zip(*sums, strict=True))
+        evaluation = summarize(loss_sum, int(num_tokens), self.prepared, self._is_lossy)
+        losses = tuple(loss / tokens for loss, tokens in sums) if len(splits) > 1 else ()
+        return evaluation._replace(losses=losses)
+
+    def _batches(self, split: Split, num_batches: int | None) -> Iterable[tuple[tf.Tensor, ...]]:
+        batches: Iterable[tuple[tf.Tensor, ...]] = self.strategy.distribute_datasets_from_function(
+            lambda context: evaluation_batches(self.prepared, self.config, num_batches, share_of(context), split)
         )
-        loss_sum, num_tokens = 0.0, 0
-        for batch in batches:
-            batch_loss, batch_tokens = self._sum_batch(batch)
-            loss_sum += float(batch_loss)
-            num_tokens += int(batch_tokens)
-            if should_stop():
-                return None
-        return summarize(loss_sum, num_tokens, self.prepared, self._is_lossy)
+        return batches
 
     def _score_batch(self, batch: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor]:
         def score(batch: tuple[tf.Tensor, ...]) -> list[tf.Tensor]:

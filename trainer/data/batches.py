@@ -3,13 +3,14 @@
 TensorFlow operations only, and no iterator state: to resume at a step is to start there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, UserError
+from trainer.config import MIXTURE_EXAMPLES, Config, UserError
 from trainer.data.shards import MANIFEST, PreparedData, Split
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
@@ -62,19 +63,26 @@ def training_batches(
         the rows of one replica after the other; a weight is 0 where the target is padding.
     """
     split = prepared.split("train")
-    seed = config.train.seed
+    seed, weights = config.train.seed, config.data.weights
     count = num_examples(split, config)
     read = _reader(prepared, split, config)
     window = _window(prepared, split, config)
+    counts = [num_examples(part, config) for part in prepared.parts("train")]
 
     def rows_at(n: tf.Tensor) -> Batch:
+        if weights is not None:
+            return read(mixed(n, counts, weights, seed))
         return read(shuffled(n % count, n // count, count, seed, window))
 
     return _pipeline(prepared, config, share, first_step, total_steps, rows_at)
 
 
 def evaluation_batches(
-    prepared: PreparedData, config: Config, num_batches: int | None = None, share: Share = ALL
+    prepared: PreparedData,
+    config: Config,
+    num_batches: int | None = None,
+    share: Share = ALL,
+    split: Split | None = None,
 ) -> tf.data.Dataset:
     """Returns the validation examples in the order of the text, each once; the last batch is filled up at weight 0.
 
@@ -83,8 +91,9 @@ def evaluation_batches(
         config: data.mode, train.sequence_length and train.global_batch_size count.
         num_batches: how many batches at most; None for all.
         share: the part of each batch to make.
+        split: of the data; left out, all that is to validate on.
     """
-    split = prepared.split("validation")
+    split = split or prepared.split("validation")
     batch_size = config.train.global_batch_size
     count = num_examples(split, config)
     read = _reader(prepared, split, config)
@@ -153,6 +162,39 @@ def shuffled(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int, window: 
     row = tf.where(place < in_blocks, block * window.block_rows + place % window.block_rows, place)
     shift = permuted(tf.zeros_like(epoch), epoch, count, seed)
     return (row + shift) % count
+
+
+def mixed(n: tf.Tensor, counts: Sequence[int], weights: Sequence[float], seed: int) -> tf.Tensor:
+    """Maps positions in a run to examples of several sources, which are numbered one source after the other.
+
+    Of MIXTURE_EXAMPLES examples in a row each source has exactly its share, at places that differ each time; and each
+    source's examples come in an order of its own, all of them before any comes again.
+
+    Args:
+        n: int64 [n], positions in the run.
+        counts: examples of each source.
+        weights: of each source.
+        seed: of the order.
+    """
+    shares = shares_of(weights)
+    begins = tf.constant(np.cumsum([0, *shares])[:-1], tf.int64)
+    firsts, sizes = (tf.constant(each, tf.int64) for each in (np.cumsum([0, *counts])[:-1], counts))
+    turn = n // MIXTURE_EXAMPLES
+    place = permuted(n % MIXTURE_EXAMPLES, turn, MIXTURE_EXAMPLES, seed)
+    source = tf.searchsorted(begins, place, side="right", out_type=tf.int64) - 1
+    k = turn * tf.gather(tf.constant(shares, tf.int64), source) + place - tf.gather(begins, source)
+    size = tf.gather(sizes, source)
+    return tf.gather(firsts, source) + _permuted_below(k % size, k // size, size, seed, source + 1)
+
+
+def shares_of(weights: Sequence[float]) -> list[int]:
+    """Returns how many of MIXTURE_EXAMPLES examples each source has: by weight, and what is left over by rounding to
+    those that lost most.
+    """
+    exact = np.array(weights) / sum(weights) * MIXTURE_EXAMPLES
+    shares = np.floor(exact).astype(int)
+    shares[np.argsort(shares - exact, kind="stable")[: MIXTURE_EXAMPLES - shares.sum()]] += 1
+    return [int(share) for share in shares]
 
 
 def permuted(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:

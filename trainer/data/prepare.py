@@ -35,7 +35,7 @@ from trainer.data.shards import (
     token_dtype,
     write_manifest,
 )
-from trainer.data.text import Source, open_source, peek
+from trainer.data.text import Mixture, Source, open_source, peek
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file, train_tokenizer
 from trainer.data.vocabulary import cut_document
 from trainer.storage import Url, copy_file, copy_folder, locate, place_on_disk, sync, write_whole
@@ -47,7 +47,6 @@ _SAMPLE_DOCUMENTS, _SAMPLE_CHARS = 200, 10_000
 # Where a preparation saves how far it is, and how often.
 _PROGRESS = "progress.json"
 _SAVE_SECS = 20.0
-SPLITS = ("train", "validation")
 
 Say = Callable[[str], None]
 
@@ -106,7 +105,7 @@ def fetch(stored: Url) -> PreparedData:
 
 
 def _prepare_on_disk(
-    folder: Path, config: Config, source: Source, fingerprint: str, say: Say, shard_tokens: int
+    folder: Path, config: Config, source: Source | Mixture, fingerprint: str, say: Say, shard_tokens: int
 ) -> PreparedData:
     if folder.exists():
         prepared = load_prepared(folder)
@@ -141,18 +140,20 @@ def _describe(prepared: PreparedData) -> str:
 
 
 def _write(
-    config: Config, source: Source, folder: Path, say: Say, shard_tokens: int
+    config: Config, source: Source | Mixture, folder: Path, say: Say, shard_tokens: int
 ) -> tuple[dict[str, Any], list[str]]:
     """Writes tokenizer and shards into a folder, or goes on where another process was stopped in it; returns what the
     manifest is to say about them, and lines to say.
     """
-    taken_up = _take_up(folder, shard_tokens)
+    taken_up = _take_up(folder, source, shard_tokens)
     if taken_up is None:
         _empty(folder)
         documents = _with_progress("reading for the vocabulary", source, source.documents(), say)
-        tokenizer = train_tokenizer(config.tokenizer, (document for split, document in documents if split == "train"))
+        tokenizer = train_tokenizer(
+            config.tokenizer, (document for split, document in documents if split.startswith("train"))
+        )
         tokenizer.save(folder / "tokenizer")
-        writers = {split: SplitWriter(folder, split, tokenizer, shard_tokens) for split in SPLITS}
+        writers = {split: SplitWriter(folder, split, tokenizer, shard_tokens) for split in source.names()}
     else:
         tokenizer, writers = taken_up
         say("going on with what a preparation that was stopped had written")
@@ -188,14 +189,16 @@ def _write(
     return entries, [_what_comes_back(tokenizer, sample), *unknown_now]
 
 
-def _take_up(folder: Path, shard_tokens: int) -> tuple[Tokenizer, dict[str, SplitWriter]] | None:
+def _take_up(
+    folder: Path, source: Source | Mixture, shard_tokens: int
+) -> tuple[Tokenizer, dict[str, SplitWriter]] | None:
     """Returns the tokenizer and the writers of a preparation that was stopped in a folder, as of the last time that it
     saved where it was; None where it did not, or what it wrote is not whole.
     """
     try:
         progress = json.loads((folder / _PROGRESS).read_text("utf-8"))
         tokenizer = load_tokenizer(folder / "tokenizer")
-        writers = {split: SplitWriter(folder, split, tokenizer, shard_tokens) for split in SPLITS}
+        writers = {split: SplitWriter(folder, split, tokenizer, shard_tokens) for split in source.names()}
         if progress["shard_tokens"] != shard_tokens:
             return None
         for split, writer in writers.items():
@@ -284,14 +287,14 @@ def _with_nats(documents: Iterator[tuple[str, Document]], nats: list[float]) -> 
 
 def _with_sample(documents: Iterator[tuple[str, Document]], sample: list[str]) -> Iterator[tuple[str, Document]]:
     for split, document in documents:
-        if split == "validation" and len(sample) < _SAMPLE_DOCUMENTS:
+        if split.startswith("validation") and len(sample) < _SAMPLE_DOCUMENTS:
             start, document = peek(document)
             sample.append(start[:_SAMPLE_CHARS])
         yield split, document
 
 
 def _with_progress(
-    what: str, source: Source, documents: Iterator[tuple[str, Document]], say: Say
+    what: str, source: Source | Mixture, documents: Iterator[tuple[str, Document]], say: Say
 ) -> Iterator[tuple[str, Document]]:
     """Passes documents on, and says every few seconds how many there were and how long the rest will take."""
     start = said = time.monotonic()
@@ -303,7 +306,7 @@ def _with_progress(
         yield split, document
 
 
-def _pace(source: Source, secs: float) -> str:
+def _pace(source: Source | Mixture, secs: float) -> str:
     done, total = source.progress.done, source.progress.total
     if not done:
         return f", {secs:.0f} s"  # Stories and data sets are not files that could be measured.

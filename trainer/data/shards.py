@@ -7,6 +7,7 @@ entry is the hash of the others.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -80,7 +81,7 @@ class PreparedData:
         tokenizer_fingerprint: identifies the tokenizer.
         source_fingerprint: identifies the text, and the file of tokenizer.path.
         sources: the files of each split, for people to read.
-        splits: "train" and "validation".
+        splits: "train" and "validation"; of sources that are mixed, "train-0", "validation-0", "train-1" and so on.
         tokenizer_files: SHA-256 of the files in tokenizer/, by name.
         fingerprint: identifies every token, with what and from what it was made, wherever that lies.
         stored_in: URL of the folder that `folder` is this host's copy of, or None.
@@ -102,8 +103,13 @@ class PreparedData:
     stored_in: str | None = None
 
     def split(self, name: str) -> Split:
-        """Returns the split "train" or "validation"."""
-        return self.splits[name]
+        """Returns the split "train" or "validation"; of sources that are mixed, all of theirs, one after the other."""
+        parts = self.parts(name)
+        return parts[0] if len(parts) == 1 else functools.reduce(_joined, parts)
+
+    def parts(self, name: str) -> list[Split]:
+        """Returns the splits "train" or "validation" of each source that is mixed; where none are, of the only one."""
+        return [split for key, split in self.splits.items() if key.partition("-")[0] == name]
 
     def tokenizer(self) -> Tokenizer:
         """Loads the tokenizer the text was prepared with.
@@ -115,6 +121,18 @@ class PreparedData:
         if tokenizer.fingerprint != self.tokenizer_fingerprint:
             raise _damaged(self.folder, "tokenizer/ is not the tokenizer the text was prepared with")
         return tokenizer
+
+
+def _joined(one: Split, other: Split) -> Split:
+    return Split(
+        num_documents=one.num_documents + other.num_documents,
+        num_tokens=one.num_tokens + other.num_tokens,
+        num_bytes=one.num_bytes + other.num_bytes,
+        num_unknown=one.num_unknown + other.num_unknown,
+        max_tokens=max(one.max_tokens, other.max_tokens),
+        source_nats=None,
+        shards=one.shards + other.shards,
+    )
 
 
 def token_dtype(vocabulary_size: int) -> str:

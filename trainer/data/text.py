@@ -90,7 +90,7 @@ class Source:
                 split is left without a document.
         """
         self.progress.done = 0
-        self.progress.total = sum(file.stat().st_size for file in self._paths())
+        self.progress.total = self.num_bytes()
         tally = {"train": _Tally(), "validation": _Tally()}
         broken = _Broken(self.data.max_broken_fraction)
         for setting, file, number, document in self._unsplit(broken):
@@ -117,8 +117,10 @@ class Source:
         broken.finish(sum(each.num_seen for each in tally.values()), say)
         self._check_not_empty(tally)
 
-    def _paths(self) -> Iterator[Location]:
-        return (file for file in (*self.train_files, *self.validation_files) if not isinstance(file, Dataset))
+    def num_bytes(self) -> int:
+        """Returns the size of all files, packed ones as they are."""
+        files = (file for file in (*self.train_files, *self.validation_files) if not isinstance(file, Dataset))
+        return sum(file.stat().st_size for file in files)
 
     def _unsplit(self, broken: "_Broken") -> Iterator[tuple[str, File | None, int, Document]]:
         """Yields (setting, file, number in that file from 1 on, document)."""
@@ -198,12 +200,56 @@ class _Tally:
     longest_bytes: int = 0
 
 
-def open_source(data: DataConfig) -> Source:
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several sources, each with splits of its own: train-0, validation-0, train-1 and so on; otherwise as one."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def train_files(self) -> tuple[File, ...]:
+        """Files of data.train."""
+        return tuple(itertools.chain.from_iterable(source.train_files for source in self.sources))
+
+    @property
+    def validation_files(self) -> tuple[File, ...]:
+        """Files of data.validation."""
+        return tuple(itertools.chain.from_iterable(source.validation_files for source in self.sources))
+
+    @property
+    def progress(self) -> Progress:
+        """How far the latest reading of all is."""
+        parts = [source.progress for source in self.sources]
+        return Progress(sum(part.done for part in parts), sum(part.total for part in parts))
+
+    def names(self) -> dict[str, list[str]]:
+        """Returns the files of each split, for people to read."""
+        return {
+            f"{split}-{i}": names for i, source in enumerate(self.sources) for split, names in source.names().items()
+        }
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256 of what all are made of, in order."""
+        return hashlib.sha256("".join(source.fingerprint() for source in self.sources).encode()).hexdigest()
+
+    def documents(self, say: Callable[[str], None] | None = None) -> Iterator[tuple[str, Document]]:
+        """Yields (split, document) of one source after the other."""
+        for source in self.sources:
+            source.progress.done, source.progress.total = 0, source.num_bytes()
+        for i, source in enumerate(self.sources):
+            for split, document in source.documents(say):
+                yield f"{split}-{i}", document
+
+
+def open_source(data: DataConfig) -> Source | Mixture:
     """Finds the files a config names.
 
     Raises:
         UserError: as in find_files; or a data set of tensorflow-datasets is not right.
     """
+    if data.weights is not None:
+        opened = (open_source(source) for source in data.sources())
+        return Mixture(tuple(source for source in opened if isinstance(source, Source)))
     train = () if data.is_storybook() else _find(data.train, "data.train")
     validation = () if data.validation is None else _find(data.validation, "data.validation")
     return Source(data, train, validation)

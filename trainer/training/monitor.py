@@ -159,6 +159,7 @@ class Monitor:
             self._bits_tag: evaluation.bits_per_byte,
             "excess_nats_per_token": evaluation.excess,
         }
+        values |= {f"loss_of_source_{i}": loss for i, loss in enumerate(evaluation.losses)}
         self._validation.scalars(step, {name: value for name, value in values.items() if value is not None})
         self.say(f"step {step}/{self.total_steps}  validation: {evaluation}")
 
