@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.model.attention import cached_attention, causal_attention
+from trainer.model.attention import BLOCK, cached_attention, causal_attention
 
 # Where the document of each of six positions starts, in two rows.
 STARTS = np.array([[0, 0, 2, 2, 2, 5], [0, 1, 1, 1, 4, 4]], np.int32)
@@ -38,6 +38,52 @@ def test_attention_inside_documents_equals_the_formula(jit_compile):
     operands = projections()
     attend = tf.function(causal_attention, autograph=False, jit_compile=jit_compile)
     np.testing.assert_allclose(attend(*operands, STARTS), attention_by_loops(*operands, STARTS), atol=1e-12)
+
+
+def attention_by_autodiff(query, key, value, starts=None):
+    positions = np.arange(query.shape[2])
+    allowed = positions <= positions[:, np.newaxis]
+    if starts is not None:
+        allowed = allowed & (positions >= starts[:, np.newaxis, :, np.newaxis])
+    scores = tf.matmul(query, key, transpose_b=True) / query.shape[-1] ** 0.5
+    return tf.matmul(tf.nn.softmax(tf.where(allowed, scores, tf.cast(-1e9, scores.dtype))), value)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("sequence", [2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK + 7])
+def test_attention_in_blocks_and_its_gradients_are_those_of_the_whole(sequence, jit_compile):
+    operands = projections(sequence)
+    upstream = tf.constant(np.random.default_rng(1).normal(size=operands[0].shape))
+    is_start = np.random.default_rng(2).random((2, sequence)) < 0.02
+    starts = np.maximum.accumulate(np.where(is_start, np.arange(sequence), 0), axis=1).astype(np.int32)
+    for of_documents in (None, starts):
+        results = []
+        for attend in (tf.function(causal_attention, autograph=False, jit_compile=jit_compile), attention_by_autodiff):
+            with tf.GradientTape() as tape:
+                tape.watch(operands)
+                out = attend(*operands, of_documents)
+            results.append([out, *tape.gradient(out, operands, upstream)])
+        for ours, theirs in zip(*results, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+def test_attention_in_blocks_computes_little_of_what_the_mask_throws_away():
+    sequence = 8 * BLOCK
+
+    @tf.function(autograph=False)
+    def gradients(query, key, value):
+        with tf.GradientTape() as tape:
+            tape.watch([query, key, value])
+            out = causal_attention(query, key, value)
+        return tape.gradient(out, [query, key, value])
+
+    spec = tf.TensorSpec([2, 3, sequence, 64], tf.float32)
+    graph = gradients.get_concrete_function(spec, spec, spec).graph
+    products = [op for op in graph.get_operations() if op.type == "BatchMatMulV2"]
+    areas = [max(int(np.prod(x.shape[2:])) for x in (*op.inputs, *op.outputs)) for op in products]
+    # Two products forward and four backward, each of all queries with all keys.
+    assert sum(areas) <= 0.6 * 6 * sequence**2
+    assert max(areas) == BLOCK * sequence
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

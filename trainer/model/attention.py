@@ -2,6 +2,12 @@
 
 import tensorflow as tf
 
+from trainer.model.loss import accumulation_dtype
+
+# Queries at a time, in sequences of at least two such blocks: shorter ones are faster whole, and fewer queries leave
+# matrix units idle.
+BLOCK = 128
+
 # Added to a score before the softmax where a query may not look. Finite, so that no row can turn into NaN.
 MASKED = -1e9
 
@@ -20,14 +26,70 @@ def causal_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, starts:
 
     Source: Vaswani et al. 2017, equation 1.
     """
-    sequence = tf.shape(query)[2] if query.shape[2] is None else query.shape[2]
-    allowed = tf.linalg.band_part(tf.ones([sequence, sequence], tf.bool), -1, 0)
+    sequence = query.shape[2]
+    if sequence is None or sequence < 2 * BLOCK:
+        return _attend(query, key, value, _allowed(0, sequence or tf.shape(query)[2], starts))
+    return _in_blocks(query, key, value, starts)
+
+
+def _allowed(first: int, end: int | tf.Tensor, starts: tf.Tensor | None) -> tf.Tensor:
+    """Returns which of the keys [0, end) each of the queries [first, end) may see: bool [query, key], or
+    [batch, 1, query, key] where documents have starts.
+    """
+    keys = tf.range(end)
+    allowed = keys[tf.newaxis, :] <= keys[first:, tf.newaxis]
     if starts is not None:
         # A document has no gaps: what is neither after a query nor before its document's start is of its document.
         # Compared as floats, which hold any position: TensorFlow's GPU kernel takes int32 to the host for it.
-        starts = tf.cast(starts, tf.float32)[:, tf.newaxis, :, tf.newaxis]
-        allowed &= tf.cast(tf.range(sequence), tf.float32) >= starts  # [batch, 1, query, key]
-    return _attend(query, key, value, allowed)
+        starts = tf.cast(starts[:, first:end], tf.float32)[:, tf.newaxis, :, tf.newaxis]
+        allowed &= tf.cast(keys, tf.float32) >= starts
+    return allowed
+
+
+def _in_blocks(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, starts: tf.Tensor | None) -> tf.Tensor:
+    """Attends a block of queries at a time, to the keys up to its end: what the mask throws away beyond the block is
+    neither computed nor kept. The gradient is made by hand, of softmax(scores) as it was kept.
+
+    Source: of the gradient, Dao et al. 2022, appendix B.2.
+    """
+    sequence, scale = query.shape[2], tf.constant(query.shape[-1] ** -0.5, query.dtype)
+    blocks = [(first, min(first + BLOCK, sequence)) for first in range(0, sequence, BLOCK)]
+
+    @tf.custom_gradient
+    def attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tuple[tf.Tensor, object]:
+        scaled = query * scale
+        seen = [
+            _probabilities(scaled[:, :, first:end], key[:, :, :end], _allowed(first, end, starts))
+            for first, end in blocks
+        ]
+        out = tf.concat([tf.matmul(p, value[:, :, :end]) for p, (_, end) in zip(seen, blocks, strict=True)], axis=2)
+
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            wide = accumulation_dtype(query.dtype)
+            # What the softmax takes off each score's gradient: the mean of its row's by the probabilities.
+            mean = tf.reduce_sum(tf.cast(upstream, wide) * tf.cast(out, wide), axis=-1, keepdims=True)
+            of_query, of_key, of_value = [], [], []
+            for p, (first, end) in zip(seen, blocks, strict=True):
+                rows = upstream[:, :, first:end]
+                of_p = tf.matmul(rows, value[:, :, :end], transpose_b=True)
+                of_scores = p * tf.cast(tf.cast(of_p, wide) - mean[:, :, first:end], p.dtype)
+                of_query.append(tf.matmul(of_scores, key[:, :, :end]))
+                of_key.append(tf.matmul(of_scores, scaled[:, :, first:end], transpose_a=True))
+                of_value.append(tf.matmul(p, rows, transpose_a=True))
+            return tf.concat(of_query, axis=2) * scale, _sum_from_start(of_key), _sum_from_start(of_value)
+
+        return out, gradient
+
+    return attend(query, key, value)
+
+
+def _sum_from_start(parts: list[tf.Tensor]) -> tf.Tensor:
+    """Adds tensors that are each longer than the one before along axis 2, and begin at the same place."""
+    total = parts[-1]
+    for part in reversed(parts[:-1]):
+        length = part.shape[2]
+        total = tf.concat([total[:, :, :length] + part, total[:, :, length:]], axis=2)
+    return total
 
 
 def cached_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
@@ -50,7 +112,11 @@ def cached_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, index: 
 def _attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
     # Scaling the queries costs head_dim / sequence of what scaling the scores would.
     query *= tf.constant(query.shape[-1] ** -0.5, query.dtype)
-    scores = tf.matmul(query, key, transpose_b=True)  # [batch, heads, query, key]
+    return tf.matmul(_probabilities(query, key, allowed), value)
+
+
+def _probabilities(query: tf.Tensor, key: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
+    """Returns how much of each key each query takes, float [batch, heads, query, key], of scaled queries."""
+    scores = tf.matmul(query, key, transpose_b=True)
     masked = tf.constant(max(MASKED, float(scores.dtype.min)), scores.dtype)  # float16 ends at -65504.
-    mask = tf.where(allowed, tf.zeros([], scores.dtype), masked)
-    return tf.matmul(tf.nn.softmax(scores + mask), value)
+    return tf.nn.softmax(scores + tf.where(allowed, tf.zeros([], scores.dtype), masked))
