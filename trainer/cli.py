@@ -122,6 +122,12 @@ def _prepare(options: argparse.Namespace) -> None:
     config = _read_config(options)
     with _quiet_import():
         from trainer.data.prepare import prepare
+        from trainer.data.text import open_source
+
+        open_source(config.data)  # First: a misspelt path should not wait for TensorFlow, which WordPiece takes.
+        if config.tokenizer.kind == "wordpiece":
+            import keras_nlp  # noqa: F401
+            import tensorflow_text  # noqa: F401
     prepare(config)
 
 
