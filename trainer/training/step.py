@@ -248,7 +248,9 @@ class TrainingStep:
                 batch = next(batches)
             with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
                 input_secs = tf.timestamp() - asked
-            replicas = self.strategy.run(self.take_on_replica, (batch, stop))
+            # Else what the step can do without a batch, such as to clear its sums, is counted as waiting for one.
+            with tf.control_dependencies([input_secs]):
+                replicas = self.strategy.run(self.take_on_replica, (batch, stop))
             # Sums over all replicas, so that any one's will do.
             own = (self.strategy.experimental_local_results(metric)[0] for metric in replicas)
             step = CallMetrics._make((*own, input_secs))
