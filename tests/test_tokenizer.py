@@ -274,6 +274,31 @@ def test_hangul_comes_back_as_it_went_in(every_kind):
         assert every_kind.decode(every_kind.encode(text)) == text
 
 
+def test_words_are_put_together_as_by_keras_nlp():
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[BOS]",
+        "##",
+        "#",
+        "##a",
+        "a",
+        "b",
+        "##b",
+        "##'",
+        "'",
+        "##한",
+        "a##b",
+        "####",
+        "###",
+    ]
+    tokenizer = WordPieceTokenizer(vocabulary, lowercase=False)
+    draw = np.random.default_rng(0)
+    for length in draw.integers(1, 6, 300):
+        tokens = draw.choice([1, *range(3, len(vocabulary))], length).astype(np.int32)
+        assert tokenizer.decode(tokens) == tokenizer.keras_tokenizer.detokenize(tokens)
+
+
 def test_padding_and_bos_are_left_out_of_the_text(every_kind):
     tokens = every_kind.encode("the quick fox")
     assert every_kind.decode([2, *tokens, 0, 0]) == "the quick fox"
@@ -431,6 +456,26 @@ def test_every_text_comes_back_and_none_has_a_special_token(bpe, gpt2_file):
             assert not {tokenizer.pad_id, tokenizer.bos_id} & set(tokens.tolist())
             assert tokens.dtype == np.int32
         assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("a b"), tokenizer.pad_id]) == "a b"
+
+
+def test_plain_text_has_the_tokens_that_the_library_gives_it(bpe, monkeypatch):
+    monkeypatch.setattr(type(bpe._tokens_of_word), "MAX_WORDS", 50)  # So that words are forgotten on the way.
+    draw = np.random.default_rng(0)
+    characters = [*map(chr, range(128)), *" '\n\tste한’\u2028" * 10]
+    texts = ["".join(draw.choice(characters, length)) for length in draw.integers(0, 30, 2000)]
+    assert any(text.isascii() for text in texts) and not all(text.isascii() for text in texts)
+    tokens, lengths = bpe.encode_pieces(texts)
+    expected = [each.ids for each in bpe.encoder.encode_batch_fast(texts, add_special_tokens=False)]
+    assert [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])] == expected
+
+
+def test_a_file_that_splits_words_its_own_way_is_left_to_the_library(bpe):
+    asked = json.loads(bpe.file)
+    digits = {"type": "Digits", "individual_digits": True}
+    asked["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, asked["pre_tokenizer"]]}
+    tokenizer = BpeTokenizer(json.dumps(asked))
+    text = "in 1234 years"
+    assert tokenizer.encode(text).tolist() == tokenizer.encoder.encode(text, add_special_tokens=False).ids
 
 
 def test_half_a_character_is_decoded_to_a_replacement(bpe):

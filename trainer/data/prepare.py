@@ -245,13 +245,16 @@ def _batches(
     """Puts the pieces of documents into batches, but for those of each split that are written already."""
     open_batches: dict[str, _Batch] = {}
     for split, document in documents:
-        for i, piece in enumerate(cut_document(document, breaks)):
+        is_start = True
+        for piece in cut_document(document, breaks):
             if num_written[split]:
                 num_written[split] -= 1
+                is_start = False
                 continue
-            batch = open_batches.setdefault(split, _Batch(split))
+            batch = open_batches.get(split) or open_batches.setdefault(split, _Batch(split))
             batch.pieces.append(piece)
-            batch.is_start.append(i == 0)
+            batch.is_start.append(is_start)
+            is_start = False
             batch.num_bytes += len(piece) if piece.isascii() else len(piece.encode())
             if batch.num_bytes >= _BATCH_BYTES:
                 yield open_batches.pop(split)

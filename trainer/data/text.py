@@ -149,12 +149,14 @@ class Source:
             return file.records(self.data.text_field)
         return read_records(file, self.data.text_field, self.progress) if is_json_lines(file) else None
 
-    def _split(self, document: Document, file: File | None) -> Iterator[tuple[str, Document]]:
+    def _split(self, document: Document, file: File | None) -> Iterable[tuple[str, Document]]:
         fraction = self.data.held_out_fraction
         if self.data.documents != "file" or file is None or isinstance(file, Dataset) or is_json_lines(file):
             start, document = peek(document)
-            yield "validation" if is_held_out(start, fraction) else "train", document
-            return
+            return [("validation" if is_held_out(start, fraction) else "train", document)]
+        return self._split_file(document, file, fraction)
+
+    def _split_file(self, document: Document, file: Location, fraction: float) -> Iterator[tuple[str, Document]]:
         # The cut of nanoGPT's data scripts, to the character.
         if isinstance(document, str):
             num_train = int(len(document) * (1 - fraction))

@@ -62,8 +62,14 @@ def cut(text: str, breaks: re.Pattern[str], num_chars: int = _PIECE_CHARS) -> It
         yield text[start:]
 
 
-def cut_document(document: Document, breaks: re.Pattern[str], num_chars: int = _PIECE_CHARS) -> Iterator[str]:
-    """Yields the pieces that `cut` makes of a whole document, of which no more than a part is there at a time."""
+def cut_document(document: Document, breaks: re.Pattern[str], num_chars: int = _PIECE_CHARS) -> Iterable[str]:
+    """Returns the pieces that `cut` makes of a whole document, of which no more than a part is there at a time."""
+    if isinstance(document, str) and len(document) <= num_chars:
+        return (document,)
+    return _cut_parts(document, breaks, num_chars)
+
+
+def _cut_parts(document: Document, breaks: re.Pattern[str], num_chars: int) -> Iterator[str]:
     rest, is_cut = "", False
     for part in parts_of(document):
         rest = rest + part if rest else part
