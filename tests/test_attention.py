@@ -1,5 +1,7 @@
 """Laws of attention."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -50,15 +52,17 @@ def attention_by_autodiff(query, key, value, starts=None):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("sequence", [2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK + 7])
-def test_attention_in_blocks_and_its_gradients_are_those_of_the_whole(sequence, jit_compile):
+def test_attention_in_blocks_and_its_gradients_are_those_of_the_whole(sequence, recompute, jit_compile):
     operands = projections(sequence)
     upstream = tf.constant(np.random.default_rng(1).normal(size=operands[0].shape))
     is_start = np.random.default_rng(2).random((2, sequence)) < 0.02
     starts = np.maximum.accumulate(np.where(is_start, np.arange(sequence), 0), axis=1).astype(np.int32)
     for of_documents in (None, starts):
         results = []
-        for attend in (tf.function(causal_attention, autograph=False, jit_compile=jit_compile), attention_by_autodiff):
+        in_blocks = functools.partial(causal_attention, recompute=recompute)
+        for attend in (tf.function(in_blocks, autograph=False, jit_compile=jit_compile), attention_by_autodiff):
             with tf.GradientTape() as tape:
                 tape.watch(operands)
                 out = attend(*operands, of_documents)
@@ -67,23 +71,45 @@ def test_attention_in_blocks_and_its_gradients_are_those_of_the_whole(sequence, 
             np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
-def test_attention_in_blocks_computes_little_of_what_the_mask_throws_away():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_attention_in_blocks_computes_little_of_what_the_mask_throws_away(recompute):
     sequence = 8 * BLOCK
 
     @tf.function(autograph=False)
     def gradients(query, key, value):
         with tf.GradientTape() as tape:
             tape.watch([query, key, value])
-            out = causal_attention(query, key, value)
+            out = causal_attention(query, key, value, recompute=recompute)
         return tape.gradient(out, [query, key, value])
 
     spec = tf.TensorSpec([2, 3, sequence, 64], tf.float32)
     graph = gradients.get_concrete_function(spec, spec, spec).graph
     products = [op for op in graph.get_operations() if op.type == "BatchMatMulV2"]
     areas = [max(int(np.prod(x.shape[2:])) for x in (*op.inputs, *op.outputs)) for op in products]
-    # Two products forward and four backward, each of all queries with all keys.
-    assert sum(areas) <= 0.6 * 6 * sequence**2
+    # Two products forward and four backward, each of all queries with all keys; the scores once more to recompute.
+    assert sum(areas) <= 0.57 * (7 if recompute else 6) * sequence**2
     assert max(areas) == BLOCK * sequence
+
+
+def test_what_is_recomputed_is_not_kept():
+    sequence = 4 * BLOCK
+
+    def kept(recompute):
+        @tf.function(autograph=False)
+        def attend(query, key, value):
+            with tf.GradientTape() as tape:
+                tape.watch(query)
+                out = causal_attention(query, key, value, recompute=recompute)
+            return tape.gradient(out, query)
+
+        spec = tf.TensorSpec([2, 3, sequence, 64], tf.float32)
+        graph = attend.get_concrete_function(spec, spec, spec).graph
+        exponentials = [op for op in graph.get_operations() if op.type in ("Softmax", "Exp")]
+        return len(exponentials)
+
+    # A softmax for each block, or two exponentials: logarithmic sums are made of a third.
+    assert kept(recompute=False) == 4
+    assert kept(recompute=True) == 3 * 4
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

@@ -216,6 +216,48 @@ def test_xla_changes_nothing_but_the_rounding(model):
     assert relative_difference(all_weights(compiled), all_weights(interpreted)) < 1e-12
 
 
+@pytest.mark.parametrize("xla", ["on", "off"])
+def test_what_is_computed_again_comes_out_the_same(xla):
+    settings = {"data": {"mode": "packed"}, "model": {"dropout": 0.2, "document_mask": True}}
+    steps = [
+        make_step(tiny_config(**settings, train={"recompute": recompute, "xla": xla}))
+        for recompute in ("nothing", "attention", "blocks")
+    ]
+    for step in steps:
+        take(step, batches(step.config), 3)
+    kept, *recomputed = (all_weights(step) for step in steps)
+    for weights in recomputed:
+        assert relative_difference(weights, kept) < 1e-12
+
+
+def test_recomputed_blocks_run_twice():
+    def norms(recompute):
+        config = tiny_config(train={"recompute": recompute})
+        model = make_step(config).model
+        weights = [tf.convert_to_tensor(variable) for variable in model.trainable_variables]
+
+        @tf.function(autograph=False)
+        def gradients(*batch):
+            return forward_backward(model, weights, [], batch, None, recompute=recompute).weights
+
+        graph = gradients.get_concrete_function(*next(iter(batches(config)))).graph
+        return sum(op.type == "Rsqrt" for op in graph.get_operations())
+
+    num_blocks = tiny_config().model.num_layers
+    assert norms("blocks") - norms("nothing") == 2 * num_blocks
+
+
+def test_another_model_has_nothing_to_recompute():
+    config = tiny_config(train={"recompute": "blocks"})
+    with pytest.raises(UserError, match=r"train.recompute='blocks' is of trainer's own GPT"):
+        TrainingStep(
+            config,
+            10,
+            keras.Sequential([keras.layers.Embedding(VOCABULARY, VOCABULARY)]),
+            make_strategy(config.distribution),
+        )
+
+
 def test_a_batch_that_replicas_cannot_share_is_refused():
     config = tiny_config(train={"micro_batch_size": 2})
     assert rows_per_replica(config, 2) == 2

@@ -271,6 +271,10 @@ class TrainConfig(Section):
     """Steps that run in one call of the compiled loop, without coming back to Python."""
     xla: Literal["auto", "on", "off"] = "auto"
     """Compile each replica's forward and backward pass with XLA; auto: on GPUs, where it pays."""
+    recompute: Literal["auto", "nothing", "attention", "blocks"] = "auto"
+    """What the backward pass computes again instead of keeping it: the probabilities of attention, for an eighth of its
+    work more; or all of a transformer block but its input, for a third of the whole forward pass. auto: on accelerators
+    attention, on a CPU nothing."""
     seed: Seed = 0
     """Of the initial weights, the order of the examples and the dropout masks."""
 
@@ -528,7 +532,15 @@ def parse_config(text: str, path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 # What a resumed run may change: where it runs, and what it costs, and nothing of what comes out.
-RESUMABLE = ("distribution.", "train.micro_batch_size", "train.steps_per_call", "train.xla", "log.", "checkpoint.")
+RESUMABLE = (
+    "distribution.",
+    "train.micro_batch_size",
+    "train.steps_per_call",
+    "train.xla",
+    "train.recompute",
+    "log.",
+    "checkpoint.",
+)
 
 
 def check_resumable(overrides: Iterable[str]) -> None:

@@ -27,7 +27,8 @@ def lower_step(config: Config, vocabulary_size: int, num_replicas: int) -> bytes
     """
     train, rows = config.train, rows_per_replica(config, num_replicas)
     # As on the device: what is left open would otherwise be chosen for the CPU that lowers it.
-    asked = {"global_batch_size": rows, "micro_batch_size": train.micro_batch_size or rows}
+    recompute = "attention" if train.recompute == "auto" else train.recompute
+    asked = {"global_batch_size": rows, "micro_batch_size": train.micro_batch_size or rows, "recompute": recompute}
     distribution = config.distribution.model_copy(update={"kind": "cpu", "gpus": None})
     one = config.model_copy(update={"train": train.model_copy(update=asked), "distribution": distribution})
 

@@ -12,7 +12,9 @@ BLOCK = 128
 MASKED = -1e9
 
 
-def causal_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, starts: tf.Tensor | None = None) -> tf.Tensor:
+def causal_attention(
+    query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, starts: tf.Tensor | None = None, recompute: bool = False
+) -> tf.Tensor:
     """Attends from each position to itself and the positions before it, or those of them in its document.
 
     Args:
@@ -20,6 +22,8 @@ def causal_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, starts:
         key: float [batch, heads, sequence, head_dim].
         value: float [batch, heads, sequence, head_dim].
         starts: int32 [batch, sequence], the position where each one's document starts; None where all is one document.
+        recompute: whether the gradient computes the probabilities again, rather than to keep sequence / 2 numbers for
+            each query: an eighth more work, for less memory and fewer reads of it.
 
     Returns:
         float [batch, heads, sequence, head_dim].
@@ -28,59 +32,87 @@ def causal_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, starts:
     """
     sequence = query.shape[2]
     if sequence is None or sequence < 2 * BLOCK:
-        return _attend(query, key, value, _allowed(0, sequence or tf.shape(query)[2], starts))
-    return _in_blocks(query, key, value, starts)
+        end = sequence or tf.shape(query)[2]
+        return _attend(query, key, value, _allowed(tf.range(end), end, starts))
+    return _in_blocks(query, key, value, starts, recompute)
 
 
-def _allowed(first: int, end: int | tf.Tensor, starts: tf.Tensor | None) -> tf.Tensor:
-    """Returns which of the keys [0, end) each of the queries [first, end) may see: bool [query, key], or
+def _allowed(queries: tf.Tensor, end: int | tf.Tensor, starts: tf.Tensor | None) -> tf.Tensor:
+    """Returns which of the keys [0, end) each of the last queries before end may see: bool [query, key], or
     [batch, 1, query, key] where documents have starts.
     """
     keys = tf.range(end)
-    allowed = keys[tf.newaxis, :] <= keys[first:, tf.newaxis]
+    allowed = keys[tf.newaxis, :] <= queries[:, tf.newaxis]
     if starts is not None:
         # A document has no gaps: what is neither after a query nor before its document's start is of its document.
         # Compared as floats, which hold any position: TensorFlow's GPU kernel takes int32 to the host for it.
-        starts = tf.cast(starts[:, first:end], tf.float32)[:, tf.newaxis, :, tf.newaxis]
+        starts = tf.cast(starts[:, end - tf.size(queries) : end], tf.float32)[:, tf.newaxis, :, tf.newaxis]
         allowed &= tf.cast(keys, tf.float32) >= starts
     return allowed
 
 
-def _in_blocks(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, starts: tf.Tensor | None) -> tf.Tensor:
+def _in_blocks(
+    query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, starts: tf.Tensor | None, recompute: bool
+) -> tf.Tensor:
     """Attends a block of queries at a time, to the keys up to its end: what the mask throws away beyond the block is
-    neither computed nor kept. The gradient is made by hand, of softmax(scores) as it was kept.
+    neither computed nor kept. The gradient is made by hand, of softmax(scores) as it was kept, or of its logarithmic
+    sums.
 
-    Source: of the gradient, Dao et al. 2022, appendix B.2.
+    Source: of the gradient, Dao et al. 2022, appendix B.
     """
     sequence, scale = query.shape[2], tf.constant(query.shape[-1] ** -0.5, query.dtype)
     blocks = [(first, min(first + BLOCK, sequence)) for first in range(0, sequence, BLOCK)]
+    wide = accumulation_dtype(query.dtype)
 
     @tf.custom_gradient
     def attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tuple[tf.Tensor, object]:
+        def scores(scaled: tf.Tensor, first: int, end: int) -> tf.Tensor:
+            # Masks that compilers can foresee would lie in the program, for every layer.
+            queries = tf.range(first, end) + (_unforeseen_zero(query, tf.int32) if recompute else 0)
+            product = tf.matmul(scaled[:, :, first:end], key[:, :, :end], transpose_b=True)
+            return _masked(tf.cast(product, wide) if recompute else product, _allowed(queries, end, starts))
+
         scaled = query * scale
-        seen = [
-            _probabilities(scaled[:, :, first:end], key[:, :, :end], _allowed(first, end, starts))
-            for first, end in blocks
-        ]
-        out = tf.concat([tf.matmul(p, value[:, :, :end]) for p, (_, end) in zip(seen, blocks, strict=True)], axis=2)
+        kept, outs = [], []
+        for first, end in blocks:
+            of_block = scores(scaled, first, end)
+            if recompute:
+                kept.append(tf.reduce_logsumexp(of_block, axis=-1, keepdims=True))
+                p = tf.cast(tf.exp(of_block - kept[-1]), query.dtype)
+            else:
+                p = tf.nn.softmax(of_block)
+                kept.append(p)
+            outs.append(tf.matmul(p, value[:, :, :end]))
+        out = tf.concat(outs, axis=2)
 
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            wide = accumulation_dtype(query.dtype)
             # What the softmax takes off each score's gradient: the mean of its row's by the probabilities.
             mean = tf.reduce_sum(tf.cast(upstream, wide) * tf.cast(out, wide), axis=-1, keepdims=True)
+            # Else a compiler finds that the scores were there before, and keeps them.
+            again = query * scale + _unforeseen_zero(upstream, query.dtype) if recompute else scaled
             of_query, of_key, of_value = [], [], []
-            for p, (first, end) in zip(seen, blocks, strict=True):
+            for p, (first, end) in zip(kept, blocks, strict=True):
+                if recompute:
+                    p = tf.cast(tf.exp(scores(again, first, end) - p), query.dtype)
                 rows = upstream[:, :, first:end]
                 of_p = tf.matmul(rows, value[:, :, :end], transpose_b=True)
                 of_scores = p * tf.cast(tf.cast(of_p, wide) - mean[:, :, first:end], p.dtype)
                 of_query.append(tf.matmul(of_scores, key[:, :, :end]))
-                of_key.append(tf.matmul(of_scores, scaled[:, :, first:end], transpose_a=True))
+                of_key.append(tf.matmul(of_scores, again[:, :, first:end], transpose_a=True))
                 of_value.append(tf.matmul(p, rows, transpose_a=True))
             return tf.concat(of_query, axis=2) * scale, _sum_from_start(of_key), _sum_from_start(of_value)
 
         return out, gradient
 
     return attend(query, key, value)
+
+
+def _unforeseen_zero(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Returns 0, or NaN where dtype has it and the first number of x is one: not known before x is."""
+    first = tf.reshape(x, [-1])[0]
+    if dtype.is_integer:
+        return tf.minimum(tf.cast(tf.math.is_nan(first), dtype), 0)
+    return tf.where(tf.equal(first, first), tf.zeros([], dtype), tf.constant(float("nan"), dtype))
 
 
 def _sum_from_start(parts: list[tf.Tensor]) -> tf.Tensor:
@@ -112,11 +144,9 @@ def cached_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, index: 
 def _attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
     # Scaling the queries costs head_dim / sequence of what scaling the scores would.
     query *= tf.constant(query.shape[-1] ** -0.5, query.dtype)
-    return tf.matmul(_probabilities(query, key, allowed), value)
+    return tf.matmul(tf.nn.softmax(_masked(tf.matmul(query, key, transpose_b=True), allowed)), value)
 
 
-def _probabilities(query: tf.Tensor, key: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
-    """Returns how much of each key each query takes, float [batch, heads, query, key], of scaled queries."""
-    scores = tf.matmul(query, key, transpose_b=True)
+def _masked(scores: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
     masked = tf.constant(max(MASKED, float(scores.dtype.min)), scores.dtype)  # float16 ends at -65504.
-    return tf.nn.softmax(scores + tf.where(allowed, tf.zeros([], scores.dtype), masked))
+    return scores + tf.where(allowed, tf.zeros([], scores.dtype), masked)

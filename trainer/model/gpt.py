@@ -5,7 +5,7 @@ Weights are ordinary Keras variables; run the model inside `keras.StatelessScope
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -24,6 +24,9 @@ EMBEDDING_STDDEV = 0.1
 TUTORIAL_EMBEDDING_LIMIT = 0.05
 
 LAYER_NORM_EPSILON = 1e-5
+
+
+Recompute = Literal["nothing", "attention", "blocks"]
 
 
 class DropoutDraw(NamedTuple):
@@ -148,12 +151,15 @@ class GPT(keras.Model):
             )
         return self.logits(self.hidden_states(tokens))
 
-    def hidden_states(self, tokens: tf.Tensor, draw: DropoutDraw | None = None) -> tf.Tensor:
+    def hidden_states(
+        self, tokens: tf.Tensor, draw: DropoutDraw | None = None, recompute: Recompute = "nothing"
+    ) -> tf.Tensor:
         """Returns what the output projection reads, float [batch, sequence, hidden_dim].
 
         Args:
             tokens: int32 [batch, sequence], sequence at most sequence_length.
             draw: of the dropout masks; None drops nothing.
+            recompute: what gradients compute again, see train.recompute.
         """
         positions, starts = tf.range(tf.shape(tokens)[1]), None
         if self.config.document_mask:
@@ -164,7 +170,10 @@ class GPT(keras.Model):
         if self.config.pre_norm:
             x = dropout(x, self.config.dropout, 0, draw)
         for block in self.blocks:
-            x, _ = block(x, draw=draw, starts=starts)
+            if recompute == "blocks":
+                x = block.recomputed(x, draw, starts)
+            else:
+                x, _ = block(x, draw=draw, starts=starts, recompute=recompute == "attention")
         return x if self.final_norm is None else self.final_norm(x)
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
@@ -180,10 +189,11 @@ class GPT(keras.Model):
         weights: tf.Tensor,
         draw: DropoutDraw | None = None,
         loss_scale: tf.Tensor | None = None,
+        recompute: Recompute = "nothing",
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns (loss_sum, num_targets) with gradients; see `next_token_loss`."""
+        """Returns (loss_sum, num_targets) with gradients; see `next_token_loss`, and `hidden_states`."""
         kernel, bias = self._output_projection()
-        return next_token_loss(self.hidden_states(tokens, draw), kernel, bias, targets, weights, loss_scale)
+        return next_token_loss(self.hidden_states(tokens, draw, recompute), kernel, bias, targets, weights, loss_scale)
 
     def evaluation_loss(self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns (loss_sum, num_targets) for evaluation."""
@@ -269,6 +279,7 @@ class Block(keras.layers.Layer):
         starts: tf.Tensor | None = None,
         cache: tf.Tensor | None = None,
         index: tf.Tensor | None = None,
+        recompute: bool = False,
     ) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Transforms a sequence, or new positions of one that a cache remembers.
 
@@ -278,13 +289,14 @@ class Block(keras.layers.Layer):
             starts: int32 [batch, sequence] of `document_starts`, where there is no cache; None for a single document.
             cache: float [batch, 2, num_heads, capacity, head_dim], keys and values of the positions before index.
             index: int32 scalar, position of x[:, 0] where there is a cache.
+            recompute: whether gradients compute the probabilities of attention again.
 
         Returns:
             (float [batch, sequence, hidden_dim], the cache with these positions filled in, or None).
         """
         pre_norm, rate = self.config.pre_norm, self.config.dropout
         residual = x
-        x, cache = self._attention(self.attention_norm(x) if pre_norm else x, starts, cache, index)
+        x, cache = self._attention(self.attention_norm(x) if pre_norm else x, starts, cache, index, recompute)
         x = residual + dropout(x, rate, 2 * self.index + 1, draw)
         if not pre_norm:
             x = self.attention_norm(x)
@@ -293,15 +305,35 @@ class Block(keras.layers.Layer):
         x = residual + dropout(x, rate, 2 * self.index + 2, draw)
         return x if pre_norm else self.feedforward_norm(x), cache
 
+    def recomputed(self, x: tf.Tensor, draw: DropoutDraw | None, starts: tf.Tensor | None) -> tf.Tensor:
+        """Transforms a sequence as a call does; gradients compute all of it again, from x alone.
+
+        Source: Chen et al. 2016, section 4.
+        """
+        variables = self.trainable_variables
+
+        @tf.recompute_grad
+        def transform(x: tf.Tensor, *weights: tf.Tensor) -> tf.Tensor:
+            # As arguments: gradients by what a function merely refers to would be lost.
+            with keras.StatelessScope(state_mapping=zip(variables, weights, strict=True)):
+                return self(x, draw=draw, starts=starts, recompute=True)[0]
+
+        return transform(x, *(tf.convert_to_tensor(variable) for variable in variables))
+
     def _attention(
-        self, x: tf.Tensor, starts: tf.Tensor | None, cache: tf.Tensor | None, index: tf.Tensor | None
+        self,
+        x: tf.Tensor,
+        starts: tf.Tensor | None,
+        cache: tf.Tensor | None,
+        index: tf.Tensor | None,
+        recompute: bool,
     ) -> tuple[tf.Tensor, tf.Tensor | None]:
         heads, width = self.config.num_heads, self.config.head_dim()
         batch, sequence = tf.shape(x)[0], tf.shape(x)[1] if x.shape[1] is None else x.shape[1]
         x = tf.reshape(self.query_key_value(x), [batch, sequence, 3, heads, width])
         query, key, value = tf.unstack(tf.transpose(x, [2, 0, 3, 1, 4]))  # each [batch, heads, sequence, head_dim]
         if cache is None:
-            x = causal_attention(query, key, value, starts)
+            x = causal_attention(query, key, value, starts, recompute)
         else:
             cache = keras.ops.slice_update(cache, (0, 0, 0, index, 0), tf.stack([key, value], axis=1))
             x = cached_attention(query, cache[:, 0], cache[:, 1], index)

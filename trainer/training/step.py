@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config import Config, UserError
-from trainer.model.gpt import GPT, DropoutDraw
+from trainer.model.gpt import GPT, DropoutDraw, Recompute
 from trainer.model.loss import accumulation_dtype, next_token_loss_from_logits
 from trainer.training.checkpoint import named_variables
 from trainer.training.distribution import device_kind, micro_batches, rows_per_replica
@@ -63,6 +63,7 @@ def forward_backward(
     batch: Batch,
     draw: DropoutDraw | None,
     loss_scale: tf.Tensor | None = None,
+    recompute: Recompute = "nothing",
 ) -> Gradients:
     """Computes the loss sum of a batch and its gradient: a function of tensors, that reads no variable.
 
@@ -73,6 +74,7 @@ def forward_backward(
         batch: inputs int32, targets int32 and weights float32, each [batch, sequence].
         draw: of the dropout masks.
         loss_scale: scalar, multiplies the gradients.
+        recompute: of a GPT, what the backward pass computes again; see train.recompute.
 
     Raises:
         ValueError: a weight has no influence on the loss.
@@ -84,7 +86,9 @@ def forward_backward(
         tape.watch(weights)
         with keras.StatelessScope(state_mapping=values) as scope:
             if isinstance(model, GPT):
-                loss_sum, num_targets = model.training_loss(inputs, targets, target_weights, draw, loss_scale)
+                loss_sum, num_targets = model.training_loss(
+                    inputs, targets, target_weights, draw, loss_scale, recompute
+                )
             else:
                 logits = model(inputs, training=True)
                 loss_sum, num_targets = next_token_loss_from_logits(logits, targets, target_weights, loss_scale)
@@ -192,7 +196,8 @@ class TrainingStep:
         strategy: of the run.
 
     Raises:
-        UserError: the batch cannot be spread evenly over the replicas, or the model cannot be trained by several.
+        UserError: the batch cannot be spread evenly over the replicas, the model cannot be trained by several, or it is
+            no GPT and train.recompute asks for what only that has.
     """
 
     def __init__(self, config: Config, total_steps: int, model: keras.Model, strategy: tf.distribute.Strategy) -> None:
@@ -207,6 +212,11 @@ class TrainingStep:
                 f"The model has variables that are not trained ({names}), and every replica would have its own. Leave "
                 "out layers such as BatchNormalization and Dropout, or use one device."
             )
+        if config.train.recompute in ("attention", "blocks") and not isinstance(model, GPT):
+            raise UserError(
+                f"train.recompute={config.train.recompute!r} is of trainer's own GPT, and this is another model; leave "
+                "it out."
+            )
         self.named_variables = named_variables(model)
         name_of = {id(variable): name for name, variable in self.named_variables.items()}
         trainable = {name_of[id(variable)]: variable for variable in model.trainable_variables}
@@ -220,7 +230,9 @@ class TrainingStep:
         with tf.device("/cpu:0"):
             self.stop_requested = tf.Variable(False, trainable=False, name="stop_requested")
         self.run_steps = tf.function(self._run_steps, autograph=False)
-        self._forward_backward: Callable[..., Gradients] = functools.partial(forward_backward, model)
+        self._forward_backward: Callable[..., Gradients] = functools.partial(
+            forward_backward, model, recompute=self._recompute()
+        )
         if self._uses_xla():
             self._forward_backward = tf.function(self._forward_backward, autograph=False, jit_compile=True)
 
@@ -334,6 +346,12 @@ class TrainingStep:
     def _uses_xla(self) -> bool:
         asked = self.config.train.xla
         return asked == "on" or (asked == "auto" and device_kind(self.strategy) == "GPU")
+
+    def _recompute(self) -> Recompute:
+        if self.config.train.recompute == "auto":
+            # A CPU has memory, and multiplies matrices no faster than it reads them.
+            return "nothing" if device_kind(self.strategy) == "CPU" else "attention"
+        return self.config.train.recompute
 
     def _micro_batches(self) -> tuple[int, int]:
         train = self.config.train
