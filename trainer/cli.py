@@ -40,7 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    beam_options: list[str] = []
+    if words[:1] == ["prepare"] and "--" in words:
+        words, beam_options = words[: words.index("--")], words[words.index("--") + 1 :]
+    options, rest = parser.parse_known_args(words)
+    options.beam_options = beam_options
     # argparse takes no further overrides once an option came between.
     if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -58,6 +63,15 @@ def _parser() -> argparse.ArgumentParser:
         "prepare", help="turn text into token shards, which train does too where they are missing"
     )
     _add_config(prepare)
+    prepare.add_argument(
+        "--runner",
+        default="local",
+        choices=("local", "beam"),
+        help="beam: Apache Beam has each file encoded by one of its workers, to the same bytes. Those are processes "
+        "on this machine, one per core, unless Beam's own options, which follow -- at the end, name others, as in: "
+        "-- --runner=FlinkRunner --flink_master=HOST:8081. Workers need the same trainer and have to see the files and "
+        "data.prepared_folder (default: %(default)s)",
+    )
     prepare.set_defaults(run=_prepare)
 
     train = verbs.add_parser("train", help="train a model, or go on with a run")
@@ -119,8 +133,13 @@ def _read_config(options: argparse.Namespace) -> Config:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    if options.beam_options and options.runner != "beam":
+        raise UserError(
+            f"-- {' '.join(options.beam_options)}: options of Apache Beam; add --runner beam before the --."
+        )
     config = _read_config(options)
     with _quiet_import():
+        from trainer.data.beam import prepare_with_beam
         from trainer.data.prepare import prepare
         from trainer.data.text import open_source
 
@@ -128,7 +147,10 @@ def _prepare(options: argparse.Namespace) -> None:
         if config.tokenizer.kind == "wordpiece":
             import keras_nlp  # noqa: F401
             import tensorflow_text  # noqa: F401
-    prepare(config)
+    if options.runner == "beam":
+        prepare_with_beam(config, options.beam_options)
+    else:
+        prepare(config)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import BpeFileConfig, Config, UserError, WordPieceFileConfig
+from trainer.config import BpeFileConfig, Config, DataConfig, UserError, WordPieceFileConfig
 from trainer.data.files import Document
 from trainer.data.shards import (
     MANIFEST,
@@ -49,15 +49,41 @@ _PROGRESS = "progress.json"
 _SAVE_SECS = 20.0
 
 Say = Callable[[str], None]
+Writers = dict[str, SplitWriter]
 
 
-def prepare(config: Config, say: Say = print, shard_tokens: int = SHARD_TOKENS) -> PreparedData:
+@dataclasses.dataclass
+class Findings:
+    """What there is to say about text that was encoded.
+
+    Attributes:
+        sample: the starts of the first validation documents.
+        near_unknown: how often each character occurs in the pieces of text that have unknown tokens.
+    """
+
+    sample: list[str] = dataclasses.field(default_factory=list)
+    near_unknown: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def add(self, other: "Findings") -> None:
+        """Adds those of the text that follows."""
+        self.sample = (self.sample + other.sample)[:_SAMPLE_DOCUMENTS]
+        self.near_unknown.update(other.near_unknown)
+
+
+# Writes what `encode_documents` writes, given the tokenizer and the folder that it is saved in.
+Encode = Callable[[Source | Mixture, Tokenizer, Path, Writers, Say], Findings]
+
+
+def prepare(
+    config: Config, say: Say = print, shard_tokens: int = SHARD_TOKENS, encode: Encode | None = None
+) -> PreparedData:
     """Makes a config's text ready for training, or finds that it is.
 
     Args:
         config: the settings.
         say: gets a line now and then on how far it is.
         shard_tokens: a shard with this many tokens gets no further document.
+        encode: encodes the text in place of this process.
 
     Raises:
         UserError: the text or tokenizer.path cannot be used, or the folder cannot be written or is damaged.
@@ -70,11 +96,11 @@ def prepare(config: Config, say: Say = print, shard_tokens: int = SHARD_TOKENS) 
     name = f"{config.prepared_name()}-{fingerprint[:10]}"
     home = locate(config.data.prepared_folder)
     if isinstance(home, Path):
-        return _prepare_on_disk(home / name, config, source, fingerprint, say, shard_tokens)
+        return _prepare_on_disk(home / name, config, source, fingerprint, say, shard_tokens, encode)
     stored = home / name
     if not (stored / MANIFEST).is_file():
         copy = place_on_disk(stored)
-        _prepare_on_disk(copy, config, source, fingerprint, say, shard_tokens)
+        _prepare_on_disk(copy, config, source, fingerprint, say, shard_tokens, encode)
         say(f"{stored}: copying it there")
         for path in sorted(copy.iterdir(), key=lambda path: path.name == MANIFEST):  # What makes it whole goes last.
             copy_folder(path, stored / path.name) if path.is_dir() else copy_file(path, stored / path.name)
@@ -105,7 +131,13 @@ def fetch(stored: Url) -> PreparedData:
 
 
 def _prepare_on_disk(
-    folder: Path, config: Config, source: Source | Mixture, fingerprint: str, say: Say, shard_tokens: int
+    folder: Path,
+    config: Config,
+    source: Source | Mixture,
+    fingerprint: str,
+    say: Say,
+    shard_tokens: int,
+    encode: Encode | None,
 ) -> PreparedData:
     if folder.exists():
         prepared = load_prepared(folder)
@@ -119,7 +151,7 @@ def _prepare_on_disk(
         say(f"{what} is not the one of {others[-1]}; preparing it anew (that folder stays)")
     start = time.monotonic()
     with _written_whole(folder) as partial:
-        entries, report = _write(config, source, partial, say, shard_tokens)
+        entries, report = _write(config, source, partial, say, shard_tokens, encode)
         write_manifest(partial, {**entries, "source_fingerprint": fingerprint, "sources": source.names()})
     prepared = load_prepared(folder, check_hashes=False)
     say(f"{folder}: prepared in {time.monotonic() - start:.0f} s; {_describe(prepared)}")
@@ -140,12 +172,12 @@ def _describe(prepared: PreparedData) -> str:
 
 
 def _write(
-    config: Config, source: Source | Mixture, folder: Path, say: Say, shard_tokens: int
+    config: Config, source: Source | Mixture, folder: Path, say: Say, shard_tokens: int, encode: Encode | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Writes tokenizer and shards into a folder, or goes on where another process was stopped in it; returns what the
     manifest is to say about them, and lines to say.
     """
-    taken_up = _take_up(folder, source, shard_tokens)
+    taken_up = _take_up(folder, source, shard_tokens) if encode is None else None
     if taken_up is None:
         _empty(folder)
         documents = _with_progress("reading for the vocabulary", source, source.documents(), say)
@@ -157,21 +189,16 @@ def _write(
     else:
         tokenizer, writers = taken_up
         say("going on with what a preparation that was stopped had written")
-    documents = _with_progress("encoding", source, source.documents(say), say)
-    if config.data.is_storybook() and config.data.validation is None:
-        documents = _with_nats(documents, writers["validation"].nats)
-    sample: list[str] = []
-    near_unknown: collections.Counter[str] = collections.Counter()
-    saved = time.monotonic()
-    for batch, tokens, lengths in _encoded(tokenizer, _with_sample(documents, sample), writers):
-        writers[batch.split].write(tokens, lengths, batch.is_start, batch.num_bytes)
-        if time.monotonic() - saved >= _SAVE_SECS:
-            progress = {split: writer.progress() for split, writer in writers.items()}
-            write_whole(folder / _PROGRESS, json.dumps({"shard_tokens": shard_tokens, "splits": progress}))
-            saved = time.monotonic()
-        unknown = np.flatnonzero(tokens == tokenizer.unknown_id)
-        for i in np.unique(np.searchsorted(np.cumsum(lengths), unknown, side="right")):
-            near_unknown.update(batch.pieces[i])
+    if encode is None:
+        documents = _with_progress("encoding", source, source.documents(say), say)
+        findings, saved = Findings(), time.monotonic()
+        for _ in encode_documents(config.data, documents, tokenizer, writers, findings):
+            if time.monotonic() - saved >= _SAVE_SECS:
+                progress = {split: writer.progress() for split, writer in writers.items()}
+                write_whole(folder / _PROGRESS, json.dumps({"shard_tokens": shard_tokens, "splits": progress}))
+                saved = time.monotonic()
+    else:
+        findings = encode(source, tokenizer, folder, writers, say)
     entries = {
         "dtype": token_dtype(tokenizer.vocabulary_size),
         "vocabulary_size": tokenizer.vocabulary_size,
@@ -183,15 +210,34 @@ def _write(
         "splits": {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()},
     }
     (folder / _PROGRESS).unlink(missing_ok=True)
-    unknown_now = _what_is_unknown(tokenizer, near_unknown)
+    unknown_now = _what_is_unknown(tokenizer, findings.near_unknown)
     if taken_up is not None:
         unknown_now = (f"in what was left to encode, {line}" for line in unknown_now)
-    return entries, [_what_comes_back(tokenizer, sample), *unknown_now]
+    return entries, [_what_comes_back(tokenizer, findings.sample), *unknown_now]
 
 
-def _take_up(
-    folder: Path, source: Source | Mixture, shard_tokens: int
-) -> tuple[Tokenizer, dict[str, SplitWriter]] | None:
+def encode_documents(
+    data: DataConfig,
+    documents: Iterator[tuple[str, Document]],
+    tokenizer: Tokenizer,
+    writers: Writers,
+    findings: Findings,
+) -> Iterator[None]:
+    """Encodes documents on all cores and writes their tokens, but for those of each split that are written already;
+    yields whenever some more are.
+    """
+    # A mixture, whose splits have other names, keeps no nats.
+    if data.is_storybook() and data.validation is None and "validation" in writers:
+        documents = _with_nats(documents, writers["validation"].nats)
+    for batch, tokens, lengths in _encoded(tokenizer, _with_sample(documents, findings.sample), writers):
+        writers[batch.split].write(tokens, lengths, batch.is_start, batch.num_bytes)
+        unknown = np.flatnonzero(tokens == tokenizer.unknown_id)
+        for i in np.unique(np.searchsorted(np.cumsum(lengths), unknown, side="right")):
+            findings.near_unknown.update(batch.pieces[i])
+        yield
+
+
+def _take_up(folder: Path, source: Source | Mixture, shard_tokens: int) -> tuple[Tokenizer, Writers] | None:
     """Returns the tokenizer and the writers of a preparation that was stopped in a folder, as of the last time that it
     saved where it was; None where it did not, or what it wrote is not whole.
     """
@@ -221,7 +267,8 @@ def _what_comes_back(tokenizer: Tokenizer, sample: list[str]) -> str:
 
 def _what_is_unknown(tokenizer: Tokenizer, near_unknown: collections.Counter[str]) -> Iterator[str]:
     # Doubled, because WordPiece has one token for a letter at the start of a word and another inside.
-    counts = near_unknown.most_common()
+    # Of characters that are as common it is their order that decides, and not which was found first.
+    counts = sorted(near_unknown.items(), key=lambda count: (-count[1], count[0]))
     tokens = tokenizer.encode_batch([2 * character for character, _ in counts])
     unknown = [count for count, pair in zip(counts, tokens, strict=True) if tokenizer.unknown_id in pair]
     if unknown:
@@ -262,7 +309,7 @@ def _batches(
 
 
 def _encoded(
-    tokenizer: Tokenizer, documents: Iterator[tuple[str, Document]], writers: dict[str, SplitWriter]
+    tokenizer: Tokenizer, documents: Iterator[tuple[str, Document]], writers: Writers
 ) -> Iterator[tuple[_Batch, np.ndarray, np.ndarray]]:
     """Encodes batches on all cores, and yields each with its tokens and its pieces' lengths, in order."""
     num_written = {split: writer.num_pieces for split, writer in writers.items()}

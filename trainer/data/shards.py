@@ -25,6 +25,8 @@ from trainer.storage import Location, sync
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 SHARD_TOKENS = 1 << 27
+# So many are read at a time of what is appended to a shard.
+_PART_TOKENS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,11 +199,13 @@ def prepared_in(folder: Path) -> PreparedData:
         UserError: it is missing or damaged.
     """
     entries = read_manifest(folder)
-    entries["splits"] = {
-        name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
-        for name, split in entries["splits"].items()
-    }
+    entries["splits"] = {name: split_of(split) for name, split in entries["splits"].items()}
     return PreparedData(folder=folder, **{key: entries[key] for key in entries.keys() - {"format_version", "sha256"}})
+
+
+def split_of(entries: dict[str, Any]) -> Split:
+    """Returns the Split whose entries these are, read from JSON."""
+    return Split(**{**entries, "shards": tuple(Shard(**shard) for shard in entries["shards"])})
 
 
 def faults_of_files(prepared: PreparedData, check_hashes: bool = True) -> Iterator[str]:
@@ -287,7 +291,31 @@ class SplitWriter:
         self._num_unknown += int(np.count_nonzero(tokens == self._unknown_id))
         first_tokens = (np.cumsum(lengths) - lengths)[is_start]
         stream = np.insert(tokens, first_tokens, self._bos_id)
-        starts = first_tokens + np.arange(len(first_tokens))
+        self._write_stream(stream, first_tokens + np.arange(len(first_tokens)))
+
+    def write_part(self, folder: Path, split: Split) -> None:
+        """Appends what another writer, of the same tokenizer, wrote into a folder.
+
+        Raises:
+            UserError: a file there is not what was written.
+        """
+        self._num_bytes += split.num_bytes
+        self._num_unknown += split.num_unknown
+        self.nats += [] if split.source_nats is None else [split.source_nats]
+        for shard in split.shards:
+            for name, sha256 in ((shard.tokens_file, shard.tokens_sha256), (shard.offsets_file, shard.offsets_sha256)):
+                if fault := next(_faults(folder, name, None, sha256), None):
+                    raise UserError(f"{folder}: {fault}; prepare again.")
+            offsets = np.memmap(folder / shard.offsets_file, "<i8", "r")
+            tokens = np.memmap(folder / shard.tokens_file, self._dtype, "r")
+            end = len(tokens) - 1  # The last [BOS] is written by who closes the shard.
+            for start in range(0, end, _PART_TOKENS):
+                stream = np.array(tokens[start : min(start + _PART_TOKENS, end)])
+                first, last = np.searchsorted(offsets, [start, start + len(stream)])
+                self._write_stream(stream, np.array(offsets[first:last]) - start)
+
+    def _write_stream(self, stream: np.ndarray, starts: np.ndarray) -> None:
+        """Appends tokens, [BOS] at the start of each document included, and cuts shards."""
         while len(beyond := np.flatnonzero(self._tokens.length + starts >= self._shard_tokens)):
             cut_at = starts[beyond[0]]
             self._append(stream[:cut_at], starts[: beyond[0]])

@@ -4,6 +4,7 @@ Streams: of a long document no more than a part is in memory at a time. Knows no
 TensorFlow but for a source that needs it.
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -39,6 +40,36 @@ def is_held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
+@dataclasses.dataclass
+class Tally:
+    """What a reading came upon, as numbers and texts, so that those of several processes can be added up.
+
+    Attributes:
+        num_seen: how many documents, by the setting that names them.
+        num_used: how many of them are long enough, by setting.
+        longest_bytes: of the longest, by setting.
+        num_yielded: how many documents a split got.
+        num_broken: how many records were left out.
+        broken: the first of them.
+    """
+
+    num_seen: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    num_used: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    longest_bytes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    num_yielded: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    num_broken: int = 0
+    broken: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, other: "Tally") -> None:
+        """Adds what a reading of the text that follows came upon."""
+        self.num_seen.update(other.num_seen)
+        self.num_used.update(other.num_used)
+        self.longest_bytes |= other.longest_bytes
+        self.num_yielded.update(other.num_yielded)
+        self.num_broken += other.num_broken
+        self.broken = (self.broken + other.broken)[:_NUM_NAMED]
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """The text a config names, found and ready to be read as often as needed.
@@ -47,19 +78,21 @@ class Source:
         data: the settings.
         train_files: files of data.train; none for the storybook.
         validation_files: files of data.validation; none where part of the training text is held out.
+        suffix: what its splits' names end in.
         progress: how far the latest reading is.
     """
 
     data: DataConfig
     train_files: tuple[File, ...]
     validation_files: tuple[File, ...]
+    suffix: str = ""
     progress: Progress = dataclasses.field(default_factory=Progress, compare=False)
 
     def names(self) -> dict[str, list[str]]:
         """Returns the files of each split, for people to read."""
         return {
-            "train": [str(path) for path in self.train_files],
-            "validation": [str(path) for path in self.validation_files],
+            f"train{self.suffix}": [str(path) for path in self.train_files],
+            f"validation{self.suffix}": [str(path) for path in self.validation_files],
         }
 
     def fingerprint(self) -> str:
@@ -79,8 +112,8 @@ class Source:
         return digests.hexdigest()
 
     def documents(self, say: Callable[[str], None] | None = None) -> Iterator[tuple[str, Document]]:
-        """Yields (split, document), split being "train" or "validation", in the order of the sources. The parts of a
-        document have to be read before the next one is asked for.
+        """Yields (split, document), split being "train" or "validation" with the suffix, in the order of the sources.
+        The parts of a document have to be read before the next one is asked for.
 
         Args:
             say: gets a line about broken records that were left out.
@@ -91,38 +124,73 @@ class Source:
         """
         self.progress.done = 0
         self.progress.total = self.num_bytes()
-        tally = {"train": _Tally(), "validation": _Tally()}
-        broken = _Broken(self.data.max_broken_fraction)
-        for setting, file, number, document in self._unsplit(broken):
-            seen = tally[setting]
+        tally = Tally()
+        yield from self.read(tally)
+        self.finish(tally, say)
+
+    def read(self, tally: Tally) -> Iterator[tuple[str, Document]]:
+        """Yields what `documents` yields, and counts.
+
+        Raises:
+            UserError: a file cannot be read; or a record is broken, and data.max_broken_fraction is 0.
+        """
+        for setting, file, number, document in self._unsplit(tally):
             if isinstance(document, str):
                 try:
                     num_bytes = len(document) if document.isascii() else len(document.encode())
                 except UnicodeEncodeError:
                     num_bytes = -1
                 if num_bytes < 0 or "\0" in document:
-                    broken.add(file, f"document {number} is not UTF-8 or holds a NUL byte", first_fault)
+                    self._leave_out(tally, file, f"document {number} is not UTF-8 or holds a NUL byte", first_fault)
                     continue
             else:
                 document = _checked(document, file)
                 num_bytes = LONG_CHARS
-            seen.num_seen += 1
-            seen.longest_bytes = max(seen.longest_bytes, num_bytes)
+            tally.num_seen[setting] += 1
+            tally.longest_bytes[setting] = max(tally.longest_bytes[setting], num_bytes)
             if num_bytes <= self.data.min_bytes:
                 continue
-            seen.num_used += 1
-            for split, part in [(setting, document)] if self.validation_files else self._split(document, file):
-                tally[split].num_yielded += 1
-                yield split, part
-        broken.finish(sum(each.num_seen for each in tally.values()), say)
+            tally.num_used[setting] += 1
+            # Not self.validation_files, of which a file apart has none.
+            is_whole = self.data.validation is not None
+            for split, part in [(setting, document)] if is_whole else self._split(document, file):
+                tally.num_yielded[split] += 1
+                yield f"{split}{self.suffix}", part
+
+    def finish(self, tally: Tally, say: Callable[[str], None] | None) -> None:
+        """Says how many records were broken of all that were read.
+
+        Raises:
+            UserError: more than data.max_broken_fraction; or a split is left without a document.
+        """
+        if tally.num_broken:
+            share = tally.num_broken / (tally.num_broken + tally.num_seen.total())
+            listed = "; ".join(tally.broken) + (" ..." if tally.num_broken > len(tally.broken) else "")
+            if share > self.data.max_broken_fraction:
+                raise UserError(
+                    f"data.max_broken_fraction={self.data.max_broken_fraction}: {tally.num_broken} records, "
+                    f"{share:.2%} of all, are broken: {listed}. Mend them, or raise it."
+                )
+            if say is not None:
+                say(f"{tally.num_broken} broken records ({share:.2%}) are left out: {listed}")
         self._check_not_empty(tally)
+
+    def files_apart(self) -> "list[Source]":
+        """Returns a source for each file, with the documents of this one if they are read one after the other; the
+        storybook's stories stay together."""
+        if self.data.is_storybook():
+            return [self]
+        train = [dataclasses.replace(self, train_files=(file,), validation_files=()) for file in self.train_files]
+        return train + [
+            dataclasses.replace(self, train_files=(), validation_files=(file,)) for file in self.validation_files
+        ]
 
     def num_bytes(self) -> int:
         """Returns the size of all files, packed ones as they are."""
         files = (file for file in (*self.train_files, *self.validation_files) if not isinstance(file, Dataset))
         return sum(file.stat().st_size for file in files)
 
-    def _unsplit(self, broken: "_Broken") -> Iterator[tuple[str, File | None, int, Document]]:
+    def _unsplit(self, tally: Tally) -> Iterator[tuple[str, File | None, int, Document]]:
         """Yields (setting, file, number in that file from 1 on, document)."""
         if self.data.is_storybook():
             from trainer.data import storybook
@@ -139,9 +207,19 @@ class Source:
                     continue
                 for number, record in enumerate(records, start=1):
                     if isinstance(record, ValueError):
-                        broken.add(file, str(record))
+                        self._leave_out(tally, file, str(record))
                     elif record and not record.isspace():
                         yield setting, file, number, record
+
+    def _leave_out(
+        self, tally: Tally, file: File | None, what: str, explain: Callable[[Location], str | None] | None = None
+    ) -> None:
+        tally.num_broken += 1
+        if not self.data.max_broken_fraction:
+            explained = explain(file) if explain is not None and isinstance(file, Location) else None
+            raise UserError(explained or f"{file}: {what}; mend it, or set data.max_broken_fraction to leave some out.")
+        if len(tally.broken) < _NUM_NAMED:
+            tally.broken.append(f"{file}: {what}")
 
     def _records(self, file: File) -> Iterator[str | ValueError] | None:
         """Returns the texts of a file whose records are documents, whatever data.documents says; None for others."""
@@ -168,38 +246,30 @@ class Source:
         yield "train", _first_characters(document, int(count_characters(file) * (1 - fraction)), rest)
         yield "validation", itertools.chain(rest, document)
 
-    def _check_not_empty(self, tally: "dict[str, _Tally]") -> None:
+    def _check_not_empty(self, tally: Tally) -> None:
         for setting in ("train", "validation") if self.validation_files else ("train",):
-            if not tally[setting].num_used:
-                raise UserError(self._why_empty(setting, tally[setting]))
+            if not tally.num_used[setting]:
+                raise UserError(self._why_empty(setting, tally))
         for split in ("train", "validation"):
-            if not tally[split].num_yielded:
+            if not tally.num_yielded[split]:
                 goal, size = ("training", "smaller") if split == "train" else ("validation", "larger")
                 raise UserError(
-                    f"data.held_out_fraction={self.data.held_out_fraction} of {tally['train'].num_used} "
+                    f"data.held_out_fraction={self.data.held_out_fraction} of {tally.num_used['train']} "
                     f"{self._plural()} leaves nothing for {goal}; give data.validation, a {size} fraction, or "
                     "data.documents='file', which holds out the end of each file."
                 )
 
-    def _why_empty(self, setting: str, tally: "_Tally") -> str:
+    def _why_empty(self, setting: str, tally: Tally) -> str:
         where = f"data.{setting}={list(getattr(self.data, setting))}"
-        if not tally.num_seen:
+        if not tally.num_seen[setting]:
             return f"{where}: no text in it but whitespace; give files with text."
         return (
-            f"{where}: 0 of {tally.num_seen} {self._plural()} are longer than data.min_bytes={self.data.min_bytes}; "
-            f"the longest has {tally.longest_bytes}. Lower data.min_bytes."
+            f"{where}: 0 of {tally.num_seen[setting]} {self._plural()} are longer than data.min_bytes="
+            f"{self.data.min_bytes}; the longest has {tally.longest_bytes[setting]}. Lower data.min_bytes."
         )
 
     def _plural(self) -> str:
         return "stories" if self.data.is_storybook() else f"{self.data.documents}s"
-
-
-@dataclasses.dataclass
-class _Tally:
-    num_seen: int = 0
-    num_used: int = 0
-    num_yielded: int = 0
-    longest_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,9 +296,7 @@ class Mixture:
 
     def names(self) -> dict[str, list[str]]:
         """Returns the files of each split, for people to read."""
-        return {
-            f"{split}-{i}": names for i, source in enumerate(self.sources) for split, names in source.names().items()
-        }
+        return {split: names for source in self.sources for split, names in source.names().items()}
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 of what all are made of, in order."""
@@ -238,9 +306,8 @@ class Mixture:
         """Yields (split, document) of one source after the other."""
         for source in self.sources:
             source.progress.done, source.progress.total = 0, source.num_bytes()
-        for i, source in enumerate(self.sources):
-            for split, document in source.documents(say):
-                yield f"{split}-{i}", document
+        for source in self.sources:
+            yield from source.documents(say)
 
 
 def open_source(data: DataConfig) -> Source | Mixture:
@@ -250,11 +317,14 @@ def open_source(data: DataConfig) -> Source | Mixture:
         UserError: as in find_files; or a data set of tensorflow-datasets is not right.
     """
     if data.weights is not None:
-        opened = (open_source(source) for source in data.sources())
-        return Mixture(tuple(source for source in opened if isinstance(source, Source)))
+        return Mixture(tuple(_open(source, f"-{i}") for i, source in enumerate(data.sources())))
+    return _open(data)
+
+
+def _open(data: DataConfig, suffix: str = "") -> Source:
     train = () if data.is_storybook() else _find(data.train, "data.train")
     validation = () if data.validation is None else _find(data.validation, "data.validation")
-    return Source(data, train, validation)
+    return Source(data, train, validation, suffix)
 
 
 def _find(names: Iterable[str], setting: str) -> tuple[File, ...]:
@@ -262,46 +332,6 @@ def _find(names: Iterable[str], setting: str) -> tuple[File, ...]:
     for name in names:
         files += [Dataset.find(name, setting)] if is_dataset(name) else find_files([name], setting)
     return tuple(dict.fromkeys(files))  # Each once.
-
-
-class _Broken:
-    """Counts the records that cannot be used, and names the first ones."""
-
-    def __init__(self, max_fraction: float):
-        self._max_fraction = max_fraction
-        self._num = 0
-        self._named: list[str] = []
-
-    def add(self, file: File | None, what: str, explain: Callable[[Location], str | None] | None = None) -> None:
-        """Counts one.
-
-        Raises:
-            UserError: data.max_broken_fraction is 0.
-        """
-        self._num += 1
-        if not self._max_fraction:
-            explained = explain(file) if explain is not None and isinstance(file, Location) else None
-            raise UserError(explained or f"{file}: {what}; mend it, or set data.max_broken_fraction to leave some out.")
-        if len(self._named) < _NUM_NAMED:
-            self._named.append(f"{file}: {what}")
-
-    def finish(self, num_seen: int, say: Callable[[str], None] | None) -> None:
-        """Says how many there were among num_seen others.
-
-        Raises:
-            UserError: more than data.max_broken_fraction of all.
-        """
-        if not self._num:
-            return
-        share = self._num / (self._num + num_seen)
-        listed = "; ".join(self._named) + (" ..." if self._num > len(self._named) else "")
-        if share > self._max_fraction:
-            raise UserError(
-                f"data.max_broken_fraction={self._max_fraction}: {self._num} records, {share:.2%} of all, are broken: "
-                f"{listed}. Mend them, or raise it."
-            )
-        if say is not None:
-            say(f"{self._num} broken records ({share:.2%}) are left out: {listed}")
 
 
 def peek(document: Document) -> tuple[str, Document]:
