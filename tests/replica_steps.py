@@ -42,6 +42,7 @@ def config_of(distribution, case, num_replicas=1):
             "total_steps": NUM_STEPS,
             "global_batch_size": GLOBAL_BATCH_SIZE,
             "sequence_length": SEQUENCE_LENGTH,
+            **case.get("train", {}),
         },
         "optimizer": {"learning_rate": 1e-2, "clip_norm": 0.1, "weight_decay": 0.1},
         "distribution": distribution,

@@ -93,6 +93,25 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
             ["model.num_heads=3", "model.hidden_dim=2"],
             "model.num_heads=3 is more than model.hidden_dim=2; a head needs a width of at least 1.",
         ),
+        (
+            ["model.num_heads=4", "model.num_key_value_heads=3"],
+            "model.num_heads=4 is not a multiple of model.num_key_value_heads=3, of which each serves as many; change",
+        ),
+        (
+            ["model.num_key_value_heads=6"],
+            "model.num_heads=3 is not a multiple of model.num_key_value_heads=6, of which each serves as many; change",
+        ),
+        (
+            ["model.positions=rope"],
+            "model.positions='rope' turns pairs of a head's numbers, of which model.hidden_dim=256 // "
+            "model.num_heads=3 leaves 85; change either for an even number.",
+        ),
+        (
+            ["model.rope_theta=5e5"],
+            "model.rope_theta=500000.0 has no effect with model.positions='learned'; choose 'rope', or leave it out.",
+        ),
+        (["model.rope_theta=1.0"], "model.rope_theta=1.0: input should be greater than 1."),
+        (["train.z_loss=-1e-4"], "train.z_loss=-0.0001: input should be greater than or equal to 0."),
         (["model.vocabulary_multiple=0"], "model.vocabulary_multiple=0: input should be greater than 0."),
         (["train.sequence_length=1"], "train.sequence_length=1: input should be greater than or equal to 2."),
         (["tokenizer={kind='wordpiece',vocabulary_size=3}"], "tokenizer.vocabulary_size=3: input should be greater"),
@@ -175,6 +194,10 @@ def test_impossible_settings_are_refused(overrides: list[str], message: str):
     "overrides",
     [
         ["model.num_heads=2", "model.hidden_dim=2"],
+        ["model.num_key_value_heads=3"],
+        ["model.num_key_value_heads=1"],
+        ["model.positions=rope", "model.num_heads=128", "model.rope_theta=1.5"],
+        ["model.rope_theta=10_000.0"],
         ["train.sequence_length=2"],
         ["tokenizer={kind='wordpiece',vocabulary_size=4}"],
         ["tokenizer={kind='bpe',vocabulary_size=258}"],
@@ -380,7 +403,7 @@ def test_a_run_reads_every_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     settings = {
         "run_folder": "run",
         "data": {"train": ["a.txt", "b.jsonl"]},
-        "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4},
+        "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4, "positions": "rope"},
         "train": {"precision": "float32", "num_epochs": 1, "sequence_length": 8, "global_batch_size": 128},
         "optimizer": {"schedule": "cosine"},
         "evaluation": {"every_steps": 2},

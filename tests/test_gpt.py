@@ -1,4 +1,6 @@
-"""Laws of the model; the layers of KerasNLP are the reference."""
+"""Laws of the model; the layers of KerasNLP are the reference, and of what these have not, plain formulas."""
+
+import itertools
 
 import keras
 import keras_nlp
@@ -7,12 +9,40 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import ModelConfig
-from trainer.model.gpt import GPT, LAYER_NORM_EPSILON, DropoutDraw, LayerNorm, document_starts, dropout
+from trainer.model.gpt import GPT, NORM_EPSILON, DropoutDraw, Norm, document_starts, dropout
 
 SHAPES = [
     ModelConfig(num_heads=3, hidden_dim=16, intermediate_dim=12),
     ModelConfig(num_heads=2, hidden_dim=16, intermediate_dim=12, pre_norm=True, activation="gelu"),
     ModelConfig(num_heads=2, hidden_dim=16, intermediate_dim=12, tied_embeddings=True, use_bias=False),
+    ModelConfig(
+        num_heads=4,
+        hidden_dim=16,
+        intermediate_dim=12,
+        pre_norm=True,
+        use_bias=False,
+        norm="rms",
+        positions="rope",
+        num_key_value_heads=2,
+        activation="swiglu",
+    ),
+]
+MODERN_SHAPES = [
+    ModelConfig(
+        num_layers=1,
+        num_heads=4,
+        hidden_dim=16,
+        intermediate_dim=12,
+        pre_norm=norm == "rms",
+        norm=norm,
+        positions=positions,
+        rope_theta=100.0 if positions == "rope" else 10_000.0,
+        num_key_value_heads=key_heads,
+        activation=activation,
+    )
+    for norm, positions, key_heads, activation in itertools.product(
+        ("layer", "rms"), ("learned", "rope"), (None, 2), ("relu", "swiglu")
+    )
 ]
 MASKED_SHAPES = [config.model_copy(update={"document_mask": True}) for config in SHAPES]
 BOS = 2
@@ -269,8 +299,10 @@ def test_normalization_equals_keras_in_value_and_every_gradient(center):
     random = np.random.default_rng(0)
     x, upstream = (tf.constant(random.normal(2, 3, (2, 5, 7))) for _ in range(2))
     results = []
-    for kind in (LayerNorm, keras.layers.LayerNormalization):
-        layer = kind(epsilon=LAYER_NORM_EPSILON, center=center, dtype="float64")
+    for layer in (
+        Norm("layer", center=center, dtype="float64"),
+        keras.layers.LayerNormalization(epsilon=NORM_EPSILON, center=center, dtype="float64"),
+    ):
         layer.build(x.shape)
         for variable in layer.variables:
             variable.assign(np.linspace(-1, 2, 7))
@@ -281,6 +313,151 @@ def test_normalization_equals_keras_in_value_and_every_gradient(center):
         results.append([y, *tape.gradient(y, [x, *weights], upstream)])
     for ours, theirs in zip(*results, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_rms_normalization_equals_the_formula_in_value_and_every_gradient(center):
+    random = np.random.default_rng(0)
+    # So small that epsilon counts, and so large that it does not.
+    x = tf.constant(random.normal(2, 3, (2, 5, 7)) * np.array([1e-3, 1.0])[:, np.newaxis, np.newaxis])
+    upstream = tf.constant(random.normal(2, 3, (2, 5, 7)))
+    layer = Norm("rms", center=center, dtype="float64")
+    layer.build(x.shape)
+    for variable in layer.variables:
+        variable.assign(np.linspace(-1, 2, 7))
+    weights = [variable.value for variable in layer.trainable_variables]
+
+    def plain(x):
+        unit = x / tf.sqrt(tf.reduce_mean(x**2, axis=-1, keepdims=True) + NORM_EPSILON)
+        return unit * weights[0] + (weights[1] if center else 0)
+
+    results = []
+    for normalize in (layer, plain):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = normalize(x)
+        results.append([y, *tape.gradient(y, [x, *weights], upstream)])
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_narrow_numbers_are_normalized_by_wide_statistics():
+    x = tf.cast(np.random.default_rng(0).normal(2, 3, (5, 64)), tf.bfloat16)
+    for kind in ("layer", "rms"):
+        narrow, wide = (Norm(kind, dtype=dtype) for dtype in ("bfloat16", "float32"))
+        np.testing.assert_array_equal(narrow(x), tf.cast(wide(tf.cast(x, tf.float32)), tf.bfloat16))
+
+
+def plain_logits(model, tokens, starts):
+    """The GPT by the formulas of its papers, a step at a time and with nothing fused."""
+    config, weights = model.config, {variable.path.removeprefix("gpt/"): variable.value for variable in model.variables}
+    heads, width = config.num_heads, config.head_dim()
+    key_heads = config.num_key_value_heads or heads
+    positions = np.arange(tokens.shape[1])
+    allowed = (positions <= positions[:, np.newaxis]) & (positions >= starts[..., np.newaxis])
+    positions = positions - starts
+
+    def dense(x, name):
+        return tf.einsum("...i,io->...o", x, weights[f"{name}/kernel"]) + weights[f"{name}/bias"]
+
+    def norm(x, name):
+        if config.norm == "layer":
+            x -= tf.reduce_mean(x, axis=-1, keepdims=True)
+        x /= tf.sqrt(tf.reduce_mean(x**2, axis=-1, keepdims=True) + NORM_EPSILON)
+        return x * weights[f"{name}/gamma"] + weights[f"{name}/beta"]
+
+    def turned(x):
+        pairs = x.shape[-1] // 2
+        angles = positions[..., np.newaxis] * config.rope_theta ** (-np.arange(pairs) / pairs)
+        z = tf.complex(x[..., :pairs], x[..., pairs:]) * tf.complex(np.cos(angles), np.sin(angles))
+        return tf.concat([tf.math.real(z), tf.math.imag(z)], axis=-1)
+
+    def attention(x, block):
+        columns = [heads * width, key_heads * width, key_heads * width]
+        query, key, value = (
+            [part[..., i : i + width] for i in range(0, part.shape[-1], width)]
+            for part in tf.split(dense(x, f"{block}/query_key_value"), columns, axis=-1)
+        )
+        outs = []
+        for h in range(heads):
+            q, k, v = query[h], key[h * key_heads // heads], value[h * key_heads // heads]
+            if config.positions == "rope":
+                q, k = turned(q), turned(k)
+            scores = tf.einsum("btd,bsd->bts", q, k) / width**0.5
+            exponentials = tf.exp(scores) * allowed
+            outs.append(exponentials / tf.reduce_sum(exponentials, axis=-1, keepdims=True) @ v)
+        return dense(tf.concat(outs, axis=-1), f"{block}/attention_output")
+
+    def feedforward(x, block):
+        x = dense(x, f"{block}/intermediate")
+        if config.activation == "swiglu":
+            gate, x = x[..., : config.intermediate_dim], x[..., config.intermediate_dim :]
+            x = gate / (1 + tf.exp(-gate)) * x
+        else:
+            x *= tf.cast(x > 0, x.dtype)
+        return dense(x, f"{block}/output")
+
+    x = tf.gather(weights["token_embedding/embeddings"], tokens)
+    if config.positions == "learned":
+        x += tf.gather(weights["position_embedding/embeddings"], positions)
+    for i in range(config.num_layers):
+        for part, name in ((attention, "attention_norm"), (feedforward, "feedforward_norm")):
+            if config.pre_norm:
+                x += part(norm(x, f"block_{i}/{name}"), f"block_{i}")
+            else:
+                x = norm(x + part(x, f"block_{i}"), f"block_{i}/{name}")
+    x = norm(x, "final_norm") if config.pre_norm else x
+    return tf.einsum("btd,vd->btv", x, weights["unembedding/kernel"]) + weights["unembedding/bias"]
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_loss_and_gradients_of_all_modern_settings_are_those_of_the_formulas(document_mask):
+    starts = np.zeros_like(WINDOWS)
+    for row, begin, end in DOCUMENTS if document_mask else ():
+        starts[row, begin:end] = begin
+    targets, weights = np.roll(WINDOWS, -1, axis=1), np.random.default_rng(3).integers(0, 2, WINDOWS.shape)
+    for config in MODERN_SHAPES:
+        config = config.model_copy(update={"document_mask": document_mask})
+        model = GPT(config, 20, 12, dtype="float64", bos_id=BOS)
+        spread_out(model)
+        variables = [variable.value for variable in model.trainable_variables]
+        with tf.GradientTape() as tape:
+            logits = plain_logits(model, WINDOWS, starts)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+            loss = tf.reduce_sum(losses * weights)
+            objective = loss + 0.1 * tf.reduce_sum(tf.reduce_logsumexp(logits, axis=-1) ** 2 * weights)
+        expected = tape.gradient(objective, variables)
+        with tf.GradientTape() as tape:
+            loss_sum, _ = model.training_loss(WINDOWS, targets, weights, z_loss=0.1)
+        gradients = tape.gradient(loss_sum, variables)
+        np.testing.assert_allclose(loss_sum, loss, rtol=1e-12)
+        np.testing.assert_allclose(model(WINDOWS), logits, atol=1e-11)
+        for ours, theirs in zip(gradients, expected, strict=True):
+            # An embedding's come as slices.
+            ours, theirs = (tf.convert_to_tensor(gradient) for gradient in (ours, theirs))
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-11)
+
+
+def test_cached_logits_equal_the_full_forward_pass_with_all_modern_settings():
+    tokens = random_tokens(20, 2, 6)
+    for config in MODERN_SHAPES:
+        model = GPT(config, 20, 8, dtype="float64")
+        spread_out(model)
+        whole, cache = model(tokens), model.empty_cache(2)
+        assert cache.shape == (2, config.num_layers, 2, config.num_key_value_heads or 4, 8, 4)
+        for first, end in ((0, 3), (3, 4), (4, 6)):
+            some, cache = model.decode(tokens[:, first:end], cache, tf.constant(first))
+            np.testing.assert_allclose(some, whole[:, first:end], atol=1e-12)
+
+
+def test_turned_positions_have_no_table_and_no_end():
+    config = ModelConfig(num_heads=2, hidden_dim=16, intermediate_dim=12, positions="rope")
+    model = GPT(config, 20, 4, dtype="float64")
+    assert not any("position" in variable.path for variable in model.variables)
+    spread_out(model)
+    longer = GPT(config, 20, 12, dtype="float64")
+    longer.set_weights(model.get_weights())
+    np.testing.assert_array_equal(model(random_tokens(20, 2, 12)), longer(random_tokens(20, 2, 12)))
 
 
 def test_the_tutorials_model_starts_from_the_spread_of_the_tutorials_weights():

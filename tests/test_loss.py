@@ -85,3 +85,55 @@ def test_rows_of_weight_zero_leave_no_trace():
     ]
     for one, two in zip(tf.nest.flatten(results[0]), tf.nest.flatten(results[1]), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [3, 13])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_z_loss_adds_its_gradient_and_leaves_the_loss(rows, with_bias):
+    (hidden, kernel, bias), targets, weights = example(rows)
+    z_loss, loss_scale = 0.7, tf.constant(8.0)
+
+    def logits_of(hidden, kernel, bias=None):
+        logits = tf.einsum("bth,vh->btv", hidden, kernel)
+        return logits if bias is None else logits + bias
+
+    def chunked(hidden, kernel, bias=None):
+        return next_token_loss(hidden, kernel, bias, targets, weights, loss_scale, chunk_rows=4, z_loss=z_loss)
+
+    def of_logits(*operands):
+        return next_token_loss_from_logits(logits_of(*operands), targets, weights, loss_scale, z_loss)
+
+    def plain(*operands):
+        logits = logits_of(*operands)
+        log_sum_exp = tf.math.log(tf.reduce_sum(tf.exp(logits), axis=-1))
+        losses = log_sum_exp - tf.gather(logits, targets, batch_dims=2)
+        wide = tf.cast(weights, tf.float64)
+        return tf.reduce_sum(losses * wide), 8.0 * tf.reduce_sum((losses + z_loss * log_sum_exp**2) * wide)
+
+    operands = [hidden, kernel, bias] if with_bias else [hidden, kernel]
+    with tf.GradientTape() as tape:
+        tape.watch(operands)
+        expected_value, objective = plain(*operands)
+    expected = tape.gradient(objective, operands)
+    for loss in (chunked, of_logits):
+        value, count, grads = gradients(loss, operands)
+        assert count == np.sum(weights)
+        np.testing.assert_allclose(value, expected_value, rtol=1e-12)
+        for grad, reference in zip(grads, expected, strict=True):
+            np.testing.assert_allclose(grad, reference, rtol=0, atol=1e-11)
+    np.testing.assert_array_equal(
+        next_token_loss(*operands, *(() if with_bias else (None,)), targets, weights, chunk_rows=4)[0],
+        chunked(*operands)[0],
+    )
+
+
+def test_z_loss_of_a_target_of_vanishing_probability_is_finite():
+    hidden = tf.constant([[[1000.0]]])
+    kernel = tf.constant([[1.0], [-1.0]])
+    value, _, (d_hidden, d_kernel) = gradients(
+        lambda h, k: next_token_loss(h, k, None, tf.constant([[1]]), tf.ones([1, 1]), z_loss=0.01), [hidden, kernel]
+    )
+    assert value == 2000.0
+    # log(sum(exp)) is 1000: to the gradient 1 of the first logit, 2 * 0.01 * 1000 comes.
+    np.testing.assert_allclose(d_kernel, [[21_000.0], [-1000.0]], rtol=1e-6)
+    np.testing.assert_allclose(d_hidden, [[[22.0]]], rtol=1e-6)

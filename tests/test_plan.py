@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from trainer.model.gpt import GPT
 from trainer.plan import parameter_shapes, print_plan
 
 SETTINGS = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 1}}
+MODERN = ["model.norm=rms", "model.positions=rope", "model.num_key_value_heads=2", "model.activation=swiglu"]
 
 
 @pytest.mark.parametrize(
@@ -18,6 +20,7 @@ SETTINGS = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 
         ["model.pre_norm=true", "model.num_layers=1"],
         ["model.vocabulary_multiple=16"],
         ["model.vocabulary_multiple=16", "model.tied_embeddings=true"],
+        *(["model.num_heads=4", *settings] for n in range(5) for settings in itertools.combinations(MODERN, n)),
     ],
 )
 def test_planned_weights_are_those_of_the_model(overrides: list[str]):

@@ -1,5 +1,7 @@
 """Laws of the training step."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -75,6 +77,25 @@ def test_gradients_are_those_of_the_summed_loss():
     assert result.num_targets == np.sum(weights)
     for gradient, reference in zip(result.weights, expected, strict=True):
         np.testing.assert_allclose(gradient, tf.convert_to_tensor(reference), atol=1e-12)
+
+
+def test_z_loss_is_trained_for_and_not_reported():
+    config = tiny_config(train={"z_loss": 0.1, "micro_batch_size": 2})
+    batch = next(iter(batches(config)))
+    foreign = keras.Sequential([keras.layers.Embedding(VOCABULARY, VOCABULARY, "ones", dtype="float64")])
+    foreign.build((None, 6))
+    for model in (GPT(config.model, VOCABULARY, 6, dtype="float64"), foreign):
+        values = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
+        plain, with_z_loss = (forward_backward(model, values, [], batch, None, z_loss=z_loss) for z_loss in (0.0, 0.1))
+        step = make_step(config, model)
+        # Adam's first moment after one step is the gradient times 1 - beta_1.
+        assert_allclose = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)
+        assert_allclose(take(step, batches(config), 1).loss_sum, plain.loss_sum)
+        for moment, gradient, without in zip(
+            step.optimizer.first_moments, with_z_loss.weights, plain.weights, strict=True
+        ):
+            assert_allclose(moment, (1 - step.optimizer.config.beta_1) * gradient / plain.num_targets)
+            assert relative_difference(gradient, without) > 1e-2
 
 
 def test_tied_embeddings_get_the_gradient_of_both_their_uses():

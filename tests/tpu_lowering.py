@@ -18,13 +18,15 @@ from trainer.training.step import accumulate, batch_hash, forward_backward, mean
 
 ROWS, LENGTH, VOCABULARY = 8, 64, 256
 
+MODERN = {"norm": "rms", "positions": "rope", "num_heads": 4, "num_key_value_heads": 2, "activation": "swiglu"}
 
-def main():
+
+def lower(model_settings, z_loss):
     settings = {
         "run_folder": "unused",
         "data": {"mode": "packed"},
-        "model": {"dropout": 0.1, "pre_norm": True, "document_mask": True},
-        "train": {"precision": "mixed_bfloat16", "total_steps": 10},
+        "model": {"dropout": 0.1, "pre_norm": True, "document_mask": True, **model_settings},
+        "train": {"precision": "mixed_bfloat16", "total_steps": 10, "z_loss": z_loss},
     }
     config = make_config(settings)
     model = GPT(config.model, VOCABULARY, LENGTH, dtype=config.train.precision, bos_id=2)
@@ -34,7 +36,7 @@ def main():
     def step(inputs, targets, target_weights, number, first_row, *weights):
         def gradients_of(weights, state, batch, first_row):
             draw = DropoutDraw(tf.constant(1, tf.int64), number, first_row)
-            return forward_backward(model, weights, state, batch, draw)
+            return forward_backward(model, weights, state, batch, draw, z_loss=config.train.z_loss)
 
         batch = (inputs, targets, target_weights)
         sums = accumulate(gradients_of, weights, [], batch, first_row, ROWS // 2)
@@ -56,4 +58,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    lower({}, 0.0)
+    lower(MODERN, 1e-4)

@@ -212,12 +212,22 @@ class ModelConfig(Section):
     """Transformer blocks."""
     num_heads: PositiveInt = 3
     """Attention heads per block; each is hidden_dim // num_heads wide."""
+    num_key_value_heads: PositiveInt | None = None
+    """Heads that keys and values have, each for as many attention heads: fewer make a smaller cache to write text with.
+    Left out, num_heads."""
     hidden_dim: PositiveInt = 256
     """Width of the embeddings and of every block."""
     intermediate_dim: PositiveInt = 256
     """Width of the feed-forward layer."""
-    activation: Literal["relu", "gelu"] = "relu"
-    """Of the feed-forward layer; gelu is the exact one, with the error function."""
+    activation: Literal["relu", "gelu", "swiglu"] = "relu"
+    """Of the feed-forward layer; gelu is the exact one, with the error function. swiglu multiplies the layer by a gate,
+    which takes half as many weights again for the same intermediate_dim."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Normalize by mean and variance, or by the root mean square alone."""
+    positions: Literal["learned", "rope"] = "learned"
+    """An embedding of each position, or queries and keys turned by an angle that grows with it."""
+    rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
+    """Of rope: the larger, the slower the slowest turns; long sequences want more."""
     pre_norm: bool = False
     """Normalize before attention and feed-forward, and once at the end, rather than after each sum."""
     tied_embeddings: bool = False
@@ -236,6 +246,18 @@ class ModelConfig(Section):
         """Returns the width of one attention head."""
         return self.hidden_dim // self.num_heads
 
+    def key_value_heads(self) -> int:
+        """Returns how many heads keys and values have."""
+        return self.num_key_value_heads or self.num_heads
+
+    def query_key_value_dim(self) -> int:
+        """Returns the width of queries, keys and values of all heads together."""
+        return (self.num_heads + 2 * self.key_value_heads()) * self.head_dim()
+
+    def intermediate_projection_dim(self) -> int:
+        """Returns the width that the feed-forward layer is projected to: swiglu's gate is made along with it."""
+        return 2 * self.intermediate_dim if self.activation == "swiglu" else self.intermediate_dim
+
     def num_logits(self, vocabulary_size: int) -> int:
         """Returns the rows of the embedding and of the logits for so many tokens."""
         return -(-vocabulary_size // self.vocabulary_multiple) * self.vocabulary_multiple
@@ -246,6 +268,22 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.num_heads={self.num_heads} is more than model.hidden_dim={self.hidden_dim}; "
                 "a head needs a width of at least 1."
+            )
+        if self.num_heads % self.key_value_heads():
+            raise ValueError(
+                f"model.num_heads={self.num_heads} is not a multiple of model.num_key_value_heads="
+                f"{self.num_key_value_heads}, of which each serves as many; change either."
+            )
+        if self.positions == "rope" and self.head_dim() % 2:
+            raise ValueError(
+                "model.positions='rope' turns pairs of a head's numbers, of which model.hidden_dim="
+                f"{self.hidden_dim} // model.num_heads={self.num_heads} leaves {self.head_dim()}; change either for an "
+                "even number."
+            )
+        if self.positions != "rope" and self.rope_theta != type(self).model_fields["rope_theta"].default:
+            raise ValueError(
+                f"model.rope_theta={self.rope_theta} has no effect with model.positions={self.positions!r}; choose "
+                "'rope', or leave it out."
             )
         return self
 
@@ -275,6 +313,9 @@ class TrainConfig(Section):
     """What the backward pass computes again instead of keeping it: the probabilities of attention, for an eighth of its
     work more; or all of a transformer block but its input, for a third of the whole forward pass. auto: on accelerators
     attention, on a CPU nothing."""
+    z_loss: NonNegativeFloat = 0.0
+    """Trains for this times log(sum(exp(logits)))**2 of each target as well, which keeps logits from drifting. The loss
+    that is reported stays without it."""
     seed: Seed = 0
     """Of the initial weights, the order of the examples and the dropout masks."""
 

@@ -17,13 +17,14 @@ def parameter_shapes(model: ModelConfig, vocabulary_size: int, sequence_length: 
     width, attention_dim = model.hidden_dim, model.num_heads * model.head_dim()
     num_logits = model.num_logits(vocabulary_size)
     yield "gpt/token_embedding/embeddings", (num_logits, width)
-    yield "gpt/position_embedding/embeddings", (sequence_length, width)
+    if model.positions == "learned":
+        yield "gpt/position_embedding/embeddings", (sequence_length, width)
     for i in range(model.num_layers):
         block = f"gpt/block_{i}"
-        yield from _projection(f"{block}/query_key_value", (width, 3 * attention_dim), model.use_bias)
+        yield from _projection(f"{block}/query_key_value", (width, model.query_key_value_dim()), model.use_bias)
         yield from _projection(f"{block}/attention_output", (attention_dim, width), model.use_bias)
         yield from _norm(f"{block}/attention_norm", model)
-        yield from _projection(f"{block}/intermediate", (width, model.intermediate_dim), model.use_bias)
+        yield from _projection(f"{block}/intermediate", (width, model.intermediate_projection_dim()), model.use_bias)
         yield from _projection(f"{block}/output", (model.intermediate_dim, width), model.use_bias)
         yield from _norm(f"{block}/feedforward_norm", model)
     if model.pre_norm:

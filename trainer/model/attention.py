@@ -19,8 +19,9 @@ def causal_attention(
 
     Args:
         query: float [batch, heads, sequence, head_dim].
-        key: float [batch, heads, sequence, head_dim].
-        value: float [batch, heads, sequence, head_dim].
+        key: float [batch, key_heads, sequence, head_dim]; heads is a multiple of key_heads, and the first key head
+            serves the first so many heads.
+        value: float [batch, key_heads, sequence, head_dim].
         starts: int32 [batch, sequence], the position where each one's document starts; None where all is one document.
         recompute: whether the gradient computes the probabilities again, rather than to keep sequence / 2 numbers for
             each query: an eighth more work, for less memory and fewer reads of it.
@@ -28,7 +29,7 @@ def causal_attention(
     Returns:
         float [batch, heads, sequence, head_dim].
 
-    Source: Vaswani et al. 2017, equation 1.
+    Source: Vaswani et al. 2017, equation 1; of fewer key_heads than heads, Ainslie et al. 2023, section 2.2.
     """
     sequence = query.shape[2]
     if sequence is None or sequence < 2 * BLOCK:
@@ -69,7 +70,7 @@ def _in_blocks(
         def scores(scaled: tf.Tensor, first: int, end: int) -> tf.Tensor:
             # Masks that compilers can foresee would lie in the program, for every layer.
             queries = tf.range(first, end) + (_unforeseen_zero(query, tf.int32) if recompute else 0)
-            product = tf.matmul(scaled[:, :, first:end], key[:, :, :end], transpose_b=True)
+            product = _product(scaled[:, :, first:end], key[:, :, :end], transpose_b=True)
             return _masked(tf.cast(product, wide) if recompute else product, _allowed(queries, end, starts))
 
         scaled = query * scale
@@ -82,7 +83,7 @@ def _in_blocks(
             else:
                 p = tf.nn.softmax(of_block)
                 kept.append(p)
-            outs.append(tf.matmul(p, value[:, :, :end]))
+            outs.append(_product(p, value[:, :, :end]))
         out = tf.concat(outs, axis=2)
 
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -95,11 +96,11 @@ def _in_blocks(
                 if recompute:
                     p = tf.cast(tf.exp(scores(again, first, end) - p), query.dtype)
                 rows = upstream[:, :, first:end]
-                of_p = tf.matmul(rows, value[:, :, :end], transpose_b=True)
+                of_p = _product(rows, value[:, :, :end], transpose_b=True)
                 of_scores = p * tf.cast(tf.cast(of_p, wide) - mean[:, :, first:end], p.dtype)
-                of_query.append(tf.matmul(of_scores, key[:, :, :end]))
-                of_key.append(tf.matmul(of_scores, again[:, :, first:end], transpose_a=True))
-                of_value.append(tf.matmul(p, rows, transpose_a=True))
+                of_query.append(_product(of_scores, key[:, :, :end]))
+                of_key.append(_sum_of_products(of_scores, again[:, :, first:end], key.shape[1]))
+                of_value.append(_sum_of_products(p, rows, key.shape[1]))
             return tf.concat(of_query, axis=2) * scale, _sum_from_start(of_key), _sum_from_start(of_value)
 
         return out, gradient
@@ -129,8 +130,8 @@ def cached_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, index: 
 
     Args:
         query: float [batch, heads, new, head_dim], of the positions from index on.
-        key: float [batch, heads, capacity, head_dim], filled up to and with the new positions.
-        value: float [batch, heads, capacity, head_dim], likewise.
+        key: float [batch, key_heads, capacity, head_dim], filled up to and with the new positions.
+        value: float [batch, key_heads, capacity, head_dim], likewise.
         index: int32 scalar, position of the first query.
 
     Returns:
@@ -144,9 +145,53 @@ def cached_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, index: 
 def _attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
     # Scaling the queries costs head_dim / sequence of what scaling the scores would.
     query *= tf.constant(query.shape[-1] ** -0.5, query.dtype)
-    return tf.matmul(tf.nn.softmax(_masked(tf.matmul(query, key, transpose_b=True), allowed)), value)
+    return _product(tf.nn.softmax(_masked(_product(query, key, transpose_b=True), allowed)), value)
 
 
 def _masked(scores: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
     masked = tf.constant(max(MASKED, float(scores.dtype.min)), scores.dtype)  # float16 ends at -65504.
     return scores + tf.where(allowed, tf.zeros([], scores.dtype), masked)
+
+
+def _product(x: tf.Tensor, y: tf.Tensor, transpose_b: bool = False) -> tf.Tensor:
+    """Multiplies each head of x [batch, heads, rows, ...] by that of y [batch, key_heads, ...] which serves it."""
+    return _with_heads(tf.matmul(_with_heads(x, y.shape[1]), y, transpose_b=transpose_b), x.shape[1])
+
+
+def _sum_of_products(x: tf.Tensor, y: tf.Tensor, key_heads: int) -> tf.Tensor:
+    """Multiplies x [batch, heads, rows, m], transposed, by y [batch, heads, rows, n], and adds up the products of the
+    heads that one key head serves: [batch, key_heads, m, n].
+    """
+    return tf.matmul(_with_heads(x, key_heads), _with_heads(y, key_heads), transpose_a=True)
+
+
+def _with_heads(x: tf.Tensor, heads: int) -> tf.Tensor:
+    """Takes the rows of several heads of [batch, any, rows, ...] for those of one, or one's for several's: so a matrix
+    product has the rows of all heads that a key serves, and no key is ever repeated.
+    """
+    if x.shape[1] == heads:
+        return x
+    return tf.reshape(x, tf.concat([tf.shape(x)[:1], [heads, -1], tf.shape(x)[3:]], axis=0))
+
+
+def rotate(x: tf.Tensor, positions: tf.Tensor, theta: float) -> tf.Tensor:
+    """Turns the numbers of each head, taken in pairs, by angles that grow with the position: so the product of a query
+    and a key depends on how far apart they are, and not on where.
+
+    Args:
+        x: float [batch, heads, sequence, head_dim], queries or keys; head_dim is even.
+        positions: int32 [sequence] or [batch, sequence].
+        theta: from a position to the next, pair i of n turns by theta ** (-i / n).
+
+    Returns:
+        A tensor like x, turned in the accumulation dtype.
+
+    Source: Su et al. 2021, equation 34; but a number's partner is half a head away and not beside it, which is the same
+    for weights in another order, and leaves the halves whole.
+    """
+    wide, pairs = accumulation_dtype(x.dtype), x.shape[-1] // 2
+    steps = tf.constant([theta ** (-i / pairs) for i in range(pairs)], wide)
+    angles = tf.cast(positions, wide)[..., tf.newaxis, :, tf.newaxis] * steps  # [(batch,) 1, sequence, pairs]
+    cos, sin = tf.cos(angles), tf.sin(angles)
+    first, second = tf.split(tf.cast(x, wide), 2, axis=-1)
+    return tf.cast(tf.concat([first * cos - second * sin, second * cos + first * sin], axis=-1), x.dtype)

@@ -5,13 +5,14 @@ Weights are ordinary Keras variables; run the model inside `keras.StatelessScope
 
 import itertools
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from trainer.config import ModelConfig
-from trainer.model.attention import cached_attention, causal_attention
+from trainer.model.attention import cached_attention, causal_attention, rotate
 from trainer.model.loss import accumulation_dtype, next_token_loss, next_token_loss_without_gradient
 
 # GPT-2's spread of initial weights (Radford et al. 2019).
@@ -23,7 +24,7 @@ EMBEDDING_STDDEV = 0.1
 # Of Keras's "uniform", which the tutorial's embeddings start from.
 TUTORIAL_EMBEDDING_LIMIT = 0.05
 
-LAYER_NORM_EPSILON = 1e-5
+NORM_EPSILON = 1e-5
 
 
 Recompute = Literal["nothing", "attention", "blocks"]
@@ -90,7 +91,7 @@ class GPT(keras.Model):
         config: its shape.
         vocabulary_size: number of tokens. The embedding and the logits have `config.num_logits` of it, and what is more
             than the tokens stands for none.
-        sequence_length: number of positions it can tell apart.
+        sequence_length: number of positions it can tell apart, and its cache has room for.
         seed: of the initial weights.
         dtype: a Keras dtype policy.
         bos_id: token before each document, by which a document_mask finds them.
@@ -122,11 +123,13 @@ class GPT(keras.Model):
         self.token_embedding = keras.layers.Embedding(
             num_logits, config.hidden_dim, initial.embedding(), name="token_embedding", dtype=dtype
         )
-        self.position_embedding = keras.layers.Embedding(
-            sequence_length, config.hidden_dim, initial.embedding(), name="position_embedding", dtype=dtype
-        )
+        self.position_embedding = None
+        if config.positions == "learned":
+            self.position_embedding = keras.layers.Embedding(
+                sequence_length, config.hidden_dim, initial.embedding(), name="position_embedding", dtype=dtype
+            )
         self.blocks = [Block(config, i, initial, dtype=dtype, name=f"block_{i}") for i in range(config.num_layers)]
-        self.final_norm = _layer_norm(config, "final_norm", dtype) if config.pre_norm else None
+        self.final_norm = _norm(config, "final_norm", dtype) if config.pre_norm else None
         self.unembedding = None
         if not config.tied_embeddings:
             self.unembedding = Unembedding(num_logits, config.use_bias, initial.unembedding(num_logits), dtype=dtype)
@@ -136,7 +139,8 @@ class GPT(keras.Model):
         """Creates all variables now: a model is built under its strategy's scope, before any batch is seen."""
         width = (None, None, self.config.hidden_dim)
         self.token_embedding.build((None, None))
-        self.position_embedding.build((None,))
+        if self.position_embedding is not None:
+            self.position_embedding.build((None,))
         for layer in [*self.blocks, self.final_norm, self.unembedding]:
             if layer is not None:
                 layer.build(width)
@@ -190,10 +194,12 @@ class GPT(keras.Model):
         draw: DropoutDraw | None = None,
         loss_scale: tf.Tensor | None = None,
         recompute: Recompute = "nothing",
+        z_loss: float = 0.0,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns (loss_sum, num_targets) with gradients; see `next_token_loss`, and `hidden_states`."""
         kernel, bias = self._output_projection()
-        return next_token_loss(self.hidden_states(tokens, draw, recompute), kernel, bias, targets, weights, loss_scale)
+        hidden = self.hidden_states(tokens, draw, recompute)
+        return next_token_loss(hidden, kernel, bias, targets, weights, loss_scale, z_loss=z_loss)
 
     def evaluation_loss(self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns (loss_sum, num_targets) for evaluation."""
@@ -201,8 +207,8 @@ class GPT(keras.Model):
         return next_token_loss_without_gradient(self.hidden_states(tokens), kernel, bias, targets, weights)
 
     def empty_cache(self, batch: int | tf.Tensor) -> tf.Tensor:
-        """Returns zeros [batch, num_layers, 2, num_heads, sequence_length, head_dim] for `decode` to fill."""
-        heads, width = self.config.num_heads, self.config.head_dim()
+        """Returns zeros [batch, num_layers, 2, key_heads, sequence_length, head_dim] for `decode` to fill."""
+        heads, width = self.config.key_value_heads(), self.config.head_dim()
         return tf.zeros([batch, self.config.num_layers, 2, heads, self.sequence_length, width], self.compute_dtype)
 
     def decode(self, tokens: tf.Tensor, cache: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -226,7 +232,8 @@ class GPT(keras.Model):
         return self.logits(x), tf.stack(caches, axis=1)
 
     def _embed(self, tokens: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
-        return self.token_embedding(tokens) + self.position_embedding(positions)
+        x = self.token_embedding(tokens)
+        return x if self.position_embedding is None else x + self.position_embedding(positions)
 
     def _output_projection(self) -> tuple[tf.Tensor, tf.Tensor | None]:
         if self.unembedding is None:
@@ -250,18 +257,22 @@ class Block(keras.layers.Layer):
         self.index = index
 
         def dense(
-            units: int, initializer: keras.Initializer, name: str, activation: str | None = None
+            units: int, initializer: keras.Initializer, name: str, activation: str | Callable | None = None
         ) -> keras.layers.Layer:
             return Dense(units, activation, config.use_bias, kernel_initializer=initializer, dtype=dtype, name=name)
 
-        attention_dim = config.num_heads * config.head_dim()
         # One product for queries, keys and values: a third of the reads of x.
-        self.query_key_value = dense(3 * attention_dim, initial.query_key_value(), "query_key_value")
+        self.query_key_value = dense(config.query_key_value_dim(), initial.query_key_value(), "query_key_value")
         self.attention_output = dense(config.hidden_dim, initial.attention_output(), "attention_output")
-        self.attention_norm = _layer_norm(config, "attention_norm", dtype)
-        self.intermediate = dense(config.intermediate_dim, initial.intermediate(), "intermediate", config.activation)
+        self.attention_norm = _norm(config, "attention_norm", dtype)
+        self.intermediate = dense(
+            config.intermediate_projection_dim(),
+            initial.intermediate(),
+            "intermediate",
+            swiglu if config.activation == "swiglu" else config.activation,
+        )
         self.output_dense = dense(config.hidden_dim, initial.output(), "output")
-        self.feedforward_norm = _layer_norm(config, "feedforward_norm", dtype)
+        self.feedforward_norm = _norm(config, "feedforward_norm", dtype)
 
     def build(self, input_shape: tuple) -> None:
         """Creates the variables of all parts."""
@@ -287,7 +298,7 @@ class Block(keras.layers.Layer):
             x: float [batch, sequence, hidden_dim].
             draw: of the dropout masks.
             starts: int32 [batch, sequence] of `document_starts`, where there is no cache; None for a single document.
-            cache: float [batch, 2, num_heads, capacity, head_dim], keys and values of the positions before index.
+            cache: float [batch, 2, key_heads, capacity, head_dim], keys and values of the positions before index.
             index: int32 scalar, position of x[:, 0] where there is a cache.
             recompute: whether gradients compute the probabilities of attention again.
 
@@ -328,28 +339,51 @@ class Block(keras.layers.Layer):
         index: tf.Tensor | None,
         recompute: bool,
     ) -> tuple[tf.Tensor, tf.Tensor | None]:
-        heads, width = self.config.num_heads, self.config.head_dim()
         batch, sequence = tf.shape(x)[0], tf.shape(x)[1] if x.shape[1] is None else x.shape[1]
-        x = tf.reshape(self.query_key_value(x), [batch, sequence, 3, heads, width])
-        query, key, value = tf.unstack(tf.transpose(x, [2, 0, 3, 1, 4]))  # each [batch, heads, sequence, head_dim]
+        query, key, value = self._query_key_value(x, batch, sequence)
+        if self.config.positions == "rope":
+            positions = tf.range(sequence) - (0 if starts is None else starts) + (0 if index is None else index)
+            query, key = (rotate(part, positions, self.config.rope_theta) for part in (query, key))
         if cache is None:
             x = causal_attention(query, key, value, starts, recompute)
         else:
             cache = keras.ops.slice_update(cache, (0, 0, 0, index, 0), tf.stack([key, value], axis=1))
             x = cached_attention(query, cache[:, 0], cache[:, 1], index)
-        x = tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [batch, sequence, heads * width])
+        x = tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [batch, sequence, self.config.num_heads * self.config.head_dim()])
         return self.attention_output(x), cache
+
+    def _query_key_value(
+        self, x: tf.Tensor, batch: int | tf.Tensor, sequence: int | tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns the three as float [batch, heads or key_heads, sequence, head_dim]."""
+        heads, key_heads, width = self.config.num_heads, self.config.key_value_heads(), self.config.head_dim()
+        x = self.query_key_value(x)
+        if heads == key_heads:
+            # Thirds of one tensor, which TensorFlow does not copy.
+            thirds = tf.transpose(tf.reshape(x, [batch, sequence, 3, heads, width]), [2, 0, 3, 1, 4])
+            query, key, value = tf.unstack(thirds)
+        else:
+            by_head = tf.transpose(tf.reshape(x, [batch, sequence, heads + 2 * key_heads, width]), [0, 2, 1, 3])
+            query, key, value = tf.split(by_head, [heads, key_heads, key_heads], axis=1)
+        return query, key, value
 
 
 class Dense(keras.layers.Dense):
     """Keras's dense layer, as one product of matrices: TensorFlow fuses that with the bias and the activation."""
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
-        """Maps float [..., width] to [..., units]."""
+        """Maps float [..., width] to [..., units], or to half as many by swiglu."""
         rows = tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), tf.cast(self.kernel, x.dtype))
         if self.bias is not None:
             rows = add_bias(rows, tf.cast(self.bias, x.dtype))
-        return tf.reshape(self.activation(rows), tf.concat([tf.shape(x)[:-1], [self.units]], axis=0))
+        rows = self.activation(rows)
+        return tf.reshape(rows, tf.concat([tf.shape(x)[:-1], [rows.shape[-1]]], axis=0))
+
+
+def swiglu(rows: tf.Tensor) -> tf.Tensor:
+    """Multiplies the second half of [rows, 2 * width] by silu of the first. Source: Shazeer 2020, equation 5."""
+    gate, x = tf.split(rows, 2, axis=-1)
+    return tf.nn.silu(gate) * x
 
 
 @tf.custom_gradient
@@ -383,15 +417,24 @@ class Unembedding(keras.layers.Layer):
             self.bias = self.add_weight((self.num_logits,), "zeros", name="bias")
 
 
-class LayerNorm(keras.layers.LayerNormalization):
-    """Keras's layer normalization over the last axis, with its gradient by hand: a third of the passes over memory."""
+class Norm(keras.layers.LayerNormalization):
+    """Keras's layer normalization over the last axis, with its gradient by hand: a third of the passes over memory.
+
+    Args:
+        kind: "layer", or "rms" for the root mean square in place of mean and variance.
+        settings: of Keras's layer.
+    """
+
+    def __init__(self, kind: str, **settings: Any) -> None:
+        super().__init__(epsilon=NORM_EPSILON, **settings)
+        self.kind = kind
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Normalizes float [..., hidden_dim], in the accumulation dtype."""
         wide = tf.cast(x, accumulation_dtype(x.dtype))
         gamma = tf.cast(self.gamma, wide.dtype)
         beta = None if self.beta is None else tf.cast(self.beta, wide.dtype)
-        rows = normalize(tf.reshape(wide, [-1, x.shape[-1]]), gamma)
+        rows = (normalize if self.kind == "layer" else normalize_rms)(tf.reshape(wide, [-1, x.shape[-1]]), gamma)
         if beta is not None:
             rows = add_bias(rows, beta)
         return tf.cast(tf.reshape(rows, tf.shape(x)), x.dtype)
@@ -407,7 +450,7 @@ def normalize(x: tf.Tensor, gamma: tf.Tensor) -> tuple[tf.Tensor, object]:
 
     Source: Ba, Kiros and Hinton 2016, equation 4.
     """
-    epsilon, width = tf.constant(LAYER_NORM_EPSILON, x.dtype), tf.constant(x.shape[-1], x.dtype)
+    epsilon, width = tf.constant(NORM_EPSILON, x.dtype), tf.constant(x.shape[-1], x.dtype)
     centered = x - tf.reduce_mean(x, axis=-1, keepdims=True)
     inverse = tf.math.rsqrt(tf.reduce_mean(tf.square(centered), axis=-1, keepdims=True) + epsilon)
     unit = centered * inverse
@@ -419,6 +462,28 @@ def normalize(x: tf.Tensor, gamma: tf.Tensor) -> tuple[tf.Tensor, object]:
         mean_d_unit = tf.matmul(d_gamma, gamma[:, tf.newaxis]) / width
         d_x = (upstream * gamma - mean_d - unit * mean_d_unit) * inverse
         return d_x, column_sums(d_gamma)
+
+    return unit * gamma, gradient
+
+
+@tf.custom_gradient
+def normalize_rms(x: tf.Tensor, gamma: tf.Tensor) -> tuple[tf.Tensor, object]:
+    """Scales each row to root mean square 1, then by gamma.
+
+    Args:
+        x: float [rows, hidden_dim].
+        gamma: float [hidden_dim].
+
+    Source: Zhang and Sennrich 2019, equation 4.
+    """
+    epsilon, width = tf.constant(NORM_EPSILON, x.dtype), tf.constant(x.shape[-1], x.dtype)
+    inverse = tf.math.rsqrt(tf.reduce_mean(tf.square(x), axis=-1, keepdims=True) + epsilon)
+    unit = x * inverse
+
+    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        d_gamma = upstream * unit
+        mean_d_unit = tf.matmul(d_gamma, gamma[:, tf.newaxis]) / width
+        return (upstream * gamma - unit * mean_d_unit) * inverse, column_sums(d_gamma)
 
     return unit * gamma, gradient
 
@@ -441,7 +506,7 @@ class _Initializers:
         return self._kernel(EMBEDDING_STDDEV, self._config.hidden_dim + num_logits)
 
     def query_key_value(self) -> keras.Initializer:
-        # The fans of each of the three, as where they are kernels of their own.
+        # The fans of each of the three, as where they are kernels of their own; with fewer key heads, the queries'.
         return self._kernel(KERNEL_STDDEV, self._config.hidden_dim + self._attention_dim())
 
     def attention_output(self) -> keras.Initializer:
@@ -471,5 +536,5 @@ class _Initializers:
         return keras.initializers.RandomUniform(-limit, limit, seed=next(self._seeds))
 
 
-def _layer_norm(config: ModelConfig, name: str, dtype: str) -> keras.layers.Layer:
-    return LayerNorm(epsilon=LAYER_NORM_EPSILON, center=config.use_bias, dtype=dtype, name=name)
+def _norm(config: ModelConfig, name: str, dtype: str) -> keras.layers.Layer:
+    return Norm(config.norm, center=config.use_bias, dtype=dtype, name=name)

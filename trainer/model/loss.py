@@ -22,6 +22,7 @@ def next_token_loss(
     weights: tf.Tensor,
     loss_scale: tf.Tensor | None = None,
     chunk_rows: int = CHUNK_ROWS,
+    z_loss: float = 0.0,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Sums the cross-entropy of each target token given its hidden state, a chunk of rows at a time.
 
@@ -36,17 +37,22 @@ def next_token_loss(
         loss_scale: scalar that multiplies the gradient, and not the loss, before it is rounded to hidden's dtype: what
             keeps it from vanishing in float16.
         chunk_rows: rows of logits that exist at a time.
+        z_loss: adds to the gradient, and not to the loss, that of z_loss * log(sum(exp(logits)))**2 of each target.
 
     Returns:
         (loss_sum, num_targets), scalars of the accumulation dtype, loss_sum in nats. A sum and not a mean: replicas can
         hold different numbers of targets, so only the caller that sees all of them may divide.
+
+    Source: of z_loss, Chowdhery et al. 2022, section 5.
     """
     dtype = accumulation_dtype(hidden.dtype)
     weights = tf.cast(weights, dtype)
 
     @tf.custom_gradient
     def loss_sum_of(hidden: tf.Tensor, unembedding: tf.Tensor, *bias: tf.Tensor) -> tuple[tf.Tensor, object]:
-        value, *gradients = _loss_and_gradients(hidden, unembedding, bias, targets, weights, loss_scale, chunk_rows)
+        value, *gradients = _loss_and_gradients(
+            hidden, unembedding, bias, targets, weights, loss_scale, chunk_rows, z_loss
+        )
         return value, lambda upstream: [tf.cast(upstream, g.dtype) * g for g in gradients]
 
     operands = (hidden, unembedding) if bias is None else (hidden, unembedding, bias)
@@ -54,7 +60,11 @@ def next_token_loss(
 
 
 def next_token_loss_from_logits(
-    logits: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, loss_scale: tf.Tensor | None = None
+    logits: tf.Tensor,
+    targets: tf.Tensor,
+    weights: tf.Tensor,
+    loss_scale: tf.Tensor | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Sums the cross-entropy of each target token given its logits, for models that offer nothing but logits.
 
@@ -63,14 +73,20 @@ def next_token_loss_from_logits(
         targets: int32 [batch, sequence].
         weights: float [batch, sequence], 0 where a target is padding.
         loss_scale: as of `next_token_loss`.
+        z_loss: as of `next_token_loss`.
 
     Returns:
         (loss_sum, num_targets) as `next_token_loss` does.
     """
     dtype = accumulation_dtype(logits.dtype)
     weights = tf.cast(weights, dtype)
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, tf.cast(logits, dtype))
+    logits = tf.cast(logits, dtype)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
     loss_sum = tf.reduce_sum(losses * weights)
+    if z_loss:
+        log_sum_exp = losses + tf.gather(logits, targets, batch_dims=2)
+        z_sum = z_loss * tf.reduce_sum(tf.square(log_sum_exp) * weights)
+        loss_sum += z_sum - tf.stop_gradient(z_sum)
     return loss_sum if loss_scale is None else _scale_gradient(loss_sum, loss_scale), tf.reduce_sum(weights)
 
 
@@ -169,6 +185,7 @@ def _loss_and_gradients(
     weights: tf.Tensor,
     loss_scale: tf.Tensor | None,
     chunk_rows: int,
+    z_loss: float,
 ) -> tuple[tf.Tensor, ...]:
     """Returns the loss sum and its gradient by hidden, unembedding and, where there is one, bias."""
     dtype = weights.dtype
@@ -177,10 +194,14 @@ def _loss_and_gradients(
 
     def add_chunk(i: tf.Tensor, loss_sum: tf.Tensor, d_hidden: tf.TensorArray, *sums: tf.Tensor) -> tuple:
         rows, row_targets, row_weights = chunks.at(i)
-        losses, softmax = _losses_and_softmax(_logits(rows, kernel, bias[0] if bias else None, dtype), row_targets)
+        logits = _logits(rows, kernel, bias[0] if bias else None, dtype)
+        losses, softmax = _losses_and_softmax(logits, row_targets)
         # In the wide dtype: in bfloat16 the difference of two numbers near 1 would be noise.
         # Once the losses have read the softmax, it is overwritten in place.
         with tf.control_dependencies([losses]):
+            if z_loss:
+                log_sum_exp = losses + tf.gather_nd(logits, _places(row_targets))
+                softmax *= (1 + 2 * z_loss * log_sum_exp)[:, tf.newaxis]
             d_logits = tf.tensor_scatter_nd_sub(softmax, _places(row_targets), tf.ones_like(losses))
         if loss_scale is not None:
             d_logits *= tf.cast(loss_scale, dtype)

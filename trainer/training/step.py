@@ -64,6 +64,7 @@ def forward_backward(
     draw: DropoutDraw | None,
     loss_scale: tf.Tensor | None = None,
     recompute: Recompute = "nothing",
+    z_loss: float = 0.0,
 ) -> Gradients:
     """Computes the loss sum of a batch and its gradient: a function of tensors, that reads no variable.
 
@@ -75,6 +76,7 @@ def forward_backward(
         draw: of the dropout masks.
         loss_scale: scalar, multiplies the gradients.
         recompute: of a GPT, what the backward pass computes again; see train.recompute.
+        z_loss: as of `next_token_loss`.
 
     Raises:
         ValueError: a weight has no influence on the loss.
@@ -87,11 +89,11 @@ def forward_backward(
         with keras.StatelessScope(state_mapping=values) as scope:
             if isinstance(model, GPT):
                 loss_sum, num_targets = model.training_loss(
-                    inputs, targets, target_weights, draw, loss_scale, recompute
+                    inputs, targets, target_weights, draw, loss_scale, recompute, z_loss
                 )
             else:
                 logits = model(inputs, training=True)
-                loss_sum, num_targets = next_token_loss_from_logits(logits, targets, target_weights, loss_scale)
+                loss_sum, num_targets = next_token_loss_from_logits(logits, targets, target_weights, loss_scale, z_loss)
     gradients = tape.gradient(loss_sum, weights)
     for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
         if gradient is None:
@@ -231,7 +233,7 @@ class TrainingStep:
             self.stop_requested = tf.Variable(False, trainable=False, name="stop_requested")
         self.run_steps = tf.function(self._run_steps, autograph=False)
         self._forward_backward: Callable[..., Gradients] = functools.partial(
-            forward_backward, model, recompute=self._recompute()
+            forward_backward, model, recompute=self._recompute(), z_loss=config.train.z_loss
         )
         if self._uses_xla():
             self._forward_backward = tf.function(self._forward_backward, autograph=False, jit_compile=True)
