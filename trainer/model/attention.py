@@ -69,7 +69,7 @@ def _in_blocks(
     def attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tuple[tf.Tensor, object]:
         def scores(scaled: tf.Tensor, first: int, end: int) -> tf.Tensor:
             # Masks that compilers can foresee would lie in the program, for every layer.
-            queries = tf.range(first, end) + (_unforeseen_zero(query, tf.int32) if recompute else 0)
+            queries = tf.range(first, end) + (unforeseen_zero(query, tf.int32) if recompute else 0)
             product = _product(scaled[:, :, first:end], key[:, :, :end], transpose_b=True)
             return _masked(tf.cast(product, wide) if recompute else product, _allowed(queries, end, starts))
 
@@ -90,7 +90,7 @@ def _in_blocks(
             # What the softmax takes off each score's gradient: the mean of its row's by the probabilities.
             mean = tf.reduce_sum(tf.cast(upstream, wide) * tf.cast(out, wide), axis=-1, keepdims=True)
             # Else a compiler finds that the scores were there before, and keeps them.
-            again = query * scale + _unforeseen_zero(upstream, query.dtype) if recompute else scaled
+            again = query * scale + unforeseen_zero(upstream, query.dtype) if recompute else scaled
             of_query, of_key, of_value = [], [], []
             for p, (first, end) in zip(kept, blocks, strict=True):
                 if recompute:
@@ -108,7 +108,7 @@ def _in_blocks(
     return attend(query, key, value)
 
 
-def _unforeseen_zero(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+def unforeseen_zero(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     """Returns 0, or NaN where dtype has it and the first number of x is one: not known before x is."""
     first = tf.reshape(x, [-1])[0]
     if dtype.is_integer:

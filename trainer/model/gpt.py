@@ -5,14 +5,14 @@ Weights are ordinary Keras variables; run the model inside `keras.StatelessScope
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from trainer.config import ModelConfig
-from trainer.model.attention import cached_attention, causal_attention, rotate
+from trainer.model.attention import cached_attention, causal_attention, rotate, unforeseen_zero
 from trainer.model.loss import accumulation_dtype, next_token_loss, next_token_loss_without_gradient
 
 # GPT-2's spread of initial weights (Radford et al. 2019).
@@ -323,11 +323,21 @@ class Block(keras.layers.Layer):
         """
         variables = self.trainable_variables
 
-        @tf.recompute_grad
-        def transform(x: tf.Tensor, *weights: tf.Tensor) -> tf.Tensor:
-            # As arguments: gradients by what a function merely refers to would be lost.
+        def run(x: tf.Tensor, weights: Sequence[tf.Tensor]) -> tf.Tensor:
             with keras.StatelessScope(state_mapping=zip(variables, weights, strict=True)):
                 return self(x, draw=draw, starts=starts, recompute=True)[0]
+
+        @tf.custom_gradient
+        def transform(x: tf.Tensor, *weights: tf.Tensor) -> tuple[tf.Tensor, object]:
+            def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
+                # Else XLA finds that all of it was there before, and keeps it; as it does with tf.recompute_grad.
+                again = x + unforeseen_zero(upstream, x.dtype)
+                with tf.GradientTape() as tape:
+                    tape.watch([again, *weights])
+                    out = run(again, weights)
+                return tape.gradient(out, [again, *weights], upstream)
+
+            return run(x, weights), gradient
 
         return transform(x, *(tf.convert_to_tensor(variable) for variable in variables))
 
