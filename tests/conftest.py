@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-figures", action="store_true", help="of tests/test_compile.py")
+
+
 @pytest.fixture
 def test_data() -> Path:
     """The folder of larger real text, named by TRAINER_TEST_DATA; a test that needs it skips without it."""

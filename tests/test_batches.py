@@ -15,7 +15,6 @@ from trainer.data.batches import (
     Window,
     evaluation_batches,
     mixed,
-    num_examples,
     permuted,
     shares_of,
     shuffled,
@@ -23,6 +22,7 @@ from trainer.data.batches import (
     training_batches,
 )
 from trainer.data.prepare import prepare
+from trainer.data.shards import num_examples
 
 WORDS = ["sun", "moon", "star", "tree", "river", "stone", "bird", "fish", "wolf", "bear"]
 

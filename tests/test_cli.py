@@ -59,7 +59,7 @@ def test_what_needs_no_tensorflow_does_not_load_it(tmp_path: Path):
         (["--help"], 0),
         (["train", "--help"], 0),
         (["--version"], 0),
-        (["plan", MINIGPT], 0),
+        (["plan", MINIGPT, "--target", "tpu:v5e-8", "--weights"], 0),
         (["train", MINIGPT, "train.total_step=1"], 2),
         (["prepare", "nothing.toml"], 2),
         (["train", MINIGPT, f"run_folder={taken}"], 2),
@@ -101,9 +101,9 @@ def test_plan_of_characters_needs_the_vocabulary_size(capsys: pytest.CaptureFixt
 
 
 def test_overrides_may_stand_on_both_sides_of_an_option(capsys: pytest.CaptureFixture[str]):
-    before = ["plan", MINIGPT, "model.num_layers=1", "model.pre_norm=true", "--vocabulary-size", "100"]
-    after = ["plan", MINIGPT, "--vocabulary-size", "100", "model.num_layers=1", "model.pre_norm=true"]
-    around = ["plan", MINIGPT, "model.num_layers=1", "--vocabulary-size", "100", "model.pre_norm=true"]
+    before = ["plan", MINIGPT, "model.num_layers=1", "model.pre_norm=true", "--weights", "--vocabulary-size", "100"]
+    after = ["plan", MINIGPT, "--vocabulary-size", "100", "--weights", "model.num_layers=1", "model.pre_norm=true"]
+    around = ["plan", MINIGPT, "model.num_layers=1", "--vocabulary-size", "100", "model.pre_norm=true", "--weights"]
     tables = []
     for arguments in (before, after, around):
         assert main(arguments) == 0

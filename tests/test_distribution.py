@@ -8,7 +8,8 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import DistributionConfig, UserError
-from trainer.training.distribution import gpu_numbers, make_strategy, micro_batches
+from trainer.devices import parse_target
+from trainer.training.distribution import find_devices, gpu_numbers, make_strategy, micro_batches
 
 NUM_GPUS = len(tf.config.list_physical_devices("GPU"))
 HAS_GPU = NUM_GPUS > 0
@@ -70,3 +71,24 @@ def test_a_host_can_be_told_to_go_alone(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}')
     for kind in ("auto", "multi_worker"):
         assert make_strategy(DistributionConfig(kind=kind), alone=True).num_replicas_in_sync == max(1, NUM_GPUS)
+
+
+def test_devices_are_found_in_the_table_by_what_they_are_called():
+    assert find_devices("GPU", ["NVIDIA H100 80GB HBM3"], 16) == parse_target("gpu:H100x16")
+    # The accelerator type counts all hosts' cores.
+    assert find_devices("TPU", ["v5litepod-8"], 8) == parse_target("tpu:v5e-8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("CPU", []),
+        ("GPU", []),
+        ("GPU", ["NVIDIA Z9"]),
+        ("GPU", ["NVIDIA L4", "Tesla T4"]),
+        ("TPU", ["v9-8"]),
+        ("TPU", []),
+    ],
+)
+def test_devices_that_are_not_in_the_table_or_not_alike_have_no_peak(kind: str, names: list[str]):
+    assert find_devices(kind, names, 1) is None

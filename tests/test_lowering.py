@@ -8,9 +8,8 @@ from trainer.config import UserError, make_config
 from trainer.lowering import lower_step, main
 
 CONFIG = """
-tokenizer = {kind = "wordpiece", vocabulary_size = 50}
-model = {num_layers = 1, num_heads = 1, hidden_dim = 8, intermediate_dim = 8}
-train = {precision = "float32", total_steps = 1, sequence_length = 16, global_batch_size = 2}
+model = {{num_layers = 1, num_heads = 1, hidden_dim = 8, intermediate_dim = 8, vocabulary_multiple = {multiple}}}
+train = {{precision = "float32", total_steps = 1, sequence_length = 16, global_batch_size = 2}}
 """
 
 
@@ -43,9 +42,9 @@ def has_matrix(hlo, num_rows, num_columns):
 
 
 def test_a_step_lowered_without_text_has_the_rows_of_the_padded_vocabulary(tmp_path, monkeypatch):
-    (tmp_path / "config.toml").write_text(CONFIG)
-    for overrides, num_rows, other in ([], 50, 64), (["model.vocabulary_multiple=64"], 64, 50):
-        out = tmp_path / f"{num_rows}.hlo"
-        monkeypatch.setattr(sys, "argv", ["lowering", str(tmp_path / "config.toml"), "2", str(out), *overrides])
+    for multiple, num_rows, other in (1, 50, 64), (64, 64, 50):
+        config, out = tmp_path / f"{num_rows}.toml", tmp_path / f"{num_rows}.hlo"
+        config.write_text(CONFIG.format(multiple=multiple))
+        monkeypatch.setattr(sys, "argv", ["lowering", str(config), "50", "2", str(out)])
         main()
         assert has_matrix(out.read_bytes(), num_rows, 8) and not has_matrix(out.read_bytes(), other, 8)

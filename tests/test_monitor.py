@@ -96,6 +96,19 @@ def test_resumed_run_drops_what_was_logged_past_its_checkpoint(tmp_path: Path):
         pass
 
 
+def test_utilisation_is_shown_where_the_peak_is_known(tmp_path: Path):
+    terminal = io.StringIO()
+    watched = Monitor(tmp_path / "known", CONFIG, 0, 30, 0.5, False, terminal, tokens_per_sec_at_peak=4e6)
+    with watched.running():
+        watched.interval(10, interval())
+    assert curves(tmp_path / "known" / "train")["mfu"] == {10: 0.25}
+    assert "  1,000,000 tokens/s  mfu 25.0%  input" in terminal.getvalue()
+    unknown = monitor(tmp_path / "unknown")
+    with unknown.running():
+        unknown.interval(10, interval())
+    assert "mfu" not in curves(tmp_path / "unknown" / "train")
+
+
 def test_bits_per_byte_of_a_lossy_tokenizer_are_called_so(tmp_path: Path):
     watched = monitor(tmp_path, is_lossy=True)
     with watched.running():

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import UserError, make_config
+from trainer.config import UserError, make_config, rows_per_replica
 from trainer.model.gpt import GPT, DropoutDraw
-from trainer.training.distribution import make_strategy, rows_per_replica
+from trainer.training.distribution import make_strategy
 from trainer.training.step import (
     LossScale,
     TrainingStep,

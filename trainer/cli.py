@@ -116,8 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--steps", type=int, default=5, help="steps to train on each (default: %(default)s)")
     verify.set_defaults(run=_verify)
 
-    plan = verbs.add_parser("plan", help="show a config's parameters, without its data")
+    plan = verbs.add_parser("plan", help="show what a config costs: parameters, memory, tokens, disk and hours")
     _add_config(plan)
+    plan.add_argument("--target", help="devices to plan for, such as gpu:H100x8, tpu:v5e-8 or cpu")
+    plan.add_argument("--utilisation", type=float, help="model FLOPs utilisation to tell hours by, such as 0.5")
+    plan.add_argument("--compile", action="store_true", help="ask the target's own compiler for its memory; minutes")
+    plan.add_argument("--weights", action="store_true", help="list every weight")
     plan.add_argument("--vocabulary-size", type=int, help="where the config does not say it, as with characters")
     plan.set_defaults(run=_plan)
     return parser
@@ -270,10 +274,14 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if verify(config, [int(number) for number in numbers], options.steps) else 1
 
 
-def _plan(options: argparse.Namespace) -> None:
-    from trainer.plan import print_plan
+def _plan(options: argparse.Namespace) -> int:
+    from trainer.devices import parse_target
+    from trainer.plan import print_compiled, print_plan
 
-    print_plan(_read_config(options), options.vocabulary_size)
+    config = _read_config(options)
+    target = None if options.target is None else parse_target(options.target)
+    print_plan(config, options.vocabulary_size, target, options.utilisation, options.weights)
+    return 1 if options.compile and not print_compiled(config, options.vocabulary_size, target) else 0
 
 
 @contextlib.contextmanager

@@ -319,6 +319,13 @@ class TrainConfig(Section):
     seed: Seed = 0
     """Of the initial weights, the order of the examples and the dropout masks."""
 
+    def steps_for(self, num_examples: int) -> int:
+        """Returns the steps of the run: total_steps, or what num_epochs take of so many examples, rounded up."""
+        if self.total_steps is not None:
+            return self.total_steps
+        assert self.num_epochs is not None  # The check below sees to it that one of the two is set.
+        return -(-num_examples * self.num_epochs // self.global_batch_size)
+
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
         if (self.total_steps is None) == (self.num_epochs is None):
@@ -570,6 +577,23 @@ def parse_config(text: str, path: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
     settings.setdefault("run_folder", f"runs/{Path(path).stem}")
     return make_config(settings, overrides)
+
+
+def rows_per_replica(config: Config, num_replicas: int) -> int:
+    """Returns how many examples of a batch each replica gets.
+
+    Raises:
+        UserError: that is not a whole number, or not one of micro-batches.
+    """
+    train = config.train
+    rows, rest = divmod(train.global_batch_size, num_replicas)
+    if rest or rows % (train.micro_batch_size or 1):
+        micro = f" x train.micro_batch_size={train.micro_batch_size}" if train.micro_batch_size else ""
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of {num_replicas} replicas{micro}; "
+            "change one of them."
+        )
+    return rows
 
 
 # What a resumed run may change: where it runs, and what it costs, and nothing of what comes out.

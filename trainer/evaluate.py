@@ -7,12 +7,12 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from trainer.config import Config
+from trainer.config import Config, rows_per_replica
 from trainer.data.batches import evaluation_batches
 from trainer.data.shards import PreparedData, Split
 from trainer.model.gpt import GPT
 from trainer.model.loss import next_token_loss_from_logits
-from trainer.training.distribution import rows_per_replica, share_of
+from trainer.training.distribution import share_of
 
 
 class Evaluation(NamedTuple):

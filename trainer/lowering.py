@@ -6,9 +6,9 @@ from pathlib import Path
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
-from trainer.config import Config, UserError, load_config
+from trainer.config import Config, UserError, load_config, rows_per_replica
 from trainer.run import build_gpt
-from trainer.training.distribution import make_strategy, rows_per_replica
+from trainer.training.distribution import make_strategy
 from trainer.training.step import TrainingStep
 
 
@@ -65,15 +65,10 @@ class _StepOfMany(TrainingStep):
 
 
 def main() -> None:
-    """Writes what `lower_step` returns: python -m trainer.lowering CONFIG NUM_REPLICAS OUT [key.sub=value ...]."""
-    path, num_replicas, out, *overrides = sys.argv[1:]
+    """Writes what `lower_step` returns: python -m trainer.lowering CONFIG VOCABULARY_SIZE NUM_REPLICAS OUT."""
+    path, vocabulary_size, num_replicas, out = sys.argv[1:]
     try:
-        config = load_config(path, overrides)
-        # The most that it can come to: no text is read for this.
-        if (vocabulary_size := config.vocabulary_size()) is None:
-            kind = config.tokenizer.kind
-            raise UserError(f"tokenizer.kind={kind!r}: how many tokens there are is known once the text is prepared.")
-        hlo = lower_step(config, vocabulary_size, int(num_replicas))
+        hlo = lower_step(load_config(path), int(vocabulary_size), int(num_replicas))
     except UserError as error:
         sys.exit(f"trainer: {error}")
     Path(out).write_bytes(hlo)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, DistributionConfig, UserError
+from trainer.config import Config, DistributionConfig, UserError, rows_per_replica
 from trainer.data.batches import training_batches
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.run import build_gpt
-from trainer.training.distribution import make_strategy, rows_per_replica, share_of
+from trainer.training.distribution import make_strategy, share_of
 from trainer.training.step import TrainingStep
 
 # Largest |a - b| / |a| that rounding explains: with another number of replicas, sums are made in another order.

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config import MIXTURE_EXAMPLES, Config, UserError
-from trainer.data.shards import MANIFEST, PreparedData, Split
+from trainer.data.shards import MANIFEST, PreparedData, Split, examples_per_shard, num_examples
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
@@ -105,18 +105,9 @@ def evaluation_batches(
     return _pipeline(prepared, config, share, 0, min(-(-count // batch_size), num_batches or count), rows_at)
 
 
-def num_examples(split: Split, config: Config) -> int:
-    """Returns how many examples an epoch of a split has: documents in lines mode, windows in packed mode."""
-    return sum(_examples_per_shard(split, config))
-
-
 def total_steps(prepared: PreparedData, config: Config) -> int:
     """Returns the length of the run in steps: train.total_steps, or what num_epochs epochs take, rounded up."""
-    if config.train.total_steps is not None:
-        return config.train.total_steps
-    assert config.train.num_epochs is not None  # TrainConfig sees to it that one of the two is set.
-    examples = num_examples(prepared.split("train"), config) * config.train.num_epochs
-    steps = -(-examples // config.train.global_batch_size)
+    steps = config.train.steps_for(num_examples(prepared.split("train"), config))
     if config.optimizer.warmup_steps > steps:
         raise UserError(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} is more than the {steps} steps that "
@@ -285,16 +276,9 @@ def _copy_unless_there(prepared: PreparedData, source: tf.Tensor) -> tf.Tensor:
     return tf.cond(tf.size(there) > 0, lambda: tf.constant(True), copy)
 
 
-def _examples_per_shard(split: Split, config: Config) -> list[int]:
-    if config.data.mode == "lines":
-        return [shard.num_documents for shard in split.shards]
-    # The first token of a shard is never a target and the last window may be part empty.
-    return [-(-(shard.stream_length() - 1) // config.train.sequence_length) for shard in split.shards]
-
-
 def _reader(prepared: PreparedData, split: Split, config: Config) -> Callable[[tf.Tensor], Batch]:
     """Returns a function from example numbers, int64 [batch], to their batch."""
-    counts = _examples_per_shard(split, config)
+    counts = examples_per_shard(split, config)
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
     readers = [_shard_reader(prepared, split, i, config) for i in range(len(counts))]
 

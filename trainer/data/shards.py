@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import UserError
+from trainer.config import Config, UserError
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.storage import Location, sync
 
@@ -135,6 +135,19 @@ def _joined(one: Split, other: Split) -> Split:
         source_nats=None,
         shards=one.shards + other.shards,
     )
+
+
+def num_examples(split: Split, config: Config) -> int:
+    """Returns how many examples an epoch of a split has: documents in lines mode, windows in packed mode."""
+    return sum(examples_per_shard(split, config))
+
+
+def examples_per_shard(split: Split, config: Config) -> list[int]:
+    """Returns how many of an epoch's examples are in each shard."""
+    if config.data.mode == "lines":
+        return [shard.num_documents for shard in split.shards]
+    # The first token of a shard is never a target and the last window may be part empty.
+    return [-(-(shard.stream_length() - 1) // config.train.sequence_length) for shard in split.shards]
 
 
 def token_dtype(vocabulary_size: int) -> str:

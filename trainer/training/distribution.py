@@ -1,12 +1,16 @@
 """Which devices a run uses. The only module that names a tf.distribute class."""
 
+import os
 import threading
+import urllib.request
+from collections.abc import Collection
 from concurrent.futures import Future
 
 import tensorflow as tf
 
-from trainer.config import Config, DistributionConfig, UserError
+from trainer.config import DistributionConfig, UserError
 from trainer.data.batches import Share
+from trainer.devices import Target, find_gpu, parse_target
 from trainer.training.hosts import Hosts, find_hosts
 from trainer.training.tpu import check_tpu_install
 
@@ -15,6 +19,9 @@ from trainer.training.tpu import check_tpu_install
 HALVED_FROM_TOKENS = 2048
 
 TPU_TIMEOUT_SECS = 50.0
+
+# Where a TPU VM says which TPU it has.
+TPU_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/accelerator-type"
 
 
 def make_strategy(config: DistributionConfig, alone: bool = False) -> tf.distribute.Strategy:
@@ -41,23 +48,6 @@ def count_replicas_of(hosts: Hosts) -> int:
     return len(hosts.workers) * max(1, _num_gpus())
 
 
-def rows_per_replica(config: Config, num_replicas: int) -> int:
-    """Returns how many examples of a batch each replica gets.
-
-    Raises:
-        UserError: that is not a whole number, or not one of micro-batches.
-    """
-    train = config.train
-    rows, rest = divmod(train.global_batch_size, num_replicas)
-    if rest or rows % (train.micro_batch_size or 1):
-        micro = f" x train.micro_batch_size={train.micro_batch_size}" if train.micro_batch_size else ""
-        raise UserError(
-            f"train.global_batch_size={train.global_batch_size} is not a multiple of {num_replicas} replicas{micro}; "
-            "change one of them."
-        )
-    return rows
-
-
 def share_of(context: tf.distribute.InputContext) -> Share:
     """Returns the part of each batch that this host's pipeline makes."""
     per_host = context.num_replicas_in_sync // context.num_input_pipelines
@@ -67,6 +57,40 @@ def share_of(context: tf.distribute.InputContext) -> Share:
 def device_kind(strategy: tf.distribute.Strategy) -> str:
     """Returns "CPU", "GPU" or "TPU"."""
     return str(tf.DeviceSpec.from_string(strategy.extended.worker_devices[0]).device_type)
+
+
+def device_names(strategy: tf.distribute.Strategy) -> set[str]:
+    """Returns what this host's devices are called: GPUs by their driver, a TPU by its accelerator type, such as
+    v5litepod-8; nothing where nobody says it, as of a CPU.
+    """
+    kind = device_kind(strategy)
+    if kind == "GPU":
+        details = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices("GPU"))
+        return {each["device_name"] for each in details if "device_name" in each}
+    if kind == "TPU":
+        accelerator_type = os.environ.get("TPU_ACCELERATOR_TYPE") or _tpu_type_of_this_machine()
+        return {accelerator_type} if accelerator_type else set()
+    return set()
+
+
+def find_devices(kind: str, names: Collection[str], num_replicas: int) -> Target | None:
+    """Returns the devices of a run as the device table has them, or None where it does not.
+
+    Args:
+        kind: as of `device_kind`.
+        names: as of `device_names`; a run on devices of several kinds has no peak.
+        num_replicas: of the run. Of a TPU the accelerator type says it.
+    """
+    if kind == "CPU" or len(names) != 1:
+        return None
+    (name,) = names
+    if kind == "TPU":
+        try:
+            return parse_target(f"tpu:{name}")
+        except UserError:
+            return None
+    gpu = find_gpu(name)
+    return None if gpu is None else Target(gpu, num_replicas)
 
 
 def micro_batches(asked: int | None, rows: int, sequence: int, strategy: tf.distribute.Strategy) -> tuple[int, int]:
@@ -170,6 +194,15 @@ def _tpu(config: DistributionConfig) -> tf.distribute.Strategy:
             "distribution.kind='cpu'."
         ) from None
     return tf.distribute.TPUStrategy(resolver)
+
+
+def _tpu_type_of_this_machine() -> str | None:
+    request = urllib.request.Request(TPU_METADATA, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=2) as answer:
+            return str(answer.read().decode())
+    except OSError:
+        return None  # A TPU in Google Cloud that this machine is not part of.
 
 
 def _cpu(logical_devices: int) -> tf.distribute.Strategy:

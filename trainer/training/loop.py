@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, SamplesConfig, UserError
+from trainer.config import Config, SamplesConfig, UserError, rows_per_replica
 from trainer.data.batches import total_steps as count_steps
 from trainer.data.batches import training_batches
 from trainer.data.prepare import prepare
@@ -22,9 +22,18 @@ from trainer.data.shards import PreparedData
 from trainer.data.tokenizer import Tokenizer
 from trainer.decoding.generate import DECODERS, Decoder, Generator
 from trainer.evaluate import Evaluation, Evaluator
+from trainer.model.gpt import GPT
+from trainer.plan import tokens_per_sec_at_peak
 from trainer.run import BuildModel, RunFolder, build_gpt, find_run
 from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
-from trainer.training.distribution import count_replicas_of, make_strategy, rows_per_replica, share_of
+from trainer.training.distribution import (
+    count_replicas_of,
+    device_kind,
+    device_names,
+    find_devices,
+    make_strategy,
+    share_of,
+)
 from trainer.training.health import check_finite, only_run_in, stop_on_signals
 from trainer.training.hosts import Hosts, find_hosts, meet
 from trainer.training.monitor import Meter, Monitor, Silence
@@ -185,7 +194,8 @@ def train(
         tokenizer = run.tokenizer()
         generator = Generator(model, tokenizer, config.train.sequence_length)
         generator.encode([config.samples.prompt])  # A prompt that does not fit is better known now than in an hour.
-        monitor = make_monitor(run, prepared, tokenizer, step, total_steps) if hosts.is_chief else Silence()
+        at_peak = find_peak(config, model, prepared.vocabulary_size, strategy, say)
+        monitor = make_monitor(run, prepared, tokenizer, step, total_steps, at_peak) if hosts.is_chief else Silence()
         meter = Meter()
 
         batches = iter(
@@ -307,14 +317,43 @@ def write_samples(
     return samples
 
 
+def find_peak(
+    config: Config, model: keras.Model, vocabulary_size: int, strategy: tf.distribute.Strategy, say: Say
+) -> float | None:
+    """Returns the tokens per second that would be a model FLOPs utilisation of 1, where that is known; says of which
+    accelerator it is not.
+    """
+    kind = device_kind(strategy)
+    if kind == "CPU" or not isinstance(model, GPT):
+        return None
+    names = device_names(strategy)
+    devices = find_devices(kind, names, strategy.num_replicas_in_sync)
+    at_peak = None if devices is None else tokens_per_sec_at_peak(config, vocabulary_size, devices)
+    if at_peak is None:
+        name = " and ".join(sorted(names)) or f"this {kind}"
+        say(f"The peak of {name} in train.precision={config.train.precision!r} is not known: no utilisation is shown.")
+    return at_peak
+
+
 def make_monitor(
-    run: RunFolder, prepared: PreparedData, tokenizer: Tokenizer, first_step: int, total_steps: int
+    run: RunFolder,
+    prepared: PreparedData,
+    tokenizer: Tokenizer,
+    first_step: int,
+    total_steps: int,
+    at_peak: float | None,
 ) -> Monitor:
     """Returns the monitor of a run."""
     split = prepared.split("train")
     bits_per_token_byte = split.num_tokens / split.num_bytes / np.log(2)
     return Monitor(
-        run.path / "logs", run.config, first_step, total_steps, float(bits_per_token_byte), tokenizer.is_lossy
+        run.path / "logs",
+        run.config,
+        first_step,
+        total_steps,
+        float(bits_per_token_byte),
+        tokenizer.is_lossy,
+        tokens_per_sec_at_peak=at_peak,
     )
 
 

@@ -81,6 +81,7 @@ class Monitor:
         bits_per_token_byte: factor from nats per token to bits per byte of the training text.
         is_lossy: whether the tokenizer loses text, so that bits per byte are of less than the text.
         terminal: where lines and the progress bar go.
+        tokens_per_sec_at_peak: what would be a model FLOPs utilisation of 1; None: not known, and it has no curve.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class Monitor:
         bits_per_token_byte: float,
         is_lossy: bool,
         terminal: TextIO | None = None,
+        tokens_per_sec_at_peak: float | None = None,
     ) -> None:
         self.total_steps = total_steps
+        self._tokens_per_sec_at_peak = tokens_per_sec_at_peak
         self._bits_per_token_byte = bits_per_token_byte
         self._bits_tag = "bits_per_byte_lossy" if is_lossy else "bits_per_byte"
         self._train = EventLog(logs / "train", first_step)
@@ -140,14 +143,18 @@ class Monitor:
             "skipped_steps": interval.num_skipped,
         }
         del values["num_steps"], values["num_skipped"]
+        speed = f"{interval.tokens_per_sec:,.0f} tokens/s"
+        if self._tokens_per_sec_at_peak is not None:
+            values["mfu"] = interval.tokens_per_sec / self._tokens_per_sec_at_peak
+            speed += f"  mfu {values['mfu']:.1%}"
         self._train.scalars(step, values)
-        state = f"loss {interval.loss:.4f}  {interval.tokens_per_sec:,.0f} tokens/s"
+        state = f"loss {interval.loss:.4f}  {speed}"
         self._progress.update(self._task, completed=step, state=state)
         if not self._console.is_terminal:
             self.say(
                 f"step {step}/{self.total_steps}  loss {interval.loss:.4f}  "
                 f"perplexity {_perplexity(interval.loss):.2f}  rate {interval.learning_rate:.2e}  "
-                f"norm {interval.grad_norm:.2f}  {interval.tokens_per_sec:,.0f} tokens/s  "
+                f"norm {interval.grad_norm:.2f}  {speed}  "
                 f"input {interval.input_share:.1%}  {_clock(self._secs_left(step))} left"
             )
 

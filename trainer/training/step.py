@@ -9,11 +9,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, UserError
+from trainer.config import Config, UserError, rows_per_replica
 from trainer.model.gpt import GPT, DropoutDraw, Recompute
 from trainer.model.loss import accumulation_dtype, next_token_loss_from_logits
 from trainer.training.checkpoint import named_variables
-from trainer.training.distribution import device_kind, micro_batches, rows_per_replica
+from trainer.training.distribution import device_kind, micro_batches
 from trainer.training.optimizer import AdamW
 from trainer.training.schedule import learning_rate
 

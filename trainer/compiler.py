@@ -1,0 +1,134 @@
+"""The real compilers of TPUs and NVIDIA GPUs, on a machine that has neither: what a config's step needs on them.
+
+The step is lowered by TensorFlow in a process of its own, and compiled in an environment of its own, made on first use:
+the compilers come with JAX, which wants other versions of what TensorFlow needs.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.config import Config, UserError
+from trainer.devices import Target, compiler_settings
+
+PACKAGES = {
+    "tpu": ("jax==0.10.2", "libtpu==0.0.52", "numpy"),
+    "gpu": ("jax==0.10.2", "jax-cuda12-plugin==0.10.2", "jax-cuda12-pjrt==0.10.2", "nvidia-cuda-nvcc-cu12", "numpy"),
+}
+
+NO_NETWORK = re.compile("from versions: none|NewConnectionError|ConnectTimeout|ProxyError|SSLError|name resolution")
+
+Say = Callable[[str], None]
+
+
+class CompiledStep(NamedTuple):
+    """What a compiler says of a step on one device.
+
+    arguments_bytes: weights, moments and batch. temporaries_bytes: what else there is at the worst instant. flops and
+    accessed_bytes: of one micro-batch and one update, as loops count once. num_all_reduces: operations that sum over
+    replicas. largest_constant_bytes: in the program.
+    """
+
+    arguments_bytes: int
+    temporaries_bytes: int
+    flops: float
+    accessed_bytes: float
+    num_all_reduces: int
+    largest_constant_bytes: int
+    compile_secs: float
+
+    def memory_bytes(self) -> int:
+        """Returns what the step needs in all."""
+        return self.arguments_bytes + self.temporaries_bytes
+
+
+class DoesNotFit(Exception):
+    """The compiler finds no way to run the step in the device's memory; the message is its own."""
+
+
+def compile_step(config: Config, vocabulary_size: int, target: Target, say: Say = print) -> CompiledStep:
+    """Compiles one replica's whole step for a target.
+
+    Args:
+        config: of the run.
+        vocabulary_size: number of tokens.
+        target: TPU or GPUs.
+        say: gets a line where the compiler has to be installed first.
+
+    Raises:
+        UserError: the batch cannot be spread over the devices, or the compiler cannot be installed.
+        DoesNotFit: the compiler says so.
+    """
+    kind = "tpu" if target.device.num_axes else "gpu"
+    python = _compiler_environment(kind, say)
+    settings = {**compiler_settings(target), "num_devices": target.num_devices}
+    with tempfile.TemporaryDirectory() as folder:
+        toml, hlo = Path(folder) / "config.toml", Path(folder) / "step.hlo"
+        toml.write_text(config.to_toml(), encoding="utf-8")
+        numbers = [str(vocabulary_size), str(target.num_devices)]
+        _run([sys.executable, "-m", "trainer.lowering", str(toml), *numbers, str(hlo)])
+        # -I: else the modules beside the program would stand in for Python's own of the same name.
+        program = str(Path(__file__).with_name("compile_hlo.py"))
+        answer = json.loads(_run([str(python), "-I", program, json.dumps(settings), str(hlo)]).splitlines()[-1])
+    if "does_not_fit" in answer:
+        raise DoesNotFit(answer["does_not_fit"])
+    return CompiledStep(**answer)
+
+
+def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """Returns the largest of rising sizes that fits, or None, where every size fits that is below one that does."""
+    low, high = 0, len(sizes)  # All below low fit, none from high on does.
+    while low < high:
+        middle = (low + high) // 2
+        if fits(sizes[middle]):
+            low = middle + 1
+        else:
+            high = middle
+    return sizes[low - 1] if low else None
+
+
+def _compiler_environment(kind: str, say: Say) -> Path:
+    """Returns the Python that has the compiler, in an environment inside the one that runs."""
+    folder = Path(sys.prefix) / f"compile-{kind}"
+    python, stamp = folder / "bin" / "python", folder / "trainer.installed"
+    packages = PACKAGES[kind]
+    if stamp.is_file() and stamp.read_text() == " ".join(packages):
+        return python
+    if sys.platform != "linux":
+        raise UserError(
+            "--compile: there are compilers for TPUs and GPUs on Linux alone; leave it out for an estimate."
+        )
+    say(f"Installing the compiler into {folder} (about 1 GB).")
+    shutil.rmtree(folder, ignore_errors=True)
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+    # A pip.conf may ask for --user, which fails in an environment; and what goes wrong is looked for in English.
+    variables = {**os.environ, "PIP_USER": "0", "LC_ALL": "C"}
+    for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, *packages]):
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=variables
+        )
+        if done.returncode:
+            heard = done.stdout + done.stderr
+            problem = "the package index cannot be reached" if NO_NETWORK.search(heard) else heard.strip()[-600:]
+            raise UserError(
+                f"{folder}: the compiler cannot be installed there: {problem}. Mend that, then run this again."
+            )
+    stamp.write_text(" ".join(packages))
+    return python
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        if last.startswith("trainer: "):
+            raise UserError(last.removeprefix("trainer: "))
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-3000:]}")
+    return done.stdout
