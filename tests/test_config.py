@@ -84,6 +84,21 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
             "train.global_batch_size=64 is not a multiple of train.micro_batch_size=24; change either.",
         ),
         (
+            ["train.micro_batch_size=0"],
+            "train.micro_batch_size=0: input should be greater than 0.\n"
+            "train.micro_batch_size=0: input should be 'auto'.",
+        ),
+        (["train.micro_batch_size=most"], "train.micro_batch_size='most': input should be 'auto'."),
+        (["profile.at_step=0"], "profile.at_step=0: input should be greater than 0."),
+        (
+            ["profile.num_steps=3"],
+            "profile.num_steps=3 has no effect without profile.at_step; set that too, or leave num_steps out.",
+        ),
+        (
+            ["profile.at_step=6"],
+            "profile.at_step=6 and profile.num_steps=5 go beyond train.total_steps=10; lower one of them.",
+        ),
+        (
             ["train.num_epochs=1"],
             "train.total_steps=10 and train.num_epochs=1: set exactly one of the two (drop one with an override such "
             "as train.num_epochs=none).",
@@ -203,6 +218,8 @@ def test_impossible_settings_are_refused(overrides: list[str], message: str):
         ["tokenizer={kind='bpe',vocabulary_size=258}"],
         ["tokenizer={kind='wordpiece',path='v',lowercase=false}"],
         ["optimizer.warmup_steps=10"],
+        ["profile.at_step=5"],
+        ["train.micro_batch_size=auto"],
         ["samples.num_tokens=128"],
         ["model.document_mask=true", "data.mode=packed"],
         ["optimizer.final_learning_rate=0.001", "optimizer.schedule=linear"],
@@ -408,6 +425,7 @@ def test_a_run_reads_every_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         "optimizer": {"schedule": "cosine"},
         "evaluation": {"every_steps": 2},
         "samples": {"num_beams": 2, "top_k": 2, "num_tokens": 2},
+        "profile": {"at_step": 1, "num_steps": 1},
     }
     config = make_config(settings)
     stories = make_config(settings, ["data.train=storybook", "data.storybook_stories=300"])

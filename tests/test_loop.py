@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy
+from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 import trainer
 from trainer.data.prepare import prepare
@@ -354,6 +355,62 @@ def test_a_foreign_keras_model_trains_resumes_and_writes(tmp_path):
         trainer.resume(result.run_folder, say=lambda _: None)
 
 
+def profiled_steps(run):
+    """The steps in each profile of a run."""
+    found = []
+    for file in sorted((Path(run) / "logs").rglob("*.xplane.pb")):
+        space = xplane_pb2.XSpace.FromString(file.read_bytes())
+        steps = []
+        for plane in space.planes:
+            (step_num,) = [key for key, stat in plane.stat_metadata.items() if stat.name == "step_num"] or [None]
+            for event in (event for line in plane.lines for event in line.events):
+                if plane.event_metadata[event.metadata_id].name == "train":
+                    steps += [
+                        stat.int64_value or stat.uint64_value for stat in event.stats if stat.metadata_id == step_num
+                    ]
+        found.append(sorted(steps))
+    return found
+
+
+def settings_to_profile(tmp_path, name="run", **profile):
+    short = {"samples__num_tokens": 2, "train__total_steps": 14, "checkpoint__every_steps": 4}
+    return settings_of(tmp_path, name, **short) | {"profile": profile}
+
+
+@pytest.mark.slow
+def test_a_profile_is_of_the_steps_asked_for_and_changes_nothing(tmp_path):
+    plain, run = (
+        Path(trainer.train(trainer.make_config(settings), say=lambda _: None).run_folder)
+        for settings in (
+            settings_to_profile(tmp_path, "plain"),
+            settings_to_profile(tmp_path, at_step=7, num_steps=3),
+        )
+    )
+    assert_bit_identical(saved(run, 14), saved(plain, 14))
+    assert profiled_steps(run) == [[8, 9, 10]]
+    assert profiled_steps(plain) == []
+
+
+@pytest.mark.slow
+def test_a_resumed_run_makes_the_profile_that_is_ahead_of_it_and_no_other(tmp_path):
+    settings = settings_to_profile(tmp_path, at_step=7, num_steps=3)
+    run = Path(trainer.train(trainer.make_config(settings), say=lambda _: None).run_folder)
+    whole = saved(run, 14)
+
+    def profiles_from(step, *overrides):
+        for folder in (run / "checkpoints").iterdir():
+            if folder.name > f"step_{step:09d}":
+                shutil.rmtree(folder)
+        shutil.rmtree(run / "logs")
+        trainer.resume(str(run), say=lambda _: None, overrides=overrides)
+        assert_bit_identical(saved(run, 14), whole)
+        return profiled_steps(run)
+
+    assert profiles_from(8) == []
+    assert profiles_from(4) == [[8, 9, 10]]
+    assert profiles_from(12, "profile.at_step=12", "profile.num_steps=2") == [[13, 14]]
+
+
 def test_a_run_that_only_skips_steps_ends_with_advice(tmp_path):
     settings = settings_of(tmp_path, optimizer__learning_rate=1e30, optimizer__warmup_steps=0)
     with pytest.raises(trainer.UserError, match=r"Lower optimizer.learning_rate"):
@@ -363,7 +420,8 @@ def test_a_run_that_only_skips_steps_ends_with_advice(tmp_path):
 def test_cadences_meet_at_their_multiples():
     assert [is_due(step, 3) for step in range(7)] == [False, False, False, True, False, False, True]
     assert not is_due(3, None)
-    assert steps_until_due(0, 100, (10, None, 4)) == 4
-    assert steps_until_due(4, 100, (10, None, 4)) == 4
-    assert steps_until_due(8, 100, (10, None, 4)) == 2
-    assert steps_until_due(99, 100, (10, None, 4)) == 1
+    assert steps_until_due(0, (100,), (10, None, 4)) == 4
+    assert steps_until_due(4, (100,), (10, None, 4)) == 4
+    assert steps_until_due(8, (100,), (10, None, 4)) == 2
+    assert steps_until_due(99, (100,), (10, None, 4)) == 1
+    assert [steps_until_due(step, (100, 6, 7), (50, None)) for step in (0, 5, 6, 7, 98)] == [6, 1, 1, 43, 2]

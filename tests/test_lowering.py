@@ -36,6 +36,13 @@ def test_a_batch_that_replicas_cannot_share_is_said():
         lower_step(config_of(), 13, 3)
 
 
+def test_a_program_is_of_a_number_of_examples():
+    with pytest.raises(
+        UserError, match=r"'auto' is found on the device itself; .*, such as train.micro_batch_size=4\.$"
+    ):
+        lower_step(config_of(micro_batch_size="auto"), 13, 2)
+
+
 def has_matrix(hlo, num_rows, num_columns):
     # The dimensions of a Shape in an HloModuleProto: field 3, two bytes long, for numbers below 128 a byte each.
     return bytes([0x1A, 2, num_rows, num_columns]) in hlo

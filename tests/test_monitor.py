@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
-from trainer.config import UserError, make_config
+from trainer.config import ProfileConfig, UserError, make_config
 from trainer.evaluate import Evaluation
 from trainer.training.monitor import Interval, Meter, Monitor
 from trainer.training.step import CallMetrics
@@ -61,6 +61,39 @@ def test_curves_hold_each_point_at_its_step(tmp_path: Path):
         "loss": {20: 2.0}, "perplexity": {20: np.float32(np.exp(2))}, "bits_per_byte": {20: 1.5},
         "excess_nats_per_token": {20: 0.25},
     }  # fmt: skip
+
+
+def profiling(logs: Path, terminal: io.StringIO) -> Monitor:
+    config = CONFIG.model_copy(update={"profile": ProfileConfig(at_step=3)})
+    return Monitor(logs, config, 0, 30, 0.5, False, terminal)
+
+
+def test_a_profile_that_was_cut_short_is_written_all_the_same(tmp_path: Path):
+    said = io.StringIO()
+    watched = profiling(tmp_path, said)
+    with watched.running():
+        for step in range(5):
+            with watched.profiled(step):
+                pass
+        assert not list(tmp_path.rglob("*.xplane.pb"))
+    assert len(list(tmp_path.rglob("train/plugins/profile/*/*.xplane.pb"))) == 1
+    assert said.getvalue() == f"Profile written into {tmp_path}/train/plugins/profile\n"
+
+
+def test_training_goes_on_where_there_can_be_no_profile(tmp_path: Path):
+    said = io.StringIO()
+    watched = profiling(tmp_path / "logs", said)
+    tf.profiler.experimental.start(str(tmp_path / "other"))
+    try:
+        with watched.running(), watched.profiled(3):
+            pass
+    finally:
+        tf.profiler.experimental.stop()
+    assert said.getvalue() == "profile.at_step: no profile, as somebody else profiles this process already.\n"
+    (tmp_path / "logs/train/plugins").write_text("in the way")
+    with watched.running(), watched.profiled(3):
+        pass
+    assert "profile.at_step: the profile could not be written into" in said.getvalue()
 
 
 def test_points_are_there_before_the_run_ends(tmp_path: Path):

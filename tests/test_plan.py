@@ -254,6 +254,16 @@ def test_a_batch_that_the_devices_cannot_share_is_said():
         print_plan(GPT2, None, parse_target("gpu:H100x3"))
 
 
+def test_a_micro_batch_to_be_found_is_the_largest_that_fits(capsys: pytest.CaptureFixture[str]):
+    config = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", ["train.micro_batch_size=auto"])
+    print_plan(config, None, V5E_8)
+    said = capsys.readouterr().out
+    largest = re.search(r"micro_batch_size=(\d+) is the largest that does", said)
+    assert largest and 1 < int(largest[1]) < 64
+    assert f"64 rows a step on each device, {largest[1]} at a time" in said
+    assert "GB on each: fits, by this estimate" in said
+
+
 def test_to_compile_takes_an_accelerator():
     for target in (None, parse_target("cpu")):
         with pytest.raises(UserError, match="--compile needs a --target that is a TPU or GPUs; write gpu:NAMExCOUNT"):
@@ -268,7 +278,7 @@ def test_the_largest_micro_batch_is_found_with_few_compiles(
 
     def compile_step(config: Config, vocabulary_size: int, target: Target) -> CompiledStep:
         size = config.train.micro_batch_size
-        assert size is not None
+        assert isinstance(size, int)
         compiled.append(size)
         if size > 32:
             raise DoesNotFit("Used 40G of 15.75G hbm.")

@@ -153,6 +153,27 @@ def test_a_run_is_found_again_with_what_may_change_as_the_config_now_has_it(run:
     assert find_run(config, or_resume=True) is None
 
 
+def test_a_micro_batch_that_was_found_is_kept_where_the_run_leaves_it_open(tmp_path: Path):
+    auto, numbered = tiny(tmp_path, "train.micro_batch_size=auto"), tiny(tmp_path, "train.micro_batch_size=1")
+    run = RunFolder.create(auto, prepared_text(tmp_path))
+    assert RunFolder.of(auto).config == auto
+    before = RunFolder(run.path, ["train.xla=off"])
+    before.keep_micro_batch_size(1)
+    assert RunFolder(run.path).config == numbered  # And of the overrides nothing.
+    assert RunFolder.of(auto).config == numbered
+    # Asked for anew, it is of that process alone.
+    RunFolder(run.path, ["train.micro_batch_size=auto"]).keep_micro_batch_size(2)
+    assert RunFolder(run.path).config == numbered
+    assert RunFolder(run.path, ["train.micro_batch_size=auto"]).config == auto
+
+
+def test_a_micro_batch_that_cannot_be_kept_is_an_error(tmp_path: Path):
+    run = RunFolder.create(tiny(tmp_path, "train.micro_batch_size=auto"), prepared_text(tmp_path))
+    (run.path / "config.toml.partial").mkdir()
+    with pytest.raises(UserError, match=r"run/config.toml cannot be written: Is a directory. Make room\."):
+        run.keep_micro_batch_size(1)
+
+
 def test_a_run_with_other_settings_is_not_gone_on_with(run: RunFolder, tmp_path: Path):
     others = ["train.seed=7", "model.dropout=0.5", "optimizer.clip_norm=1.0", "samples.prompt=x", "log.every_steps=7"]
     with pytest.raises(UserError) as error:

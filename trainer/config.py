@@ -300,9 +300,10 @@ class TrainConfig(Section):
     """Passes over the training examples; this or total_steps."""
     global_batch_size: PositiveInt = 64
     """Examples per step over all replicas."""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: PositiveInt | Literal["auto"] | None = None
     """Examples a replica works through at a time: fewer need less memory, and a step's gradients are added up before
-    the optimizer sees them. Left out, as fits the device: all of its share at once, or on a CPU in two halves."""
+    the optimizer sees them. Left out, all of its share at once, or on a CPU in two halves; auto: that, or the largest
+    part that fits the device, which is tried out and written into the run's own config."""
     sequence_length: Annotated[int, Field(ge=2)] = 128
     """Tokens per example."""
     steps_per_call: PositiveInt = 50
@@ -333,12 +334,16 @@ class TrainConfig(Section):
                 f"train.total_steps={self.total_steps} and train.num_epochs={self.num_epochs}: "
                 "set exactly one of the two (drop one with an override such as train.num_epochs=none)."
             )
-        if self.global_batch_size % (self.micro_batch_size or 1):
+        if self.global_batch_size % (self.fixed_micro_batch_size() or 1):
             raise ValueError(
                 f"train.global_batch_size={self.global_batch_size} is not a multiple of train.micro_batch_size="
                 f"{self.micro_batch_size}; change either."
             )
         return self
+
+    def fixed_micro_batch_size(self) -> int | None:
+        """Returns micro_batch_size where it is a number; None where the device decides."""
+        return None if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class OptimizerConfig(Section):
@@ -433,6 +438,28 @@ class LogConfig(Section):
     """Steps between two points of the curves in TensorBoard and two lines on the terminal."""
 
 
+class ProfileConfig(Section):
+    """Which steps are profiled, for TensorBoard."""
+
+    at_step: PositiveInt | None = None
+    """Steps taken before the profile begins; left out, there is none."""
+    num_steps: PositiveInt = 5
+    """Steps in the profile, each in a call of its own, so that they can be told apart."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.at_step is None and self.num_steps != type(self).model_fields["num_steps"].default:
+            raise ValueError(
+                f"profile.num_steps={self.num_steps} has no effect without profile.at_step; set that too, or leave "
+                "num_steps out."
+            )
+        return self
+
+    def ends(self) -> range:
+        """Returns after which steps the loop comes back for the profile: before its first step, and after each."""
+        return range(0) if self.at_step is None else range(self.at_step, self.at_step + self.num_steps + 1)
+
+
 class DistributionConfig(Section):
     """The devices the run uses. The model comes out the same whatever they are."""
 
@@ -496,6 +523,7 @@ class Config(Section):
     samples: SamplesConfig = SamplesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
     distribution: DistributionConfig = DistributionConfig()
 
     @pydantic.model_validator(mode="after")
@@ -504,6 +532,11 @@ class Config(Section):
         if total is not None and warmup > total:
             raise ValueError(
                 f"optimizer.warmup_steps={warmup} is more than train.total_steps={total}; the rate would never peak."
+            )
+        if total is not None and max(self.profile.ends(), default=0) > total:
+            raise ValueError(
+                f"profile.at_step={self.profile.at_step} and profile.num_steps={self.profile.num_steps} go beyond "
+                f"train.total_steps={total}; lower one of them."
             )
         if self.samples.num_tokens is not None and self.samples.num_tokens > self.train.sequence_length:
             raise ValueError(
@@ -543,6 +576,10 @@ class Config(Section):
         if isinstance(self.tokenizer, CharConfig | WordPieceFileConfig | BpeFileConfig):
             return None
         return self.tokenizer.vocabulary_size
+
+    def with_micro_batch_size(self, size: int) -> Self:
+        """Returns the same config but for train.micro_batch_size."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch_size": size})})
 
     def to_toml(self) -> str:
         """Returns the config with every default written out, as TOML that `load_config` reads back."""
@@ -587,8 +624,9 @@ def rows_per_replica(config: Config, num_replicas: int) -> int:
     """
     train = config.train
     rows, rest = divmod(train.global_batch_size, num_replicas)
-    if rest or rows % (train.micro_batch_size or 1):
-        micro = f" x train.micro_batch_size={train.micro_batch_size}" if train.micro_batch_size else ""
+    size = train.fixed_micro_batch_size()
+    if rest or rows % (size or 1):
+        micro = f" x train.micro_batch_size={size}" if size else ""
         raise UserError(
             f"train.global_batch_size={train.global_batch_size} is not a multiple of {num_replicas} replicas{micro}; "
             "change one of them."
@@ -604,6 +642,7 @@ RESUMABLE = (
     "train.xla",
     "train.recompute",
     "log.",
+    "profile.",
     "checkpoint.",
 )
 
@@ -679,6 +718,8 @@ def _explain(problem: Any) -> str:
     if location[:1] == ["tokenizer"]:
         # A tagged union puts its tag into the location: tokenizer.wordpiece.size is written tokenizer.size by a user.
         del location[1:2]
+    if ".".join(location[:-1]) in setting_names() and isinstance(problem["loc"][-1], str):
+        del location[-1]  # Of the types that a setting can have, the one whose problem this is.
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         if key in setting_names():

@@ -23,9 +23,14 @@ def lower_step(config: Config, vocabulary_size: int, num_replicas: int) -> bytes
         num_replicas: that share the global batch.
 
     Raises:
-        UserError: the batch cannot be spread over that many replicas.
+        UserError: the batch cannot be spread over that many replicas, or the size of a micro-batch is not a number.
     """
     train, rows = config.train, rows_per_replica(config, num_replicas)
+    if train.micro_batch_size == "auto":
+        raise UserError(
+            "train.micro_batch_size='auto' is found on the device itself; give the number to compile for, such as "
+            f"train.micro_batch_size={rows}."
+        )
     # As on the device: what is left open would otherwise be chosen for the CPU that lowers it.
     recompute = "attention" if train.recompute == "auto" else train.recompute
     asked = {"global_batch_size": rows, "micro_batch_size": train.micro_batch_size or rows, "recompute": recompute}

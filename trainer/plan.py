@@ -175,7 +175,7 @@ def estimate_memory(
     """
     train, model = config.train, config.model
     rows = rows_per_replica(config, target.num_devices)
-    micro = micro_batch_size or train.micro_batch_size or rows
+    micro = micro_batch_size or train.fixed_micro_batch_size() or rows
     is_cpu, is_tpu = target.device.name == "cpu", target.device.num_axes > 0
     recompute = _recomputed(config, target)
     if is_cpu:
@@ -209,7 +209,7 @@ def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> 
     if at_peak is None or target.device.bytes_per_sec is None:
         return None
     rows = rows_per_replica(config, target.num_devices)
-    micro = train.micro_batch_size or rows
+    micro = train.fixed_micro_batch_size() or rows
     dtype_bytes = DTYPE_BYTES[COMPUTE_DTYPES[train.precision]]
     weights_bytes = 4.0 * count_parameters(config, vocabulary_size)
     kept = kept_bytes(config.model, micro, train.sequence_length, dtype_bytes, False, _recomputed(config, target))
@@ -281,7 +281,7 @@ def print_compiled(config: Config, vocabulary_size: int | None, target: Target |
     if target is None or target.device.name == "cpu":
         raise UserError(f"--compile needs a --target that is a TPU or GPUs; {known_targets()}")
     rows = rows_per_replica(config, target.num_devices)
-    own, memory_bytes = config.train.micro_batch_size or rows, target.device.memory_bytes
+    own, memory_bytes = config.train.fixed_micro_batch_size() or rows, target.device.memory_bytes
 
     def fits(micro_batch_size: int) -> bool:
         train = config.train.model_copy(update={"micro_batch_size": micro_batch_size})
@@ -368,18 +368,20 @@ def _data_lines(config: Config) -> Iterator[str]:
 
 def _memory_lines(config: Config, vocabulary_size: int, target: Target) -> Iterator[str]:
     rows, train = rows_per_replica(config, target.num_devices), config.train
-    own, there_is = train.micro_batch_size or rows, target.device.memory_bytes
+    own, there_is = train.fixed_micro_batch_size() or rows, target.device.memory_bytes
 
     def total(micro_batch_size: int) -> float:
         return sum(estimate_memory(config, vocabulary_size, target, micro_batch_size).values())
 
     fitting = [size for size in range(1, rows + 1) if rows % size == 0 and total(size) <= there_is]
+    if train.micro_batch_size == "auto":
+        own = max(fitting, default=1)
     verdict = "fits" if total(own) <= there_is else "does not fit"
     largest = f"train.micro_batch_size={max(fitting)} is the largest that does" if fitting else "no micro-batch does"
     yield f"target       {target}: {rows:,} rows a step on each device, {own:,} at a time"
     needed = f"{_size_of(total(own))} of {_size_of(there_is)}"
     yield f"memory       {needed} on each: {verdict}, by this estimate; {largest}"
-    for part, size in estimate_memory(config, vocabulary_size, target).items():
+    for part, size in estimate_memory(config, vocabulary_size, target, own).items():
         yield f"  {part:<13}{_size_of(size):>9}"
 
 

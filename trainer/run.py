@@ -53,11 +53,16 @@ class RunFolder:
     def of(cls, config: Config) -> Self:
         """Opens the run in a config's folder, with what a resumed run may change as the config has it.
 
+        Where the config leaves the micro-batch to the device, what the run has found on it stays.
+
         Raises:
             UserError: there is no run, or it was started with other settings.
         """
         run = cls(config.run_folder)
         check_same_run(config, run.config)
+        found = run.config.train.fixed_micro_batch_size()
+        if config.train.micro_batch_size == "auto" and found is not None:
+            config = config.with_micro_batch_size(found)
         run.config = config
         return run
 
@@ -88,6 +93,21 @@ class RunFolder:
                 "another folder; nothing half-written is left."
             ) from None
         return cls(path)
+
+    def keep_micro_batch_size(self, size: int) -> None:
+        """Writes what "auto" came to into the run's config, where that leaves it open.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        config_file = self.path / "config.toml"
+        started = parse_config(config_file.read_text(encoding="utf-8"), str(config_file))
+        if started.train.micro_batch_size != "auto":
+            return  # "auto" is an override, which like any other counts for this process alone.
+        try:
+            write_whole(config_file, started.with_micro_batch_size(size).to_toml())
+        except OSError as error:
+            raise UserError(f"{config_file} cannot be written: {error.strerror or error}. Make room.") from None
 
     def prepared(self, prepare_again: "Callable[[], PreparedData] | None" = None) -> "PreparedData":
         """Returns the data the run was started on.

@@ -43,8 +43,8 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
     """Trains the first steps of a config on each number of replicas, and compares.
 
     Replicas are GPUs where distribution.kind is "gpu" or distribution.gpus names them, else parts of the CPU. Each
-    number has a process of its own. All take the same micro-batches: on a CPU that makes the same bits, however many
-    steps there are.
+    number has a process of its own. All take the same micro-batches, with "auto" those of a config that leaves the size
+    out: on a CPU that makes the same bits, however many steps there are.
 
     Args:
         config: whose data, model and precision are used as they are.
@@ -60,8 +60,8 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
     """
     distributions = [distribution_of(config.distribution, num_replicas) for num_replicas in replicas]
     shares = [rows_per_replica(config, num_replicas) for num_replicas in replicas]
-    micro_batch_size = config.train.micro_batch_size or math.gcd(*shares)
-    config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": micro_batch_size})})
+    micro_batch_size = config.train.fixed_micro_batch_size() or math.gcd(*shares)
+    config = config.with_micro_batch_size(micro_batch_size)
     prepared = prepare(config, say)
     tolerance = TOLERANCE[config.train.precision]
     reference: Trace | None = None

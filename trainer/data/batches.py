@@ -113,6 +113,11 @@ def total_steps(prepared: PreparedData, config: Config) -> int:
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} is more than the {steps} steps that "
             f"train.num_epochs={config.train.num_epochs} takes; lower it."
         )
+    if max(config.profile.ends(), default=0) > steps:
+        raise UserError(
+            f"profile.at_step={config.profile.at_step} and profile.num_steps={config.profile.num_steps} go beyond the "
+            f"{steps} steps that train.num_epochs={config.train.num_epochs} takes; lower one of them."
+        )
     return steps
 
 

@@ -97,7 +97,7 @@ def micro_batches(asked: int | None, rows: int, sequence: int, strategy: tf.dist
     """Returns how many rows of its batch a replica works through at a time, and how many such parts at once.
 
     Args:
-        asked: train.micro_batch_size.
+        asked: train.micro_batch_size, where it is a number.
         rows: of a replica's batch.
         sequence: tokens in a row.
         strategy: whose devices count.

@@ -36,6 +36,7 @@ from trainer.training.distribution import (
 )
 from trainer.training.health import check_finite, only_run_in, stop_on_signals
 from trainer.training.hosts import Hosts, find_hosts, meet
+from trainer.training.memory import fit_micro_batch
 from trainer.training.monitor import Meter, Monitor, Silence
 from trainer.training.schedule import learning_rate
 from trainer.training.step import TrainingStep
@@ -185,6 +186,8 @@ def train(
             build_model = build_model or functools.partial(build_gpt, bos_id=prepared.bos_id)
             model = build_model(config, prepared.vocabulary_size)
         step_function = TrainingStep(config, total_steps, model, strategy)
+        if config.train.micro_batch_size == "auto":
+            config = settle_micro_batch(run, hosts, step_function, say)
         checkpoints = run.checkpoints(say)
         step = restore(step_function, checkpoints.latest())
         say(describe(run, prepared, model, step, total_steps))
@@ -211,6 +214,7 @@ def train(
         # Several hosts have to agree on the last step, and do so within it.
         return not hosts.are_several and bool(step_function.stop_requested.numpy())
 
+    ends = (total_steps, *config.profile.ends())
     cadences = (
         config.log.every_steps,
         config.checkpoint.every_steps,
@@ -222,8 +226,8 @@ def train(
             is_stopped = False
             while step < total_steps and not (is_stopped or is_asked_to_stop()):
                 # A tensor, not an int: a new Python int would trace the whole loop again.
-                num_steps = min(config.train.steps_per_call, steps_until_due(step, total_steps, cadences))
-                with spent.on("train") as lap:
+                num_steps = min(config.train.steps_per_call, steps_until_due(step, ends, cadences))
+                with monitor.profiled(step), spent.on("train") as lap:
                     metrics = run_steps(batches, tf.constant(num_steps, tf.int64))
                     num_taken = int(metrics.num_steps)
                 step += num_taken
@@ -272,9 +276,21 @@ def is_due(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step > 0 and step % every_steps == 0
 
 
-def steps_until_due(step: int, total_steps: int, cadences: tuple[int | None, ...]) -> int:
-    """Returns how many steps may run before the host has something to do."""
-    return min(total_steps - step, *(every - step % every for every in cadences if every is not None))
+def steps_until_due(step: int, ends: Sequence[int], cadences: Sequence[int | None]) -> int:
+    """Returns how many steps may run before the host has something to do: at one of ends, or by a cadence."""
+    left = [end - step for end in ends if end > step]
+    return min(left + [every - step % every for every in cadences if every is not None])
+
+
+def settle_micro_batch(run: RunFolder, hosts: Hosts, step_function: TrainingStep, say: Say) -> Config:
+    """Finds the micro-batch that the devices have memory for; returns the run's config with it, and keeps it there."""
+    fit_micro_batch(step_function, say)
+    size = step_function.micro_batch_size
+    say(f"train.micro_batch_size='auto' comes to {size} of a replica's {step_function.rows_per_replica} examples.")
+    run.config = run.config.with_micro_batch_size(size)
+    if hosts.is_chief:
+        run.keep_micro_batch_size(size)
+    return run.config
 
 
 def restore(step_function: TrainingStep, checkpoint: Checkpoint | None) -> int:

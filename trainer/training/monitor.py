@@ -113,6 +113,8 @@ class Monitor:
             disable=not self._console.is_terminal,
         )
         self._first_step = first_step
+        self._profile = config.profile
+        self._is_profiling = False
         self._started = time.monotonic()
         self._task = self._progress.add_task("training", total=total_steps, completed=first_step, state="")
 
@@ -126,6 +128,42 @@ class Monitor:
         finally:
             self._train.close()
             self._validation.close()
+            self._end_profile()  # Of a run that was stopped meanwhile.
+
+    @contextlib.contextmanager
+    def profiled(self, step: int) -> Iterator[None]:
+        """Profiles the call of the compiled loop in this block, where it is one of the steps to profile.
+
+        Args:
+            step: how many steps were taken before.
+        """
+        if step == self._profile.at_step:
+            self._begin_profile()
+        if not self._is_profiling:
+            yield
+            return
+        # The name and argument by which TensorBoard knows a step.
+        with tf.profiler.experimental.Trace("train", step_num=step + 1, _r=1):
+            yield
+        if step + 1 == self._profile.ends()[-1]:
+            self._end_profile()
+
+    def _begin_profile(self) -> None:
+        try:
+            tf.profiler.experimental.start(str(self._train.folder))
+            self._is_profiling = True
+        except tf.errors.AlreadyExistsError:
+            self.say("profile.at_step: no profile, as somebody else profiles this process already.")
+
+    def _end_profile(self) -> None:
+        if not self._is_profiling:
+            return
+        self._is_profiling = False
+        try:
+            tf.profiler.experimental.stop()
+            self.say(f"Profile written into {self._train.folder / 'plugins' / 'profile'}")
+        except (OSError, tf.errors.OpError) as error:
+            self.say(f"profile.at_step: the profile could not be written into {self._train.folder}: {error}")
 
     def say(self, line: str) -> None:
         """Prints a line, above the progress bar where there is one."""
@@ -184,9 +222,11 @@ class Silence:
     """A monitor that reports nothing: of a worker that is not the first."""
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, *_: object) -> Iterator[None]:
         """Does nothing."""
         yield
+
+    profiled = running
 
     def say(self, *_: object) -> None:
         """Does nothing."""

@@ -208,6 +208,10 @@ class TrainingStep:
         self.model = model
         self.strategy = strategy
         self.rows_per_replica = rows_per_replica(config, strategy.num_replicas_in_sync)
+        train = config.train
+        self.micro_batch_size, self._at_once = micro_batches(
+            train.fixed_micro_batch_size(), self.rows_per_replica, train.sequence_length, strategy
+        )
         if model.non_trainable_variables and strategy.num_replicas_in_sync > 1:
             names = ", ".join(variable.path for variable in model.non_trainable_variables[:3])
             raise UserError(
@@ -291,18 +295,9 @@ class TrainingStep:
         batch = (inputs, targets, target_weights)
         replica = tf.distribute.get_replica_context()
         first_row = tf.cast(replica.replica_id_in_sync_group, tf.int64) * self.rows_per_replica
-        weights = [tf.convert_to_tensor(variable.value) for variable in model.trainable_variables]
-        state = [tf.convert_to_tensor(variable.value) for variable in model.non_trainable_variables]
-        scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
-        seed, number = tf.constant(config.train.seed, tf.int64), tf.convert_to_tensor(self.step)
-
-        def gradients_of(
-            weights: Sequence[tf.Tensor], state: Sequence[tf.Tensor], batch: Batch, first_row: tf.Tensor
-        ) -> Gradients:
-            return self._forward_backward(weights, state, batch, DropoutDraw(seed, number, first_row), scale)
-
         sum_dtype = self._sum_dtype()
-        local = accumulate(gradients_of, weights, state, batch, first_row, *self._micro_batches(), sum_dtype)
+        scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
+        local = self._sums_on_replica(batch, first_row, scale)
 
         # Sum over replicas before clipping: clipping each replica's share would make the result depend on how many
         # there are. One list of one dtype, so that one operation sums it all.
@@ -340,6 +335,44 @@ class TrainingStep:
             stop_votes,
         )
 
+    def rehearse_on_replica(self, batch: Batch) -> tf.Tensor:
+        """Holds all the memory that `take_on_replica` needs, and changes nothing.
+
+        Without the sum over replicas: where memory runs out on one host, the others would wait in that sum for ever.
+        And without the update, which AdamW makes in place.
+
+        Args:
+            batch: of this replica's size.
+
+        Returns:
+            A scalar, for which all had to be computed.
+        """
+        scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
+        local = self._sums_on_replica(batch, tf.zeros([], tf.int64), scale)
+        # In place of that sum, for which they are joined into one tensor.
+        summands = [*local.weights, local.loss_sum, local.num_targets]
+        joined = tf.concat([tf.reshape(summand, [-1]) for summand in summands], axis=0)
+        parts = tf.split(joined, [summand.shape.num_elements() for summand in summands])
+        sums = [tf.reshape(part, summand.shape) for part, summand in zip(parts, summands, strict=True)]
+        *gradients, loss_sum, num_targets = (tf.cast(total, self._accumulation_dtype()) for total in sums)
+        clipped, _ = mean_and_clip(gradients, num_targets, self.config.optimizer.clip_norm, scale)
+        return tf.linalg.global_norm([*clipped, loss_sum])
+
+    def _sums_on_replica(self, batch: Batch, first_row: tf.Tensor, scale: tf.Tensor | None) -> Gradients:
+        """Computes what this replica contributes to a step; `accumulate` says how."""
+        model = self.model
+        weights = [tf.convert_to_tensor(variable.value) for variable in model.trainable_variables]
+        state = [tf.convert_to_tensor(variable.value) for variable in model.non_trainable_variables]
+        seed, number = tf.constant(self.config.train.seed, tf.int64), tf.convert_to_tensor(self.step)
+
+        def gradients_of(
+            weights: Sequence[tf.Tensor], state: Sequence[tf.Tensor], batch: Batch, first_row: tf.Tensor
+        ) -> Gradients:
+            return self._forward_backward(weights, state, batch, DropoutDraw(seed, number, first_row), scale)
+
+        how = (self.micro_batch_size, self._at_once, self._sum_dtype())
+        return accumulate(gradients_of, weights, state, batch, first_row, *how)
+
     def sum_over_replicas(self, replica: tf.distribute.ReplicaContext, summands: list[tf.Tensor]) -> list[tf.Tensor]:
         """Sums tensors of one dtype over all replicas, in one operation."""
         sums: list[tf.Tensor] = replica.all_reduce(tf.distribute.ReduceOp.SUM, summands)
@@ -354,10 +387,6 @@ class TrainingStep:
             # A CPU has memory, and multiplies matrices no faster than it reads them.
             return "nothing" if device_kind(self.strategy) == "CPU" else "attention"
         return self.config.train.recompute
-
-    def _micro_batches(self) -> tuple[int, int]:
-        train = self.config.train
-        return micro_batches(train.micro_batch_size, self.rows_per_replica, train.sequence_length, self.strategy)
 
     def _accumulation_dtype(self) -> tf.DType:
         return tf.float64 if self.config.train.precision == "float64" else tf.float32

@@ -1,0 +1,79 @@
+"""How many examples at a time the devices have memory for: tried out on them before the first step."""
+
+import bisect
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+from trainer.config import UserError
+from trainer.training.step import TrainingStep
+
+
+def fit_micro_batch(step: TrainingStep, say: Callable[[str], None]) -> None:
+    """Lowers a step's micro-batch to the largest that fits every device of the run, all hosts to the same.
+
+    Args:
+        step: before it is compiled. Its variables, which hold the optimizer's memory, stay as they are.
+        say: is told of each size that does not fit.
+
+    Raises:
+        UserError: one example at a time does not fit either.
+    """
+    rows = step.rows_per_replica
+    sizes = [size for size in range(step.micro_batch_size, 0, -1) if rows % size == 0]
+
+    def fits(size: int) -> bool:
+        step.micro_batch_size = size
+        is_enough = _has_memory(step)
+        if not is_enough:
+            say(f"train.micro_batch_size='auto': {size} of a replica's {rows} examples at a time do not fit.")
+        return is_enough
+
+    best = first_that_fits(sizes, fits)
+    if best is None:
+        raise UserError(
+            "train.micro_batch_size='auto': not even one example at a time fits the device; lower "
+            f"train.sequence_length={step.config.train.sequence_length}, make the model smaller, or use a device with "
+            "more memory."
+        )
+    step.micro_batch_size = best
+
+
+def first_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """Returns the first of falling sizes that fits, or None; whatever is smaller fits too.
+
+    The first is tried by itself, as it mostly fits; then each trial, which compiles a step, halves what is left.
+    """
+    if fits(sizes[0]):
+        return sizes[0]
+    place = bisect.bisect_left(sizes, True, lo=1, key=fits)
+    return sizes[place] if place < len(sizes) else None
+
+
+def _has_memory(step: TrainingStep) -> bool:
+    strategy = step.strategy
+    shape = [step.rows_per_replica, step.config.train.sequence_length]
+
+    # The batch is an argument: what follows from a constant would be computed once and kept.
+    @tf.function(autograph=False)
+    def rehearse(*batch: tf.Tensor) -> tf.Tensor:
+        return strategy.run(step.rehearse_on_replica, (batch,))
+
+    def count_on_replica(failed: tf.Tensor) -> list[tf.Tensor]:
+        own = tf.identity(failed)  # The sum is made where its terms are, and an argument is on no replica.
+        return step.sum_over_replicas(tf.distribute.get_replica_context(), [own])
+
+    @tf.function(autograph=False)
+    def count(failed: tf.Tensor) -> list[tf.Tensor]:
+        return strategy.run(count_on_replica, (failed,))
+
+    failed = 0.0
+    try:
+        done = rehearse(tf.zeros(shape, tf.int32), tf.zeros(shape, tf.int32), tf.ones(shape))
+        for each in strategy.experimental_local_results(done):
+            each.numpy()  # An accelerator may still be at work.
+    except tf.errors.ResourceExhaustedError:
+        failed = 1.0
+    # What is too much for one host's devices is so for all.
+    (total,) = count(tf.constant(failed))
+    return float(strategy.experimental_local_results(total)[0]) == 0
