@@ -11,7 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tensorflow as tf
+
+from trainer.benchmark import Training
+from trainer.config import load_config
+from trainer.data.batches import training_batches
+from trainer.data.vocabulary import SPECIAL_TOKENS
+from trainer.run import build_gpt
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 5
@@ -91,6 +99,132 @@ def test_texts_grow_threefold_to_the_largest_and_hold_what_is_said_of_them(tmp_p
         words = sum(len(line.split()) for line in lines)
         assert counts == (len(lines), words, sum(map(len, lines))), case.name
     assert not (tmp_path / "no newline at the end" / "text.txt").read_bytes().endswith(b"\n")
+
+
+def test_a_speed_is_compared_round_by_round_with_trainer_at_its_better_precision():
+    compare = functions_of("bench_step")["compare"]
+
+    def row(each, **more):
+        return {"precision": "", "step_secs": statistics.median(each), "each_step_secs": each, **more}
+
+    slow = row([4.0, 4.0, 4.0], precision="slow", each_alone_secs=[4.0, 4.0, 4.0])
+    fast = row([1.0, 2.0, 3.0], precision="fast", each_alone_secs=[1.0, 1.0, 2.0])
+    rows = compare([slow, fast, row([4.0, 3.0, 3.0]), row([2.0, 1.0])])
+    assert [each["compared_with"] for each in rows] == ["fast"] * 4
+    # Of the last there is no third round yet.
+    assert [each["ratio"] for each in rows] == [2.0, 1.0, 1.5, 1.25]
+    assert rows[2]["each_ratio"] == [4.0, 1.5, 1.0]
+    assert (rows[0]["overhead"], rows[0]["overhead_secs"]) == (0.0, 0.0)
+    assert (rows[1]["overhead"], rows[1]["overhead_secs"]) == (0.5, 1.0)
+
+
+def test_contestants_train_on_the_rows_of_trainers_batches(tmp_path):
+    bench = functions_of("bench_step")
+    config, prepared = bench["make_data"]("tutorial", True, tmp_path)
+    rows = bench["rows_of"](prepared, config.train.sequence_length)
+    assert rows.shape[1] == config.train.sequence_length + 1
+    num_batches = len(rows) // config.train.global_batch_size - 1
+    whole = {row.tobytes() for row in rows}
+    for inputs, targets, weights in training_batches(prepared, config, 0, num_batches).as_numpy_iterator():
+        for *row, weight in zip(inputs, targets, weights, strict=True):
+            # Only the last of all may be padded.
+            if weight.all():
+                assert np.append(row[0], row[1][-1]).tobytes() in whole
+    assert np.bincount(rows.ravel(), minlength=5000)[: len(SPECIAL_TOKENS) - 1].sum() == 0
+
+
+def test_larger_size_has_as_many_weights_as_gpt2():
+    bench = functions_of("bench_step")
+    overrides = [*bench["SIZES"]["4x512"], *bench["QUICK"]]
+    config = load_config(ROOT / "configs" / "minigpt.toml", ["samples.num_tokens=none", *overrides])
+    assert build_gpt(config, 5000, bos_id=2).count_params() == bench["gpt2_model"](config, 5000).count_params()
+
+
+def test_a_contestant_that_ends_says_why(tmp_path):
+    bench = functions_of("bench_step")
+    job = {"program": "trainer", "config": {"train": {"precision": "float32", "global_batch_size": 1}}}
+    job["config"]["train"]["sequence_length"] = 1
+    with pytest.raises(SystemExit, match=r"trainer, float32 ended:\n[\s\S]*train.sequence_length=1"):
+        bench["Contestant"]("trainer", job, tmp_path)
+
+
+# Takes steps with the weights that are given, in an environment that has PyTorch alone.
+TORCH_STEPS = """
+import json, runpy, sys, torch
+job = json.load(sys.stdin)
+training = runpy.run_path(sys.argv[1])["Training"](job)
+with torch.no_grad():
+    for name, parameter in training.model.named_parameters():
+        parameter.copy_(torch.tensor(job["weights"].pop(name)))
+assert not job["weights"], list(job["weights"])
+print(json.dumps([training.take(1)[1] for _ in range(4)]))
+"""
+
+
+def torch_weights(model):
+    """Returns our model's weights under the names that scripts/torch_gpt gives them, and in PyTorch's layout."""
+    weights = {}
+    for variable in model.variables:
+        name = variable.path.removeprefix("gpt/").replace("block_", "blocks.").replace("/", ".")
+        value = variable.numpy().T if name.startswith("blocks.") else variable.numpy()
+        for ours, theirs in (("kernel", "weight"), ("gamma", "weight"), ("embeddings", "weight"), ("beta", "bias")):
+            name = name.replace(f".{ours}", f".{theirs}")
+        weights[name] = value.tolist()
+    return weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["tutorial", "4x512"])
+def test_pytorch_takes_the_steps_that_trainer_takes(tmp_path, size):
+    python = ROOT / ".venv-torch" / "bin" / "python"
+    if not python.is_file():
+        pytest.skip("scripts/bench_step has not made .venv-torch")
+    config, prepared = functions_of("bench_step")["make_data"](size, True, tmp_path)
+    # The one thing in which they differ: PyTorch adds it after the correction of the mean square, and ours before.
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"epsilon": 1e-12})})
+    training = Training(config, prepared, 100)
+    for variable in training.model.variables:
+        variable.assign(variable + np.random.default_rng(0).normal(0, 0.1, variable.shape))
+    weights = torch_weights(training.model)
+    # Of a single row, so that it does not matter how batches are drawn.
+    row = np.random.default_rng(1).integers(0, 5000, config.train.sequence_length + 1).astype(np.int32)
+    row.tofile(tmp_path / "rows")
+    batch = np.tile(row, (config.train.global_batch_size, 1))
+    training.batches = iter(
+        tf.data.Dataset.from_tensors((batch[:, :-1], batch[:, 1:], np.ones_like(batch[:, 1:], "f"))).repeat()
+    )
+    losses = []
+    for _ in range(4):
+        training.take(1)
+        losses.append(training.loss)
+
+    job = {"config": config.model_dump(mode="json"), "vocabulary_size": 5000, "is_compiled": False}
+    job |= {"rows": str(tmp_path / "rows"), "weights": weights}
+    command = [str(python), "-c", TORCH_STEPS, str(ROOT / "scripts" / "torch_gpt")]
+    process = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert losses[-1] < losses[0] - 0.01
+    np.testing.assert_allclose(json.loads(process.stdout), losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_step_benchmark_ends_with_all_figures(tmp_path):
+    which = ["--sizes", "tutorial", "--peers", "fit", "gpt2", "--precisions", "float32"]
+    figures, printed = run("bench_step", tmp_path, *which)
+    (size,) = figures["sizes"]
+    assert (size["size"], size["num_tokens"]) == ("tutorial", 4 * 32)
+    ours, *others = size["contestants"]
+    assert [row["name"] for row in others] == ["Keras fit", "Keras fit, XLA", "GPT2Backbone in trainer"]
+    for row in (ours, *others):
+        assert len(row["each_step_secs"]) == len(row["each_ratio"]) == ROUNDS
+        assert row["step_secs"] == statistics.median(row["each_step_secs"]) > 0
+        assert row["tokens_per_sec"] * row["step_secs"] == pytest.approx(4 * 32)
+        assert 6 < row["loss"] < np.log(5000)  # It learns.
+        assert f"{row['tokens_per_sec']:,.0f}" in printed
+    assert ours["ratio"] == 1
+    assert len(ours["each_alone_secs"]) == ROUNDS
+    assert {row["num_parameters"] for row in others[:2]} == {ours["num_parameters"]}
+    assert "trainer in float32 is" in printed
 
 
 @pytest.mark.slow

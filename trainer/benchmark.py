@@ -1,0 +1,100 @@
+"""What the benchmarks in scripts/ have in common: a training to time, the tutorial's model, how figures are shown."""
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import keras
+import keras_nlp
+import rich.box
+import rich.table
+import tensorflow as tf
+
+from trainer.config import Config
+from trainer.data.batches import training_batches
+from trainer.data.shards import PreparedData
+from trainer.run import BuildModel, build_gpt
+from trainer.training.distribution import make_strategy, share_of
+from trainer.training.step import TrainingStep
+
+
+class Training:
+    """A model, its step and its batches as in a run, without all that a run writes.
+
+    Args:
+        config: of the training.
+        prepared: the data.
+        total_steps: of the training; batches come for longer.
+        build_model: as of `trainer.train`; left out, the GPT that config describes.
+
+    Attributes:
+        loss: mean of the steps that were taken last, in nats.
+    """
+
+    name = "trainer"
+
+    def __init__(
+        self, config: Config, prepared: PreparedData, total_steps: int, build_model: BuildModel | None = None
+    ) -> None:
+        self.strategy = make_strategy(config.distribution)
+        with self.strategy.scope():
+            if build_model is None:
+                self.model = build_gpt(config, prepared.vocabulary_size, prepared.bos_id)
+            else:
+                self.model = build_model(config, prepared.vocabulary_size)
+        self.step = TrainingStep(config, total_steps, self.model, self.strategy)
+        self.batches = iter(
+            self.strategy.distribute_datasets_from_function(
+                lambda context: training_batches(prepared, config, 0, total_steps, share_of(context)).repeat()
+            )
+        )
+        self.loss = float("nan")
+        self._steps_per_call = config.train.steps_per_call
+
+    def take(self, num_steps: int) -> float:
+        """Trains some steps, as many in one call as in a run; returns the seconds of one.
+
+        Raises:
+            FloatingPointError: the loss of a step was not finite, so that it was skipped.
+        """
+        loss_sum = num_targets = 0.0
+        start = time.perf_counter()
+        for first in range(0, num_steps, self._steps_per_call):
+            num_in_call = min(self._steps_per_call, num_steps - first)
+            metrics = self.step.run_steps(self.batches, tf.constant(num_in_call, tf.int64))
+            loss_sum += float(metrics.loss_sum)
+            num_targets += float(metrics.num_targets)
+            if int(metrics.num_skipped):
+                raise FloatingPointError("A loss or a gradient was not finite; lower optimizer.learning_rate.")
+        self.loss = loss_sum / num_targets
+        return (time.perf_counter() - start) / num_steps
+
+
+def tutorial_model(config: Config, vocabulary_size: int) -> keras.Model:
+    """Builds a model of a config's sizes as the tutorial does, from KerasNLP's layers."""
+    shape, length = config.model, config.train.sequence_length
+    inputs = keras.layers.Input(shape=(None,), dtype="int32")
+    x = keras_nlp.layers.TokenAndPositionEmbedding(vocabulary_size, length, shape.hidden_dim, mask_zero=True)(inputs)
+    for _ in range(shape.num_layers):
+        x = keras_nlp.layers.TransformerDecoder(shape.intermediate_dim, shape.num_heads)(x)
+    return keras.Model(inputs, keras.layers.Dense(vocabulary_size)(x))
+
+
+def about() -> dict[str, Any]:
+    """Returns what stands beside figures: command, date, how many cores it may use, and TensorFlow's version."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"command": sys.argv, "date": date, "num_cores": cores, "tensorflow": tf.__version__}
+
+
+def table_of(title: str, names: Sequence[str], rows: Iterable[Sequence[str]], num_names: int) -> rich.table.Table:
+    """Returns a table of rows, all but the first num_names columns of which are numbers."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=title)
+    for number, name in enumerate(names):
+        table.add_column(name, justify="left" if number < num_names else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
