@@ -11,14 +11,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
+import rich.console
 import tensorflow as tf
 
 from trainer.benchmark import Training
 from trainer.config import load_config
 from trainer.data.batches import training_batches
 from trainer.data.vocabulary import SPECIAL_TOKENS
+from trainer.plan import count_parameters
 from trainer.run import build_gpt
 
 ROOT = Path(__file__).parents[1]
@@ -296,3 +299,135 @@ def test_nothing_is_lost_of_nasty_texts(tmp_path):
     assert rows["6 MB in one line"]["num_documents"] == 2
     assert rows["a file with invalid UTF-8"]["num_documents"] == 20 * 100 + 1
     assert "nothing lost" in printed
+
+
+@pytest.mark.slow
+def test_both_write_with_models_of_the_same_size_as_many_tokens(tmp_path):
+    bench = functions_of("bench_decoding")
+    sizes = bench["QUICK"]
+    ours = bench["make_ours"](sizes, bench["make_tokenizer"](sizes.vocabulary_size))
+    theirs = bench["make_theirs"](sizes)
+    assert ours.model.count_params() == theirs.count_params()
+    for sampler in bench["SAMPLERS"]:
+        assert bench["writing"](ours, sizes, sampler, 3)() == 3 * sizes.num_tokens
+        assert bench["keras_writing"](theirs, sizes, sampler, 3, is_compiled=False)() == 3 * sizes.num_tokens
+    keras.backend.clear_session()
+
+
+def test_texts_of_another_length_end_the_decoding_benchmark():
+    bench = functions_of("bench_decoding")
+    with pytest.raises(AssertionError, match="slow wrote 3 tokens instead of 4"):
+        bench["compete"]({"fast": lambda: 4, "slow": lambda: 3}, 4)
+
+
+def write_benchmarks(folder, **bodies):
+    for name, body in bodies.items():
+        (folder / name).write_text(
+            f"import json, pathlib, sys\n*arguments, out = sys.argv[1:]\nprint('this is', {name!r}, flush=True)\n{body}"
+        )
+
+
+def test_all_benchmarks_run_though_one_fails(tmp_path, capfd):
+    bench = functions_of("bench")
+    write = "pathlib.Path(out).write_text(json.dumps(arguments))\n"
+    write_benchmarks(
+        tmp_path, bench_a="sys.exit(3)", bench_b=write, bench_gpu=write, bench_prepare=write + "sys.exit(1)"
+    )
+    scripts = bench["find_scripts"](tmp_path)
+    assert [script.name for script in scripts] == ["bench_a", "bench_b", "bench_prepare"]
+    failures = bench["run_all"](scripts, ["--quick"], tmp_path / "out.json")
+    assert failures == ["bench_a failed: exit status 3", "bench_prepare failed: exit status 1"]
+    printed = capfd.readouterr().out.splitlines()
+    assert printed == [line for script in scripts for line in (f"== {script.name}", f"this is {script.name}")]
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["failures"] == failures
+    assert figures["benchmarks"] == {
+        "bench_b": ["--quick", "--json"],
+        "bench_prepare": ["--only", "speed", "vocabulary", "--quick", "--json"],
+    }
+
+
+def test_all_benchmarks_take_what_is_given_to_all():
+    for script in functions_of("bench")["find_scripts"](ROOT / "scripts"):
+        text = script.read_text()
+        assert '"--quick"' in text
+        assert '"--json"' in text
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_all_ends_with_the_figures_of_each(tmp_path):
+    figures, printed = run("bench", tmp_path, "--only", "bench_decoding")
+    assert figures["failures"] == []
+    assert printed.startswith("== bench_decoding\n")
+    cases = figures["benchmarks"]["bench_decoding"]["decoding"]
+    assert [(case["sampler"], case["batch_size"]) for case in cases] == [
+        ("greedy", 1),
+        ("greedy", 16),
+        ("top-k", 1),
+        ("top-k", 16),
+    ]
+    for case in cases:
+        ours, *others = case["contestants"]
+        assert [row["name"] for row in (ours, *others)] == ["trainer", "keras_nlp", "keras_nlp, XLA"]
+        for row in (ours, *others):
+            assert len(row["each_secs"]) == ROUNDS
+            assert f"{row['tokens_per_sec']:,.0f}" in printed
+        # The better of the two counts.
+        best = max(others, key=lambda row: row["tokens_per_sec"])
+        assert case["compared_with"] == best["name"]
+        each = [theirs / mine for mine, theirs in zip(ours["each_secs"], best["each_secs"], strict=True)]
+        assert case["ratio"] == statistics.median(each)
+
+
+@pytest.mark.slow
+def test_run_benchmark_ends_with_all_figures(tmp_path):
+    figures, printed = run("bench_run", tmp_path)
+    start = figures["start"]
+    assert len(start["each_secs"]) == 3
+    assert start["secs"] == statistics.median(start["each_secs"]) > 0
+    assert f"{start['secs']:.1f} s" in printed
+    assert [row["model"] for row in figures["checkpoint"]] == ["quickstart", "GPT-2, 1 layers"]
+    for row in figures["checkpoint"]:
+        assert len(row["rounds"]) == ROUNDS
+        # float32 weights and two moments of each.
+        assert row["num_bytes"] > 3 * 4 * row["num_parameters"]
+        for each in row["rounds"]:
+            assert 0 < each["call_secs"] < each["stall_secs"] + row["num_steps"] * each["step_secs"]
+            assert each["writing_secs"] > 0
+            assert each["wait_secs"] >= 0
+        assert row["stall_secs"] == statistics.median(each["stall_secs"] for each in row["rounds"])
+
+
+def test_a_training_that_does_not_start_says_why(tmp_path):
+    bench = functions_of("bench_run")
+    with pytest.raises(SystemExit, match=r"train\.sed is not a setting[\s\S]*ended before its first step"):
+        bench["secs_to_first_step"](["train.sed=1"], tmp_path)
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_is_skipped_where_there_is_none(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "bench_gpu"), "--quick"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (0, "no GPU is seen by TensorFlow: skipped\n")
+
+
+@pytest.mark.slow
+def test_training_of_the_gpu_benchmark_works_without_one_too(tmp_path):
+    bench = functions_of("bench_gpu")
+    small = [*bench["QUICK"], "train.global_batch_size=4", "train.micro_batch_size=2", "data.storybook_stories=300"]
+    config = bench["config_of"](tmp_path, [*small, "distribution.kind=cpu", "distribution.gpus=none"])
+    figures = bench["measure"](config, 2, rich.console.Console())
+    assert (figures["device"], figures["batch"], figures["micro_batch_size"]) == ("CPU", "4 x 32", 2)
+    assert figures["tokens_per_sec"] == statistics.median(figures["each_tokens_per_sec"]) > 0
+    assert len(figures["each_tokens_per_sec"]) == ROUNDS
+    # Nobody knows the peak of a CPU.
+    assert figures["mfu"] is figures["peak_bytes"] is None
+    bench["print_figures"](rich.console.Console(), figures)
+
+
+def test_gpu_benchmark_trains_gpt2():
+    bench = functions_of("bench_gpu")
+    config = bench["config_of"](Path("none"), bench["ON_GPU"])
+    assert 124e6 < count_parameters(config, 258) < 125e6
+    assert (config.train.precision, config.distribution.gpus) == ("mixed_bfloat16", (0,))

@@ -154,10 +154,16 @@ def shuffled(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int, window: 
     size = tf.cast(size, tf.int64)
     start = tf.where(index < in_blocks, start, in_blocks)
     place = start + _permuted_below(index - start, epoch, size, seed + 1, number)
-    block = permuted(tf.minimum(place // window.block_rows, num_blocks - 1), epoch, num_blocks, seed)
+    block = _permuted_once(tf.minimum(place // window.block_rows, num_blocks - 1), epoch, num_blocks, seed)
     row = tf.where(place < in_blocks, block * window.block_rows + place % window.block_rows, place)
-    shift = permuted(tf.zeros_like(epoch), epoch, count, seed)
+    shift = _permuted_once(tf.zeros_like(epoch), epoch, count, seed)
     return (row + shift) % count
+
+
+def _permuted_once(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:
+    """Does what `permuted` does, each index of an epoch once: below a small count one takes up to a millisecond."""
+    each, which = tf.unique(epoch * count + index)
+    return tf.gather(permuted(each % count, each // count, count, seed), which)
 
 
 def mixed(n: tf.Tensor, counts: Sequence[int], weights: Sequence[float], seed: int) -> tf.Tensor:
