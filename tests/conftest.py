@@ -12,7 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-figures", action="store_true", help="of tests/test_compile.py")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of larger real text, named by TRAINER_TEST_DATA; a test that needs it skips without it."""
     folder = os.environ.get("TRAINER_TEST_DATA")

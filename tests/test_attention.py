@@ -54,16 +54,15 @@ def attention_by_autodiff(query, key, value, starts=None):
     return tf.matmul(tf.nn.softmax(tf.where(allowed, scores, tf.cast(-1e9, scores.dtype))), value)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+# Compiled, which takes long, one length that is whole and one in blocks.
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
-    ("sequence", "key_heads"),
+    ("sequence", "key_heads", "jit_compile"),
     [
-        (2 * BLOCK - 1, 3),
-        (2 * BLOCK, 3),
-        (2 * BLOCK + 1, 3),
-        (3 * BLOCK + 7, 3),
-        (2 * BLOCK + 1, 1),
+        *((sequence, 3, False) for sequence in (2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK + 7)),
+        (2 * BLOCK + 1, 1, False),
+        (2 * BLOCK - 1, 3, True),
+        pytest.param(2 * BLOCK + 1, 3, True, marks=pytest.mark.slow),
     ],
 )
 def test_attention_in_blocks_and_its_gradients_are_those_of_the_whole(sequence, key_heads, recompute, jit_compile):

@@ -143,6 +143,7 @@ def test_larger_size_has_as_many_weights_as_gpt2():
     assert build_gpt(config, 5000, bos_id=2).count_params() == bench["gpt2_model"](config, 5000).count_params()
 
 
+@pytest.mark.slow
 def test_a_contestant_that_ends_says_why(tmp_path):
     bench = functions_of("bench_step")
     job = {"program": "trainer", "config": {"train": {"precision": "float32", "global_batch_size": 1}}}

@@ -1,4 +1,5 @@
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -217,30 +218,21 @@ def test_unwritable_folder_is_an_error_that_names_it(tmp_path: Path):
         checkpoints.save(5, groups(5), {})
 
 
-# The limit on a file's size stands in for the full disk, which takes root to make: the write fails on its way, too.
-FILL = """
-import resource, sys
-import numpy as np
-from trainer.config import UserError
-from trainer.training.checkpoint import Checkpoints
-checkpoints = Checkpoints(sys.argv[1])
-checkpoints.save(1, {"weights": {"x": np.zeros(1000, np.float32)}}, {})
-checkpoints.wait()
-resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-checkpoints.save(2, {"weights": {"x": np.zeros(1000, np.float32), "y": np.zeros(1000, np.float32)}}, {})
-try:
-    checkpoints.wait()
-except UserError as error:
-    print(error)
-"""
-
-
 def test_full_disk_leaves_nothing_half_written(tmp_path: Path):
-    said = subprocess.run(
-        [sys.executable, "-c", FILL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert said.startswith(f"Cannot write the checkpoint {tmp_path}/step_000000002: ")
-    assert "nothing half-written is left" in said
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(1, {"weights": {"x": np.zeros(1000, np.float32)}}, {})
+    checkpoints.wait()
+    # The limit on a file's size stands in for the full disk, which takes root to make: the write fails on its way, too.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        checkpoints.save(2, {"weights": {"x": np.zeros(1000, np.float32), "y": np.zeros(1000, np.float32)}}, {})
+        with pytest.raises(UserError) as error:
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(error.value).startswith(f"Cannot write the checkpoint {tmp_path}/step_000000002: ")
+    assert "nothing half-written is left" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000000001"]
     checkpoint = Checkpoints(str(tmp_path)).latest()
     assert checkpoint is not None and checkpoint.step == 1

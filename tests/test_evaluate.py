@@ -18,11 +18,17 @@ from trainer.run import build_gpt
 from trainer.training.distribution import make_strategy
 
 
-def evaluator_of(tmp_path, build=None, **data):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One for all tests, so that a text is prepared once."""
+    return tmp_path_factory.mktemp("evaluate")
+
+
+def evaluator_of(folder, build=None, **data):
     config = make_config(
         {
-            "run_folder": str(tmp_path / "run"),
-            "data": {"storybook_stories": 60, "held_out_fraction": 0.3, "prepared_folder": str(tmp_path / "p")} | data,
+            "run_folder": str(folder / "run"),
+            "data": {"storybook_stories": 60, "held_out_fraction": 0.3, "prepared_folder": str(folder / "p")} | data,
             "tokenizer": {"kind": "wordpiece", "vocabulary_size": 3000},
             "model": {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8},
             "train": {"precision": "float64", "total_steps": 1, "global_batch_size": 4, "sequence_length": 128},
@@ -36,8 +42,8 @@ def evaluator_of(tmp_path, build=None, **data):
     return Evaluator(model, strategy, prepared, config)
 
 
-def test_every_token_counts_once_and_alike(tmp_path):
-    evaluator = evaluator_of(tmp_path)
+def test_every_token_counts_once_and_alike(folder):
+    evaluator = evaluator_of(folder)
     plain = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none", dtype="float64")
     losses, weights = [], []
     for inputs, targets, batch_weights in evaluation_batches(evaluator.prepared, evaluator.config):
@@ -53,16 +59,16 @@ def test_every_token_counts_once_and_alike(tmp_path):
     assert evaluation.bits_per_byte == pytest.approx(bits, rel=1e-12)
 
 
-def test_each_source_of_a_mixture_is_scored_by_itself_too(tmp_path):
+def test_each_source_of_a_mixture_is_scored_by_itself_too(folder):
     for name, lines in (
         ("a", "one\ntwo two\n"),
         ("b", "three\n"),
         ("a_valid", "two\none\n"),
         ("b_valid", "three one\n" * 9),
     ):
-        (tmp_path / f"{name}.txt").write_text(lines)
-    train, validation = ([str(tmp_path / f"{name}{end}.txt") for name in "ab"] for end in ("", "_valid"))
-    evaluator = evaluator_of(tmp_path, train=train, validation=validation, weights=[1, 1])
+        (folder / f"{name}.txt").write_text(lines)
+    train, validation = ([str(folder / f"{name}{end}.txt") for name in "ab"] for end in ("", "_valid"))
+    evaluator = evaluator_of(folder, train=train, validation=validation, weights=[1, 1])
     evaluation = evaluator()
     sums = []
     for split in evaluator.prepared.parts("validation"):
@@ -77,8 +83,8 @@ def test_each_source_of_a_mixture_is_scored_by_itself_too(tmp_path):
     assert f"of each source {evaluation.losses[0]:.4f}, {evaluation.losses[1]:.4f}" in str(evaluation)
 
 
-def test_excess_is_measured_from_the_exact_probability_of_the_same_stories(tmp_path):
-    evaluator = evaluator_of(tmp_path)
+def test_excess_is_measured_from_the_exact_probability_of_the_same_stories(folder):
+    evaluator = evaluator_of(folder)
     split, tokenizer = evaluator.prepared.split("validation"), evaluator.prepared.tokenizer()
     stories = [
         tokenizer.decode(row[: int(weight.sum())])
@@ -93,23 +99,23 @@ def test_excess_is_measured_from_the_exact_probability_of_the_same_stories(tmp_p
 
 
 @pytest.mark.parametrize("case", ["some batches only", "stories packed", "a text file"])
-def test_excess_is_left_out_where_it_would_not_be_exact(tmp_path, case):
+def test_excess_is_left_out_where_it_would_not_be_exact(folder, case):
     if case == "some batches only":
-        assert evaluator_of(tmp_path)(num_batches=1).excess is None
+        assert evaluator_of(folder)(num_batches=1).excess is None
     elif case == "stories packed":
-        assert evaluator_of(tmp_path, mode="packed")().excess is None
+        assert evaluator_of(folder, mode="packed")().excess is None
     else:
-        text = tmp_path / "text.txt"
+        text = folder / "text.txt"
         text.write_text("\n".join(f"line {i}" for i in range(50)), encoding="utf-8")
-        assert evaluator_of(tmp_path, train=[str(text)])().excess is None
+        assert evaluator_of(folder, train=[str(text)])().excess is None
 
 
-def test_a_model_that_offers_only_logits_is_scored_too(tmp_path):
+def test_a_model_that_offers_only_logits_is_scored_too(folder):
     def build(config, vocabulary_size):
         inputs = keras.Input((None,), dtype="int32")
         return keras.Model(inputs, GPT(config.model, vocabulary_size, 128, dtype="float64")(inputs))
 
-    ours, foreign = evaluator_of(tmp_path), evaluator_of(tmp_path, build)
+    ours, foreign = evaluator_of(folder), evaluator_of(folder, build)
     foreign.model.layers[-1].set_weights(ours.model.get_weights())
     assert not isinstance(foreign.model, GPT)
     assert foreign().loss == pytest.approx(ours().loss, rel=1e-12)
@@ -121,8 +127,8 @@ def test_a_lossy_tokenizer_is_named():
     assert "+0.0100 nats per token above" in str(Evaluation(1.0, 10, 2.0, False, 0.01))
 
 
-def test_evaluation_leaves_the_model_as_it_is(tmp_path):
-    evaluator = evaluator_of(tmp_path)
+def test_evaluation_leaves_the_model_as_it_is(folder):
+    evaluator = evaluator_of(folder)
     before = [tf.identity(v.value) for v in evaluator.model.variables]
     first, second = evaluator(), evaluator()
     assert first == second

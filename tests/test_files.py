@@ -1,18 +1,15 @@
-"""Laws of JSON Lines, data sets and long documents as sources of text."""
+"""Laws of JSON Lines and long documents as sources of text."""
 
 import gzip
 import json
 import secrets
 
-import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 
 from trainer.config import DataConfig, UserError
 from trainer.data import files, text
 from trainer.data.files import is_json_lines, parts_of, read_documents
 from trainer.data.text import open_source
-from trainer.data.vocabulary import BPE_BREAKS, WORDPIECE_BREAKS, cut, cut_document
 from trainer.storage import locate
 
 
@@ -118,73 +115,6 @@ def test_text_in_an_object_store_is_found_and_read(tmp_path):
         open_source(DataConfig(train=(f"{bucket}/none*",)))
 
 
-# tensorflow-datasets.
-
-
-class TinyStories(tfds.core.GeneratorBasedBuilder):
-    """Ten stories to train on and two to test with."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "number": tfds.features.Scalar(np.int64)})
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._stories("train", 10), "test": self._stories("test", 2)}
-
-    def _generate_examples(self):
-        raise NotImplementedError
-
-    def _stories(self, name, count):
-        for i in range(count):
-            yield i, {"text": f"{name} story {i}: 한글", "number": i}
-
-
-@pytest.fixture
-def tiny_stories(tmp_path, monkeypatch):
-    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "data"))
-    builder = TinyStories(data_dir=tmp_path / "data")
-    builder.download_and_prepare()
-    monkeypatch.setattr(tfds, "builder", lambda name: {"tiny_stories": builder}[name])
-
-
-def test_a_split_of_tensorflow_datasets_is_a_source(tiny_stories):
-    found = documents(train="tfds:tiny_stories:train[:40%]", validation="tfds:tiny_stories:test")
-    assert sorted(found["train"])[0].startswith("train story ") and len(set(found["train"])) == 4
-    assert sorted(found["validation"]) == ["test story 0: 한글", "test story 1: 한글"]
-    whole = documents(train="tfds:tiny_stories:train", validation="tfds:tiny_stories:test")["train"]
-    assert found["train"] == whole[:4]  # In one order, whoever reads.
-
-    def fingerprint(train):
-        return open_source(DataConfig(train=(train,), validation=("tfds:tiny_stories:test",))).fingerprint()
-
-    names = ["tfds:tiny_stories:train", "tfds:tiny_stories:train[:40%]", "tfds:tiny_stories:test"]
-    assert len({fingerprint(name) for name in names}) == 3
-    assert fingerprint(names[0]) == fingerprint(names[0])
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("tfds:tiny_stories", r"write tfds:NAME:SPLIT"),
-        ("tfds:no_such:train", r"tensorflow-datasets cannot give it: .*no_such"),
-        ("tfds:tiny_stories:nosplit", r"tensorflow-datasets cannot give it: .*nosplit"),
-    ],
-)
-def test_a_data_set_that_is_not_there_is_said(tiny_stories, source, message):
-    with pytest.raises(UserError, match=rf"data\.train='{source}': {message}"):
-        documents(train=source)
-
-
-def test_a_feature_that_is_no_text_is_said(tiny_stories):
-    for field in ("number", "body"):
-        with pytest.raises(
-            UserError, match=rf"data\.text_field='{field}' is no text feature of tfds:.*; there are text"
-        ):
-            documents(train="tfds:tiny_stories:train", text_field=field)
-
-
 # Long documents.
 
 
@@ -240,11 +170,3 @@ def test_what_is_broken_late_in_a_long_document_is_an_error(tmp_path, short_is_1
     for share in (0.0, 0.5):
         with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte offset 100"):
             documents(train=str(tmp_path / "a.txt"), validation=str(tmp_path / "a.txt"), max_broken_fraction=share)
-
-
-@pytest.mark.parametrize("breaks", [WORDPIECE_BREAKS, BPE_BREAKS])
-@pytest.mark.parametrize("size", [1, 3, 7, 50, 1000])
-def test_a_document_in_parts_is_cut_where_the_whole_one_is(breaks, size):
-    for content in ("", "a", "one two, three. four five six, seven", "x" * 97, "ab " * 40 + "y" * 60 + " z"):
-        parts = (content[i : i + size] for i in range(0, len(content), size))
-        assert list(cut_document(parts, breaks, num_chars=8)) == list(cut(content, breaks, num_chars=8))

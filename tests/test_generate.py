@@ -27,9 +27,10 @@ GREEDY, BEAM, TOP_K, TOP_P = (
     Decoder("top-p", top_p=0.9),
 )
 
-TUTORIAL_LIKE = ModelConfig(num_layers=2, num_heads=2, hidden_dim=16, intermediate_dim=16)
+TUTORIAL_LIKE = ModelConfig(num_layers=1, num_heads=2, hidden_dim=16, intermediate_dim=16)
 MODERN = TUTORIAL_LIKE.model_copy(
     update={
+        "num_layers": 2,
         "activation": "swiglu",
         "norm": "rms",
         "positions": "rope",
@@ -155,7 +156,7 @@ def test_beam_search_over_everything_finds_the_likeliest_text():
     letters = TINY_TOKENIZER.encode("abc")
     continuations = [[*text, BOS][:3] for length in range(4) for text in itertools.product(letters, repeat=length)]
     best, greedy, beam = [], [], []
-    for seed in (5, 6, 9):
+    for seed in (10, 31, 50):
         model.set_weights(make_model(tokenizer=TINY_TOKENIZER, seed=seed).get_weights())
         for prompt in prompts:
             scores = log_probs(model, prompt, continuations, TINY_TOKENIZER)
@@ -165,7 +166,7 @@ def test_beam_search_over_everything_finds_the_likeliest_text():
         beam += generator.generate(prompts, Decoder("beam", num_beams=TINY_TOKENIZER.vocabulary_size**2), 3)
     assert beam == best
     # Where the two differ, greedy's text is the less likely one; were they always equal, this would prove little.
-    assert sum(a != b for a, b in zip(best, greedy, strict=True)) == 3
+    assert sum(a != b for a, b in zip(best, greedy, strict=True)) == 5
 
 
 def test_top_k_draws_from_the_k_likeliest_tokens(model, generator):
@@ -204,7 +205,7 @@ def test_no_prompt_seed_length_or_weight_traces_again(model, generator, decoder)
 
 @pytest.mark.parametrize("decoder", [GREEDY, BEAM], ids=lambda decoder: decoder.name)
 def test_text_is_the_same_alone_and_beside_other_prompts(decoder):
-    generator = Generator(make_model(tokenizer=TINY_TOKENIZER, seed=6), TINY_TOKENIZER, SEQUENCE)
+    generator = Generator(make_model(tokenizer=TINY_TOKENIZER, seed=50), TINY_TOKENIZER, SEQUENCE)
     random = np.random.default_rng(0)
     prompts = ["".join(random.choice(list("abc"), length)) for length in [*range(SEQUENCE - 1), 1, 2, 3]]
     together = generator.generate(prompts, decoder, 6)

@@ -10,8 +10,15 @@ LAUNCH = Path(__file__).parent.parent / "scripts" / "launch_local"
 WHO = "import json, os; config = json.loads(os.environ['TF_CONFIG']); index = config['task']['index']; "
 
 
-def launch(count, program, **options):
-    command = [sys.executable, str(LAUNCH), "-n", str(count), sys.executable, "-c", program]
+# The script, but with little patience with workers that do not end together.
+IMPATIENT = (
+    f"import runpy; main = runpy.run_path({str(LAUNCH)!r})['main']; main.__globals__['TOGETHER_SECS'] = 0.5; main()"
+)
+
+
+def launch(count, program, *script, **options):
+    script = script or (str(LAUNCH),)
+    command = [sys.executable, *script, "-n", str(count), sys.executable, "-c", program]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, **options
     )
@@ -33,7 +40,9 @@ def test_every_worker_gets_a_number_and_the_same_addresses_and_its_lines_are_pre
 
 def test_a_worker_that_fails_stops_the_others_and_gives_its_status():
     begin = time.monotonic()
-    status, _, errors = finish(launch(2, WHO + "import sys, time; sys.exit(7) if index else time.sleep(60)"))
+    status, _, errors = finish(
+        launch(2, WHO + "import sys, time; sys.exit(7) if index else time.sleep(60)", "-c", IMPATIENT)
+    )
     assert status == 7
     assert "worker 1 ended with 7; stopping the others." in errors
     assert time.monotonic() - begin < 40

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import replica_steps  # type: ignore[import-not-found]  # pytest has this folder on its path
+
+from trainer.training.distribution import make_strategy
 
 SCRIPT = Path(__file__).parent / "replica_steps.py"
 TOLERANCE = {"float64": 1e-12, "float32": 1e-6}
@@ -31,6 +34,10 @@ MODERN = {
     "train": {"z_loss": 0.1},
 }
 CONTROLS = [{"mistake": mistake} for mistake in MISTAKES]
+# The same eight micro-batches on any number of replicas.
+EIGHTHS = {n: {"model": {}, "precision": "float32", "micro_batches": 8 // n} for n in (1, 2, 4, 8)}
+# A process takes all the cases that a number of replicas is needed for.
+CASES_ON = {1: [*CASES, EIGHTHS[1]], 2: CASES, 4: [*CASES, *CONTROLS], 8: CASES}
 
 
 def start(out, distribution, cases, environment=None):
@@ -57,11 +64,6 @@ def results_of(process, out):
     return [{n.split("/", 1)[1]: a for n, a in arrays.items() if n.startswith(f"{case}/")} for case in cases]
 
 
-def on_replicas(tmp_path, num_replicas, cases):
-    out = tmp_path / f"{num_replicas}.npz"
-    return results_of(start(out, {"kind": "cpu", "logical_devices": num_replicas}, cases), out)
-
-
 def relative_difference(one, two, group):
     def together(results):
         return np.concatenate([np.ravel(results[name]) for name in sorted(two) if name.startswith(group)])
@@ -82,16 +84,38 @@ def assert_equal(results, reference, tolerance):
     np.testing.assert_allclose(results["loss"], reference["loss"], rtol=tolerance)
 
 
+def on_replicas(num_replicas):
+    return {"kind": "cpu", "logical_devices": num_replicas}
+
+
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    """What one device makes of each case, and at last of one without a mistake."""
-    return on_replicas(tmp_path_factory.mktemp("one"), 1, [*CASES, {}])
+def results(tmp_path_factory):
+    """What each number of replicas makes of its cases."""
+    folder = tmp_path_factory.mktemp("replicas")
+    outs = {n: folder / f"{n}.npz" for n in CASES_ON}
+    # All at once: most of their time they trace, which takes one core each.
+    processes = {n: start(outs[n], on_replicas(n), CASES_ON[n]) for n in CASES_ON}
+    try:
+        return {n: results_of(processes[n], outs[n]) for n in CASES_ON}
+    finally:
+        for process in processes.values():
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def one_device(results):
+    return results[1]
 
 
 def test_two_replicas_make_the_weights_of_one(tmp_path):
-    whole, halves = (on_replicas(tmp_path, n, [{"micro_batches": n}, MODERN | {"micro_batches": n}]) for n in (1, 2))
-    for ours, reference in zip(halves, whole, strict=True):
-        assert_equal(ours, reference, TOLERANCE["float64"])
+    cases = [{}, MODERN]
+    process = start(tmp_path / "2.npz", on_replicas(2), [case | {"micro_batches": 2} for case in cases])
+    wholes = []
+    for case in cases:
+        config = replica_steps.config_of(on_replicas(1), case)
+        wholes.append(replica_steps.take_steps(make_strategy(config.distribution), config))
+    for halves, whole in zip(results_of(process, tmp_path / "2.npz"), wholes, strict=True):
+        assert_equal(halves, whole, TOLERANCE["float64"])
 
 
 @pytest.mark.slow
@@ -102,10 +126,8 @@ def test_micro_batches_change_nothing_on_one_device(one_device):
 
 
 @pytest.mark.slow
-def test_the_same_micro_batches_make_the_same_bits_on_any_number_of_replicas(tmp_path):
-    alone, *others = (
-        on_replicas(tmp_path, n, [{"precision": "float32", "micro_batches": 8 // n}])[0] for n in (1, 2, 4, 8)
-    )
+def test_the_same_micro_batches_make_the_same_bits_on_any_number_of_replicas(results):
+    alone, *others = (results[n][CASES_ON[n].index(case)] for n, case in EIGHTHS.items())
     for other in others:
         for name in alone.keys() - {"num_reductions"}:
             np.testing.assert_array_equal(other[name], alone[name], err_msg=name)
@@ -113,20 +135,20 @@ def test_the_same_micro_batches_make_the_same_bits_on_any_number_of_replicas(tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_replicas", [2, 4, 8])
-def test_the_number_of_replicas_changes_nothing(tmp_path, one_device, num_replicas):
-    results = on_replicas(tmp_path, num_replicas, CASES)
+def test_the_number_of_replicas_changes_nothing(results, one_device, num_replicas):
     for i, case in enumerate(CASES):
-        assert_equal(results[i], one_device[i - i % 3], TOLERANCE[case["precision"]])
+        result = results[num_replicas][i]
+        assert_equal(result, one_device[i - i % 3], TOLERANCE[case["precision"]])
         # One operation sums all gradients, the loss and the counts.
-        assert results[i]["num_reductions"] == num_replicas
+        assert result["num_reductions"] == num_replicas
 
 
 @pytest.mark.slow
-def test_a_mistake_would_be_seen(tmp_path, one_device):
-    for mistake, broken in zip(MISTAKES, on_replicas(tmp_path, 4, CONTROLS), strict=True):
+def test_a_mistake_would_be_seen(results, one_device):
+    for mistake, broken in zip(MISTAKES, results[4][len(CASES) :], strict=True):
         with pytest.raises(AssertionError):
-            assert_equal(broken, one_device[-1], TOLERANCE["float32"])
-        assert relative_difference(broken, one_device[-1], "weights/") > 1e-4, mistake
+            assert_equal(broken, one_device[0], TOLERANCE["float32"])
+        assert relative_difference(broken, one_device[0], "weights/") > 1e-4, mistake
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from trainer.data.batches import evaluation_batches, training_batches
 from trainer.data.prepare import fetch, prepare
 from trainer.run import RunFolder
 from trainer.storage import Url, copy_folder, locate, on_disk, place_on_disk, remove_folder
+from trainer.training import loop
 
 
 def quiet(_):
@@ -30,7 +31,7 @@ def store(monkeypatch, tmp_path):
 def config_in(store, *overrides):
     settings = {
         "run_folder": f"{store}/run",
-        "data": {"storybook_stories": 300, "prepared_folder": f"{store}/prepared"},
+        "data": {"storybook_stories": 60, "prepared_folder": f"{store}/prepared"},
         "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 8, "intermediate_dim": 8},
         "train": {"precision": "float32", "total_steps": 4, "sequence_length": 16, "global_batch_size": 4},
         "samples": {"num_tokens": 2},
@@ -132,8 +133,9 @@ def test_a_manifest_damaged_in_the_store_is_an_error_though_the_copy_is_whole(st
 
 
 @pytest.mark.slow
-def test_a_run_in_a_store_is_that_on_a_disk(store, tmp_path):
+def test_a_run_in_a_store_is_that_on_a_disk(store, tmp_path, monkeypatch):
     """Trained, stopped in the middle, resumed and used, with nothing of it on a disk but the copy of the data."""
+    monkeypatch.setattr(loop, "DECODERS", ("greedy", "top-p"))  # To compile all of them takes longer than the rest.
     on_a_disk = trainer.train(config_in(store, f"run_folder={tmp_path / 'run'}"), say=quiet)
 
     config = config_in(store, "checkpoint.every_steps=1")

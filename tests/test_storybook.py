@@ -1,18 +1,15 @@
-"""Laws of the storybook: what its grammar says is what is written, read back and counted, and the stories keep form."""
+"""Laws of the storybook: what its grammar says is what is written, read back and counted."""
 
 import functools
-import hashlib
 import itertools
 import math
 import random
-import re
 from collections import Counter
 
 import pytest
 
 from trainer.data import storybook
-from trainer.data.storybook import CLOSING, Grammar, read_rules
-from trainer.data.storybook_grammar import GRAMMAR_TEXT
+from trainer.data.storybook import Grammar, read_rules
 
 # Every kind of notation: weights, kept values, attributes, selection, and lengths that depend on earlier choices.
 TOY = """
@@ -62,15 +59,6 @@ def some_stories(num_stories=1000):
     return list(storybook.stories(0, num_stories))
 
 
-def words_of(symbol):
-    return {
-        template.removeprefix("2 * ").split(" | ")[0]
-        for head, templates in read_rules(GRAMMAR_TEXT).items()
-        if head.split(" | ")[0] == symbol
-        for template in templates
-    }
-
-
 def test_probabilities_of_all_texts_sum_to_one():
     # A sum of 1 also says that sampling has met every text.
     assert math.fsum(math.exp(toy().log_probability(text)) for text in toy_counts()) == pytest.approx(1, abs=1e-12)
@@ -99,7 +87,7 @@ def test_entropy_of_the_storybook_is_the_mean_of_its_stories():
 @pytest.mark.parametrize("seed", range(2))
 def test_parser_recovers_the_one_derivation_that_was_drawn(seed):
     grammar = storybook.STORYBOOK
-    for index in range(1000):
+    for index in range(500):
         text = storybook.story(seed, index)
         drawn = grammar.sample_derivation(random.Random(f"{seed}/{index}"))
         assert list(grammar.derivations(text)) == [drawn]
@@ -107,37 +95,10 @@ def test_parser_recovers_the_one_derivation_that_was_drawn(seed):
         assert grammar.render(drawn) == text
 
 
-def test_stories_are_the_same_on_every_machine():
-    digest = hashlib.sha256("\n".join(some_stories()).encode()).hexdigest()
-    # A changed grammar changes this, and with it every number measured on stories: say so in CHANGELOG.md.
-    assert digest == "066ca9d19ae257feaabf770252ab4ed4f26e5824559fbdf67a9ec0d71983d979"
-
-
 def test_a_story_depends_on_its_seed_and_index_alone():
     assert storybook.story(0, 7) == list(storybook.stories(0, 8))[7]
     assert list(storybook.stories(0, 0)) == []
     assert len({storybook.story(seed, index) for seed, index in itertools.product(range(10), range(10))}) == 100
-
-
-def test_no_story_is_longer_than_the_longest():
-    longest = storybook.STORYBOOK.max_tokens()
-    assert longest <= 120
-    lengths = [len(text.split()) for text in some_stories(5000)]
-    assert 50 <= min(lengths) <= max(lengths) <= longest
-    assert 75 <= sum(lengths) / len(lengths) <= 95
-
-
-def test_lower_casing_and_splitting_leave_a_story_as_it_is():
-    for text in some_stories():
-        assert text == text.lower() == " ".join(re.findall(r"\w+|[^\w\s]", text))
-        assert set(text) <= set('abcdefghijklmnopqrstuvwxyz .,!?"')
-        assert text.count('"') % 2 == 0
-
-
-def test_the_closing_is_at_the_end_and_nowhere_else():
-    for text in some_stories():
-        assert text.endswith(f" {CLOSING}")
-        assert text.count(CLOSING) == 1
 
 
 def test_a_changed_word_is_no_story_and_is_named():
@@ -161,45 +122,6 @@ def test_a_story_that_stops_early_or_goes_on_is_no_story():
         storybook.log_probability("")
     with pytest.raises(ValueError, match=f"token {num_tokens} is '', after "):
         storybook.log_probability(f"{text} ")
-
-
-def test_another_name_later_in_the_story_is_no_story():
-    names = words_of("girl") | words_of("boy")
-    for text in some_stories()[:200]:
-        words = text.split()
-        last = max(position for position, word in enumerate(words) if word in names)
-        other = min(names - {words[last]})
-        with pytest.raises(ValueError, match=f"token {last} is '{other}'"):
-            storybook.log_probability(" ".join([*words[:last], other, *words[last + 1 :]]))
-
-
-def test_the_hero_comes_back_and_pronouns_agree():
-    girls, boys = words_of("girl"), words_of("boy")
-    women = words_of("friend_girl") | {"grandmother", "mother", "aunt", "teacher"}
-    men = words_of("friend_boy") | {"grandfather", "father", "uncle", "neighbor"}
-    for text in some_stories():
-        told = re.sub(r'" [^"]* "', "", text).split()  # what is said aloud may speak of others
-        hero = next(word for word in told if word in girls | boys)
-        assert Counter(text.split())[hero] >= 2, text
-        mine, others = ({"she", "her"}, {"he", "him", "his"})[:: 1 if hero in girls else -1]
-        pronouns = [word for word in told if word in mine | others]
-        assert not pronouns or pronouns[0] in mine, text
-        if others & set(pronouns):
-            assert (men if hero in girls else women) & set(told), text
-
-
-def test_articles_fit_the_word_after_them():
-    for text in some_stories(5000):
-        assert not re.search(r"\b(a [aeiou]|an [^aeiou])", text), text
-
-
-def test_words_and_sentences_are_many_and_no_word_is_rare():
-    texts = some_stories(5000)
-    num_stories_with = Counter(itertools.chain.from_iterable(set(text.split()) for text in texts))
-    assert 400 <= len(num_stories_with) <= 900
-    assert min(num_stories_with.values()) >= 4
-    sentences = {sentence for text in texts for sentence in re.findall(r"[^.!?]+[.!?]", text)}
-    assert len(sentences) >= 3000
 
 
 def test_two_derivations_of_a_text_are_seen_and_refused():

@@ -1,0 +1,487 @@
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainer.config import Config, UserError, make_config
+from trainer.data.prepare import prepare
+from trainer.data.shards import (
+    PreparedData,
+    Split,
+    SplitWriter,
+    load_prepared,
+)
+from trainer.data.tokenizer import CharTokenizer
+
+LINES = [f"line {i}" + " of text" * (i % 7) for i in range(500)]
+
+
+def config_for(folder: Path, text: str | None = None, **settings) -> Config:
+    """A config whose text is text.txt in a folder, and whose prepared data go into prepared/ there."""
+    if text is not None:
+        (folder / "text.txt").write_bytes(text.encode())
+    data = {"train": str(folder / "text.txt"), "held_out_fraction": 0.1, "prepared_folder": str(folder / "prepared")}
+    data |= settings.pop("data", {})
+    settings = {"tokenizer": {"kind": "char"}, **settings}
+    return make_config(
+        {"run_folder": "run", "train": {"precision": "float32", "total_steps": 1}, "data": data, **settings}
+    )
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def documents(prepared: PreparedData, split: str) -> list[str]:
+    """Reads a split back through nothing but the documented form of its files."""
+    tokenizer, found = prepared.tokenizer(), []
+    for shard in prepared.split(split).shards:
+        tokens = np.fromfile(prepared.folder / shard.tokens_file, np.dtype(prepared.dtype).newbyteorder("<"))
+        offsets = np.fromfile(prepared.folder / shard.offsets_file, "<i8")
+        assert offsets[0] == 0
+        assert offsets[-1] == len(tokens) - 1 == shard.stream_length() - 1
+        assert len(offsets) == shard.num_documents + 1
+        assert np.flatnonzero(tokens == prepared.bos_id).tolist() == offsets.tolist()
+        found += [tokenizer.decode(tokens[start + 1 : end]) for start, end in itertools.pairwise(offsets)]
+    return found
+
+
+def file_contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run_python(program: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    return subprocess.run([sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True)
+
+
+# What is written.
+
+
+def test_every_document_is_in_the_shards_in_order(tmp_path):
+    prepared = prepare(config_for(tmp_path, "\n".join(LINES)), quiet)
+    train, validation = documents(prepared, "train"), documents(prepared, "validation")
+    assert sorted(train + validation) == sorted(LINES)
+    assert [line for line in LINES if line in set(train)] == train
+    assert 20 <= len(validation) <= 80
+
+
+def test_the_counts_are_those_of_the_text(tmp_path):
+    (tmp_path / "validation.txt").write_text("abx\nyb\n")
+    text = "ab 한\n\na\n"
+    prepared = prepare(config_for(tmp_path, text, data={"validation": str(tmp_path / "validation.txt")}), quiet)
+    counts = {name: dataclasses.replace(split, shards=()) for name, split in prepared.splits.items()}
+    assert counts == {
+        "train": Split(2, 5, 7, 0, 4, None, ()),
+        "validation": Split(2, 5, 5, 2, 3, None, ()),
+    }
+    assert (prepared.dtype, prepared.vocabulary_size, prepared.tokenizer_kind) == ("uint16", 7, "char")
+    assert prepared.sources == {"train": [f"{tmp_path}/text.txt"], "validation": [f"{tmp_path}/validation.txt"]}
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 20, 21, 22, 1000])
+def test_documents_do_not_cross_shards_and_a_full_shard_gets_no_more(tmp_path, shard_tokens):
+    (tmp_path / "validation.txt").write_text("a")
+    text = "aaa\nbb\nc\ndddd\neeeeeeeeee"
+    config = config_for(tmp_path, text, data={"validation": str(tmp_path / "validation.txt")})
+    prepared = prepare(config, quiet, shard_tokens)
+    split = prepared.split("train")
+    assert documents(prepared, "train") == text.split("\n")
+    assert (split.num_documents, split.num_tokens, split.max_tokens) == (5, 20, 10)
+    for shard in split.shards[:-1]:
+        # With its last document it is full, and without it was not.
+        offsets = np.fromfile(prepared.folder / shard.offsets_file, "<i8")
+        assert offsets[-1] >= shard_tokens > offsets[-2]
+    assert [shard.tokens_file for shard in split.shards] == [f"train-{i:05}.tokens" for i in range(len(split.shards))]
+
+
+def test_many_threads_and_batches_keep_the_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.data.prepare._BATCH_BYTES", 50)
+    prepared = prepare(config_for(tmp_path, "\n".join(LINES)), quiet, shard_tokens=2000)
+    train = documents(prepared, "train")
+    assert [line for line in LINES if line in set(train)] == train
+    assert len(prepared.split("train").shards) > 3
+
+
+def test_a_huge_document_is_one_document(tmp_path):
+    text = "".join(f"{i} words and 한글, " for i in range(100_000))
+    config = config_for(tmp_path, text, data={"documents": "file"})
+    prepared = prepare(config, quiet)
+    cut_at = int(len(text) * 0.9)
+    assert documents(prepared, "train") == [text[:cut_at]]
+    assert documents(prepared, "validation") == [text[cut_at:]]
+    assert prepared.split("train").max_tokens == cut_at
+
+
+def test_a_huge_document_has_the_wordpiece_tokens_of_the_whole(tmp_path):
+    text = "".join(f"{i} Words, 한글 我能吞下玻璃 naïve… " for i in range(5_000))
+    config = config_for(
+        tmp_path, text, data={"documents": "file"}, tokenizer={"kind": "wordpiece", "vocabulary_size": 200}
+    )
+    prepared = prepare(config, quiet)
+    import tensorflow as tf
+
+    layer = prepared.tokenizer().keras_tokenizer
+    whole = tf.function(layer.tokenize, autograph=False)(tf.constant([text[: int(len(text) * 0.9)]])).values.numpy()
+    shard = prepared.split("train").shards[0]
+    assert np.fromfile(prepared.folder / shard.tokens_file, "<u2").tolist() == [2, *whole, 2]
+    assert prepared.split("train").num_unknown == 0
+
+
+def test_a_huge_document_has_the_bpe_tokens_of_the_whole(tmp_path):
+    text = "".join(f"{i} Words,  한글\n\n我能吞下玻璃 naïve… " for i in range(5_000))
+    config = config_for(tmp_path, text, data={"documents": "file"}, tokenizer={"kind": "bpe", "vocabulary_size": 600})
+    prepared = prepare(config, quiet)
+    train = text[: int(len(text) * 0.9)]
+    whole = prepared.tokenizer().encoder.encode(train).ids
+    shard = prepared.split("train").shards[0]
+    assert np.fromfile(prepared.folder / shard.tokens_file, "<u2").tolist() == [1, *whole, 1]
+    assert documents(prepared, "train") == [train]
+    assert (prepared.pad_id, prepared.bos_id, prepared.unknown_id) == (0, 1, -1)
+    assert prepared.split("train").num_unknown == prepared.split("validation").num_unknown == 0
+
+
+def test_a_document_without_tokens_keeps_its_place(tmp_path):
+    (tmp_path / "validation.txt").write_text("b")
+    tokenizer = {"kind": "wordpiece", "vocabulary_size": 10}
+    data = {"validation": str(tmp_path / "validation.txt")}
+    prepared = prepare(config_for(tmp_path, "ab\n\u200b\u00ad\nba", data=data, tokenizer=tokenizer), quiet)
+    assert documents(prepared, "train") == ["ab", "", "ba"]
+
+
+def test_a_vocabulary_beyond_two_bytes_is_written_in_four(tmp_path):
+    (tmp_path / "validation.txt").write_text("\U00021fff")
+    text = "".join(map(chr, range(0x10000, 0x22000)))
+    prepared = prepare(config_for(tmp_path, text, data={"validation": str(tmp_path / "validation.txt")}), quiet)
+    assert prepared.dtype == "uint32"
+    assert (documents(prepared, "train"), documents(prepared, "validation")) == ([text], ["\U00021fff"])
+
+
+def test_the_storybook_brings_the_exact_probability_of_its_validation_stories(tmp_path):
+    from trainer.data import storybook
+
+    data = {"train": "storybook", "storybook_stories": 100, "held_out_fraction": 0.2}
+    prepared = prepare(config_for(tmp_path, data=data), quiet)
+    held_out = documents(prepared, "validation")
+    expected = -sum(map(storybook.log_probability, held_out))
+    assert prepared.split("validation").source_nats == pytest.approx(expected, rel=1e-12)
+    assert prepared.split("train").source_nats is None
+    assert prepared.folder.name.startswith("storybook-")
+
+
+# Once, and always the same.
+
+
+def test_preparing_again_changes_no_file(tmp_path):
+    config, said = config_for(tmp_path, "\n".join(LINES)), []
+    first = prepare(config, quiet)
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
+    assert prepare(config, said.append) == first
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
+    assert len(said) == 1
+    assert said[0].startswith(f"{first.folder}: already prepared; ")
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        {"kind": "char"},
+        {"kind": "byte"},
+        {"kind": "wordpiece", "vocabulary_size": 60},
+        {"kind": "bpe", "vocabulary_size": 300},
+    ],
+)
+def test_the_same_text_gives_the_same_bytes(tmp_path, tokenizer, monkeypatch):
+    contents = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        if name == "two":
+            monkeypatch.setattr("trainer.data.prepare._BATCH_BYTES", 50)
+        prepared = prepare(config_for(tmp_path / name, "\n".join(LINES), tokenizer=tokenizer), quiet)
+        contents.append(file_contents(prepared.folder))
+        manifest = json.loads(contents[-1].pop("manifest.json"))
+        del manifest["sources"], manifest["sha256"]  # The files lie elsewhere, and the fingerprint does not mind.
+        contents[-1]["manifest.json"] = manifest
+    assert contents[0] == contents[1]
+
+
+def test_changed_text_is_noticed_and_the_old_folder_stays(tmp_path):
+    config, said = config_for(tmp_path, "\n".join(LINES)), []
+    old = prepare(config, quiet)
+    new = prepare(config_for(tmp_path, "\n".join([*LINES, "more"])), said.append)
+    assert said[0] == f"the text is not the one of {old.folder}; preparing it anew (that folder stays)"
+    assert new.folder != old.folder
+    assert new.fingerprint != old.fingerprint
+    assert load_prepared(old.folder) == old
+    assert prepare(config_for(tmp_path, "\n".join(LINES)), quiet) == old
+
+
+def test_a_changed_tokenizer_file_is_noticed_and_the_old_folder_stays(tmp_path):
+    vocabulary, said = tmp_path / "vocab.txt", []
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\nline\ntext\n")
+    tokenizer = {"kind": "wordpiece", "path": str(vocabulary)}
+    old = prepare(config_for(tmp_path, "\n".join(LINES), tokenizer=tokenizer), quiet)
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\nline\nof\ntext\n")
+    new = prepare(config_for(tmp_path, "\n".join(LINES), tokenizer=tokenizer), said.append)
+    assert said[0] == (
+        f"the text or the file of tokenizer.path is not the one of {old.folder}; preparing it anew (that folder stays)"
+    )
+    assert new.split("train").num_unknown < old.split("train").num_unknown
+    assert load_prepared(old.folder) == old
+    vocabulary.unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.path='.*vocab\.txt': cannot be read: No such file or directory\."):
+        prepare(config_for(tmp_path, tokenizer=tokenizer), quiet)
+
+
+def test_a_summary_is_said_at_the_end(tmp_path):
+    said: list[str] = []
+    (tmp_path / "validation.txt").write_text("ax\nab\nxx yx\nba")
+    prepare(config_for(tmp_path, "ab\n한", data={"validation": str(tmp_path / "validation.txt")}), said.append)
+    assert len(said) == 3
+    assert said[0].endswith(
+        ": prepared in 0 s; 2 documents to train on and 4 to validate on, 14 tokens of 1.14 bytes, 42.86% of them "
+        "[UNK], char vocabulary of 6"
+    )
+    assert said[1:] == [
+        "50.0% of 4 validation documents come back exactly from their tokens",
+        "3 characters have no token; how often the commonest occur: 'x' 4, ' ' 1, 'y' 1",
+    ]
+
+
+def test_the_ten_commonest_unknown_characters_are_said_wherever_they_stand(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.data.prepare._SAMPLE_DOCUMENTS", 3)
+    said: list[str] = []
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[BOS]\na\n##a\nb\n")
+    text = "".join(f"a{chr(0x3B1 + i)}a " * (i + 1) for i in range(12)) + "\n" + "a a aa " * 9
+    (tmp_path / "validation.txt").write_text("aa\naa a\nA\nab ab\n")
+    data = {"validation": str(tmp_path / "validation.txt")}
+    config = config_for(tmp_path, text, data=data, tokenizer={"kind": "wordpiece", "path": str(tmp_path / "vocab.txt")})
+    prepare(config, said.append)
+    assert said[1] == "66.7% of 3 validation documents come back exactly from their tokens"
+    listed = ", ".join(f"{chr(0x3B1 + i)!r} {i + 1}" for i in reversed(range(2, 12)))
+    # The b is known at the start of a word alone.
+    assert said[2] == f"13 characters have no token; how often the commonest occur: {listed}"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte"])
+def test_a_vocabulary_of_bytes_loses_nothing(tmp_path, kind):
+    said: list[str] = []
+    (tmp_path / "validation.txt").write_text("never seen: 한글\tЖ\u2028[BOS]  \n" * 3)
+    data = {"validation": str(tmp_path / "validation.txt")}
+    prepared = prepare(config_for(tmp_path, "ab\nba", data=data, tokenizer={"kind": kind}), said.append)
+    assert documents(prepared, "validation") == ["never seen: 한글\tЖ\u2028[BOS]  "] * 3
+    assert said[1:] == ["100.0% of 3 validation documents come back exactly from their tokens"]
+
+
+def test_progress_is_said_every_few_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.data.prepare._PROGRESS_SECS", 0.0)
+    said: list[str] = []
+    prepare(config_for(tmp_path, "ab\ncd", data={"held_out_fraction": 0.5, "documents": "file"}), said.append)
+    assert re.fullmatch(
+        r"reading for the vocabulary: 0 documents, 0.0 of 0.0 MB, \d+\.\d MB a second, 0:00:00 left", said[0]
+    )
+    assert said[-4].startswith("encoding: 1 documents, 0.0 of 0.0 MB, ")
+
+
+def test_text_that_is_trained_and_validated_on_is_warned_of(tmp_path):
+    said: list[str] = []
+    prepare(config_for(tmp_path, "ab", data={"validation": str(tmp_path / "text.txt")}), said.append)
+    assert said[0] == f"warning: {tmp_path}/text.txt is in data.train and in data.validation"
+
+
+# Interrupted.
+
+
+def left_behind(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("prepared/*"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("when", [0, 1, 5])
+def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch, error, when):
+    monkeypatch.setattr("trainer.data.prepare._PROGRESS_SECS", 0.0)
+    config, calls = config_for(tmp_path, "\n".join(LINES)), iter(range(when + 1))
+
+    def interrupt(line: str) -> None:
+        if next(calls) == when:
+            raise error
+
+    with pytest.raises(error):
+        prepare(config, interrupt)
+    assert left_behind(tmp_path) == []
+
+
+KILLED = (
+    "import os, signal, sys; from pathlib import Path; from test_prepare import *; import trainer.data.prepare as p;"
+    "p._SAVE_SECS = 0.0; p._BATCH_BYTES = 100; left = int(sys.argv[2]); write = SplitWriter.write;\n"
+    "def write_some(self, *arguments):\n"
+    "    global left\n"
+    "    left -= 1\n"
+    "    if left < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+    "    write(self, *arguments)\n"
+    "SplitWriter.write = write_some\n"
+    "prepare(config_for(Path(sys.argv[1])), quiet, shard_tokens=1000)"
+)
+
+
+@pytest.mark.parametrize("num_writes", [0, 1, 7, 30])
+def test_a_killed_preparation_leaves_nothing_usable_and_the_next_one_goes_on(tmp_path, monkeypatch, num_writes):
+    texts = [f"{line} {i} 한글" for i, line in enumerate(LINES)]
+    config = config_for(tmp_path, "\n".join(texts))
+    whole = prepare(config, quiet, shard_tokens=1000)
+    contents = file_contents(whole.folder)
+    shutil.rmtree(whole.folder)
+
+    assert run_python(KILLED, str(tmp_path), str(num_writes)).returncode == -signal.SIGKILL
+    (partial,) = left_behind(tmp_path)
+    assert partial.startswith(".partial-")
+    said: list[str] = []
+    encoded = pieces_encoded(monkeypatch)
+    assert prepare(config, said.append, shard_tokens=1000) == whole
+    assert file_contents(whole.folder) == contents
+    assert left_behind(tmp_path) == [whole.folder.name]
+    goes_on = "going on with what a preparation that was stopped had written"
+    assert (goes_on in said) == (num_writes > 0)
+    assert (texts[0] not in encoded) == (num_writes > 0)
+
+
+def pieces_encoded(monkeypatch) -> list[str]:
+    """A list that every piece will be in that is encoded."""
+    pieces: list[str] = []
+    encode = CharTokenizer.encode_pieces
+
+    def encode_and_count(self, new):
+        pieces.extend(new)
+        return encode(self, new)
+
+    monkeypatch.setattr(CharTokenizer, "encode_pieces", encode_and_count)
+    return pieces
+
+
+def test_what_a_killed_preparation_left_damaged_is_begun_anew(tmp_path):
+    config = config_for(tmp_path, "\n".join(LINES))
+    whole = prepare(config, quiet, shard_tokens=1000)
+    contents = file_contents(whole.folder)
+    shutil.rmtree(whole.folder)
+    run_python(KILLED, str(tmp_path), "30")
+    (partial,) = left_behind(tmp_path)
+    left = Path(shutil.copytree(tmp_path / "prepared" / partial, tmp_path / "left"))
+    for name in ("train-00000.tokens", "train-00001.offsets", "tokenizer/settings.json"):
+        shutil.rmtree(tmp_path / "prepared")
+        path = Path(shutil.copytree(left, tmp_path / "prepared" / partial)) / name
+        path.write_bytes(b"?" + path.read_bytes()[1:])
+        said: list[str] = []
+        prepare(config, said.append, shard_tokens=1000)
+        assert not any(line.startswith("going on") for line in said)
+        assert file_contents(whole.folder) == contents
+
+
+def test_ctrl_c_keeps_what_there_is_to_go_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.data.prepare._SAVE_SECS", 0.0)
+    monkeypatch.setattr("trainer.data.prepare._BATCH_BYTES", 100)
+    config = config_for(tmp_path, "\n".join(LINES))
+    write, left = SplitWriter.write, iter(range(9))
+
+    def interrupted(self, *arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    monkeypatch.setattr(SplitWriter, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, quiet)
+    monkeypatch.setattr(SplitWriter, "write", write)
+    said: list[str] = []
+    prepare(config, said.append)
+    assert said[0].startswith("going on with")
+
+
+def test_another_process_at_work_is_left_alone_and_the_first_to_finish_wins(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.data.prepare._PROGRESS_SECS", 0.0)
+    config, inner = config_for(tmp_path, "\n".join(LINES)), []
+
+    def prepare_meanwhile(line: str) -> None:
+        if not inner:
+            assert len(left_behind(tmp_path)) == 1
+            inner.append(None)
+            inner.append(prepare(config, quiet))
+
+    outer = prepare(config, prepare_meanwhile)
+    assert outer == inner[1]
+    assert left_behind(tmp_path) == [outer.folder.name]
+
+
+def test_a_full_disk_is_an_error_naming_the_folder_and_leaves_nothing(tmp_path):
+    program = (
+        "import resource, sys; from test_prepare import *;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "prepare(config_for(Path(sys.argv[1])), quiet)"
+    )
+    config_for(tmp_path, "some text\n" * 30_000 + "\n".join(LINES))
+    child = run_python(program, str(tmp_path))
+    assert child.stderr.strip().split("\n")[-1] == (
+        f"trainer.config.UserError: data.prepared_folder='{tmp_path}/prepared': cannot be written: File too large. "
+        "Make room, or name another folder; nothing half-written is left."
+    )
+    assert left_behind(tmp_path) == []
+
+
+def test_a_prepared_folder_that_cannot_be_is_an_error_naming_it(tmp_path):
+    (tmp_path / "prepared").write_text("a file")
+    with pytest.raises(UserError, match=r"data\.prepared_folder='.*prepared': cannot be written: "):
+        prepare(config_for(tmp_path, "a\nb\nc\nd\ne"), quiet)
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "a\0b", "just one line"])
+def test_text_that_cannot_be_used_leaves_nothing(tmp_path, text):
+    with pytest.raises(UserError):
+        prepare(config_for(tmp_path, text, data={"held_out_fraction": 1e-9}), quiet)
+    assert left_behind(tmp_path) == []
+
+
+def test_a_line_of_50_megabytes_is_prepared(tmp_path):
+    (tmp_path / "validation.txt").write_text("a")
+    config = config_for(tmp_path, "0123456789" * 5_000_000, data={"validation": str(tmp_path / "validation.txt")})
+    assert prepare(config, quiet).split("train").max_tokens == 50_000_000
+
+
+# At size.
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak memory of one process")
+def test_books_are_prepared_in_bounded_memory_and_time(test_data, tmp_path):
+    program = (
+        "import re, sys, time; from test_prepare import *;"
+        "data = {'train': sys.argv[2], 'held_out_fraction': 0.01};"
+        "prepare(config_for(Path(sys.argv[1]), data=data, tokenizer={'kind': 'wordpiece'}));"
+        # Not getrusage: there a process starts with the peak of the one that started it.
+        "status = Path('/proc/self/status').read_text();"
+        "print(int(re.search(r'VmHWM:\\s*(\\d+) kB', status).group(1)) * 1024 / 1e9, time.process_time())"
+    )
+    child = run_python(program, str(tmp_path), str(test_data / "books/simple_train.txt.gz"))
+    gigabytes, cpu_secs = map(float, child.stdout.strip().split("\n")[-1].split())
+    assert gigabytes < 1.2
+    assert cpu_secs < 80  # Of all threads; the clock would measure what else the machine does.
+
+
+@pytest.mark.slow
+def test_megabytes_without_a_space_are_one_document_of_known_tokens(tmp_path):
+    (tmp_path / "validation.txt").write_text("a")
+    config = config_for(
+        tmp_path,
+        "0123456789" * 1_000_000,
+        data={"validation": str(tmp_path / "validation.txt")},
+        tokenizer={"kind": "wordpiece", "vocabulary_size": 100},
+    )
+    split = prepare(config, quiet).split("train")
+    assert (split.num_documents, split.num_unknown) == (1, 0)

@@ -1,0 +1,79 @@
+"""Laws of how vocabularies are learned and texts are cut."""
+
+import random
+
+import numpy as np
+import pytest
+
+from trainer.config import BpeConfig, UserError, WordPieceConfig
+from trainer.data.tokenizer import train_tokenizer
+from trainer.data.vocabulary import BPE_BREAKS, WORDPIECE_BREAKS, _Sample, cut, cut_document, train_wordpiece
+
+
+def test_the_vocabulary_has_the_size_asked_for_where_the_text_offers_enough():
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcde", k=draw.randint(1, 8))) for _ in range(20_000)]
+    for size in (13, 14, 1001):  # 13: the special tokens and each letter in two forms.
+        config = WordPieceConfig(kind="wordpiece", vocabulary_size=size)
+        assert len(train_wordpiece(config, [" ".join(words)])) == size
+    with pytest.raises(UserError) as error:
+        train_wordpiece(WordPieceConfig(kind="wordpiece", vocabulary_size=12), [" ".join(words)])
+    assert "tokenizer.vocabulary_size=12 cannot hold the alphabet: the text needs at least 13," in str(error.value)
+    assert "Raise it, or use tokenizer.kind='char'." in str(error.value)
+
+
+def test_a_bpe_vocabulary_has_the_size_asked_for_where_the_text_offers_enough():
+    draw = random.Random(0)
+    text = " ".join("".join(draw.choices("abcde", k=draw.randint(1, 8))) for _ in range(20_000))
+    for size in (258, 259, 1001):
+        assert train_tokenizer(BpeConfig(kind="bpe", vocabulary_size=size), [text]).vocabulary_size == size
+
+
+def test_the_sample_is_bounded_from_all_over_the_text_and_the_same_in_any_order():
+    documents = [f"document number {i} " + "x" * (i % 100) for i in range(10_000)]
+
+    def sampled(documents):
+        sample = _Sample(max_bytes=50_000)
+        for document in documents:
+            sample.add(document)
+        return [text.decode() for text in sample.texts()]
+
+    found = sampled(documents)
+    assert found == sampled(reversed(documents))
+    assert 49_800 <= sum(map(len, found)) <= 50_000
+    numbers = [int(document.split()[2]) for document in found]
+    assert np.histogram(numbers, bins=5, range=(0, 10_000))[0] == pytest.approx(len(found) / 5, rel=0.3)
+
+
+def test_a_token_is_never_longer_than_the_encoder_takes():
+    for letters in ("0123456789" * 1000, "".join(map(chr, range(0x10400, 0x10428))) * 200):
+        config = WordPieceConfig(kind="wordpiece", vocabulary_size=400)
+        tokenizer = train_tokenizer(config, [letters] * 3)
+        assert 40 <= max(len(token.removeprefix("##").encode()) for token in tokenizer.vocabulary) <= 256
+        assert tokenizer.unknown_id not in tokenizer.encode(letters)
+
+
+def test_a_word_of_any_length_is_learned_from_in_bounded_time_and_encoded():
+    tokenizer = train_tokenizer(BpeConfig(kind="bpe", vocabulary_size=300), ["0123456789" * 100_000])
+    text = "9876543210" * 30_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_pieces_are_short_and_cut_in_a_word_only_where_it_is_very_long():
+    assert list(cut("", WORDPIECE_BREAKS)) == [""]
+    for length in (9, 10, 11, 19, 20, 21, 30, 31):
+        pieces = list(cut("x" * length, WORDPIECE_BREAKS, 10))
+        assert "".join(pieces) == "x" * length
+        assert max(map(len, pieces)) <= 20
+    assert list(cut("aaaa bbbb cccc dddd", WORDPIECE_BREAKS, 6)) == ["aaaa bbbb ", "cccc dddd"]
+    assert list(cut("aaaa bbbb cccc dddd", BPE_BREAKS, 6)) == ["aaaa bbbb", " cccc dddd"]
+    assert list(cut("我能吞下玻璃而不傷", WORDPIECE_BREAKS, 4)) == ["我能吞下", "玻璃而不", "傷"]
+    assert list(cut("我能吞下，玻璃而不傷。", BPE_BREAKS, 4)) == ["我能吞下", "，玻璃而不傷", "。"]
+
+
+@pytest.mark.parametrize("breaks", [WORDPIECE_BREAKS, BPE_BREAKS])
+@pytest.mark.parametrize("size", [1, 3, 7, 50, 1000])
+def test_a_document_in_parts_is_cut_where_the_whole_one_is(breaks, size):
+    for content in ("", "a", "one two, three. four five six, seven", "x" * 97, "ab " * 40 + "y" * 60 + " z"):
+        parts = (content[i : i + size] for i in range(0, len(content), size))
+        assert list(cut_document(parts, breaks, num_chars=8)) == list(cut(content, breaks, num_chars=8))
