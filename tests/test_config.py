@@ -416,10 +416,10 @@ def test_a_run_reads_every_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("".join(f"the {i} cats sat on the mat\n" for i in range(300)), encoding="utf-8")
-    Path("b.jsonl").write_text('{"text": "a dog"}', encoding="utf-8")
+    Path("b.jsonl").write_text('{"text": "a dog"}\n{"broken"', encoding="utf-8")
     settings = {
         "run_folder": "run",
-        "data": {"train": ["a.txt", "b.jsonl"]},
+        "data": {"train": ["a.txt", "b.jsonl"], "max_broken_fraction": 0.5},
         "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4, "positions": "rope"},
         "train": {"precision": "float32", "num_epochs": 1, "sequence_length": 8, "global_batch_size": 128},
         "optimizer": {"schedule": "cosine"},
