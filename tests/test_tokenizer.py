@@ -21,6 +21,7 @@ from trainer.config import (
 )
 from trainer.data.files import read_documents
 from trainer.data.tokenizer import (
+    _WORDS,
     BpeTokenizer,
     ByteTokenizer,
     CharTokenizer,
@@ -418,6 +419,15 @@ def test_plain_text_has_the_tokens_that_the_library_gives_it(bpe, monkeypatch):
     tokens, lengths = bpe.encode_pieces(texts)
     expected = [each.ids for each in bpe.encoder.encode_batch_fast(texts, add_special_tokens=False)]
     assert [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])] == expected
+
+
+def test_plain_text_has_the_words_that_the_library_finds(bpe):
+    draw = np.random.default_rng(0)
+    characters = [*map(chr, range(128)), *" ''\n\tstmdrevl" * 10]
+    for length in draw.integers(1, 30, 2000):
+        text = "".join(draw.choice(characters, length))
+        found = [text[start:end] for _, (start, end) in bpe.encoder.pre_tokenizer.pre_tokenize_str(text)]
+        assert _WORDS.findall(text) == found
 
 
 def test_a_file_that_splits_words_its_own_way_is_left_to_the_library(bpe):
