@@ -7,7 +7,15 @@ import pytest
 
 from trainer.config import BpeConfig, UserError, WordPieceConfig
 from trainer.data.tokenizer import train_tokenizer
-from trainer.data.vocabulary import BPE_BREAKS, WORDPIECE_BREAKS, _Sample, cut, cut_document, train_wordpiece
+from trainer.data.vocabulary import (
+    BPE_BREAKS,
+    SPECIAL_TOKENS,
+    WORDPIECE_BREAKS,
+    _Sample,
+    cut,
+    cut_document,
+    train_wordpiece,
+)
 
 
 def test_the_vocabulary_has_the_size_asked_for_where_the_text_offers_enough():
@@ -20,6 +28,19 @@ def test_the_vocabulary_has_the_size_asked_for_where_the_text_offers_enough():
         train_wordpiece(WordPieceConfig(kind="wordpiece", vocabulary_size=12), [" ".join(words)])
     assert "tokenizer.vocabulary_size=12 cannot hold the alphabet: the text needs at least 13," in str(error.value)
     assert "Raise it, or use tokenizer.kind='char'." in str(error.value)
+
+
+def test_a_wordpiece_vocabulary_has_no_token_that_encoding_its_text_passes_over():
+    draw = random.Random(0)
+    endings = ["ation", "ations", "ational", "ing", "ingly", "est"]
+    stems = ["".join(draw.choices("bcdfgklmnprst", k=4)) for _ in range(300)]
+    text = " ".join(draw.choice(stems) + draw.choice(endings) for _ in range(20_000))
+    tokenizer = train_tokenizer(WordPieceConfig(kind="wordpiece", vocabulary_size=200), [text])
+    used = set(tokenizer.encode(text).tolist())
+    unused = [token for i, token in enumerate(tokenizer.vocabulary) if i not in used]
+    assert len(used) > 150
+    # A letter has a token at the start of a word and another inside, whatever the text needs.
+    assert max(len(token.removeprefix("##")) for token in unused if token not in SPECIAL_TOKENS) == 1
 
 
 def test_a_bpe_vocabulary_has_the_size_asked_for_where_the_text_offers_enough():

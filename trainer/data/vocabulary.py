@@ -4,13 +4,15 @@ Hugging Face's trainer does the counting. For WordPiece, where it is tens of tim
 words that went through keras_nlp's own pretokenizer, because the two split and normalize differently.
 """
 
-import functools
 import hashlib
 import heapq
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import numpy as np
 
 from trainer.config import BpeConfig, UserError, WordPieceConfig
 from trainer.data.files import Document, parts_of
@@ -35,11 +37,17 @@ ANYWHERE = re.compile(r"[\s\S]")
 # Longer texts are handled in pieces of about this many characters, which bounds memory.
 _PIECE_CHARS = 1 << 16
 _BATCH_BYTES = 1 << 20
+# How many times as many tokens are merged as are kept.
+_CANDIDATES = 1.2
+# So many different ones are held at a time.
+_MAX_CHUNKS = 200_000
 # keras_nlp refuses tokens of over 256 bytes.
 _MAX_TOKEN_CHARS = 64
-_MAX_WORD_CHARS = 500
+# Longer words are learned from in parts: the time that takes grows with the square of their length.
+_MAX_WORD_CHARS = 100
 
-Pretokenize = Callable[[list[bytes]], list[str]]
+# Splits texts into normalized words: all of them, some empty, and how many each text has.
+Pretokenize = Callable[[list[bytes]], tuple[list[str], np.ndarray]]
 
 
 def cut(text: str, breaks: re.Pattern[str], num_chars: int = _PIECE_CHARS) -> Iterator[str]:
@@ -105,7 +113,7 @@ def train_wordpiece(config: WordPieceConfig, documents: Iterable[Document]) -> l
             f"{num_needed}, as a letter is one token at the start of a word and another inside. "
             "Raise it, or use tokenizer.kind='char'."
         )
-    return _count_and_merge(config.vocabulary_size, forms, _words(sample, pretokenize))
+    return _merge(config.vocabulary_size, forms, _counted_words(sample, pretokenize))
 
 
 def train_bpe(config: BpeConfig, documents: Iterable[Document]) -> str:
@@ -129,8 +137,7 @@ def train_bpe(config: BpeConfig, documents: Iterable[Document]) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # In small pieces, because the trainer's time grows with the square of a word's length.
-    pieces = (piece for text in sample.texts() for piece in cut(text.decode(), BPE_BREAKS, _MAX_WORD_CHARS // 2))
+    pieces = (piece for text in sample.texts() for piece in cut(text.decode(), BPE_BREAKS, _MAX_WORD_CHARS))
     model.train_from_iterator(pieces, trainer)
     settings = json.loads(model.to_str())
     # Unlisted, special tokens are never looked for in a text.
@@ -138,40 +145,50 @@ def train_bpe(config: BpeConfig, documents: Iterable[Document]) -> str:
     return json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
 
 
-def _count_and_merge(size: int, forms: list[str], words: Iterable[str]) -> list[str]:
+def _merge(size: int, forms: list[str], counts: Mapping[str, int]) -> list[str]:
+    """Returns the special tokens, the forms, and of the candidates that merging finds those that encoding uses most.
+
+    Many a merge is but a step to a longer token, and WordPiece, which takes the longest token there is, passes over it.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     # A WordPiece trainer is a BPE trainer with ##, but does not let us bound a token's length.
     model = Tokenizer(models.BPE(continuing_subword_prefix="##"))
-    model.pre_tokenizer = pre_tokenizers.Split("\n", "removed")
+    model.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("\n")
     # The alphabet goes in as special tokens because those are numbered in this order. Other characters would be in the
     # order of a hash table, and numbers decide between pairs of equal count.
+    always = [*SPECIAL_TOKENS, *forms]
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=len(always) + int(_CANDIDATES * (size - len(always))),
         min_frequency=2,
-        special_tokens=[*SPECIAL_TOKENS, *forms],
+        special_tokens=always,
         continuing_subword_prefix="##",
         max_token_length=_MAX_TOKEN_CHARS,
         show_progress=False,
     )
-    model.train_from_iterator(words, trainer)
+    model.train_from_iterator(_repeated(counts), trainer)
     ids = model.get_vocab()
-    return sorted(ids, key=ids.__getitem__)
+    encoder = models.WordPiece(ids, unk_token=SPECIAL_TOKENS[1], max_input_chars_per_word=_MAX_WORD_CHARS)
+    num_uses = [0] * len(ids)
+    for word, count in counts.items():
+        for token in encoder.tokenize(word):
+            num_uses[token.id] += count
+    candidates = sorted(range(len(always), len(ids)), key=lambda token: -num_uses[token])
+    kept = {*range(len(always)), *candidates[: size - len(always)]}
+    return [token for token in sorted(ids, key=ids.__getitem__) if ids[token] in kept]
 
 
-@functools.cache
 def _pretokenizer(lowercase: bool) -> Pretokenize:
     """Returns keras_nlp's own splitting of texts into normalized words."""
     import tensorflow as tf
     from keras_hub.src.tokenizers import word_piece_tokenizer
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
-    def joined_words(texts: tf.Tensor) -> tf.Tensor:
+    def pretokenize(texts: list[bytes]) -> tuple[list[str], np.ndarray]:
+        texts = tf.constant(texts, tf.string)
         words = word_piece_tokenizer.pretokenize(texts, lowercase=lowercase, strip_accents=False)
-        return tf.strings.reduce_join(words.values, separator="\n")
+        return [word.decode() for word in words.values.numpy()], words.row_lengths().numpy()
 
-    # A line feed is whitespace, so no word has one.
-    return lambda texts: [word for word in joined_words(texts).numpy().decode().split("\n") if word]
+    return pretokenize
 
 
 class _Sample:
@@ -199,25 +216,54 @@ class _Sample:
             yield text
 
 
-def _words(sample: _Sample, pretokenize: Pretokenize) -> Iterator[str]:
-    """Yields the words, joined by line feeds in short strings: the trainer holds many strings at a time."""
+def _counted_words(sample: _Sample, pretokenize: Pretokenize) -> Counter[str]:
+    """Returns how often a sample has each word."""
+    counts: Counter[str] = Counter()
+    # Each chunk once, because the pretokenizer is slow; it, too, ends a word wherever bytes.split() does.
+    chunks: Counter[bytes] = Counter()
+
+    def count_words_of_chunks() -> None:
+        for batch in _batches(chunks):
+            words, num_words = pretokenize(batch)
+            word_counts = np.repeat([chunks[chunk] for chunk in batch], num_words)
+            for word, count in zip(words, word_counts.tolist(), strict=True):
+                for start in range(0, len(word), _MAX_WORD_CHARS):
+                    counts[word[start : start + _MAX_WORD_CHARS]] += count
+        chunks.clear()
+
+    for text in sample.texts():
+        chunks.update(text.split())
+        if len(chunks) > _MAX_CHUNKS:
+            count_words_of_chunks()
+    count_words_of_chunks()
+    return counts
+
+
+def _batches(chunks: Iterable[bytes]) -> Iterator[list[bytes]]:
     batch: list[bytes] = []
     num_bytes = 0
-    for text in sample.texts():
-        batch.append(text)
-        num_bytes += len(text)
+    for chunk in chunks:
+        batch.append(chunk)
+        num_bytes += len(chunk)
         if num_bytes >= _BATCH_BYTES:
-            yield from _joined(pretokenize(batch))
+            yield batch
             batch, num_bytes = [], 0
     if batch:
-        yield from _joined(pretokenize(batch))
+        yield batch
 
 
-def _joined(words: list[str]) -> Iterator[str]:
-    # The trainer's time grows with the square of a word's length.
-    words = [word[i : i + _MAX_WORD_CHARS] for word in words for i in range(0, len(word), _MAX_WORD_CHARS)]
-    for start in range(0, len(words), 1000):
-        yield "\n".join(words[start : start + 1000])
+def _repeated(counts: Mapping[str, int]) -> Iterator[str]:
+    """Yields each word as often as it is counted, in strings of about a thousand: the trainer holds many at a time."""
+    lines, num_lines = [], 0
+    for word, count in counts.items():
+        for start in range(0, count, 1000):
+            num_times = min(1000, count - start)
+            lines.append(f"{word}\n" * num_times)
+            num_lines += num_times
+            if num_lines >= 1000:
+                yield "".join(lines)
+                lines, num_lines = [], 0
+    yield "".join(lines)
 
 
 class _Alphabet:
@@ -241,8 +287,7 @@ class _Alphabet:
                 self._seen = "".join(self._ascii).encode()
             return
         self._ascii.update(filter(str.isascii, piece))
-        # Only what is not ASCII, and each such chunk once, goes through the slow pretokenizer; it, too, ends a word
-        # wherever bytes.split() does.
+        # Only what is not ASCII, and each such chunk once, goes through the slow pretokenizer.
         chunks = {chunk for chunk in piece.encode().split() if not chunk.isascii()} - self._known - self._waiting
         self._waiting |= chunks
         self._num_waiting_bytes += sum(map(len, chunks))
@@ -250,10 +295,10 @@ class _Alphabet:
             self._read_waiting()
 
     def _read_waiting(self) -> None:
-        words = self._pretokenize(sorted(self._waiting)) if self._waiting else []
+        words, _ = self._pretokenize(sorted(self._waiting))
         self._characters.update(*words)
         self._inner.update(*(word[1:] for word in words))
-        if len(self._known) > 200_000:
+        if len(self._known) > _MAX_CHUNKS:
             self._known = set()
         self._known |= {chunk for chunk in self._waiting if len(chunk) <= 100}
         self._waiting, self._num_waiting_bytes = set(), 0
