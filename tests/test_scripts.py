@@ -353,7 +353,7 @@ def test_test_script_checks_every_python_program_then_runs_the_tests(checkout: C
         "mypy --scripts-are-modules trainer tests scripts/compare",
         "== shellcheck: skipped, it is not installed",
         "== tests",
-        "pytest -m not slow -k two words",
+        "pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m not slow -k two words",
     ]
     failed = checkout.run("scripts/test", env={"FAILING": "mypy"})
     assert failed.returncode == 3
