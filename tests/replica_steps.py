@@ -18,7 +18,7 @@ import tensorflow as tf
 import trainer.training.step as step_module
 from trainer.config import make_config
 from trainer.model.gpt import GPT, DropoutDraw
-from trainer.training.distribution import make_strategy, share_of
+from trainer.training.distribution import distributed, make_strategy
 
 VOCABULARY, NUM_STEPS, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH = 29, 5, 96, 8
 
@@ -119,7 +119,7 @@ def take_steps(strategy, config):
     with strategy.scope():
         model = GPT(config.model, VOCABULARY, SEQUENCE_LENGTH, dtype=config.train.precision)
     step = step_module.TrainingStep(config, NUM_STEPS, model, strategy)
-    batches = iter(strategy.distribute_datasets_from_function(lambda context: elements(share_of(context))))
+    batches = iter(distributed(strategy, elements))
     run_steps = step.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
     run_steps(batches, tf.constant(1, tf.int64))
     # Adam's first moment after one step is the gradient times 1 - beta_1.

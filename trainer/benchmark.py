@@ -17,7 +17,7 @@ from trainer.config import Config
 from trainer.data.batches import training_batches
 from trainer.data.shards import PreparedData
 from trainer.run import BuildModel, build_gpt
-from trainer.training.distribution import make_strategy, share_of
+from trainer.training.distribution import distributed, make_strategy
 from trainer.training.step import TrainingStep
 
 
@@ -47,9 +47,7 @@ class Training:
                 self.model = build_model(config, prepared.vocabulary_size)
         self.step = TrainingStep(config, total_steps, self.model, self.strategy)
         self.batches = iter(
-            self.strategy.distribute_datasets_from_function(
-                lambda context: training_batches(prepared, config, 0, total_steps, share_of(context)).repeat()
-            )
+            distributed(self.strategy, lambda share: training_batches(prepared, config, 0, total_steps, share).repeat())
         )
         self.loss = float("nan")
         self._steps_per_call = config.train.steps_per_call

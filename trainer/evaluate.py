@@ -12,7 +12,7 @@ from trainer.data.batches import evaluation_batches
 from trainer.data.shards import PreparedData, Split
 from trainer.model.gpt import GPT
 from trainer.model.loss import next_token_loss_from_logits
-from trainer.training.distribution import share_of
+from trainer.training.distribution import distributed
 
 
 class Evaluation(NamedTuple):
@@ -95,10 +95,9 @@ class Evaluator:
         return evaluation._replace(losses=losses)
 
     def _batches(self, split: Split, num_batches: int | None) -> Iterable[tuple[tf.Tensor, ...]]:
-        batches: Iterable[tuple[tf.Tensor, ...]] = self.strategy.distribute_datasets_from_function(
-            lambda context: evaluation_batches(self.prepared, self.config, num_batches, share_of(context), split)
+        return distributed(
+            self.strategy, lambda share: evaluation_batches(self.prepared, self.config, num_batches, share, split)
         )
-        return batches
 
     def _score_batch(self, batch: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor]:
         def score(batch: tuple[tf.Tensor, ...]) -> list[tf.Tensor]:

@@ -14,7 +14,7 @@ from trainer.data.batches import training_batches
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.run import build_gpt
-from trainer.training.distribution import make_strategy, share_of
+from trainer.training.distribution import distributed, make_strategy
 from trainer.training.step import TrainingStep
 
 # Largest |a - b| / |a| that rounding explains: with another number of replicas, sums are made in another order.
@@ -113,9 +113,7 @@ def take_steps(config: Config, prepared: PreparedData, distribution: Distributio
     with strategy.scope():
         model = build_gpt(config, prepared.vocabulary_size, prepared.bos_id)
     step = TrainingStep(config, num_steps, model, strategy)
-    data = strategy.distribute_datasets_from_function(
-        lambda context: training_batches(prepared, config, 0, num_steps, share_of(context))
-    )
+    data = distributed(strategy, lambda share: training_batches(prepared, config, 0, num_steps, share))
     batches, one = iter(data), tf.constant(1, tf.int64)
     metrics = [step.run_steps(batches, one) for _ in range(num_steps)]
     # A float16 run begins with steps that overflow, until the loss scale has come down.

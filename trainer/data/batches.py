@@ -14,6 +14,8 @@ from trainer.config import MIXTURE_EXAMPLES, Config, UserError
 from trainer.data.shards import MANIFEST, PreparedData, Split, examples_per_shard, num_examples
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
+# For each shard its tokens, and in lines mode where its documents begin: files, read where they are touched.
+Shards = tuple[tuple[tf.Tensor, ...], ...]
 
 # So many tokens are read by one call of the pipeline's function, and split into elements after that: small batches
 # would spend their time on starting operations.
@@ -69,12 +71,12 @@ def training_batches(
     window = _window(prepared, split, config)
     counts = [num_examples(part, config) for part in prepared.parts("train")]
 
-    def rows_at(n: tf.Tensor) -> Batch:
+    def rows_at(n: tf.Tensor, shards: Shards) -> Batch:
         if weights is not None:
-            return read(mixed(n, counts, weights, seed))
-        return read(shuffled(n % count, n // count, count, seed, window))
+            return read(mixed(n, counts, weights, seed), shards)
+        return read(shuffled(n % count, n // count, count, seed, window), shards)
 
-    return _pipeline(prepared, config, share, first_step, total_steps, rows_at)
+    return _pipeline(prepared, split, config, share, first_step, total_steps, rows_at)
 
 
 def evaluation_batches(
@@ -98,11 +100,12 @@ def evaluation_batches(
     count = num_examples(split, config)
     read = _reader(prepared, split, config)
 
-    def rows_at(n: tf.Tensor) -> Batch:
-        inputs, targets, weights = read(tf.minimum(n, count - 1))
+    def rows_at(n: tf.Tensor, shards: Shards) -> Batch:
+        inputs, targets, weights = read(tf.minimum(n, count - 1), shards)
         return inputs, targets, weights * tf.cast(n < count, tf.float32)[:, tf.newaxis]
 
-    return _pipeline(prepared, config, share, 0, min(-(-count // batch_size), num_batches or count), rows_at)
+    end = min(-(-count // batch_size), num_batches or count)
+    return _pipeline(prepared, split, config, share, 0, end, rows_at)
 
 
 def total_steps(prepared: PreparedData, config: Config) -> int:
@@ -238,37 +241,53 @@ def _window(prepared: PreparedData, split: Split, config: Config) -> Window | No
 
 def _pipeline(
     prepared: PreparedData,
+    split: Split,
     config: Config,
     share: Share,
     first_batch: int,
     end_batch: int,
-    rows_at: Callable[[tf.Tensor], Batch],
+    rows_at: Callable[[tf.Tensor, Shards], Batch],
 ) -> tf.data.Dataset:
     """Returns the elements of a range of batches; rows_at gives the rows of the run with numbers int64 [n]."""
     batch_size, width = config.train.global_batch_size, config.train.sequence_length
     rows_per_element = batch_size // share.total_replicas
 
-    def elements_at(numbers: tf.Tensor) -> Batch:
+    def elements_at(numbers: tf.Tensor, shards: Shards) -> Batch:
         batch, rows = share.of_element(numbers, batch_size)
-        inputs, targets, weights = rows_at(tf.reshape(batch[:, tf.newaxis] * batch_size + rows, [-1]))
+        inputs, targets, weights = rows_at(tf.reshape(batch[:, tf.newaxis] * batch_size + rows, [-1]), shards)
         shape = [-1, rows_per_element, width]
         return tf.reshape(inputs, shape), tf.reshape(targets, shape), tf.reshape(weights, shape)
 
     first, end = first_batch * share.num_replicas, end_batch * share.num_replicas
-    numbers = _numbers(prepared, first, end)
-    together = numbers.batch(max(1, TOKENS_PER_READ // (rows_per_element * width)))
-    elements = together.map(elements_at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).unbatch()
+    numbers = tf.data.Dataset.range(first, end).batch(max(1, TOKENS_PER_READ // (rows_per_element * width)))
+    # Mapped once: to do so for each read costs more than the read, a page of memory at a time.
+    reads = tf.data.Dataset.zip(numbers, _shards(prepared, split, config).cache().repeat())
+    elements = reads.map(elements_at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).unbatch()
     # Keras fit and a progress bar ask how many there are, which unbatch() cannot tell.
     return elements.apply(tf.data.experimental.assert_cardinality(end - first)).prefetch(tf.data.AUTOTUNE)
 
 
-def _numbers(prepared: PreparedData, first: int, end: int) -> tf.data.Dataset:
-    """Returns the numbers of a pipeline's elements; before the first one, the shards are on the host that makes it."""
+def _shards(prepared: PreparedData, split: Split, config: Config) -> tf.data.Dataset:
+    """Returns a data set of one element, the `Shards` of a split; before that, they are on the host that makes it."""
+
+    def mapped() -> Shards:
+        shards = []
+        for shard in split.shards:
+            tokens = _mapped(prepared.folder / shard.tokens_file, tf.as_dtype(prepared.dtype), shard.stream_length())
+            offsets = []
+            if config.data.mode == "lines":
+                offsets.append(_mapped(prepared.folder / shard.offsets_file, tf.int64, shard.num_documents + 1))
+            shards.append((tokens, *offsets))
+        return tuple(shards)
+
+    def copied_and_mapped(source: tf.Tensor) -> Shards:
+        with tf.control_dependencies([_copy_unless_there(prepared, source)]):
+            return mapped()
+
     if prepared.stored_in is None:
-        return tf.data.Dataset.range(first, end)
+        return tf.data.Dataset.from_tensors(0).map(lambda _: mapped())
     # On a TPU slice the other hosts run TensorFlow's server and none of our Python: only operations reach their disks.
-    copied = tf.data.Dataset.from_tensors(prepared.stored_in).map(lambda source: _copy_unless_there(prepared, source))
-    return copied.flat_map(lambda _: tf.data.Dataset.range(first, end))
+    return tf.data.Dataset.from_tensors(prepared.stored_in).map(copied_and_mapped)
 
 
 def _copy_unless_there(prepared: PreparedData, source: tf.Tensor) -> tf.Tensor:
@@ -287,25 +306,28 @@ def _copy_unless_there(prepared: PreparedData, source: tf.Tensor) -> tf.Tensor:
     return tf.cond(tf.size(there) > 0, lambda: tf.constant(True), copy)
 
 
-def _reader(prepared: PreparedData, split: Split, config: Config) -> Callable[[tf.Tensor], Batch]:
+def _reader(prepared: PreparedData, split: Split, config: Config) -> Callable[[tf.Tensor, Shards], Batch]:
     """Returns a function from example numbers, int64 [batch], to their batch."""
     counts = examples_per_shard(split, config)
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    readers = [_shard_reader(prepared, split, i, config) for i in range(len(counts))]
+    read_shard = _read_documents if config.data.mode == "lines" else _read_windows
 
-    def rows_of(examples: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        if len(readers) == 1:
-            return readers[0](examples)
-        shard = tf.searchsorted(tf.constant(ends, tf.int64), examples, side="right")
-        local = examples - tf.gather(tf.constant([0, *ends[:-1]], tf.int64), shard)
-        parts = tf.dynamic_partition(local, shard, len(readers))
-        places = tf.dynamic_partition(tf.range(tf.size(examples)), shard, len(readers))
-        rows, lengths = zip(*(read(part) for read, part in zip(readers, parts, strict=True)), strict=True)
+    def rows_of(examples: tf.Tensor, shards: Shards) -> tuple[tf.Tensor, tf.Tensor]:
+        if len(shards) == 1:
+            return read_shard(examples, config.train.sequence_length, *shards[0])
+        number = tf.searchsorted(tf.constant(ends, tf.int64), examples, side="right")
+        local = examples - tf.gather(tf.constant([0, *ends[:-1]], tf.int64), number)
+        parts = tf.dynamic_partition(local, number, len(shards))
+        places = tf.dynamic_partition(tf.range(tf.size(examples)), number, len(shards))
+        read = [
+            read_shard(part, config.train.sequence_length, *shard) for part, shard in zip(parts, shards, strict=True)
+        ]
+        rows, lengths = zip(*read, strict=True)
         return tf.dynamic_stitch(places, rows), tf.dynamic_stitch(places, lengths)
 
-    def read(examples: tf.Tensor) -> Batch:
+    def read(examples: tf.Tensor, shards: Shards) -> Batch:
         width = config.train.sequence_length
-        rows, lengths = rows_of(examples)
+        rows, lengths = rows_of(examples, shards)
         rows = tf.ensure_shape(rows, [None, width + 1])
         used = tf.range(width + 1, dtype=tf.int64) < lengths[:, tf.newaxis]
         rows = tf.where(used, rows, prepared.pad_id)
@@ -314,30 +336,37 @@ def _reader(prepared: PreparedData, split: Split, config: Config) -> Callable[[t
     return read
 
 
-def _shard_reader(
-    prepared: PreparedData, split: Split, number: int, config: Config
-) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-    """Returns a function from examples of one shard to (tokens int32 [n, sequence_length + 1], how many are theirs
-    int64 [n]).
+def _read_documents(
+    examples: tf.Tensor, width: int, tokens: tf.Tensor, offsets: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns (int32 [n, width + 1], the documents of one shard with those numbers; how many of these tokens are
+    theirs, int64 [n]).
     """
-    shard = split.shards[number]
-    width, length = config.train.sequence_length, shard.stream_length()
+    starts = tf.gather(offsets, examples)
+    lengths = tf.minimum(tf.gather(offsets, examples + 1) - starts, width + 1)
+    return _gather_from(tokens, starts, width + 1), lengths
 
-    def read(examples: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        if config.data.mode == "lines":
-            offsets = _mapped(prepared.folder / shard.offsets_file, tf.int64, shard.num_documents + 1)
-            starts = tf.gather(offsets, examples)
-            lengths = tf.minimum(tf.gather(offsets, examples + 1) - starts, width + 1)
-        else:
-            starts = examples * width
-            lengths = tf.minimum(length - starts, width + 1)
-        places = tf.minimum(starts[:, tf.newaxis] + tf.range(width + 1, dtype=tf.int64), length - 1)
-        tokens = _mapped(prepared.folder / shard.tokens_file, tf.as_dtype(prepared.dtype), length)
-        return tf.cast(tf.gather(tokens, places), tf.int32), lengths
 
-    return read
+def _read_windows(examples: tf.Tensor, width: int, tokens: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns what `_read_documents` does, of windows that each begin with the last target of the one before."""
+    starts, length = examples * width, tokens.shape[0]
+    num_full = (length - 1) // width  # The one after these is part empty, if there is one.
+
+    def copy_windows() -> tf.Tensor:
+        windows = tf.gather(tf.reshape(tokens[: num_full * width], [num_full, width]), examples)
+        last = tf.gather(tokens, starts + width)[:, tf.newaxis]
+        return tf.cast(tf.concat([windows, last], axis=1), tf.int32)
+
+    # A window in one piece takes a tenth of the time of its tokens one by one.
+    rows = tf.cond(tf.reduce_all(examples < num_full), copy_windows, lambda: _gather_from(tokens, starts, width + 1))
+    return rows, tf.minimum(length - starts, width + 1)
+
+
+def _gather_from(tokens: tf.Tensor, starts: tf.Tensor, count: int) -> tf.Tensor:
+    """Returns count tokens from each start on, int32 [n, count]; beyond the end, the last one."""
+    places = starts[:, tf.newaxis] + tf.range(count, dtype=tf.int64)
+    return tf.cast(tf.gather(tokens, tf.minimum(places, tokens.shape[0] - 1)), tf.int32)
 
 
 def _mapped(path: Path, dtype: tf.DType, length: int) -> tf.Tensor:
-    """Returns a file as a tensor that is read where it is touched; call it in the function that gathers from it."""
     return tf.raw_ops.ImmutableConst(dtype=dtype, shape=[length], memory_region_name=str(path.absolute()))

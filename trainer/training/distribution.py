@@ -3,13 +3,13 @@
 import os
 import threading
 import urllib.request
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 
 import tensorflow as tf
 
 from trainer.config import DistributionConfig, UserError
-from trainer.data.batches import Share
+from trainer.data.batches import ALL, Share
 from trainer.devices import Target, find_gpu, parse_target
 from trainer.training.hosts import Hosts, find_hosts
 from trainer.training.tpu import check_tpu_install
@@ -48,10 +48,25 @@ def count_replicas_of(hosts: Hosts) -> int:
     return len(hosts.workers) * max(1, _num_gpus())
 
 
-def share_of(context: tf.distribute.InputContext) -> Share:
-    """Returns the part of each batch that this host's pipeline makes."""
-    per_host = context.num_replicas_in_sync // context.num_input_pipelines
-    return Share(context.input_pipeline_id * per_host, per_host, context.num_replicas_in_sync)
+def distributed(
+    strategy: tf.distribute.Strategy, batches_of: Callable[[Share], tf.data.Dataset]
+) -> Iterable[tuple[tf.Tensor, ...]]:
+    """Returns batches as `strategy.run` takes them: every host makes its share, and every replica gets its own.
+
+    Args:
+        strategy: of the run.
+        batches_of: makes the pipeline of a host's share.
+    """
+    if strategy.num_replicas_in_sync == 1 and device_kind(strategy) == "CPU":
+        # They are where they are read. TensorFlow would have two more threads hand each of them on.
+        return batches_of(ALL)
+
+    def batches_of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        per_host = context.num_replicas_in_sync // context.num_input_pipelines
+        return batches_of(Share(context.input_pipeline_id * per_host, per_host, context.num_replicas_in_sync))
+
+    batches: Iterable[tuple[tf.Tensor, ...]] = strategy.distribute_datasets_from_function(batches_of_host)
+    return batches
 
 
 def device_kind(strategy: tf.distribute.Strategy) -> str:

@@ -30,9 +30,9 @@ from trainer.training.distribution import (
     count_replicas_of,
     device_kind,
     device_names,
+    distributed,
     find_devices,
     make_strategy,
-    share_of,
 )
 from trainer.training.health import check_finite, only_run_in, stop_on_signals
 from trainer.training.hosts import Hosts, find_hosts, meet
@@ -202,11 +202,9 @@ def train(
         meter = Meter()
 
         batches = iter(
-            strategy.distribute_datasets_from_function(
-                # Endless, though nobody reads that far: else hosts would ask each other before every step whether
-                # there is another batch.
-                lambda context: training_batches(prepared, config, step, total_steps, share_of(context)).repeat()
-            )
+            # Endless, though nobody reads that far: else hosts would ask each other before every step whether there is
+            # another batch.
+            distributed(strategy, lambda share: training_batches(prepared, config, step, total_steps, share).repeat())
         )
         run_steps = step_function.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
 
