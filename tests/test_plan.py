@@ -12,12 +12,13 @@ from trainer.compiler import CompiledStep, DoesNotFit
 from trainer.config import Config, UserError, load_config, make_config
 from trainer.data.prepare import prepare
 from trainer.devices import Device, Target, parse_target
-from trainer.model.attention import BLOCK
+from trainer.model.attention import BLOCK, RECOMPUTED_BLOCK
 from trainer.model.gpt import GPT
 from trainer.model.loss import CHUNK_ROWS
 from trainer.plan import (
     LOGIT_ROWS_AT_A_TIME,
     QUERIES_AT_A_TIME,
+    RECOMPUTED_QUERIES_AT_A_TIME,
     count_parameters,
     estimate_memory,
     flops_per_token,
@@ -65,7 +66,8 @@ def test_the_tutorial_s_model_has_3_387_266_parameters(capsys: pytest.CaptureFix
 
 
 def test_the_sizes_of_the_model_s_blocks_are_those_that_are_planned_with():
-    assert (QUERIES_AT_A_TIME, LOGIT_ROWS_AT_A_TIME) == (BLOCK, CHUNK_ROWS)
+    assert (QUERIES_AT_A_TIME, RECOMPUTED_QUERIES_AT_A_TIME) == (BLOCK, RECOMPUTED_BLOCK)
+    assert LOGIT_ROWS_AT_A_TIME == CHUNK_ROWS
 
 
 def test_vocabulary_size_given_goes_before_the_config_s(capsys: pytest.CaptureFixture[str]):
@@ -192,7 +194,7 @@ def test_probabilities_are_kept_of_each_block_of_queries_up_to_its_end(sequence:
     model = make_config(SETTINGS).model
     of_one_score = 4 * model.num_layers * model.num_heads
     # As many tokens, each a sequence with one score of its own.
-    others = kept_bytes(model, 2 * sequence, 1, 4, False, "nothing") - 2 * sequence * of_one_score
+    others = kept_bytes(model, 2 * sequence, 1, 4, False, recompute) - 2 * sequence * of_one_score
     assert kept_bytes(model, 2, sequence, 4, False, recompute) - others == 2 * scores * of_one_score
 
 
@@ -255,12 +257,12 @@ def test_a_batch_that_the_devices_cannot_share_is_said():
 
 
 def test_a_micro_batch_to_be_found_is_the_largest_that_fits(capsys: pytest.CaptureFixture[str]):
-    config = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", ["train.micro_batch_size=auto"])
-    print_plan(config, None, V5E_8)
+    overrides = ["train.micro_batch_size=auto", "train.global_batch_size=1024"]
+    print_plan(load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", overrides), None, V5E_8)
     said = capsys.readouterr().out
     largest = re.search(r"micro_batch_size=(\d+) is the largest that does", said)
-    assert largest and 1 < int(largest[1]) < 64
-    assert f"64 rows a step on each device, {largest[1]} at a time" in said
+    assert largest and 1 < int(largest[1]) < 128
+    assert f"128 rows a step on each device, {largest[1]} at a time" in said
     assert "GB on each: fits, by this estimate" in said
 
 

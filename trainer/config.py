@@ -311,9 +311,9 @@ class TrainConfig(Section):
     xla: Literal["auto", "on", "off"] = "auto"
     """Compile each replica's forward and backward pass with XLA; auto: on GPUs, where it pays."""
     recompute: Literal["auto", "nothing", "attention", "blocks"] = "auto"
-    """What the backward pass computes again instead of keeping it: the probabilities of attention, for an eighth of its
-    work more; or all of a transformer block but its input, for a third of the whole forward pass. auto: on accelerators
-    attention, on a CPU nothing."""
+    """What the backward pass computes again instead of keeping it: the probabilities of attention, for a sixth of its
+    products more, and what activations return; or all of a transformer block but its input, for the whole forward pass
+    once more. auto: on accelerators attention, on a CPU nothing."""
     z_loss: NonNegativeFloat = 0.0
     """Trains for this times log(sum(exp(logits)))**2 of each target as well, which keeps logits from drifting. The loss
     that is reported stays without it."""

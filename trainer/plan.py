@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-# attention.BLOCK and loss.CHUNK_ROWS, which a test compares: those modules load TensorFlow.
+# Blocks of attention.py and loss.CHUNK_ROWS, which a test compares: those modules load TensorFlow.
 QUERIES_AT_A_TIME = 128
+RECOMPUTED_QUERIES_AT_A_TIME = 256
 LOGIT_ROWS_AT_A_TIME = 512
 
 # What well-made trainings reach on the devices they were made for, and nobody has measured of this one.
@@ -111,16 +112,17 @@ def kept_bytes(
     A block keeps, in the compute dtype and for each token:
 
         the residual stream before attention and before the feed-forward layer, from which norms are made again
-        queries, keys and values as the projection made them, and again by head
+        queries, keys and values by head
         what attention returns, by head and by token
-        the probabilities, of each block of queries those of the keys up to its end; unless they are made again
-        the feed-forward layer before and after its activation
+        the feed-forward layer before its activation
         of dropout two masks, in bytes
+        and where nothing is made again, the probabilities, of each block of queries those of the keys up to its end;
+        queries, keys and values as the projection made them; and the feed-forward layer after its activation
 
     XLA for a GPU makes matrix products of arrays in memory, where that for a TPU makes what goes into them on the way;
     both as their buffer assignments show. So with copies_operands a block keeps the outputs of its norms too; in place
-    of queries, keys and values twice, those that each block of queries meets, by themselves; and where the compute
-    dtype is narrower, one residual stream in float32 and the derivative of GELU in float32.
+    of queries, keys and values, those that each block of queries meets, by themselves; and where the compute
+    dtype is narrower, one residual stream in float32 and, unless it is made again, the derivative of GELU in float32.
 
     Args:
         model: its shape.
@@ -128,24 +130,27 @@ def kept_bytes(
         sequence: tokens in each.
         dtype_bytes: of the compute dtype.
         copies_operands: whether for a GPU.
-        recompute: "nothing", "attention", whose probabilities are made again, or "blocks", of which all but the input
+        recompute: "nothing"; "attention": its probabilities and the activations; or "blocks", of which all but the input
             is, of one block at a time.
     """
     tokens, width, attention = rows * sequence, model.hidden_dim, model.num_heads * model.head_dim()
-    step = QUERIES_AT_A_TIME if sequence >= 2 * QUERIES_AT_A_TIME else sequence
+    step = sequence
+    if sequence >= 2 * QUERIES_AT_A_TIME:  # Shorter ones are attended to as a whole.
+        step = QUERIES_AT_A_TIME if recompute == "nothing" else RECOMPUTED_QUERIES_AT_A_TIME
     blocks = [(first, min(first + step, sequence)) for first in range(0, sequence, step)]
     scores = rows * model.num_heads * sum((end - first) * end for first, end in blocks)
     scores *= recompute == "nothing" or len(blocks) == 1  # Short sequences are attended to as a whole.
-    feedforward = model.intermediate_projection_dim() + model.intermediate_dim
+    feedforward = model.intermediate_projection_dim() + model.intermediate_dim * (recompute == "nothing")
     numbers = tokens * (2 * width + feedforward + 2 * attention) + scores
     floats = 0
     if not copies_operands:
-        numbers += tokens * 2 * model.query_key_value_dim()
+        numbers += tokens * model.query_key_value_dim() * (2 if recompute == "nothing" else 1)
     else:
         numbers += tokens * (2 * width + attention) + 2 * rows * attention * sum(end for _, end in blocks)
         if dtype_bytes < 4:
             numbers -= tokens * width
-            floats = tokens * (width + model.intermediate_dim * (model.activation == "gelu"))
+            derivatives = model.intermediate_dim * (model.activation == "gelu" and recompute == "nothing")
+            floats = tokens * (width + derivatives)
     block = numbers * dtype_bytes + floats * 4 + (2 * tokens * width if model.dropout else 0)
     ends = 2 * tokens * width * dtype_bytes  # What the loss reads, and its gradient.
     if recompute == "blocks":

@@ -300,7 +300,8 @@ class Block(keras.layers.Layer):
             starts: int32 [batch, sequence] of `document_starts`, where there is no cache; None for a single document.
             cache: float [batch, 2, key_heads, capacity, head_dim], keys and values of the positions before index.
             index: int32 scalar, position of x[:, 0] where there is a cache.
-            recompute: whether gradients compute the probabilities of attention again.
+            recompute: whether gradients compute the probabilities of attention and the activation again, and products
+                are left for XLA to lay out: what an accelerator wants.
 
         Returns:
             (float [batch, sequence, hidden_dim], the cache with these positions filled in, or None).
@@ -312,7 +313,7 @@ class Block(keras.layers.Layer):
         if not pre_norm:
             x = self.attention_norm(x)
         residual = x
-        x = self.output_dense(self.intermediate(self.feedforward_norm(x) if pre_norm else x))
+        x = self._feed_forward(self.feedforward_norm(x) if pre_norm else x, recompute)
         x = residual + dropout(x, rate, 2 * self.index + 2, draw)
         return x if pre_norm else self.feedforward_norm(x), cache
 
@@ -350,7 +351,7 @@ class Block(keras.layers.Layer):
         recompute: bool,
     ) -> tuple[tf.Tensor, tf.Tensor | None]:
         batch, sequence = tf.shape(x)[0], tf.shape(x)[1] if x.shape[1] is None else x.shape[1]
-        query, key, value = self._query_key_value(x, batch, sequence)
+        query, key, value = self._query_key_value(x, batch, sequence, recompute)
         if self.config.positions == "rope":
             positions = tf.range(sequence) - (0 if starts is None else starts) + (0 if index is None else index)
             query, key = (rotate(part, positions, self.config.rope_theta) for part in (query, key))
@@ -359,14 +360,19 @@ class Block(keras.layers.Layer):
         else:
             cache = keras.ops.slice_update(cache, (0, 0, 0, index, 0), tf.stack([key, value], axis=1))
             x = cached_attention(query, cache[:, 0], cache[:, 1], index)
+        if recompute:
+            return self.attention_output.join_heads(x), cache
         x = tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [batch, sequence, self.config.num_heads * self.config.head_dim()])
         return self.attention_output(x), cache
 
     def _query_key_value(
-        self, x: tf.Tensor, batch: int | tf.Tensor, sequence: int | tf.Tensor
+        self, x: tf.Tensor, batch: int | tf.Tensor, sequence: int | tf.Tensor, recompute: bool
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Returns the three as float [batch, heads or key_heads, sequence, head_dim]."""
         heads, key_heads, width = self.config.num_heads, self.config.key_value_heads(), self.config.head_dim()
+        if recompute:
+            query, key, value = self.query_key_value.split_heads(x, [heads, key_heads, key_heads])
+            return query, key, value
         x = self.query_key_value(x)
         if heads == key_heads:
             # Thirds of one tensor, which TensorFlow does not copy.
@@ -377,17 +383,61 @@ class Block(keras.layers.Layer):
             query, key, value = tf.split(by_head, [heads, key_heads, key_heads], axis=1)
         return query, key, value
 
+    def _feed_forward(self, x: tf.Tensor, recompute: bool) -> tf.Tensor:
+        if recompute:
+            rows = self.output_dense.project_activated(self.intermediate.affine(x), self.intermediate.activation)
+            return tf.reshape(rows, tf.shape(x))
+        return self.output_dense(self.intermediate(x))
+
 
 class Dense(keras.layers.Dense):
-    """Keras's dense layer, as one product of matrices: TensorFlow fuses that with the bias and the activation."""
+    """Keras's dense layer, as one product of matrices: TensorFlow fuses that with the bias and the activation.
+
+    Where XLA compiles it other forms cost less: a product may have any layout there, which a reshape would spoil.
+    """
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Maps float [..., width] to [..., units], or to half as many by swiglu."""
-        rows = tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), tf.cast(self.kernel, x.dtype))
-        if self.bias is not None:
-            rows = add_bias(rows, tf.cast(self.bias, x.dtype))
-        rows = self.activation(rows)
+        rows = self.activation(self.affine(x))
         return tf.reshape(rows, tf.concat([tf.shape(x)[:-1], [rows.shape[-1]]], axis=0))
+
+    def affine(self, x: tf.Tensor) -> tf.Tensor:
+        """Maps float [..., width] to [rows, units], without the activation."""
+        return self._with_bias(tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), tf.cast(self.kernel, x.dtype)))
+
+    def project_activated(self, rows: tf.Tensor, activation: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+        """Maps activation([rows, ...]) to [rows, units]; the gradient keeps but the rows, and activates them again."""
+
+        @tf.custom_gradient
+        def project(rows: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, object]:
+            def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+                again = rows + unforeseen_zero(upstream, rows.dtype)
+                with tf.GradientTape() as tape:
+                    tape.watch(again)
+                    activated = activation(again)
+                d_x = tape.gradient(activated, again, tf.matmul(upstream, kernel, transpose_b=True))
+                return d_x, tf.matmul(activated, upstream, transpose_a=True)
+
+            return tf.matmul(activation(rows), kernel), gradient
+
+        return self._with_bias(project(rows, tf.cast(self.kernel, rows.dtype)))
+
+    def split_heads(self, x: tf.Tensor, heads: Sequence[int]) -> list[tf.Tensor]:
+        """Maps float [batch, sequence, width] to parts of so many heads each, [batch, heads, sequence, head_dim]."""
+        kernel = tf.reshape(tf.cast(self.kernel, x.dtype), [x.shape[-1], sum(heads), -1])
+        parts = [tf.einsum("btc,chd->bhtd", x, part) for part in tf.split(kernel, heads, axis=1)]
+        if self.bias is None:
+            return parts
+        bias = tf.reshape(tf.cast(self.bias, x.dtype), [sum(heads), 1, -1])
+        return [part + of_part for part, of_part in zip(parts, tf.split(bias, heads), strict=True)]
+
+    def join_heads(self, x: tf.Tensor) -> tf.Tensor:
+        """Maps float [batch, heads, sequence, head_dim] to [batch, sequence, units]."""
+        kernel = tf.reshape(tf.cast(self.kernel, x.dtype), [x.shape[1], x.shape[3], self.units])
+        return self._with_bias(tf.einsum("bhtd,hdc->btc", x, kernel))
+
+    def _with_bias(self, x: tf.Tensor) -> tf.Tensor:
+        return x if self.bias is None else tf.nn.bias_add(x, tf.cast(self.bias, x.dtype))
 
 
 def swiglu(rows: tf.Tensor) -> tf.Tensor:
@@ -396,15 +446,9 @@ def swiglu(rows: tf.Tensor) -> tf.Tensor:
     return tf.nn.silu(gate) * x
 
 
-@tf.custom_gradient
-def add_bias(rows: tf.Tensor, bias: tf.Tensor) -> tuple[tf.Tensor, object]:
-    """Adds float [width] to each row of [rows, width]."""
-    return tf.nn.bias_add(rows, bias), lambda upstream: (upstream, column_sums(upstream))
-
-
 def column_sums(rows: tf.Tensor) -> tf.Tensor:
-    """Sums float [rows, width] over its rows, as a matrix product: several times faster than a reduction."""
-    return tf.matmul(tf.ones([1, tf.shape(rows)[0]], rows.dtype), rows)[0]
+    """Sums float [rows, width] over its rows: by the gradient of a bias, on a CPU far faster than tf.reduce_sum."""
+    return tf.raw_ops.BiasAddGrad(out_backprop=rows)
 
 
 class Unembedding(keras.layers.Layer):
@@ -446,7 +490,7 @@ class Norm(keras.layers.LayerNormalization):
         beta = None if self.beta is None else tf.cast(self.beta, wide.dtype)
         rows = (normalize if self.kind == "layer" else normalize_rms)(tf.reshape(wide, [-1, x.shape[-1]]), gamma)
         if beta is not None:
-            rows = add_bias(rows, beta)
+            rows = tf.nn.bias_add(rows, beta)
         return tf.cast(tf.reshape(rows, tf.shape(x)), x.dtype)
 
 
