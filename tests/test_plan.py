@@ -229,7 +229,8 @@ def test_a_device_that_is_named_is_planned_for_and_one_that_is_not_is_asked_for(
 
 
 def test_what_does_not_fit_is_said_with_the_micro_batch_that_would(capsys: pytest.CaptureFixture[str]):
-    config = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", ["train.micro_batch_size=64"])
+    overrides = ["train.micro_batch_size=128", "train.global_batch_size=1024"]
+    config = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", overrides)
     print_plan(config, None, V5E_8)
     out = capsys.readouterr().out
     found = re.search(r"does not fit, by this estimate; train.micro_batch_size=(\d+) is the largest that does", out)
