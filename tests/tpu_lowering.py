@@ -43,14 +43,15 @@ def lower(model_settings, z_loss):
         return mean_and_clip(sums.weights, sums.num_targets, 1.0), batch_hash(batch, first_row, 8 * ROWS)
 
     @tf.function(jit_compile=True, autograph=False)
-    def decode(tokens, cache, index, *weights):
+    def decode(tokens, index, *tensors):
+        cache, weights = tensors[: len(model.blocks)], tensors[len(model.blocks) :]
         with keras.StatelessScope(state_mapping=list(zip(model.trainable_variables, weights, strict=True))):
             return model.decode(tokens, cache, index)
 
     number = tf.TensorSpec([], tf.int64)
     batch = [tf.TensorSpec([ROWS, LENGTH], dtype) for dtype in (tf.int32, tf.int32, tf.float32)]
-    cache = tf.TensorSpec(model.empty_cache(2).shape, tf.bfloat16)
-    position = [tf.TensorSpec([2, 1], tf.int32), cache, tf.TensorSpec([], tf.int32)]
+    cache = [tf.TensorSpec(each.shape, tf.bfloat16) for each in model.empty_cache(2)]
+    position = [tf.TensorSpec([2, 1], tf.int32), tf.TensorSpec([], tf.int32), *cache]
     for name, function, specs in (("step", step, [*batch, number, number]), ("decode", decode, position)):
         hlo = function.experimental_get_compiler_ir(*specs, *weight_specs)(stage="hlo", platform_name="TPU")
         # A bounded dynamic shape is written as <=64.

@@ -91,8 +91,10 @@ class Generator:
                     f"train.sequence_length={sequence_length} is more than the model's "
                     f"{model.sequence_length} positions; lower the former, or train a model with more."
                 )
-            empty = model.empty_cache(0)
-            self._cache = tf.Variable(empty, trainable=False, shape=[None, *empty.shape[1:]], name="cache")
+            self._cache = [
+                tf.Variable(empty, trainable=False, shape=[None, *empty.shape[1:]], name="cache")
+                for empty in model.empty_cache(0)
+            ]
 
     def generate(
         self, prompts: Sequence[str], decoder: Decoder, num_tokens: int, seed: int = 0, stop: str | None = None
@@ -180,21 +182,24 @@ class Generator:
             is_prompt = tf.range(self.sequence_length) < lengths[:, tf.newaxis]
 
             def next_token(texts: tf.Tensor, origins: Any, index: tf.Tensor) -> tuple[tf.Tensor, None, Any]:
-                logits, origins = self._read(texts, origins, index)
+                logits, origins = self._read(texts, origins, index, reorders=decoder.name == "beam")
                 return self._constrain(logits, texts, index, tokens, lengths, ends), None, origins
 
             texts = sampler(next_token, tokens, self._prefill(tokens, first), first, is_prompt, [self.tokenizer.bos_id])
             if isinstance(self.model, GPT):
-                self._cache.assign(self.model.empty_cache(0))
+                self._assign_cache(self.model.empty_cache(0))
             return texts
 
         per_row = tf.TensorSpec([None], tf.int32)
         signature = [tf.TensorSpec([None, self.sequence_length], tf.int32), per_row, per_row]
         return sampler, tf.function(write, signature, autograph=False)
 
-    # The key-value cache is a variable and no part of the sampler's loop, where beam search would gather it at each
+    # The key-value cache is in variables and no part of the sampler's loop, where beam search would gather it at each
     # token element by element: 3 times slower. The sampler is given `origins` in its place, for each row the row of the
-    # cache that it goes on from, and gathers these.
+    # cache that it goes on from, and gathers these. Other samplers keep to the order there is.
+
+    def _assign_cache(self, cache: Sequence[tf.Tensor]) -> list[tf.Operation]:
+        return [of_block.assign(new).op for of_block, new in zip(self._cache, cache, strict=True)]
 
     def _prefill(self, tokens: tf.Tensor, first: tf.Tensor) -> tf.Tensor | None:
         """Makes the cache remember the prompts up to position first - 1, and returns the origins."""
@@ -205,17 +210,18 @@ class Generator:
         # All positions, to keep to one shape. What it makes of those that are not known yet is written over before it
         # is read: no step attends to a later position than its own.
         full = tf.cond(first > 1, lambda: model.decode(tokens, empty, tf.constant(0))[1], lambda: empty)
-        with tf.control_dependencies([self._cache.assign(full)]):
+        with tf.control_dependencies(self._assign_cache(full)):
             return tf.range(tf.shape(tokens)[0])
 
-    def _read(self, texts: tf.Tensor, origins: Any, index: tf.Tensor) -> tuple[tf.Tensor, Any]:
+    def _read(self, texts: tf.Tensor, origins: Any, index: tf.Tensor, reorders: bool) -> tuple[tf.Tensor, Any]:
         """Returns (logits of position index, float [rows, num_logits]; the origins of the next step)."""
         if not isinstance(self.model, GPT):
             return self.model(texts, training=False)[:, index - 1], origins
         newest = texts[:, index - 1][:, tf.newaxis]
-        logits, cache = self.model.decode(newest, tf.gather(self._cache, origins), index - 1)
-        # The origins carry the order into the next step, which gathers by them.
-        with tf.control_dependencies([self._cache.assign(cache)]):
+        cache = [tf.gather(of_block, origins) if reorders else of_block.read_value() for of_block in self._cache]
+        logits, cache = self.model.decode(newest, cache, index - 1)
+        # The origins carry the order into the next step, which reads after this.
+        with tf.control_dependencies(self._assign_cache(cache)):
             return logits[:, 0], tf.range(tf.shape(texts)[0])
 
     def _constrain(

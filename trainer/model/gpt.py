@@ -206,12 +206,14 @@ class GPT(keras.Model):
         kernel, bias = self._output_projection()
         return next_token_loss_without_gradient(self.hidden_states(tokens), kernel, bias, targets, weights)
 
-    def empty_cache(self, batch: int | tf.Tensor) -> tf.Tensor:
-        """Returns zeros [batch, num_layers, 2, key_heads, sequence_length, head_dim] for `decode` to fill."""
-        heads, width = self.config.key_value_heads(), self.config.head_dim()
-        return tf.zeros([batch, self.config.num_layers, 2, heads, self.sequence_length, width], self.compute_dtype)
+    def empty_cache(self, batch: int | tf.Tensor) -> list[tf.Tensor]:
+        """Returns zeros [batch, 2, key_heads, sequence_length, head_dim] of each block for `decode` to fill."""
+        shape = [batch, 2, self.config.key_value_heads(), self.sequence_length, self.config.head_dim()]
+        return [tf.zeros(shape, self.compute_dtype) for _ in self.blocks]
 
-    def decode(self, tokens: tf.Tensor, cache: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def decode(
+        self, tokens: tf.Tensor, cache: Sequence[tf.Tensor], index: tf.Tensor
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Reads some more tokens, given what a cache remembers of those before.
 
         Args:
@@ -224,12 +226,12 @@ class GPT(keras.Model):
             (logits float [batch, new, num_logits], cache).
         """
         x = self._embed(tokens, index + tf.range(tf.shape(tokens)[1]))
-        caches = []
-        for block, block_cache in zip(self.blocks, tf.unstack(cache, axis=1), strict=True):
-            x, block_cache = block(x, cache=block_cache, index=index)
-            caches.append(block_cache)
+        filled = []
+        for block, of_block in zip(self.blocks, cache, strict=True):
+            x, of_block = block(x, cache=of_block, index=index)
+            filled.append(of_block)
         x = x if self.final_norm is None else self.final_norm(x)
-        return self.logits(x), tf.stack(caches, axis=1)
+        return self.logits(x), filled
 
     def _embed(self, tokens: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         x = self.token_embedding(tokens)
