@@ -130,8 +130,8 @@ def kept_bytes(
         sequence: tokens in each.
         dtype_bytes: of the compute dtype.
         copies_operands: whether for a GPU.
-        recompute: "nothing"; "attention": its probabilities and the activations; or "blocks", of which all but the input
-            is, of one block at a time.
+        recompute: "nothing"; "attention", its probabilities and the activations; or "blocks", all of a block but its
+            input, one block at a time.
     """
     tokens, width, attention = rows * sequence, model.hidden_dim, model.num_heads * model.head_dim()
     step = sequence
