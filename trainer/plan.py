@@ -149,8 +149,7 @@ def kept_bytes(
         numbers += tokens * (2 * width + attention) + 2 * rows * attention * sum(end for _, end in blocks)
         if dtype_bytes < 4:
             numbers -= tokens * width
-            derivatives = model.intermediate_dim * (model.activation == "gelu" and recompute == "nothing")
-            floats = tokens * (width + derivatives)
+            floats = tokens * width
     block = numbers * dtype_bytes + floats * 4 + (2 * tokens * width if model.dropout else 0)
     ends = 2 * tokens * width * dtype_bytes  # What the loss reads, and its gradient.
     if recompute == "blocks":

@@ -5,13 +5,14 @@ Weights are ordinary Keras variables; run the model inside `keras.StatelessScope
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from trainer.config import ModelConfig
+from trainer.model.activations import Activation, gelu, swiglu
 from trainer.model.attention import cached_attention, causal_attention, rotate, unforeseen_zero
 from trainer.model.loss import accumulation_dtype, next_token_loss, next_token_loss_without_gradient
 
@@ -259,7 +260,7 @@ class Block(keras.layers.Layer):
         self.index = index
 
         def dense(
-            units: int, initializer: keras.Initializer, name: str, activation: str | Callable | None = None
+            units: int, initializer: keras.Initializer, name: str, activation: Activation | None = None
         ) -> keras.layers.Layer:
             return Dense(units, activation, config.use_bias, kernel_initializer=initializer, dtype=dtype, name=name)
 
@@ -271,7 +272,7 @@ class Block(keras.layers.Layer):
             config.intermediate_projection_dim(),
             initial.intermediate(),
             "intermediate",
-            swiglu if config.activation == "swiglu" else config.activation,
+            {"relu": tf.nn.relu, "gelu": gelu, "swiglu": swiglu}[config.activation],
         )
         self.output_dense = dense(config.hidden_dim, initial.output(), "output")
         self.feedforward_norm = _norm(config, "feedforward_norm", dtype)
@@ -407,7 +408,7 @@ class Dense(keras.layers.Dense):
         """Maps float [..., width] to [rows, units], without the activation."""
         return self._with_bias(tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), tf.cast(self.kernel, x.dtype)))
 
-    def project_activated(self, rows: tf.Tensor, activation: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    def project_activated(self, rows: tf.Tensor, activation: Activation) -> tf.Tensor:
         """Maps activation([rows, ...]) to [rows, units]; the gradient keeps but the rows, and activates them again."""
 
         @tf.custom_gradient
@@ -440,12 +441,6 @@ class Dense(keras.layers.Dense):
 
     def _with_bias(self, x: tf.Tensor) -> tf.Tensor:
         return x if self.bias is None else tf.nn.bias_add(x, tf.cast(self.bias, x.dtype))
-
-
-def swiglu(rows: tf.Tensor) -> tf.Tensor:
-    """Multiplies the second half of [rows, 2 * width] by silu of the first. Source: Shazeer 2020, equation 5."""
-    gate, x = tf.split(rows, 2, axis=-1)
-    return tf.nn.silu(gate) * x
 
 
 def column_sums(rows: tf.Tensor) -> tf.Tensor:
