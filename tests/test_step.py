@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 from trainer.config import UserError, make_config, rows_per_replica
 from trainer.model.gpt import GPT, DropoutDraw
@@ -187,6 +188,21 @@ def test_the_step_takes_micro_batches_of_the_size_asked_for():
     take(whole, batches(whole.config), 5)
     take(apart, batches(apart.config), 5)
     assert 0 < relative_difference(all_weights(apart), all_weights(whole)) < 1e-12
+
+
+def test_gradients_of_two_micro_batches_at_once_are_summed_each_by_itself():
+    config = tiny_config(
+        model={"tied_embeddings": True}, train={"precision": "float32", "global_batch_size": 8, "sequence_length": 256}
+    )
+    step = make_step(config)
+    assert step.micro_batch_size == 4
+    with context.collect_graphs(optimized=True) as graphs:
+        take(step, batches(config), 2)
+    nodes = [node for graph in graphs for function in graph.library.function for node in function.node_def]
+    nodes += [node for graph in graphs for node in graph.node]
+    sums = [len(node.input) for node in nodes if node.op == "AddN"]
+    # The two gradients of the tied embedding, and not these and those of the micro-batch before.
+    assert sums and max(sums) == 2
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -166,7 +166,7 @@ def estimate_memory(
     output projection, and a chunk of logits with its gradient. At the end of the backward pass none of that is, but the
     gradients of all weights. The sum over micro-batches, where there are several, is there at both, and so are weights,
     with a copy of their matrices in the compute dtype, and AdamW's two moments. Sums are of the weights' dtype, on a
-    CPU of float64.
+    CPU those of more than two terms of float64.
 
     Args:
         config: of the run.
@@ -179,14 +179,16 @@ def estimate_memory(
     """
     train, model = config.train, config.model
     rows = rows_per_replica(config, target.num_devices)
-    micro = micro_batch_size or train.fixed_micro_batch_size() or rows
+    asked = micro_batch_size or train.fixed_micro_batch_size()
+    micro = asked or rows
     is_cpu, is_tpu = target.device.name == "cpu", target.device.num_axes > 0
     recompute = _recomputed(config, target)
     if is_cpu:
         micro = min(2 * micro, rows)  # Two are under way at once.
     dtype_bytes = DTYPE_BYTES[COMPUTE_DTYPES[train.precision]]
     wide_bytes = max(4, dtype_bytes)
-    sum_bytes = 8 if is_cpu else wide_bytes
+    has_wide_sums = is_cpu and train.global_batch_size > 2 * (asked or rows // 2)
+    sum_bytes = 8 if has_wide_sums else wide_bytes
     num_weights = count_parameters(config, vocabulary_size)
     num_logits = model.num_logits(vocabulary_size)
     copies = matrix_parameters(config, vocabulary_size) * dtype_bytes if dtype_bytes < wide_bytes else 0

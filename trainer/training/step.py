@@ -135,7 +135,10 @@ def accumulate(
         inputs, targets, target_weights = (tf.gather(part, i) for part in parts)
         row = first_row + tf.cast(i * micro_batch_size, tf.int64)
         new = _cast_sums(gradients_of(weights, sums.state, (inputs, targets, target_weights), row), dtype)
-        gradients = [total + gradient for total, gradient in zip(sums.weights, new.weights, strict=True)]
+        # Else TensorFlow makes one sum of this and those in a gradient, in a buffer that it takes for a variable and
+        # creates twice where two micro-batches are under way.
+        apart = [tf.ensure_shape(gradient, gradient.shape) for gradient in new.weights]
+        gradients = [total + gradient for total, gradient in zip(sums.weights, apart, strict=True)]
         return i + 1, Gradients(gradients, sums.loss_sum + new.loss_sum, sums.num_targets + new.num_targets, new.state)
 
     none = tf.zeros([], dtype)
@@ -393,8 +396,11 @@ class TrainingStep:
 
     def _sum_dtype(self) -> tf.DType:
         # In float64 a sum of float32 gradients does not depend on the order of its terms, so a CPU makes the same bits
-        # of the same micro-batches on any number of replicas. An accelerator has no time or no circuits for that.
-        return tf.float64 if device_kind(self.strategy) == "CPU" else self._accumulation_dtype()
+        # of the same micro-batches on any number of replicas; two terms have but one order. An accelerator has no time
+        # or no circuits for that.
+        num_terms = self.config.train.global_batch_size // self.micro_batch_size
+        is_wide = num_terms > 2 and device_kind(self.strategy) == "CPU"
+        return tf.float64 if is_wide else self._accumulation_dtype()
 
     def _no_metrics(self) -> CallMetrics:
         zero, none = tf.zeros([], tf.int64), tf.zeros([], self._accumulation_dtype())
