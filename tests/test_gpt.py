@@ -9,7 +9,8 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import ModelConfig
-from trainer.model.gpt import GPT, NORM_EPSILON, DropoutDraw, Norm, document_starts, dropout
+from trainer.model.gpt import GPT, DropoutDraw, document_starts, dropout
+from trainer.model.normalization import NORM_EPSILON, Norm
 
 SHAPES = [
     ModelConfig(num_heads=3, hidden_dim=16, intermediate_dim=12),

@@ -3,44 +3,19 @@
 import functools
 import math
 from collections.abc import Callable
-from importlib import metadata
 
 import tensorflow as tf
 
 from trainer.model.loss import accumulation_dtype
+from trainer.model.one_pass import in_one_pass
 
 Activation = Callable[[tf.Tensor], tf.Tensor]
 
 
-def _compiled(function: Callable) -> Callable:
-    compiled = tf.function(function, autograph=False, jit_compile=True)
+def _computed_again(activation: Activation) -> Activation:
+    forward = in_one_pass(activation)
 
-    @functools.wraps(function)
-    def call(*args: tf.Tensor) -> tf.Tensor:
-        # A shape that is not known would be compiled for every one that comes.
-        is_static = all(arg.shape.is_fully_defined() for arg in args)
-        return compiled(*args) if is_static and _compiles_for_cpu() else function(*args)
-
-    return call
-
-
-@functools.cache
-def _compiles_for_cpu() -> bool:
-    """Whether XLA can, and the CPU is what computes: tensorflow-tpu has no compiler for its host."""
-    try:
-        metadata.version("tensorflow-tpu")
-    except metadata.PackageNotFoundError:
-        return not tf.config.get_visible_devices("GPU")
-    return False
-
-
-def in_one_pass(activation: Activation) -> Activation:
-    """Makes an activation, and its gradient, each read and write memory once on a CPU too: there XLA compiles these
-    two, of a step that TensorFlow runs an operation at a time.
-    """
-    forward = _compiled(activation)
-
-    @_compiled
+    @in_one_pass
     def backward(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
             tape.watch(x)
@@ -54,7 +29,7 @@ def in_one_pass(activation: Activation) -> Activation:
     return apply
 
 
-@in_one_pass
+@_computed_again
 def gelu(x: tf.Tensor) -> tf.Tensor:
     """Multiplies each number by the share of a normal distribution below it, in the accumulation dtype.
 
@@ -64,7 +39,7 @@ def gelu(x: tf.Tensor) -> tf.Tensor:
     return tf.cast(wide * (0.5 + 0.5 * tf.math.erf(wide * math.sqrt(0.5))), x.dtype)
 
 
-@in_one_pass
+@_computed_again
 def swiglu(x: tf.Tensor) -> tf.Tensor:
     """Multiplies the second half of [rows, 2 * width] by silu of the first. Source: Shazeer 2020, equation 5."""
     gate, x = tf.split(x, 2, axis=-1)

@@ -6,7 +6,7 @@ Weights are ordinary Keras variables; run the model inside `keras.StatelessScope
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -14,7 +14,8 @@ import tensorflow as tf
 from trainer.config import ModelConfig
 from trainer.model.activations import Activation, gelu, swiglu
 from trainer.model.attention import cached_attention, causal_attention, rotate, unforeseen_zero
-from trainer.model.loss import accumulation_dtype, next_token_loss, next_token_loss_without_gradient
+from trainer.model.loss import next_token_loss, next_token_loss_without_gradient
+from trainer.model.normalization import Norm
 
 # GPT-2's spread of initial weights (Radford et al. 2019).
 KERNEL_STDDEV = 0.02
@@ -24,8 +25,6 @@ EMBEDDING_STDDEV = 0.1
 
 # Of Keras's "uniform", which the tutorial's embeddings start from.
 TUTORIAL_EMBEDDING_LIMIT = 0.05
-
-NORM_EPSILON = 1e-5
 
 
 Recompute = Literal["nothing", "attention", "blocks"]
@@ -443,11 +442,6 @@ class Dense(keras.layers.Dense):
         return x if self.bias is None else tf.nn.bias_add(x, tf.cast(self.bias, x.dtype))
 
 
-def column_sums(rows: tf.Tensor) -> tf.Tensor:
-    """Sums float [rows, width] over its rows: by the gradient of a bias, on a CPU far faster than tf.reduce_sum."""
-    return tf.raw_ops.BiasAddGrad(out_backprop=rows)
-
-
 class Unembedding(keras.layers.Layer):
     """Weights of the output projection: kernel [num_logits, hidden_dim] and, unless left out, bias [num_logits].
 
@@ -466,77 +460,6 @@ class Unembedding(keras.layers.Layer):
         self.kernel = self.add_weight((self.num_logits, input_shape[-1]), self.initializer, name="kernel")
         if self.use_bias:
             self.bias = self.add_weight((self.num_logits,), "zeros", name="bias")
-
-
-class Norm(keras.layers.LayerNormalization):
-    """Keras's layer normalization over the last axis, with its gradient by hand: a third of the passes over memory.
-
-    Args:
-        kind: "layer", or "rms" for the root mean square in place of mean and variance.
-        settings: of Keras's layer.
-    """
-
-    def __init__(self, kind: str, **settings: Any) -> None:
-        super().__init__(epsilon=NORM_EPSILON, **settings)
-        self.kind = kind
-
-    def call(self, x: tf.Tensor) -> tf.Tensor:
-        """Normalizes float [..., hidden_dim], in the accumulation dtype."""
-        wide = tf.cast(x, accumulation_dtype(x.dtype))
-        gamma = tf.cast(self.gamma, wide.dtype)
-        beta = None if self.beta is None else tf.cast(self.beta, wide.dtype)
-        rows = (normalize if self.kind == "layer" else normalize_rms)(tf.reshape(wide, [-1, x.shape[-1]]), gamma)
-        if beta is not None:
-            rows = tf.nn.bias_add(rows, beta)
-        return tf.cast(tf.reshape(rows, tf.shape(x)), x.dtype)
-
-
-@tf.custom_gradient
-def normalize(x: tf.Tensor, gamma: tf.Tensor) -> tuple[tf.Tensor, object]:
-    """Scales each row to mean 0 and variance 1, then by gamma.
-
-    Args:
-        x: float [rows, hidden_dim].
-        gamma: float [hidden_dim].
-
-    Source: Ba, Kiros and Hinton 2016, equation 4.
-    """
-    epsilon, width = tf.constant(NORM_EPSILON, x.dtype), tf.constant(x.shape[-1], x.dtype)
-    centered = x - tf.reduce_mean(x, axis=-1, keepdims=True)
-    inverse = tf.math.rsqrt(tf.reduce_mean(tf.square(centered), axis=-1, keepdims=True) + epsilon)
-    unit = centered * inverse
-
-    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        # Means over a row of upstream * gamma, and of that times unit, without making either.
-        d_gamma = upstream * unit
-        mean_d = tf.matmul(upstream, gamma[:, tf.newaxis]) / width
-        mean_d_unit = tf.matmul(d_gamma, gamma[:, tf.newaxis]) / width
-        d_x = (upstream * gamma - mean_d - unit * mean_d_unit) * inverse
-        return d_x, column_sums(d_gamma)
-
-    return unit * gamma, gradient
-
-
-@tf.custom_gradient
-def normalize_rms(x: tf.Tensor, gamma: tf.Tensor) -> tuple[tf.Tensor, object]:
-    """Scales each row to root mean square 1, then by gamma.
-
-    Args:
-        x: float [rows, hidden_dim].
-        gamma: float [hidden_dim].
-
-    Source: Zhang and Sennrich 2019, equation 4.
-    """
-    epsilon, width = tf.constant(NORM_EPSILON, x.dtype), tf.constant(x.shape[-1], x.dtype)
-    inverse = tf.math.rsqrt(tf.reduce_mean(tf.square(x), axis=-1, keepdims=True) + epsilon)
-    unit = x * inverse
-
-    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        d_gamma = upstream * unit
-        mean_d_unit = tf.matmul(d_gamma, gamma[:, tf.newaxis]) / width
-        return (upstream * gamma - unit * mean_d_unit) * inverse, column_sums(d_gamma)
-
-    return unit * gamma, gradient
 
 
 class _Initializers:
