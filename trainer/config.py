@@ -309,7 +309,8 @@ class TrainConfig(Section):
     steps_per_call: PositiveInt = 50
     """Steps that run in one call of the compiled loop, without coming back to Python."""
     xla: Literal["auto", "on", "off"] = "auto"
-    """Compile each replica's forward and backward pass with XLA; auto: on GPUs, where it pays."""
+    """Compile each replica's forward and backward pass with XLA; auto: on GPUs, where it pays. Where a CPU is all there
+    is, normalizations and activations but relu are compiled in any case."""
     recompute: Literal["auto", "nothing", "attention", "blocks"] = "auto"
     """What the backward pass computes again instead of keeping it: the probabilities of attention, for a sixth of its
     products more, and what activations return; or all of a transformer block but its input, for the whole forward pass
