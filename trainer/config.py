@@ -602,6 +602,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file.{_shipped_configs()}") from None
+    except IsADirectoryError:
+        raise UserError(
+            f"{path}: a folder and no config file; to go on with a run that is there: trainer train --resume {path}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
     return parse_config(text, str(path), overrides)
