@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from trainer.model.cpu import operations_on_cpu
 from trainer.model.normalization import NORM_EPSILON, Norm
 
 
@@ -17,7 +18,8 @@ def with_gradients(layer, x, upstream, is_traced):
             y = layer(x)
         return [y, *tape.gradient(y, [x, *(variable.value for variable in layer.trainable_variables)], upstream)]
 
-    return (tf.function(run) if is_traced else run)(x, upstream)
+    with operations_on_cpu():
+        return (tf.function(run) if is_traced else run)(x, upstream)
 
 
 @pytest.mark.parametrize("is_traced", [True, False])

@@ -10,9 +10,10 @@ import tensorflow as tf
 from trainer.config import Config, rows_per_replica
 from trainer.data.batches import evaluation_batches
 from trainer.data.shards import PreparedData, Split
+from trainer.model.cpu import operations_on_cpu
 from trainer.model.gpt import GPT
 from trainer.model.loss import next_token_loss_from_logits
-from trainer.training.distribution import distributed
+from trainer.training.distribution import device_kind, distributed
 
 
 class Evaluation(NamedTuple):
@@ -104,10 +105,11 @@ class Evaluator:
             # Across hosts TensorFlow forgets how many rows there are.
             shape = [self._rows, self.config.train.sequence_length]
             inputs, targets, weights = (tf.ensure_shape(part, shape) for part in batch)
-            if isinstance(self.model, GPT):
-                sums = self.model.evaluation_loss(inputs, targets, weights)
-            else:
-                sums = next_token_loss_from_logits(self.model(inputs, training=False), targets, weights)
+            with operations_on_cpu(device_kind(self.strategy) == "CPU"):
+                if isinstance(self.model, GPT):
+                    sums = self.model.evaluation_loss(inputs, targets, weights)
+                else:
+                    sums = next_token_loss_from_logits(self.model(inputs, training=False), targets, weights)
             replica = tf.distribute.get_replica_context()
             return replica.all_reduce(tf.distribute.ReduceOp.SUM, list(sums))
 

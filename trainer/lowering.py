@@ -33,7 +33,8 @@ def lower_step(config: Config, vocabulary_size: int, num_replicas: int) -> bytes
         )
     # As on the device: what is left open would otherwise be chosen for the CPU that lowers it.
     recompute = "attention" if train.recompute == "auto" else train.recompute
-    asked = {"global_batch_size": rows, "micro_batch_size": train.micro_batch_size or rows, "recompute": recompute}
+    asked: dict[str, object] = {"global_batch_size": rows, "micro_batch_size": train.micro_batch_size or rows}
+    asked |= {"recompute": recompute, "xla": "on"}
     distribution = config.distribution.model_copy(update={"kind": "cpu", "gpus": None})
     one = config.model_copy(update={"train": train.model_copy(update=asked), "distribution": distribution})
 

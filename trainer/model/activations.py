@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from trainer.model.cpu import in_one_pass
 from trainer.model.loss import accumulation_dtype
-from trainer.model.one_pass import in_one_pass
 
 Activation = Callable[[tf.Tensor], tf.Tensor]
 

@@ -14,6 +14,7 @@ import tensorflow as tf
 from trainer.config import ModelConfig
 from trainer.model.activations import Activation, gelu, swiglu
 from trainer.model.attention import cached_attention, causal_attention, rotate, unforeseen_zero
+from trainer.model.cpu import product_dtype
 from trainer.model.loss import next_token_loss, next_token_loss_without_gradient
 from trainer.model.normalization import Norm
 
@@ -405,7 +406,10 @@ class Dense(keras.layers.Dense):
 
     def affine(self, x: tf.Tensor) -> tf.Tensor:
         """Maps float [..., width] to [rows, units], without the activation."""
-        return self._with_bias(tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), tf.cast(self.kernel, x.dtype)))
+        dtype = product_dtype(x.dtype)
+        kernel = tf.cast(tf.cast(self.kernel, x.dtype), dtype)
+        rows = tf.cast(tf.reshape(x, [-1, x.shape[-1]]), dtype)
+        return tf.cast(self._with_bias(tf.matmul(rows, kernel)), x.dtype)
 
     def project_activated(self, rows: tf.Tensor, activation: Activation) -> tf.Tensor:
         """Maps activation([rows, ...]) to [rows, units]; the gradient keeps but the rows, and activates them again."""

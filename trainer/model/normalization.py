@@ -5,8 +5,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from trainer.model.cpu import in_one_pass
 from trainer.model.loss import accumulation_dtype
-from trainer.model.one_pass import in_one_pass
 
 NORM_EPSILON = 1e-5
 

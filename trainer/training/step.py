@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config import Config, UserError, rows_per_replica
+from trainer.model.cpu import operations_on_cpu
 from trainer.model.gpt import GPT, DropoutDraw, Recompute
 from trainer.model.loss import accumulation_dtype, next_token_loss_from_logits
 from trainer.training.checkpoint import named_variables
@@ -374,7 +375,9 @@ class TrainingStep:
             return self._forward_backward(weights, state, batch, DropoutDraw(seed, number, first_row), scale)
 
         how = (self.micro_batch_size, self._at_once, self._sum_dtype())
-        return accumulate(gradients_of, weights, state, batch, first_row, *how)
+        # Here and not around the whole step: each replica has a thread of its own.
+        with operations_on_cpu(device_kind(self.strategy) == "CPU" and not self._uses_xla()):
+            return accumulate(gradients_of, weights, state, batch, first_row, *how)
 
     def sum_over_replicas(self, replica: tf.distribute.ReplicaContext, summands: list[tf.Tensor]) -> list[tf.Tensor]:
         """Sums tensors of one dtype over all replicas, in one operation."""

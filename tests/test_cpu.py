@@ -1,0 +1,123 @@
+"""Laws of what is done otherwise where TensorFlow runs a step on a CPU."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.config import ModelConfig
+from trainer.model import cpu
+from trainer.model.cpu import in_one_pass, multiplies_bfloat16, operations_on_cpu, product_dtype, subtract_at
+from trainer.model.gpt import GPT
+from trainer.training.step import forward_backward
+
+
+@in_one_pass
+def twice_and_one(x, y):
+    return 2 * x + y
+
+
+def operations(rows):
+    """Returns those of a traced function: of each its type, and whether XLA compiles it whole."""
+    spec = tf.TensorSpec([rows, 3])
+    graph = tf.function(lambda x, y: twice_and_one(x, y)).get_concrete_function(spec, spec).graph
+    return [
+        (op.type, any(name == "_XlaMustCompile" and value.b for name, value in op.node_def.attr.items()))
+        for op in graph.get_operations()
+    ]
+
+
+def test_a_function_is_compiled_on_a_cpu_where_its_shapes_are_known():
+    with operations_on_cpu():
+        assert ("PartitionedCall", True) in operations(4)
+        assert ("AddV2", False) in operations(None)
+    assert ("AddV2", False) in operations(4)
+
+
+@pytest.fixture
+def on_a_host_without_compiler(monkeypatch):
+    monkeypatch.setattr(cpu.metadata, "version", {"tensorflow-tpu": "2.20.0"}.__getitem__)
+    cpu._can_compile.cache_clear()
+    yield
+    cpu._can_compile.cache_clear()
+
+
+@pytest.mark.usefixtures("on_a_host_without_compiler")
+def test_nothing_is_compiled_where_tensorflow_is_the_one_for_tpus():
+    with operations_on_cpu():
+        assert ("AddV2", False) in operations(4)
+
+
+@pytest.mark.parametrize("is_on_cpu", [True, False])
+def test_values_are_the_same_in_every_way_of_calling(is_on_cpu):
+    x, y = tf.constant([[1.0, 2.0, 3.0]]), tf.constant([[0.5, 0.0, -1.0]])
+    for call in (twice_and_one, tf.function(twice_and_one), tf.function(twice_and_one, jit_compile=True)):
+        with operations_on_cpu(is_on_cpu):
+            assert call(x, y).numpy().tolist() == [[2.5, 4.0, 5.0]]
+
+
+@pytest.mark.parametrize("is_on_cpu", [True, False])
+def test_numbers_are_subtracted_at_their_places_and_nowhere_else(is_on_cpu):
+    with operations_on_cpu(is_on_cpu):
+        run = tf.function(lambda x: (subtract_at(2 * x, tf.constant([[0, 2], [1, 0]]), tf.constant([1.0, 5.0])), 2 * x))
+        changed, before = run(tf.constant([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
+    assert changed.numpy().tolist() == [[2, 4, 5], [3, 10, 12]]
+    assert before.numpy().tolist() == [[2, 4, 6], [8, 10, 12]]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "multiplies"),
+    [
+        ("vendor_id : GenuineIntel\nflags\t\t: avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("vendor_id : GenuineIntel\nflags\t\t: avx512f avx512_bf16 avx512_fp16", False),
+        ("vendor_id : AuthenticAMD\nflags\t\t: avx512f avx512_bf16", True),
+        ("vendor_id : AuthenticAMD\nflags\t\t: avx2 fma", False),
+        ("CPU implementer : 0x41\nFeatures : fp asimd bf16", False),
+        (None, False),
+    ],
+)
+def test_a_cpu_says_whether_it_multiplies_bfloat16(cpuinfo, multiplies, tmp_path):
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert multiplies_bfloat16(tmp_path / "cpuinfo") is multiplies
+
+
+@pytest.fixture(params=[True, False])
+def multiplies(request, monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: request.param)
+    return request.param
+
+
+def test_matrices_are_multiplied_in_a_wider_dtype_where_the_cpu_is_slow_in_theirs(multiplies):
+    dtypes = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+    with operations_on_cpu():
+        assert [product_dtype(dtype) for dtype in dtypes] == [
+            tf.float32,
+            tf.bfloat16 if multiplies else tf.float32,
+            tf.float32,
+            tf.float64,
+        ]
+    assert [product_dtype(dtype) for dtype in dtypes] == [*dtypes]
+
+
+def test_a_step_in_bfloat16_multiplies_in_what_is_fast_and_comes_near_float32(multiplies):
+    inputs = tf.constant(np.random.default_rng(0).integers(0, 11, (2, 8)), tf.int32)
+    batch = (inputs, tf.roll(inputs, -1, axis=1), tf.ones([2, 8]))
+    results, dtypes = {}, {}
+    for policy in ("float32", "mixed_bfloat16"):
+        model = GPT(ModelConfig(num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=8), 11, 8, dtype=policy)
+        weights = [tf.convert_to_tensor(variable.value) for variable in model.trainable_variables]
+        run = tf.function(lambda: forward_backward(model, weights, [], batch, draw=None), autograph=False)  # noqa: B023
+        with operations_on_cpu():
+            results[policy] = run()
+            graph = run.get_concrete_function().graph.as_graph_def()
+        nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+        dtypes[policy] = {tf.as_dtype(node.attr["T"].type) for node in nodes if node.op in ("MatMul", "BatchMatMulV2")}
+    # Losses and means are summed in float32, by products too.
+    assert dtypes["float32"] == {tf.float32}
+    assert dtypes["mixed_bfloat16"] == {tf.float32} | ({tf.bfloat16} if multiplies else set())
+    exact, narrow = results["float32"], results["mixed_bfloat16"]
+    np.testing.assert_allclose(narrow.loss_sum, exact.loss_sum, rtol=1e-2)
+    assert {gradient.dtype for gradient in narrow.weights} == {tf.float32}
+    difference = tf.linalg.global_norm([a - b for a, b in zip(narrow.weights, exact.weights, strict=True)])
+    # Something was rounded, and not much.
+    assert 1e-4 < difference / tf.linalg.global_norm(exact.weights) < 3e-2

@@ -1,0 +1,84 @@
+"""What costs a CPU less when TensorFlow runs a step on it an operation at a time.
+
+Only within `operations_on_cpu`: where XLA compiles a step as a whole, as for accelerators, other forms are better.
+"""
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from importlib import metadata
+from pathlib import Path
+
+import tensorflow as tf
+
+_is_on_cpu: ContextVar[bool] = ContextVar("is_on_cpu", default=False)
+
+
+@contextlib.contextmanager
+def operations_on_cpu(is_on_cpu: bool = True) -> Iterator[None]:
+    """Has what is traced inside run by a CPU's own operations, one after the other; not, where that is not so."""
+    token = _is_on_cpu.set(is_on_cpu)
+    try:
+        yield
+    finally:
+        _is_on_cpu.reset(token)
+
+
+def in_one_pass(function: Callable) -> Callable:
+    """Makes a function of tensors read and write memory once, where TensorFlow would at each operation.
+
+    For functions without variables, whose operations XLA can fuse: products of matrices are faster without it.
+    """
+    compiled = tf.function(function, autograph=False, jit_compile=True)
+
+    @functools.wraps(function)
+    def call(*args: tf.Tensor) -> object:
+        # A shape that is not known yet, or the next call's, would be compiled for every one that comes.
+        is_static = tf.inside_function() and all(arg.shape.is_fully_defined() for arg in args)
+        return compiled(*args) if is_static and _is_on_cpu.get() and _can_compile() else function(*args)
+
+    return call
+
+
+def subtract_at(x: tf.Tensor, places: tf.Tensor, updates: tf.Tensor) -> tf.Tensor:
+    """Subtracts updates [n] from x at places int32 [n, rank of x]; in place where nothing else reads x any more."""
+    if _is_on_cpu.get():
+        # The other copies all of x first. XLA does not know this one.
+        return tf.raw_ops.ScatterNdNonAliasingAdd(input=x, indices=places, updates=-updates)
+    return tf.tensor_scatter_nd_sub(x, places, updates)
+
+
+def product_dtype(dtype: tf.DType) -> tf.DType:
+    """Returns the dtype to multiply matrices of a dtype in: a wider one, which holds the same numbers, where the CPU's
+    own arithmetic in 16 bits is slower than that in 32.
+    """
+    is_slow = dtype == tf.float16 or (dtype == tf.bfloat16 and not multiplies_bfloat16())
+    return tf.float32 if is_slow and _is_on_cpu.get() else dtype
+
+
+@functools.cache
+def multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32, by what it says of itself. Never measured: every start
+    of a run has to find the same.
+
+    Intel's does with tiles (AMX); by vectors alone it takes twice as long as in float32. AMD's does with vectors.
+    """
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return False  # Not Linux.
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    flags = found[1].split() if found else []
+    return "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in text)
+
+
+@functools.cache
+def _can_compile() -> bool:
+    """Whether there is a compiler for the CPU: tensorflow-tpu has none for its host."""
+    try:
+        metadata.version("tensorflow-tpu")
+    except metadata.PackageNotFoundError:
+        return True
+    return False
