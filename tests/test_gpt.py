@@ -391,7 +391,8 @@ def test_cached_logits_equal_the_full_forward_pass_with_all_modern_settings():
         model = GPT(config, 20, 8, dtype="float64")
         spread_out(model)
         whole, cache = model(tokens), model.empty_cache(2)
-        assert [each.shape for each in cache] == config.num_layers * [(2, 2, config.num_key_value_heads or 4, 8, 4)]
+        shapes = [kept.shape for of_block in cache for kept in of_block]
+        assert shapes == 2 * config.num_layers * [(2, config.num_key_value_heads or 4, 8, 4)]
         for first, end in ((0, 3), (3, 4), (4, 6)):
             some, cache = model.decode(tokens[:, first:end], cache, tf.constant(first))
             np.testing.assert_allclose(some, whole[:, first:end], atol=1e-12)

@@ -44,13 +44,14 @@ def lower(model_settings, z_loss):
 
     @tf.function(jit_compile=True, autograph=False)
     def decode(tokens, index, *tensors):
-        cache, weights = tensors[: len(model.blocks)], tensors[len(model.blocks) :]
+        kept, weights = tensors[: 2 * len(model.blocks)], tensors[2 * len(model.blocks) :]
+        cache = list(zip(kept[::2], kept[1::2], strict=True))
         with keras.StatelessScope(state_mapping=list(zip(model.trainable_variables, weights, strict=True))):
             return model.decode(tokens, cache, index)
 
     number = tf.TensorSpec([], tf.int64)
     batch = [tf.TensorSpec([ROWS, LENGTH], dtype) for dtype in (tf.int32, tf.int32, tf.float32)]
-    cache = [tf.TensorSpec(each.shape, tf.bfloat16) for each in model.empty_cache(2)]
+    cache = [tf.TensorSpec(kept.shape, tf.bfloat16) for of_block in model.empty_cache(2) for kept in of_block]
     position = [tf.TensorSpec([2, 1], tf.int32), tf.TensorSpec([], tf.int32), *cache]
     for name, function, specs in (("step", step, [*batch, number, number]), ("decode", decode, position)):
         hlo = function.experimental_get_compiler_ir(*specs, *weight_specs)(stage="hlo", platform_name="TPU")

@@ -6,6 +6,7 @@ here. Knows nothing of checkpoints and runs.
 
 import dataclasses
 import difflib
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Self
@@ -17,6 +18,7 @@ import tensorflow as tf
 
 from trainer.config import SamplesConfig, UserError
 from trainer.data.tokenizer import Tokenizer
+from trainer.model.attention import Cache
 from trainer.model.gpt import GPT
 
 DECODERS = ("greedy", "beam", "top-k", "top-p")
@@ -91,10 +93,7 @@ class Generator:
                     f"train.sequence_length={sequence_length} is more than the model's "
                     f"{model.sequence_length} positions; lower the former, or train a model with more."
                 )
-            self._cache = [
-                tf.Variable(empty, trainable=False, shape=[None, *empty.shape[1:]], name="cache")
-                for empty in model.empty_cache(0)
-            ]
+            self._cache = [(_open_variable(key), _open_variable(value)) for key, value in model.empty_cache(0)]
 
     def generate(
         self, prompts: Sequence[str], decoder: Decoder, num_tokens: int, seed: int = 0, stop: str | None = None
@@ -198,31 +197,37 @@ class Generator:
     # token element by element: 3 times slower. The sampler is given `origins` in its place, for each row the row of the
     # cache that it goes on from, and gathers these. Other samplers keep to the order there is.
 
-    def _assign_cache(self, cache: Sequence[tf.Tensor]) -> list[tf.Operation]:
-        return [of_block.assign(new).op for of_block, new in zip(self._cache, cache, strict=True)]
+    def _assign_cache(self, cache: Sequence[Cache]) -> list[tf.Operation]:
+        variables, new = (tuple(itertools.chain.from_iterable(pairs)) for pairs in (self._cache, cache))
+        return [variable.assign(value).op for variable, value in zip(variables, new, strict=True)]
 
     def _prefill(self, tokens: tf.Tensor, first: tf.Tensor) -> tf.Tensor | None:
         """Makes the cache remember the prompts up to position first - 1, and returns the origins."""
         model = self.model
         if not isinstance(model, GPT):
             return None
-        empty = model.empty_cache(tf.shape(tokens)[0])
-        # All positions, to keep to one shape. What it makes of those that are not known yet is written over before it
-        # is read: no step attends to a later position than its own.
-        full = tf.cond(first > 1, lambda: model.decode(tokens, empty, tf.constant(0))[1], lambda: empty)
-        with tf.control_dependencies(self._assign_cache(full)):
-            return tf.range(tf.shape(tokens)[0])
+        origins = tf.range(tf.shape(tokens)[0])
+
+        def read_prompts() -> tf.Tensor:
+            # All positions, to keep to one shape. What it makes of those that are not known yet is written over before
+            # it is read: no step attends to a later position than its own.
+            _, cache = model.decode(tokens, self._cache, tf.constant(0))
+            with tf.control_dependencies(itertools.chain.from_iterable(cache)):
+                return tf.identity(origins)
+
+        with tf.control_dependencies(self._assign_cache(model.empty_cache(tf.shape(tokens)[0]))):
+            return tf.cond(first > 1, read_prompts, lambda: tf.identity(origins))
 
     def _read(self, texts: tf.Tensor, origins: Any, index: tf.Tensor, reorders: bool) -> tuple[tf.Tensor, Any]:
         """Returns (logits of position index, float [rows, num_logits]; the origins of the next step)."""
         if not isinstance(self.model, GPT):
             return self.model(texts, training=False)[:, index - 1], origins
         newest = texts[:, index - 1][:, tf.newaxis]
-        cache = [tf.gather(of_block, origins) if reorders else of_block.read_value() for of_block in self._cache]
-        logits, cache = self.model.decode(newest, cache, index - 1)
-        # The origins carry the order into the next step, which reads after this.
-        with tf.control_dependencies(self._assign_cache(cache)):
-            return logits[:, 0], tf.range(tf.shape(texts)[0])
+        if reorders:
+            self._assign_cache([(tf.gather(key, origins), tf.gather(value, origins)) for key, value in self._cache])
+        # Writes what it adds into the variables; TensorFlow keeps all that a function does with one in order.
+        logits, _ = self.model.decode(newest, self._cache, index - 1)
+        return logits[:, 0], tf.range(tf.shape(texts)[0])
 
     def _constrain(
         self,
@@ -277,6 +282,11 @@ class Generator:
             only = tf.where(is_finite & ~is_ended, -1, bos_id)
         only = tf.where(index < lengths, tokens[:, index], only)[:, tf.newaxis]
         return tf.where(only < 0, logits, tf.where(ids == only, 0.0, -math.inf))
+
+
+def _open_variable(value: tf.Tensor) -> tf.Variable:
+    """Returns a variable for any number of rows like those of value."""
+    return tf.Variable(value, trainable=False, shape=[None, *value.shape[1:]], name="cache")
 
 
 def _make_sampler(decoder: Decoder, vocabulary_size: int) -> keras_nlp.samplers.Sampler:

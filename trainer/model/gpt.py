@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from trainer.config import ModelConfig
 from trainer.model.activations import Activation, gelu, swiglu
-from trainer.model.attention import cached_attention, causal_attention, rotate, unforeseen_zero
+from trainer.model.attention import Cache, cached_attention, causal_attention, remember, rotate, unforeseen_zero
 from trainer.model.cpu import product_dtype
 from trainer.model.loss import next_token_loss, next_token_loss_without_gradient
 from trainer.model.normalization import Norm
@@ -207,20 +207,20 @@ class GPT(keras.Model):
         kernel, bias = self._output_projection()
         return next_token_loss_without_gradient(self.hidden_states(tokens), kernel, bias, targets, weights)
 
-    def empty_cache(self, batch: int | tf.Tensor) -> list[tf.Tensor]:
-        """Returns zeros [batch, 2, key_heads, sequence_length, head_dim] of each block for `decode` to fill."""
-        shape = [batch, 2, self.config.key_value_heads(), self.sequence_length, self.config.head_dim()]
-        return [tf.zeros(shape, self.compute_dtype) for _ in self.blocks]
+    def empty_cache(self, batch: int | tf.Tensor) -> list[Cache]:
+        """Returns zeros for `decode` to fill: of each block for keys and for values, each
+        [batch, key_heads, sequence_length, head_dim].
+        """
+        shape = [batch, self.config.key_value_heads(), self.sequence_length, self.config.head_dim()]
+        return [(tf.zeros(shape, self.compute_dtype), tf.zeros(shape, self.compute_dtype)) for _ in self.blocks]
 
-    def decode(
-        self, tokens: tf.Tensor, cache: Sequence[tf.Tensor], index: tf.Tensor
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    def decode(self, tokens: tf.Tensor, cache: Sequence[Cache], index: tf.Tensor) -> tuple[tf.Tensor, list[Cache]]:
         """Reads some more tokens, given what a cache remembers of those before.
 
         Args:
             tokens: int32 [batch, new], at the positions from index on. A row is one document, which begins at 0:
                 a second [BOS] starts none here, with a document_mask neither.
-            cache: as `empty_cache` or an earlier call returned it.
+            cache: as `empty_cache` or an earlier call returned it; or variables of such values, which are changed.
             index: int32 scalar; index + new is at most sequence_length.
 
         Returns:
@@ -291,17 +291,17 @@ class Block(keras.layers.Layer):
         x: tf.Tensor,
         draw: DropoutDraw | None = None,
         starts: tf.Tensor | None = None,
-        cache: tf.Tensor | None = None,
+        cache: Cache | None = None,
         index: tf.Tensor | None = None,
         recompute: bool = False,
-    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+    ) -> tuple[tf.Tensor, Cache | None]:
         """Transforms a sequence, or new positions of one that a cache remembers.
 
         Args:
             x: float [batch, sequence, hidden_dim].
             draw: of the dropout masks.
             starts: int32 [batch, sequence] of `document_starts`, where there is no cache; None for a single document.
-            cache: float [batch, 2, key_heads, capacity, head_dim], keys and values of the positions before index.
+            cache: keys and values of the positions before index.
             index: int32 scalar, position of x[:, 0] where there is a cache.
             recompute: whether gradients compute the probabilities of attention and the activation again, and products
                 are left for XLA to lay out: what an accelerator wants.
@@ -349,10 +349,10 @@ class Block(keras.layers.Layer):
         self,
         x: tf.Tensor,
         starts: tf.Tensor | None,
-        cache: tf.Tensor | None,
+        cache: Cache | None,
         index: tf.Tensor | None,
         recompute: bool,
-    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+    ) -> tuple[tf.Tensor, Cache | None]:
         batch, sequence = tf.shape(x)[0], tf.shape(x)[1] if x.shape[1] is None else x.shape[1]
         query, key, value = self._query_key_value(x, batch, sequence, recompute)
         if self.config.positions == "rope":
@@ -361,8 +361,8 @@ class Block(keras.layers.Layer):
         if cache is None:
             x = causal_attention(query, key, value, starts, recompute)
         else:
-            cache = keras.ops.slice_update(cache, (0, 0, 0, index, 0), tf.stack([key, value], axis=1))
-            x = cached_attention(query, cache[:, 0], cache[:, 1], index)
+            cache = (remember(cache[0], key, index), remember(cache[1], value, index))
+            x = cached_attention(query, *cache, index)
         if recompute:
             return self.attention_output.join_heads(x), cache
         x = tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [batch, sequence, self.config.num_heads * self.config.head_dim()])
