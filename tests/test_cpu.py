@@ -6,8 +6,16 @@ import tensorflow as tf
 
 from trainer.config import ModelConfig
 from trainer.model import cpu
-from trainer.model.cpu import in_one_pass, multiplies_bfloat16, operations_on_cpu, product_dtype, subtract_at
+from trainer.model.cpu import (
+    in_one_pass,
+    mean_of_rows,
+    multiplies_bfloat16,
+    operations_on_cpu,
+    product_dtype,
+    subtract_at,
+)
 from trainer.model.gpt import GPT
+from trainer.model.loss import next_token_loss
 from trainer.training.step import forward_backward
 
 
@@ -62,6 +70,36 @@ def test_numbers_are_subtracted_at_their_places_and_nowhere_else(is_on_cpu):
         changed, before = run(tf.constant([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
     assert changed.numpy().tolist() == [[2, 4, 5], [3, 10, 12]]
     assert before.numpy().tolist() == [[2, 4, 6], [8, 10, 12]]
+
+
+@pytest.mark.parametrize("is_on_cpu", [True, False])
+def test_means_are_of_rows(is_on_cpu):
+    with operations_on_cpu(is_on_cpu):
+        assert mean_of_rows(tf.constant([[1.0, 2.0, 6.0], [4.0, 5.0, 6.0]])).numpy().tolist() == [[3.0], [5.0]]
+
+
+@pytest.mark.parametrize("is_on_cpu", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_losses_are_the_same_whatever_runs_them_also_where_probabilities_vanish(scale, is_on_cpu):
+    random = np.random.default_rng(0)
+    hidden, table = (tf.constant(scale * random.normal(size=shape), tf.float32) for shape in ((2, 3, 4), (7, 4)))
+    bias, targets = tf.constant(random.normal(size=7), tf.float32), tf.constant([[1, 2, 0], [3, 6, 6]])
+
+    @tf.function(autograph=False)
+    def run():
+        with tf.GradientTape() as tape:
+            tape.watch([hidden, table, bias])
+            loss_sum, _ = next_token_loss(hidden, table, bias, targets, tf.ones([2, 3]), chunk_rows=4)
+        return loss_sum, *tape.gradient(loss_sum, [hidden, table, bias])
+
+    with tf.GradientTape() as tape:
+        wide = [tf.cast(x, tf.float64) for x in (hidden, table, bias)]
+        tape.watch(wide)
+        logits = tf.matmul(wide[0], wide[1], transpose_b=True) + wide[2]
+        expected = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits))
+    with operations_on_cpu(is_on_cpu):
+        for ours, exact in zip(run(), [expected, *tape.gradient(expected, wide)], strict=True):
+            np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,20 @@ def subtract_at(x: tf.Tensor, places: tf.Tensor, updates: tf.Tensor) -> tf.Tenso
     return tf.tensor_scatter_nd_sub(x, places, updates)
 
 
+def made_again(make: Callable[[], tf.Tensor], made: tf.Tensor) -> tf.Tensor:
+    """Returns made; or on a CPU what makes it anew, so that nothing keeps it: its last reader may overwrite it then."""
+    return make() if _is_on_cpu.get() else made
+
+
+def mean_of_rows(rows: tf.Tensor) -> tf.Tensor:
+    """Returns the mean of each row of float [rows, width], as [rows, 1]."""
+    if _is_on_cpu.get():
+        # Faster as a product, which an accelerator's compiler could not fuse.
+        width = rows.shape[-1]
+        return tf.matmul(rows, tf.fill([width, 1], tf.constant(1 / width, rows.dtype)))
+    return tf.reduce_mean(rows, axis=-1, keepdims=True)
+
+
 def product_dtype(dtype: tf.DType) -> tf.DType:
     """Returns the dtype to multiply matrices of a dtype in: a wider one, which holds the same numbers, where the CPU's
     own arithmetic in 16 bits is slower than that in 32.

@@ -3,9 +3,12 @@
 The step divides by the count, after both were summed over micro-batches and replicas.
 """
 
+import functools
+from collections.abc import Callable
+
 import tensorflow as tf
 
-from trainer.model.cpu import product_dtype, subtract_at
+from trainer.model.cpu import made_again, product_dtype, subtract_at
 
 # Rows of logits that exist at a time. Fewer rows mean less memory, more rows fuller matrix products.
 CHUNK_ROWS = 512
@@ -107,8 +110,8 @@ def next_token_loss_without_gradient(
 
     def add_chunk(i: tf.Tensor, loss_sum: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         rows, row_targets, row_weights = chunks.at(i)
-        logits = _logits(tf.cast(rows, kernel.dtype), kernel, bias, dtype)
-        losses, _ = _losses_and_softmax(logits, row_targets)
+        logits_of = functools.partial(_logits, tf.cast(rows, kernel.dtype), kernel, bias, dtype)
+        losses, *_ = _losses_and_softmax(logits_of, row_targets)
         return i + 1, loss_sum + tf.reduce_sum(losses * row_weights)
 
     _, loss_sum = tf.while_loop(
@@ -164,20 +167,27 @@ def _logits(rows: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None, dtype: t
     return logits if bias is None else logits + tf.cast(bias, dtype)
 
 
-def _losses_and_softmax(logits: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the cross-entropy of each row [rows] and softmax(logits) [rows, vocabulary], from one softmax."""
+def _losses_and_softmax(
+    logits_of: Callable[[], tf.Tensor], targets: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns the cross-entropy of each row [rows], and logits and their softmax [rows, vocabulary], from one softmax.
+
+    On a CPU the softmax takes the place of the logits where these are not read any more.
+    """
+    logits = logits_of()
     softmax = tf.nn.softmax(logits)
     places = _places(targets)
     probability = tf.gather_nd(softmax, places)
 
     def from_largest() -> tf.Tensor:
+        rare = made_again(logits_of, logits)
         # With m the largest logit and p its probability, log(sum(exp(logits))) = m - log(p); and p, at least
         # 1 / vocabulary, cannot underflow as the target's own probability can.
-        log_sum_exp = tf.reduce_max(logits, axis=-1) - tf.math.log(tf.reduce_max(softmax, axis=-1))
-        return log_sum_exp - tf.gather_nd(logits, places)
+        log_sum_exp = tf.reduce_max(rare, axis=-1) - tf.math.log(tf.reduce_max(softmax, axis=-1))
+        return log_sum_exp - tf.gather_nd(rare, places)
 
     is_vanishing = tf.reduce_min(probability) < 1e-30
-    return tf.cond(is_vanishing, from_largest, lambda: -tf.math.log(probability)), softmax
+    return tf.cond(is_vanishing, from_largest, lambda: -tf.math.log(probability)), logits, softmax
 
 
 def _places(targets: tf.Tensor) -> tf.Tensor:
@@ -202,8 +212,8 @@ def _loss_and_gradients(
     def add_chunk(i: tf.Tensor, loss_sum: tf.Tensor, d_hidden: tf.TensorArray, *sums: tf.Tensor) -> tuple:
         rows, row_targets, row_weights = chunks.at(i)
         rows = tf.cast(rows, kernel.dtype)
-        logits = _logits(rows, kernel, bias[0] if bias else None, dtype)
-        losses, softmax = _losses_and_softmax(logits, row_targets)
+        logits_of = functools.partial(_logits, rows, kernel, bias[0] if bias else None, dtype)
+        losses, logits, softmax = _losses_and_softmax(logits_of, row_targets)
         # In the wide dtype: in bfloat16 the difference of two numbers near 1 would be noise.
         # Once the losses have read the softmax, it is overwritten in place.
         with tf.control_dependencies([losses]):
@@ -220,7 +230,7 @@ def _loss_and_gradients(
         d_kernel = tf.matmul(narrow, rows * narrow_weights, transpose_a=True)
         new_sums = [sums[0] + tf.cast(d_kernel, unembedding.dtype)]
         if bias:
-            d_bias = tf.matmul(row_weights[tf.newaxis, :], d_logits)[0]
+            d_bias = tf.matmul(d_logits, row_weights[:, tf.newaxis], transpose_a=True)[:, 0]
             new_sums.append(sums[1] + tf.cast(d_bias, bias[0].dtype))
         return i + 1, loss_sum + tf.reduce_sum(losses * row_weights), d_hidden, *new_sums
 

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.model.cpu import in_one_pass
+from trainer.model.cpu import in_one_pass, mean_of_rows
 from trainer.model.loss import accumulation_dtype
 
 NORM_EPSILON = 1e-5
@@ -58,7 +58,7 @@ def normalize_rms(x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tuple[tf.
 @in_one_pass
 def _normalized(x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
     rows = _rows(x, gamma)
-    mean = _mean_of_rows(rows)
+    mean = mean_of_rows(rows)
     centered = rows - mean
     inverse = _inverse_root(centered)
     return _like(x, _scaled(centered * inverse, gamma, *beta)), mean, inverse
@@ -98,16 +98,12 @@ def _like(x: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.reshape(rows, tf.shape(x)), x.dtype)
 
 
-def _mean_of_rows(rows: tf.Tensor) -> tf.Tensor:
-    return tf.reduce_mean(rows, axis=-1, keepdims=True)
-
-
 def _mean_of_scaled(rows: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
     return tf.matmul(rows, gamma[:, tf.newaxis]) / tf.constant(rows.shape[-1], rows.dtype)
 
 
 def _inverse_root(rows: tf.Tensor) -> tf.Tensor:
-    return tf.math.rsqrt(_mean_of_rows(tf.square(rows)) + tf.constant(NORM_EPSILON, rows.dtype))
+    return tf.math.rsqrt(mean_of_rows(tf.square(rows)) + tf.constant(NORM_EPSILON, rows.dtype))
 
 
 def _scaled(unit: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tf.Tensor:
