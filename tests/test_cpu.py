@@ -7,6 +7,7 @@ import tensorflow as tf
 from trainer.config import ModelConfig
 from trainer.model import cpu
 from trainer.model.cpu import (
+    add_bias,
     in_one_pass,
     mean_of_rows,
     multiplies_bfloat16,
@@ -137,6 +138,19 @@ def test_matrices_are_multiplied_in_a_wider_dtype_where_the_cpu_is_slow_in_their
     assert [product_dtype(dtype) for dtype in dtypes] == [*dtypes]
 
 
+@pytest.mark.parametrize("is_on_cpu", [True, False])
+def test_a_bias_is_added_and_its_gradient_is_the_sum_over_all_rows(is_on_cpu):
+    rng = np.random.default_rng(0)
+    x, upstream, bias = (tf.constant(rng.normal(size=size)) for size in ((2, 3, 5), (2, 3, 5), 5))
+    with operations_on_cpu(is_on_cpu), tf.GradientTape() as tape:
+        tape.watch([x, bias])
+        y = add_bias(x, bias)
+    d_x, d_bias = tape.gradient(y, [x, bias], upstream)
+    np.testing.assert_array_equal(y, x + bias)
+    np.testing.assert_array_equal(d_x, upstream)
+    np.testing.assert_allclose(d_bias, upstream.numpy().sum((0, 1)), rtol=1e-14)
+
+
 def test_a_step_in_bfloat16_multiplies_in_what_is_fast_and_comes_near_float32(multiplies):
     inputs = tf.constant(np.random.default_rng(0).integers(0, 11, (2, 8)), tf.int32)
     batch = (inputs, tf.roll(inputs, -1, axis=1), tf.ones([2, 8]))
@@ -150,6 +164,10 @@ def test_a_step_in_bfloat16_multiplies_in_what_is_fast_and_comes_near_float32(mu
             graph = run.get_concrete_function().graph.as_graph_def()
         nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
         dtypes[policy] = {tf.as_dtype(node.attr["T"].type) for node in nodes if node.op in ("MatMul", "BatchMatMulV2")}
+        # Nor is anything rounded between a product and the next.
+        assert {tf.as_dtype(node.attr["T"].type) for node in nodes if node.op == "Relu"} == {
+            tf.bfloat16 if multiplies and policy == "mixed_bfloat16" else tf.float32
+        }
     # Losses and means are summed in float32, by products too.
     assert dtypes["float32"] == {tf.float32}
     assert dtypes["mixed_bfloat16"] == {tf.float32} | ({tf.bfloat16} if multiplies else set())

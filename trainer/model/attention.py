@@ -3,7 +3,6 @@
 import keras
 import tensorflow as tf
 
-from trainer.model.cpu import product_dtype
 from trainer.model.loss import accumulation_dtype
 
 # Queries at a time, in sequences of at least two such blocks: shorter ones are faster whole, and fewer queries leave
@@ -38,14 +37,11 @@ def causal_attention(
 
     Source: Vaswani et al. 2017, equation 1; of fewer key_heads than heads, Ainslie et al. 2023, section 2.2.
     """
-    sequence, dtype = query.shape[2], query.dtype
-    query, key, value = (tf.cast(x, product_dtype(dtype)) for x in (query, key, value))
+    sequence = query.shape[2]
     if sequence is None or sequence < 2 * BLOCK:
         end = sequence or tf.shape(query)[2]
-        out = _attend(query, key, value, _allowed(tf.range(end), end, starts))
-    else:
-        out = _in_blocks(query, key, value, starts, recompute)
-    return tf.cast(out, dtype)
+        return _attend(query, key, value, _allowed(tf.range(end), end, starts))
+    return _in_blocks(query, key, value, starts, recompute)
 
 
 def _allowed(queries: tf.Tensor, end: int | tf.Tensor, starts: tf.Tensor | None) -> tf.Tensor:

@@ -64,9 +64,26 @@ def mean_of_rows(rows: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(rows, axis=-1, keepdims=True)
 
 
+def add_bias(x: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+    """Adds bias [width] to float [..., width]."""
+    if not _is_on_cpu.get():
+        return tf.nn.bias_add(x, bias)
+
+    @tf.custom_gradient
+    def add(x: tf.Tensor, bias: tf.Tensor) -> tuple[tf.Tensor, object]:
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            rows = tf.reshape(upstream, [-1, bias.shape[0]])
+            # The sum over the rows: faster as a product.
+            return upstream, tf.matmul(tf.ones([1, tf.shape(rows)[0]], rows.dtype), rows)[0]
+
+        return tf.nn.bias_add(x, bias), gradient
+
+    return add(x, bias)
+
+
 def product_dtype(dtype: tf.DType) -> tf.DType:
-    """Returns the dtype to multiply matrices of a dtype in: a wider one, which holds the same numbers, where the CPU's
-    own arithmetic in 16 bits is slower than that in 32.
+    """Returns the dtype to multiply matrices in where the model's is dtype: a wider one, which holds the same numbers,
+    where the CPU's own arithmetic in 16 bits is slower than that in 32.
     """
     is_slow = dtype == tf.float16 or (dtype == tf.bfloat16 and not multiplies_bfloat16())
     return tf.float32 if is_slow and _is_on_cpu.get() else dtype

@@ -14,7 +14,7 @@ import tensorflow as tf
 from trainer.config import ModelConfig
 from trainer.model.activations import Activation, gelu, swiglu
 from trainer.model.attention import Cache, cached_attention, causal_attention, remember, rotate, unforeseen_zero
-from trainer.model.cpu import product_dtype
+from trainer.model.cpu import add_bias, product_dtype
 from trainer.model.loss import next_token_loss, next_token_loss_without_gradient
 from trainer.model.normalization import Norm
 
@@ -262,7 +262,16 @@ class Block(keras.layers.Layer):
         def dense(
             units: int, initializer: keras.Initializer, name: str, activation: Activation | None = None
         ) -> keras.layers.Layer:
-            return Dense(units, activation, config.use_bias, kernel_initializer=initializer, dtype=dtype, name=name)
+            # Without Keras's casts: it computes in the dtype of what goes in.
+            return Dense(
+                units,
+                activation,
+                config.use_bias,
+                kernel_initializer=initializer,
+                dtype=dtype,
+                name=name,
+                autocast=False,
+            )
 
         # One product for queries, keys and values: a third of the reads of x.
         self.query_key_value = dense(config.query_key_value_dim(), initial.query_key_value(), "query_key_value")
@@ -311,13 +320,16 @@ class Block(keras.layers.Layer):
         """
         pre_norm, rate = self.config.pre_norm, self.config.dropout
         residual = x
-        x, cache = self._attention(self.attention_norm(x) if pre_norm else x, starts, cache, index, recompute)
-        x = residual + dropout(x, rate, 2 * self.index + 1, draw)
+        # From a product to the next there is no rounding to fewer bits than the products have.
+        wide = product_dtype(x.dtype)
+        x = tf.cast(self.attention_norm(x) if pre_norm else x, wide)
+        x, cache = self._attention(x, starts, cache, index, recompute)
+        x = residual + dropout(tf.cast(x, residual.dtype), rate, 2 * self.index + 1, draw)
         if not pre_norm:
             x = self.attention_norm(x)
         residual = x
-        x = self._feed_forward(self.feedforward_norm(x) if pre_norm else x, recompute)
-        x = residual + dropout(x, rate, 2 * self.index + 2, draw)
+        x = self._feed_forward(tf.cast(self.feedforward_norm(x) if pre_norm else x, wide), recompute)
+        x = residual + dropout(tf.cast(x, residual.dtype), rate, 2 * self.index + 2, draw)
         return x if pre_norm else self.feedforward_norm(x), cache
 
     def recomputed(self, x: tf.Tensor, draw: DropoutDraw | None, starts: tf.Tensor | None) -> tf.Tensor:
@@ -406,10 +418,7 @@ class Dense(keras.layers.Dense):
 
     def affine(self, x: tf.Tensor) -> tf.Tensor:
         """Maps float [..., width] to [rows, units], without the activation."""
-        dtype = product_dtype(x.dtype)
-        kernel = tf.cast(tf.cast(self.kernel, x.dtype), dtype)
-        rows = tf.cast(tf.reshape(x, [-1, x.shape[-1]]), dtype)
-        return tf.cast(self._with_bias(tf.matmul(rows, kernel)), x.dtype)
+        return self._with_bias(tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), tf.cast(self.kernel, x.dtype)))
 
     def project_activated(self, rows: tf.Tensor, activation: Activation) -> tf.Tensor:
         """Maps activation([rows, ...]) to [rows, units]; the gradient keeps but the rows, and activates them again."""
@@ -443,7 +452,7 @@ class Dense(keras.layers.Dense):
         return self._with_bias(tf.einsum("bhtd,hdc->btc", x, kernel))
 
     def _with_bias(self, x: tf.Tensor) -> tf.Tensor:
-        return x if self.bias is None else tf.nn.bias_add(x, tf.cast(self.bias, x.dtype))
+        return x if self.bias is None else add_bias(x, tf.cast(self.bias, x.dtype))
 
 
 class Unembedding(keras.layers.Layer):
