@@ -28,6 +28,11 @@ def test_defaults_are_the_tutorial_s():
     assert (config.train.sequence_length, config.train.global_batch_size) == (128, 64)
 
 
+def test_a_quoted_name_is_said_to_be_one():
+    with pytest.raises(UserError, match=r"^'train\.seed' is one name in quotation marks; write it without them\.$"):
+        make_config({**SETTINGS, "train.seed": 1})
+
+
 def test_config_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         make_config(SETTINGS).train.seed = 1

@@ -7,9 +7,11 @@ import textwrap
 import pytest
 import tensorflow as tf
 
-from trainer.config import DistributionConfig, UserError
+from trainer.config import DistributionConfig, UserError, make_config
 from trainer.devices import parse_target
-from trainer.training.distribution import find_devices, gpu_numbers, make_strategy, micro_batches
+from trainer.training import distribution
+from trainer.training.distribution import find_devices, gpu_numbers, make_strategy, micro_batches, share_cores
+from trainer.training.hosts import Hosts
 
 NUM_GPUS = len(tf.config.list_physical_devices("GPU"))
 HAS_GPU = NUM_GPUS > 0
@@ -65,6 +67,54 @@ def test_a_cpu_takes_a_large_batch_in_two_halves_at_once_unless_told_otherwise()
     assert micro_batches(None, 12, 64, strategy) == (12, 2)
     assert micro_batches(None, 33, 118, strategy) == (33, 2)
     assert micro_batches(8, 32, 118, strategy) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_hosts", "threads"),
+    [
+        ({}, 1, 3),  # Two halves at once.
+        ({"train.global_batch_size": 8}, 1, None),  # Too small for halves,
+        ({"train.global_batch_size": 8, "train.micro_batch_size": 2}, 1, 3),  # unless one asks for parts,
+        ({"train.global_batch_size": 8, "distribution.logical_devices": 2}, 1, 3),  # or replicas are these,
+        ({"train.global_batch_size": 8}, 2, 3),  # as they are elsewhere.
+        ({"train.micro_batch_size": 64}, 1, None),
+        ({"train.xla": "on"}, 1, None),
+        ({"distribution.kind": "tpu"}, 1, None),
+    ],
+)
+def test_two_parts_at_once_share_the_cores_of_a_cpu(settings, num_hosts, threads, monkeypatch):
+    asked = []
+    monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
+    monkeypatch.setattr(distribution, "num_cores", lambda: 7)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    monkeypatch.setattr(tf.config.threading, "set_intra_op_parallelism_threads", asked.append)
+    train = {"precision": "float32", "total_steps": 1, "global_batch_size": 64, "sequence_length": 64}
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    config = make_config({"run_folder": "unused", "train": train}, overrides)
+    share_cores(config, Hosts(("a:1", "b:1")[:num_hosts]))
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "5")
+    share_cores(config, Hosts(("a:1", "b:1")[:num_hosts]))
+    assert asked == ([] if threads is None else [threads])
+
+
+def test_a_process_that_has_used_tensorflow_keeps_its_threads():
+    program = """
+        import tensorflow as tf
+        from trainer.config import make_config
+        from trainer.training.distribution import make_strategy, share_cores
+        from trainer.training.hosts import Hosts
+        config = make_config({
+            "run_folder": "unused",
+            "train": {"precision": "float32", "total_steps": 1, "global_batch_size": 2, "micro_batch_size": 1},
+            "distribution": {"kind": "cpu"},
+        })
+        make_strategy(config.distribution)
+        before = tf.config.threading.get_intra_op_parallelism_threads()
+        share_cores(config, Hosts())
+        assert tf.config.threading.get_intra_op_parallelism_threads() == before
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_host_can_be_told_to_go_alone(monkeypatch):

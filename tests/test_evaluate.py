@@ -15,6 +15,7 @@ from trainer.data.prepare import prepare
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.model.gpt import GPT
 from trainer.run import build_gpt
+from trainer.training import distribution
 from trainer.training.distribution import make_strategy
 
 
@@ -42,7 +43,9 @@ def evaluator_of(folder, build=None, **data):
     return Evaluator(model, strategy, prepared, config)
 
 
-def test_every_token_counts_once_and_alike(folder):
+@pytest.mark.parametrize("halved_from_tokens", [1, 100_000])
+def test_every_token_counts_once_and_alike(folder, monkeypatch, halved_from_tokens):
+    monkeypatch.setattr(distribution, "HALVED_FROM_TOKENS", halved_from_tokens)
     evaluator = evaluator_of(folder)
     plain = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none", dtype="float64")
     losses, weights = [], []

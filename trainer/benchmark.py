@@ -1,6 +1,5 @@
 """What the benchmarks in scripts/ have in common: a training to time, the tutorial's model, how figures are shown."""
 
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -16,8 +15,10 @@ import tensorflow as tf
 from trainer.config import Config
 from trainer.data.batches import training_batches
 from trainer.data.shards import PreparedData
+from trainer.devices import num_cores
 from trainer.run import BuildModel, build_gpt
-from trainer.training.distribution import distributed, make_strategy
+from trainer.training.distribution import distributed, make_strategy, share_cores
+from trainer.training.hosts import Hosts
 from trainer.training.step import TrainingStep
 
 
@@ -39,6 +40,7 @@ class Training:
     def __init__(
         self, config: Config, prepared: PreparedData, total_steps: int, build_model: BuildModel | None = None
     ) -> None:
+        share_cores(config, Hosts())
         self.strategy = make_strategy(config.distribution)
         with self.strategy.scope():
             if build_model is None:
@@ -83,9 +85,8 @@ def tutorial_model(config: Config, vocabulary_size: int) -> keras.Model:
 
 def about() -> dict[str, Any]:
     """Returns what stands beside figures: command, date, how many cores it may use, and TensorFlow's version."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"command": sys.argv, "date": date, "num_cores": cores, "tensorflow": tf.__version__}
+    return {"command": sys.argv, "date": date, "num_cores": num_cores(), "tensorflow": tf.__version__}
 
 
 def table_of(title: str, names: Sequence[str], rows: Iterable[Sequence[str]], num_names: int) -> rich.table.Table:

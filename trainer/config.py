@@ -729,6 +729,8 @@ def _explain(problem: Any) -> str:
         del location[-1]  # Of the types that a setting can have, the one whose problem this is.
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
+        if "." in location[0]:
+            return f"{key!r} is one name in quotation marks; write it without them."
         if key in setting_names():
             kind, _, is_file = problem["loc"][1].partition(" ")
             if is_file and key != "tokenizer.lowercase":

@@ -188,6 +188,11 @@ def known_targets() -> str:
     )
 
 
+def num_cores() -> int:
+    """Returns how many of this machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu(num_devices: int = 1) -> Target:
     """Returns this machine's CPU, split into so many replicas, with its memory as theirs."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

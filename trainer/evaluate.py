@@ -12,8 +12,8 @@ from trainer.data.batches import evaluation_batches
 from trainer.data.shards import PreparedData, Split
 from trainer.model.cpu import operations_on_cpu
 from trainer.model.gpt import GPT
-from trainer.model.loss import next_token_loss_from_logits
-from trainer.training.distribution import device_kind, distributed
+from trainer.model.loss import accumulation_dtype, next_token_loss_from_logits
+from trainer.training.distribution import device_kind, distributed, micro_batches
 
 
 class Evaluation(NamedTuple):
@@ -105,11 +105,15 @@ class Evaluator:
             # Across hosts TensorFlow forgets how many rows there are.
             shape = [self._rows, self.config.train.sequence_length]
             inputs, targets, weights = (tf.ensure_shape(part, shape) for part in batch)
-            with operations_on_cpu(device_kind(self.strategy) == "CPU"):
-                if isinstance(self.model, GPT):
-                    sums = self.model.evaluation_loss(inputs, targets, weights)
-                else:
-                    sums = next_token_loss_from_logits(self.model(inputs, training=False), targets, weights)
+            size, at_once = micro_batches(None, shape[0], shape[1], self.strategy)
+            if size == self._rows:
+                sums = self._score_part((inputs, targets, weights))
+            else:
+                # As in a step: a CPU works through two halves at once, and shares its cores between them.
+                parts = [tf.reshape(part, [-1, size, shape[1]]) for part in (inputs, targets, weights)]
+                dtype = accumulation_dtype(tf.as_dtype(self.model.compute_dtype))
+                of_parts = tf.map_fn(self._score_part, parts, None, at_once, fn_output_signature=(dtype, dtype))
+                sums = (tf.reduce_sum(of_parts[0]), tf.reduce_sum(of_parts[1]))
             replica = tf.distribute.get_replica_context()
             return replica.all_reduce(tf.distribute.ReduceOp.SUM, list(sums))
 
@@ -118,6 +122,13 @@ class Evaluator:
             self.strategy.experimental_local_results(s)[0] for s in self.strategy.run(score, (batch,))
         )
         return loss_sum, num_tokens
+
+    def _score_part(self, part: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        inputs, targets, weights = part
+        with operations_on_cpu(device_kind(self.strategy) == "CPU"):
+            if isinstance(self.model, GPT):
+                return self.model.evaluation_loss(inputs, targets, weights)
+            return next_token_loss_from_logits(self.model(inputs, training=False), targets, weights)
 
 
 def summarize(loss_sum: float, num_tokens: int, prepared: PreparedData, is_lossy: bool) -> Evaluation:

@@ -1,5 +1,6 @@
 """Which devices a run uses. The only module that names a tf.distribute class."""
 
+import contextlib
 import os
 import threading
 import urllib.request
@@ -8,9 +9,9 @@ from concurrent.futures import Future
 
 import tensorflow as tf
 
-from trainer.config import DistributionConfig, UserError
+from trainer.config import Config, DistributionConfig, UserError, rows_per_replica
 from trainer.data.batches import ALL, Share
-from trainer.devices import Target, find_gpu, parse_target
+from trainer.devices import Target, find_gpu, num_cores, parse_target
 from trainer.training.hosts import Hosts, find_hosts
 from trainer.training.tpu import check_tpu_install
 
@@ -22,6 +23,33 @@ TPU_TIMEOUT_SECS = 50.0
 
 # Where a TPU VM says which TPU it has.
 TPU_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/accelerator-type"
+
+
+def share_cores(config: Config, hosts: Hosts) -> None:
+    """Has each operation of a training on a CPU take half of its cores, where two parts of a batch are under way at
+    once: two operations that take all of them each are in each other's way.
+
+    Call it before TensorFlow computes anything. Later it has no effect, nor where TF_NUM_INTRAOP_THREADS is set.
+    Whether it has one follows from the run's config, and not from how its micro-batches are spread over replicas: with
+    other numbers of threads the last bits of a product can be others.
+
+    Args:
+        config: of the run.
+        hosts: of the run.
+
+    Raises:
+        UserError: the batch cannot be spread evenly over the replicas.
+    """
+    train, distribution = config.train, config.distribution
+    # XLA compiles a step as one operation.
+    if distribution.kind == "tpu" or _wants_gpus(distribution) or train.xla == "on":
+        return
+    rows = rows_per_replica(config, len(hosts.workers) if hosts.are_several else distribution.logical_devices)
+    size = train.fixed_micro_batch_size() or _rows_at_a_time(rows, train.sequence_length)
+    if size == train.global_batch_size or "TF_NUM_INTRAOP_THREADS" in os.environ:
+        return
+    with contextlib.suppress(RuntimeError):  # This process has used TensorFlow already.
+        tf.config.threading.set_intra_op_parallelism_threads(max(1, num_cores() // 2))
 
 
 def make_strategy(config: DistributionConfig, alone: bool = False) -> tf.distribute.Strategy:
@@ -122,8 +150,12 @@ def micro_batches(asked: int | None, rows: int, sequence: int, strategy: tf.dist
     """
     if device_kind(strategy) != "CPU":
         return asked or rows, 1
+    return asked or _rows_at_a_time(rows, sequence), 2
+
+
+def _rows_at_a_time(rows: int, sequence: int) -> int:
     halves = rows % 2 == 0 and rows * sequence >= HALVED_FROM_TOKENS
-    return asked or (rows // 2 if halves else rows), 2
+    return rows // 2 if halves else rows
 
 
 def _wants_gpus(config: DistributionConfig) -> bool:

@@ -33,6 +33,7 @@ from trainer.training.distribution import (
     distributed,
     find_devices,
     make_strategy,
+    share_cores,
 )
 from trainer.training.health import check_finite, only_run_in, stop_on_signals
 from trainer.training.hosts import Hosts, find_hosts, meet
@@ -76,6 +77,7 @@ def start(
         return prepare(config, say) if run is None else run.prepared(lambda: prepare(config, say))
 
     if not hosts.are_several:
+        share_cores(config, hosts)
         strategy = make_strategy(config.distribution)
         rows_per_replica(config, strategy.num_replicas_in_sync)
         prepared = find_data(prepare, say)
@@ -109,6 +111,7 @@ def resume(
     if hosts.are_several:
         say = say if hosts.is_chief else _be_silent
         return _join(lambda: RunFolder(run_folder, overrides), hosts, run.prepared(), build_model, say)
+    share_cores(run.config, hosts)
     strategy = make_strategy(run.config.distribution)
     with _whole_run(run, hosts):
         return train(run, hosts, strategy, run.prepared(), build_model, say)
@@ -129,6 +132,7 @@ def _join(
 
     meet(hosts.workers, hosts.number, what_is_there)
     run = open_run()
+    share_cores(run.config, hosts)
     with _whole_run(run, hosts):
         return train(run, hosts, make_strategy(run.config.distribution), prepared, build_model, say)
 
