@@ -164,7 +164,7 @@ def test_a_step_in_bfloat16_multiplies_in_what_is_fast_and_comes_near_float32(mu
             graph = run.get_concrete_function().graph.as_graph_def()
         nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
         dtypes[policy] = {tf.as_dtype(node.attr["T"].type) for node in nodes if node.op in ("MatMul", "BatchMatMulV2")}
-        # Nor is anything rounded between a product and the next.
+        # Nor is anything rounded within a block.
         assert {tf.as_dtype(node.attr["T"].type) for node in nodes if node.op == "Relu"} == {
             tf.bfloat16 if multiplies and policy == "mixed_bfloat16" else tf.float32
         }

@@ -259,10 +259,10 @@ class Block(keras.layers.Layer):
         self.config = config
         self.index = index
 
+        # Parts compute in the dtype of what goes in, without Keras's casts.
         def dense(
             units: int, initializer: keras.Initializer, name: str, activation: Activation | None = None
         ) -> keras.layers.Layer:
-            # Without Keras's casts: it computes in the dtype of what goes in.
             return Dense(
                 units,
                 activation,
@@ -276,7 +276,7 @@ class Block(keras.layers.Layer):
         # One product for queries, keys and values: a third of the reads of x.
         self.query_key_value = dense(config.query_key_value_dim(), initial.query_key_value(), "query_key_value")
         self.attention_output = dense(config.hidden_dim, initial.attention_output(), "attention_output")
-        self.attention_norm = _norm(config, "attention_norm", dtype)
+        self.attention_norm = _norm(config, "attention_norm", dtype, autocast=False)
         self.intermediate = dense(
             config.intermediate_projection_dim(),
             initial.intermediate(),
@@ -284,7 +284,7 @@ class Block(keras.layers.Layer):
             {"relu": tf.nn.relu, "gelu": gelu, "swiglu": swiglu}[config.activation],
         )
         self.output_dense = dense(config.hidden_dim, initial.output(), "output")
-        self.feedforward_norm = _norm(config, "feedforward_norm", dtype)
+        self.feedforward_norm = _norm(config, "feedforward_norm", dtype, autocast=False)
 
     def build(self, input_shape: tuple) -> None:
         """Creates the variables of all parts."""
@@ -318,19 +318,16 @@ class Block(keras.layers.Layer):
         Returns:
             (float [batch, sequence, hidden_dim], the cache with these positions filled in, or None).
         """
-        pre_norm, rate = self.config.pre_norm, self.config.dropout
-        residual = x
-        # From a product to the next there is no rounding to fewer bits than the products have.
-        wide = product_dtype(x.dtype)
-        x = tf.cast(self.attention_norm(x) if pre_norm else x, wide)
-        x, cache = self._attention(x, starts, cache, index, recompute)
-        x = residual + dropout(tf.cast(x, residual.dtype), rate, 2 * self.index + 1, draw)
+        pre_norm, rate, dtype = self.config.pre_norm, self.config.dropout, x.dtype
+        residual = x = tf.cast(x, product_dtype(dtype))
+        x, cache = self._attention(self.attention_norm(x) if pre_norm else x, starts, cache, index, recompute)
+        x = residual + dropout(x, rate, 2 * self.index + 1, draw)
         if not pre_norm:
             x = self.attention_norm(x)
         residual = x
-        x = self._feed_forward(tf.cast(self.feedforward_norm(x) if pre_norm else x, wide), recompute)
-        x = residual + dropout(tf.cast(x, residual.dtype), rate, 2 * self.index + 2, draw)
-        return x if pre_norm else self.feedforward_norm(x), cache
+        x = self._feed_forward(self.feedforward_norm(x) if pre_norm else x, recompute)
+        x = residual + dropout(x, rate, 2 * self.index + 2, draw)
+        return tf.cast(x if pre_norm else self.feedforward_norm(x), dtype), cache
 
     def recomputed(self, x: tf.Tensor, draw: DropoutDraw | None, starts: tf.Tensor | None) -> tf.Tensor:
         """Transforms a sequence as a call does; gradients compute all of it again, from x alone.
@@ -523,5 +520,5 @@ class _Initializers:
         return keras.initializers.RandomUniform(-limit, limit, seed=next(self._seeds))
 
 
-def _norm(config: ModelConfig, name: str, dtype: str) -> keras.layers.Layer:
-    return Norm(config.norm, center=config.use_bias, dtype=dtype, name=name)
+def _norm(config: ModelConfig, name: str, dtype: str, autocast: bool = True) -> keras.layers.Layer:
+    return Norm(config.norm, center=config.use_bias, dtype=dtype, name=name, autocast=autocast)
