@@ -112,7 +112,9 @@ class Evaluator:
                 # As in a step: a CPU works through two halves at once, and shares its cores between them.
                 parts = [tf.reshape(part, [-1, size, shape[1]]) for part in (inputs, targets, weights)]
                 dtype = accumulation_dtype(tf.as_dtype(self.model.compute_dtype))
-                of_parts = tf.map_fn(self._score_part, parts, None, at_once, fn_output_signature=(dtype, dtype))
+                of_parts = tf.map_fn(
+                    self._score_part, parts, parallel_iterations=at_once, fn_output_signature=(dtype, dtype)
+                )
                 sums = (tf.reduce_sum(of_parts[0]), tf.reduce_sum(of_parts[1]))
             replica = tf.distribute.get_replica_context()
             return replica.all_reduce(tf.distribute.ReduceOp.SUM, list(sums))
