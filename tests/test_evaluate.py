@@ -113,7 +113,10 @@ def test_excess_is_left_out_where_it_would_not_be_exact(folder, case):
         assert evaluator_of(folder, train=[str(text)])().excess is None
 
 
-def test_a_model_that_offers_only_logits_is_scored_too(folder):
+@pytest.mark.parametrize("halved_from_tokens", [1, 100_000])
+def test_a_model_that_offers_only_logits_is_scored_too(folder, monkeypatch, halved_from_tokens):
+    monkeypatch.setattr(distribution, "HALVED_FROM_TOKENS", halved_from_tokens)
+
     def build(config, vocabulary_size):
         inputs = keras.Input((None,), dtype="int32")
         return keras.Model(inputs, GPT(config.model, vocabulary_size, 128, dtype="float64")(inputs))

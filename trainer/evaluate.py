@@ -12,7 +12,7 @@ from trainer.data.batches import evaluation_batches
 from trainer.data.shards import PreparedData, Split
 from trainer.model.cpu import operations_on_cpu
 from trainer.model.gpt import GPT
-from trainer.model.loss import accumulation_dtype, next_token_loss_from_logits
+from trainer.model.loss import next_token_loss_from_logits
 from trainer.training.distribution import device_kind, distributed, micro_batches
 
 
@@ -111,11 +111,14 @@ class Evaluator:
             else:
                 # As in a step: a CPU works through two halves at once, and shares its cores between them.
                 parts = [tf.reshape(part, [-1, size, shape[1]]) for part in (inputs, targets, weights)]
-                dtype = accumulation_dtype(tf.as_dtype(self.model.compute_dtype))
+                # In float64, as nothing says what dtype the logits of a foreign model have.
                 of_parts = tf.map_fn(
-                    self._score_part, parts, parallel_iterations=at_once, fn_output_signature=(dtype, dtype)
+                    lambda part: tf.stack([tf.cast(each, tf.float64) for each in self._score_part(part)]),
+                    parts,
+                    parallel_iterations=at_once,
+                    fn_output_signature=tf.TensorSpec([2], tf.float64),
                 )
-                sums = (tf.reduce_sum(of_parts[0]), tf.reduce_sum(of_parts[1]))
+                sums = tuple(tf.unstack(tf.reduce_sum(of_parts, axis=0)))
             replica = tf.distribute.get_replica_context()
             return replica.all_reduce(tf.distribute.ReduceOp.SUM, list(sums))
 
