@@ -3,6 +3,7 @@ anything was is no test.
 """
 
 import argparse
+import io
 import json
 import os
 import runpy
@@ -119,6 +120,29 @@ def test_a_speed_is_compared_round_by_round_with_trainer_at_its_better_precision
     assert rows[2]["each_ratio"] == [4.0, 1.5, 1.0]
     assert (rows[0]["overhead"], rows[0]["overhead_secs"]) == (0.0, 0.0)
     assert (rows[1]["overhead"], rows[1]["overhead_secs"]) == (0.5, 1.0)
+
+
+def test_each_precision_of_trainer_is_compared_with_the_best_of_each_other():
+    bench = functions_of("bench_step")
+
+    def row(name, precision, *each, **more):
+        figures = {"name": name, "precision": precision, "each_step_secs": each, "step_secs": statistics.median(each)}
+        return {**figures, "tokens_per_sec": 1.0, "loss": 1.0, **more}
+
+    rows = [
+        row("trainer", "float32", 1.0, 2.0, 3.0, each_alone_secs=[1.0, 2.0, 3.0]),
+        row("trainer", "mixed_bfloat16", 2.0, 2.0, 2.0, each_alone_secs=[2.0, 2.0, 2.0]),
+        row("Keras fit", "mixed_bfloat16", 9.0, 9.0, 9.0),
+        row("Keras fit, XLA", "float32", 3.0, 4.0, 6.0),
+    ]
+    figures = {"size": "tutorial", "contestants": bench["compare"](rows), "idle_cores": 0.0}
+    with io.StringIO() as printed:
+        bench["print_figures"](rich.console.Console(file=printed, width=200), figures)
+        lines = printed.getvalue().splitlines()
+    assert [line for line in lines if "times as fast" in line] == [
+        "trainer in float32 is 2.00 times as fast as Keras fit, XLA in float32, median of 3.00, 2.00, 2.00",
+        "trainer in mixed_bfloat16 is 2.00 times as fast as Keras fit, XLA in float32, median of 1.50, 2.00, 3.00",
+    ]
 
 
 def test_contestants_train_on_the_rows_of_trainers_batches(tmp_path):

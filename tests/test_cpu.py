@@ -8,11 +8,11 @@ from trainer.config import ModelConfig
 from trainer.model import cpu
 from trainer.model.cpu import (
     add_bias,
+    fast_dtype,
     in_one_pass,
     mean_of_rows,
     multiplies_bfloat16,
     operations_on_cpu,
-    product_dtype,
     subtract_at,
 )
 from trainer.model.gpt import GPT
@@ -126,16 +126,16 @@ def multiplies(request, monkeypatch):
     return request.param
 
 
-def test_matrices_are_multiplied_in_a_wider_dtype_where_the_cpu_is_slow_in_theirs(multiplies):
+def test_a_model_computes_in_a_wider_dtype_where_the_cpu_is_slow_in_its_own(multiplies):
     dtypes = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
     with operations_on_cpu():
-        assert [product_dtype(dtype) for dtype in dtypes] == [
+        assert [fast_dtype(dtype) for dtype in dtypes] == [
             tf.float32,
             tf.bfloat16 if multiplies else tf.float32,
             tf.float32,
             tf.float64,
         ]
-    assert [product_dtype(dtype) for dtype in dtypes] == [*dtypes]
+    assert [fast_dtype(dtype) for dtype in dtypes] == [*dtypes]
 
 
 @pytest.mark.parametrize("is_on_cpu", [True, False])
@@ -151,7 +151,7 @@ def test_a_bias_is_added_and_its_gradient_is_the_sum_over_all_rows(is_on_cpu):
     np.testing.assert_allclose(d_bias, upstream.numpy().sum((0, 1)), rtol=1e-14)
 
 
-def test_a_step_in_bfloat16_multiplies_in_what_is_fast_and_comes_near_float32(multiplies):
+def test_a_step_in_bfloat16_computes_in_what_is_fast_and_comes_near_float32(multiplies):
     inputs = tf.constant(np.random.default_rng(0).integers(0, 11, (2, 8)), tf.int32)
     batch = (inputs, tf.roll(inputs, -1, axis=1), tf.ones([2, 8]))
     results, dtypes = {}, {}
@@ -164,7 +164,7 @@ def test_a_step_in_bfloat16_multiplies_in_what_is_fast_and_comes_near_float32(mu
             graph = run.get_concrete_function().graph.as_graph_def()
         nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
         dtypes[policy] = {tf.as_dtype(node.attr["T"].type) for node in nodes if node.op in ("MatMul", "BatchMatMulV2")}
-        # Nor is anything rounded within a block.
+        # Nor is anything rounded between products.
         assert {tf.as_dtype(node.attr["T"].type) for node in nodes if node.op == "Relu"} == {
             tf.bfloat16 if multiplies and policy == "mixed_bfloat16" else tf.float32
         }

@@ -81,9 +81,9 @@ def add_bias(x: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
     return add(x, bias)
 
 
-def product_dtype(dtype: tf.DType) -> tf.DType:
-    """Returns the dtype to compute products of matrices, and what is between them, in where a model's is dtype: a wider
-    one, which holds the same numbers, where the CPU's own arithmetic in 16 bits is slower than that in 32.
+def fast_dtype(dtype: tf.DType) -> tf.DType:
+    """Returns the dtype to compute in where a model's compute dtype is dtype: a wider one, which holds all its numbers,
+    where the CPU's own arithmetic in 16 bits is slower than that in 32.
     """
     is_slow = dtype == tf.float16 or (dtype == tf.bfloat16 and not multiplies_bfloat16())
     return tf.float32 if is_slow and _is_on_cpu.get() else dtype

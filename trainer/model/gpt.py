@@ -14,7 +14,7 @@ import tensorflow as tf
 from trainer.config import ModelConfig
 from trainer.model.activations import Activation, gelu, swiglu
 from trainer.model.attention import Cache, cached_attention, causal_attention, remember, rotate, unforeseen_zero
-from trainer.model.cpu import add_bias, product_dtype
+from trainer.model.cpu import add_bias, fast_dtype
 from trainer.model.loss import next_token_loss, next_token_loss_without_gradient
 from trainer.model.normalization import Norm
 
@@ -236,7 +236,8 @@ class GPT(keras.Model):
 
     def _embed(self, tokens: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         x = self.token_embedding(tokens)
-        return x if self.position_embedding is None else x + self.position_embedding(positions)
+        x = tf.cast(x, fast_dtype(x.dtype))
+        return x if self.position_embedding is None else x + tf.cast(self.position_embedding(positions), x.dtype)
 
     def _output_projection(self) -> tuple[tf.Tensor, tf.Tensor | None]:
         if self.unembedding is None:
@@ -248,6 +249,8 @@ class GPT(keras.Model):
 class Block(keras.layers.Layer):
     """A transformer block: causal self-attention and a feed-forward layer, each with a residual and a normalization.
 
+    It and its parts compute in the dtype of what goes in, without Keras's casts.
+
     Args:
         config: the model's shape.
         index: place of the block in the model.
@@ -255,11 +258,10 @@ class Block(keras.layers.Layer):
     """
 
     def __init__(self, config: ModelConfig, index: int, initial: "_Initializers", dtype: str, name: str) -> None:
-        super().__init__(name=name, dtype=dtype)
+        super().__init__(name=name, dtype=dtype, autocast=False)
         self.config = config
         self.index = index
 
-        # Parts compute in the dtype of what goes in, without Keras's casts.
         def dense(
             units: int, initializer: keras.Initializer, name: str, activation: Activation | None = None
         ) -> keras.layers.Layer:
@@ -276,7 +278,7 @@ class Block(keras.layers.Layer):
         # One product for queries, keys and values: a third of the reads of x.
         self.query_key_value = dense(config.query_key_value_dim(), initial.query_key_value(), "query_key_value")
         self.attention_output = dense(config.hidden_dim, initial.attention_output(), "attention_output")
-        self.attention_norm = _norm(config, "attention_norm", dtype, autocast=False)
+        self.attention_norm = _norm(config, "attention_norm", dtype)
         self.intermediate = dense(
             config.intermediate_projection_dim(),
             initial.intermediate(),
@@ -284,7 +286,7 @@ class Block(keras.layers.Layer):
             {"relu": tf.nn.relu, "gelu": gelu, "swiglu": swiglu}[config.activation],
         )
         self.output_dense = dense(config.hidden_dim, initial.output(), "output")
-        self.feedforward_norm = _norm(config, "feedforward_norm", dtype, autocast=False)
+        self.feedforward_norm = _norm(config, "feedforward_norm", dtype)
 
     def build(self, input_shape: tuple) -> None:
         """Creates the variables of all parts."""
@@ -318,8 +320,8 @@ class Block(keras.layers.Layer):
         Returns:
             (float [batch, sequence, hidden_dim], the cache with these positions filled in, or None).
         """
-        pre_norm, rate, dtype = self.config.pre_norm, self.config.dropout, x.dtype
-        residual = x = tf.cast(x, product_dtype(dtype))
+        pre_norm, rate = self.config.pre_norm, self.config.dropout
+        residual = x
         x, cache = self._attention(self.attention_norm(x) if pre_norm else x, starts, cache, index, recompute)
         x = residual + dropout(x, rate, 2 * self.index + 1, draw)
         if not pre_norm:
@@ -327,7 +329,7 @@ class Block(keras.layers.Layer):
         residual = x
         x = self._feed_forward(self.feedforward_norm(x) if pre_norm else x, recompute)
         x = residual + dropout(x, rate, 2 * self.index + 2, draw)
-        return tf.cast(x if pre_norm else self.feedforward_norm(x), dtype), cache
+        return x if pre_norm else self.feedforward_norm(x), cache
 
     def recomputed(self, x: tf.Tensor, draw: DropoutDraw | None, starts: tf.Tensor | None) -> tf.Tensor:
         """Transforms a sequence as a call does; gradients compute all of it again, from x alone.
@@ -520,5 +522,5 @@ class _Initializers:
         return keras.initializers.RandomUniform(-limit, limit, seed=next(self._seeds))
 
 
-def _norm(config: ModelConfig, name: str, dtype: str, autocast: bool = True) -> keras.layers.Layer:
-    return Norm(config.norm, center=config.use_bias, dtype=dtype, name=name, autocast=autocast)
+def _norm(config: ModelConfig, name: str, dtype: str) -> keras.layers.Layer:
+    return Norm(config.norm, center=config.use_bias, dtype=dtype, name=name, autocast=False)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from trainer.model.cpu import made_again, product_dtype, subtract_at
+from trainer.model.cpu import made_again, subtract_at
 
 # Rows of logits that exist at a time. Fewer rows mean less memory, more rows fuller matrix products.
 CHUNK_ROWS = 512
@@ -106,11 +106,11 @@ def next_token_loss_without_gradient(
     """Does what `next_token_loss` does at a third of its cost, for evaluation."""
     dtype = accumulation_dtype(hidden.dtype)
     chunks = _Chunks(hidden, targets, tf.cast(weights, dtype), chunk_rows)
-    kernel = _for_products(unembedding, hidden.dtype)
+    kernel = tf.cast(unembedding, hidden.dtype)
 
     def add_chunk(i: tf.Tensor, loss_sum: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         rows, row_targets, row_weights = chunks.at(i)
-        logits_of = functools.partial(_logits, tf.cast(rows, kernel.dtype), kernel, bias, dtype)
+        logits_of = functools.partial(_logits, rows, kernel, bias, dtype)
         losses, *_ = _losses_and_softmax(logits_of, row_targets)
         return i + 1, loss_sum + tf.reduce_sum(losses * row_weights)
 
@@ -158,10 +158,6 @@ class _Chunks:
         return tf.reshape(tf.gather(tf.reshape(chunks, [-1, chunks.shape[-1]]), places), self._shape)
 
 
-def _for_products(unembedding: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    return tf.cast(tf.cast(unembedding, dtype), product_dtype(dtype))
-
-
 def _logits(rows: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None, dtype: tf.DType) -> tf.Tensor:
     logits = tf.cast(tf.matmul(rows, kernel, transpose_b=True), dtype)
     return logits if bias is None else logits + tf.cast(bias, dtype)
@@ -207,11 +203,10 @@ def _loss_and_gradients(
     """Returns the loss sum and its gradient by hidden, unembedding and, where there is one, bias."""
     dtype = weights.dtype
     chunks = _Chunks(hidden, targets, weights, chunk_rows)
-    kernel = _for_products(unembedding, hidden.dtype)
+    kernel = tf.cast(unembedding, hidden.dtype)
 
     def add_chunk(i: tf.Tensor, loss_sum: tf.Tensor, d_hidden: tf.TensorArray, *sums: tf.Tensor) -> tuple:
         rows, row_targets, row_weights = chunks.at(i)
-        rows = tf.cast(rows, kernel.dtype)
         logits_of = functools.partial(_logits, rows, kernel, bias[0] if bias else None, dtype)
         losses, logits, softmax = _losses_and_softmax(logits_of, row_targets)
         # In the wide dtype: in bfloat16 the difference of two numbers near 1 would be noise.
@@ -223,10 +218,10 @@ def _loss_and_gradients(
             d_logits = subtract_at(softmax, _places(row_targets), tf.ones_like(losses))
         if loss_scale is not None:
             d_logits *= tf.cast(loss_scale, dtype)
-        narrow = tf.cast(d_logits, kernel.dtype)
+        narrow = tf.cast(d_logits, hidden.dtype)
         # A row's weight multiplies hidden_dim numbers here, and not the vocabulary_size of d_logits.
-        narrow_weights = tf.cast(row_weights, kernel.dtype)[:, tf.newaxis]
-        d_hidden = d_hidden.write(i, tf.cast(tf.matmul(narrow, kernel) * narrow_weights, hidden.dtype))
+        narrow_weights = tf.cast(row_weights, hidden.dtype)[:, tf.newaxis]
+        d_hidden = d_hidden.write(i, tf.matmul(narrow, kernel) * narrow_weights)
         d_kernel = tf.matmul(narrow, rows * narrow_weights, transpose_a=True)
         new_sums = [sums[0] + tf.cast(d_kernel, unembedding.dtype)]
         if bias:
