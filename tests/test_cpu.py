@@ -14,6 +14,7 @@ from trainer.model.cpu import (
     multiplies_bfloat16,
     operations_on_cpu,
     subtract_at,
+    write_at,
 )
 from trainer.model.gpt import GPT
 from trainer.model.loss import next_token_loss
@@ -136,6 +137,23 @@ def test_a_model_computes_in_a_wider_dtype_where_the_cpu_is_slow_in_its_own(mult
             tf.float64,
         ]
     assert [fast_dtype(dtype) for dtype in dtypes] == [*dtypes]
+
+
+@pytest.mark.parametrize("is_on_cpu", [True, False])
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64])
+def test_new_rows_are_written_from_an_index_on_and_nothing_else_changes(is_on_cpu, dtype):
+    rng = np.random.default_rng(0)
+    written = rng.normal(size=(2, 3, 7, 4))
+    written[0, 0, 5, 0] = np.nan
+    expected = tf.cast(written, dtype)
+    kept = tf.concat([expected[:, :, :4], tf.zeros([2, 3, 3, 4], dtype)], axis=2)
+    before = kept.numpy().copy()
+    with operations_on_cpu(is_on_cpu):
+        found = write_at(kept, expected[:, :, 4:], tf.constant(4))
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(tf.cast(found, tf.float64), tf.cast(expected, tf.float64))
+    # It is still read here, and so was not overwritten.
+    np.testing.assert_array_equal(kept, before)
 
 
 @pytest.mark.parametrize("is_on_cpu", [True, False])

@@ -1,24 +1,24 @@
 """Writing text with a trained model: prompts in, continued texts out.
 
-The samplers of keras_nlp pick the tokens; what they see of the model, and where a text begins and ends, is decided
-here. Knows nothing of checkpoints and runs.
+Where a text begins and ends is decided here, and what is read of the model; sampling.py picks the tokens. Knows nothing
+of checkpoints and runs.
 """
 
 import dataclasses
 import difflib
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Self
 
 import keras
-import keras_nlp
 import numpy as np
 import tensorflow as tf
 
 from trainer.config import SamplesConfig, UserError
 from trainer.data.tokenizer import Tokenizer
+from trainer.decoding.sampling import best_beams, draw_top_k, draw_top_p, most_likely
 from trainer.model.attention import Cache
+from trainer.model.cpu import operations_on_cpu
 from trainer.model.gpt import GPT
 
 DECODERS = ("greedy", "beam", "top-k", "top-p")
@@ -84,16 +84,12 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
-        # Not a mark in the texts: every token that can be drawn has a meaning of its own.
-        self._is_finite = tf.Variable(True, trainable=False, name="is_finite")
-        self._compiled: dict[Decoder, tuple[keras_nlp.samplers.Sampler, Any]] = {}
-        if isinstance(model, GPT):
-            if sequence_length > model.sequence_length:
-                raise UserError(
-                    f"train.sequence_length={sequence_length} is more than the model's "
-                    f"{model.sequence_length} positions; lower the former, or train a model with more."
-                )
-            self._cache = [(_open_variable(key), _open_variable(value)) for key, value in model.empty_cache(0)]
+        self._compiled: dict[Decoder, Any] = {}
+        if isinstance(model, GPT) and sequence_length > model.sequence_length:
+            raise UserError(
+                f"train.sequence_length={sequence_length} is more than the model's "
+                f"{model.sequence_length} positions; lower the former, or train a model with more."
+            )
 
     def generate(
         self, prompts: Sequence[str], decoder: Decoder, num_tokens: int, seed: int = 0, stop: str | None = None
@@ -105,7 +101,8 @@ class Generator:
             decoder: how tokens are picked.
             num_tokens: tokens to write after each prompt; cut to what sequence_length has room for. A text is shorter
                 where the model ends it, by beginning the next one with [BOS].
-            seed: of top-k and top-p. With the same prompts it gives the same texts.
+            seed: of top-k and top-p. With the same prompts it gives the same texts, and with the same ones before it a
+                prompt the same text, whatever comes after it.
             stop: text that ends a continuation; it is kept.
 
         Returns:
@@ -125,16 +122,13 @@ class Generator:
         ends = np.minimum(lengths + num_tokens, self.sequence_length)
         if decoder not in self._compiled:
             self._compiled[decoder] = self._compile(decoder)
-        sampler, write = self._compiled[decoder]
-        for state in sampler.variables:  # Greedy and beam have none.
-            state.assign(np.array([seed % 2**32, 0], np.uint32))
-        self._is_finite.assign(True)
-        written = write(tokens, lengths, ends).numpy()
-        if not self._is_finite:
+        texts, is_finite = self._compiled[decoder](tokens, lengths, ends, np.int64(seed % 2**63))
+        if not is_finite:
             raise UserError(
                 "The model's logits are not finite: its weights are damaged; go back to an earlier checkpoint."
             )
-        return [self._decode(row[:end], length, stop) for row, length, end in zip(written, lengths, ends, strict=True)]
+        rows = zip(texts.numpy(), lengths, ends, strict=True)
+        return [self._decode(row[:end], length, stop) for row, length, end in rows]
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Returns ([BOS] and the tokens of each prompt, int32 [batch, sequence]; how many these are, int32 [batch]).
@@ -142,9 +136,7 @@ class Generator:
         Raises:
             UserError: a prompt leaves no room for a continuation.
         """
-        # Not padding, which can be [BOS]: the sampler stops where it finds that.
-        filler = 0 if self.tokenizer.bos_id != 0 else 1
-        tokens = np.full([len(prompts), self.sequence_length], filler, np.int32)
+        tokens = np.zeros([len(prompts), self.sequence_length], np.int32)
         lengths = np.zeros(len(prompts), np.int32)
         for i, prompt in enumerate(prompts):
             encoded = self.tokenizer.encode(prompt)
@@ -168,93 +160,93 @@ class Generator:
         found = text.find(stop, len(self.tokenizer.decode(tokens[1:prompt_length])))
         return text if found < 0 else text[: found + len(stop)]
 
-    def _compile(self, decoder: Decoder) -> tuple[keras_nlp.samplers.Sampler, Any]:
-        """Returns (sampler, function), where function(tokens, lengths, ends) gives the texts, int32 [batch, sequence].
+    def _compile(self, decoder: Decoder) -> Any:
+        """Returns a function of (tokens, lengths, ends, seed) that gives (texts, whether all logits were finite).
 
-        Its arguments are the prompts, int32 [batch, sequence]; their lengths, int32 [batch]; and the positions before
-        which the texts end, int32 [batch]. Their shapes leave only the batch open, so that it is traced once.
+        Its arguments are the prompts, int32 [batch, sequence]; their lengths, int32 [batch]; the positions before which
+        the texts end, int32 [batch]; and int64. Their shapes leave only the batch open, so that it is traced once. The
+        texts are int32 [batch, sequence].
         """
-        sampler = _make_sampler(decoder, self.tokenizer.vocabulary_size)
+        num_beams = decoder.num_beams if decoder.name == "beam" else 1
+        bos_id = self.tokenizer.bos_id
 
-        def write(tokens: tf.Tensor, lengths: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:
+        def write(tokens: tf.Tensor, lengths: tf.Tensor, ends: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, ...]:
             first = tf.reduce_min(lengths)
-            is_prompt = tf.range(self.sequence_length) < lengths[:, tf.newaxis]
+            cache = self._read_prompts(tokens, first)
+            # Of a text's beams only the first is one, until there are others.
+            scores = tf.tile([[0.0] + [-math.inf] * (num_beams - 1)], [tf.shape(tokens)[0], 1])
+            if num_beams > 1:
+                rows = tf.repeat(tf.range(tf.shape(tokens)[0]), num_beams)
+                tokens, lengths, ends, cache = _gather((tokens, lengths, ends, cache), rows)
 
-            def next_token(texts: tf.Tensor, origins: Any, index: tf.Tensor) -> tuple[tf.Tensor, None, Any]:
-                logits, origins = self._read(texts, origins, index, reorders=decoder.name == "beam")
-                return self._constrain(logits, texts, index, tokens, lengths, ends), None, origins
+            def is_unfinished(index: tf.Tensor, texts: tf.Tensor, is_ended: tf.Tensor, *_: Any) -> tf.Tensor:
+                return (index < tf.reduce_max(ends)) & ~tf.reduce_all(is_ended)
 
-            texts = sampler(next_token, tokens, self._prefill(tokens, first), first, is_prompt, [self.tokenizer.bos_id])
-            if isinstance(self.model, GPT):
-                self._assign_cache(self.model.empty_cache(0))
-            return texts
+            def write_next(
+                index: tf.Tensor,
+                texts: tf.Tensor,
+                is_ended: tf.Tensor,
+                is_finite: tf.Tensor,
+                scores: tf.Tensor,
+                cache: list[Cache],
+            ) -> tuple:
+                logits, cache = self._read(texts, index, cache)
+                logits = self._possible(logits)
+                is_prompt, is_over = index < lengths, is_ended | (index >= ends)
+                is_number = tf.math.is_finite(tf.reduce_logsumexp(logits, axis=1))
+                is_finite &= tf.reduce_all(is_number | is_over | is_prompt)
+                # Within a prompt and after the end of a text there is no choice; after its end it goes on with [BOS].
+                # Nor is there one among logits that are not numbers: the text ends, and `generate` is told.
+                given = tf.where(is_prompt, tokens[:, index], tf.where(is_over | ~is_number, bos_id, -1))
+                if decoder.name == "beam":
+                    # A token without choice has probability 1: a score counts what the model wrote and nothing else.
+                    certain = tf.one_hot(given, logits.shape[1], on_value=0.0, off_value=-math.inf)
+                    logits = tf.where(given[:, tf.newaxis] < 0, logits, certain)
+                    origins, picked, scores = best_beams(logits, scores)
+                    texts, is_ended, cache = _gather((texts, is_ended, cache), origins)
+                else:
+                    picked = _pick(decoder, logits, tf.stack([seed, tf.cast(index, tf.int64)]))
+                    picked = tf.where(given < 0, picked, given)
+                texts = tf.where(tf.range(self.sequence_length) == index, picked[:, tf.newaxis], texts)
+                is_ended |= (picked == bos_id) & (index >= lengths)
+                return index + 1, texts, is_ended, is_finite, scores, cache
+
+            state = (first, tokens, tf.zeros_like(lengths, tf.bool), tf.constant(True), scores, cache)
+            _, texts, _, is_finite, scores, _ = tf.while_loop(is_unfinished, write_next, state)
+            texts = tf.reshape(texts, [-1, num_beams, self.sequence_length])
+            return tf.gather(texts, most_likely(scores), batch_dims=1), is_finite
 
         per_row = tf.TensorSpec([None], tf.int32)
-        signature = [tf.TensorSpec([None, self.sequence_length], tf.int32), per_row, per_row]
-        return sampler, tf.function(write, signature, autograph=False)
+        texts = tf.TensorSpec([None, self.sequence_length], tf.int32)
+        return tf.function(write, [texts, per_row, per_row, tf.TensorSpec([], tf.int64)], autograph=False)
 
-    # The key-value cache is in variables and no part of the sampler's loop, where beam search would gather it at each
-    # token element by element: 3 times slower. The sampler is given `origins` in its place, for each row the row of the
-    # cache that it goes on from, and gathers these. Other samplers keep to the order there is.
-
-    def _assign_cache(self, cache: Sequence[Cache]) -> list[tf.Operation]:
-        variables, new = (tuple(itertools.chain.from_iterable(pairs)) for pairs in (self._cache, cache))
-        return [variable.assign(value).op for variable, value in zip(variables, new, strict=True)]
-
-    def _prefill(self, tokens: tf.Tensor, first: tf.Tensor) -> tf.Tensor | None:
-        """Makes the cache remember the prompts up to position first - 1, and returns the origins."""
-        model = self.model
-        if not isinstance(model, GPT):
-            return None
-        origins = tf.range(tf.shape(tokens)[0])
-
-        def read_prompts() -> tf.Tensor:
-            # All positions, to keep to one shape. What it makes of those that are not known yet is written over before
-            # it is read: no step attends to a later position than its own.
-            _, cache = model.decode(tokens, self._cache, tf.constant(0))
-            with tf.control_dependencies(itertools.chain.from_iterable(cache)):
-                return tf.identity(origins)
-
-        with tf.control_dependencies(self._assign_cache(model.empty_cache(tf.shape(tokens)[0]))):
-            return tf.cond(first > 1, read_prompts, lambda: tf.identity(origins))
-
-    def _read(self, texts: tf.Tensor, origins: Any, index: tf.Tensor, reorders: bool) -> tuple[tf.Tensor, Any]:
-        """Returns (logits of position index, float [rows, num_logits]; the origins of the next step)."""
+    def _read_prompts(self, tokens: tf.Tensor, first: tf.Tensor) -> list[Cache]:
+        """Returns a cache of the tokens before position first - 1, which all texts have; of other models none."""
         if not isinstance(self.model, GPT):
-            return self.model(texts, training=False)[:, index - 1], origins
+            return []
+        with operations_on_cpu(self._is_on_cpu()):
+            empty = self.model.empty_cache(tf.shape(tokens)[0])
+
+            def read() -> list[Cache]:
+                return self.model.decode(tokens[:, : first - 1], empty, tf.constant(0))[1]
+
+            return tf.cond(first > 1, read, lambda: empty)
+
+    def _read(self, texts: tf.Tensor, index: tf.Tensor, cache: list[Cache]) -> tuple[tf.Tensor, list[Cache]]:
+        """Returns (logits of position index, float [rows, num_logits]; the cache with what was read for it)."""
+        if not isinstance(self.model, GPT):
+            return self.model(texts, training=False)[:, index - 1], cache
         newest = texts[:, index - 1][:, tf.newaxis]
-        if reorders:
-            self._assign_cache([(tf.gather(key, origins), tf.gather(value, origins)) for key, value in self._cache])
-        # Writes what it adds into the variables; TensorFlow keeps all that a function does with one in order.
-        logits, _ = self.model.decode(newest, self._cache, index - 1)
-        return logits[:, 0], tf.range(tf.shape(texts)[0])
+        with operations_on_cpu(self._is_on_cpu()):
+            logits, cache = self.model.decode(newest, cache, index - 1)
+        return logits[:, 0], cache
 
-    def _constrain(
-        self,
-        logits: tf.Tensor,
-        texts: tf.Tensor,
-        index: tf.Tensor,
-        tokens: tf.Tensor,
-        lengths: tf.Tensor,
-        ends: tf.Tensor,
-    ) -> tf.Tensor:
-        """Leaves only the tokens that may stand at a position.
+    def _is_on_cpu(self) -> bool:
+        device = self.model.variables[0].value.device
+        return tf.DeviceSpec.from_string(device).device_type == "CPU"
 
-        Inside a prompt and after the end of a text there is just one, with probability 1. So a beam's score counts what
-        the model wrote and nothing else, and a text is the same alone and beside longer ones. After its end a text goes
-        on with [BOS]: the sampler stops once every row has one.
-
-        Args:
-            logits: float [rows, num_logits]; beam search has several rows for each text.
-            texts: int32 [rows, sequence], written up to index.
-            index: int32 scalar, the position to write.
-            tokens: int32 [batch, sequence], the prompts.
-            lengths: int32 [batch], of the prompts.
-            ends: int32 [batch], positions before which the texts end.
-
-        Returns:
-            float32 [rows, vocabulary], -inf where a token is not allowed.
-        """
+    def _possible(self, logits: tf.Tensor) -> tf.Tensor:
+        """Returns float32 [rows, vocabulary], -inf for tokens that are never written, for float [rows, num_logits]."""
         pad_id, unknown_id, bos_id = self.tokenizer.pad_id, self.tokenizer.unknown_id, self.tokenizer.bos_id
         vocabulary_size = self.tokenizer.vocabulary_size
         num_tokens = self.model.vocabulary_size if isinstance(self.model, GPT) else logits.shape[-1]
@@ -263,42 +255,22 @@ class Generator:
                 f"The model tells {num_tokens} tokens apart, the tokenizer {vocabulary_size}; give the tokenizer the "
                 "model was trained with."
             )
-        # Logits that model.vocabulary_multiple adds are of no token: no sampler ever sees them.
-        logits = logits[:, :vocabulary_size]
-        num_beams = tf.shape(texts)[0] // tf.shape(tokens)[0]
-        tokens, lengths, ends = (tf.repeat(x, num_beams, axis=0) for x in (tokens, lengths, ends))
-        positions, ids = tf.range(self.sequence_length), tf.range(vocabulary_size)
-        is_allowed = (ids == bos_id) | (ids != pad_id) & (ids != unknown_id)  # Some vocabularies pad with [BOS].
-        logits = tf.where(is_allowed, tf.cast(logits, tf.float32), -math.inf)
-        is_written = (lengths[:, tf.newaxis] <= positions) & (positions < index)
-        is_ended = tf.reduce_any(is_written & (texts == bos_id), axis=1) | (index >= ends)
-        # Of logits that are not numbers some samplers would make a token and others an error: their text ends, and
-        # `generate` is told.
-        is_finite = tf.math.is_finite(tf.reduce_logsumexp(logits, axis=1))
-        is_told = self._is_finite.assign(
-            self._is_finite & tf.reduce_all(is_finite | is_ended | (index < lengths)), read_value=False
-        )
-        with tf.control_dependencies([is_told]):
-            only = tf.where(is_finite & ~is_ended, -1, bos_id)
-        only = tf.where(index < lengths, tokens[:, index], only)[:, tf.newaxis]
-        return tf.where(only < 0, logits, tf.where(ids == only, 0.0, -math.inf))
+        ids = np.arange(vocabulary_size)
+        is_possible = (ids == bos_id) | (ids != pad_id) & (ids != unknown_id)  # Some vocabularies pad with [BOS].
+        # Logits that model.vocabulary_multiple adds are of no token.
+        return tf.where(is_possible, tf.cast(logits[:, :vocabulary_size], tf.float32), -math.inf)
 
 
-def _open_variable(value: tf.Tensor) -> tf.Variable:
-    """Returns a variable for any number of rows like those of value."""
-    return tf.Variable(value, trainable=False, shape=[None, *value.shape[1:]], name="cache")
+def _gather(structure: Any, rows: tf.Tensor) -> Any:
+    return tf.nest.map_structure(lambda tensor: tf.gather(tensor, rows), structure)
 
 
-def _make_sampler(decoder: Decoder, vocabulary_size: int) -> keras_nlp.samplers.Sampler:
-    samplers = keras_nlp.samplers
+def _pick(decoder: Decoder, logits: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     if decoder.name == "greedy":
-        return samplers.GreedySampler()
-    if decoder.name == "beam":
-        return samplers.BeamSampler(decoder.num_beams)
-    # The seed is set before each use.
+        return most_likely(logits)
     if decoder.name == "top-k":
-        return samplers.TopKSampler(min(decoder.top_k, vocabulary_size), seed=0, temperature=decoder.temperature)
-    return samplers.TopPSampler(decoder.top_p, seed=0, temperature=decoder.temperature)
+        return draw_top_k(logits, decoder.top_k, decoder.temperature, seed)
+    return draw_top_p(logits, decoder.top_p, decoder.temperature, seed)
 
 
 def _shortened(text: str) -> str:

@@ -1,6 +1,5 @@
 """Causal self-attention, over a whole sequence and over a key-value cache. Functions of tensors, without weights."""
 
-import keras
 import tensorflow as tf
 
 from trainer.model.loss import accumulation_dtype
@@ -11,8 +10,8 @@ BLOCK = 128
 # The same where probabilities are computed again, as on accelerators: each block reads all keys before it.
 RECOMPUTED_BLOCK = 2 * BLOCK
 
-# Keys and values of the positions before, each [batch, key_heads, capacity, head_dim].
-Cache = tuple[tf.Tensor | tf.Variable, tf.Tensor | tf.Variable]
+# Keys and values of the positions before, each [batch, key_heads, capacity, head_dim], and zeros after them.
+Cache = tuple[tf.Tensor, tf.Tensor]
 
 # Added to a score before the softmax where a query may not look. Finite, so that no row can turn into NaN.
 MASKED = -1e9
@@ -130,21 +129,6 @@ def _sum_from_start(parts: list[tf.Tensor]) -> tf.Tensor:
         length = part.shape[2]
         total = tf.concat([total[:, :, :length] + part, total[:, :, length:]], axis=2)
     return total
-
-
-def remember(kept: tf.Tensor | tf.Variable, new: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-    """Returns keys or values [batch, key_heads, capacity, head_dim] with new ones at the positions from index on.
-
-    Of a tensor it is a changed copy. A variable is changed itself, and nothing of it copied.
-
-    Args:
-        kept: what a cache holds of them.
-        new: float [batch, key_heads, new, head_dim].
-        index: int32 scalar; index + new is at most capacity.
-    """
-    if isinstance(kept, tf.Variable):
-        return tf.convert_to_tensor(kept[:, :, index : index + tf.shape(new)[2]].assign(new))
-    return keras.ops.slice_update(kept, (0, 0, index, 0), new)
 
 
 def cached_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, index: tf.Tensor) -> tf.Tensor:

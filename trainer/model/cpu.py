@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 
+import keras
 import tensorflow as tf
 
 _is_on_cpu: ContextVar[bool] = ContextVar("is_on_cpu", default=False)
@@ -48,6 +49,23 @@ def subtract_at(x: tf.Tensor, places: tf.Tensor, updates: tf.Tensor) -> tf.Tenso
         # The other copies all of x first. XLA does not know this one.
         return tf.raw_ops.ScatterNdNonAliasingAdd(input=x, indices=places, updates=-updates)
     return tf.tensor_scatter_nd_sub(x, places, updates)
+
+
+def write_at(kept: tf.Tensor, new: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """Writes new [batch, heads, new, width] into kept [batch, heads, capacity, width], at the places from index on,
+    where that is zero; in place where nothing else reads kept any more.
+    """
+    if not _is_on_cpu.get():
+        return keras.ops.slice_update(kept, (0, 0, index, 0), new)
+    (heads, capacity, width), (batch, _, num_new, _) = kept.shape[1:], tf.unstack(tf.shape(new))
+    places = tf.range(batch * heads)[:, tf.newaxis] * capacity + index + tf.range(num_new)
+    # Of what writes, only what adds does it in place.
+    rows = tf.raw_ops.ScatterNdNonAliasingAdd(
+        input=tf.reshape(kept, [-1, width]),
+        indices=tf.reshape(places, [-1, 1]),
+        updates=tf.reshape(new, [-1, width]),
+    )
+    return tf.reshape(rows, [-1, heads, capacity, width])
 
 
 def made_again(make: Callable[[], tf.Tensor], made: tf.Tensor) -> tf.Tensor:

@@ -13,10 +13,10 @@ import tensorflow as tf
 
 from trainer.config import ModelConfig
 from trainer.model.activations import Activation, gelu, swiglu
-from trainer.model.attention import Cache, cached_attention, causal_attention, remember, rotate, unforeseen_zero
-from trainer.model.cpu import add_bias, fast_dtype
+from trainer.model.attention import Cache, cached_attention, causal_attention, rotate, unforeseen_zero
+from trainer.model.cpu import add_bias, fast_dtype, write_at
 from trainer.model.loss import next_token_loss, next_token_loss_without_gradient
-from trainer.model.normalization import Norm
+from trainer.model.normalization import Norm, with_axes_of
 
 # GPT-2's spread of initial weights (Radford et al. 2019).
 KERNEL_STDDEV = 0.02
@@ -212,7 +212,8 @@ class GPT(keras.Model):
         [batch, key_heads, sequence_length, head_dim].
         """
         shape = [batch, self.config.key_value_heads(), self.sequence_length, self.config.head_dim()]
-        return [(tf.zeros(shape, self.compute_dtype), tf.zeros(shape, self.compute_dtype)) for _ in self.blocks]
+        dtype = fast_dtype(tf.as_dtype(self.compute_dtype))
+        return [(tf.zeros(shape, dtype), tf.zeros(shape, dtype)) for _ in self.blocks]
 
     def decode(self, tokens: tf.Tensor, cache: Sequence[Cache], index: tf.Tensor) -> tuple[tf.Tensor, list[Cache]]:
         """Reads some more tokens, given what a cache remembers of those before.
@@ -220,7 +221,7 @@ class GPT(keras.Model):
         Args:
             tokens: int32 [batch, new], at the positions from index on. A row is one document, which begins at 0:
                 a second [BOS] starts none here, with a document_mask neither.
-            cache: as `empty_cache` or an earlier call returned it; or variables of such values, which are changed.
+            cache: as `empty_cache` or an earlier call returned it. No position is written twice.
             index: int32 scalar; index + new is at most sequence_length.
 
         Returns:
@@ -364,23 +365,23 @@ class Block(keras.layers.Layer):
         index: tf.Tensor | None,
         recompute: bool,
     ) -> tuple[tf.Tensor, Cache | None]:
-        batch, sequence = tf.shape(x)[0], tf.shape(x)[1] if x.shape[1] is None else x.shape[1]
-        query, key, value = self._query_key_value(x, batch, sequence, recompute)
+        sequence = tf.shape(x)[1] if x.shape[1] is None else x.shape[1]
+        query, key, value = self._query_key_value(x, sequence, recompute)
         if self.config.positions == "rope":
             positions = tf.range(sequence) - (0 if starts is None else starts) + (0 if index is None else index)
             query, key = (rotate(part, positions, self.config.rope_theta) for part in (query, key))
         if cache is None:
             x = causal_attention(query, key, value, starts, recompute)
         else:
-            cache = (remember(cache[0], key, index), remember(cache[1], value, index))
+            cache = (write_at(cache[0], key, index), write_at(cache[1], value, index))
             x = cached_attention(query, *cache, index)
         if recompute:
             return self.attention_output.join_heads(x), cache
-        x = tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [batch, sequence, self.config.num_heads * self.config.head_dim()])
+        x = tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [-1, sequence, self.config.num_heads * self.config.head_dim()])
         return self.attention_output(x), cache
 
     def _query_key_value(
-        self, x: tf.Tensor, batch: int | tf.Tensor, sequence: int | tf.Tensor, recompute: bool
+        self, x: tf.Tensor, sequence: int | tf.Tensor, recompute: bool
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Returns the three as float [batch, heads or key_heads, sequence, head_dim]."""
         heads, key_heads, width = self.config.num_heads, self.config.key_value_heads(), self.config.head_dim()
@@ -390,17 +391,17 @@ class Block(keras.layers.Layer):
         x = self.query_key_value(x)
         if heads == key_heads:
             # Thirds of one tensor, which TensorFlow does not copy.
-            thirds = tf.transpose(tf.reshape(x, [batch, sequence, 3, heads, width]), [2, 0, 3, 1, 4])
+            thirds = tf.transpose(tf.reshape(x, [-1, sequence, 3, heads, width]), [2, 0, 3, 1, 4])
             query, key, value = tf.unstack(thirds)
         else:
-            by_head = tf.transpose(tf.reshape(x, [batch, sequence, heads + 2 * key_heads, width]), [0, 2, 1, 3])
+            by_head = tf.transpose(tf.reshape(x, [-1, sequence, heads + 2 * key_heads, width]), [0, 2, 1, 3])
             query, key, value = tf.split(by_head, [heads, key_heads, key_heads], axis=1)
         return query, key, value
 
     def _feed_forward(self, x: tf.Tensor, recompute: bool) -> tf.Tensor:
         if recompute:
             rows = self.output_dense.project_activated(self.intermediate.affine(x), self.intermediate.activation)
-            return tf.reshape(rows, tf.shape(x))
+            return with_axes_of(x, rows)
         return self.output_dense(self.intermediate(x))
 
 
@@ -412,8 +413,7 @@ class Dense(keras.layers.Dense):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Maps float [..., width] to [..., units], or to half as many by swiglu."""
-        rows = self.activation(self.affine(x))
-        return tf.reshape(rows, tf.concat([tf.shape(x)[:-1], [rows.shape[-1]]], axis=0))
+        return with_axes_of(x, self.activation(self.affine(x)))
 
     def affine(self, x: tf.Tensor) -> tf.Tensor:
         """Maps float [..., width] to [rows, units], without the activation."""

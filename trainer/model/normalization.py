@@ -95,7 +95,16 @@ def _rows(x: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
 
 
 def _like(x: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-    return tf.cast(tf.reshape(rows, tf.shape(x)), x.dtype)
+    return tf.cast(with_axes_of(x, rows), x.dtype)
+
+
+def with_axes_of(x: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """Gives rows [n, width] the leading axes of x [..., any]: [..., width]."""
+    known = [-1 if size is None else size for size in x.shape[:-1]]
+    if known.count(-1) > 1:
+        return tf.reshape(rows, tf.concat([tf.shape(x)[:-1], tf.shape(rows)[1:]], axis=0))
+    # One that is not known follows from the others, without an operation.
+    return tf.reshape(rows, [*known, rows.shape[-1]])
 
 
 def _mean_of_scaled(rows: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:

@@ -1,0 +1,67 @@
+"""How the next token is picked from logits. Functions of tensors, without a model.
+
+Logits are float32 [rows, vocabulary], -inf for what may not be picked. A seed is int64 [2]; with the same one a row
+draws the same whatever the rows after it are.
+"""
+
+import tensorflow as tf
+
+
+def most_likely(logits: tf.Tensor) -> tf.Tensor:
+    """Returns the likeliest token of each row, int32 [rows]; the first of equals."""
+    return tf.argmax(logits, axis=-1, output_type=tf.int32)
+
+
+def draw_top_k(logits: tf.Tensor, k: int, temperature: float, seed: tf.Tensor) -> tf.Tensor:
+    """Draws from the k likeliest tokens of each row: int32 [rows].
+
+    Source: Fan et al. 2018, section 5.4.
+    """
+    probabilities, tokens = _likeliest(logits, min(k, logits.shape[-1]), temperature)
+    cumulative = tf.cumsum(probabilities, axis=-1)
+    return _draw(tokens, cumulative, cumulative[:, -1:], seed)
+
+
+def draw_top_p(logits: tf.Tensor, p: float, temperature: float, seed: tf.Tensor) -> tf.Tensor:
+    """Draws from the fewest tokens of each row that have probability p together: int32 [rows].
+
+    Source: Holtzman et al. 2019, section 3.1.
+    """
+    probabilities, tokens = _likeliest(logits, logits.shape[-1], temperature)
+    cumulative = tf.cumsum(probabilities, axis=-1)
+    is_drawn = cumulative - probabilities < p  # Those before it do not reach p.
+    return _draw(tokens, cumulative, tf.reduce_max(tf.where(is_drawn, cumulative, 0.0), axis=-1, keepdims=True), seed)
+
+
+def best_beams(logits: tf.Tensor, scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Picks, among all ways to go on with the beams of a text by one token, the likeliest, as many as beams.
+
+    Args:
+        logits: float32 [texts * beams, vocabulary], the beams of a text one after the other.
+        scores: float32 [texts, beams], of each beam the logarithm of its probability.
+
+    Returns:
+        (origins int32 [texts * beams], the rows that the new beams go on from; their tokens int32 [texts * beams];
+        their scores float32 [texts, beams]).
+    """
+    num_beams, vocabulary_size = scores.shape[1], logits.shape[1]
+    each = tf.reshape(tf.nn.log_softmax(logits), [-1, num_beams, vocabulary_size]) + scores[:, :, tf.newaxis]
+    scores, places = tf.math.top_k(tf.reshape(each, [-1, num_beams * vocabulary_size]), num_beams)
+    first_rows = tf.range(tf.shape(scores)[0])[:, tf.newaxis] * num_beams
+    origins, tokens = first_rows + places // vocabulary_size, places % vocabulary_size
+    return tf.reshape(origins, [-1]), tf.reshape(tokens, [-1]), scores
+
+
+def _likeliest(logits: tf.Tensor, k: int, temperature: float) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns (probabilities, tokens), both [rows, k], the likeliest first."""
+    logits, tokens = tf.math.top_k(logits, k)
+    # Less the largest before it is divided, which a small temperature would make infinite.
+    return tf.nn.softmax((logits - logits[:, :1]) / temperature), tokens
+
+
+def _draw(tokens: tf.Tensor, cumulative: tf.Tensor, total: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Draws one of tokens [rows, k], whose probabilities add up as cumulative [rows, k] does, to total [rows, 1]."""
+    at = total * tf.random.stateless_uniform(tf.shape(total), seed)
+    place = tf.reduce_sum(tf.cast(cumulative <= at, tf.int32), axis=-1)
+    # Of probabilities that are no numbers nothing is counted.
+    return tf.gather(tokens, place, batch_dims=1)
