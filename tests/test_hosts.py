@@ -9,6 +9,7 @@ import time
 import pytest
 
 from trainer.config import DistributionConfig, UserError
+from trainer.training import hosts
 from trainer.training.hosts import Hosts, find_hosts, meet, meeting_secs, read_tf_config
 
 
@@ -80,26 +81,47 @@ def test_a_first_worker_that_never_comes_is_an_error_on_the_others(free_addresse
     assert f"worker 0 ({workers[0]}) could not be reached within 1 s" in str(error)
 
 
-def test_what_is_no_worker_may_knock(free_addresses):
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b""], ids=["a request", "a list", "nothing"])
+def test_what_is_no_worker_may_knock(said, free_addresses, monkeypatch):
+    monkeypatch.setattr(hosts, "_GREETING_SECS", 0.3)
     workers = free_addresses(2)
+    has_knocked, is_over = threading.Event(), threading.Event()
 
     def knock():
         for _ in range(100):
             try:
                 with socket.create_connection(("127.0.0.1", int(workers[0].split(":")[1])), timeout=1) as line:
-                    line.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    line.sendall(said)
+                    has_knocked.set()
+                    is_over.wait(20)
                     return
             except OSError:
                 time.sleep(0.02)
 
     stranger = threading.Thread(target=knock)
     stranger.start()
-    leader = threading.Thread(target=meet, args=(workers, 0, dict))
+    leader = threading.Thread(target=meet, args=(workers, 0, dict, 10.0))
     leader.start()
-    stranger.join()
-    meet(workers, 1, dict)
+    assert has_knocked.wait(10)
+    meet(workers, 1, dict, 10.0)
     leader.join(10)
     assert not leader.is_alive()
+    is_over.set()
+    stranger.join()
+
+
+def test_a_worker_does_not_take_itself_for_the_first(free_addresses, monkeypatch):
+    workers = free_addresses(2)
+    connect, attempts = socket.create_connection, []
+
+    def meet_itself_at_first(address, timeout):
+        attempts.append(address)
+        return connect(address, timeout, source_address=address if len(attempts) == 1 else None)
+
+    monkeypatch.setattr(socket, "create_connection", meet_itself_at_first)
+    (error,) = verdicts(workers, {1: dict}, timeout_secs=1.0).values()
+    assert f"worker 0 ({workers[0]}) could not be reached within 1 s" in str(error)
+    assert len(attempts) > 1
 
 
 def tf_config(workers=("a:1", "b:2"), kind="worker", index=1, **more):

@@ -18,6 +18,8 @@ from trainer.config import DistributionConfig, UserError
 TIMEOUT_SECS = 45.0
 TIMEOUT_VARIABLE = "TRAINER_MEETING_SECS"
 _RETRY_SECS = 0.2
+# A worker says at once who it is.
+_GREETING_SECS = 5.0
 _MAX_MESSAGE_BYTES = 1_000_000
 
 # Below the ports that Linux gives to outgoing connections.
@@ -200,17 +202,20 @@ def _lead(workers: Sequence[str], facts: Callable[[], Facts], timeout_secs: floa
         while len(lines) < len(workers) - 1 and problem is None:
             listener.settimeout(max(0.01, deadline - time.monotonic()))
             try:
-                line = stack.enter_context(_Line(listener.accept()[0]))
-                number = int(line.receive(timeout_secs)["index"])
-                lines[number] = line
+                connection, _ = listener.accept()
             except TimeoutError:
                 missing = [f"{i} ({workers[i]})" for i in range(1, len(workers)) if i not in lines]
                 problem = (
                     f"worker {', '.join(missing)} did not come within {timeout_secs:.0f} s. Start every worker that "
                     "TF_CONFIG lists, each with its own task.index."
                 )
-            except (OSError, ValueError, KeyError):
-                continue  # Somebody who is no worker knocked.
+                break
+            except OSError:
+                continue
+            line = stack.enter_context(_Line(connection))
+            # Somebody who is no worker may knock, and say nothing.
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                lines[int(line.receive(_GREETING_SECS)["index"])] = line
         if problem is None:
             _tell(lines, {})
             problem = _compared(lines, facts, workers)
@@ -247,7 +252,10 @@ def _follow(workers: Sequence[str], index: int, facts: Callable[[], Facts], time
     while True:
         try:
             connection = socket.create_connection((host, int(port)), timeout=max(0.01, deadline - time.monotonic()))
-            break
+            if connection.getsockname() != connection.getpeername():
+                break
+            # Where nobody listens yet and the port is one for outgoing connections, it can meet itself.
+            connection.close()
         except OSError as error:
             if time.monotonic() >= deadline:
                 raise UserError(
