@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.model.attention import BLOCK, RECOMPUTED_BLOCK, cached_attention, causal_attention, remember, rotate
+from trainer.model.attention import BLOCK, RECOMPUTED_BLOCK, cached_attention, causal_attention, rotate
 
 # Where the document of each of six positions starts, in two rows.
 STARTS = np.array([[0, 0, 2, 2, 2, 5], [0, 1, 1, 1, 4, 4]], np.int32)
@@ -138,18 +138,6 @@ def test_keys_that_serve_several_heads_are_never_repeated(sequence):
     assert len(products) >= 6
     assert {x.shape[1] for op in products for x in (*op.inputs, *op.outputs)} == {2}
     assert not {"Tile", "BroadcastTo", "GatherV2", "Repeat"} & {op.type for op in operations}
-
-
-def test_a_cache_remembers_new_positions_as_a_copy_or_in_its_variable():
-    kept, new = np.zeros((2, 3, 5, 4)), np.random.default_rng(0).normal(size=(2, 3, 2, 4))
-    expected = kept.copy()
-    expected[:, :, 1:3] = new
-    tensor, variable = tf.constant(kept), tf.Variable(kept)
-    run = tf.function(remember, autograph=False)
-    for cache in (tensor, variable):
-        np.testing.assert_array_equal(run(cache, tf.constant(new), tf.constant(1)), expected)
-    np.testing.assert_array_equal(variable, expected)
-    np.testing.assert_array_equal(tensor, kept)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

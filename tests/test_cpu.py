@@ -142,14 +142,16 @@ def test_a_model_computes_in_a_wider_dtype_where_the_cpu_is_slow_in_its_own(mult
 @pytest.mark.parametrize("is_on_cpu", [True, False])
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64])
 def test_new_rows_are_written_from_an_index_on_and_nothing_else_changes(is_on_cpu, dtype):
-    rng = np.random.default_rng(0)
-    written = rng.normal(size=(2, 3, 7, 4))
-    written[0, 0, 5, 0] = np.nan
-    expected = tf.cast(written, dtype)
-    kept = tf.concat([expected[:, :, :4], tf.zeros([2, 3, 3, 4], dtype)], axis=2)
+    expected = np.random.default_rng(0).normal(size=(2, 3, 7, 4))
+    expected[0, 0, 5, 0] = np.nan
+    expected[:, :, 6] = 0
+    expected = tf.cast(expected, dtype)
+    kept, new = tf.concat([expected[:, :, :4], tf.zeros([2, 3, 3, 4], dtype)], axis=2), expected[:, :, 4:6]
     before = kept.numpy().copy()
+    shapes = ([None, 3, 7, 4], [None, 3, None, 4])
+    specs = [*(tf.TensorSpec(shape, dtype) for shape in shapes), tf.TensorSpec([], tf.int32)]
     with operations_on_cpu(is_on_cpu):
-        found = write_at(kept, expected[:, :, 4:], tf.constant(4))
+        found = tf.function(write_at, specs, autograph=False)(kept, new, tf.constant(4))
     assert found.dtype == dtype
     np.testing.assert_array_equal(tf.cast(found, tf.float64), tf.cast(expected, tf.float64))
     # It is still read here, and so was not overwritten.
