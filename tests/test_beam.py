@@ -234,8 +234,10 @@ def test_a_pipeline_that_cannot_be_run_is_an_error_that_says_why(tmp_path, monke
 
 
 @pytest.mark.slow
-def test_a_worker_process_that_is_killed_ends_the_pipeline(tmp_path):
+@pytest.mark.parametrize("handler", ["default_int_handler", "SIG_IGN"])
+def test_a_worker_process_that_is_killed_ends_the_pipeline(handler, tmp_path):
     program = (
+        f"signal.signal(signal.SIGINT, signal.{handler})\n"
         "def die(*arguments):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "beam._write_part, beam._PROGRESS_SECS = die, 0.1\n"

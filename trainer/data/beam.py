@@ -166,6 +166,11 @@ def _watched(parts: Location, num_parts: int, say: Say) -> Iterator[None]:
 
     thread = threading.Thread(target=watch, daemon=True)
     threading.excepthook = note
+    # As shells start what runs in the background.
+    is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    is_deaf &= threading.current_thread() is threading.main_thread()
+    if is_deaf:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     thread.start()
     try:
         yield
@@ -179,6 +184,8 @@ def _watched(parts: Location, num_parts: int, say: Say) -> Iterator[None]:
         is_over.set()
         thread.join()
         threading.excepthook = hook
+        if is_deaf:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # What a worker does.
