@@ -1,5 +1,7 @@
 """Laws of what is done otherwise where TensorFlow runs a step on a CPU."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -13,6 +15,7 @@ from trainer.model.cpu import (
     mean_of_rows,
     multiplies_bfloat16,
     operations_on_cpu,
+    operations_one_by_one,
     subtract_at,
     write_at,
 )
@@ -139,9 +142,9 @@ def test_a_model_computes_in_a_wider_dtype_where_the_cpu_is_slow_in_its_own(mult
     assert [fast_dtype(dtype) for dtype in dtypes] == [*dtypes]
 
 
-@pytest.mark.parametrize("is_on_cpu", [True, False])
+@pytest.mark.parametrize("traced", [contextlib.nullcontext, operations_one_by_one], ids=["compiled", "one by one"])
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64])
-def test_new_rows_are_written_from_an_index_on_and_nothing_else_changes(is_on_cpu, dtype):
+def test_new_rows_are_written_from_an_index_on_and_nothing_else_changes(traced, dtype):
     expected = np.random.default_rng(0).normal(size=(2, 3, 7, 4))
     expected[0, 0, 5, 0] = np.nan
     expected[:, :, 6] = 0
@@ -150,7 +153,7 @@ def test_new_rows_are_written_from_an_index_on_and_nothing_else_changes(is_on_cp
     before = kept.numpy().copy()
     shapes = ([None, 3, 7, 4], [None, 3, None, 4])
     specs = [*(tf.TensorSpec(shape, dtype) for shape in shapes), tf.TensorSpec([], tf.int32)]
-    with operations_on_cpu(is_on_cpu):
+    with traced():
         found = tf.function(write_at, specs, autograph=False)(kept, new, tf.constant(4))
     assert found.dtype == dtype
     np.testing.assert_array_equal(tf.cast(found, tf.float64), tf.cast(expected, tf.float64))
@@ -169,6 +172,21 @@ def test_a_bias_is_added_and_its_gradient_is_the_sum_over_all_rows(is_on_cpu):
     np.testing.assert_array_equal(y, x + bias)
     np.testing.assert_array_equal(d_x, upstream)
     np.testing.assert_allclose(d_bias, upstream.numpy().sum((0, 1)), rtol=1e-14)
+
+
+@pytest.mark.parametrize("recompute", ["nothing", "attention", "blocks"])
+def test_where_bfloat16_is_slow_nothing_but_the_embeddings_is_rounded(recompute, monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    tokens = tf.constant(np.random.default_rng(0).integers(0, 11, (2, 8)), tf.int32)
+    config = ModelConfig(num_layers=2, num_heads=2, hidden_dim=8, intermediate_dim=8, activation="gelu", pre_norm=True)
+    narrow = GPT(config, 11, 8, dtype="mixed_bfloat16")
+    wide = GPT(config, 11, 8)
+    for variable, weight in zip(wide.variables, narrow.get_weights(), strict=True):
+        is_embedding = "embedding" in variable.path and "unembedding" not in variable.path
+        variable.assign(tf.cast(tf.cast(weight, tf.bfloat16), tf.float32) if is_embedding else weight)
+    with operations_on_cpu():
+        found, expected = (model.hidden_states(tokens, recompute=recompute) for model in (narrow, wide))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_step_in_bfloat16_computes_in_what_is_fast_and_comes_near_float32(multiplies):

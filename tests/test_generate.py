@@ -290,6 +290,9 @@ def test_other_precisions_work(dtype, multiplies, monkeypatch):
     model = make_model(MODERN, dtype=dtype, seed=2)
     generator = Generator(model, TOKENIZER, SEQUENCE)
     texts = generator.generate(["", "bad"], GREEDY, 6)
+    (key, value), *_ = generator._read_prompts(tf.constant(generator.encode(["bad"])[0]), tf.constant(4))
+    fast = {"float64": tf.float64, "mixed_bfloat16": tf.bfloat16 if multiplies else tf.float32}
+    assert key.dtype == value.dtype == fast.get(dtype, tf.float32)
     if dtype == "float64":  # The others round the cached and the full pass to different texts.
         assert texts == [greedy_text(model, prompt, 6) for prompt in ("", "bad")]
     assert texts[1].startswith("bad") and len(texts[0]) == 6
@@ -297,6 +300,30 @@ def test_other_precisions_work(dtype, multiplies, monkeypatch):
 
 def test_no_prompts_give_no_texts(generator):
     assert generator.generate([], GREEDY, 5) == []
+
+
+@pytest.mark.parametrize("decoder", [TOP_K, TOP_P], ids=lambda decoder: decoder.name)
+def test_a_seed_draws_a_prompt_the_same_text_whatever_comes_after_it(generator, decoder):
+    [alone] = generator.generate(["bad"], decoder, 12, seed=5)
+    for others in (["cab"], ["", "a", "fedcba"]):
+        assert generator.generate(["bad", *others], decoder, 12, seed=5)[0] == alone
+
+
+@pytest.mark.parametrize("decoder", [GREEDY, BEAM, TOP_K, TOP_P], ids=lambda decoder: decoder.name)
+def test_other_devices_write_the_same_texts(model, generator, decoder, monkeypatch):
+    prompts = ["", "bad", "fedcba"]
+    expected = generator.generate(prompts, decoder, 9, seed=4)
+    elsewhere = Generator(model, TOKENIZER, SEQUENCE)
+    monkeypatch.setattr(elsewhere, "_is_on_cpu", lambda: False)
+    assert elsewhere.generate(prompts, decoder, 9, seed=4) == expected
+
+
+def test_a_beam_that_is_none_yet_damages_nothing():
+    # Beams that are none begin with any token, and after [PAD] this model gives no numbers.
+    model = make_bigram_model((BOS, 3, 9.0), (3, 4, 9.0), (PAD, 3, float("nan")))
+    generator = Generator(model, TINY_TOKENIZER, SEQUENCE)
+    for num_beams in (1, 3, 20):
+        assert generator.generate(["", "abc"], Decoder("beam", num_beams=num_beams), 2)[0].startswith("ab")
 
 
 def test_prompt_without_room_to_continue_is_refused(generator):

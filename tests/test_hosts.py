@@ -1,5 +1,6 @@
 """Laws of the meeting of several workers, before TensorFlow joins them."""
 
+import contextlib
 import json
 import os
 import socket
@@ -119,9 +120,34 @@ def test_a_worker_does_not_take_itself_for_the_first(free_addresses, monkeypatch
         return connect(address, timeout, source_address=address if len(attempts) == 1 else None)
 
     monkeypatch.setattr(socket, "create_connection", meet_itself_at_first)
-    (error,) = verdicts(workers, {1: dict}, timeout_secs=1.0).values()
-    assert f"worker 0 ({workers[0]}) could not be reached within 1 s" in str(error)
+    facts, found = dict.fromkeys(range(2), dict), []
+    late = threading.Thread(target=lambda: (time.sleep(0.5), found.append(verdicts(workers, {0: facts[0]}))))
+    late.start()
+    assert verdicts(workers, {1: facts[1]}) == {1: None}
+    late.join(20)
+    assert found == [{0: None}]
     assert len(attempts) > 1
+
+
+def test_strangers_who_say_nothing_do_not_hold_up_the_verdict(free_addresses):
+    workers, lines, is_over = free_addresses(2), [], threading.Event()
+
+    def knock():
+        while not is_over.wait(0.02):
+            with contextlib.suppress(OSError):
+                lines.append(socket.create_connection(("127.0.0.1", int(workers[0].split(":")[1])), timeout=1))
+
+    stranger = threading.Thread(target=knock)
+    stranger.start()
+    begin = time.monotonic()
+    (error,) = verdicts(workers, {0: dict}, timeout_secs=1.0).values()
+    assert time.monotonic() - begin < 4
+    is_over.set()
+    stranger.join()
+    for line in lines:
+        line.close()
+    assert lines
+    assert f"worker 1 ({workers[1]}) did not come within 1 s" in str(error)
 
 
 def tf_config(workers=("a:1", "b:2"), kind="worker", index=1, **more):

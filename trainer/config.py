@@ -293,8 +293,9 @@ class TrainConfig(Section):
 
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16", "float64"]
     """A Keras dtype policy. Both mixed ones keep float32 weights. mixed_bfloat16 is fast on TPUs, on GPUs since Ampere
-    and on CPUs that multiply bfloat16 (Intel's with AMX, AMD's since Zen 4); other CPUs train in float32 instead, from
-    embeddings that are rounded, and are as fast as with that. mixed_float16, with a loss scale, is for older GPUs."""
+    and on CPUs that multiply bfloat16 (Intel's with AMX, AMD's since Zen 4); on other CPUs the GPT trains in float32
+    instead, unless XLA compiles the step: from embeddings that are rounded, and as fast as in float32. mixed_float16,
+    with a loss scale, is for older GPUs."""
     total_steps: PositiveInt | None = None
     """Optimizer steps to train for; this or num_epochs."""
     num_epochs: PositiveInt | None = None

@@ -166,11 +166,16 @@ def _watched(parts: Location, num_parts: int, say: Say) -> Iterator[None]:
 
     thread = threading.Thread(target=watch, daemon=True)
     threading.excepthook = note
-    # As shells start what runs in the background.
+
+    def give_up(*_: object) -> None:
+        if is_given_up.is_set():
+            raise KeyboardInterrupt
+
+    # As shells start what runs in the background: then it hears nobody but the watch.
     is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     is_deaf &= threading.current_thread() is threading.main_thread()
     if is_deaf:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, give_up)
     thread.start()
     try:
         yield

@@ -18,7 +18,7 @@ from trainer.config import SamplesConfig, UserError
 from trainer.data.tokenizer import Tokenizer
 from trainer.decoding.sampling import best_beams, draw_top_k, draw_top_p, most_likely
 from trainer.model.attention import Cache
-from trainer.model.cpu import operations_on_cpu
+from trainer.model.cpu import operations_on_cpu, operations_one_by_one
 from trainer.model.gpt import GPT
 
 DECODERS = ("greedy", "beam", "top-k", "top-p")
@@ -194,7 +194,8 @@ class Generator:
                 logits = self._possible(logits)
                 is_prompt, is_over = index < lengths, is_ended | (index >= ends)
                 is_number = tf.math.is_finite(tf.reduce_logsumexp(logits, axis=1))
-                is_finite &= tf.reduce_all(is_number | is_over | is_prompt)
+                is_none = tf.math.is_inf(tf.reshape(scores, [-1]))  # A beam that is none yet reads anything.
+                is_finite &= tf.reduce_all(is_number | is_over | is_prompt | is_none)
                 # Within a prompt and after the end of a text there is no choice; after its end it goes on with [BOS].
                 # Nor is there one among logits that are not numbers: the text ends, and `generate` is told.
                 given = tf.where(is_prompt, tokens[:, index], tf.where(is_over | ~is_number, bos_id, -1))
@@ -224,7 +225,7 @@ class Generator:
         """Returns a cache of the tokens before position first - 1, which all texts have; of other models none."""
         if not isinstance(self.model, GPT):
             return []
-        with operations_on_cpu(self._is_on_cpu()):
+        with operations_one_by_one(), operations_on_cpu(self._is_on_cpu()):
             empty = self.model.empty_cache(tf.shape(tokens)[0])
 
             def read() -> list[Cache]:
@@ -237,7 +238,7 @@ class Generator:
         if not isinstance(self.model, GPT):
             return self.model(texts, training=False)[:, index - 1], cache
         newest = texts[:, index - 1][:, tf.newaxis]
-        with operations_on_cpu(self._is_on_cpu()):
+        with operations_one_by_one(), operations_on_cpu(self._is_on_cpu()):
             logits, cache = self.model.decode(newest, cache, index - 1)
         return logits[:, 0], cache
 

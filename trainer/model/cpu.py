@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 _is_on_cpu: ContextVar[bool] = ContextVar("is_on_cpu", default=False)
+_is_compiled: ContextVar[bool] = ContextVar("is_compiled", default=True)
 
 
 @contextlib.contextmanager
@@ -25,6 +26,16 @@ def operations_on_cpu(is_on_cpu: bool = True) -> Iterator[None]:
         yield
     finally:
         _is_on_cpu.reset(token)
+
+
+@contextlib.contextmanager
+def operations_one_by_one() -> Iterator[None]:
+    """Has what is traced inside run by operations of whatever device it is, without XLA."""
+    token = _is_compiled.set(False)
+    try:
+        yield
+    finally:
+        _is_compiled.reset(token)
 
 
 def in_one_pass(function: Callable) -> Callable:
@@ -53,9 +64,10 @@ def subtract_at(x: tf.Tensor, places: tf.Tensor, updates: tf.Tensor) -> tf.Tenso
 
 def write_at(kept: tf.Tensor, new: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
     """Writes new [batch, heads, new, width] into kept [batch, heads, capacity, width], at the places from index on,
-    where that is zero; in place where nothing else reads kept any more.
+    where that has to be zero; in place where nothing else reads kept any more.
     """
-    if not _is_on_cpu.get():
+    if _is_compiled.get():
+        # Without XLA this would be compiled for each shape by itself, and copy all; and XLA does not know the other.
         return keras.ops.slice_update(kept, (0, 0, index, 0), new)
     (heads, capacity, width), (batch, _, num_new, _) = kept.shape[1:], tf.unstack(tf.shape(new))
     places = tf.range(batch * heads)[:, tf.newaxis] * capacity + index + tf.range(num_new)

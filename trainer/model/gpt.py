@@ -259,6 +259,8 @@ class Block(keras.layers.Layer):
     """
 
     def __init__(self, config: ModelConfig, index: int, initial: "_Initializers", dtype: str, name: str) -> None:
+        # Of a mixed policy Keras would cast what is read of a part but not by its call, without autocast too.
+        dtype = keras.DTypePolicy(dtype).variable_dtype
         super().__init__(name=name, dtype=dtype, autocast=False)
         self.config = config
         self.index = index

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Self
@@ -199,23 +200,28 @@ def _lead(workers: Sequence[str], facts: Callable[[], Facts], timeout_secs: floa
     problem: str | None = None
     with contextlib.ExitStack() as stack:
         stack.enter_context(listener)
-        while len(lines) < len(workers) - 1 and problem is None:
-            listener.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError:
+        while len(lines) < len(workers) - 1:
+            secs_left = deadline - time.monotonic()
+            if secs_left <= 0:
                 missing = [f"{i} ({workers[i]})" for i in range(1, len(workers)) if i not in lines]
                 problem = (
                     f"worker {', '.join(missing)} did not come within {timeout_secs:.0f} s. Start every worker that "
                     "TF_CONFIG lists, each with its own task.index."
                 )
                 break
+            listener.settimeout(secs_left)
+            try:
+                connection, _ = listener.accept()
             except OSError:
                 continue
-            line = stack.enter_context(_Line(connection))
+            line = _Line(connection)
             # Somebody who is no worker may knock, and say nothing.
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                lines[int(line.receive(_GREETING_SECS)["index"])] = line
+            try:
+                number = int(line.receive(min(_GREETING_SECS, secs_left))["index"])
+            except (OSError, ValueError, TypeError, KeyError, OverflowError):
+                line.close()
+                continue
+            lines[number] = stack.enter_context(line)
         if problem is None:
             _tell(lines, {})
             problem = _compared(lines, facts, workers)
@@ -254,7 +260,9 @@ def _follow(workers: Sequence[str], index: int, facts: Callable[[], Facts], time
             connection = socket.create_connection((host, int(port)), timeout=max(0.01, deadline - time.monotonic()))
             if connection.getsockname() != connection.getpeername():
                 break
-            # Where nobody listens yet and the port is one for outgoing connections, it can meet itself.
+            # Where nobody listens yet and the port is one for outgoing connections, it can meet itself. Closed at once,
+            # as a port that lingers could not be listened at.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.close()
         except OSError as error:
             if time.monotonic() >= deadline:
@@ -304,6 +312,9 @@ class _Line:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         with contextlib.suppress(OSError):
             self._file.close()
         self._connection.close()
