@@ -115,7 +115,9 @@ def test_what_is_no_option_and_no_override_is_refused(capsys: pytest.CaptureFixt
 
 
 def test_train_needs_a_config_or_a_run(capsys: pytest.CaptureFixture[str]):
-    assert "train needs a config file, such as configs/quickstart.toml, or --resume RUN." in refusal(["train"], capsys)
+    assert "train needs a config, such as quickstart or your own TOML file, or --resume RUN." in refusal(
+        ["train"], capsys
+    )
 
 
 def test_resume_ignores_no_config_or_override_silently(capsys: pytest.CaptureFixture[str]):
@@ -133,7 +135,7 @@ def test_or_resume_goes_with_a_config_whose_run_has_the_same_settings(
 ):
     error = refusal(["train", "--or-resume", "--resume", "RUN"], capsys)
     assert "--resume RUN and --or-resume, which goes with a config: leave out one." in error
-    assert "train needs a config file" in refusal(["train", "--or-resume"], capsys)
+    assert "train needs a config" in refusal(["train", "--or-resume"], capsys)
     taken = taken_folder(tmp_path / "taken")
     error = refusal(["train", MINIGPT, "--or-resume", f"run_folder={taken}", "log.every_steps=3"], capsys)
     assert f"run_folder='{taken}' holds a run that was started with other settings: data.train=[" in error

@@ -1,7 +1,11 @@
 import ast
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +108,8 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
             "profile.at_step=6 and profile.num_steps=5 go beyond train.total_steps=10; lower one of them.",
         ),
         (
-            ["train.num_epochs=1"],
-            "train.total_steps=10 and train.num_epochs=1: set exactly one of the two (drop one with an override such "
-            "as train.num_epochs=none).",
+            ["train.num_epochs=1", "train.total_steps=10"],
+            "train.total_steps=10 and train.num_epochs=1: set exactly one of the two.",
         ),
         (["train.total_steps=none"], "train.total_steps=None and train.num_epochs=None: set exactly one of the two"),
         (
@@ -334,13 +337,46 @@ def test_unreadable_file_is_refused(tmp_path: Path):
         load_config(tmp_path)
 
 
-def test_missing_file_lists_the_shipped_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_missing_file_lists_the_configs_that_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=r"quickstat.toml: no such config file. Here are: .*configs/quickstart.toml"):
         load_config("configs/quickstat.toml")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"x.toml: no such config file.$"):
-        load_config("x.toml")
+    for path in ("x.toml", "configs/quickstart.toml", "quickstat"):
+        with pytest.raises(UserError, match=rf"^{path}: no such config file. By name there are: .*minigpt, quickstart"):
+            load_config(path)
+
+
+def test_a_shipped_config_is_found_by_its_name_in_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    shipped = load_config(ROOT / "configs/quickstart.toml")
+    assert load_config("quickstart") == load_config("quickstart.toml") == load_config(Path("quickstart")) == shipped
+    assert load_config("quickstart").run_folder == "runs/quickstart"
+    # A folder of that name, such as a checkout, is no config; a run's folder is refused as under any other name.
+    Path("quickstart").mkdir()
+    assert load_config("quickstart") == shipped
+    Path("quickstart/config.toml").touch()
+    with pytest.raises(UserError, match=r"a folder and no config file; .*: trainer train --resume quickstart$"):
+        load_config("quickstart")
+    # A file goes first.
+    Path("minigpt.toml").write_text('[train]\nprecision = "float32"\ntotal_steps = 3\n', encoding="utf-8")
+    assert load_config("minigpt.toml").train.total_steps == 3
+
+
+def test_an_override_of_one_length_of_the_training_replaces_the_other():
+    epochs = {**SETTINGS, "train": {"precision": "float32", "num_epochs": 2}}
+    for settings in (SETTINGS, epochs):
+        steps = make_config(settings, ["train.total_steps=7"]).train
+        assert (steps.total_steps, steps.num_epochs) == (7, None)
+        passes = make_config(settings, ["train.num_epochs=3"]).train
+        assert (passes.total_steps, passes.num_epochs) == (None, 3)
+        # With the other dropped by hand it stays as it was, and a contradiction on the command line is refused.
+        assert make_config(settings, ["train.num_epochs=none", "train.total_steps=7"]).train == steps
+        with pytest.raises(UserError, match=r"train.total_steps=7 and train.num_epochs=3: set exactly one of the two"):
+            make_config(settings, ["train.num_epochs=3", "train.total_steps=7"])
+    # Nothing replaces what the file sets.
+    with pytest.raises(UserError, match=r"train.total_steps=None and train.num_epochs=None: set exactly one"):
+        make_config(epochs, ["train.num_epochs=none"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
@@ -511,3 +547,28 @@ def test_schema_lets_an_editor_know_what_a_setting_means():
 def test_weights_that_make_no_mixture_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
         make_config(SETTINGS, ['data.train=["a","b"]', *overrides])
+
+
+def test_an_installed_trainer_has_the_shipped_configs(tmp_path: Path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("trainer", "configs"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "from setuptools import build_meta as b; print(b.build_sdist('..')); print(b.build_wheel('..'))"
+    subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, check=True)
+    (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    with tarfile.open(sdist) as archive:
+        in_source = {Path(name).name for name in archive.getnames() if "/trainer/configs/" in name}
+    shipped = {path.name for path in (ROOT / "configs").iterdir()}
+    assert {path.name for path in (site / "trainer/configs").iterdir()} == in_source == shipped
+
+    command = [sys.executable, "-c", "import sys, trainer.cli; print(trainer.__file__); sys.exit(trainer.cli.main())"]
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    planned = subprocess.run(
+        [*command, "plan", "quickstart"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert planned.stdout.startswith(f"{site}/trainer/__init__.py\nparameters ")

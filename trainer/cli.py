@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.set_defaults(run=_prepare)
 
     train = verbs.add_parser("train", help="train a model, or go on with a run")
-    train.add_argument("config", nargs="?", help="a TOML file, such as configs/quickstart.toml")
+    train.add_argument("config", nargs="?", help="a TOML file, or the name of a shipped config, such as quickstart")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
     train.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, by the config kept there")
     train.add_argument(
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a TOML file, such as configs/quickstart.toml")
+    parser.add_argument("config", help="a TOML file, or the name of a shipped config, such as quickstart")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
 
 
@@ -159,7 +159,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     if options.resume is None and options.config is None:
-        raise UserError("train needs a config file, such as configs/quickstart.toml, or --resume RUN.")
+        raise UserError("train needs a config, such as quickstart or your own TOML file, or --resume RUN.")
     if options.resume is not None:
         if options.or_resume:
             raise UserError(f"--resume {options.resume} and --or-resume, which goes with a config: leave out one.")

@@ -20,6 +20,9 @@ import pydantic
 import tomli_w
 from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
+# The configs that ship with trainer; in a checkout this folder is a link to configs/.
+SHIPPED_CONFIGS = Path(__file__).parent / "configs"
+
 # Of so many examples in a row, each source of data.weights has exactly its share.
 MIXTURE_EXAMPLES = 1024
 STORYBOOK_SOURCE = "storybook"
@@ -335,7 +338,7 @@ class TrainConfig(Section):
         if (self.total_steps is None) == (self.num_epochs is None):
             raise ValueError(
                 f"train.total_steps={self.total_steps} and train.num_epochs={self.num_epochs}: "
-                "set exactly one of the two (drop one with an override such as train.num_epochs=none)."
+                "set exactly one of the two."
             )
         if self.global_batch_size % (self.fixed_micro_batch_size() or 1):
             raise ValueError(
@@ -593,17 +596,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML file, applies overrides and checks the result.
 
     Args:
-        path: the TOML file. A run_folder it does not set becomes `runs/` and the file's stem.
+        path: the TOML file, or the name of a config that ships with trainer, such as quickstart; a file of that name
+            goes first. A run_folder that the file does not set becomes `runs/` and the file's stem.
         overrides: `section.key=value` strings, value in TOML syntax or a bare word; `none` drops the key.
+            train.total_steps replaces the file's train.num_epochs, and the other way round.
 
     Raises:
         UserError: the file cannot be read, or a setting is unknown or impossible.
     """
-    path = Path(path)
+    path = _find_config(Path(path))
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file.{_shipped_configs()}") from None
+        raise UserError(f"{path}: no such config file.{_known_configs()}") from None
     except IsADirectoryError:
         raise UserError(
             f"{path}: a folder and no config file; to go on with a run that is there: trainer train --resume {path}"
@@ -611,6 +616,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
     return parse_config(text, str(path), overrides)
+
+
+def _find_config(path: Path) -> Path:
+    """Returns the shipped config's path if a bare name means one, and otherwise the path itself."""
+    shipped = SHIPPED_CONFIGS / f"{path.name.removesuffix('.toml')}.toml"
+    # A run's folder of that name is more likely meant to be resumed, so it is refused as any folder is.
+    is_taken = path.is_file() or (path / "config.toml").is_file()
+    return shipped if len(path.parts) == 1 and shipped.is_file() and not is_taken else path
 
 
 def parse_config(text: str, path: str, overrides: Sequence[str] = ()) -> Config:
@@ -690,6 +703,8 @@ def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> C
         UserError: a setting is unknown or impossible; one line for each.
     """
     merged = copy.deepcopy(dict(settings))
+    overrides = list(overrides)
+    _drop_replaced_length(merged, overrides)
     for override in overrides:
         _apply_override(merged, override)
     try:
@@ -697,6 +712,16 @@ def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> C
         return Config.model_validate_json(json.dumps(merged, default=str), strict=True)
     except pydantic.ValidationError as error:
         raise UserError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _drop_replaced_length(settings: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Drops train.num_epochs if an override sets train.total_steps in its place, or the other way round."""
+    values = {key.strip(): value.strip().lower() for key, _, value in (each.partition("=") for each in overrides)}
+    for given, replaced in (("total_steps", "num_epochs"), ("num_epochs", "total_steps")):
+        # If both are given, the check of the two refuses them.
+        is_set = values.get(f"train.{given}", "none") != "none"
+        if is_set and f"train.{replaced}" not in values and isinstance(settings.get("train"), dict):
+            settings["train"].pop(replaced, None)
 
 
 def _apply_override(settings: dict[str, Any], override: str) -> None:
@@ -805,6 +830,7 @@ def json_schema() -> str:
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
-def _shipped_configs() -> str:
-    found = sorted(str(path) for path in Path("configs").glob("*.toml"))
-    return f" Here are: {', '.join(found)}." if found else ""
+def _known_configs() -> str:
+    here = sorted(str(path) for path in Path("configs").glob("*.toml"))
+    shipped = sorted(path.stem for path in SHIPPED_CONFIGS.glob("*.toml"))
+    return (f" Here are: {', '.join(here)}." if here else "") + f" By name there are: {', '.join(shipped)}."
