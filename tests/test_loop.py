@@ -17,7 +17,7 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 import trainer
 from trainer.data.prepare import prepare
-from trainer.run import RunFolder
+from trainer.run import RunFolder, make_model
 from trainer.training import loop
 from trainer.training.loop import is_due, steps_until_due
 
@@ -362,18 +362,33 @@ def test_loss_falls_to_the_entropy_of_a_text_that_repeats(trained):
     assert trained[1].evaluation.loss < 0.5
 
 
-def test_a_foreign_keras_model_trains_resumes_and_writes(tmp_path, monkeypatch):
+class Subclassed(keras.Model):
+    def __init__(self, vocabulary_size):
+        super().__init__()
+        self.embedding = keras.layers.Embedding(vocabulary_size, 8)
+        self.logits = keras.layers.Dense(vocabulary_size)
+
+    def call(self, tokens):
+        return self.logits(self.embedding(tokens))
+
+
+def sequential(config, vocabulary_size):
+    return keras.Sequential([keras.layers.Embedding(vocabulary_size, 8), keras.layers.Dense(vocabulary_size)])
+
+
+def functional(config, vocabulary_size):
+    tokens = keras.Input((None,), dtype="int32")
+    embedded = keras.layers.Embedding(vocabulary_size, 8)(tokens)
+    return keras.Model(tokens, keras.layers.Dense(vocabulary_size)(embedded))
+
+
+def subclassed(config, vocabulary_size):
+    return Subclassed(vocabulary_size)
+
+
+@pytest.mark.parametrize("build", [sequential, functional, subclassed])
+def test_a_foreign_keras_model_of_any_style_trains_resumes_and_writes(tmp_path, monkeypatch, build):
     monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
-
-    def build(config, vocabulary_size):
-        return keras.Sequential(
-            [
-                keras.Input((None,), dtype="int32"),
-                keras.layers.Embedding(vocabulary_size, 8),
-                keras.layers.Dense(vocabulary_size),
-            ]
-        )
-
     settings = settings_of(tmp_path, model__dropout=0.0, evaluation__every_steps=None, samples__every_steps=None)
     config = trainer.make_config(settings)
     result = trainer.train(config, build, say=lambda _: None)
@@ -383,6 +398,27 @@ def test_a_foreign_keras_model_trains_resumes_and_writes(tmp_path, monkeypatch):
     assert trainer.generate(result.run_folder, "the ", "greedy", num_tokens=3, build_model=build)[0].startswith("the ")
     with pytest.raises(trainer.UserError, match="does not hold this model"):
         trainer.resume(result.run_folder, say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda config, size: None, r"build_model returned None; return a Keras model\."),
+        (
+            lambda config, size: keras.Sequential([keras.layers.Embedding(size, 8)]),
+            r"turns tokens \[batch, 8\] into \[None, 8, 8\]; it must return logits .*, here \[None, 8, 40\]\.",
+        ),
+        (
+            lambda config, size: keras.Sequential([keras.layers.Embedding(size, size), keras.layers.Flatten()]),
+            r"turns tokens \[batch, 8\] into \[None, 320\]",
+        ),
+    ],
+)
+def test_a_foreign_model_that_returns_no_logits_is_refused(build, message):
+    train = {"precision": "float32", "total_steps": 1, "sequence_length": 8}
+    config = trainer.make_config({"run_folder": "x", "train": train})
+    with pytest.raises(trainer.UserError, match=message):
+        make_model(build, config, vocabulary_size=40, bos_id=2)
 
 
 def profiled_steps(run):

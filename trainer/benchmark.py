@@ -16,7 +16,7 @@ from trainer.config import Config
 from trainer.data.batches import training_batches
 from trainer.data.shards import PreparedData
 from trainer.devices import num_cores
-from trainer.run import BuildModel, build_gpt
+from trainer.run import BuildModel, make_model
 from trainer.training.distribution import distributed, make_strategy, share_cores
 from trainer.training.hosts import Hosts
 from trainer.training.step import TrainingStep
@@ -43,10 +43,7 @@ class Training:
         share_cores(config, Hosts())
         self.strategy = make_strategy(config.distribution)
         with self.strategy.scope():
-            if build_model is None:
-                self.model = build_gpt(config, prepared.vocabulary_size, prepared.bos_id)
-            else:
-                self.model = build_model(config, prepared.vocabulary_size)
+            self.model = make_model(build_model, config, prepared.vocabulary_size, prepared.bos_id)
         self.step = TrainingStep(config, total_steps, self.model, self.strategy)
         self.batches = iter(
             distributed(self.strategy, lambda share: training_batches(prepared, config, 0, total_steps, share).repeat())

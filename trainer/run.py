@@ -7,7 +7,6 @@ checkpoints/  see training/checkpoint.py
 logs/         for TensorBoard
 """
 
-import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
@@ -167,10 +166,36 @@ class RunFolder:
         if checkpoint is None:
             raise UserError(f"{self.path} has no checkpoint yet; train on with: trainer train --resume {self.path}")
         tokenizer = self.tokenizer()
-        build_model = build_model or functools.partial(build_gpt, bos_id=tokenizer.bos_id)
-        model = build_model(self.config, tokenizer.vocabulary_size)
+        model = make_model(build_model, self.config, tokenizer.vocabulary_size, tokenizer.bos_id)
         assign(named_variables(model), checkpoint.arrays("weights"), checkpoint.folder)
         return model, checkpoint
+
+
+def make_model(build_model: BuildModel | None, config: Config, vocabulary_size: int, bos_id: int) -> "keras.Model":
+    """Builds the model of a run, with initial weights: a foreign one where build_model makes it, otherwise the GPT that
+    the config describes.
+
+    Raises:
+        UserError: build_model returns no Keras model, or one that does not give a logit for each token.
+    """
+    if build_model is None:
+        return build_gpt(config, vocabulary_size, bos_id)
+    import keras
+
+    model = build_model(config, vocabulary_size)
+    if not isinstance(model, keras.Model):
+        raise UserError(f"build_model returned {model!r}; return a Keras model.")
+    length = config.train.sequence_length
+    # A symbolic call, which computes nothing: Sequential without an Input, and a subclass of Model, make their weights
+    # when they are first called.
+    logits = model(keras.Input([length], dtype="int32"))
+    shape = getattr(logits, "shape", None)
+    if shape is None or tuple(shape) != (None, length, vocabulary_size):
+        raise UserError(
+            f"build_model's model turns tokens [batch, {length}] into {logits if shape is None else list(shape)}; it "
+            f"must return logits [batch, sequence, vocabulary], here [None, {length}, {vocabulary_size}]."
+        )
+    return model
 
 
 def build_gpt(config: Config, vocabulary_size: int, bos_id: int) -> "keras.Model":

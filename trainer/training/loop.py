@@ -1,7 +1,6 @@
 """The training run, top to bottom."""
 
 import contextlib
-import functools
 import multiprocessing
 import time
 from collections import Counter
@@ -24,7 +23,7 @@ from trainer.decoding.generate import DECODERS, Decoder, Generator
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.model.gpt import GPT
 from trainer.plan import tokens_per_sec_at_peak
-from trainer.run import BuildModel, RunFolder, build_gpt, find_run
+from trainer.run import BuildModel, RunFolder, find_run, make_model
 from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
 from trainer.training.distribution import (
     count_replicas_of,
@@ -187,8 +186,7 @@ def train(
     with spent.on("start"):
         # The model, and all that changes with a step.
         with strategy.scope():
-            build_model = build_model or functools.partial(build_gpt, bos_id=prepared.bos_id)
-            model = build_model(config, prepared.vocabulary_size)
+            model = make_model(build_model, config, prepared.vocabulary_size, prepared.bos_id)
         step_function = TrainingStep(config, total_steps, model, strategy)
         if config.train.micro_batch_size == "auto":
             config = settle_micro_batch(run, hosts, step_function, say)
