@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -485,3 +486,87 @@ def test_megabytes_without_a_space_are_one_document_of_known_tokens(tmp_path):
     )
     split = prepare(config, quiet).split("train")
     assert (split.num_documents, split.num_unknown) == (1, 0)
+
+
+# Hidden folders, and who may take them up.
+
+
+@pytest.fixture
+def left_by_a_killed_one(tmp_path) -> Path:
+    """What a killed preparation left that has something to go on with; the text is in text.txt beside."""
+    config_for(tmp_path, "\n".join(LINES))
+    run_python(KILLED, str(tmp_path), "30")
+    (partial,) = (tmp_path / "prepared").iterdir()
+    return partial
+
+
+def test_a_link_in_place_of_a_hidden_folder_is_neither_followed_nor_emptied(tmp_path, left_by_a_killed_one):
+    victim = left_by_a_killed_one.rename(tmp_path / "victim")
+    (victim / "diary").write_text("mine")
+    before = file_contents(victim)
+    left_by_a_killed_one.symlink_to(victim)
+    prepared = prepare(config_for(tmp_path), quiet, shard_tokens=1000)
+    assert file_contents(victim) == before
+    assert left_behind(tmp_path) == sorted([left_by_a_killed_one.name, prepared.folder.name])
+
+
+def test_a_link_in_a_hidden_folder_is_removed_and_not_followed(tmp_path, left_by_a_killed_one):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim/diary").write_text("mine")
+    (left_by_a_killed_one / "progress.json").unlink()
+    shutil.rmtree(left_by_a_killed_one / "tokenizer")
+    (left_by_a_killed_one / "tokenizer").symlink_to(tmp_path / "victim")
+    prepared = prepare(config_for(tmp_path), quiet, shard_tokens=1000)
+    assert file_contents(tmp_path / "victim") == {"diary": b"mine"}
+    assert left_behind(tmp_path) == [prepared.folder.name]
+
+
+def test_a_hidden_folder_of_another_user_is_left_alone(tmp_path, left_by_a_killed_one, monkeypatch):
+    before = file_contents(left_by_a_killed_one)
+    owner = left_by_a_killed_one.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    said: list[str] = []
+    prepared = prepare(config_for(tmp_path), said.append, shard_tokens=1000)
+    assert not any(line.startswith("going on") for line in said)
+    assert file_contents(left_by_a_killed_one) == before
+    assert left_behind(tmp_path) == sorted([left_by_a_killed_one.name, prepared.folder.name])
+
+
+def test_hosts_whose_flock_is_only_their_own_do_not_take_each_others_folder(tmp_path, monkeypatch):
+    """On NFS a flock of a folder is granted on each host; another host is a process here that is granted each."""
+    monkeypatch.setattr("trainer.data.prepare._PROGRESS_SECS", 0.0)
+    config, outputs = config_for(tmp_path, "\n".join(LINES)), []
+    on_another_host = (
+        "import fcntl, sys; fcntl.flock = lambda *_: None; from pathlib import Path; from test_prepare import *;"
+        "print(prepare(config_for(Path(sys.argv[1])), quiet).fingerprint)"
+    )
+
+    def prepare_elsewhere_meanwhile(line: str) -> None:
+        if not outputs:
+            (partial,) = left_behind(tmp_path)
+            outputs.append(run_python(on_another_host, str(tmp_path)).stdout.strip())
+            assert partial in left_behind(tmp_path)
+
+    prepared = prepare(config, prepare_elsewhere_meanwhile)
+    assert outputs == [prepared.fingerprint]
+    assert left_behind(tmp_path) == [prepared.folder.name]
+    assert load_prepared(prepared.folder) == prepared
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_takes_no_more_than_one_folder(tmp_path, left_by_a_killed_one, monkeypatch, number):
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    before, said = file_contents(left_by_a_killed_one), []
+    handles = len(list(Path("/dev/fd").iterdir()))
+    prepared = prepare(config_for(tmp_path), said.append, shard_tokens=1000)
+    assert len(list(Path("/dev/fd").iterdir())) == handles
+    assert left_behind(tmp_path) == sorted([left_by_a_killed_one.name, prepared.folder.name])
+    assert file_contents(left_by_a_killed_one) == before
+    assert said[0] == (
+        f"warning: {left_by_a_killed_one} stays, as it cannot be locked: {os.strerror(number)}; if nobody prepares, "
+        "delete it"
+    )

@@ -1,7 +1,10 @@
 """Laws of runs and data in an object store; ram:// stands in for one."""
 
+import getpass
+import os
 import secrets
 import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +95,57 @@ def test_a_host_without_a_copy_gets_one(store):
     prepared = prepare(config_in(store), quiet)
     shutil.rmtree(prepared.folder)
     assert prepare(config_in(store), quiet) == prepared == fetch(locate(prepared.stored_in))
+
+
+def test_copies_of_a_store_s_data_are_for_their_owner_alone(store, tmp_path):
+    prepared = prepare(config_in(store), quiet)
+    home = tmp_path / f"trainer-{getpass.getuser()}"
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    assert home in prepared.folder.parents
+    # An earlier version let others read it.
+    home.chmod(0o755)
+    fetch(locate(prepared.stored_in))
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+def test_a_place_for_copies_that_somebody_else_planted_is_refused_and_nothing_in_it_is_touched(
+    store, tmp_path, monkeypatch
+):
+    prepared = prepare(config_in(store), quiet)
+    home = tmp_path / f"trainer-{getpass.getuser()}"
+    victim = home.rename(tmp_path / "victim")
+    of_parent = victim / prepared.folder.parent.name
+    (of_parent / f".partial-{prepared.folder.name}-00000000").mkdir()
+    (of_parent / f".partial-{prepared.folder.name}-00000000/diary").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in sorted(victim.rglob("*"))}
+
+    def refused(fault):
+        advice = "Delete it, or set TMPDIR to a folder of your own."
+        message = f"{home} is for copies of data that only you may read and write, but it {fault}. {advice}"
+        for use in (lambda: prepare(config_in(store), quiet), lambda: fetch(locate(prepared.stored_in))):
+            with pytest.raises(UserError) as error:
+                use()
+            assert str(error.value) == message
+        assert {path: path.stat().st_mtime_ns for path in sorted(victim.rglob("*"))} == before
+
+    home.symlink_to(victim)
+    refused("is a link")
+    home.unlink()
+    home.write_text("")
+    refused("is not a folder")
+    home.unlink()
+    home.mkdir()
+    home.chmod(0o777)
+    refused("can be written by others")
+    home.chmod(0o700)
+    owner = home.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    refused(f"belongs to user {owner}")
+    monkeypatch.undo()
+    # The advice holds.
+    (tmp_path / "own").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "own"))
+    assert fetch(locate(prepared.stored_in)).fingerprint == prepared.fingerprint
 
 
 def test_a_host_that_runs_no_python_copies_the_shards_by_operations(store):

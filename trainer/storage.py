@@ -10,6 +10,7 @@ import getpass
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,10 +170,49 @@ def on_disk(folder: Location) -> Iterator[Path]:
 def place_on_disk(folder: Url) -> Path:
     """Returns where on a host's disk a folder of a store belongs; the same on every host with the same user.
 
-    It is below the folder for temporary files, which TMPDIR names.
+    It is below the folder for temporary files, which TMPDIR names, in one that only this user can read.
+
+    Raises:
+        UserError: somebody else made that one first, or could have written to it.
     """
     of_parent = hashlib.sha256(str(folder).rpartition("/")[0].encode()).hexdigest()[:10]
-    return Path(tempfile.gettempdir()) / f"trainer-{getpass.getuser()}" / of_parent / folder.name
+    home = Path(tempfile.gettempdir()) / f"trainer-{_user_name()}"
+    _make_private(home)
+    return home / of_parent / folder.name
+
+
+def _make_private(folder: Path) -> None:
+    """Makes a folder that only this user can read and write, or finds that it is one.
+
+    Anybody may make a folder or a link in the folder for temporary files: in another user's, data could be read and
+    replaced; through a link, folders elsewhere would be filled and emptied.
+    """
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(0o700)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            fault = "is a link" if stat.S_ISLNK(found.st_mode) else "is not a folder"
+        elif found.st_uid != os.geteuid():
+            fault = f"belongs to user {found.st_uid}"
+        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            fault = "can be written by others"
+        else:
+            folder.chmod(0o700)  # Earlier versions left it readable.
+            return
+    except OSError as error:
+        fault = f"cannot be made: {error.strerror}"
+    raise UserError(
+        f"{folder} is for copies of data that only you may read and write, but it {fault}. Delete it, or set TMPDIR to "
+        "a folder of your own."
+    )
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # As in a container that runs under a number.
+        return str(os.geteuid())
 
 
 def sync(path: str | os.PathLike[str]) -> None:

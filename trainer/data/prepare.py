@@ -15,6 +15,8 @@ import os
 import re
 import secrets
 import shutil
+import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +49,10 @@ _SAMPLE_DOCUMENTS, _SAMPLE_CHARS = 200, 10_000
 # Where a preparation saves how far it is, and how often.
 _PROGRESS = "progress.json"
 _SAVE_SECS = 20.0
+# The file in a hidden folder that is locked by the process that writes there, and the folders this process has locked.
+_LOCK = "lock"
+_locked_here: set[Path] = set()
+_guard = threading.Lock()
 
 Say = Callable[[str], None]
 Writers = dict[str, SplitWriter]
@@ -104,12 +110,12 @@ def prepare(
         say(f"{stored}: copying it there")
         for path in sorted(copy.iterdir(), key=lambda path: path.name == MANIFEST):  # What makes it whole goes last.
             copy_folder(path, stored / path.name) if path.is_dir() else copy_file(path, stored / path.name)
-    prepared = fetch(stored)
+    prepared = fetch(stored, say)
     say(f"{stored}: prepared, and on this host's disk as {prepared.folder}; {_describe(prepared)}")
     return prepared
 
 
-def fetch(stored: Url) -> PreparedData:
+def fetch(stored: Url, say: Say = print) -> PreparedData:
     """Returns prepared data of an object store, copied to this host's disk if it is not there yet.
 
     Raises:
@@ -117,7 +123,7 @@ def fetch(stored: Url) -> PreparedData:
     """
     folder = place_on_disk(stored)
     if not folder.exists():
-        with _written_whole(folder) as partial:
+        with _written_whole(folder, say) as partial:
             _empty(partial)
             copy_folder(stored, partial)
             try:
@@ -150,7 +156,7 @@ def _prepare_on_disk(
         what = "the text or the file of tokenizer.path" if of_file else "the text"
         say(f"{what} is not the one of {others[-1]}; preparing it anew (that folder stays)")
     start = time.monotonic()
-    with _written_whole(folder) as partial:
+    with _written_whole(folder, say) as partial:
         entries, report = _write(config, source, partial, say, shard_tokens, encode)
         write_manifest(partial, {**entries, "source_fingerprint": fingerprint, "sources": source.names()})
     prepared = load_prepared(folder, check_hashes=False)
@@ -256,7 +262,10 @@ def _take_up(folder: Path, source: Source | Mixture, shard_tokens: int) -> tuple
 
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
 
 
 def _what_comes_back(tokenizer: Tokenizer, sample: list[str]) -> str:
@@ -365,20 +374,22 @@ def _pace(source: Source | Mixture, secs: float) -> str:
 
 
 @contextlib.contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
+def _written_whole(folder: Path, say: Say) -> Iterator[Path]:
     """Gives a hidden folder to write into, which becomes `folder` at the end, or goes away if anything fails: an empty
-    one, or one that a process left which was killed. Ctrl-C leaves it, too, where there is something to go on with.
+    one, or one that a process left which was killed. Ctrl-C leaves it, too, if there is something to go on with.
     """
     partial: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            partial = _lock_partial(folder, stack)
+            partial = _lock_partial(folder, stack, say)
             yield partial
             for path in partial.rglob("*"):
-                sync(path)
+                if path != partial / _LOCK:  # To close a file gives up this process's locks of it.
+                    sync(path)
             sync(partial)
-            _rename_unless_there(partial, folder)
+            if _rename_unless_there(partial, folder):
+                (folder / _LOCK).unlink(missing_ok=True)
             sync(folder.parent)
     except KeyboardInterrupt:
         if partial is not None and (partial / _PROGRESS).exists():
@@ -394,41 +405,77 @@ def _written_whole(folder: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _rename_unless_there(partial: Path, folder: Path) -> None:
+def _rename_unless_there(partial: Path, folder: Path) -> bool:
+    """Gives the partial folder its name; returns False if another process prepared the same text meanwhile, to the same
+    bytes.
+    """
     try:
         partial.rename(folder)
     except OSError:
-        # Another process prepared the same text meanwhile: the same bytes.
         if not folder.exists():
             raise
+        return False
+    return True
 
 
-def _lock_partial(folder: Path, stack: contextlib.ExitStack) -> Path:
-    """Returns a hidden folder that this process alone works in for as long as the stack lives."""
-    while True:
-        left = sorted(folder.parent.glob(f".partial-{glob.escape(folder.name)}-*"))
-        for path in [*left, folder.parent / f".partial-{folder.name}-{secrets.token_hex(4)}"]:
-            path.mkdir(exist_ok=True)
-            with contextlib.suppress(OSError):
-                # Its writer holds it as long as it lives.
-                handle = stack.enter_context(_opened(path))
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists():  # Not just renamed or removed.
-                    _remove_abandoned(set(left) - {path})
-                    return path
+def _lock_partial(folder: Path, stack: contextlib.ExitStack, say: Say) -> Path:
+    """Returns a hidden folder that only this process works in as long as the stack lives.
+
+    It takes up a folder that a stopped process left, if that process was this user's and its lock is free.
+    """
+    left = [path for path in sorted(folder.parent.glob(f".partial-{glob.escape(folder.name)}-*")) if _is_own(path)]
+    taken: Path | None = None
+    for path in left:
+        try:
+            if taken is None and _lock(path, stack):
+                taken = path
+            elif taken is not None:
+                with contextlib.ExitStack() as briefly:
+                    if _lock(path, briefly):
+                        shutil.rmtree(path, ignore_errors=True)
+        except OSError as error:
+            say(f"warning: {path} stays, as it cannot be locked: {error.strerror}; if nobody prepares, delete it")
+    if taken is None:
+        taken = folder.parent / f".partial-{folder.name}-{secrets.token_hex(4)}"
+        taken.mkdir()
+        # Without a lock nobody else takes this folder either, because nobody else can lock it.
+        with contextlib.suppress(OSError):
+            _lock(taken, stack)
+    return taken
 
 
-def _remove_abandoned(paths: set[Path]) -> None:
-    for path in paths:
-        with contextlib.suppress(OSError), _opened(path) as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    handle = os.open(path, os.O_RDONLY)
+def _is_own(path: Path) -> bool:
+    """Whether a path is a folder, no link to one, and this user's: somebody else could have put it there."""
     try:
-        yield handle
-    finally:
-        os.close(handle)
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+
+
+def _lock(partial: Path, stack: contextlib.ExitStack) -> bool:
+    """Locks a partial folder for as long as the stack lives; returns False if another process holds or removed it.
+
+    The lock is a POSIX lock of a file in the folder. NFS passes such locks on to other hosts, unlike a flock of the
+    folder, and the kernel frees them when their process ends. Within a process they do not exclude each other.
+
+    Raises:
+        OSError: this file system has no such locks.
+    """
+    with _guard:
+        if partial in _locked_here:
+            return False
+        _locked_here.add(partial)
+    with contextlib.ExitStack() as until_locked:
+        until_locked.callback(_locked_here.discard, partial)
+        try:
+            handle = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            until_locked.callback(os.close, handle)
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held the lock may have just renamed or removed the folder.
+            is_there = os.path.samestat(os.lstat(partial / _LOCK), os.fstat(handle))
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            return False
+        if is_there:
+            stack.push(until_locked.pop_all())
+        return is_there
