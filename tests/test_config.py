@@ -141,8 +141,12 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
         (["tokenizer={kind='bpe',vocabulary_size=257}"], "tokenizer.vocabulary_size=257: input should be greater"),
         (["tokenizer.kind=gpt2"], "tokenizer.kind must be one of 'wordpiece', 'bpe', 'char', 'byte'; received 'gpt2'."),
         (["tokenizer.path=vocab.txt"], "must be one of 'wordpiece', 'bpe', 'char', 'byte'; received None."),
-        (["tokenizer.kind=[1]"], "must be one of 'wordpiece', 'bpe', 'char', 'byte'; received [1]."),
-        (["tokenizer=char"], "tokenizer='char': input should be an object."),
+        (["tokenizer.kind=[1]"], "must be one of 'wordpiece', 'bpe', 'char', 'byte'; received '[1]'."),
+        (
+            ["tokenizer=char"],
+            "'tokenizer=char': tokenizer is a section; give its settings one by one: tokenizer.kind, ",
+        ),
+        (["tokenizer={kind=bpe}"], "'tokenizer={kind=bpe}': tokenizer is a section; give its settings one by one: tok"),
         (
             ["tokenizer.kind=char", "tokenizer.lowercase=true"],
             "tokenizer.lowercase is not a setting of tokenizer.kind='char'; leave it out.",
@@ -204,7 +208,7 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
             "'mixed_float16', 'float64'.",
         ),
         (["train=none"], "train is missing; it has no default."),
-        (["train=3"], "train=3: input should be an object."),
+        (["train=3"], "'train=3': train is a section; give its settings one by one: train.precision, "),
         (["run_folder=none"], "run_folder is missing; it has no default."),
         ([f"train.seed={2**63}"], f"train.seed={2**63}: input should be less than {2**63}."),
     ],
@@ -250,9 +254,6 @@ def test_settings_at_their_limits_are_taken(overrides: list[str]):
         "optimizer.learning_rate='1e-3'",
         "optimizer.learning_rate=nan",
         "optimizer.learning_rate=inf",
-        "run_folder=3",
-        "data.train=3",
-        "data.train=[3]",
         "distribution.gpus=0",
         "distribution.gpus=[0.0]",
     ],
@@ -260,6 +261,213 @@ def test_settings_at_their_limits_are_taken(overrides: list[str]):
 def test_a_value_of_another_type_is_refused(override: str):
     key = override.partition("=")[0]
     assert f"{key}" in refusal(override) and "input should be" in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        # Text is text, even if it looks like something else.
+        ("run_folder=2024", "2024"),
+        ("run_folder=~/x", "~/x"),
+        ("samples.prompt=42", "42"),
+        ("samples.prompt=1.5e3", "1.5e3"),
+        ("samples.prompt=true", "true"),
+        ("samples.prompt=[a, b]", "[a, b]"),
+        ("samples.prompt={a = 1}", "{a = 1}"),
+        ("samples.prompt=2024-01-31", "2024-01-31"),
+        ("samples.prompt= a ", " a "),
+        ("samples.prompt=1\nrun_folder = 2", "1\nrun_folder = 2"),
+        ("samples.prompt='none'", "none"),
+        ('samples.prompt="\\u0041\\n"', "A\n"),
+        ("samples.prompt='it", "'it"),
+        ("samples.prompt = a = b", "a = b"),
+        ("samples.stop=7", "7"),
+        # Numbers as people write them.
+        ("optimizer.learning_rate=.001", 0.001),
+        ("optimizer.clip_norm=1.", 1.0),
+        ("optimizer.learning_rate=1e-3", 0.001),
+        ("optimizer.learning_rate=+.5E-2", 0.005),
+        ("optimizer.clip_norm=1_000", 1000.0),
+        ("train.total_steps=1e4", 10_000),
+        ("train.total_steps=1.5E+2", 150),
+        ("train.total_steps=1_000", 1000),
+        ("train.micro_batch_size=3.2e1", 32),
+        # true and false, as Python writes them too.
+        ("model.pre_norm=True", True),
+        ("model.use_bias=FALSE", False),
+        # Lists, with quotation marks or after a shell took these away.
+        ('data.train=["a","b"]', ("a", "b")),
+        ("data.train=[a,b]", ("a", "b")),
+        ("data.train=[a b.txt, c[1].txt,]", ("a b.txt", "c[1].txt")),
+        ("data.train=['a', b]", ("a", "b")),
+        ("data.train=[1,2]", ("1", "2")),
+        ("data.train=7", ("7",)),
+        ("data.train=a,b.txt", ("a,b.txt",)),
+        ("data.train=tfds:imdb_reviews:train[:90%]", ("tfds:imdb_reviews:train[:90%]",)),
+        ("data.train=[ab]*.txt", ("[ab]*.txt",)),
+        ("distribution.gpus=[1,0]", (1, 0)),
+    ],
+)
+def test_an_override_is_read_by_the_type_of_its_setting(override: str, value: object):
+    key = override.partition("=")[0].strip()
+    found: Any = make_config(SETTINGS, [override])
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_shares_of_a_mixture_may_lack_digits_beside_the_dot():
+    config = make_config(SETTINGS, ["data.train=[a,b]", "data.weights=[.5,1.]"])
+    assert config.data.weights == (0.5, 1.0)
+
+
+@pytest.mark.parametrize("override", ["train.seed=1.5e0", "train.seed=1e-1", "train.seed=1e99999999", "train.seed=0x"])
+def test_what_is_no_whole_number_is_refused_at_once(override: str):
+    assert "input should be a valid integer" in refusal(override)
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "[" * 5000 + "]" * 5000, "1e9999", "-", "'" * 3])
+@pytest.mark.parametrize("key", ["train.seed", "optimizer.learning_rate", "data.train", "distribution.gpus", "train"])
+def test_a_value_that_python_cannot_hold_is_refused_in_short(key: str, number: str):
+    if key != "data.train":
+        assert len(refusal(f"{key}={number}")) < 600
+
+
+def test_text_that_is_not_utf8_is_refused_by_its_key_and_nothing_more():
+    half = "\ud55c글".encode("utf-8", "surrogatepass")[:5].decode("utf-8", "surrogateescape")
+    for key in (
+        "samples.prompt",
+        "run_folder",
+        "data.train",
+        "samples.stop",
+        "data.text_field",
+        "data.prepared_folder",
+    ):
+        message = refusal(f"{key}={half}")
+        assert message.startswith(f"{key}") and " holds bytes that are not UTF-8; write it in UTF-8" in message
+        assert len(message) < 200
+    assert "holds bytes that are not UTF-8" in refusal(f"samples.{half}=1")
+    with pytest.raises(UserError, match=r"^samples\.prompt='\\ud83d' holds bytes that are not UTF-8"):
+        make_config(SETTINGS | {"samples": {"prompt": "\ud83d"}})
+
+
+def test_settings_nested_without_end_are_refused():
+    settings: dict[str, Any] = {}
+    for _ in range(300):
+        settings = {"train": settings}
+    with pytest.raises(UserError, match="nested too deeply"):
+        make_config(settings)
+    assert "too many dots" in refusal("a" + ".a" * 5000 + "=1")
+
+
+@pytest.mark.parametrize("toml", ["run_folder = 3", "data.train = 3", "data.train = [3]", "run_folder = true"])
+def test_a_file_is_strict_about_types(toml: str, tmp_path: Path):
+    path = tmp_path / "x.toml"
+    path.write_text(f"{toml}\ntrain = {{precision = 'float32', total_steps = 10}}")
+    with pytest.raises(UserError, match="input should be"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("learning_rate = .001", "learning_rate = 0.001"),
+        ("learning_rate = 1.", "learning_rate = 1.0"),
+        ("learning_rate = 1.e-3 # small", "learning_rate = 0.001"),
+        ("schedule = cosine", 'schedule = "cosine"'),
+        ("schedule = \u201ccosine\u201d", 'schedule = "cosine"'),
+        ("schedule = 'cosine", 'schedule = "cosine"'),
+    ],
+)
+def test_a_line_that_is_not_toml_is_shown_as_it_would_be(line: str, advice: str, tmp_path: Path):
+    path = tmp_path / "x.toml"
+    rest = "\nwarmup_steps = 0\n[train]\nprecision = 'float32'\ntotal_steps = 10\n"
+    path.write_text(f"[optimizer]\n{line}{rest}", "utf-8")
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert str(error.value).startswith(f"{path}: not a readable TOML file: ")
+    assert str(error.value).endswith(f". In TOML that line is: {advice}")
+    path.write_text(f"[optimizer]\n{advice}{rest}", "utf-8")
+    load_config(path)
+
+
+def test_a_file_s_flag_date_and_step_count_are_refused_with_what_to_write(tmp_path: Path):
+    path = tmp_path / "x.toml"
+    for given, advice in (
+        ("pre_norm = True", "In TOML that line is: pre_norm = true"),
+        ("pre_norm = true\n[samples]\nprompt = 2024-01-31", 'it in quotation marks: samples.prompt = "2024-01-31".'),
+        ("num_layers = 1e1", "model.num_layers=10.0: input should be a valid integer. Write 10."),
+    ):
+        path.write_text(f"train = {{precision = 'float32', total_steps = 10}}\n[model]\n{given}")
+        with pytest.raises(UserError) as error:
+            load_config(path)
+        assert advice in str(error.value)
+
+
+def test_a_file_is_read_with_a_byte_order_mark_and_in_another_encoding_said_to_be_so(tmp_path: Path):
+    text = "run_folder = 'é'\r\ntrain = {precision = 'float32', total_steps = 10}\r\n"
+    path = tmp_path / "x.toml"
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert load_config(path).run_folder == "é"
+    for encoding, place in (("utf-16", 0), ("latin-1", 14)):
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(UserError, match=f"not UTF-8 at byte offset {place}; save it as UTF-8"):
+            load_config(path)
+
+
+def test_a_file_without_end_is_refused():
+    with pytest.raises(UserError, match=r"/dev/zero: not a readable TOML file: more than \d+ bytes"):
+        load_config("/dev/zero")
+
+
+@pytest.mark.parametrize("key", ["train.seed = ", "x = "])
+def test_a_file_that_python_cannot_read_is_refused(key: str, tmp_path: Path):
+    path = tmp_path / "x.toml"
+    for value in ("9" * 5000, "[" * 5000):
+        path.write_text(key + value)
+        with pytest.raises(UserError, match="not a readable TOML file"):
+            load_config(path)
+
+
+def test_a_config_below_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tiny.toml").write_text("train = {precision = 'float32', total_steps = 1}")
+    assert load_config("~/tiny.toml").run_folder == "runs/tiny"
+    with pytest.raises(UserError, match=r"~nobody-here/tiny\.toml: no such config file"):
+        load_config("~nobody-here/tiny.toml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["tokenizer.kind=char"],
+        ["tokenizer.kind=byte"],
+        ["tokenizer.kind=bpe"],
+        ["tokenizer.kind=wordpiece"],
+        ["tokenizer.kind=bpe", "tokenizer.path=tokenizer.json"],
+    ],
+)
+def test_another_kind_of_tokenizer_replaces_what_a_shipped_config_sets_for_its_own(path: Path, overrides: list[str]):
+    tokenizer = load_config(path, overrides).tokenizer
+    for override in overrides:
+        key, _, value = override.partition("=")
+        assert getattr(tokenizer, key.removeprefix("tokenizer.")) == value
+
+
+def test_what_is_set_for_the_same_kind_or_on_the_command_line_too_stays():
+    settings = {**SETTINGS, "tokenizer": {"kind": "wordpiece", "vocabulary_size": 300, "lowercase": False}}
+    assert make_config(settings, ["tokenizer.kind=wordpiece"]).tokenizer.lowercase is False
+    assert make_config(settings, ["tokenizer.path=v"]).tokenizer.lowercase is False
+    assert make_config(settings, ["tokenizer.kind=bpe"]).tokenizer.vocabulary_size == 300
+    with pytest.raises(UserError, match=r"tokenizer\.lowercase is not a setting of tokenizer\.kind='char'"):
+        make_config(settings, ["tokenizer.lowercase=true", "tokenizer.kind=char"])
+    of_file = {**SETTINGS, "tokenizer": {"kind": "bpe", "path": "gpt2.json"}}
+    assert make_config(of_file, ["tokenizer.kind=char"]).tokenizer.kind == "char"
+    assert make_config(of_file, ["tokenizer.kind=wordpiece"]).tokenizer.vocabulary_size == 5000
+    misspelt = {**SETTINGS, "tokenizer": {"kind": "wordpiece", "vocab_size": 300}}
+    with pytest.raises(UserError, match=r"tokenizer\.vocab_size is not a setting"):
+        make_config(misspelt, ["tokenizer.kind=char"])
 
 
 def test_every_problem_has_its_line():
@@ -329,7 +537,7 @@ def test_run_folder_is_named_after_the_file(tmp_path: Path):
 
 def test_unreadable_file_is_refused(tmp_path: Path):
     path = tmp_path / "bad.toml"
-    for content in (b"[train\n", b"train = \xff", b"a = 1\na = 2"):
+    for content in (b"[train\n", b"train = \xff", b"a = 1\na = 2", b"\0", b"a = 'b"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"bad.toml: not a readable TOML file: "):
             load_config(path)

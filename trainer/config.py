@@ -5,14 +5,16 @@ home in a class below; where a setting has a counterpart in the tutorial, the de
 """
 
 import copy
-import datetime
+import decimal
 import difflib
 import hashlib
 import json
+import os
 import re
 import tomllib
+import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -26,6 +28,10 @@ SHIPPED_CONFIGS = Path(__file__).parent / "configs"
 # Of so many examples in a row, each source of data.weights has exactly its share.
 MIXTURE_EXAMPLES = 1024
 STORYBOOK_SOURCE = "storybook"
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_NESTING = 5
+# How much of a value a message shows.
+_SHOWN_CHARS = 200
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -598,24 +604,39 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Args:
         path: the TOML file, or the name of a config that ships with trainer, such as quickstart; a file of that name
             goes first. A run_folder that the file does not set becomes `runs/` and the file's stem.
-        overrides: `section.key=value` strings, value in TOML syntax or a bare word; `none` drops the key.
-            train.total_steps replaces the file's train.num_epochs, and the other way round.
+        overrides: `section.key=value` strings. The value is read by the setting's own type: text is taken as it is
+            (in quotation marks: as TOML reads it), a list is [a,b] with or without quotation marks, a number may be
+            .5, 1. or 1e4, and true and false may have capitals. `none` drops the key. train.total_steps replaces the
+            file's train.num_epochs, and the other way round; tokenizer.kind and tokenizer.path replace what the file
+            sets for another kind of tokenizer.
 
     Raises:
         UserError: the file cannot be read, or a setting is unknown or impossible.
     """
-    path = _find_config(Path(path))
+    path = _find_config(Path(os.path.expanduser(path)))  # noqa: PTH111 (Path's raises for ~NOBODY)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_toml_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file.{_known_configs()}") from None
     except IsADirectoryError:
         raise UserError(
             f"{path}: a folder and no config file; to go on with a run that is there: trainer train --resume {path}"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not a readable TOML file: not UTF-8 at byte offset {error.start}; save it as UTF-8."
+        ) from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
     return parse_config(text, str(path), overrides)
+
+
+def _read_toml_file(path: Path) -> str:
+    with path.open("rb") as file:
+        content = file.read(_MAX_CONFIG_BYTES + 1)  # /dev/zero has no end.
+    if len(content) > _MAX_CONFIG_BYTES:
+        raise UserError(f"{path}: not a readable TOML file: more than {_MAX_CONFIG_BYTES} bytes.")
+    return content.decode("utf-8-sig")
 
 
 def _find_config(path: Path) -> Path:
@@ -630,8 +651,8 @@ def parse_config(text: str, path: str, overrides: Sequence[str] = ()) -> Config:
     """Does what `load_config` does with the text of a file at that path."""
     try:
         settings = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not a readable TOML file: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable TOML file: {error}{_toml_advice(text, str(error))}") from None
     settings.setdefault("run_folder", f"runs/{Path(path).stem}")
     return make_config(settings, overrides)
 
@@ -705,13 +726,48 @@ def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> C
     merged = copy.deepcopy(dict(settings))
     overrides = list(overrides)
     _drop_replaced_length(merged, overrides)
+    _drop_replaced_tokenizer(merged, overrides)
     for override in overrides:
         _apply_override(merged, override)
+    problems = [*_unwritable(merged, "")]
+    if problems:
+        raise UserError("\n".join(problems))
     try:
         # Through JSON, where strict refuses "3" and true for a number but takes a list for a tuple.
-        return Config.model_validate_json(json.dumps(merged, default=str), strict=True)
+        return Config.model_validate_json(json.dumps(merged), strict=True)
     except pydantic.ValidationError as error:
         raise UserError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _unwritable(value: Any, key: str) -> Iterator[str]:
+    """Yields what is wrong with values that neither JSON nor a run's config.toml could hold."""
+    if key.count(".") > _MAX_NESTING:
+        yield f"{key[:100]}: nested too deeply to be a setting."
+    elif isinstance(value, Mapping | list | tuple):
+        entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, each in entries:
+            yield from _unwritable(each, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str):
+        if not _is_utf8(key + value):
+            yield (
+                f"{key}={_shown(value)} holds bytes that are not UTF-8; write it in UTF-8, which the terminal or the "
+                "script that it comes from has to use."
+            )
+    elif not isinstance(value, bool | int | float | None):
+        yield f'{key} = {value} is a {type(value).__name__}; write it in quotation marks: {key} = "{value}".'
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
 
 
 def _drop_replaced_length(settings: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -724,25 +780,146 @@ def _drop_replaced_length(settings: dict[str, Any], overrides: Sequence[str]) ->
             settings["train"].pop(replaced, None)
 
 
+def _drop_replaced_tokenizer(settings: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Drops what the file sets for another kind of tokenizer than the overrides choose."""
+    of_file = settings.get("tokenizer")
+    given = {key.strip(): value for key, _, value in (each.partition("=") for each in overrides)}
+    chosen = {
+        name: _read_override(given[f"tokenizer.{name}"], [str])
+        for name in ("kind", "path")
+        if given.get(f"tokenizer.{name}", "none").strip().lower() != "none"
+    }
+    if not isinstance(of_file, dict) or not chosen:
+        return
+    before, after = _tokenizer_tag(of_file), _tokenizer_tag({**of_file, **chosen})
+    if "kind" in chosen and chosen["kind"] != of_file.get("kind"):
+        after = _tokenizer_tag(chosen)  # A file of another kind's vocabulary goes, too.
+    allowed = next((kind.model_fields for kind, tag in _tokenizer_sections() if tag == after), None)
+    if before == after or allowed is None:
+        return
+    known = {name for kind, _ in _tokenizer_sections() for name in kind.model_fields}
+    for name in known - set(allowed):
+        if f"tokenizer.{name}" not in given:
+            of_file.pop(name, None)
+
+
+def _tokenizer_sections() -> Iterator[tuple[type[Section], str]]:
+    for member in typing.get_args(typing.get_args(TokenizerConfig)[0]):
+        kind, tag = typing.get_args(member)
+        yield kind, tag.tag
+
+
 def _apply_override(settings: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"{override!r} is not an override; write section.key=value.")
-    *sections, name = key.strip().split(".")
+        raise UserError(f"{_shown(override)} is not an override; write section.key=value.")
+    if key != key.rstrip():
+        text = text.lstrip()  # The blanks of "key = value" are no part of the value.
+    key = key.strip()
+    *sections, name = key.split(".")
+    if len(sections) > _MAX_NESTING:
+        raise UserError(f"{key[:100]} is not a setting: too many dots.")
     for section in sections:
         settings = settings.setdefault(section, {})
         if not isinstance(settings, dict):
-            raise UserError(f"{override!r}: {section} is a setting, not a section.")
+            raise UserError(f"{_shown(override)}: {section} is a setting, not a section.")
     # A misspelt key goes on to be refused.
-    if text.strip().lower() == "none" and key.strip() in {*setting_names(), *Config.model_fields}:
+    if text.strip().lower() == "none" and key in {*setting_names(), *Config.model_fields}:
         settings.pop(name, None)
         return
+    annotations = _annotations(key)
+    kinds = [kind for annotation in annotations for kind in _plain_types(annotation)]
+    value = _read_override(text, kinds)
+    if not isinstance(value, dict) and any(True for kind in kinds for _ in _sections(kind)):
+        inner = ", ".join(dict.fromkeys(known for known in setting_names() if known.startswith(f"{key}.")))
+        raise UserError(f"{_shown(override)}: {key} is a section; give its settings one by one: {inner}.")
+    settings[name] = value
+
+
+def _annotations(key: str) -> list[Any]:
+    """Returns the annotations of a setting: several if kinds of tokenizer share it, none if it is unknown."""
+    found: list[Any] = [Config]
+    for name in key.split("."):
+        sections = [section for annotation in found for section in _sections(annotation)]
+        found = [section.model_fields[name].annotation for section in sections if name in section.model_fields]
+    return found
+
+
+def _plain_types(annotation: Any) -> Iterator[Any]:
+    """Yields the types that a setting can have, without their bounds: for a Literal those of its values."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        yield from _plain_types(arguments[0])
+    elif origin in (typing.Union, types.UnionType):
+        for each in arguments:
+            yield from _plain_types(each)
+    elif origin is Literal:
+        yield from map(type, arguments)
+    else:
+        yield annotation
+
+
+# Numbers that TOML does not read: .5 and 1. and, for whole ones, 1e4.
+_FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
+_WHOLE = re.compile(r"[+-]?[0-9]{1,40}(\.[0-9]{1,40})?[eE]\+?[0-9]{1,2}")
+
+
+def _read_override(text: str, kinds: Sequence[Any]) -> Any:
+    """Reads the text of an override by the types that its setting can have; what fits none of them stays text, which
+    the setting refuses."""
+    bare = text.strip()
+    value = _read_toml(bare)
+    for kind in kinds:
+        if kind is bool and bare.lower() in ("true", "false"):
+            return bare.lower() == "true"
+        if kind is int and type(value) is int:
+            return value
+        if kind is int and _WHOLE.fullmatch(bare) and (number := decimal.Decimal(bare)) == number.to_integral_value():
+            return int(number)
+        if kind is float and type(value) in (int, float):
+            return value
+        if kind is float and _FLOAT.fullmatch(bare):
+            return float(bare)
+        if typing.get_origin(kind) is tuple and bare.startswith("[") and bare.endswith("]"):
+            return _read_list(bare, value, list(_plain_types(typing.get_args(kind)[0])))
+        if any(_sections(kind)) and isinstance(value, dict):
+            return value
+    return value if isinstance(value, str) else text
+
+
+def _read_list(bare: str, value: Any, kinds: Sequence[Any]) -> list[Any]:
+    if str in kinds and isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return value
+    # The shell takes quotation marks away: ["a","b"] arrives as [a,b].
+    items = bare[1:-1].split(",")
+    if not items[-1].strip():
+        del items[-1]  # Of [], and what follows the last comma.
+    return [_read_override(item.strip(), kinds) for item in items]
+
+
+def _read_toml(text: str) -> Any:
+    """Returns the value that a text is in TOML, or None."""
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    # No setting is a date, but a folder may be named by one.
-    settings[name] = text if isinstance(value, datetime.date | datetime.time) else value
+        read = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # Not only TOMLDecodeError: Python refuses numbers of too many digits.
+        return None
+    return read["value"] if len(read) == 1 else None  # More are in it after a line's end.
+
+
+def _toml_advice(text: str, error: str) -> str:
+    """Returns how the line that an error names is written in TOML, if that can be told; begins with a blank."""
+    place = re.search(r"at line (\d+)", error)
+    line = text.split("\n")[int(place[1]) - 1] if place else ""
+    assignment = re.fullmatch(r"\s*([\w.-]+)\s*=\s*([^#]*?)\s*(#.*)?", line)
+    if not assignment:
+        return ""
+    key, value = assignment[1], assignment[2].strip("\"'\u201c\u201d\u2018\u2019")
+    value = str(float(value)) if _FLOAT.fullmatch(value) else value
+    value = value.lower() if value.lower() in ("true", "false") else value
+    for written in (value, json.dumps(value, ensure_ascii=False)):
+        if value and _read_toml(written) is not None:
+            return f". In TOML that line is: {key} = {written}"
+    return ""
 
 
 def _explain(problem: Any) -> str:
@@ -770,7 +947,10 @@ def _explain(problem: Any) -> str:
         kinds = [typing.get_args(kind.model_fields["kind"].annotation) for kind in _sections(TokenizerConfig)]
         known = ", ".join(dict.fromkeys(repr(name) for names in kinds for name in names))
         return f"{key}.kind must be one of {known}; received {problem['input'].get('kind')!r}."
-    return f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+    value, whole = problem["input"], ""
+    if problem["type"].startswith("int_") and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+        whole = f" Write {int(value)}."
+    return f"{key}={_shown(value)}: {problem['msg'][0].lower()}{problem['msg'][1:]}.{whole}"
 
 
 def _nearest(location: list[str]) -> str:
