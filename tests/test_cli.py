@@ -110,7 +110,11 @@ def test_overrides_may_stand_on_both_sides_of_an_option(capsys: pytest.CaptureFi
 def test_what_is_no_option_and_no_override_is_refused(capsys: pytest.CaptureFixture[str]):
     assert "unrecognized arguments: --steps" in unusable(["plan", MINIGPT, "--steps"], capsys)
     assert "unrecognized arguments: --steps=3" in unusable(["plan", MINIGPT, "--steps=3"], capsys)
-    assert "unrecognized arguments: x=1" in unusable(["evaluate", "RUN", "x=1"], capsys)
+    assert "unrecognized arguments: x=1" in unusable(["inspect", "RUN", "x=1"], capsys)
+    # A run from other devices can be scored on this machine's; no other setting would have an effect.
+    assert "train.xla=on: of a run's settings evaluate takes other devices only, distribution.*." in refusal(
+        ["evaluate", "RUN", "train.xla=on"], capsys
+    )
     assert "'x' is not an override; write section.key=value." in refusal(["plan", MINIGPT, "x"], capsys)
 
 

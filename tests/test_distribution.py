@@ -8,9 +8,16 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import DistributionConfig, UserError, make_config
-from trainer.devices import parse_target
+from trainer.devices import describe_cpu, parse_target
 from trainer.training import distribution
-from trainer.training.distribution import find_devices, gpu_numbers, make_strategy, micro_batches, share_cores
+from trainer.training.distribution import (
+    describe_devices,
+    find_devices,
+    gpu_numbers,
+    make_strategy,
+    micro_batches,
+    share_cores,
+)
 from trainer.training.hosts import Hosts
 
 NUM_GPUS = len(tf.config.list_physical_devices("GPU"))
@@ -29,9 +36,9 @@ def test_one_device_is_chosen_and_holds_the_variables(kind):
 
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_an_error():
-    with pytest.raises(UserError, match=r"distribution\.kind='gpu', but TensorFlow sees no GPU; install the extra"):
+    with pytest.raises(UserError, match=r"distribution\.kind='gpu', but TensorFlow sees no GPU\. This machine"):
         make_strategy(DistributionConfig(kind="gpu"))
-    with pytest.raises(UserError, match=r"distribution\.gpus=\[1, 0\], but TensorFlow sees no GPU; install the extra"):
+    with pytest.raises(UserError, match=r"distribution\.gpus=\[1, 0\], but TensorFlow sees no GPU\. This machine"):
         make_strategy(DistributionConfig(gpus=(1, 0)))
 
 
@@ -59,6 +66,20 @@ def test_a_run_sees_no_gpu_but_those_named():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
+def test_a_run_says_on_what_it_computes_and_warns_of_a_gpu_that_it_leaves_alone(monkeypatch):
+    warning = "This machine's NVIDIA GPU is not used: ..."
+    monkeypatch.setattr(distribution, "unused_gpu", lambda is_built_with_cuda: warning)
+    strategy = make_strategy(DistributionConfig())
+    devices = f"Devices: {describe_cpu()}"
+    assert describe_devices(strategy, DistributionConfig(), Hosts()) == [devices, f"warning: {warning}"]
+    # Who asks for the CPU gets it without a word.
+    for config in (DistributionConfig(kind="cpu"), DistributionConfig(logical_devices=2)):
+        assert describe_devices(strategy, config, Hosts()) == [devices]
+    of_several = describe_devices(strategy, DistributionConfig(kind="cpu"), Hosts(("a:1", "b:1"), 1))
+    assert of_several == [f"Devices: 2 workers; worker 1: {describe_cpu()}"]
 
 
 def test_a_cpu_takes_a_large_batch_in_two_halves_at_once_unless_told_otherwise():

@@ -391,9 +391,11 @@ def test_a_foreign_keras_model_of_any_style_trains_resumes_and_writes(tmp_path, 
     monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
     settings = settings_of(tmp_path, model__dropout=0.0, evaluation__every_steps=None, samples__every_steps=None)
     config = trainer.make_config(settings)
-    result = trainer.train(config, build, say=lambda _: None)
+    said, said_again = [], []
+    result = trainer.train(config, build, say=said.append)
     assert result.evaluation.loss < np.log(40)
-    again = trainer.resume(result.run_folder, build, say=lambda _: None)
+    again = trainer.resume(result.run_folder, build, say=said_again.append)
+    assert said[0].startswith("Devices: ") and said_again[0] == said[0]
     assert again.evaluation == result.evaluation
     assert trainer.generate(result.run_folder, "the ", "greedy", num_tokens=3, build_model=build)[0].startswith("the ")
     with pytest.raises(trainer.UserError, match="does not hold this model"):

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 
 from trainer.config import Config, UserError, load_config
+from trainer.devices import has_nvidia_gpu
 from trainer.version import __version__
 
 EXIT_USER_ERROR = 2
@@ -94,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verbs.add_parser("evaluate", help="score a run's newest checkpoint on the whole validation text")
     evaluate.add_argument("run_folder", metavar="RUN", help="folder of the run")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="other devices than the run's, as distribution.kind=cpu"
+    )
     evaluate.set_defaults(run=_evaluate)
 
     generate = verbs.add_parser("generate", help="let a run's newest checkpoint write")
@@ -222,12 +226,18 @@ def _inspect(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     from trainer.run import RunFolder
 
-    run = RunFolder(options.run_folder)
+    for override in options.overrides:
+        if not override.startswith("distribution."):
+            raise UserError(f"{override}: of a run's settings evaluate takes other devices only, distribution.*.")
+    run = RunFolder(options.run_folder, options.overrides)
     with _quiet_import():
         from trainer.evaluate import Evaluator
-        from trainer.training.distribution import make_strategy
+        from trainer.training.distribution import describe_devices, make_strategy
+        from trainer.training.hosts import Hosts
 
     strategy = make_strategy(run.config.distribution, alone=True)
+    for line in describe_devices(strategy, run.config.distribution, Hosts()):
+        print(line, file=sys.stderr)
     prepared = run.prepared()
     with strategy.scope():
         model, checkpoint = run.load_model()
@@ -247,6 +257,10 @@ def _generate(options: argparse.Namespace) -> None:
     RunFolder(options.run_folder)
     with _quiet_import():
         import trainer.decoding.generate  # noqa: F401
+        from trainer.training.distribution import unseen_gpu
+
+    if warning := unseen_gpu():
+        print(f"warning: {warning}", file=sys.stderr)
     texts = generate(
         options.run_folder,
         [options.prompt] * options.num_samples,
@@ -287,7 +301,8 @@ def _plan(options: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _quiet_import() -> Iterator[None]:
     """Keeps TensorFlow's greetings off the terminal, and nothing else: warnings and errors are passed on."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Without a GPU TensorFlow's warnings, too, are about GPUs; with one they say why it is not used.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if has_nvidia_gpu() else "3")
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as heard:

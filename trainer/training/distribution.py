@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from trainer.config import Config, DistributionConfig, UserError, rows_per_replica
 from trainer.data.batches import ALL, Share
-from trainer.devices import Target, find_gpu, num_cores, parse_target
+from trainer.devices import Target, describe_cpu, find_gpu, num_cores, parse_target, unused_gpu
 from trainer.training.hosts import Hosts, find_hosts
 from trainer.training.tpu import check_tpu_install
 
@@ -116,6 +116,36 @@ def device_names(strategy: tf.distribute.Strategy) -> set[str]:
     return set()
 
 
+def describe_devices(strategy: tf.distribute.Strategy, config: DistributionConfig, hosts: Hosts) -> list[str]:
+    """Returns a line that says what a run computes on, such as 2 CPU cores with AMX, or 2 x RTX 4090; and a warning, if
+    the machine has a GPU that the config would use and TensorFlow does not see.
+
+    Args:
+        strategy: of the run.
+        config: of the run.
+        hosts: of the run; several are told with what this one has.
+    """
+    num_replicas = strategy.num_replicas_in_sync // len(hosts.workers)
+    kind = device_kind(strategy)
+    names = [name.removeprefix("NVIDIA ").removeprefix("GeForce ") for name in sorted(device_names(strategy))]
+    if kind == "CPU":
+        devices = describe_cpu() + (f", split into {num_replicas} replicas" if num_replicas > 1 else "")
+    elif kind == "TPU":
+        devices = " ".join(["TPU", *names]) + f", {num_replicas} replicas"
+    else:
+        devices = f"{num_replicas} x {' and '.join(names) or kind}"
+    if hosts.are_several:
+        devices = f"{len(hosts.workers)} workers; worker {hosts.number}: {devices}"
+    wants_gpu = config.kind in ("auto", "multi_worker") and config.logical_devices == 1
+    warning = unseen_gpu() if wants_gpu else None
+    return [f"Devices: {devices}", *([f"warning: {warning}"] if warning else [])]
+
+
+def unseen_gpu() -> str | None:
+    """Returns why TensorFlow sees no GPU, and what mends it, on a machine that has one; None anywhere else."""
+    return None if _num_gpus() else unused_gpu(tf.test.is_built_with_cuda())
+
+
 def find_devices(kind: str, names: Collection[str], num_replicas: int) -> Target | None:
     """Returns the devices of a run as the device table has them, or None where it does not.
 
@@ -185,6 +215,9 @@ def _gpus(asked: tuple[int, ...] | None) -> tf.distribute.Strategy:
     return tf.distribute.OneDeviceStrategy(devices[0]) if len(used) == 1 else tf.distribute.MirroredStrategy(devices)
 
 
+_NO_GPU = "This machine shows no GPU of NVIDIA."
+
+
 def gpu_numbers(asked: tuple[int, ...] | None, num_seen: int) -> list[int]:
     """Returns the numbers of the GPUs to use, in rising order.
 
@@ -198,8 +231,8 @@ def gpu_numbers(asked: tuple[int, ...] | None, num_seen: int) -> list[int]:
     setting = "distribution.kind='gpu'" if asked is None else f"distribution.gpus={list(asked)}"
     if not num_seen:
         raise UserError(
-            f"{setting}, but TensorFlow sees no GPU; install the extra gpt-trainer[cuda] and a driver, or set "
-            "distribution.kind='cpu' and leave distribution.gpus out."
+            f"{setting}, but TensorFlow sees no GPU. {unused_gpu(tf.test.is_built_with_cuda()) or _NO_GPU}\n"
+            "To train on the CPU, set distribution.kind='cpu' and leave distribution.gpus out."
         )
     if asked is not None and max(asked) >= num_seen:
         raise UserError(

@@ -27,6 +27,7 @@ from trainer.run import BuildModel, RunFolder, find_run, make_model
 from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
 from trainer.training.distribution import (
     count_replicas_of,
+    describe_devices,
     device_kind,
     device_names,
     distributed,
@@ -76,8 +77,7 @@ def start(
         return prepare(config, say) if run is None else run.prepared(lambda: prepare(config, say))
 
     if not hosts.are_several:
-        share_cores(config, hosts)
-        strategy = make_strategy(config.distribution)
+        strategy = open_devices(config, hosts, say)
         rows_per_replica(config, strategy.num_replicas_in_sync)
         prepared = find_data(prepare, say)
         run = run or RunFolder.create(config, prepared)
@@ -110,8 +110,7 @@ def resume(
     if hosts.are_several:
         say = say if hosts.is_chief else _be_silent
         return _join(lambda: RunFolder(run_folder, overrides), hosts, run.prepared(), build_model, say)
-    share_cores(run.config, hosts)
-    strategy = make_strategy(run.config.distribution)
+    strategy = open_devices(run.config, hosts, say)
     with _whole_run(run, hosts):
         return train(run, hosts, strategy, run.prepared(), build_model, say)
 
@@ -131,9 +130,17 @@ def _join(
 
     meet(hosts.workers, hosts.number, what_is_there)
     run = open_run()
-    share_cores(run.config, hosts)
     with _whole_run(run, hosts):
-        return train(run, hosts, make_strategy(run.config.distribution), prepared, build_model, say)
+        return train(run, hosts, open_devices(run.config, hosts, say), prepared, build_model, say)
+
+
+def open_devices(config: Config, hosts: Hosts, say: Say) -> tf.distribute.Strategy:
+    """Returns the strategy of a run, and says on what it computes. Call it before TensorFlow computes anything."""
+    share_cores(config, hosts)
+    strategy = make_strategy(config.distribution)
+    for line in describe_devices(strategy, config.distribution, hosts):
+        say(line)
+    return strategy
 
 
 def fingerprints(config: Config) -> dict[str, str]:
