@@ -592,6 +592,14 @@ def test_shipped_config_is_sound(path: Path):
     load_config(path)
 
 
+def test_only_the_storybook_s_and_the_tutorial_s_configs_give_up_capitals():
+    configs = {path.stem: load_config(path).tokenizer for path in (ROOT / "configs").glob("*.toml")}
+    lowering = {name for name, tokenizer in configs.items() if getattr(tokenizer, "lowercase", False)}
+    assert lowering == {"quickstart", "minigpt"}
+    # GPT-2's own number of tokens, by which the model has GPT-2's shape.
+    assert {each.vocabulary_size for name, each in configs.items() if name.startswith("gpt2")} == {50257}
+
+
 def test_prepared_data_is_shared_by_configs_that_prepare_alike():
     def path(*overrides: str) -> str:
         return make_config(SETTINGS, ["data.train=a.txt", *overrides]).prepared_name()

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import DataConfig, UserError
+from trainer.config import SHIPPED_CONFIGS, DataConfig, UserError, load_config
 from trainer.data import files
 from trainer.data.files import find_files, parts_of
 from trainer.data.text import is_held_out, open_source
@@ -58,7 +58,7 @@ def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["gone.txt", "*.text", "**/*.text"])
 def test_a_source_without_a_file_is_an_error_naming_the_setting(tmp_path, name):
     with pytest.raises(
-        UserError, match=r"data\.validation='.*': no (such file|file matches), seen from .*; check the pa"
+        UserError, match=r"data\.validation='.*': no (such file|file matches), seen from .*\. Check the path, or give"
     ):
         find_files([str(tmp_path / name)], "data.validation")
 
@@ -257,3 +257,25 @@ def test_the_storybook_is_a_source_of_stories():
     assert len(found) == 200
     assert 5 <= sum(split == "validation" for split, _ in found) <= 40
     assert source.names() == {"train": [], "validation": []}
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED_CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_shipped_config_without_its_text_says_how_to_give_one(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(path)
+    if config.data.is_storybook():
+        return
+    with pytest.raises(UserError, match=r"data\.train=PATH") as error:
+        open_source(config.data)
+    if "get_file" in str(error.value) or "curl" in str(error.value):
+        assert "https://" in str(error.value)
+    # What it says is taken as it stands, and so is what is said of the validation text next.
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text("a text\n")
+    given = ["data.train=texts/*.txt"]
+    if config.data.validation is not None:
+        with pytest.raises(UserError, match=r"data\.validation=") as error:
+            open_source(load_config(path, given).data)
+        given.append("data.validation=none")
+    assert [file.name for file in open_source(load_config(path, given).data).train_files] == ["a.txt"]

@@ -28,6 +28,7 @@ Fragment = tuple[str, bool]
 LONG_CHARS = 1 << 22
 _READ_BYTES = 1 << 20
 _SIMPLEBOOKS_URL = "https://dldata-public.s3.us-east-2.amazonaws.com/simplebooks.zip"
+_TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
 @dataclasses.dataclass
@@ -59,7 +60,7 @@ def find_files(sources: Iterable[str], setting: str) -> list[Location]:
             )
         matches = path.glob() if isinstance(path, Url) else _matches(path)
         if not matches:
-            raise UserError(f"{setting}={source!r}: {_nothing_there(source)}")
+            raise UserError(f"{setting}={source!r}: {_nothing_there(source, setting)}")
         files.update(dict.fromkeys(matches))
     return list(files)
 
@@ -70,16 +71,26 @@ def _matches(path: Path) -> list[Path]:
     return [Path(name) for name in names if not Path(name).is_dir()]
 
 
-def _nothing_there(source: str) -> str:
+def _nothing_there(source: str, setting: str) -> str:
     if "simplebooks" in source.lower():
         return (
             "no such file. Get SimpleBooks with\n"
             f"  python -c 'import keras; keras.utils.get_file(origin=\"{_SIMPLEBOOKS_URL}\", extract=True)'\n"
             "or train on your own text: data.train=PATH data.validation=PATH"
         )
-    if glob.has_magic(source):
-        return f"no file matches, seen from {Path.cwd()}; check the pattern."
-    return f"no such file, seen from {Path.cwd()}; check the path, or use a glob."
+    if Path(source).name == "tinyshakespeare.txt":
+        return (
+            f"no such file, seen from {Path.cwd()}. Get tiny Shakespeare with\n"
+            f"  curl -fLo tinyshakespeare.txt {_TINY_SHAKESPEARE_URL}\n"
+            "or train on your own text: data.train=PATH"
+        )
+    what = "no file matches" if glob.has_magic(source) else "no such file"
+    # Without it part of data.train is held out.
+    without = ", or leave it out with data.validation=none" if setting == "data.validation" else ""
+    return (
+        f"{what}, seen from {Path.cwd()}. Check the path, or give your own text: {setting}=PATH, a file or a glob in "
+        f"quotes, such as '{setting}=texts/*.txt'{without}."
+    )
 
 
 def is_json_lines(path: Location) -> bool:
