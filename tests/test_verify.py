@@ -1,10 +1,13 @@
 """Laws of trainer verify."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from trainer.config import DistributionConfig, UserError, load_config, make_config
-from trainer.verify import Trace, difference, distribution_of, verify
+from trainer import verify as verify_module
+from trainer.verify import Trace, difference, distribution_of, names_not_finite, verify
 
 
 def config_of(tmp_path, **train):
@@ -27,6 +30,49 @@ def test_a_difference_is_relative_and_the_largest():
     assert found == pytest.approx((0.5, 0.5, 0.1))
     assert difference(trace(), trace()) == (0.0, 0.0, 0.0)
     assert difference(trace(losses=(1.0,)), trace()) == (np.inf, np.inf, np.inf)
+
+
+def test_what_is_not_finite_equals_nothing_not_even_itself():
+    for value in (np.nan, np.inf, -np.inf):
+        for field, number in (("losses", 0), ("norms", 1), ("weights", 2)):
+            broken = trace(**{field: (1.0, value)})
+            for one, other in ((broken, broken), (broken, trace()), (trace(), broken)):
+                assert difference(one, other)[number] == np.inf
+            assert names_not_finite(broken) == [Trace._fields[number]]
+    assert names_not_finite(trace()) == []
+
+
+def test_zeros_and_huge_numbers_have_a_difference_too():
+    nothing = trace(losses=(0.0, 0.0), norms=(0.0, 0.0), weights=(0.0, 0.0))
+    assert difference(nothing, nothing) == (0.0, 0.0, 0.0)
+    assert difference(trace(), nothing) == (np.inf, np.inf, np.inf)
+    huge = np.array([3e38, 3e38], np.float32)
+    assert difference(trace(weights=-huge), trace(weights=huge)).weights == pytest.approx(2)
+    assert difference(trace(weights=(1e308, 1e308)), trace(weights=(-1e308, 1e308))).weights == np.inf
+
+
+def test_weights_that_are_nan_are_not_the_same_model(tmp_path, monkeypatch):
+    # A stand-in for the steps, which skip what is not finite: this is what reaches the comparison from a device.
+    monkeypatch.setattr(verify_module, "take_steps", nan_weights)
+    monkeypatch.setattr(verify_module, "ProcessPoolExecutor", InThisProcess)
+    lines = []
+    assert not verify(config_of(tmp_path), [1, 2], say=lines.append)
+    assert lines[-2].endswith("inf in all weights; NOT FINITE: weights")
+    assert lines[-1].startswith("NOT the same model: the lines above have numbers that are not finite")
+
+
+def nan_weights(*_):
+    return trace(weights=(np.nan, 1.0))
+
+
+class InThisProcess(ThreadPoolExecutor):
+    def __init__(self, max_workers, mp_context):
+        super().__init__(max_workers)
+
+
+def test_one_number_of_replicas_has_nothing_to_be_compared_with(tmp_path):
+    with pytest.raises(UserError, match=r"verify compares numbers of replicas, and \[2\] names fewer than two"):
+        verify(config_of(tmp_path), [2])
 
 
 @pytest.mark.slow

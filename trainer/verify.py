@@ -56,8 +56,11 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
         Whether all differences are within what rounding explains.
 
     Raises:
-        UserError: a batch cannot be spread over that many replicas, too few GPUs are named, or the text cannot be used.
+        UserError: there is nothing to compare, a batch cannot be spread over that many replicas, too few GPUs are
+            named, or the text cannot be used.
     """
+    if len(replicas) < 2:
+        raise UserError(f"verify compares numbers of replicas, and {list(replicas)} names fewer than two; give more.")
     distributions = [distribution_of(config.distribution, num_replicas) for num_replicas in replicas]
     shares = [rows_per_replica(config, num_replicas) for num_replicas in replicas]
     micro_batch_size = config.train.fixed_micro_batch_size() or math.gcd(*shares)
@@ -77,14 +80,18 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
         reference = reference or trace
         found = difference(trace, reference)
         worst = max(worst, *found)
+        not_finite = ", ".join(names_not_finite(trace))
         say(
             f"  {num_replicas} replica{'s' if num_replicas > 1 else ''}: loss {trace.losses[-1]:.6f}; differs by "
             f"{found.loss:.1e} in loss, {found.grad_norm:.1e} in gradient norm, {found.weights:.1e} in all weights"
+            f"{f'; NOT FINITE: {not_finite}' if not_finite else ''}"
         )
     same = worst <= tolerance
     verdict = "the same model" if same else "NOT the same model"
     if worst == 0:
         say(f"{verdict}, to the last bit.")
+    elif math.isinf(worst):
+        say(f"{verdict}: the lines above have numbers that are not finite, or different steps were skipped.")
     else:
         say(f"{verdict}: the largest relative difference is {worst:.1e}, and rounding explains {tolerance:.0e}.")
     return same
@@ -121,18 +128,39 @@ def take_steps(config: Config, prepared: PreparedData, distribution: Distributio
     if not metrics:
         raise UserError(f"--steps {num_steps}: the loss or gradient of every step was not finite; take more steps.")
     return Trace(
-        np.array([float(m.loss_sum) / float(m.num_targets) for m in metrics]),
+        np.array([float(m.loss_sum) / max(1.0, float(m.num_targets)) for m in metrics]),
         np.array([float(m.grad_norm_sum) for m in metrics]),
         np.concatenate([np.ravel(variable.numpy()) for variable in model.variables]),
     )
 
 
+def names_not_finite(trace: Trace) -> list[str]:
+    """Returns which fields of a trace hold a number that is NaN or infinite."""
+    return [name for name, values in trace._asdict().items() if not np.isfinite(values).all()]
+
+
 def difference(trace: Trace, reference: Trace) -> Difference:
-    """Compares two traces; infinite where other steps were skipped."""
+    """Compares two traces. A difference is infinite when a number that it depends on is NaN or infinite in either of
+    them, and when the two skipped different numbers of steps: neither can be called equal to anything.
+    """
     if trace.losses.shape != reference.losses.shape:
         return Difference(math.inf, math.inf, math.inf)
     return Difference(
-        float(np.max(np.abs(trace.losses - reference.losses) / np.abs(reference.losses))),
-        float(np.max(np.abs(trace.grad_norms - reference.grad_norms) / reference.grad_norms)),
-        float(np.linalg.norm(trace.weights - reference.weights) / np.linalg.norm(reference.weights)),
+        _relative(np.abs, trace.losses, reference.losses),
+        _relative(np.abs, trace.grad_norms, reference.grad_norms),
+        _relative(np.linalg.norm, trace.weights, reference.weights),
     )
+
+
+def _relative(size: Callable[[np.ndarray], np.ndarray], found: np.ndarray, expected: np.ndarray) -> float:
+    """Returns the largest of size(found - expected) / size(expected)."""
+    if not (np.isfinite(found).all() and np.isfinite(expected).all()):
+        return math.inf
+    # In float64, so that the squares of float32 weights do not overflow.
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        apart = size(found - expected)
+        # Equal numbers differ by 0, even if both are 0, where a division would make NaN of it.
+        relative = np.divide(apart, size(expected), out=np.zeros_like(apart), where=apart != 0)
+    largest = float(np.max(relative))
+    return math.inf if math.isnan(largest) else largest
