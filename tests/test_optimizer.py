@@ -65,6 +65,35 @@ def test_decay_shrinks_matrices_and_leaves_vectors_alone():
     np.testing.assert_array_equal(ours["bias"].numpy(), variables()["bias"].numpy())
 
 
+def test_biases_and_normalizations_of_several_axes_are_left_alone_too():
+    tokens = np.zeros((1, 4), np.int32)
+    inputs = keras.Input((4,), dtype="int32")
+    x = keras.layers.Embedding(7, 6)(inputs)
+    x = keras.layers.MultiHeadAttention(2, 3)(x, x)
+    x = keras.layers.EinsumDense("btd,dhe->bthe", (None, 2, 5), bias_axes="he")(x)
+    x = keras.layers.LayerNormalization(axis=(-2, -1))(x)
+    x = keras.layers.RMSNormalization(axis=(-2, -1))(x)
+    x = keras.layers.GRU(3, return_sequences=True)(keras.layers.Reshape((4, 10))(x))
+    model = keras.Model(inputs, keras.layers.Dense(7)(x))
+    model(tokens)
+    of_several_axes = [variable for variable in model.trainable_variables if len(variable.shape) > 1]
+    names = {variable.name for variable in of_several_axes}
+    assert names == {"embeddings", "kernel", "recurrent_kernel", "bias", "gamma", "beta", "scale"}
+    left_alone = [
+        variable for variable in model.trainable_variables if variable.name in ("bias", "gamma", "beta", "scale")
+    ]
+    before = {id(variable): variable.numpy() for variable in model.trainable_variables}
+    for variable in left_alone:
+        variable.assign(variable.numpy() + 1)  # Zeros would hide a decay.
+        before[id(variable)] = variable.numpy()
+    weights = {variable.path: variable for variable in model.trainable_variables}
+    optimizer = AdamW(OptimizerConfig(weight_decay=0.5), weights)
+    optimizer.apply([tf.zeros(variable.shape) for variable in weights.values()], tf.constant(0.1))
+    for variable in weights.values():
+        factor = 1 if any(variable is one for one in left_alone) else 0.95
+        np.testing.assert_allclose(variable.numpy(), factor * before[id(variable)], rtol=1e-6, err_msg=variable.path)
+
+
 def test_state_is_named_after_the_weights():
     optimizer = AdamW(OptimizerConfig(), variables())
     assert set(optimizer.state()) == {

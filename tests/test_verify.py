@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from trainer.config import DistributionConfig, UserError, load_config, make_config
 from trainer import verify as verify_module
+from trainer.config import DistributionConfig, UserError, load_config, make_config
 from trainer.verify import Trace, difference, distribution_of, names_not_finite, verify
 
 

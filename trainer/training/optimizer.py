@@ -7,6 +7,9 @@ import tensorflow as tf
 
 from trainer.config import OptimizerConfig
 
+# How Keras's own layers name what is added or multiplied number by number, and custom layers mostly do: query_bias.
+NAMES_WITHOUT_DECAY = ("bias", "gamma", "beta", "scale")
+
 
 class AdamW(tf.Module):
     """Adam with decoupled weight decay; equal to Keras AdamW, and without decay to Keras Adam.
@@ -74,8 +77,12 @@ class AdamW(tf.Module):
 
 
 def decays(variable: keras.Variable) -> bool:
-    """Whether weight decay applies: to matrices and embeddings, not to biases and normalizations."""
-    return len(variable.shape) > 1
+    """Returns whether weight decay applies: to matrices and embeddings, not to biases and normalizations.
+
+    The name decides as well as the shape: biases of Keras's MultiHeadAttention, EinsumDense and GRU have several axes,
+    and so do the scales of a normalization over several axes.
+    """
+    return len(variable.shape) > 1 and not variable.name.endswith(NAMES_WITHOUT_DECAY)
 
 
 def _slot(variable: keras.Variable) -> tf.Variable:
