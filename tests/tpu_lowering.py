@@ -14,7 +14,14 @@ import tensorflow as tf
 
 from trainer.config import make_config
 from trainer.model.gpt import GPT, DropoutDraw
-from trainer.training.step import accumulate, batch_hash, forward_backward, mean_and_clip
+from trainer.training.step import (
+    accumulate,
+    batch_hash,
+    forward_backward,
+    hash_from_floats,
+    hash_to_floats,
+    mean_and_clip,
+)
 
 ROWS, LENGTH, VOCABULARY = 8, 64, 256
 
@@ -40,7 +47,8 @@ def lower(model_settings, z_loss):
 
         batch = (inputs, targets, target_weights)
         sums = accumulate(gradients_of, weights, [], batch, first_row, ROWS // 2)
-        return mean_and_clip(sums.weights, sums.num_targets, 1.0), batch_hash(batch, first_row, 8 * ROWS)
+        found = hash_from_floats(hash_to_floats(batch_hash(batch, first_row)))
+        return mean_and_clip(sums.weights, sums.num_targets, 1.0), found
 
     @tf.function(jit_compile=True, autograph=False)
     def decode(tokens, index, *tensors):

@@ -153,23 +153,62 @@ def _cast_sums(sums: Gradients, dtype: tf.DType) -> Gradients:
     return Gradients(weights, tf.cast(sums.loss_sum, dtype), tf.cast(sums.num_targets, dtype), sums.state)
 
 
-def batch_hash(batch: Batch, first_row: tf.Tensor, global_batch_size: int) -> tf.Tensor:
-    """Returns a number for a batch, to be summed over replicas: the sum is the same for the same rows at the same
-    places of the global batch, however they are spread.
+def batch_hash(batch: Batch, first_row: tf.Tensor) -> tf.Tensor:
+    """Returns a hash of a batch, to be summed over replicas: the sum depends on every number of every row and on its
+    place in the global batch, and not on how the rows are spread.
+
+    Two sums of 32 bits, as an accelerator has no integers of 64. Any change of one number in a row changes both:
+    multiplication by an odd factor and each step of the mixing are one to one, and a sum with one different term is
+    another sum. Two batches that differ in more have equal hashes once in 2**64.
+
+    Args:
+        batch: inputs int32, targets int32 and weights float32, each [batch, sequence].
+        first_row: int64 scalar, the place of the batch's first row in the global batch.
 
     Returns:
-        float32 scalar, integral; so small that the sum over a global batch is exact.
+        int32 [2], to be added modulo 2**32; `hash_to_floats` has them travel with the gradients.
+
+    Source: of the mixing, Appleby's MurmurHash3 (fmix32).
     """
     inputs, targets, weights = batch
-    # Knuth's multiplicative hashing: odd factors, so that every token counts modulo 2**32, and then the high bits,
-    # which all of them have reached.
-    factors = np.cumprod(np.full(targets.shape[1] + 2, 2654435761, np.uint32), dtype=np.uint32).view(np.int32)
-    seen = tf.concat([inputs[:, :1], tf.where(weights > 0, targets, -1)], axis=1) + 2
     rows = tf.cast(first_row, tf.int32) + tf.range(targets.shape[0])
-    hashes = (tf.reduce_sum(seen * factors[1:], axis=1) + (rows + 1) * factors[0]) * factors[0]
-    bits = 24 - min(max((global_batch_size - 1).bit_length(), 12), 23)
-    high = tf.bitwise.right_shift(tf.bitcast(hashes, tf.uint32), tf.constant(32 - bits, tf.uint32))
-    return tf.reduce_sum(tf.cast(tf.bitcast(high, tf.int32), tf.float32))
+    seen = tf.concat([rows[:, tf.newaxis], inputs, targets, tf.bitcast(weights, tf.int32)], axis=1)
+    # RandomState draws the same numbers in every release of NumPy. Powers of one factor would not do: modulo 2**32 some
+    # long sequences collide for all of them.
+    factors = np.random.RandomState(0).randint(0, 2**32, (2, seen.shape[1]), dtype=np.uint32) | 1
+    words = [tf.reduce_sum(_mixed(tf.reduce_sum(seen * each.view(np.int32), axis=1))) for each in factors]
+    return tf.stack(words)
+
+
+def _mixed(x: tf.Tensor) -> tf.Tensor:
+    """Spreads the bits of int32 [n], one to one. Without it a sum over rows would not depend on their order."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = _shifted_in(x, shift) * tf.constant(np.uint32(factor).view(np.int32))
+    return _shifted_in(x, 16)
+
+
+def _shifted_in(x: tf.Tensor, shift: int) -> tf.Tensor:
+    shifted = tf.bitwise.right_shift(tf.bitcast(x, tf.uint32), tf.constant(shift, tf.uint32))
+    return tf.bitwise.bitwise_xor(x, tf.bitcast(shifted, tf.int32))
+
+
+# A sum over up to 2**16 replicas of numbers of 8 bits is exact in float32, which counts to 2**24.
+_HASH_SHIFTS = np.arange(0, 32, 8, dtype=np.uint32)
+
+
+def hash_to_floats(words: tf.Tensor) -> tf.Tensor:
+    """Splits int32 [2] into bytes, float32 [8], as one operation sums all that a step reduces in one dtype."""
+    words = tf.bitcast(words, tf.uint32)[:, tf.newaxis]
+    parts = tf.bitwise.bitwise_and(tf.bitwise.right_shift(words, _HASH_SHIFTS), tf.constant(255, tf.uint32))
+    return tf.reshape(tf.cast(tf.bitcast(parts, tf.int32), tf.float32), [-1])
+
+
+def hash_from_floats(sums: tf.Tensor) -> tf.Tensor:
+    """Joins what `hash_to_floats` made, summed over replicas, to one int64 scalar."""
+    parts = tf.reshape(tf.cast(sums, tf.int64), [2, -1])
+    words = tf.reduce_sum(parts * (1 << _HASH_SHIFTS.astype(np.int64)), axis=1) % 2**32
+    # No sum: the chain's would become one of three, which TensorFlow makes in a buffer of its own.
+    return tf.bitwise.bitwise_or(words[0] * 2**32, words[1])
 
 
 def mean_and_clip(
@@ -305,7 +344,7 @@ class TrainingStep:
 
         # Sum over replicas before clipping: clipping each replica's share would make the result depend on how many
         # there are. One list of one dtype, so that one operation sums it all.
-        local_hash = tf.cast(batch_hash(batch, first_row, config.train.global_batch_size), sum_dtype)
+        local_hash = tf.cast(hash_to_floats(batch_hash(batch, first_row)), sum_dtype)
         summands = [*local.weights, local.loss_sum, local.num_targets, local_hash, tf.cast(stop, sum_dtype)]
         sums = self.sum_over_replicas(replica, summands)
         dtype = self._accumulation_dtype()
@@ -318,8 +357,8 @@ class TrainingStep:
             self.optimizer.apply(clipped, rate)
             for variable, value in zip(model.non_trainable_variables, local.state, strict=True):
                 variable.value.assign(value)
-            # A chain: it tells which batches shaped the weights, and in which order.
-            self.batches_hash.assign(self.batches_hash * 1_000_003 + tf.cast(hash_sum, tf.int64))
+            # A chain, modulo 2**64: it tells which batches shaped the weights, and in which order.
+            self.batches_hash.assign(self.batches_hash * 1_000_003 + hash_from_floats(hash_sum))
 
         tf.cond(finite, update, lambda: None)
         self.step.assign_add(1)
