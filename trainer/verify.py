@@ -4,7 +4,7 @@ import math
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -152,7 +152,7 @@ def difference(trace: Trace, reference: Trace) -> Difference:
     )
 
 
-def _relative(size: Callable[[np.ndarray], np.ndarray], found: np.ndarray, expected: np.ndarray) -> float:
+def _relative(size: Callable[[np.ndarray], Any], found: np.ndarray, expected: np.ndarray) -> float:
     """Returns the largest of size(found - expected) / size(expected)."""
     if not (np.isfinite(found).all() and np.isfinite(expected).all()):
         return math.inf
