@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import trainer
+from trainer.cli import main
 from trainer.config import Config, UserError, load_config, make_config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
@@ -61,6 +62,41 @@ def test_run_comes_back_as_it_was_created(run: RunFolder, tmp_path: Path):
     assert again.tokenizer().fingerprint == prepared.tokenizer_fingerprint
     assert load_config(str(run.path / "config.toml")) == run.config
     assert sorted(path.name for path in run.path.iterdir()) == ["config.toml", "run.json", "tokenizer"]
+
+
+@pytest.mark.slow
+def test_every_path_of_a_run_may_begin_at_the_home_folder_and_hold_brackets_blanks_and_hangul(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "my [run] 'x'"
+    home.mkdir()
+    name = "가" * 78
+    (home / f"{name}.txt").write_text("the cat sat on the mat\n" * 30, encoding="utf-8")
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[BOS]", *"thecasonm", *(f"##{c}" for c in "hecatsnmo")])
+    )
+    text = f"~/my [run] 'x'/{name}.txt"
+    overrides = [
+        f"data.train={text}",
+        f"data.validation={text}",
+        "data.prepared_folder=~/my [run] 'x'/prepared",
+        "run_folder=~/my [run] 'x'/run",
+        "tokenizer.kind=wordpiece",
+        "tokenizer.path=~/vocab.txt",
+    ]
+    config = tiny(tmp_path, *overrides)
+    trainer.train(config, say=quiet)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [home.name, "vocab.txt"]
+    assert {path.name for path in home.iterdir()} == {f"{name}.txt", "prepared", "run"}
+    assert RunFolder(config.run_folder).checkpoints().latest() is not None
+    with pytest.raises(UserError, match="already holds a run"):
+        check_is_free(config)
+    assert main(["inspect", config.run_folder]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(home / "run/config.toml")]) == 0
+    assert "examples" in capsys.readouterr().out  # Which only prepared data tells.
 
 
 def test_a_run_may_go_on_on_other_devices_and_never_with_another_model(run: RunFolder):

@@ -217,3 +217,37 @@ def test_a_run_in_a_store_is_that_on_a_disk(store, tmp_path, monkeypatch):
     assert tf.io.gfile.stat(events).length > 0
     with pytest.raises(UserError, match=r"already holds a run"):
         trainer.train(config, say=quiet)
+
+
+# Paths.
+
+
+def test_a_tilde_is_the_home_folder_and_another_name_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate("~") == tmp_path
+    assert locate("~/a/b") == locate(Path("~/a/b")) == tmp_path / "a/b"
+    for other in ("~nobody-here", "~backup.txt", "a/~/b", "./a~"):
+        assert locate(other) == Path(other)
+    assert locate("gs://bucket/~/x") == Url("gs://bucket/~/x")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("a/" + "한" * 86 + "/b", r"a name in it has 258 bytes and the whole path 262; at most 255 and"),
+        ("a/" * 2000, r"\.\.\..*: a name in it has 1 bytes and the whole path 4000; at most"),
+        ("a\0b", r"^'a\\x00b': a path cannot hold a NUL character"),
+        ("\udced\udc95", r"^'\\udced\\udc95': not a path in UTF-8"),
+    ],
+)
+def test_a_path_that_no_file_system_takes_is_refused(path, message):
+    with pytest.raises(UserError, match=message):
+        locate(path)
+    with pytest.raises(UserError, match=message):
+        RunFolder(path)
+
+
+def test_a_name_of_as_many_bytes_as_a_file_system_takes_is_a_path(tmp_path):
+    folder = locate(tmp_path / ("한" * 85))
+    folder.mkdir()
+    assert not (folder / "config.toml").is_file()

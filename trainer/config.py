@@ -30,6 +30,7 @@ MIXTURE_EXAMPLES = 1024
 STORYBOOK_SOURCE = "storybook"
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_NESTING = 5
+_MAX_STEM_BYTES = 100
 # How much of a value a message shows.
 _SHOWN_CHARS = 200
 
@@ -580,7 +581,9 @@ class Config(Section):
         if self.data.weights is not None:
             what["data"]["is_mixture"] = True  # Whatever the weights, the shards are the same.
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
-        stem = re.sub(r"[^\w-]+", "_", Path(self.data.train[0]).name.split(".")[0]).strip("_") or "text"
+        stem = re.sub(r"[^\w-]+", "_", Path(self.data.train[0]).name.split(".")[0])
+        # File systems count a name in bytes, and prepare adds to this one.
+        stem = stem.encode()[:_MAX_STEM_BYTES].decode(errors="ignore").strip("_") or "text"
         return f"{stem}-{digest}"
 
     def vocabulary_size(self) -> int | None:

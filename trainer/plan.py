@@ -16,6 +16,7 @@ import rich.table
 from trainer.compiler import DoesNotFit, compile_step, largest_that_fits
 from trainer.config import CharConfig, Config, ModelConfig, UserError, rows_per_replica
 from trainer.devices import Target, cpu, known_targets
+from trainer.storage import locate
 
 if TYPE_CHECKING:
     from trainer.data.shards import PreparedData
@@ -426,7 +427,8 @@ def _print_weights(config: Config, vocabulary_size: int) -> None:
 
 def _prepared(config: Config) -> "PreparedData | None":
     """Returns what the config's text was prepared as last, on a disk, if it was."""
-    folders = Path(config.data.prepared_folder).glob(f"{glob.escape(config.prepared_name())}-*")
+    home = locate(config.data.prepared_folder)
+    folders = home.glob(f"{glob.escape(config.prepared_name())}-*") if isinstance(home, Path) else ()
     newest = max(folders, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         return None

@@ -18,6 +18,9 @@ from typing import Any
 
 from trainer.config import UserError
 
+# Linux's limits, less what trainer itself adds to a path.
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 3900
+
 
 class Url:
     """A file or folder in an object store, with the methods of a Path that are used here.
@@ -113,10 +116,33 @@ def is_url(path: object) -> bool:
 
 
 def locate(path: str | Location) -> Location:
-    """Returns the Path or Url that a string means."""
+    """Returns the Path or Url that a string means; ~ is the home folder.
+
+    Raises:
+        UserError: no file system takes such a path.
+    """
     if isinstance(path, Url):
         return path
-    return Url(str(path)) if is_url(path) else Path(path)
+    if is_url(path):
+        return Url(str(path))
+    # Path.expanduser raises for ~NOBODY, which can be the name of a file.
+    text = os.path.expanduser(path)  # noqa: PTH111
+    try:
+        size = max((len(name.encode()) for name in Path(text).parts), default=0)
+    except UnicodeEncodeError:
+        raise UserError(f"{text!r}: not a path in UTF-8; give the file or folder another name.") from None
+    if "\0" in text:
+        raise UserError(f"{text!r}: a path cannot hold a NUL character; leave it out.")
+    if size > _MAX_NAME_BYTES or len(text.encode()) > _MAX_PATH_BYTES:
+        raise UserError(
+            f"{_shortened(text)}: a name in it has {size} bytes and the whole path {len(text.encode())}; at "
+            f"most {_MAX_NAME_BYTES} and {_MAX_PATH_BYTES} can be had. Choose a shorter one."
+        )
+    return Path(text)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:60]}...{text[-60:]}"
 
 
 def write_whole(file: Location, text: str) -> None:

@@ -38,6 +38,7 @@ from trainer.data.vocabulary import (
     train_bpe,
     train_wordpiece,
 )
+from trainer.storage import locate
 
 # What vocabularies call padding, and the token before a document; the end of one text is the start of the next.
 _PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")
@@ -483,7 +484,7 @@ def read_tokenizer_file(config: TokenizerConfig) -> bytes | None:
     if not isinstance(config, WordPieceFileConfig | BpeFileConfig):
         return None
     try:
-        return Path(config.path).expanduser().read_bytes()
+        return locate(config.path).read_bytes()
     except OSError as error:
         raise UserError(f"tokenizer.path={config.path!r}: cannot be read: {error.strerror or error}.") from None
 
