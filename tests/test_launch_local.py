@@ -65,7 +65,7 @@ def test_a_signal_goes_to_all_workers_and_their_status_comes_back():
 def test_what_cannot_be_run_is_said():
     command = [sys.executable, str(LAUNCH), "-n", "2"]
     for arguments, message in (
-        (["no-such-program"], "no-such-program is not a program on PATH; activate .venv, or give its path."),
+        (["no-such-program"], "no-such-program is not a program on PATH, nor in "),
         ([], "give the command that each worker runs"),
     ):
         process = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)

@@ -1,3 +1,4 @@
+import ast
 import os
 import re
 import shutil
@@ -358,6 +359,77 @@ def test_test_script_checks_every_python_program_then_runs_the_tests(checkout: C
     failed = checkout.run("scripts/test", env={"FAILING": "mypy"})
     assert failed.returncode == 3
     assert "== tests" not in failed.stdout
+
+
+PROGRAMS = sorted(path.name for path in (REPOSITORY / "scripts").iterdir() if os.access(path, os.X_OK))
+
+
+def imports_of(script: str) -> set[str]:
+    """The packages that a Python program needs."""
+    nodes = list(ast.walk(ast.parse((REPOSITORY / "scripts" / script).read_text(encoding="utf-8"))))
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    plain += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in plain} - sys.stdlib_module_names
+
+
+def is_python(script: str) -> bool:
+    return "python" in (REPOSITORY / "scripts" / script).read_text(encoding="utf-8").split("\n")[0]
+
+
+# scripts/torch_gpt runs in an environment that scripts/bench_step makes for it; scripts/bench starts the others.
+OF_VENV = [name for name in PROGRAMS if is_python(name) and imports_of(name) and name != "torch_gpt"] + ["bench"]
+
+
+@pytest.fixture
+def programs(checkout: Checkout) -> Checkout:
+    for name in PROGRAMS:
+        shutil.copy(REPOSITORY / "scripts" / name, checkout.root / "scripts" / name)
+    for tool, found in (("sh", shutil.which("sh")), ("python3", sys.executable), ("python", sys.executable)):
+        (checkout.bin / tool).symlink_to(str(found))
+    return checkout
+
+
+@pytest.mark.parametrize("script", [name for name in PROGRAMS if name not in OF_VENV])
+def test_a_script_explains_itself_and_refuses_what_it_does_not_know_before_it_does_anything(
+    programs: Checkout, script: str
+) -> None:
+    before = sorted(programs.root.rglob("*"))
+    for option in ("-h", "--help"):
+        asked = programs.run(f"scripts/{script}", option)
+        assert asked.returncode == 0
+        assert f"scripts/{script} " in asked.stdout or f"usage: {script} " in asked.stdout
+    # What follows is pytest's or a program's to judge.
+    if script not in ("test", "venv_python"):
+        wrong = programs.run(f"scripts/{script}", "--nonsense")
+        assert wrong.returncode in (1, 2)
+        assert "--nonsense" in wrong.stdout or f"scripts/{script} " in wrong.stdout or "required: " in wrong.stdout
+        assert "Traceback" not in wrong.stdout
+    assert sorted(programs.root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("script", OF_VENV)
+def test_a_program_that_needs_what_is_installed_finds_the_environment_by_itself(
+    programs: Checkout, script: str
+) -> None:
+    missing = programs.run(f"scripts/{script}", "--help")
+    assert missing.returncode == 2
+    assert f"{script}: {programs.root}/.venv is not there yet; make it with scripts/quickstart" in missing.stdout
+    programs.program(programs.root / ".venv/bin/python", f'#!{BASH}\necho "venv: $*"\n')
+    # Also from another folder, whose name has a blank.
+    elsewhere = programs.root / "else where"
+    elsewhere.mkdir()
+    found = programs.run(BASH, "-c", f"cd 'else where' && ../scripts/{script} --sizes 'a b'")
+    assert found.stdout == f"venv: ../scripts/{script} --sizes a b\n"
+
+
+def test_quickstart_and_install_tpu_take_no_option_for_a_folder_or_a_setting(programs: Checkout) -> None:
+    for words in (["install_tpu", "-x"], ["install_tpu", "a", "b"], ["quickstart", "--steps"], ["quickstart", "a"]):
+        refused = programs.run(f"scripts/{words[0]}", *words[1:])
+        assert refused.returncode == 2
+        assert f"  scripts/{words[0]} [" in refused.stdout
+    asked = programs.run("scripts/quickstart", "train.total_steps=2", "--help")
+    assert asked.returncode == 0 and "scripts/quickstart [section.key=value ...]" in asked.stdout
+    assert not list(programs.root.glob(".venv*")) and not (programs.root / "-x").exists()
 
 
 def test_ci_runs_the_test_script_with_the_shared_text(checkout: Checkout) -> None:
