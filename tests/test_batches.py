@@ -27,7 +27,7 @@ from trainer.data.shards import num_examples
 WORDS = ["sun", "moon", "star", "tree", "river", "stone", "bird", "fish", "wolf", "bear"]
 
 
-def config_of(tmp_path, mode="lines", num_lines=23, **sections):
+def config_of(tmp_path, mode="lines", num_lines=23, predict_end=True, **sections):
     """A config on lines of 1 to 12 words, longer and shorter than the 6 tokens of an example."""
     text = tmp_path / "text.txt"
     random = np.random.default_rng(0)
@@ -41,6 +41,7 @@ def config_of(tmp_path, mode="lines", num_lines=23, **sections):
                 "train": str(text),
                 "validation": str(text),
                 "mode": mode,
+                "predict_end": predict_end,
                 "prepared_folder": str(tmp_path / "prepared"),
             },
             "tokenizer": {"kind": "wordpiece", "vocabulary_size": 60},
@@ -76,7 +77,7 @@ def tutorial_rows(config, tokenizer):
 # Shards of 40 tokens make several of them; of 2**27 a single one.
 @pytest.mark.parametrize("shard_tokens", [40, 2**27])
 def test_lines_are_exactly_what_the_tutorials_preprocess_gives(tmp_path, shard_tokens):
-    config = config_of(tmp_path, train={"total_steps": None, "num_epochs": 1})
+    config = config_of(tmp_path, predict_end=False, train={"total_steps": None, "num_epochs": 1})
     prepared = silently(config, shard_tokens)
     assert (len(prepared.split("train").shards) > 1) == (shard_tokens == 40)
     tutorial = tutorial_rows(config, prepared.tokenizer())
@@ -85,6 +86,26 @@ def test_lines_are_exactly_what_the_tutorials_preprocess_gives(tmp_path, shard_t
     steps = total_steps(prepared, config)
     epoch = rows_of(training_batches(prepared, config, 0, steps))[: len(tutorial)]
     assert sorted(epoch) == tutorial
+
+
+@pytest.mark.parametrize("shard_tokens", [40, 2**27])
+def test_the_end_of_each_line_that_fits_is_a_target(tmp_path, shard_tokens):
+    (tmp_path / "text.txt").write_text("".join(" ".join((2 * WORDS)[:n]) + "\n" for n in range(1, 13)))
+    config = config_of(tmp_path)
+    prepared = silently(config, shard_tokens)
+    tokenizer, bos = prepared.tokenizer(), prepared.bos_id
+    rows = [row for row in rows_of(evaluation_batches(prepared, config)) if any(row[2])]
+    lengths = set()
+    for line, (inputs, targets, weights) in zip(
+        Path(config.data.train[0]).read_text(encoding="utf-8").splitlines(), rows, strict=True
+    ):
+        tokens = tokenizer.encode(line).tolist()
+        scored = [*tokens, bos][:6]
+        assert targets[: len(scored)] == tuple(scored)
+        assert weights == (1.0,) * len(scored) + (0.0,) * (6 - len(scored))
+        assert inputs[: len(scored)] == (bos, *scored)[: len(scored)]
+        lengths.add(len(tokens))
+    assert {5, 6, 7} <= lengths  # One fewer than an example holds, as many, and one more.
 
 
 @pytest.mark.parametrize("shard_tokens", [40, 2**27])

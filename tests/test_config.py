@@ -198,9 +198,14 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
             "train.precision='float16': input should be 'float32', 'mixed_bfloat16', 'mixed_float16' or",
         ),
         (
-            ["model.document_mask=true"],
+            ["model.document_mask=true", "data.mode=lines"],
             "model.document_mask=true does not go with data.mode='lines', where every example is one document; leave "
             "it out, or choose 'packed'.",
+        ),
+        (
+            ["data.predict_end=false"],
+            "data.predict_end=false has no effect with data.mode='packed', where every [BOS] is a target; leave it "
+            "out, or set data.mode='lines'.",
         ),
         (
             ["train.precision=none"],
@@ -233,7 +238,9 @@ def test_impossible_settings_are_refused(overrides: list[str], message: str):
         ["profile.at_step=5"],
         ["train.micro_batch_size=auto"],
         ["samples.num_tokens=128"],
-        ["model.document_mask=true", "data.mode=packed"],
+        ["model.document_mask=true"],
+        ["data.mode=lines", "data.predict_end=false"],
+        ["data.mode=packed", "data.predict_end=true"],
         ["optimizer.final_learning_rate=0.001", "optimizer.schedule=linear"],
         ["evaluation.num_batches=2", "evaluation.every_steps=1"],
         [f"train.seed={2**63 - 1}"],
@@ -605,7 +612,7 @@ def test_prepared_data_is_shared_by_configs_that_prepare_alike():
         return make_config(SETTINGS, ["data.train=a.txt", *overrides]).prepared_name()
 
     alike = [
-        "data.mode=packed", "model.num_layers=9", "train.seed=4", "run_folder=other", "data.storybook_seed=3",
+        "data.mode=lines", "model.num_layers=9", "train.seed=4", "run_folder=other", "data.storybook_seed=3",
         "data.storybook_stories=9", "data.prepared_folder=elsewhere", "data.shuffle_window_mb=9",
     ]  # fmt: skip
     assert {path(override) for override in alike} == {path()}

@@ -25,14 +25,25 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("evaluate")
 
 
-def evaluator_of(folder, build=None, **data):
+def evaluator_of(folder, build=None, sequence_length=128, **data):
     config = make_config(
         {
             "run_folder": str(folder / "run"),
-            "data": {"storybook_stories": 60, "held_out_fraction": 0.3, "prepared_folder": str(folder / "p")} | data,
+            "data": {
+                "storybook_stories": 60,
+                "held_out_fraction": 0.3,
+                "prepared_folder": str(folder / "p"),
+                "mode": "lines",
+            }
+            | data,
             "tokenizer": {"kind": "wordpiece", "vocabulary_size": 3000},
             "model": {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8},
-            "train": {"precision": "float64", "total_steps": 1, "global_batch_size": 4, "sequence_length": 128},
+            "train": {
+                "precision": "float64",
+                "total_steps": 1,
+                "global_batch_size": 4,
+                "sequence_length": sequence_length,
+            },
         }
     )
     prepared = prepare(config, lambda _: None)
@@ -55,7 +66,7 @@ def test_every_token_counts_once_and_alike(folder, monkeypatch, halved_from_toke
     expected = np.average(np.concatenate(losses), weights=np.concatenate(weights))
     evaluation = evaluator()
     split = evaluator.prepared.split("validation")
-    assert evaluation.num_tokens == split.num_tokens == np.concatenate(weights).sum()
+    assert evaluation.num_tokens == split.num_tokens + split.num_documents == np.concatenate(weights).sum()
     assert evaluation.loss == pytest.approx(expected, rel=1e-12)
     assert evaluation.perplexity == pytest.approx(math.exp(expected), rel=1e-12)
     bits = expected * split.num_tokens / math.log(2) / split.num_bytes
@@ -78,7 +89,7 @@ def test_each_source_of_a_mixture_is_scored_by_itself_too(folder):
         batches = evaluation_batches(evaluator.prepared, evaluator.config, split=split)
         scores = [[float(each) for each in evaluator.model.evaluation_loss(*batch)] for batch in batches]
         sums.append(np.sum(scores, axis=0))
-    counts = [split.num_tokens for split in evaluator.prepared.parts("validation")]
+    counts = [split.num_tokens + split.num_documents for split in evaluator.prepared.parts("validation")]
     assert [count for _, count in sums] == counts
     assert evaluation.losses == pytest.approx([loss / count for loss, count in sums], rel=1e-12)
     assert evaluation.num_tokens == sum(counts)
@@ -86,8 +97,9 @@ def test_each_source_of_a_mixture_is_scored_by_itself_too(folder):
     assert f"of each source {evaluation.losses[0]:.4f}, {evaluation.losses[1]:.4f}" in str(evaluation)
 
 
-def test_excess_is_measured_from_the_exact_probability_of_the_same_stories(folder):
-    evaluator = evaluator_of(folder)
+@pytest.mark.parametrize("predict_end", [True, False])
+def test_excess_is_measured_from_the_exact_probability_of_the_same_stories(folder, predict_end):
+    evaluator = evaluator_of(folder, predict_end=predict_end)
     split, tokenizer = evaluator.prepared.split("validation"), evaluator.prepared.tokenizer()
     stories = [
         tokenizer.decode(row[: int(weight.sum())])
@@ -96,17 +108,21 @@ def test_excess_is_measured_from_the_exact_probability_of_the_same_stories(folde
         if weight.any()
     ]
     assert len(stories) == split.num_documents
-    entropy = sum(-storybook.log_probability(story) for story in stories) / split.num_tokens
     evaluation = evaluator()
+    assert evaluation.num_tokens == split.num_tokens + predict_end * split.num_documents
+    # After the closing sentence a story's end is certain: it adds nothing to the entropy.
+    entropy = sum(-storybook.log_probability(story) for story in stories) / evaluation.num_tokens
     assert evaluation.excess == pytest.approx(evaluation.loss - entropy, abs=1e-9)
 
 
-@pytest.mark.parametrize("case", ["some batches only", "stories packed", "a text file"])
+@pytest.mark.parametrize("case", ["some batches only", "stories packed", "stories cut", "a text file"])
 def test_excess_is_left_out_where_it_would_not_be_exact(folder, case):
     if case == "some batches only":
         assert evaluator_of(folder)(num_batches=1).excess is None
     elif case == "stories packed":
         assert evaluator_of(folder, mode="packed")().excess is None
+    elif case == "stories cut":
+        assert evaluator_of(folder, sequence_length=100)().excess is None
     else:
         text = folder / "text.txt"
         text.write_text("\n".join(f"line {i}" for i in range(50)), encoding="utf-8")

@@ -105,7 +105,8 @@ def test_prepared_text_tells_its_vocabulary_and_how_many_epochs_the_steps_are(
 ):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i}\n" for i in range(40)))
-    data = {"train": [str(text)], "validation": [str(text)], "prepared_folder": str(tmp_path / "prepared")}
+    data: dict[str, Any] = {"train": [str(text)], "validation": [str(text)]}
+    data |= {"mode": "lines", "prepared_folder": str(tmp_path / "prepared")}
     settings: dict[str, Any] = {**SETTINGS, "data": data, "tokenizer": {"kind": "char"}}
     overrides = ["train.total_steps=5", "train.global_batch_size=16"]
     with pytest.raises(UserError, match="give --vocabulary-size"):
@@ -122,7 +123,7 @@ def test_prepared_text_tells_its_vocabulary_and_how_many_epochs_the_steps_are(
 
 def test_steps_of_epochs_over_the_storybook_are_known_before_it_is_prepared(capsys: pytest.CaptureFixture[str]):
     print_plan(load_config(CONFIGS / "quickstart.toml", ["data.prepared_folder=nowhere"]))
-    assert "steps        2,166 of 32 x 118 tokens" in capsys.readouterr().out
+    assert "steps        2,166 of 32 x 119 tokens" in capsys.readouterr().out
     packed = load_config(CONFIGS / "quickstart.toml", ["data.prepared_folder=nowhere", "data.mode=packed"])
     print_plan(packed)
     assert "how many 1 epochs take is known once the text is prepared" in capsys.readouterr().out

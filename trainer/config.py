@@ -68,8 +68,12 @@ class DataConfig(Section):
     held_out_fraction: Fraction = 0.01
     """Share of the text held out when validation is left out: documents picked by their hash, or the tail of each file
     where a document is a file."""
-    mode: Literal["lines", "packed"] = "lines"
-    """lines: a document per example, cut or padded; packed: documents joined and cut into full windows."""
+    mode: Literal["lines", "packed"] = "packed"
+    """packed: documents are joined by [BOS] and cut into full windows, so that every token is used. lines: each example
+    is one document, cut or padded to train.sequence_length."""
+    predict_end: bool = True
+    """With data.mode="lines": the model also learns where a document ends, from the [BOS] after each document that fits
+    into train.sequence_length. false is the tutorial's recipe, whose models do not stop at the end of a document."""
     weights: tuple[PositiveFloat, ...] | None = None
     """How often an example comes from each of data.train, relative to the others; data.validation, where it is given,
     names one source for each of them, and each is scored by itself as well. Left out, data.train is one text."""
@@ -100,6 +104,11 @@ class DataConfig(Section):
                 raise ValueError(f"data.{key} is empty; give a file, a glob or {STORYBOOK_SOURCE!r}.")
         if self.weights is not None:
             self._check_weights(self.weights)
+        if self.mode == "packed" and not self.predict_end:
+            raise ValueError(
+                "data.predict_end=false has no effect with data.mode='packed', where every [BOS] is a target; leave it "
+                "out, or set data.mode='lines'."
+            )
         if self.validation == (STORYBOOK_SOURCE,):
             raise ValueError(
                 f"data.validation={STORYBOOK_SOURCE!r} would repeat the training stories; leave data.validation out, "
@@ -571,7 +580,7 @@ class Config(Section):
     def prepared_name(self) -> str:
         """Returns the name of this config's prepared data: one for all configs that prepare the same way."""
         what = {
-            "data": self.data.model_dump(exclude={"prepared_folder", "mode", "shuffle_window_mb", "weights"}),
+            "data": self.data.model_dump(exclude={"prepared_folder", "mode", "predict_end", "shuffle_window_mb", "weights"}),
             "tokenizer": self.tokenizer.model_dump(),
         }
         if not self.data.is_storybook():

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from trainer.config import Config, rows_per_replica
+from trainer.config import Config, DataConfig, rows_per_replica
 from trainer.data.batches import evaluation_batches
 from trainer.data.shards import PreparedData, Split
 from trainer.model.cpu import operations_on_cpu
@@ -21,8 +21,9 @@ class Evaluation(NamedTuple):
 
     loss: nats per token. num_tokens: how many tokens that is the mean of. bits_per_byte: of the original text, with the
     number of tokens per byte of the whole validation text. is_lossy: whether the tokenizer loses some of that text, so
-    that bits_per_byte is of less than the text. excess: nats per token above the text's own entropy, where that is
-    known: of the storybook, when every story was scored whole. losses: of each source that data.weights mixes.
+    that bits_per_byte is of less than the text. excess: nats per scored token, the ends of
+    stories included, above the text's own entropy, where that is known: of the storybook, when every story was scored
+    whole. losses: of each source that data.weights mixes.
     """
 
     loss: float
@@ -91,7 +92,7 @@ class Evaluator:
                 if should_stop():
                     return None
         loss_sum, num_tokens = (sum(each) for each in zip(*sums, strict=True))
-        evaluation = summarize(loss_sum, int(num_tokens), self.prepared, self._is_lossy)
+        evaluation = summarize(loss_sum, int(num_tokens), self.prepared, self.config.data, self._is_lossy)
         losses = tuple(loss / tokens for loss, tokens in sums) if len(splits) > 1 else ()
         return evaluation._replace(losses=losses)
 
@@ -136,13 +137,17 @@ class Evaluator:
             return next_token_loss_from_logits(self.model(inputs, training=False), targets, weights)
 
 
-def summarize(loss_sum: float, num_tokens: int, prepared: PreparedData, is_lossy: bool) -> Evaluation:
+def summarize(
+    loss_sum: float, num_tokens: int, prepared: PreparedData, data: DataConfig, is_lossy: bool
+) -> Evaluation:
     """Turns a sum of losses in nats over num_tokens tokens of the validation split into an `Evaluation`."""
     split = prepared.split("validation")
     loss = loss_sum / num_tokens
     bits_per_byte = loss / math.log(2) * split.num_tokens / split.num_bytes
     excess = None
-    # With fewer tokens a story was cut; with more, separators were scored too: neither is what source_nats is of.
-    if split.source_nats is not None and num_tokens == split.num_tokens:
+    # A story's end is certain after its closing sentence, so that source_nats is of the story and its end alike. Fewer
+    # tokens mean that a story was cut; packed windows begin in the middle of a story, which source_nats is not of.
+    num_whole = split.num_tokens + (split.num_documents if data.predict_end else 0)
+    if split.source_nats is not None and data.mode == "lines" and num_tokens == num_whole:
         excess = (loss_sum - split.source_nats) / num_tokens
     return Evaluation(loss, num_tokens, bits_per_byte, is_lossy, excess)

@@ -3,6 +3,7 @@
 TensorFlow operations only, and no iterator state: to resume at a step is to start there.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -310,7 +311,9 @@ def _reader(prepared: PreparedData, split: Split, config: Config) -> Callable[[t
     """Returns a function from example numbers, int64 [batch], to their batch."""
     counts = examples_per_shard(split, config)
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    read_shard = _read_documents if config.data.mode == "lines" else _read_windows
+    read_shard: Callable[..., tuple[tf.Tensor, tf.Tensor]] = _read_windows
+    if config.data.mode == "lines":
+        read_shard = functools.partial(_read_documents, num_ends=int(config.data.predict_end))
 
     def rows_of(examples: tf.Tensor, shards: Shards) -> tuple[tf.Tensor, tf.Tensor]:
         if len(shards) == 1:
@@ -337,13 +340,23 @@ def _reader(prepared: PreparedData, split: Split, config: Config) -> Callable[[t
 
 
 def _read_documents(
-    examples: tf.Tensor, width: int, tokens: tf.Tensor, offsets: tf.Tensor
+    examples: tf.Tensor, width: int, tokens: tf.Tensor, offsets: tf.Tensor, num_ends: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns (int32 [n, width + 1], the documents of one shard with those numbers; how many of these tokens are
-    theirs, int64 [n]).
+    """Reads documents of one shard.
+
+    Args:
+        examples: int64 [n], the documents' numbers in the shard.
+        width: tokens in an example.
+        tokens: of the shard.
+        offsets: of the shard.
+        num_ends: 1 to count the [BOS] after a document as its last token, 0 to leave it out.
+
+    Returns:
+        (int32 [n, width + 1], tokens from each document's [BOS] on; int64 [n], how many of these belong to the
+        document).
     """
     starts = tf.gather(offsets, examples)
-    lengths = tf.minimum(tf.gather(offsets, examples + 1) - starts, width + 1)
+    lengths = tf.minimum(tf.gather(offsets, examples + 1) - starts + num_ends, width + 1)
     return _gather_from(tokens, starts, width + 1), lengths
 
 
