@@ -321,7 +321,31 @@ def test_the_last_evaluation_batch_is_filled_up_without_weight(tmp_path):
     assert sizes == [(4, 6)] * 6  # 23 lines
     rows = rows_of(evaluation_batches(prepared, config))
     assert [any(row[2]) for row in rows] == [True] * 23 + [False]
-    assert len(rows_of(evaluation_batches(prepared, config, num_batches=2))) == 8
+
+
+@pytest.mark.parametrize("mode", ["lines", "packed"])
+def test_some_evaluation_batches_are_a_fixed_sample_of_the_whole_text(tmp_path, mode):
+    config = config_of(tmp_path, mode, num_lines=40)
+    prepared = silently(config, 150)
+    split = prepared.split("validation")
+    number_tokens(prepared, "validation")
+    whole = [row for row in rows_of(evaluation_batches(prepared, config)) if any(row[2])]
+    count = num_examples(split, config)
+    assert len(whole) == count
+    for num_batches in (1, 3, -(-count // 4) - 1):
+        sample = rows_of(evaluation_batches(prepared, config, num_batches))
+        places = [whole.index(row) for row in sample]
+        assert len(places) == 4 * num_batches
+        # At equal distances, but for rounding, and as far from the start as from the end.
+        steps = set(np.diff(places).tolist())
+        assert steps <= {count // len(places), count // len(places) + 1}
+        assert abs(places[0] - (count - 1 - places[-1])) <= 1
+    hosts = [rows_of(evaluation_batches(prepared, config, 3, Share(i, 1, 2))) for i in (0, 1)]
+    sample = rows_of(evaluation_batches(prepared, config, 3))
+    assert [row for i in range(0, 6, 2) for host in hosts for row in host[i : i + 2]] == sample
+    for num_batches in (-(-count // 4), 10 * count):
+        rows = rows_of(evaluation_batches(prepared, config, num_batches))
+        assert [row for row in rows if any(row[2])] == whole
 
 
 def test_epochs_are_counted_in_steps_rounded_up(tmp_path):

@@ -92,7 +92,8 @@ def evaluation_batches(
     Args:
         prepared: the data.
         config: data.mode, train.sequence_length and train.global_batch_size count.
-        num_batches: how many batches at most; None for all.
+        num_batches: how many batches at most; None for all. Fewer than all hold examples from the whole split at equal
+            distances, the same each time, so that they stand for all of a text that is sorted.
         share: the part of each batch to make.
         split: of the data; left out, all that is to validate on.
     """
@@ -101,11 +102,15 @@ def evaluation_batches(
     count = num_examples(split, config)
     read = _reader(prepared, split, config)
 
-    def rows_at(n: tf.Tensor, shards: Shards) -> Batch:
-        inputs, targets, weights = read(tf.minimum(n, count - 1), shards)
-        return inputs, targets, weights * tf.cast(n < count, tf.float32)[:, tf.newaxis]
+    num_scored = min(count, (num_batches or count) * batch_size)
 
-    end = min(-(-count // batch_size), num_batches or count)
+    def rows_at(n: tf.Tensor, shards: Shards) -> Batch:
+        # The middle of each of num_scored equal parts; example n itself where all are scored.
+        examples = (2 * tf.minimum(n, num_scored - 1) + 1) * count // (2 * num_scored)
+        inputs, targets, weights = read(examples, shards)
+        return inputs, targets, weights * tf.cast(n < num_scored, tf.float32)[:, tf.newaxis]
+
+    end = -(-num_scored // batch_size)
     return _pipeline(prepared, split, config, share, 0, end, rows_at)
 
 
