@@ -11,6 +11,7 @@ import tensorflow as tf
 from trainer.config import make_config
 from trainer.data import storybook
 from trainer.data.batches import evaluation_batches
+from trainer.data.coverage import TextBytes
 from trainer.data.prepare import prepare
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.model.gpt import GPT
@@ -25,7 +26,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("evaluate")
 
 
-def evaluator_of(folder, build=None, sequence_length=128, **data):
+WORDPIECE = {"kind": "wordpiece", "vocabulary_size": 3000}
+
+
+def evaluator_of(folder, build=None, sequence_length=128, tokenizer=WORDPIECE, **data):
     config = make_config(
         {
             "run_folder": str(folder / "run"),
@@ -36,7 +40,7 @@ def evaluator_of(folder, build=None, sequence_length=128, **data):
                 "mode": "lines",
             }
             | data,
-            "tokenizer": {"kind": "wordpiece", "vocabulary_size": 3000},
+            "tokenizer": tokenizer,
             "model": {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8},
             "train": {
                 "precision": "float64",
@@ -69,7 +73,7 @@ def test_every_token_counts_once_and_alike(folder, monkeypatch, halved_from_toke
     assert evaluation.num_tokens == split.num_tokens + split.num_documents == np.concatenate(weights).sum()
     assert evaluation.loss == pytest.approx(expected, rel=1e-12)
     assert evaluation.perplexity == pytest.approx(math.exp(expected), rel=1e-12)
-    bits = expected * split.num_tokens / math.log(2) / split.num_bytes
+    bits = expected * evaluation.num_tokens / math.log(2) / split.num_bytes
     assert evaluation.bits_per_byte == pytest.approx(bits, rel=1e-12)
 
 
@@ -127,6 +131,99 @@ def test_excess_is_left_out_where_it_would_not_be_exact(folder, case):
         text = folder / "text.txt"
         text.write_text("\n".join(f"line {i}" for i in range(50)), encoding="utf-8")
         assert evaluator_of(folder, train=[str(text)])().excess is None
+
+
+# Bits per byte.
+
+PLAIN = [f"{'the cat, it is said, sat ' * (i % 4)}line {i}." for i in range(40)]
+
+
+def text_of(folder, name, lines):
+    path = folder / f"{name}.txt"
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return [str(path)]
+
+
+@pytest.mark.parametrize("halved_from_tokens", [1, 100_000])
+@pytest.mark.parametrize("num_batches", [None, 3])
+@pytest.mark.parametrize("mode", ["packed", "lines", "lines without ends"])
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_bits_per_byte_are_of_exactly_what_was_scored(folder, monkeypatch, kind, mode, num_batches, halved_from_tokens):
+    monkeypatch.setattr(distribution, "HALVED_FROM_TOKENS", halved_from_tokens)
+    text = text_of(folder, "plain", PLAIN)
+    data = {"train": text, "validation": text, "mode": mode.split()[0], "predict_end": "without" not in mode}
+    evaluator = evaluator_of(folder, sequence_length=20, tokenizer={"kind": kind}, **data)
+    tokenizer = evaluator.prepared.tokenizer()
+    num_bytes, loss_sum, num_tokens = 0, 0.0, 0
+    for batch in evaluation_batches(evaluator.prepared, evaluator.config, num_batches):
+        loss_sum += float(evaluator.model.evaluation_loss(*batch)[0])
+        for targets, weights in zip(batch[1].numpy(), batch[2].numpy(), strict=True):
+            num_tokens += int(weights.sum())
+            num_bytes += len(tokenizer.decode(targets[weights == 1]).encode())
+    evaluation = evaluator(num_batches)
+    assert evaluation.num_tokens == num_tokens
+    assert evaluation.bits_per_byte == pytest.approx(loss_sum / math.log(2) / num_bytes, rel=1e-12)
+    if mode == "packed" and num_batches is None:
+        assert num_bytes == sum(map(len, PLAIN))  # Neither the ends of documents nor the cuts of windows are bytes.
+    cut = sum(max(0, len(tokenizer.encode(line)) - 20) for line in PLAIN)
+    share = 0 if mode == "packed" else cut / evaluator.prepared.split("validation").num_tokens
+    assert evaluation.cut_share == pytest.approx(share)
+    assert evaluation.is_lossy == (mode != "packed")
+    if mode != "packed":
+        assert f"(of what the tokenizer keeps, of the {1 - share:.1%} that is not cut)" in str(evaluation)
+
+
+@pytest.mark.parametrize("mode", ["packed", "lines"])
+def test_bits_per_byte_of_a_tokenizer_that_loses_text_are_of_the_original_text(folder, mode):
+    lines = [f"The  CAT,it is said ({i})." for i in range(40)]
+    text = text_of(folder, "capitals", lines)
+    evaluation = evaluator_of(folder, train=text, validation=text, mode=mode)()
+    assert evaluation.is_lossy
+    bits = evaluation.loss * evaluation.num_tokens / math.log(2)
+    assert evaluation.bits_per_byte == pytest.approx(bits / sum(map(len, lines)), rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["packed", "lines"])
+def test_a_text_of_unknown_characters_is_called_lossy_and_has_its_own_bytes(folder, mode):
+    train, validation = text_of(folder, "known", ["abc"] * 9), text_of(folder, "unknown", ["가나다", "라 마"] * 9)
+    evaluator = evaluator_of(folder, tokenizer={"kind": "char"}, train=train, validation=validation, mode=mode)
+    evaluation = evaluator()
+    assert evaluation.is_lossy
+    bits = evaluation.loss * evaluation.num_tokens / math.log(2)
+    assert evaluation.bits_per_byte == pytest.approx(bits / (9 * (9 + 7)), rel=1e-12)
+    assert not evaluator_of(folder, tokenizer={"kind": "char"}, train=train, validation=train, mode=mode)().is_lossy
+
+
+@pytest.mark.parametrize("weights", [None, (3, 1)])
+@pytest.mark.parametrize("mode", ["packed", "lines"])
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_bits_per_byte_of_training_are_of_what_an_epoch_shows(folder, kind, mode, weights):
+    # Long documents are of shorter tokens than short ones, so that cutting changes the bytes of a token.
+    long, short = ["a b c d e f g h i j k l m n o p " * 2] * 9, ["something remarkable"] * 30
+    texts = [text_of(folder, "long", long), text_of(folder, "short", short)]
+    train = [*texts[0], *texts[1]]
+    data = {"train": train, "validation": train, "mode": mode, "weights": weights}
+    evaluator = evaluator_of(folder, sequence_length=20, tokenizer={"kind": kind, "vocabulary_size": 400}, **data)
+    prepared, config = evaluator.prepared, evaluator.config
+    tokenizer = prepared.tokenizer()
+    num_bytes = num_targets = 0.0
+    for part, weight, lines in zip(
+        prepared.parts("train"), weights or [1], [long, short] if weights else [long + short], strict=True
+    ):
+        shown = [
+            targets[weights == 1]
+            for batch in evaluation_batches(prepared, config, split=part)
+            for targets, weights in zip(batch[1].numpy(), batch[2].numpy(), strict=True)
+        ]
+        shown = [targets for targets in shown if len(targets)]
+        # Of a tokenizer that changes spacing, as many bytes as the text has for each that is decoded.
+        decoded = sum(tokenizer.decoded_bytes()[tokenizer.encode(line)].sum() for line in lines)
+        scale = sum(map(len, lines)) / decoded
+        kept = np.concatenate(shown)
+        kept_bytes = tokenizer.decoded_bytes()[kept[kept != prepared.bos_id]].sum()
+        num_bytes += weight * kept_bytes * scale / len(shown)
+        num_targets += weight * len(kept) / len(shown)
+    assert TextBytes(prepared).of_target(config) == pytest.approx(num_bytes / num_targets, rel=1e-12)
 
 
 @pytest.mark.parametrize("halved_from_tokens", [1, 100_000])

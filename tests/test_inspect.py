@@ -12,9 +12,10 @@ import pytest
 
 from trainer.cli import main
 from trainer.config import Config, make_config
+from trainer.data.coverage import Lengths, lengths_of
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
-from trainer.inspect import Lengths, document, lengths_of
+from trainer.inspect import document
 from trainer.run import RunFolder
 
 RNG = random.Random(1)
@@ -83,7 +84,7 @@ def test_every_document_is_found_in_its_shard_whole_or_shortened(pristine):
 
 @pytest.mark.parametrize("offsets_per_read", [1, 2, 7, 1 << 20])
 def test_lengths_are_those_of_the_documents_however_few_are_read_at_once(pristine, monkeypatch, offsets_per_read):
-    monkeypatch.setattr("trainer.inspect._OFFSETS_PER_READ", offsets_per_read)
+    monkeypatch.setattr("trainer.data.coverage._OFFSETS_PER_READ", offsets_per_read)
     expected = sorted(len(text) for text in texts(pristine, "train"))
     lengths = lengths_of(pristine.split("train"), pristine.folder)
     assert np.repeat(lengths.values, lengths.counts).tolist() == expected

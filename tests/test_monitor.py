@@ -153,6 +153,15 @@ def test_bits_per_byte_of_a_lossy_tokenizer_are_called_so(tmp_path: Path):
         assert "bits_per_byte" not in values
 
 
+def test_each_curve_of_bits_per_byte_is_called_lossy_by_its_own_text(tmp_path: Path):
+    watched = monitor(tmp_path, is_lossy=False)
+    with watched.running():
+        watched.interval(10, interval())
+        watched.evaluation(10, SCORE._replace(is_lossy=True))
+    assert "bits_per_byte" in curves(tmp_path / "train")
+    assert "bits_per_byte_lossy" in curves(tmp_path / "validation")
+
+
 def test_unknown_excess_has_no_curve(tmp_path: Path):
     watched = monitor(tmp_path)
     with watched.running():

@@ -580,7 +580,9 @@ class Config(Section):
     def prepared_name(self) -> str:
         """Returns the name of this config's prepared data: one for all configs that prepare the same way."""
         what = {
-            "data": self.data.model_dump(exclude={"prepared_folder", "mode", "predict_end", "shuffle_window_mb", "weights"}),
+            "data": self.data.model_dump(
+                exclude={"prepared_folder", "mode", "predict_end", "shuffle_window_mb", "weights"}
+            ),
             "tokenizer": self.tokenizer.model_dump(),
         }
         if not self.data.is_storybook():

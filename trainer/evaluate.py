@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, DataConfig, rows_per_replica
+from trainer.config import Config, rows_per_replica
 from trainer.data.batches import evaluation_batches
+from trainer.data.coverage import TextBytes, coverage_of
 from trainer.data.shards import PreparedData, Split
 from trainer.model.cpu import operations_on_cpu
 from trainer.model.gpt import GPT
@@ -19,11 +21,18 @@ from trainer.training.distribution import device_kind, distributed, micro_batche
 class Evaluation(NamedTuple):
     """How well a model predicts the validation text.
 
-    loss: nats per token. num_tokens: how many tokens that is the mean of. bits_per_byte: of the original text, with the
-    number of tokens per byte of the whole validation text. is_lossy: whether the tokenizer loses some of that text, so
-    that bits_per_byte is of less than the text. excess: nats per scored token, the ends of
-    stories included, above the text's own entropy, where that is known: of the storybook, when every story was scored
-    whole. losses: of each source that data.weights mixes.
+    Attributes:
+        loss: nats per scored token, the ends of documents included.
+        num_tokens: how many tokens that is the mean of.
+        bits_per_byte: all that was scored, in bits, over the bytes of the original text that it stands for. The end of
+            a document costs bits and is no byte: whichever way a text is cut into tokens, the same documents have the
+            same bytes. Of a part of the text, and of what is not cut, it is of the bytes of just that.
+        is_lossy: whether bits_per_byte is of less than the text: the tokenizer loses some of it, it holds [UNK], or
+            lines mode cuts it.
+        excess: nats per scored token above the text's own entropy, where that is known: of the storybook, when every
+            story was scored whole.
+        losses: the loss of each source that data.weights mixes.
+        cut_share: share of the validation tokens that lines mode cuts off.
     """
 
     loss: float
@@ -32,6 +41,7 @@ class Evaluation(NamedTuple):
     is_lossy: bool
     excess: float | None
     losses: tuple[float, ...] = ()
+    cut_share: float = 0.0
 
     @property
     def perplexity(self) -> float:
@@ -39,7 +49,10 @@ class Evaluation(NamedTuple):
         return math.exp(min(self.loss, 700.0))
 
     def __str__(self) -> str:
-        lossy = " (of what the tokenizer keeps)" if self.is_lossy else ""
+        lossy = ""
+        if self.is_lossy:
+            uncut = f", of the {1 - self.cut_share:.1%} that is not cut" if self.cut_share else ""
+            lossy = f" (of what the tokenizer keeps{uncut})"
         parts = [
             f"loss {self.loss:.4f} nats per token",
             f"perplexity {self.perplexity:.2f}",
@@ -70,7 +83,13 @@ class Evaluator:
         self.prepared = prepared
         self.config = config
         self._rows = rows_per_replica(config, strategy.num_replicas_in_sync)
-        self._is_lossy = prepared.tokenizer().is_lossy
+        text_bytes = TextBytes(prepared)
+        parts = prepared.parts("validation")
+        self._bytes_of_token = text_bytes.of_token
+        self._scales = [text_bytes.scale(part) for part in parts]
+        cover = [coverage_of(part, prepared.folder, config) for part in parts]
+        self._cut_share = sum(each.num_left_out_tokens for each in cover) / sum(each.num_tokens for each in cover)
+        self._is_lossy = any(map(text_bytes.is_lossy, parts)) or self._cut_share > 0
         self._sum_batch = tf.function(self._score_batch, autograph=False)
 
     def __call__(self, num_batches: int | None = None) -> Evaluation:
@@ -84,24 +103,42 @@ class Evaluator:
         each batch, says so.
         """
         splits = self.prepared.parts("validation")
-        sums = [(0.0, 0)] * len(splits)
+        sums = np.zeros([len(splits), 3])
         for i, split in enumerate(splits):
             for batch in self._batches(split, num_batches):
-                batch_loss, batch_tokens = self._sum_batch(batch)
-                sums[i] = sums[i][0] + float(batch_loss), sums[i][1] + int(batch_tokens)
+                sums[i] += [float(each) for each in self._sum_batch(batch)]
                 if should_stop():
                     return None
-        loss_sum, num_tokens = (sum(each) for each in zip(*sums, strict=True))
-        evaluation = summarize(loss_sum, int(num_tokens), self.prepared, self.config.data, self._is_lossy)
-        losses = tuple(loss / tokens for loss, tokens in sums) if len(splits) > 1 else ()
-        return evaluation._replace(losses=losses)
+        loss_sum, num_tokens, _ = sums.sum(axis=0)
+        num_bytes = float(sums[:, 2] @ self._scales)
+        return Evaluation(
+            loss=_ratio(loss_sum, num_tokens),
+            num_tokens=int(num_tokens),
+            bits_per_byte=_ratio(loss_sum / math.log(2), num_bytes),
+            is_lossy=self._is_lossy,
+            excess=self._excess(loss_sum, int(num_tokens)),
+            losses=tuple(_ratio(loss, tokens) for loss, tokens, _ in sums) if len(splits) > 1 else (),
+            cut_share=self._cut_share,
+        )
+
+    def _excess(self, loss_sum: float, num_tokens: int) -> float | None:
+        split, data = self.prepared.split("validation"), self.config.data
+        # A story's end is certain after its closing sentence, so that source_nats is of the story and its end alike.
+        # Fewer tokens mean that a story was cut; packed windows begin in the middle of a story, which source_nats is
+        # not of.
+        num_whole = split.num_tokens + (split.num_documents if data.predict_end else 0)
+        if split.source_nats is None or data.mode != "lines" or num_tokens != num_whole:
+            return None
+        return (loss_sum - split.source_nats) / num_tokens
 
     def _batches(self, split: Split, num_batches: int | None) -> Iterable[tuple[tf.Tensor, ...]]:
         return distributed(
             self.strategy, lambda share: evaluation_batches(self.prepared, self.config, num_batches, share, split)
         )
 
-    def _score_batch(self, batch: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor]:
+    def _score_batch(self, batch: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
+        """Returns (sum of the losses, number of tokens scored, bytes that these decode to)."""
+
         def score(batch: tuple[tf.Tensor, ...]) -> list[tf.Tensor]:
             # Across hosts TensorFlow forgets how many rows there are.
             shape = [self._rows, self.config.train.sequence_length]
@@ -117,37 +154,26 @@ class Evaluator:
                     lambda part: tf.stack([tf.cast(each, tf.float64) for each in self._score_part(part)]),
                     parts,
                     parallel_iterations=at_once,
-                    fn_output_signature=tf.TensorSpec([2], tf.float64),
+                    fn_output_signature=tf.TensorSpec([3], tf.float64),
                 )
                 sums = tuple(tf.unstack(tf.reduce_sum(of_parts, axis=0)))
             replica = tf.distribute.get_replica_context()
             return replica.all_reduce(tf.distribute.ReduceOp.SUM, list(sums))
 
-        # Sums over all replicas, so that any one's will do.
-        loss_sum, num_tokens = (
-            self.strategy.experimental_local_results(s)[0] for s in self.strategy.run(score, (batch,))
-        )
-        return loss_sum, num_tokens
+        # Already summed over all replicas: any one's are the sums.
+        return tuple(self.strategy.experimental_local_results(each)[0] for each in self.strategy.run(score, (batch,)))
 
-    def _score_part(self, part: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+    def _score_part(self, part: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, ...]:
         inputs, targets, weights = part
         with operations_on_cpu(device_kind(self.strategy) == "CPU"):
             if isinstance(self.model, GPT):
-                return self.model.evaluation_loss(inputs, targets, weights)
-            return next_token_loss_from_logits(self.model(inputs, training=False), targets, weights)
+                loss_sum, num_tokens = self.model.evaluation_loss(inputs, targets, weights)
+            else:
+                loss_sum, num_tokens = next_token_loss_from_logits(self.model(inputs, training=False), targets, weights)
+        num_bytes = tf.gather(self._bytes_of_token, targets) * tf.cast(weights, tf.int32)
+        return loss_sum, num_tokens, tf.cast(tf.reduce_sum(num_bytes), loss_sum.dtype)
 
 
-def summarize(
-    loss_sum: float, num_tokens: int, prepared: PreparedData, data: DataConfig, is_lossy: bool
-) -> Evaluation:
-    """Turns a sum of losses in nats over num_tokens tokens of the validation split into an `Evaluation`."""
-    split = prepared.split("validation")
-    loss = loss_sum / num_tokens
-    bits_per_byte = loss / math.log(2) * split.num_tokens / split.num_bytes
-    excess = None
-    # A story's end is certain after its closing sentence, so that source_nats is of the story and its end alike. Fewer
-    # tokens mean that a story was cut; packed windows begin in the middle of a story, which source_nats is not of.
-    num_whole = split.num_tokens + (split.num_documents if data.predict_end else 0)
-    if split.source_nats is not None and data.mode == "lines" and num_tokens == num_whole:
-        excess = (loss_sum - split.source_nats) / num_tokens
-    return Evaluation(loss, num_tokens, bits_per_byte, is_lossy, excess)
+def _ratio(total: float, count: float) -> float:
+    """Returns total / count; NaN for a sample of the text that holds nothing to score."""
+    return float(total / count) if count else math.nan

@@ -5,9 +5,7 @@ Reads tokens and offsets where it needs them, so that data larger than memory ca
 
 import itertools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import rich.bar
@@ -17,42 +15,15 @@ import rich.table
 import rich.text
 
 from trainer.config import UserError
+from trainer.data.coverage import lengths_of
 from trainer.data.shards import MANIFEST, PreparedData, Split, faults_of_files, prepared_in
 from trainer.run import RunFolder
 from trainer.storage import Location, Url, locate, on_disk
 
-_OFFSETS_PER_READ = 1 << 20
 _BAR_WIDTH = 30
 # A character takes at most so many tokens, the bytes of UTF-8, where the vocabulary has none of its own for it.
 _TOKENS_PER_CHARACTER = 4
 _NAMES_SHOWN = 5
-
-
-class Lengths(NamedTuple):
-    """How long the documents of a split are: values, int64 [n], the lengths in tokens that occur, ascending; counts,
-    int64 [n], of how many documents.
-    """
-
-    values: np.ndarray
-    counts: np.ndarray
-
-    def percentile(self, percent: int) -> int:
-        """Returns the smallest length that at least so many percent of the documents do not exceed."""
-        at_most = np.cumsum(self.counts)
-        return int(self.values[np.searchsorted(100 * at_most, percent * at_most[-1])])
-
-    def cut_at(self, sequence_length: int) -> tuple[int, int]:
-        """Returns how many documents are longer than this, and how many tokens of theirs are beyond it."""
-        beyond = np.maximum(self.values - sequence_length, 0)
-        return int(self.counts[beyond > 0].sum()), int(beyond @ self.counts)
-
-    def bins(self) -> Iterator[tuple[int, int, int]]:
-        """Yields (shortest, longest, number of documents) for bins that end where a power of two begins, from the first
-        one that holds documents to the last.
-        """
-        exponents = np.frexp(self.values)[1]  # 0 for 0, and e for lengths from 2^(e - 1) on, below 2^e.
-        for exponent in range(exponents.min(), exponents.max() + 1):
-            yield 2**exponent // 2, 2**exponent - 1, int(self.counts[exponents == exponent].sum())
 
 
 def inspect(path: str, split_name: str = "train", num_examples: int = 3, sequence_length: int | None = None) -> bool:
@@ -96,23 +67,6 @@ def inspect(path: str, split_name: str = "train", num_examples: int = 3, sequenc
             console.print()
             console.print(_examples(prepared, prepared.split(split_name), split_name, num_examples, console.width))
     return True
-
-
-def lengths_of(split: Split, folder: Path) -> Lengths:
-    """Counts the documents of a split by their length.
-
-    Takes little memory: of N tokens there are fewer than sqrt(2 N) different lengths.
-    """
-    values = counts = np.zeros(0, np.int64)
-    for shard in split.shards:
-        offsets = np.memmap(folder / shard.offsets_file, "<i8", "r")
-        for start in range(0, shard.num_documents, _OFFSETS_PER_READ):
-            read = np.asarray(offsets[start : start + _OFFSETS_PER_READ + 1], np.int64)
-            found, numbers = np.unique(np.diff(read) - 1, return_counts=True)
-            values, places = np.unique(np.concatenate([values, found]), return_inverse=True)
-            counts, before = np.zeros(len(values), np.int64), counts
-            np.add.at(counts, places, np.concatenate([before, numbers]))
-    return Lengths(values, counts)
 
 
 def document(prepared: PreparedData, split: Split, number: int, max_tokens: int) -> tuple[int, np.ndarray]:

@@ -103,6 +103,12 @@ class Tokenizer(Protocol):
         """Returns the text of tokens, [PAD] and [BOS] left out."""
         ...
 
+    def decoded_bytes(self) -> np.ndarray:
+        """Returns how many bytes of UTF-8 each token adds to a decoded text: int32 [vocabulary_size]. Of special tokens
+        it says nothing; a token that the vocabulary cannot spell is one byte, or its name.
+        """
+        ...
+
     def settings(self) -> dict[str, Any]:
         """Returns what, beside the vocabulary, decides how text becomes tokens."""
         return {"kind": self.kind}
@@ -203,6 +209,12 @@ class WordPieceTokenizer(Tokenizer):
             text = _LONE_JAMO.sub(lambda jamo: _LETTER_OF_JAMO.get(jamo[0], jamo[0]), text)
         return text
 
+    def decoded_bytes(self) -> np.ndarray:
+        """Returns how many bytes each token adds to a decoded text: int32 [vocabulary_size]. A word's first token adds
+        the space before it.
+        """
+        return np.array([len(text.encode()) for text in self._continued], np.int32)
+
     def save(self, folder: Path) -> None:
         """Writes vocab.txt, which keras_nlp and BERT's tools read, tokenizer.json and settings.json into a folder."""
         from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -274,6 +286,15 @@ class BpeTokenizer(Tokenizer):
         text: str = self.encoder.decode(_without_special(self, tokens).tolist())
         return text
 
+    def decoded_bytes(self) -> np.ndarray:
+        """Returns how many bytes each token adds to a decoded text: int32 [vocabulary_size]. A vocabulary of bytes
+        writes each as one character.
+        """
+        lengths = np.zeros(self.vocabulary_size, np.int32)
+        for token, id in self.encoder.get_vocab().items():
+            lengths[id] = len(token)
+        return lengths
+
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and settings.json into a folder."""
         _save(self, folder, self.file)
@@ -337,6 +358,14 @@ class CharTokenizer(Tokenizer):
         """Returns the text of tokens, [PAD] and [BOS] left out."""
         return "".join(self.vocabulary[token] for token in _without_special(self, tokens))
 
+    def decoded_bytes(self) -> np.ndarray:
+        """Returns how many bytes each token adds to a decoded text: int32 [vocabulary_size]. [UNK], which stands for
+        one character, counts as one byte.
+        """
+        lengths = np.array([len(character.encode()) for character in self.vocabulary], np.int32)
+        lengths[self.unknown_id] = 1
+        return lengths
+
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and settings.json into a folder."""
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -371,6 +400,10 @@ class ByteTokenizer(Tokenizer):
         """Returns the text of tokens, [PAD] and [BOS] left out; bytes that are no UTF-8 become U+FFFD."""
         values = _without_special(self, tokens) - len(BYTE_SPECIAL_TOKENS)
         return values.astype(np.uint8).tobytes().decode(errors="replace")
+
+    def decoded_bytes(self) -> np.ndarray:
+        """Returns how many bytes each token adds to a decoded text: int32 [vocabulary_size]."""
+        return np.ones(self.vocabulary_size, np.int32)
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and settings.json into a folder."""

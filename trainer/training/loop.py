@@ -1,6 +1,7 @@
 """The training run, top to bottom."""
 
 import contextlib
+import math
 import multiprocessing
 import time
 from collections import Counter
@@ -16,9 +17,9 @@ import tensorflow as tf
 from trainer.config import Config, SamplesConfig, UserError, rows_per_replica
 from trainer.data.batches import total_steps as count_steps
 from trainer.data.batches import training_batches
+from trainer.data.coverage import TextBytes
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
-from trainer.data.tokenizer import Tokenizer
 from trainer.decoding.generate import DECODERS, Decoder, Generator
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.model.gpt import GPT
@@ -207,7 +208,7 @@ def train(
         generator = Generator(model, tokenizer, config.train.sequence_length)
         generator.encode([config.samples.prompt])  # A prompt that does not fit is better known now than in an hour.
         at_peak = find_peak(config, model, prepared.vocabulary_size, strategy, say)
-        monitor = make_monitor(run, prepared, tokenizer, step, total_steps, at_peak) if hosts.is_chief else Silence()
+        monitor = make_monitor(run, prepared, step, total_steps, at_peak) if hosts.is_chief else Silence()
         meter = Meter()
 
         batches = iter(
@@ -361,21 +362,20 @@ def find_peak(
 def make_monitor(
     run: RunFolder,
     prepared: PreparedData,
-    tokenizer: Tokenizer,
     first_step: int,
     total_steps: int,
     at_peak: float | None,
 ) -> Monitor:
     """Returns the monitor of a run."""
-    split = prepared.split("train")
-    bits_per_token_byte = split.num_tokens / split.num_bytes / np.log(2)
+    text_bytes, parts = TextBytes(prepared), prepared.parts("train")
+    is_cut = run.config.data.mode == "lines" and prepared.split("train").max_tokens > run.config.train.sequence_length
     return Monitor(
         run.path / "logs",
         run.config,
         first_step,
         total_steps,
-        float(bits_per_token_byte),
-        tokenizer.is_lossy,
+        1 / (text_bytes.of_target(run.config) * math.log(2)),
+        is_cut or any(map(text_bytes.is_lossy, parts)),
         tokens_per_sec_at_peak=at_peak,
     )
 

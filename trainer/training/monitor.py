@@ -78,8 +78,9 @@ class Monitor:
         config: of the run, shown in TensorBoard.
         first_step: where this process goes on; what an earlier one logged from there on is dropped from the curves.
         total_steps: of the run.
-        bits_per_token_byte: factor from nats per token to bits per byte of the training text.
-        is_lossy: whether the tokenizer loses text, so that bits per byte are of less than the text.
+        bits_per_token_byte: factor from nats per target to bits per byte of the training text.
+        is_lossy: whether bits per byte are of less than the training text: its tokens do not say all of it, or it is
+            cut.
         terminal: where lines and the progress bar go.
         tokens_per_sec_at_peak: what would be a model FLOPs utilisation of 1; None: not known, and it has no curve.
     """
@@ -98,7 +99,7 @@ class Monitor:
         self.total_steps = total_steps
         self._tokens_per_sec_at_peak = tokens_per_sec_at_peak
         self._bits_per_token_byte = bits_per_token_byte
-        self._bits_tag = "bits_per_byte_lossy" if is_lossy else "bits_per_byte"
+        self._bits_tag = _bits_tag(is_lossy)
         self._train = EventLog(logs / "train", first_step)
         self._validation = EventLog(logs / "validation", first_step)
         self._train.texts(first_step, {"config": f"```toml\n{config.to_toml()}\n```"})
@@ -201,7 +202,7 @@ class Monitor:
         values = {
             "loss": evaluation.loss,
             "perplexity": evaluation.perplexity,
-            self._bits_tag: evaluation.bits_per_byte,
+            _bits_tag(evaluation.is_lossy): evaluation.bits_per_byte,
             "excess_nats_per_token": evaluation.excess,
         }
         values |= {f"loss_of_source_{i}": loss for i, loss in enumerate(evaluation.losses)}
@@ -282,6 +283,10 @@ class EventLog:
             yield
         except (OSError, tf.errors.OpError) as error:
             raise UserError(f"Cannot write to {self.folder}: {error}. Make room, then go on with --resume.") from error
+
+
+def _bits_tag(is_lossy: bool) -> str:
+    return "bits_per_byte_lossy" if is_lossy else "bits_per_byte"
 
 
 def _perplexity(loss: float) -> float:

@@ -1,0 +1,202 @@
+"""What an epoch of examples shows of a split: how many of its tokens are targets, what is cut, and how much is padding.
+
+Reads offsets, and tokens only where documents are cut.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from trainer.config import Config
+from trainer.data.shards import PreparedData, Shard, Split, num_examples
+
+_OFFSETS_PER_READ = 1 << 20
+_TOKENS_PER_READ = 1 << 22
+
+
+class Lengths(NamedTuple):
+    """How long the documents of a split are: values, int64 [n], the lengths in tokens that occur, ascending; counts,
+    int64 [n], of how many documents.
+    """
+
+    values: np.ndarray
+    counts: np.ndarray
+
+    def percentile(self, percent: int) -> int:
+        """Returns the smallest length that at least so many percent of the documents do not exceed."""
+        at_most = np.cumsum(self.counts)
+        return int(self.values[np.searchsorted(100 * at_most, percent * at_most[-1])])
+
+    def cut_at(self, sequence_length: int) -> tuple[int, int]:
+        """Returns how many documents are longer than this, and how many tokens of theirs are beyond it."""
+        beyond = np.maximum(self.values - sequence_length, 0)
+        return int(self.counts[beyond > 0].sum()), int(beyond @ self.counts)
+
+    def bins(self) -> Iterator[tuple[int, int, int]]:
+        """Yields (shortest, longest, number of documents) for bins that end where a power of two begins, from the first
+        one that holds documents to the last.
+        """
+        exponents = np.frexp(self.values)[1]  # 0 for 0, and e for lengths from 2^(e - 1) on, below 2^e.
+        for exponent in range(exponents.min(), exponents.max() + 1):
+            yield 2**exponent // 2, 2**exponent - 1, int(self.counts[exponents == exponent].sum())
+
+
+def lengths_of(split: Split, folder: Path) -> Lengths:
+    """Counts the documents of a split by their length.
+
+    Takes little memory: of N tokens there are fewer than sqrt(2 N) different lengths.
+    """
+    values = counts = np.zeros(0, np.int64)
+    for shard in split.shards:
+        offsets = np.memmap(folder / shard.offsets_file, "<i8", "r")
+        for start in range(0, shard.num_documents, _OFFSETS_PER_READ):
+            read = np.asarray(offsets[start : start + _OFFSETS_PER_READ + 1], np.int64)
+            found, numbers = np.unique(np.diff(read) - 1, return_counts=True)
+            values, places = np.unique(np.concatenate([values, found]), return_inverse=True)
+            counts, before = np.zeros(len(values), np.int64), counts
+            np.add.at(counts, places, np.concatenate([before, numbers]))
+    return Lengths(values, counts)
+
+
+class Coverage(NamedTuple):
+    """What an epoch of examples shows of a split.
+
+    Attributes:
+        num_examples: examples in the epoch.
+        num_positions: places for targets in these examples, padding included.
+        num_targets: how many of the places hold a target: a token, or a document's end.
+        num_tokens: tokens of the split's documents.
+        num_documents: documents of the split.
+        num_cut_documents: documents that are longer than an example, in lines mode.
+        num_left_out_tokens: tokens of those that no example shows.
+    """
+
+    num_examples: int
+    num_positions: int
+    num_targets: int
+    num_tokens: int
+    num_documents: int
+    num_cut_documents: int
+    num_left_out_tokens: int
+
+    @property
+    def left_out_share(self) -> float:
+        """Share of the tokens that no example shows."""
+        return self.num_left_out_tokens / max(self.num_tokens, 1)
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the places that hold padding."""
+        return 1 - self.num_targets / max(self.num_positions, 1)
+
+
+def coverage_of(split: Split, folder: Path, config: Config) -> Coverage:
+    """Returns what an epoch shows of a split.
+
+    Args:
+        split: of the data.
+        folder: of the data.
+        config: data.mode, data.predict_end and train.sequence_length count.
+    """
+    width, count = config.train.sequence_length, num_examples(split, config)
+    num_cut = num_left_out = 0
+    num_targets = split.num_tokens + split.num_documents
+    if config.data.mode == "lines":
+        lengths = lengths_of(split, folder)
+        num_cut, num_left_out = lengths.cut_at(width)
+        num_ends = int(lengths.counts[lengths.values < width].sum()) if config.data.predict_end else 0
+        num_targets = split.num_tokens - num_left_out + num_ends
+    return Coverage(
+        num_examples=count,
+        num_positions=count * width,
+        num_targets=num_targets,
+        num_tokens=split.num_tokens,
+        num_documents=split.num_documents,
+        num_cut_documents=num_cut,
+        num_left_out_tokens=num_left_out,
+    )
+
+
+class TextBytes:
+    """How many bytes of the original text tokens stand for.
+
+    A token of a tokenizer that keeps everything stands for the bytes that it decodes to, and [BOS] for none: the end of
+    a document costs nats and is no byte of the text. Where the tokenizer loses text, or a text holds [UNK], the bytes
+    that tokens decode to are scaled so that those of the whole split come to the bytes of its original text.
+
+    Args:
+        prepared: the data.
+
+    Attributes:
+        of_token: int32 [vocabulary_size], the bytes that each token decodes to.
+    """
+
+    def __init__(self, prepared: PreparedData) -> None:
+        self._prepared = prepared
+        tokenizer = prepared.tokenizer()
+        self.of_token = tokenizer.decoded_bytes()
+        self.of_token[[tokenizer.pad_id, tokenizer.bos_id]] = 0
+        self._is_lossy = tokenizer.is_lossy
+
+    def is_lossy(self, split: Split) -> bool:
+        """Whether the tokens do not say all of a split's text: its tokenizer loses some, or it holds [UNK]."""
+        return self._is_lossy or split.num_unknown > 0
+
+    def scale(self, split: Split) -> float:
+        """Returns how many bytes of a split's original text there are for a byte that its tokens decode to."""
+        if not self.is_lossy(split):
+            return 1.0
+        decoded = 0
+        for shard in split.shards:
+            tokens = self._tokens(shard)
+            for start in range(0, len(tokens), _TOKENS_PER_READ):
+                decoded += int(self.of_token[tokens[start : start + _TOKENS_PER_READ]].sum(dtype=np.int64))
+        return split.num_bytes / max(decoded, 1)
+
+    def of_epoch(self, split: Split, config: Config) -> float:
+        """Returns the bytes that the targets of an epoch stand for: of documents that lines mode cuts, those of what
+        is left.
+        """
+        width = config.train.sequence_length
+        if config.data.mode == "packed" or split.max_tokens <= width:
+            return float(split.num_bytes)
+        decoded = 0
+        for shard in split.shards:
+            tokens = self._tokens(shard)
+            offsets = np.memmap(self._prepared.folder / shard.offsets_file, "<i8", "r")
+            for first, last in _runs_of_documents(offsets):
+                begin, end = int(offsets[first]), int(offsets[last])
+                of_run = self.of_token[tokens[begin:end]]
+                starts = np.asarray(offsets[first:last]) - begin
+                # The place in its document, 0 for [BOS].
+                places = np.arange(end - begin) - np.repeat(starts, np.diff(starts, append=end - begin))
+                decoded += int(of_run[places <= width].sum(dtype=np.int64))
+        return decoded * self.scale(split)
+
+    def of_target(self, config: Config) -> float:
+        """Returns the bytes of training text per target, on average over the examples that a run draws."""
+        parts = self._prepared.parts("train")
+        num_bytes = num_targets = 0.0
+        for part, weight in zip(parts, config.data.weights or (1.0,), strict=True):
+            coverage = coverage_of(part, self._prepared.folder, config)
+            num_bytes += weight * self.of_epoch(part, config) / coverage.num_examples
+            num_targets += weight * coverage.num_targets / coverage.num_examples
+        return num_bytes / num_targets
+
+    def _tokens(self, shard: Shard) -> np.ndarray:
+        dtype = np.dtype(self._prepared.dtype).newbyteorder("<")
+        return np.memmap(self._prepared.folder / shard.tokens_file, dtype, "r")
+
+
+def _runs_of_documents(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yields (first, last), documents first to last - 1, so that all are covered and about _TOKENS_PER_READ tokens are
+    read at a time.
+    """
+    first, num_documents = 0, len(offsets) - 1
+    while first < num_documents:
+        last = int(np.searchsorted(offsets, offsets[first] + _TOKENS_PER_READ))
+        last = min(max(last, first + 1), num_documents)
+        yield first, last
+        first = last
