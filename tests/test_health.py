@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from trainer.config import UserError
-from trainer.training.health import EXIT_INTERRUPTED, check_finite, only_run_in, stop_on_signals
+from trainer.signals import EXIT_STOPPED
+from trainer.training.health import check_finite, only_run_in, stop_on_signals
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 LOOP = """
 import signal, sys, threading, time
 import tensorflow as tf
-from trainer.training.health import EXIT_INTERRUPTED, stop_on_signals
+from trainer.signals import EXIT_STOPPED
+from trainer.training.health import stop_on_signals
 
 stop_requested = tf.Variable(False)
 reached = tf.Variable(0, dtype=tf.int64)
@@ -41,7 +43,7 @@ with stop_on_signals(lambda: stop_requested.assign(True)):
     print("stopped", flush=True)
     time.sleep(float(sys.argv[1]))
 assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == before
-sys.exit(EXIT_INTERRUPTED)
+sys.exit(EXIT_STOPPED)
 """
 
 
@@ -81,7 +83,7 @@ def test_signal_from_outside_stops_a_compiled_loop_and_a_second_one_the_process(
             _, errors = process.communicate(timeout=20)
         finally:
             process.kill()
-    assert process.returncode == (-signal.SIGINT if is_second_sent else EXIT_INTERRUPTED), errors
+    assert process.returncode == (-signal.SIGINT if is_second_sent else EXIT_STOPPED), errors
     assert ("KeyboardInterrupt" in errors) == is_second_sent
 
 

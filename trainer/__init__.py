@@ -12,18 +12,27 @@ TensorFlow is imported by the functions that need it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from trainer.config import Config, UserError, load_config, make_config
 from trainer.version import __version__
 
 if TYPE_CHECKING:
     import keras
     import tensorflow as tf
 
+    from trainer.config import Config, UserError, load_config, make_config
     from trainer.training.loop import TrainingResult
 
 __all__ = ["Config", "UserError", "__version__", "batches", "generate", "load_config", "make_config", "resume", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    # The command watches for signals from its first instruction on, and this package is imported before that.
+    if name in ("Config", "UserError", "load_config", "make_config"):
+        from trainer import config
+
+        return getattr(config, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def train(

@@ -1,47 +1,86 @@
-"""The command line: reads arguments, loads what a verb needs, and turns errors a user can mend into messages."""
+"""The command line: reads arguments, loads what a verb needs, and turns errors a user can mend into messages.
+
+Imports the standard library only until `main` watches for signals.
+"""
 
 import argparse
-import contextlib
 import errno
-import os
+import signal
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from trainer.config import Config, UserError, load_config
-from trainer.devices import has_nvidia_gpu
+from trainer.signals import EXIT_STOPPED, STOPPING, Ending, ended_by
+from trainer.terminal import discard, lasting_errors, lasting_output, open_streams, printable, quiet_import, say
 from trainer.version import __version__
 
+if TYPE_CHECKING:
+    from trainer.config import Config
+
 EXIT_USER_ERROR = 2
+# What a shell says of a program that a closed pipe ends, as it does others behind `| head`.
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 OVERRIDES_HELP = "settings that replace the file's, such as train.total_steps=200"
+
+_SAME_COMMAND = "Start it again with the same command."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status.
 
-    0: done. 1: what was to be verified is not so. 2: a message says what to mend. 75: stopped by a signal, and saved.
-    130: stopped by Ctrl-C.
+    0: done. 1: what was to be verified is not so. 2: a message says what to mend. 75: `train` was stopped by SIGINT,
+    SIGTERM or SIGHUP, whatever it was doing, and says how to go on. 130: another verb was stopped by Ctrl-C. 141:
+    nobody reads standard output any more.
     """
-    options = _parse(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    open_streams()
+    with lasting_errors():
+        if words[:1] == ["prepare"]:  # Ctrl-C is an exception there, as it leaves what can be gone on with.
+            return _run(words, Ending())
+        if words[:1] != ["train"]:
+            with ended_by([signal.SIGINT], Ending()):
+                return _run(words, Ending())
+        ending = Ending(EXIT_STOPPED, lambda: f"No run was begun. {_SAME_COMMAND}")
+        with ended_by(STOPPING, ending):
+            status = _run(words, ending)
+    if arguments is None:
+        for number in STOPPING:  # All is done: a signal could only change the status that says so.
+            signal.signal(number, signal.SIG_IGN)
+    return status
+
+
+def _run(words: list[str], ending: Ending) -> int:
+    from trainer.config import UserError
+
     try:
-        return int(options.run(options) or 0)
+        try:
+            options = _parse(words)
+            options.ending = ending
+            return int(options.run(options) or 0)
+        finally:
+            sys.stdout.flush()
     except UserError as error:
-        print(f"trainer: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _fail(error)
     except KeyboardInterrupt:
         print("trainer: stopped.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        discard(sys.stdout)
+        return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        print(f"trainer: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _fail(error)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _fail(error: Exception) -> int:
+    print(f"trainer: {printable(str(error))}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
     parser = _parser()
-    words = list(sys.argv[1:] if arguments is None else arguments)
     beam_options: list[str] = []
     if words[:1] == ["prepare"] and "--" in words:
         words, beam_options = words[: words.index("--")], words[words.index("--") + 1 :]
@@ -136,22 +175,25 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
 
 
-def _read_config(options: argparse.Namespace) -> Config:
+def _read_config(options: argparse.Namespace) -> "Config":
+    from trainer.config import load_config
+
     return load_config(options.config, options.overrides)
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    from trainer.config import UserError
+
     if options.beam_options and options.runner != "beam":
         raise UserError(
             f"-- {' '.join(options.beam_options)}: options of Apache Beam; add --runner beam before the --."
         )
     config = _read_config(options)
-    with _quiet_import():
+    with ended_by([signal.SIGINT], Ending()), quiet_import():
         from trainer.data.beam import prepare_with_beam
-        from trainer.data.prepare import prepare
-        from trainer.data.text import open_source
+        from trainer.data.prepare import check_sources, prepare
 
-        open_source(config.data)  # First: a misspelt path should not wait for TensorFlow, which WordPiece takes.
+        check_sources(config)  # First: a misspelt path should not wait for TensorFlow, which WordPiece takes.
         if config.tokenizer.kind == "wordpiece":
             import keras_nlp  # noqa: F401
             import tensorflow_text  # noqa: F401
@@ -162,6 +204,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from trainer.config import UserError
+
     if options.resume is None and options.config is None:
         raise UserError("train needs a config, such as quickstart or your own TOML file, or --resume RUN.")
     if options.resume is not None:
@@ -177,6 +221,7 @@ def _train(options: argparse.Namespace) -> int:
                 "start a new run with it."
             )
         RunFolder(options.resume, overrides)
+        options.ending.advice = lambda: f"Go on with: trainer train --resume {options.resume}"
     else:
         from trainer.run import find_run
         from trainer.training.hosts import find_hosts
@@ -185,23 +230,40 @@ def _train(options: argparse.Namespace) -> int:
         config = _read_config(options)
         if config.distribution.kind == "tpu":
             check_tpu_install()
-        find_run(config, options.or_resume)
-        with _quiet_import():  # On SLURM TensorFlow finds them.
-            find_hosts(config.distribution)
-    with _quiet_import():
-        from trainer.training import loop
-        from trainer.training.health import EXIT_INTERRUPTED
+        is_new = find_run(config, options.or_resume) is None
+        options.ending.advice = lambda: _how_to_go_on(config)
+        with quiet_import():
+            if is_new:
+                from trainer.data.prepare import check_sources
 
-    if options.resume is None:
-        result = loop.start(config, or_resume=options.or_resume)
-    else:
-        result = loop.resume(options.resume, overrides=overrides)
-    if result.was_interrupted:
-        return EXIT_INTERRUPTED
-    for name, text in result.samples.items():
-        print(f"\n{name}{_story_verdict(text) if result.tells_stories else ''}:\n{text}")
-    print(f"\nvalidation: {result.evaluation}")
+                check_sources(config)  # A misspelt path should not wait for TensorFlow.
+            # On SLURM TensorFlow finds them.
+            find_hosts(config.distribution)
+    with quiet_import():
+        from trainer.training import loop
+
+    with lasting_output():
+        if options.resume is None:
+            result = loop.start(config, or_resume=options.or_resume)
+        else:
+            result = loop.resume(options.resume, overrides=overrides)
+        if result.was_interrupted:
+            return EXIT_STOPPED
+        for name, text in result.samples.items():
+            say(f"\n{name}{_story_verdict(text) if result.tells_stories else ''}:\n{text}")
+        say(f"\nvalidation: {result.evaluation}")
     return 0
+
+
+def _how_to_go_on(config: "Config") -> str:
+    from trainer.storage import Url, locate
+
+    folder = locate(config.run_folder)
+    if isinstance(folder, Url):  # A store may not answer in time.
+        return "Go on with the same command and --or-resume."
+    if (folder / "config.toml").is_file():
+        return f"Go on with: trainer train --resume {folder}"
+    return f"There is no run yet. {_SAME_COMMAND}"
 
 
 def _story_verdict(text: str) -> str:
@@ -219,18 +281,19 @@ def _inspect(options: argparse.Namespace) -> int:
     from trainer.inspect import inspect
 
     # All of it: TensorFlow is loaded on the way, and only for WordPiece and object stores.
-    with _quiet_import():
+    with quiet_import():
         return 0 if inspect(options.path, options.split, options.examples, options.sequence_length) else 1
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from trainer.config import UserError
     from trainer.run import RunFolder
 
     for override in options.overrides:
         if not override.startswith("distribution."):
             raise UserError(f"{override}: of a run's settings evaluate takes other devices only, distribution.*.")
     run = RunFolder(options.run_folder, options.overrides)
-    with _quiet_import():
+    with quiet_import():
         from trainer.evaluate import Evaluator
         from trainer.training.distribution import describe_devices, make_strategy
         from trainer.training.hosts import Hosts
@@ -241,10 +304,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     prepared = run.prepared()
     with strategy.scope():
         model, checkpoint = run.load_model()
-    print(f"step {checkpoint.step}: {Evaluator(model, strategy, prepared, run.config)()}")
+    say(f"step {checkpoint.step}: {Evaluator(model, strategy, prepared, run.config)()}")
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from trainer.config import UserError
+
     if options.num_samples < 1:
         raise UserError(f"--num-samples {options.num_samples} must be at least 1.")
     if options.num_samples > 1 and options.sampler in ("greedy", "beam"):
@@ -255,7 +320,7 @@ def _generate(options: argparse.Namespace) -> None:
     from trainer.run import RunFolder
 
     RunFolder(options.run_folder)
-    with _quiet_import():
+    with quiet_import():
         import trainer.decoding.generate  # noqa: F401
         from trainer.training.distribution import unseen_gpu
 
@@ -273,17 +338,19 @@ def _generate(options: argparse.Namespace) -> None:
         options.num_beams,
         options.temperature,
     )
-    print("\n\n".join(texts))
+    say("\n\n".join(texts))
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from trainer.config import UserError
+
     config = _read_config(options)
     numbers = options.replicas.split(",")
     if not all(number.isdecimal() and int(number) for number in numbers) or len(numbers) < 2:
         raise UserError(f"--replicas {options.replicas} must be numbers such as 1,2,4: at least two, to compare.")
     if options.steps < 1:
         raise UserError(f"--steps {options.steps} must be at least 1.")
-    with _quiet_import():
+    with quiet_import():
         from trainer.verify import verify
     return 0 if verify(config, [int(number) for number in numbers], options.steps) else 1
 
@@ -296,25 +363,3 @@ def _plan(options: argparse.Namespace) -> int:
     target = None if options.target is None else parse_target(options.target)
     print_plan(config, options.vocabulary_size, target, options.utilisation, options.weights)
     return 1 if options.compile and not print_compiled(config, options.vocabulary_size, target) else 0
-
-
-@contextlib.contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Keeps TensorFlow's greetings off the terminal, and nothing else: warnings and errors are passed on."""
-    # Without a GPU TensorFlow's warnings, too, are about GPUs; with one they say why it is not used.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if has_nvidia_gpu() else "3")
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as heard:
-        os.dup2(heard.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
-            heard.seek(0)
-            lines = heard.read().decode(errors="replace").splitlines()
-            for line in lines:
-                if not line.startswith(("I0000 ", "WARNING: All log messages before absl", "To enable the following")):
-                    print(line, file=sys.stderr)

@@ -115,6 +115,12 @@ def prepare(
     return prepared
 
 
+def check_sources(config: Config) -> None:
+    """Raises UserError where the files that a config names cannot be used, as far as a look at them tells."""
+    read_tokenizer_file(config.tokenizer)
+    open_source(config.data)
+
+
 def fetch(stored: Url, say: Say = print) -> PreparedData:
     """Returns prepared data of an object store, copied to this host's disk if it is not there yet.
 

@@ -3,57 +3,38 @@
 import contextlib
 import fcntl
 import signal
-import socket
-import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from trainer.config import UserError
+from trainer.signals import STOPPING, watched
 from trainer.storage import Location, Url
-
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again. Schedulers can be told to.
-EXIT_INTERRUPTED = 75
 
 
 @contextlib.contextmanager
-def stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """Calls request_stop at the first SIGINT or SIGTERM; a second one ends the process as it always does. A signal that
-    the process was started to ignore, as a shell's background job is SIGINT, stays ignored.
-
-    Python runs a signal's handler between two of its own instructions, and a call of the compiled loop is one for
-    minutes. So the handler in C writes to a socket, and a thread that reads it calls request_stop.
+def stop_on_signals(request_stop: Callable[[], None], say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+    """Calls request_stop at the first SIGINT, SIGTERM or SIGHUP, and says so; a second one ends the process as it would
+    have without this.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Only the main thread may handle signals: whoever started this one has to.
-        return
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    before = {name: handler for name, handler in handlers.items() if handler != signal.SIG_IGN}
+    is_asked = False
 
-    def watch() -> None:
-        # Any signal that Python handles writes its number, not these two alone. No byte: the other end is closed.
-        while number := reader.recv(1):
-            if number[0] in before:
-                request_stop()
+    def notice(number: int) -> bool:
+        nonlocal is_asked
+        if is_asked:
+            return False
+        is_asked = True
+        request_stop()
+        say(f"{signal.Signals(number).name}: saving after the step under way; a second signal ends at once, unsaved.")
+        return True
 
-    def note(*_: object) -> None:
+    def restore(*_: object) -> None:
         for name, handler in before.items():
             signal.signal(name, handler)
 
-    thread = threading.Thread(target=watch, name="signals", daemon=True)
-    thread.start()
-    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    for name in before:
-        signal.signal(name, note)
-    try:
+    before: dict[int, Any] = {}
+    with watched(STOPPING, notice, restore) as handlers:
+        before |= handlers
         yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-        signal.set_wakeup_fd(previous)
-        writer.close()
-        thread.join()
-        reader.close()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,125 @@
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer import terminal
+from trainer.terminal import lasting_errors, lasting_output, printable, say
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_what_steers_a_terminal_is_shown_as_what_it_is():
+    assert printable("a\x1b[2Jb\rc\x07\x7f\x9b") == "a\\x1b[2Jb\\rc\\x07\\x7f\\x9b"
+    assert printable("\u202eabc\u2066\u2028\ud83d\0") == "\\u202eabc\\u2066\\u2028\\ud83d\\x00"
+    plain = "line\n\tindented  twice, 한글 नमस्ते 👩\u200d👧 می\u200cخواهم \u00a0 \\x1b"
+    assert printable(plain) == plain
+
+
+def test_a_file_gets_lines_whole(capsys: pytest.CaptureFixture[str]):
+    say("word " * 100 + "\x1b[31m :smile: [bold]x[/bold]")
+    assert capsys.readouterr().out == "word " * 100 + "\\x1b[31m :smile: [bold]x[/bold]\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_breaks_lines_between_words(monkeypatch: pytest.MonkeyPatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("COLUMNS", "80")
+    text = "validation: loss 0.6086 nats per token, perplexity 1.84, 0.199 bits per byte (of what the tokenizer keeps)"
+    say(f"{text}\n{'한국어 문장 ' * 20}")
+    lines = stream.getvalue().splitlines()
+    assert " ".join(line.strip() for line in lines[:2]) == text
+    assert set(" ".join(lines[2:]).split()) == {"한국어", "문장"}
+
+
+class Broken(io.StringIO):
+    def write(self, _: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_output_that_nobody_reads_is_dropped_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "stdout", Broken())
+    with lasting_output():
+        for _ in range(3):
+            say("a line")
+    assert capsys.readouterr().err == (
+        "trainer: standard output is gone (nobody reads it any more); training goes on without it.\n"
+    )
+    monkeypatch.setattr(sys, "stderr", Broken())
+    with lasting_errors(), lasting_output():
+        say("a line")
+
+
+def run_with(stdout: int, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", *arguments],
+        cwd=ROOT,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | variables,
+    )
+
+
+def test_a_verb_whose_reader_went_away_ends_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    # argparse itself passes over a help that nobody reads.
+    for arguments, status in ((["plan", "minigpt"], 141), (["plan", "--help"], 0), (["train", "--help"], 0)):
+        done = run_with(writer, *arguments)
+        assert (done.returncode, done.stderr) == (status, "")
+    os.close(writer)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_verb_whose_output_fills_the_disk_says_so():
+    with Path("/dev/full").open("w") as full:
+        done = run_with(full.fileno(), "plan", "minigpt")
+    assert (done.returncode, done.stderr) == (2, "trainer: [Errno 28] No space left on device\n")
+
+
+SAY = """
+import sys
+from trainer.terminal import open_streams, say
+open_streams()
+say("한글 é x")
+"""
+
+
+def test_what_an_encoding_lacks_is_printed_as_an_escape():
+    program = [sys.executable, "-c", SAY]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, b"\\ud55c\\uae00 \\xe9 x\n"), done.stderr
+
+
+CLOSED = """
+import os
+from trainer.terminal import open_streams
+open_streams()
+with open(os.devnull, "w") as file:
+    assert file.fileno() > 2, "a file has the number of standard output"
+print("nowhere")
+"""
+
+
+def test_streams_that_are_closed_at_the_start_are_no_files_of_the_program(tmp_path: Path):
+    command = f'exec "{sys.executable}" -c "$PROGRAM" >&- 2>&- <&-'
+    assert subprocess.run(command, shell=True, cwd=ROOT, env=os.environ | {"PROGRAM": CLOSED}).returncode == 0
+
+
+def test_terminal_and_signals_load_nothing_but_the_standard_library():
+    heavy = {"pydantic", "numpy", "rich", "trainer.config"}
+    program = f"import sys; import trainer.cli; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+    assert terminal.__doc__ is not None

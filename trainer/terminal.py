@@ -1,0 +1,154 @@
+"""What a program prints: lines that a terminal shows as they are, and streams that may go away.
+
+Imports the standard library only, until a line is printed to a terminal.
+"""
+
+import contextlib
+import errno
+import os
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    import rich.console
+
+Say = Callable[[str], None]
+
+# Joiners that scripts and emoji are written with, and what sets lines.
+_KEPT = frozenset("\n\t\u200c\u200d")
+# Control characters, marks that turn the direction of text, lone surrogates, separators that end a line.
+_HIDDEN_KINDS = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+
+
+def printable(text: str) -> str:
+    r"""Returns a text with every character that steers a terminal written as its escape, such as \x1b."""
+    return "".join(
+        repr(character)[1:-1]
+        if character not in _KEPT and unicodedata.category(character) in _HIDDEN_KINDS
+        else character
+        for character in text
+    )
+
+
+def say(line: str) -> None:
+    """Prints a line to standard output at once; a terminal breaks it between words, a file keeps it whole."""
+    if sys.stdout.isatty():
+        console(sys.stdout).print(printable(line))
+    else:
+        print(printable(line), flush=True)
+
+
+def console(stream: TextIO) -> "rich.console.Console":
+    """Returns what prints to a stream and reads nothing in a text but its words."""
+    import rich.console
+
+    return rich.console.Console(file=stream, highlight=False, markup=False, emoji=False)
+
+
+@contextlib.contextmanager
+def lasting_errors() -> Iterator[None]:
+    """Lets a program go on where what it prints to standard error cannot be written; it is dropped."""
+    with contextlib.redirect_stderr(_Lasting(sys.stderr, lambda _: None)):
+        yield
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Lets a program go on where the reader of standard output goes away, or the disk is full that it is redirected to:
+    the rest of it is dropped, which is said once on standard error.
+    """
+
+    def tell(error: OSError) -> None:
+        reason = "nobody reads it any more" if error.errno == errno.EPIPE else error.strerror
+        print(f"trainer: standard output is gone ({reason}); training goes on without it.", file=sys.stderr, flush=True)
+
+    with contextlib.redirect_stdout(_Lasting(sys.stdout, tell)):
+        yield
+
+
+class _Lasting:
+    """A stream for text whose failures are told once, and after that drops what is written."""
+
+    def __init__(self, stream: TextIO, tell: Callable[[OSError], None]) -> None:
+        self._stream = stream
+        self._tell = tell
+        self._is_gone = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        if not self._is_gone:
+            with self._surviving():
+                self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        if not self._is_gone:
+            with self._surviving():
+                self._stream.flush()
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._is_gone = True
+            discard(self._stream)
+            self._tell(error)
+
+
+def discard(stream: TextIO) -> None:
+    """Sends what a stream still holds, and all that is written to it from now on, nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def open_streams() -> None:
+    """Readies standard streams for the command: one that was closed at the start goes nowhere, lest the next file that
+    is opened takes its place; what the terminal's encoding lacks is written as an escape; and lines come out at once.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # The lowest number that is free, which is this one.
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+
+
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """Keeps TensorFlow's greetings off the terminal, and nothing else: warnings and errors are passed on."""
+    if "tensorflow" in sys.modules:
+        yield
+        return
+    from trainer.devices import has_nvidia_gpu
+
+    # Without a GPU TensorFlow's warnings, too, are about GPUs; with one they say why it is not used.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if has_nvidia_gpu() else "3")
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as heard:
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            heard.seek(0)
+            lines = heard.read().decode(errors="replace").splitlines()
+            for line in lines:
+                if not line.startswith(("I0000 ", "WARNING: All log messages before absl", "To enable the following")):
+                    print(line, file=sys.stderr)
