@@ -1,6 +1,9 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -176,3 +179,80 @@ def test_a_sample_is_told_to_be_a_story_or_where_it_stops_being_one():
     words = story(0, 0).split(" ")
     words[3] = "xylophone"
     assert _story_verdict(" ".join(words)) == " (leaves the storybook's grammar: token 3 is 'xylophone')"
+
+
+TINY = """
+[data]
+train = "text.txt"
+documents = "file"
+mode = "packed"
+held_out_fraction = 0.2
+[tokenizer]
+kind = "char"
+[model]
+num_layers = 1
+num_heads = 2
+hidden_dim = 8
+intermediate_dim = 8
+[train]
+precision = "float32"
+total_steps = {total_steps}
+global_batch_size = 4
+sequence_length = 8
+steps_per_call = 5
+[log]
+every_steps = 5
+[checkpoint]
+every_steps = 1000000
+[samples]
+num_tokens = 2
+num_beams = 1
+"""
+
+
+def start_training(folder: Path, total_steps: int) -> subprocess.Popen[str]:
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog .\n" * 40)
+    (folder / "tiny.toml").write_text(TINY.format(total_steps=total_steps))
+    command = [sys.executable, "-m", "trainer", "train", "tiny.toml"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=folder, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+
+
+@pytest.mark.slow
+def test_training_goes_on_where_nobody_reads_its_output_any_more(tmp_path: Path):
+    with start_training(tmp_path, total_steps=60) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 0, errors
+    assert errors == "trainer: standard output is gone (nobody reads it any more); training goes on without it.\n"
+    assert (tmp_path / "runs/tiny/checkpoints/step_000000060/manifest.json").is_file()
+    assert json.loads((tmp_path / "runs/tiny/result.json").read_text())["step"] == 60
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_saves_and_exits_75_and_so_does_a_signal_while_a_run_is_resumed(tmp_path: Path):
+    with start_training(tmp_path, total_steps=10**9) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while not process.stdout.readline().startswith("step 5/"):
+            assert process.poll() is None, process.stderr.read()
+        process.stdout.close()
+        process.stderr.close()
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(30) == 75
+    (saved,) = (tmp_path / "runs/tiny/checkpoints").iterdir()
+    assert int(saved.name.removeprefix("step_")) >= 5 and (saved / "manifest.json").is_file()
+    (tmp_path / "runs/tiny/lock").unlink()
+    resumed = [sys.executable, "-m", "trainer", "train", "--resume", "runs/tiny"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(resumed, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        while not (tmp_path / "runs/tiny/lock").exists():  # Taken before the model is built.
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75 and "Go on with: trainer train --resume runs/tiny" in errors, errors

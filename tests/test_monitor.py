@@ -1,5 +1,8 @@
+import html
 import io
+import re
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 
 from trainer.config import ProfileConfig, UserError, make_config
 from trainer.evaluate import Evaluation
-from trainer.training.monitor import Interval, Meter, Monitor
+from trainer.terminal import printable
+from trainer.training.monitor import Interval, Meter, Monitor, literal
 from trainer.training.step import CallMetrics
 
 CONFIG = make_config({"run_folder": "r", "train": {"precision": "float32", "total_steps": 30}})
@@ -113,8 +117,7 @@ def test_resumed_run_drops_what_was_logged_past_its_checkpoint(tmp_path: Path):
         killed.interval(step, interval(loss=1.0))
         killed.evaluation(step, SCORE)
         killed.samples(step, {"greedy": f"before {step}"})
-    # Killed: nothing is closed. A file's name tells the second, and a process takes longer than that to start.
-    time.sleep(1)
+    # Killed: nothing is closed. And resumed within the second that a file's name tells.
     resumed = monitor(tmp_path, first_step=10)
     with resumed.running():
         train, validation = curves(tmp_path / "train"), curves(tmp_path / "validation")
@@ -184,7 +187,7 @@ def test_samples_and_config_are_shown_as_text(tmp_path: Path):
     with watched.running():
         watched.samples(10, {"greedy": "once\nupon", "top-p": "옛날 옛적에"})
     train = curves(tmp_path / "train")
-    assert train["samples/greedy"] == {10: b"once  \nupon"}
+    assert train["samples/greedy"] == {10: b"once  \nupon"}  # Two spaces: where Markdown breaks a line.
     assert train["samples/top-p"][10].decode() == "옛날 옛적에"
     assert train["config"][0].decode() == f"```toml\n{CONFIG.to_toml()}\n```"
 
@@ -213,6 +216,93 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path):
     assert lines[3].endswith("  0:00:00 left")
 
 
+def test_lines_and_bar_tell_the_epoch_and_what_takes_the_time(tmp_path: Path):
+    terminal = io.StringIO()
+    config = make_config({"run_folder": "r", "train": {"precision": "float32", "num_epochs": 3}})
+    watched = Monitor(tmp_path, config, 0, 49, 0.5, False, terminal, steps_per_epoch=16.25)
+    with watched.running():
+        watched.interval(13, interval())
+        with watched.doing(13, "evaluating"):
+            pass
+        watched.evaluation(49, SCORE)
+    lines = terminal.getvalue().splitlines()
+    assert lines[0].startswith("step 13/49  epoch 0.80/3  loss 2.0000  ")
+    assert lines[1] == "step 13/49  epoch 0.80/3  evaluating"
+    assert lines[2].startswith("step 49/49  epoch 3.00/3  validation: ")  # Though the last batch begins a fourth.
+    by_steps = Monitor(tmp_path, CONFIG, 0, 30, 0.5, False, terminal, steps_per_epoch=20)
+    with by_steps.running(), by_steps.doing(15, "saving"):
+        pass
+    assert terminal.getvalue().endswith("step 15/30  epoch 0.75/1.5  saving\n")
+
+
+def test_every_line_goes_to_say_where_it_is_given(tmp_path: Path):
+    said: list[str] = []
+    terminal = Terminal()
+    watched = Monitor(tmp_path, CONFIG, 0, 30, 0.5, False, terminal, say=said.append)
+    with watched.running(), watched.doing(10, "saving"):
+        watched.advance(10)
+        watched.interval(10, interval())
+        watched.evaluation(10, SCORE)
+        watched.say("a line")
+    assert [line.partition("  ")[2].partition(" ")[0] for line in said] == ["saving", "loss", "validation:", ""]
+    assert terminal.getvalue() == ""
+
+
+def points(folder: Path) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder), purge_orphaned_data=True)
+    events.Reload()
+    return [(event.step, event.wall_time) for event in events.Tensors("loss")]
+
+
+def test_curves_follow_the_steps_where_a_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    killed = monitor(tmp_path)
+    for step in (5, 10, 15):
+        killed.interval(step, interval())
+    first_time = points(tmp_path / "train")[0][1]
+    for hours_back, first_step in ((1, 10), (48, 10), (0, 15)):  # On another host each time, killed again.
+        monkeypatch.setattr(time, "time", lambda now=first_time - 3600 * hours_back: now)
+        resumed = monitor(tmp_path, first_step=first_step)
+        resumed.interval(first_step + 2, interval())
+        resumed.interval(first_step + 5, interval())
+    steps, times = zip(*points(tmp_path / "train"), strict=True)
+    assert steps == (5, 10, 12, 15, 17, 20)
+    assert list(times) == sorted(times)
+
+
+def test_a_clock_set_back_while_a_run_goes_on_turns_no_curve_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    watched = monitor(tmp_path)
+    for step, now in ((5, 2e9), (10, 1e9), (15, 2e9 + 1)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        watched.interval(step, interval())
+    assert points(tmp_path / "train") == [(5, 2e9), (10, 2e9), (15, 2e9 + 1)]
+
+
+MARKDOWN = (
+    "* item __x__", "![](http://a.b/c.png)", "[a](http://b)", "<img src=x>", "<b>x</b>", "    code", "\tcode",
+    "```\nx\n```", "# x", "x\n===", "x\n---", "> x", "1. x", "12) x", "a | b\n--|--\n1 | 2", "[x]: http://y", "`x`",
+    "&amp; &#42;", "\\*x\\*", "<!-- x -->", "x  y   z", "http://a.b", "- a\n- b", "<http://a.b>", "한글 _x_",
+    "~~~\nx\n~~~", "once\n\nupon", "\x02klzzwxh:0000\x03", "\x1b[2J",
+)  # fmt: skip
+
+
+def shown_by_tensorboard(markdown: str) -> tuple[str, set[str]]:
+    """The text that a page shows, and the HTML tags it is made of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Of a library within TensorBoard.
+        from tensorboard.plugin_util import markdown_to_safe_html
+    page = markdown_to_safe_html(markdown)
+    text = re.sub(r"<br\s*/?>\n?", "\n", page)
+    return html.unescape(re.sub("</?p>", "", text)).replace("\xa0", " "), set(re.findall(r"<\s*(\w+)", page))
+
+
+@pytest.mark.parametrize("text", [*MARKDOWN, "  \n".join(MARKDOWN), "".join(MARKDOWN)])
+def test_tensorboard_shows_text_as_it_is_and_neither_formats_nor_fetches(text: str):
+    shown, tags = shown_by_tensorboard(literal(text))
+    assert tags <= {"p", "br"}
+    expected = printable(text).expandtabs(4)
+    assert [line.rstrip() for line in shown.split("\n")] == [line.rstrip() for line in expected.split("\n")]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -226,10 +316,13 @@ def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     terminal = Terminal()
     watched = monitor(tmp_path, first_step=10, terminal=terminal)
     with watched.running():
+        watched.advance(20)
         watched.interval(20, interval())
         watched.say("above the bar")
+        with watched.doing(20, "saving"):
+            watched._progress.refresh()
     shown = terminal.getvalue()
-    assert "training" in shown and "━" in shown
+    assert "compiling" in shown and "training" in shown and "saving" in shown and "━" in shown
     assert "20/30" in shown and "10/30" not in shown.rpartition("20/30")[2]
     assert "loss 2.0000  1,000,000 tokens/s" in shown
     assert "above the bar" in shown

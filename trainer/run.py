@@ -5,6 +5,7 @@ run.json      which prepared data and tokenizer it uses
 tokenizer/    a copy, so that the model can be used where the data is not
 checkpoints/  see training/checkpoint.py
 logs/         for TensorBoard
+result.json   the last evaluation and samples, once the run is over
 """
 
 import json
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from trainer.data.shards import PreparedData
     from trainer.data.tokenizer import Tokenizer
+    from trainer.evaluate import Evaluation
     from trainer.training.checkpoint import Checkpoint, Checkpoints
 
 # What a process that died while it made a run's folder can have left: no run yet, and nobody else's.
@@ -151,6 +153,34 @@ class RunFolder:
         from trainer.training.checkpoint import Checkpoints
 
         return Checkpoints(str(self.path / "checkpoints"), self.config.checkpoint.keep_last, say)
+
+    def keep_result(
+        self, step: int, evaluation: "Evaluation", samples: dict[str, str], say: Callable[[str], None] = print
+    ) -> None:
+        """Writes what came of the run after its last step; says so if it cannot be written, as all else is."""
+        result = {"step": step, "evaluation": evaluation._asdict(), "samples": samples}
+        try:
+            write_whole(self.path / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            say(f"{self.path / 'result.json'} cannot be written: {error.strerror or error}. The checkpoint is whole.")
+
+    def result(self, step: int) -> "tuple[Evaluation, dict[str, str]] | None":
+        """Returns the evaluation and the samples that `keep_result` wrote for this step; None if they are not there, or
+        not as this release writes them.
+        """
+        from trainer.evaluate import Evaluation
+
+        file = self.path / "result.json"
+        if not file.is_file():
+            return None
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            values: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in result["evaluation"].items()
+            }
+            return (Evaluation(**values), dict(result["samples"])) if result["step"] == step else None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None  # The run is scored again.
 
     def load_model(
         self, build_model: BuildModel | None = None, say: Callable[[str], None] = print

@@ -15,8 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config import Config, SamplesConfig, UserError, rows_per_replica
+from trainer.data.batches import num_examples, training_batches
 from trainer.data.batches import total_steps as count_steps
-from trainer.data.batches import training_batches
 from trainer.data.coverage import TextBytes
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
@@ -25,6 +25,8 @@ from trainer.evaluate import Evaluation, Evaluator
 from trainer.model.gpt import GPT
 from trainer.plan import tokens_per_sec_at_peak
 from trainer.run import BuildModel, RunFolder, find_run, make_model
+from trainer.terminal import Say
+from trainer.terminal import say as print_line
 from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
 from trainer.training.distribution import (
     count_replicas_of,
@@ -42,8 +44,6 @@ from trainer.training.memory import fit_micro_batch
 from trainer.training.monitor import Meter, Monitor, Silence
 from trainer.training.schedule import learning_rate
 from trainer.training.step import TrainingStep
-
-Say = Callable[[str], None]
 
 
 class TrainingResult(NamedTuple):
@@ -70,6 +70,7 @@ def start(
     Raises:
         UserError: a setting, the text or the folder is not right, or workers do not agree.
     """
+    say = print_line if say is print else say
     hosts = find_hosts(config.distribution)
     # All hosts find the same: the first one makes the folder after all have met.
     run = find_run(config, or_resume)
@@ -106,6 +107,7 @@ def resume(
     Raises:
         UserError: there is no such run, or its data is gone, or workers do not agree.
     """
+    say = print_line if say is print else say
     run = RunFolder(run_folder, overrides)
     hosts = find_hosts(run.config.distribution)
     if hosts.are_several:
@@ -152,7 +154,17 @@ def fingerprints(config: Config) -> dict[str, str]:
 def prepare_in_a_process_of_its_own(config: Config, say: Say) -> PreparedData:
     """Prepares, and leaves this process as it was: hosts can only be joined before TensorFlow computes anything."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(prepare, config, print if say is print else _be_silent).result()
+        if say in (print_line, _be_silent):
+            return executor.submit(prepare, config, say).result()
+        prepared, lines = executor.submit(_prepare_and_listen, config).result()
+    for line in lines:  # Only now: nobody else's function can be called from another process.
+        say(line)
+    return prepared
+
+
+def _prepare_and_listen(config: Config) -> tuple[PreparedData, list[str]]:
+    lines: list[str] = []
+    return prepare(config, lines.append), lines
 
 
 def _be_silent(_: str) -> None:
@@ -200,6 +212,9 @@ def train(
             config = settle_micro_batch(run, hosts, step_function, say)
         checkpoints = run.checkpoints(say)
         step = restore(step_function, checkpoints.latest())
+        if step == total_steps and (result := run.result(step)) is not None:
+            say(f"{run.path}: all {total_steps} steps are taken, and this is what came of them.")
+            return TrainingResult(str(run.path), config.data.is_storybook(), model, step, False, *result)
         say(describe(run, prepared, model, step, total_steps))
 
         # What looks at it.
@@ -208,7 +223,7 @@ def train(
         generator = Generator(model, tokenizer, config.train.sequence_length)
         generator.encode([config.samples.prompt])  # A prompt that does not fit is better known now than in an hour.
         at_peak = find_peak(config, model, prepared.vocabulary_size, strategy, say)
-        monitor = make_monitor(run, prepared, step, total_steps, at_peak) if hosts.is_chief else Silence()
+        monitor = make_monitor(run, prepared, step, at_peak, say) if hosts.is_chief else Silence()
         meter = Meter()
 
         batches = iter(
@@ -230,7 +245,7 @@ def train(
         config.samples.every_steps,
     )
     with monitor.running():
-        with stop_on_signals(lambda: step_function.stop_requested.assign(True)):
+        with stop_on_signals(lambda: step_function.stop_requested.assign(True), monitor.say):
             is_stopped = False
             while step < total_steps and not (is_stopped or is_asked_to_stop()):
                 # A tensor, not an int: a new Python int would trace the whole loop again.
@@ -248,33 +263,36 @@ def train(
                     monitor.interval(step, interval)
                     check_finite(step, interval.num_steps, interval.num_skipped, monitor.say)
                 if (is_due(step, config.checkpoint.every_steps) or step == total_steps) and hosts.is_chief:
-                    with spent.on("checkpoint"):
+                    with spent.on("checkpoint"), monitor.doing(step, "saving"):
                         save(checkpoints, step_function, run)
                 if is_due(step, config.evaluation.every_steps) and step < total_steps:
-                    with spent.on("evaluate"):
+                    with spent.on("evaluate"), monitor.doing(step, "evaluating"):
                         score = evaluator.unless_stopped(is_asked_to_stop, config.evaluation.num_batches)
                     if score is not None:
                         monitor.evaluation(step, score)
                 if is_due(step, config.samples.every_steps) and step < total_steps and hosts.is_chief:
-                    with spent.on("sample"):
+                    with spent.on("sample"), monitor.doing(step, "writing samples"):
                         monitor.samples(step, write_samples(generator, config.samples, is_asked_to_stop))
 
             is_stopped = is_stopped or is_asked_to_stop()
             with spent.on("checkpoint"):
                 if is_stopped and hosts.is_chief:
-                    save(checkpoints, step_function, run)
+                    with monitor.doing(step, "saving"):
+                        save(checkpoints, step_function, run)
                 checkpoints.wait()
         if is_stopped:
             say(f"Stopped at step {step} of {total_steps}, saved. Go on with: trainer train --resume {run.path}")
             return TrainingResult(str(run.path), config.data.is_storybook(), model, step, True, None, {})
 
         # All is saved: from here on a signal just ends the process.
-        with spent.on("evaluate"):
+        with spent.on("evaluate"), monitor.doing(step, "evaluating"):
             evaluation = evaluator()
         monitor.evaluation(step, evaluation)
-        with spent.on("sample"):
+        with spent.on("sample"), monitor.doing(step, "writing samples"):
             samples = write_samples(generator, config.samples) if hosts.is_chief else {}
         monitor.samples(step, samples)
+        if hosts.is_chief:
+            run.keep_result(step, evaluation, samples, say)
     say(f"Time: {spent}")
     return TrainingResult(str(run.path), config.data.is_storybook(), model, step, False, evaluation, samples)
 
@@ -363,19 +381,23 @@ def make_monitor(
     run: RunFolder,
     prepared: PreparedData,
     first_step: int,
-    total_steps: int,
     at_peak: float | None,
+    say: Say,
 ) -> Monitor:
     """Returns the monitor of a run."""
+    config, split = run.config, prepared.split("train")
     text_bytes, parts = TextBytes(prepared), prepared.parts("train")
-    is_cut = run.config.data.mode == "lines" and prepared.split("train").max_tokens > run.config.train.sequence_length
+    is_cut = config.data.mode == "lines" and split.max_tokens > config.train.sequence_length
+    has_epochs = config.data.weights is None  # The sources of a mixture end at different times.
     return Monitor(
         run.path / "logs",
-        run.config,
+        config,
         first_step,
-        total_steps,
-        1 / (text_bytes.of_target(run.config) * math.log(2)),
+        count_steps(prepared, config),
+        1 / (text_bytes.of_target(config) * math.log(2)),
         is_cut or any(map(text_bytes.is_lossy, parts)),
+        say=None if say is print_line else say,
+        steps_per_epoch=num_examples(split, config) / config.train.global_batch_size if has_epochs else None,
         tokens_per_sec_at_peak=at_peak,
     )
 

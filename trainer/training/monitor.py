@@ -2,24 +2,28 @@
 
 import contextlib
 import math
+import os
+import re
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TextIO
 
 import numpy as np
-import rich.console
 import rich.progress
 import tensorflow as tf
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from trainer.config import Config, UserError
 from trainer.evaluate import Evaluation
 from trainer.storage import Location
+from trainer.terminal import Say, console, printable
 from trainer.training.step import CallMetrics
 
 
@@ -81,7 +85,9 @@ class Monitor:
         bits_per_token_byte: factor from nats per target to bits per byte of the training text.
         is_lossy: whether bits per byte are of less than the training text: its tokens do not say all of it, or it is
             cut.
-        terminal: where lines and the progress bar go.
+        terminal: where lines and the progress bar go; None: to standard output.
+        say: gets the lines instead, and there is no bar.
+        steps_per_epoch: None: there are no epochs.
         tokens_per_sec_at_peak: what would be a model FLOPs utilisation of 1; None: not known, and it has no curve.
     """
 
@@ -94,6 +100,8 @@ class Monitor:
         bits_per_token_byte: float,
         is_lossy: bool,
         terminal: TextIO | None = None,
+        say: Say | None = None,
+        steps_per_epoch: float | None = None,
         tokens_per_sec_at_peak: float | None = None,
     ) -> None:
         self.total_steps = total_steps
@@ -101,9 +109,15 @@ class Monitor:
         self._bits_per_token_byte = bits_per_token_byte
         self._bits_tag = _bits_tag(is_lossy)
         self._train = EventLog(logs / "train", first_step)
-        self._validation = EventLog(logs / "validation", first_step)
+        # A run that is over is resumed to be scored, which a process before may have begun to.
+        self._validation = EventLog(logs / "validation", first_step - (first_step == total_steps))
         self._train.texts(first_step, {"config": f"```toml\n{config.to_toml()}\n```"})
-        self._console = rich.console.Console(file=terminal or sys.stdout, highlight=False, soft_wrap=True)
+        self._terminal = terminal or sys.stdout
+        self._say = say
+        self._steps_per_epoch = steps_per_epoch
+        self._num_epochs = config.train.num_epochs or round(total_steps / (steps_per_epoch or total_steps), 2)
+        self._console = console(self._terminal)
+        self._has_bar = say is None and self._console.is_terminal
         self._progress = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(bar_width=None),
@@ -111,13 +125,14 @@ class Monitor:
             rich.progress.TextColumn("{task.fields[state]}"),
             rich.progress.TimeRemainingColumn(compact=True),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not self._has_bar,
         )
         self._first_step = first_step
         self._profile = config.profile
         self._is_profiling = False
         self._started = time.monotonic()
-        self._task = self._progress.add_task("training", total=total_steps, completed=first_step, state="")
+        # The first call of the compiled loop takes as long as to compile it.
+        self._task = self._progress.add_task("compiling", total=total_steps, completed=first_step, state="")
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -167,12 +182,28 @@ class Monitor:
             self.say(f"profile.at_step: the profile could not be written into {self._train.folder}: {error}")
 
     def say(self, line: str) -> None:
-        """Prints a line, above the progress bar where there is one."""
-        self._console.print(line, markup=False)
+        """Prints a line, above the progress bar where there is one, which breaks it between words."""
+        if self._say is not None:
+            self._say(line)
+        elif self._has_bar:
+            self._console.print(printable(line))
+        else:
+            print(printable(line), file=self._terminal, flush=True)
+
+    @contextlib.contextmanager
+    def doing(self, step: int, what: str) -> Iterator[None]:
+        """Says what takes the time of this block, after step steps: the bar does, or a line."""
+        if not self._has_bar:
+            self.say(f"{self._place_at(step)}  {what}")
+        self._progress.update(self._task, description=what)
+        try:
+            yield
+        finally:
+            self._progress.update(self._task, description="training")
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
-        self._progress.update(self._task, completed=step)
+        self._progress.update(self._task, completed=step, description="training")
 
     def interval(self, step: int, interval: Interval) -> None:
         """Reports the steps since the last report."""
@@ -187,11 +218,11 @@ class Monitor:
             values["mfu"] = interval.tokens_per_sec / self._tokens_per_sec_at_peak
             speed += f"  mfu {values['mfu']:.1%}"
         self._train.scalars(step, values)
-        state = f"loss {interval.loss:.4f}  {speed}"
+        state = f"{self._epoch_at(step)}loss {interval.loss:.4f}  {speed}"
         self._progress.update(self._task, completed=step, state=state)
-        if not self._console.is_terminal:
+        if not self._has_bar:
             self.say(
-                f"step {step}/{self.total_steps}  loss {interval.loss:.4f}  "
+                f"{self._place_at(step)}  loss {interval.loss:.4f}  "
                 f"perplexity {_perplexity(interval.loss):.2f}  rate {interval.learning_rate:.2e}  "
                 f"norm {interval.grad_norm:.2f}  {speed}  "
                 f"input {interval.input_share:.1%}  {_clock(self._secs_left(step))} left"
@@ -207,12 +238,21 @@ class Monitor:
         }
         values |= {f"loss_of_source_{i}": loss for i, loss in enumerate(evaluation.losses)}
         self._validation.scalars(step, {name: value for name, value in values.items() if value is not None})
-        self.say(f"step {step}/{self.total_steps}  validation: {evaluation}")
+        self.say(f"{self._place_at(step)}  validation: {evaluation}")
 
     def samples(self, step: int, samples: Mapping[str, str]) -> None:
         """Reports what each decoder makes of the model."""
-        # Two spaces: where Markdown breaks a line.
-        self._train.texts(step, {f"samples/{name}": text.replace("\n", "  \n") for name, text in samples.items()})
+        self._train.texts(step, {f"samples/{name}": literal(text) for name, text in samples.items()})
+
+    def _place_at(self, step: int) -> str:
+        return f"step {step}/{self.total_steps}  {self._epoch_at(step)}".rstrip()
+
+    def _epoch_at(self, step: int) -> str:
+        if self._steps_per_epoch is None:
+            return ""
+        # A run's last step may begin the next epoch, to fill its batch.
+        done = min(step / self._steps_per_epoch, self._num_epochs)
+        return f"epoch {done:.2f}/{self._num_epochs:g}  "
 
     def _secs_left(self, step: int) -> float:
         per_step = (time.monotonic() - self._started) / max(1, step - self._first_step)
@@ -227,7 +267,7 @@ class Silence:
         """Does nothing."""
         yield
 
-    profiled = running
+    profiled = doing = running
 
     def say(self, *_: object) -> None:
         """Does nothing."""
@@ -235,11 +275,15 @@ class Silence:
     advance = interval = evaluation = samples = say
 
 
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
+
+
 class EventLog:
     """A file for TensorBoard, that begins by making void what earlier ones in its folder have after first_step.
 
-    A killed run may have logged past its checkpoint. tf.summary's writer cannot say so, and a second file beside it
-    could come after it in the order of names, which TensorBoard takes for the order of time.
+    A killed run may have logged past its checkpoint. TensorBoard reads the files of a folder in the order of their
+    names, which begin with the time; where a clock was set back, the name and the times of events go on from the newest
+    ones that are there.
 
     Args:
         folder: for the file.
@@ -252,29 +296,39 @@ class EventLog:
     def __init__(self, folder: Location, first_step: int) -> None:
         self.folder = folder
         with self._telling_of_errors():
-            self._writer = EventFileWriter(str(folder))
-            start = SessionLog(status=SessionLog.START)
-            self._writer.add_event(Event(step=first_step + 1, wall_time=time.time(), session_log=start))
-            self._writer.flush()
+            tf.io.gfile.makedirs(str(folder))
+            names = sorted(name for name in tf.io.gfile.listdir(str(folder)) if _EVENT_FILE.match(name))
+            second, self._wall_time = int(time.time()), 0.0
+            if names:
+                second = max(second, int(_EVENT_FILE.match(names[-1])[1]) + 1)  # type: ignore[index]
+                events = LegacyEventFileLoader(f"{folder}/{names[-1]}").Load()
+                self._wall_time = max((event.wall_time for event in events), default=0.0)
+            name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.0"
+            self._file = tf.io.gfile.GFile(f"{folder}/{name}", "wb")
+            self._writer = RecordWriter(self._file)
+            self._write(0, [{"file_version": "brain.Event:2"}])
+            self._write(first_step + 1, [{"session_log": SessionLog(status=SessionLog.START)}])
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a point of each curve."""
         limits = np.finfo(np.float32)  # All that TensorBoard keeps, and a perplexity can be more.
-        self._write(step, [scalar_pb(name, np.clip(value, limits.min, limits.max)) for name, value in values.items()])
+        summaries = [scalar_pb(name, np.clip(value, limits.min, limits.max)) for name, value in values.items()]
+        self._write(step, [{"summary": summary} for summary in summaries])
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Writes texts, in Markdown."""
-        self._write(step, [text_pb(name, text) for name, text in texts.items()])
+        self._write(step, [{"summary": text_pb(name, text)} for name, text in texts.items()])
 
     def close(self) -> None:
         """Closes the file, in which everything is already."""
         with contextlib.suppress(OSError, tf.errors.OpError):
             self._writer.close()
 
-    def _write(self, step: int, summaries: list[Summary]) -> None:
+    def _write(self, step: int, events: list[dict[str, str | SessionLog | Summary]]) -> None:
         with self._telling_of_errors():
-            for summary in summaries:
-                self._writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+            for event in events:
+                self._wall_time = max(self._wall_time, time.time())
+                self._writer.write(Event(step=step, wall_time=self._wall_time, **event).SerializeToString())
             self._writer.flush()
 
     @contextlib.contextmanager
@@ -287,6 +341,16 @@ class EventLog:
 
 def _bits_tag(is_lossy: bool) -> str:
     return "bits_per_byte_lossy" if is_lossy else "bits_per_byte"
+
+
+def literal(text: str) -> str:
+    """Returns Markdown that shows a text as it is: nothing in it formats, links or fetches."""
+    lines = (
+        # An entity is neither Markdown's nor HTML's to read; a space that counts is one that neither drops.
+        re.sub(r"[!#&*+<=>\[\\\]_`{|}~-]|(?<=\d)[.)]", lambda found: f"&#{ord(found[0])};", line)
+        for line in printable(text).expandtabs(4).split("\n")
+    )
+    return "  \n".join(re.sub("^ |(?<= ) | $|^$", "&nbsp;", line) for line in lines)
 
 
 def _perplexity(loss: float) -> float:
