@@ -11,7 +11,13 @@ import pytest
 
 from trainer.config import UserError
 from trainer.signals import EXIT_STOPPED
-from trainer.training.health import check_finite, only_run_in, stop_on_signals
+from trainer.training.health import (
+    MAX_SKIPPED_IN_A_ROW,
+    check_is_learning,
+    only_run_in,
+    report_skipped,
+    stop_on_signals,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -200,18 +206,32 @@ def test_one_holder_per_folder_and_it_lets_go(tmp_path: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_skipped_steps_are_reported_until_all_are():
+def test_skipped_steps_are_reported_however_many_they_are():
     said: list[str] = []
-    check_finite(100, 50, 0, said.append)
+    report_skipped(100, 50, 0, None, said.append)
     assert said == []
-    check_finite(100, 50, 49, said.append)
-    assert said == ["step 100: skipped 49 of 50 steps, whose loss or gradient was not finite."]
-    check_finite(100, 0, 0, said.append)
-    with pytest.raises(UserError) as error:
-        check_finite(100, 50, 50, said.append)
-    assert str(error.value) == (
-        "All 50 steps before step 100 had a loss or gradient that was not finite and were skipped. Lower "
-        "optimizer.learning_rate, set optimizer.clip_norm (1.0 is common) or raise optimizer.warmup_steps; the newest "
-        "checkpoint is from before."
+    report_skipped(100, 50, 49, None, said.append)
+    report_skipped(101, 1, 1, 1024.0, said.append)
+    assert said == [
+        "step 100: skipped 49 of 50 steps, whose loss or gradient was not finite.",
+        "step 101: skipped 1 of 1 steps, whose loss or gradient was not finite; the loss scale, which each of them "
+        "halves, is 1024 now.",
+    ]
+
+
+def test_a_run_ends_where_too_many_steps_in_a_row_were_skipped_or_all():
+    most = MAX_SKIPPED_IN_A_ROW
+    check_is_learning(100, 200, most - 1, 5)
+    check_is_learning(100, 100, most - 1, 1)
+    check_is_learning(99, 100, most - 1, 0)
+    told = (
+        " had a loss or gradient that was not finite and were skipped. Lower optimizer.learning_rate, set "
+        "optimizer.clip_norm (1.0 is common) or raise optimizer.warmup_steps. Skipped steps leave the weights alone: "
+        "the newest checkpoint is finite."
     )
-    assert len(said) == 1
+    with pytest.raises(UserError) as error:
+        check_is_learning(100, 200, most, 5)
+    assert str(error.value) == f"The last {most} steps before step 100 all{told}"
+    with pytest.raises(UserError) as error:
+        check_is_learning(3, 3, 0, 0)
+    assert str(error.value) == f"All 3 steps of the run{told}"

@@ -13,6 +13,8 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 import trainer
@@ -20,6 +22,7 @@ from trainer.data.prepare import prepare
 from trainer.run import RunFolder, make_model
 from trainer.training import loop
 from trainer.training.loop import is_due, steps_until_due
+from trainer.training.step import LossScale
 
 SETTINGS = {
     "data": {"mode": "packed", "documents": "file", "held_out_fraction": 0.2},
@@ -271,6 +274,38 @@ def test_train_or_resume_starts_then_goes_on_and_at_last_reports_again(tmp_path,
     assert (finished.step, finished.evaluation, finished.samples) == (40, result.evaluation, result.samples)
     with pytest.raises(trainer.UserError, match=r"train.seed=7 \(was 0\)"):
         loop.start(trainer.make_config(settings_of(tmp_path, train__seed=7)), say=lines.append, or_resume=True)
+
+
+@pytest.mark.slow
+def test_a_routine_overflow_alone_in_its_interval_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "DECODERS", ("greedy",))
+    # Doubled after each step, the scale overflows again and again, each time in a step that is reported by itself.
+    monkeypatch.setattr(LossScale, "STEPS_TO_DOUBLE", 1)
+    settings = settings_of(
+        tmp_path, train__precision="mixed_float16", train__total_steps=40, log__every_steps=1,
+        checkpoint__every_steps=30, evaluation__every_steps=None, samples__every_steps=None,
+    )  # fmt: skip
+    result = trainer.train(trainer.make_config(settings), say=lambda _: None)
+    assert result.step == 40
+    events = EventAccumulator(str(tmp_path / "run/logs/train"), size_guidance={"tensors": 0}).Reload()
+    skipped = {event.step for event in events.Tensors("skipped_steps") if tf.make_ndarray(event.tensor_proto)}
+    assert len(skipped) > 3
+    for tag in ("loss", "perplexity", "grad_norm"):
+        assert {event.step for event in events.Tensors(tag)} == {*range(1, 41)} - skipped
+    # The count is kept with the rest, so that a resumed run goes on with it.
+    assert saved(tmp_path / "run", 40)["optimizer/skipped_in_a_row"] == 0
+
+
+def test_a_run_whose_steps_are_all_skipped_ends_before_it_is_saved_and_says_so(tmp_path):
+    # A step of this size leaves weights whose logits overflow.
+    settings = settings_of(
+        tmp_path, optimizer__learning_rate=1e30, optimizer__warmup_steps=0, log__every_steps=40,
+        evaluation__every_steps=None, samples__every_steps=None,
+    )  # fmt: skip
+    with pytest.raises(trainer.UserError, match=r"The last \d+ steps before step \d+ all had a loss or gradient that"):
+        trainer.train(trainer.make_config(settings), say=lambda _: None)
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert newest.name < "step_000000030"
 
 
 def test_a_batch_that_the_workers_cannot_share_leaves_nothing_behind(tmp_path, monkeypatch):

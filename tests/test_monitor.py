@@ -28,8 +28,8 @@ def monitor(logs: Path, first_step: int = 0, is_lossy: bool = False, terminal: i
 
 def interval(**changes: Any) -> Interval:
     plain = Interval(
-        num_steps=10, num_skipped=1, loss=2.0, grad_norm=3.0, clip_rate=0.5, input_share=0.01, tokens_per_sec=1e6,
-        learning_rate=1e-3,
+        num_steps=10, num_skipped=1, loss=2.0, grad_norm=3.0, clip_rate=0.5, input_share=0.01,
+        tokens_per_sec_in_steps=1e6, tokens_per_sec_overall=9e5, learning_rate=1e-3,
     )  # fmt: skip
     return plain._replace(**changes)
 
@@ -56,9 +56,8 @@ def test_curves_hold_each_point_at_its_step(tmp_path: Path):
     assert train["bits_per_byte"] == {10: 1.0, 20: 0.5}
     assert train["skipped_steps"] == {10: 1.0, 20: 0.0}
     assert train["learning_rate"] == pytest.approx({10: 1e-3, 20: 1e-3})
-    assert {tag: train[tag][10] for tag in ("grad_norm", "clip_rate", "tokens_per_sec")} == {
-        "grad_norm": 3.0, "clip_rate": 0.5, "tokens_per_sec": 1e6,
-    }  # fmt: skip
+    shown = ("grad_norm", "clip_rate", "tokens_per_sec_in_steps", "tokens_per_sec_overall")
+    assert [train[tag][10] for tag in shown] == [3.0, 0.5, 1e6, 9e5]
     assert train["input_share"][10] == pytest.approx(0.01)
     assert "num_steps" not in train
     assert curves(tmp_path / "validation") == {
@@ -137,12 +136,14 @@ def test_utilisation_is_shown_where_the_peak_is_known(tmp_path: Path):
     watched = Monitor(tmp_path / "known", CONFIG, 0, 30, 0.5, False, terminal, tokens_per_sec_at_peak=4e6)
     with watched.running():
         watched.interval(10, interval())
-    assert curves(tmp_path / "known" / "train")["mfu"] == {10: 0.25}
-    assert "  1,000,000 tokens/s  mfu 25.0%  input" in terminal.getvalue()
+    train = curves(tmp_path / "known" / "train")
+    assert (train["mfu_in_steps"][10], train["mfu_overall"][10]) == pytest.approx((0.25, 0.225))
+    speed = "  1,000,000 tokens/s in steps, 900,000 overall  mfu 25.0% in steps, 22.5% overall  input"
+    assert speed in terminal.getvalue()
     unknown = monitor(tmp_path / "unknown")
     with unknown.running():
         unknown.interval(10, interval())
-    assert "mfu" not in curves(tmp_path / "unknown" / "train")
+    assert not [tag for tag in curves(tmp_path / "unknown" / "train") if tag.startswith("mfu")]
 
 
 def test_bits_per_byte_of_a_lossy_tokenizer_are_called_so(tmp_path: Path):
@@ -206,7 +207,8 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path):
     lines = terminal.getvalue().splitlines()
     assert len(lines) == 4
     assert lines[0].startswith(
-        "step 10/30  loss 2.0000  perplexity 7.39  rate 1.00e-03  norm 3.00  1,000,000 tokens/s  input 1.0%  0:00:0"
+        "step 10/30  loss 2.0000  perplexity 7.39  rate 1.00e-03  norm 3.00  1,000,000 tokens/s in steps, "
+        "900,000 overall  input 1.0%  0:00:0"
     )
     assert lines[1] == (
         "step 10/30  validation: loss 2.0000 nats per token, perplexity 7.39, 1.500 bits per byte, +0.2500 nats per "
@@ -324,22 +326,46 @@ def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     shown = terminal.getvalue()
     assert "compiling" in shown and "training" in shown and "saving" in shown and "━" in shown
     assert "20/30" in shown and "10/30" not in shown.rpartition("20/30")[2]
-    assert "loss 2.0000  1,000,000 tokens/s" in shown
+    assert "loss 2.0000  1,000,000 tokens/s in steps" in shown
     assert "above the bar" in shown
     assert "step 20/30" not in shown  # The bar says it.
 
 
 def test_meter_turns_sums_into_rates_and_starts_again():
-    meter = Meter()
+    times = iter([100.0, 110.0, 110.0, 111.5, 111.5])
+    meter = Meter(lambda: next(times))
     meter.add(CallMetrics(3, 1, 40.0, 20.0, 6.0, 1, 0.0, 0.5), secs=2.0)
     meter.add(CallMetrics(2, 0, 20.0, 10.0, 2.0, 1, 0.0, 0.5), secs=3.0)
     expected = Interval(
-        num_steps=5, num_skipped=1, loss=2.0, grad_norm=2.0, clip_rate=0.5, input_share=0.2, tokens_per_sec=6.0,
-        learning_rate=0.1,
+        num_steps=5, num_skipped=1, loss=2.0, grad_norm=2.0, clip_rate=0.5, input_share=0.2,
+        tokens_per_sec_in_steps=6.0, tokens_per_sec_overall=3.0, learning_rate=0.1,
     )  # fmt: skip
     assert meter.report(0.1) == expected
-    meter.add(CallMetrics(1, 1, 0.0, 0.0, 0.0, 0, 0.0, 0.0), secs=1.0)
-    assert meter.report(0.1) == Interval(1, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.1)
+    meter.add(CallMetrics(1, 0, 2.0, 4.0, 1.0, 0, 0.0, 0.0), secs=1.0)
+    assert meter.report(0.1) == Interval(1, 0, 0.5, 1.0, 0.0, 0.0, 4.0, 4 / 1.5, 0.1)
+
+
+def test_an_interval_without_an_applied_step_has_no_loss_and_no_point(tmp_path: Path):
+    meter = Meter()
+    meter.add(CallMetrics(2, 2, 0.0, 0.0, 0.0, 0, 0.0, 0.0), secs=1.0)
+    nothing = meter.report(0.1)
+    assert (nothing.loss, nothing.grad_norm, nothing.clip_rate) == (None, None, None)
+    assert (nothing.num_steps, nothing.num_skipped, nothing.tokens_per_sec_in_steps) == (2, 2, 0.0)
+    # Steps whose batches held padding alone were applied, and predicted nothing.
+    meter.add(CallMetrics(2, 0, 0.0, 0.0, 0.0, 0, 0.0, 0.0), secs=1.0)
+    padding = meter.report(0.1)
+    assert (padding.loss, padding.grad_norm, padding.clip_rate) == (None, 0.0, 0.0)
+
+    terminal = io.StringIO()
+    watched = monitor(tmp_path, terminal=terminal)
+    with watched.running():
+        watched.interval(10, nothing)
+    train = curves(tmp_path / "train")
+    assert train["skipped_steps"] == {10: 2.0} and train["learning_rate"][10] > 0
+    assert not train.keys() & {"loss", "perplexity", "bits_per_byte", "grad_norm", "clip_rate"}
+    assert terminal.getvalue().startswith(
+        "step 10/30  no step was applied  rate 1.00e-01  0 tokens/s in steps, 0 overall"
+    )
 
 
 def test_logs_that_cannot_be_written_are_an_error_that_names_them(tmp_path: Path):

@@ -238,6 +238,34 @@ def test_an_overflow_halves_the_loss_scale_and_skips_the_step(new_step):
     assert step.loss_scale.good_steps.numpy() == 3
 
 
+def test_skipped_steps_are_counted_across_calls_until_one_is_applied(new_step):
+    step = new_step()
+    good = step.model.variables[0].numpy().copy()
+    step.model.variables[0].assign(np.full_like(good, np.inf))
+    assert take(step, batches(step.config), 3).num_skipped == 3
+    assert take(step, batches(step.config), 2).num_skipped == 2
+    assert step.skipped_in_a_row.numpy() == 5
+    step.model.variables[0].assign(good)
+    take(step, batches(step.config), 1)
+    assert step.skipped_in_a_row.numpy() == 0
+
+
+def test_steps_that_lower_the_loss_scale_are_not_counted_as_skipped_until_it_is_as_small_as_it_gets(new_step):
+    step = new_step("mixed_float16")
+    smallest = step.loss_scale.smallest
+    assert step.loss_scale.value.numpy() == smallest * 2**LossScale.NUM_HALVINGS
+    good = step.model.variables[0].numpy().copy()
+    step.model.variables[0].assign(np.full_like(good, np.inf))
+    step.loss_scale.value.assign(smallest * 4)
+    for expected in (0, 0, 1, 2):
+        assert take(step, batches(step.config), 1).num_skipped == 1
+        assert step.skipped_in_a_row.numpy() == expected
+    assert step.loss_scale.value.numpy() == smallest
+    step.model.variables[0].assign(good)
+    take(step, batches(step.config), 1)
+    assert step.skipped_in_a_row.numpy() == 0
+
+
 def test_the_loss_scale_doubles_after_a_while_without_overflow():
     scale = LossScale(num_targets=1000)
     assert scale.value.numpy() == 2.0**5  # as 2**15 would be for the mean

@@ -10,6 +10,9 @@ from trainer.config import UserError
 from trainer.signals import STOPPING, watched
 from trainer.storage import Location, Url
 
+# After so many the next one will not be finite either: only the data is new.
+MAX_SKIPPED_IN_A_ROW = 20
+
 
 @contextlib.contextmanager
 def stop_on_signals(request_stop: Callable[[], None], say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
@@ -55,25 +58,44 @@ def only_run_in(folder: Location) -> Iterator[None]:
         yield
 
 
-def check_finite(step: int, num_steps: int, num_skipped: int, say: Callable[[str], None]) -> None:
-    """Reports steps that were skipped because a loss or gradient was not finite.
+def report_skipped(
+    step: int, num_steps: int, num_skipped: int, loss_scale: float | None, say: Callable[[str], None]
+) -> None:
+    """Says how many steps were skipped because a loss or gradient was not finite, if any were.
 
     Args:
         step: steps taken so far.
-        num_steps: the last of them to look at.
+        num_steps: how many of the last steps to report.
         num_skipped: how many of these were skipped.
+        loss_scale: with train.precision='mixed_float16' its value now.
         say: prints a line.
-
-    Raises:
-        UserError: all of them were: the model learns nothing any more.
     """
     if not num_skipped:
         return
-    if num_skipped < num_steps:
-        say(f"step {step}: skipped {num_skipped} of {num_steps} steps, whose loss or gradient was not finite.")
+    scale = "" if loss_scale is None else f"; the loss scale, which each of them halves, is {loss_scale:g} now"
+    say(f"step {step}: skipped {num_skipped} of {num_steps} steps, whose loss or gradient was not finite{scale}.")
+
+
+def check_is_learning(step: int, total_steps: int, skipped_in_a_row: int, num_updates: int) -> None:
+    """Ends a run that learns nothing any more.
+
+    Args:
+        step: steps taken so far.
+        total_steps: of the run.
+        skipped_in_a_row: steps that were skipped since the last applied one, except those that lowered a loss scale.
+        num_updates: steps applied so far.
+
+    Raises:
+        UserError: too many steps were skipped one after the other, or the run is at its end and none was applied.
+    """
+    if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        what = f"The last {skipped_in_a_row} steps before step {step} all"
+    elif step >= total_steps and not num_updates:
+        what = f"All {step} steps of the run"
+    else:
         return
     raise UserError(
-        f"All {num_steps} steps before step {step} had a loss or gradient that was not finite and were skipped. Lower "
-        "optimizer.learning_rate, set optimizer.clip_norm (1.0 is common) or raise optimizer.warmup_steps; the newest "
-        "checkpoint is from before."
+        f"{what} had a loss or gradient that was not finite and were skipped. Lower optimizer.learning_rate, set "
+        "optimizer.clip_norm (1.0 is common) or raise optimizer.warmup_steps. Skipped steps leave the weights alone: "
+        "the newest checkpoint is finite."
     )

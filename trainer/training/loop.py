@@ -38,7 +38,7 @@ from trainer.training.distribution import (
     make_strategy,
     share_cores,
 )
-from trainer.training.health import check_finite, only_run_in, stop_on_signals
+from trainer.training.health import check_is_learning, only_run_in, report_skipped, stop_on_signals
 from trainer.training.hosts import Hosts, find_hosts, meet
 from trainer.training.memory import fit_micro_batch
 from trainer.training.monitor import Meter, Monitor, Silence
@@ -224,8 +224,6 @@ def train(
         generator.encode([config.samples.prompt])  # A prompt that does not fit is better known now than in an hour.
         at_peak = find_peak(config, model, prepared.vocabulary_size, strategy, say)
         monitor = make_monitor(run, prepared, step, at_peak, say) if hosts.is_chief else Silence()
-        meter = Meter()
-
         batches = iter(
             # Endless, though nobody reads that far: else hosts would ask each other before every step whether there is
             # another batch.
@@ -244,6 +242,7 @@ def train(
         config.evaluation.every_steps,
         config.samples.every_steps,
     )
+    meter = Meter()
     with monitor.running():
         with stop_on_signals(lambda: step_function.stop_requested.assign(True), monitor.say):
             is_stopped = False
@@ -257,11 +256,14 @@ def train(
                 is_stopped = bool(metrics.stop_votes)
                 meter.add(metrics, lap())
                 monitor.advance(step)
+                skipped_in_a_row = int(step_function.skipped_in_a_row.numpy())
+                check_is_learning(step, total_steps, skipped_in_a_row, int(step_function.optimizer.num_updates.numpy()))
 
                 if is_due(step, config.log.every_steps) or step == total_steps:
                     interval = meter.report(float(learning_rate(config.optimizer, step - 1, total_steps)))
                     monitor.interval(step, interval)
-                    check_finite(step, interval.num_steps, interval.num_skipped, monitor.say)
+                    scale = None if step_function.loss_scale is None else float(step_function.loss_scale.value.numpy())
+                    report_skipped(step, interval.num_steps, interval.num_skipped, scale, monitor.say)
                 if (is_due(step, config.checkpoint.every_steps) or step == total_steps) and hosts.is_chief:
                     with spent.on("checkpoint"), monitor.doing(step, "saving"):
                         save(checkpoints, step_function, run)
@@ -324,7 +326,9 @@ def restore(step_function: TrainingStep, checkpoint: Checkpoint | None) -> int:
     if checkpoint is None:
         return 0
     assign(step_function.named_variables, checkpoint.arrays("weights"), checkpoint.folder)
-    assign(step_function.state(), checkpoint.arrays("optimizer"), checkpoint.folder)
+    # Runs of older releases did not count them.
+    state = {"skipped_in_a_row": np.zeros([], np.int64), **checkpoint.arrays("optimizer")}
+    assign(step_function.state(), state, checkpoint.folder)
     step_function.step.assign(checkpoint.step)
     return checkpoint.step
 

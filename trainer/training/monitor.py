@@ -7,7 +7,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TextIO
 
 import numpy as np
@@ -30,27 +30,44 @@ from trainer.training.step import CallMetrics
 class Interval(NamedTuple):
     """The steps since the last report.
 
-    num_steps and num_skipped: counts. loss: nats per token. grad_norm: mean over steps, before clipping. clip_rate and
-    input_share: shares of steps and of time. tokens_per_sec: predicted tokens, padding not counted. learning_rate: of
-    the last step.
+    Skipped steps count for num_steps, num_skipped and all times, and for nothing else.
+
+    Attributes:
+        num_steps: steps taken.
+        num_skipped: those of them that were skipped.
+        loss: nats per token; None if no token was predicted by an applied step.
+        grad_norm: mean over steps, before clipping; None if no step was applied.
+        clip_rate: share of steps; None likewise.
+        input_share: share of the steps' time spent waiting for batches.
+        tokens_per_sec_in_steps: predicted tokens, padding not counted, by the time of the steps alone.
+        tokens_per_sec_overall: the same tokens by all the time since the last report: also that of saving, scoring and
+            samples.
+        learning_rate: of the last step.
     """
 
     num_steps: int
     num_skipped: int
-    loss: float
-    grad_norm: float
-    clip_rate: float
+    loss: float | None
+    grad_norm: float | None
+    clip_rate: float | None
     input_share: float
-    tokens_per_sec: float
+    tokens_per_sec_in_steps: float
+    tokens_per_sec_overall: float
     learning_rate: float
 
 
 class Meter:
-    """Adds up the metrics of calls until they are reported."""
+    """Adds up the metrics of calls until they are reported.
 
-    def __init__(self) -> None:
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._sums = [0.0] * len(CallMetrics._fields)
         self._secs = 0.0
+        self._reported = clock()
 
     def add(self, metrics: CallMetrics, secs: float) -> None:
         """Adds a call that took secs seconds."""
@@ -61,15 +78,18 @@ class Meter:
         """Returns the sums as rates and means, and starts again."""
         sums, secs = CallMetrics(*self._sums), self._secs
         self._sums, self._secs = [0.0] * len(sums), 0.0
-        applied = max(1.0, sums.num_steps - sums.num_skipped)
+        # Two clocks may differ by a little.
+        overall_secs, self._reported = max(secs, self._clock() - self._reported), self._clock()
+        applied = sums.num_steps - sums.num_skipped
         return Interval(
             num_steps=int(sums.num_steps),
             num_skipped=int(sums.num_skipped),
-            loss=sums.loss_sum / max(1.0, sums.num_targets),
-            grad_norm=sums.grad_norm_sum / applied,
-            clip_rate=sums.num_clipped / applied,
+            loss=sums.loss_sum / sums.num_targets if sums.num_targets else None,
+            grad_norm=sums.grad_norm_sum / applied if applied else None,
+            clip_rate=sums.num_clipped / applied if applied else None,
             input_share=sums.input_secs / secs,
-            tokens_per_sec=sums.num_targets / secs,
+            tokens_per_sec_in_steps=sums.num_targets / secs,
+            tokens_per_sec_overall=sums.num_targets / overall_secs,
             learning_rate=learning_rate,
         )
 
@@ -207,24 +227,28 @@ class Monitor:
 
     def interval(self, step: int, interval: Interval) -> None:
         """Reports the steps since the last report."""
-        values = interval._asdict() | {
-            "perplexity": _perplexity(interval.loss),
-            self._bits_tag: interval.loss * self._bits_per_token_byte,
-            "skipped_steps": interval.num_skipped,
-        }
+        values = interval._asdict() | {"skipped_steps": interval.num_skipped}
         del values["num_steps"], values["num_skipped"]
-        speed = f"{interval.tokens_per_sec:,.0f} tokens/s"
+        loss, learned, norm = "no step was applied", "no step was applied", ""
+        if interval.loss is not None:
+            values["perplexity"] = _perplexity(interval.loss)
+            values[self._bits_tag] = interval.loss * self._bits_per_token_byte
+            loss = f"loss {interval.loss:.4f}"
+            learned = f"{loss}  perplexity {values['perplexity']:.2f}"
+        if interval.grad_norm is not None:
+            norm = f"norm {interval.grad_norm:.2f}  "
+        in_steps, overall = interval.tokens_per_sec_in_steps, interval.tokens_per_sec_overall
+        speed = f"{in_steps:,.0f} tokens/s in steps, {overall:,.0f} overall"
         if self._tokens_per_sec_at_peak is not None:
-            values["mfu"] = interval.tokens_per_sec / self._tokens_per_sec_at_peak
-            speed += f"  mfu {values['mfu']:.1%}"
-        self._train.scalars(step, values)
-        state = f"{self._epoch_at(step)}loss {interval.loss:.4f}  {speed}"
-        self._progress.update(self._task, completed=step, state=state)
+            values["mfu_in_steps"] = in_steps / self._tokens_per_sec_at_peak
+            values["mfu_overall"] = overall / self._tokens_per_sec_at_peak
+            speed += f"  mfu {values['mfu_in_steps']:.1%} in steps, {values['mfu_overall']:.1%} overall"
+        # What nothing is known of has no point: a 0 would be drawn as the best loss of all.
+        self._train.scalars(step, {name: value for name, value in values.items() if value is not None})
+        self._progress.update(self._task, completed=step, state=f"{self._epoch_at(step)}{loss}  {speed}")
         if not self._has_bar:
             self.say(
-                f"{self._place_at(step)}  loss {interval.loss:.4f}  "
-                f"perplexity {_perplexity(interval.loss):.2f}  rate {interval.learning_rate:.2e}  "
-                f"norm {interval.grad_norm:.2f}  {speed}  "
+                f"{self._place_at(step)}  {learned}  rate {interval.learning_rate:.2e}  {norm}{speed}  "
                 f"input {interval.input_share:.1%}  {_clock(self._secs_left(step))} left"
             )
 

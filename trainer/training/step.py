@@ -273,6 +273,7 @@ class TrainingStep:
             self.optimizer = AdamW(config.optimizer, trainable)
             self.step = _counter("step")
             self.batches_hash = _counter("batches_hash")
+            self.skipped_in_a_row = _counter("skipped_in_a_row")
             num_targets = config.train.global_batch_size * config.train.sequence_length
             self.loss_scale = LossScale(num_targets) if config.train.precision == "mixed_float16" else None
         # Read by the compiled loop before each step and set by another thread: how a signal stops a long call.
@@ -288,7 +289,8 @@ class TrainingStep:
     def state(self) -> dict[str, tf.Variable]:
         """Returns every variable that a step changes, but for the model's and the step itself, by name."""
         scale = {} if self.loss_scale is None else self.loss_scale.state()
-        return self.optimizer.state() | {"batches_hash": self.batches_hash} | scale
+        counters = {"batches_hash": self.batches_hash, "skipped_in_a_row": self.skipped_in_a_row}
+        return self.optimizer.state() | counters | scale
 
     def _run_steps(self, batches: tf.data.Iterator, num_steps: tf.Tensor) -> CallMetrics:
         """Takes num_steps steps; fewer where stop_requested is set meanwhile, on any host: the step under way is the
@@ -362,10 +364,10 @@ class TrainingStep:
 
         tf.cond(finite, update, lambda: None)
         self.step.assign_add(1)
-        if self.loss_scale is not None:
-            self.loss_scale.adapt(finite)
-
         one, zero = tf.ones([], tf.int64), tf.zeros([], tf.int64)
+        # A skip that lowers the loss scale is how the scale is found, and is not counted.
+        is_routine = tf.constant(False) if self.loss_scale is None else self.loss_scale.adapt(finite)
+        self.skipped_in_a_row.assign(tf.where(finite, zero, self.skipped_in_a_row + tf.where(is_routine, zero, one)))
         limit = config.optimizer.clip_norm or float("inf")
         is_clipped = finite & (grad_norm > tf.constant(limit, grad_norm.dtype))
         return (
@@ -456,15 +458,20 @@ class LossScale(tf.Module):
     Args:
         num_targets: tokens of a global batch, whose losses are summed.
 
+    Attributes:
+        smallest: where halving ends. Gradients that overflow even there are not those of a model that can learn.
+
     Source: Micikevicius et al. 2018, section 3.2.
     """
 
     STEPS_TO_DOUBLE = 2000
+    NUM_HALVINGS = 24
 
     def __init__(self, num_targets: int) -> None:
         super().__init__(name="loss_scale")
         # 2**15 is what a mean loss usually begins with; gradients of a sum are larger by the number of its terms.
         first = 2.0 ** (15 - round(math.log2(num_targets)))
+        self.smallest = first / 2**self.NUM_HALVINGS
         self.value = tf.Variable(first, dtype=tf.float32, trainable=False, aggregation=NONE, name="loss_scale")
         self.good_steps = _counter("good_steps")
 
@@ -472,13 +479,20 @@ class LossScale(tf.Module):
         """Returns its variables by name."""
         return {"loss_scale": self.value, "good_steps": self.good_steps}
 
-    def adapt(self, is_finite: tf.Tensor) -> None:
-        """Takes note of a step; is_finite is the same on every replica, as it is of the reduced gradients."""
+    def adapt(self, is_finite: tf.Tensor) -> tf.Tensor:
+        """Takes note of a step; returns whether that has lowered the scale, a bool scalar.
+
+        Args:
+            is_finite: bool scalar, the same on every replica, as it is of the reduced gradients.
+        """
         good = tf.where(is_finite, self.good_steps + 1, tf.zeros([], tf.int64))
         doubles = good >= self.STEPS_TO_DOUBLE
         grown = tf.where(doubles, self.value * 2, self.value)
-        self.value.assign(tf.where(is_finite, grown, self.value / 2))
+        before = tf.identity(self.value)
+        new = tf.where(is_finite, grown, tf.maximum(before / 2, self.smallest))
+        self.value.assign(new)
         self.good_steps.assign(tf.where(doubles, tf.zeros([], tf.int64), good))
+        return new < before
 
 
 def _counter(name: str) -> tf.Variable:
