@@ -2,7 +2,7 @@
 
     import trainer
 
-    config = trainer.load_config("quickstart", ["train.total_steps=200"])
+    config = trainer.load_config("quickstart", ["run_folder=runs/python", "train.total_steps=200"])
     result = trainer.train(config)
     print(trainer.generate(result.run_folder, "once upon a time"))
 

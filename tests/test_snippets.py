@@ -1,0 +1,361 @@
+"""Laws of what a newcomer copies: the commands and programs in README, docs, help texts, docstrings and the headers of
+configs work as they are printed, in the order in which they are printed, in a checkout after scripts/quickstart.
+
+Words in capitals, such as YOUR.txt, are the reader's to fill in, and so are they here. The checkout is a copy whose
+configs describe tiny models. What needs other hardware, a service or an installation is not run: it is parsed by what
+would read it, and DRY says why.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+import trainer
+import trainer.config
+from trainer import cli
+from trainer.config import load_config, make_config, setting_names
+from trainer.data.text import open_source
+from trainer.devices import parse_target
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docker/README.md", "docs/performance.md")
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+PROGRAMS = ("trainer", ".venv", "scripts", "docker", "sbatch", "pip", "mkdir", "curl", "gcloud", "python")
+
+# What is printed in blocks and is no snippet: output, and diagrams.
+NO_SNIPPETS = ("step 2100/2166", "text -> documents", "trainer/config.py ")
+
+# What the reader puts in the place of words in capitals.
+FILLED_IN = {
+    "YOUR/*.txt.gz": "texts/*.txt.gz",
+    "YOUR/*.txt": "texts/*.txt",
+    "YOURS.txt.gz": "texts/b.txt.gz",
+    "YOUR.txt": "texts/a.txt",
+    "YOUR.jsonl.gz": "texts/c.jsonl",
+    "/text/texts": "texts",
+    "CONFIG": "configs/quickstart.toml",
+    "RUN": "runs/quickstart",
+    "IMAGE": "gpt-trainer",
+    "CLAIM": "runs",
+    "HOST": "master",
+    "ZONE": "us-central1-a",
+    "NAME": "my-tpu",
+    " ...": "",
+}
+
+
+# Reading.
+
+
+def blocks(text: str) -> Iterator[str]:
+    """Yields the indented blocks of a text in Markdown, or of a docstring."""
+    block: list[str] = []
+    before = ""
+    for line in [*text.split("\n"), "end"]:
+        if line.startswith("    ") and (block or not before.strip()):
+            block.append(line[4:])
+        elif block and not line.strip():
+            block.append("")
+        elif block:
+            yield "\n".join(block).rstrip()
+            block = []
+        before = line
+
+
+def kind_of(block: str) -> str:
+    """Returns what a block is: shell, python, toml or none."""
+    first = block.split("\n")[0]
+    if block.startswith(NO_SNIPPETS):
+        return "none"
+    if re.match(r"(import|def|from|model = |model\.)", first):
+        return "python"
+    if first.startswith("["):
+        return "toml"
+    assert first.split()[0].split("/")[0] in PROGRAMS, f"what is this? {block}"
+    return "shell"
+
+
+def commands_of(block: str) -> list[str]:
+    return [line for line in re.sub(r"\\\n *", "", block).split("\n") if line.strip()]
+
+
+def snippets(kind: str, *names: str) -> list[str]:
+    found = []
+    for name in names:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        found += [block for block in blocks(text) if kind_of(block) == kind]
+    return found
+
+
+def inline_commands(name: str) -> list[str]:
+    """The commands within the prose of a document that have arguments."""
+    text = " ".join((ROOT / name).read_text(encoding="utf-8").split("\n"))
+    # Of one word after the program, as in `trainer plan`, a verb's name is meant.
+    spans = re.findall(r"`((?:trainer|scripts/|\.venv/)[^` ]* [^` ]+ [^`]*|scripts/\w+ -[^`]*)`", text)
+    return [re.sub(r"\s+", " ", span) for span in spans]
+
+
+def header_commands(path: Path) -> list[str]:
+    """The commands in a config's header: lines of their own, and those within its sentences."""
+    lines = [line[1:] for line in path.read_text(encoding="utf-8").split("\n") if line.startswith("#")]
+    own = [line.strip() for line in lines if re.match(r"   (trainer|scripts/|curl)\b", line)]
+    sentences = " ".join(line.strip() for line in lines)
+    return own + re.findall(r"\((trainer [^)]*)\)", sentences)
+
+
+def filled_in(command: str) -> str:
+    for word, meant in FILLED_IN.items():
+        command = command.replace(word, meant)
+    return command
+
+
+# A checkout.
+
+
+def shrink(path: Path) -> None:
+    """Makes a config a tiny one."""
+    settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    settings["model"] |= {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8}
+    settings["train"] |= {"global_batch_size": 8, "steps_per_call": 20}
+    settings["train"].pop("micro_batch_size", None)
+    settings.setdefault("data", {})["storybook_stories"] = 200
+    settings["checkpoint"] = {"every_steps": 100}
+    settings.setdefault("samples", {}).update(num_beams=2, num_tokens=4)
+    for section in ("evaluation", "samples"):
+        settings.get(section, {}).pop("every_steps", None)
+        settings.get(section, {}).pop("num_batches", None)
+    settings["optimizer"]["warmup_steps"] = 2
+    path.write_text(tomli_w.dumps(settings), encoding="utf-8")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of tiny configs, with texts to fill in, as the working directory."""
+    for name in ("configs", "scripts", "docker"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for path in (tmp_path / "configs").glob("*.toml"):
+        shrink(path)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("".join(f"The {i} cats sat on a mat.\n" for i in range(300)), encoding="utf-8")
+    (texts / "b.txt.gz").touch()
+    (texts / "c.jsonl").write_text('{"text": "A cat."}\n', encoding="utf-8")
+    (tmp_path / "tinyshakespeare.txt").touch()
+    simplebooks = tmp_path / ".keras/datasets/simplebooks/simplebooks-92-raw"
+    simplebooks.mkdir(parents=True)
+    for name in ("train.txt", "valid.txt"):
+        (simplebooks / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(trainer.config, "SHIPPED_CONFIGS", tmp_path / "configs")
+    return tmp_path
+
+
+# Checking without running.
+
+
+def check_trainer(words: list[str]) -> None:
+    """Has the real parsers read what follows `trainer`: its options, the config, the overrides and the text's place."""
+    options = cli._parse(words)
+    run = getattr(options, "resume", None) or getattr(options, "run_folder", None)
+    overrides = [word for word in getattr(options, "overrides", []) if word]
+    if run is not None:
+        # What `train --resume RUN x=y` reads as a config is an override, too.
+        overrides += [word for word in [getattr(options, "config", None)] if word]
+        trainer.config.check_resumable(overrides)
+        make_config(SMALLEST, overrides)
+    elif getattr(options, "config", None) is not None:
+        config = load_config(options.config, overrides)
+        if words[0] != "plan" and not any("://" in source for source in config.data.train):
+            open_source(config.data)
+    if getattr(options, "target", None) is not None:
+        parse_target(options.target)
+    if hasattr(options, "replicas"):
+        assert all(number.isdecimal() for number in options.replicas.split(","))
+
+
+SMALLEST: dict[str, Any] = {"run_folder": "runs/x", "train": {"precision": "float32", "total_steps": 3}}
+
+
+def check_tensorboard(words: list[str]) -> None:
+    assert (Path(sys.executable).parent / "tensorboard").exists()
+    assert words[:2] == ["--logdir", "runs"]
+
+
+def check_tests(words: list[str]) -> None:
+    assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+
+
+def check_docker(words: list[str]) -> None:
+    if words[0] == "build":
+        assert Path(words[words.index("--file") + 1]).is_file()
+        return
+    image = words.index("gpt-trainer")
+    if "--entrypoint" not in words:
+        check_trainer(words[image + 1 :] or json.loads(re.findall(r"CMD (\[.*\])", DOCKERFILE)[0]))
+
+
+DOCKERFILE = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
+
+
+def check_slurm(words: list[str]) -> None:
+    script = words.index("scripts/slurm_train")
+    check_trainer(["train", "--or-resume", *words[script + 1 :]])
+
+
+def check_launch(words: list[str]) -> None:
+    assert words[0] == "-n" and words[2] == "trainer"
+    check_trainer(words[3:])
+    config = load_config(words[4], words[5:])
+    trainer.config.rows_per_replica(config, int(words[1]))
+
+
+def check_kubernetes(words: list[str]) -> None:
+    words = words[: words.index("|")]
+    printed = subprocess.run(["scripts/kubernetes_job", *words], capture_output=True, text=True, check=True)
+    assert json.loads(printed.stdout)["items"]
+    check_trainer(words[words.index("trainer") + 1 :])
+
+
+def check_tpu(words: list[str]) -> None:
+    # It takes git's files along, so it runs where they are.
+    command = [str(ROOT / "scripts/tpu"), *words, *(["--dry-run"] if words != ["-h"] else [])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert words == ["-h"] or "gcloud compute tpus tpu-vm" in done.stdout
+
+
+def check_program(words: list[str]) -> None:
+    """A program with a description after it, as in a list."""
+
+
+def check_pip(words: list[str]) -> None:
+    assert words[0] == "install"
+    for extra in re.findall(r"\.\[(\w+)\]", " ".join(words)):
+        assert f"\n{extra} =" in (ROOT / "setup.cfg").read_text(encoding="utf-8")
+
+
+# Programs that are not run here, what is checked in their place, and why.
+DRY: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    ".venv/bin/tensorboard": (check_tensorboard, "serves until it is stopped"),
+    "scripts/quickstart": (
+        check_program,
+        "installs; tests/test_scripts.py runs it with that taken out, and CI in full",
+    ),
+    "scripts/test": (check_tests, "is what runs this"),
+    "docker": (check_docker, "needs Docker"),
+    "sbatch": (check_slurm, "needs SLURM; tests/test_scripts.py runs the script with a fake one"),
+    "scripts/launch_local": (check_launch, "takes three trainings; tests/test_replicas.py has such"),
+    "scripts/kubernetes_job": (check_kubernetes, "needs a cluster to start what it prints"),
+    "scripts/tpu": (check_tpu, "needs Google Cloud; run with --dry-run"),
+    "pip": (check_pip, "installs"),
+    "mkdir": (check_program, "makes folders for Docker"),
+    "curl": (check_program, "needs the internet"),
+    "scripts/bench": (check_program, "takes an hour; tests/test_benchmarks.py runs each in small"),
+}
+DRY |= {f"scripts/{path.name}": DRY["scripts/bench"] for path in (ROOT / "scripts").glob("bench_*")}
+
+# The verbs of `trainer` that are only parsed here.
+DRY_VERBS = {
+    "verify": "splits the CPU, which a process can do only before it uses TensorFlow; tests/test_verify.py",
+    "prepare": "is a part of train",
+}
+
+
+def check_or_run(command: str, run_verbs: bool = False) -> None:
+    """Runs a command, or checks it where it is listed above or needs what is not here."""
+    if not command.startswith("scripts/tpu "):
+        command = re.split(r" {3,}", command)[0]  # What follows so many blanks describes it.
+    words = shlex.split(filled_in(command))
+    program, words = words[0].removeprefix(".venv/bin/").replace("tensorboard", ".venv/bin/tensorboard"), words[1:]
+    if program != "trainer":
+        assert program in DRY or Path(program).is_file(), command
+        if program.startswith("scripts/"):
+            assert os.access(program, os.X_OK), command
+        DRY[program][0](words)
+        return
+    check_trainer(words)
+    needs_more = any("gs://" in word for word in words) or "--compile" in words or "--runner" in words
+    if run_verbs and words[0] not in DRY_VERBS and not needs_more:
+        assert cli.main(words) == 0, command
+
+
+@pytest.mark.slow
+def test_readme_works_as_printed_from_top_to_bottom(checkout: Path, capsys: pytest.CaptureFixture[str]):
+    # What scripts/quickstart does once it has installed.
+    assert cli.main(["train", "configs/quickstart.toml"]) == 0
+    namespace: dict[str, Any] = {}
+    for block in blocks((ROOT / "README.md").read_text(encoding="utf-8")):
+        kind = kind_of(block)
+        if kind == "python":
+            exec(block, namespace)
+        elif kind == "toml":
+            make_config(SMALLEST | tomllib.loads(block))
+        elif kind == "shell":
+            for command in commands_of(block):
+                check_or_run(command, run_verbs=True)
+    for command in inline_commands("README.md"):
+        check_or_run(command)
+    # One each for the quickstart, the reader's own text, and the two trainings from Python.
+    assert {"quickstart", "mine", "python", "own_model"} <= {path.name for path in (checkout / "runs").iterdir()}
+    assert "once upon a time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_commands_are_read_by_what_would_run_them(checkout: Path, name: str):
+    for block in snippets("shell", name):
+        for command in commands_of(block):
+            check_or_run(command)
+    for command in inline_commands(name):
+        check_or_run(command)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_s_header_has_commands_that_fit_it(checkout: Path, path: Path):
+    commands = header_commands(path)
+    assert any(f"configs/{path.name}" in command for command in commands)
+    for command in commands:
+        check_or_run(command)
+
+
+@pytest.mark.slow
+def test_the_package_s_docstring_is_a_program_that_works(checkout: Path, capsys: pytest.CaptureFixture[str]):
+    assert trainer.__doc__ is not None
+    (program,) = blocks(trainer.__doc__)
+    exec(program, {})
+    assert "once upon a time" in capsys.readouterr().out
+
+
+def help_of(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "100000")
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "inspect", "evaluate", "generate", "verify", "plan"])
+def test_help_s_examples_are_taken(
+    checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+):
+    text = help_of([verb], capsys, monkeypatch)
+    sections = {name.partition(".")[0] for name in setting_names() if "." in name}
+    for override in re.findall(rf"\b((?:{'|'.join(sections)})\.\w+=[^\s,;)]+)", text):
+        load_config("quickstart", [override])
+    for name in re.findall(r"shipped config, such as (\w+)", text):
+        load_config(name)
+    for target in re.findall(r"\b(?:gpu|tpu):[\w-]+", text):
+        parse_target(target)
+    if verb == "prepare":
+        (options,) = re.findall(r"as in: -- (.*?)\. Workers", text)
+        check_trainer(["prepare", "quickstart", "--runner", "beam", "--", *filled_in(options).split()])
