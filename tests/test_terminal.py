@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainer import terminal
-from trainer.terminal import lasting_errors, lasting_output, printable, say
+from trainer.terminal import is_greeting, lasting_errors, lasting_output, printable, say
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,3 +123,12 @@ def test_terminal_and_signals_load_nothing_but_the_standard_library():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
     assert terminal.__doc__ is not None
+
+
+def test_what_tensorflow_notes_of_gpus_is_shown_on_a_machine_that_has_one():
+    no_drivers = "I0000 00:00:1 1 cudart_stub.cc:31] Could not find cuda drivers on your machine, GPU will not be used."
+    assert is_greeting(no_drivers, has_gpu=False) and not is_greeting(no_drivers, has_gpu=True)
+    for greeting in ("I0000 00:00:1 1 port.cc:153] oneDNN custom operations are on.", "To enable the following in"):
+        assert is_greeting(greeting, has_gpu=True)
+    for warning in ("W0000 00:00:1 1 gpu_device.cc:2431] Cannot dlopen some GPU libraries.", "a traceback"):
+        assert not is_greeting(warning, has_gpu=False)

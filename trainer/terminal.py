@@ -6,6 +6,7 @@ Imports the standard library only, until a line is printed to a terminal.
 import contextlib
 import errno
 import os
+import re
 import sys
 import tempfile
 import unicodedata
@@ -136,7 +137,8 @@ def quiet_import() -> Iterator[None]:
     from trainer.devices import has_nvidia_gpu
 
     # Without a GPU TensorFlow's warnings, too, are about GPUs; with one they say why it is not used.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if has_nvidia_gpu() else "3")
+    has_gpu = has_nvidia_gpu()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if has_gpu else "3")
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as heard:
@@ -150,5 +152,17 @@ def quiet_import() -> Iterator[None]:
             heard.seek(0)
             lines = heard.read().decode(errors="replace").splitlines()
             for line in lines:
-                if not line.startswith(("I0000 ", "WARNING: All log messages before absl", "To enable the following")):
+                if not is_greeting(line, has_gpu):
                     print(line, file=sys.stderr)
+
+
+def is_greeting(line: str, has_gpu: bool) -> bool:
+    """Whether a line of TensorFlow's log says nothing that its user has to know.
+
+    Args:
+        line: of the log.
+        has_gpu: whether the machine has a GPU, which makes what TensorFlow notes about GPUs and CUDA worth reading.
+    """
+    if has_gpu and re.search("gpu|cuda", line, re.IGNORECASE):
+        return False
+    return line.startswith(("I0000 ", "WARNING: All log messages before absl", "To enable the following"))
