@@ -376,10 +376,17 @@ def test_what_a_killed_preparation_left_damaged_is_begun_anew(tmp_path):
     run_python(KILLED, str(tmp_path), "30")
     (partial,) = left_behind(tmp_path)
     left = Path(shutil.copytree(tmp_path / "prepared" / partial, tmp_path / "left"))
-    for name in ("train-00000.tokens", "train-00001.offsets", "tokenizer/settings.json"):
+    damages = {
+        "train-00000.tokens": lambda data: b"?" + data[1:],
+        "train-00001.offsets": lambda data: b"?" + data[1:],
+        "tokenizer/settings.json": lambda data: b"?" + data[1:],
+        "tokenizer/tokenizer.json": lambda data: b'{"model": {"vocab": []}}',
+        "progress.json": lambda data: data.replace(b'"shards": [', b'"shards": [7, '),
+    }
+    for name, damage in [*damages.items(), ("progress.json", lambda data: b"[" * 100_000)]:
         shutil.rmtree(tmp_path / "prepared")
         path = Path(shutil.copytree(left, tmp_path / "prepared" / partial)) / name
-        path.write_bytes(b"?" + path.read_bytes()[1:])
+        path.write_bytes(damage(path.read_bytes()))
         said: list[str] = []
         prepare(config, said.append, shard_tokens=1000)
         assert not any(line.startswith("going on") for line in said)

@@ -125,6 +125,7 @@ def test_a_damaged_file_is_an_error_naming_file_and_fix(prepared, name, fault):
         (lambda text: None, "manifest.json is missing"),
         (lambda text: text[:-10], "manifest.json cannot be read"),
         (lambda text: "[1]", "manifest.json cannot be read"),
+        (lambda text: "[" * 100_000, "manifest.json cannot be read"),
         (lambda text: '[["a", 1], [2, 3]]', "manifest.json cannot be read"),
         (lambda text: "{}", "manifest.json is not of version 2 of the format"),
         (lambda text: text.replace('"format_version": 2', '"format_version": 1'), "manifest.json is not of version 2"),

@@ -270,6 +270,12 @@ def test_a_saved_tokenizer_comes_back_the_same(tmp_path, every_kind, bpe):
         assert loaded.encode(EVERY_KIND).tolist() == tokenizer.encode(EVERY_KIND).tolist()
 
 
+def test_a_token_of_blanks_comes_back(tmp_path):
+    tokenizer = WordPieceTokenizer([*SPECIAL_TOKENS, "a\rb", "c ", "d"], lowercase=True)
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+
+
 def test_keras_nlp_reads_the_vocabulary_file(tmp_path):
     import keras_nlp
     from keras.src.saving import serialization_lib
@@ -323,7 +329,17 @@ def test_a_changed_vocabulary_is_refused(tmp_path, every_kind):
 
 @pytest.mark.parametrize("name", ["settings.json", "vocab.txt"])
 @pytest.mark.parametrize(
-    "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"\xff{"), lambda path: path.write_text("[]")]
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b"\xff{"),
+        lambda path: path.write_text("[]"),
+        lambda path: path.write_text("[" * 100_000),
+        # Settings without a fingerprint, and a vocabulary with a token of no characters, which tensorflow_text refuses.
+        lambda path: path.write_text(
+            path.read_text("utf-8").replace('"fingerprint"', '"print"').replace("\nthe\n", "\n\n")
+        ),
+    ],
 )
 def test_a_damaged_tokenizer_is_an_error_naming_the_folder(tmp_path, every_kind, name, damage):
     every_kind.save(tmp_path)
@@ -339,11 +355,20 @@ def test_a_damaged_tokenizer_is_an_error_naming_the_folder(tmp_path, every_kind,
         lambda path: path.write_text("{}"),
         lambda path: path.write_text(path.read_text("utf-8").replace("[BOS]", "[EOS]"), "utf-8"),
         lambda path: path.write_text(path.read_text("utf-8").replace('"dropout": null', '"dropout": 0.1'), "utf-8"),
+        lambda path: path.write_text("[" * 100_000),
     ],
 )
 def test_a_damaged_bpe_tokenizer_is_an_error_naming_the_folder(tmp_path, bpe, damage):
     bpe.save(tmp_path)
     damage(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=rf"{tmp_path}: (not a whole tokenizer|the tokenizer has fingerprint)"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("vocabulary", ["[]", "{}", '{"a": 1, "bc": 2}', '{"a": "x", "b": 1}', "7", "[" * 100_000])
+def test_a_damaged_char_tokenizer_is_an_error_naming_the_folder(tmp_path, vocabulary):
+    CharTokenizer([*SPECIAL_TOKENS, "a"]).save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(f'{{"model": {{"vocab": {vocabulary}}}}}')
     with pytest.raises(UserError, match=rf"{tmp_path}: (not a whole tokenizer|the tokenizer has fingerprint)"):
         load_tokenizer(tmp_path)
 
@@ -559,6 +584,11 @@ def changed_json(**changes):
         (lambda content: b"\xff", "'utf-8' codec can't decode byte 0xff"),
         (lambda content: content.replace(b"<|endoftext|>", b"<|other|>"), "no token named [BOS] or [CLS] or <s> or"),
         (changed_json(model_merges=[], model_vocab={"a": 0, "<|endoftext|>": 1}), "no token for 255 of the 256 bytes"),
+        (lambda content: content.replace(b'"!": 0,', b'"!": 1,'), "two tokens have the same number; give"),
+        (
+            lambda content: content.replace(b'"!": 0,', b'"!": 4294967290,'),
+            "754 tokens with numbers up to 4294967290; number them from 0 on; give",
+        ),
         (changed_json(normalizer={"type": "NFC"}), "a text does not come back from its tokens"),
         (changed_json(normalizer={"type": "Lowercase"}), "a text does not come back from its tokens"),
         (changed_json(decoder=None), "a text does not come back from its tokens"),

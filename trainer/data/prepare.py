@@ -261,7 +261,7 @@ def _take_up(folder: Path, source: Source | Mixture, shard_tokens: int) -> tuple
             return None
         for split, writer in writers.items():
             writer.go_on(progress["splits"][split])
-    except (OSError, ValueError, KeyError, UserError):
+    except Exception:  # Whatever is wrong with what was left there, the text is there to begin anew.
         return None
     return tokenizer, writers
 

@@ -179,7 +179,7 @@ def read_manifest(folder: Location) -> dict[str, Any]:
         expected = _sealed(entries)
     except FileNotFoundError:
         raise _damaged(folder, f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(folder, f"{MANIFEST} cannot be read: {error}") from None
     if entries.get("format_version") != FORMAT_VERSION:
         raise _damaged(folder, f"{MANIFEST} is not of version {FORMAT_VERSION} of the format")

@@ -264,6 +264,11 @@ class BpeTokenizer(Tokenizer):
         self._tokens_of_word = _TokensOfWord(self.encoder) if _splits_as_gpt2(self.encoder) else None
         ids = self.encoder.get_vocab()
         self.vocabulary_size = max(ids.values()) + 1
+        if len(set(ids.values())) < len(ids):
+            raise ValueError("two tokens have the same number")
+        # Gaps that files have are small; each costs a row of the model's embedding.
+        if self.vocabulary_size > 2 * len(ids):
+            raise ValueError(f"{len(ids)} tokens with numbers up to {self.vocabulary_size - 1}; number them from 0 on")
         self.bos_id = ids[_first_of(_BOS_NAMES, ids)]
         self.pad_id = next((ids[name] for name in _PAD_NAMES if name in ids), self.bos_id)
 
@@ -467,7 +472,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         settings = json.loads((folder / "settings.json").read_text("utf-8"))
         if settings["kind"] == "wordpiece":
-            lines = (folder / "vocab.txt").read_text("utf-8").split("\n")[:-1]
+            lines = (folder / "vocab.txt").read_bytes().decode().split("\n")[:-1]  # A token may hold \r.
             tokenizer = WordPieceTokenizer(lines, settings["lowercase"])
         elif settings["kind"] == "bpe":
             tokenizer = BpeTokenizer((folder / "tokenizer.json").read_bytes().decode())
@@ -476,14 +481,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         else:
             ids = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
             tokenizer = CharTokenizer(sorted(ids, key=ids.get))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        saved = str(settings["fingerprint"])
+    except Exception as error:  # A damaged file can make these libraries raise anything.
         raise UserError(
-            f"{folder}: not a whole tokenizer ({error!r}); delete what holds it and prepare again."
+            f"{folder}: not a whole tokenizer ({error!r:.300}); delete what holds it and prepare again."
         ) from None
-    if tokenizer.fingerprint != settings["fingerprint"]:
+    if tokenizer.fingerprint != saved:
         raise UserError(
-            f"{folder}: the tokenizer has fingerprint {tokenizer.fingerprint[:10]}, but {settings['fingerprint']!s:.10}"
-            " was saved, so a file was changed. Restore it, or delete what holds it and prepare again."
+            f"{folder}: the tokenizer has fingerprint {tokenizer.fingerprint[:10]}, but {saved:.10} was saved, so a "
+            "file was changed. Restore it, or delete what holds it and prepare again."
         )
     return tokenizer
 
