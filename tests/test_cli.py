@@ -55,6 +55,20 @@ def test_module_is_the_command():
         assert f"    {verb} " in done.stdout
 
 
+def test_a_message_is_short_and_steers_no_terminal(capsys: pytest.CaptureFixture[str]):
+    for name in ("\x1b[31mred", "long" * 5_000):
+        said = [
+            refusal(["prepare", f"{name}.toml"], capsys),
+            refusal(["prepare", MINIGPT, f"tokenizer={{kind = 'bpe', path = '{name}'}}"], capsys),
+            unusable([name], capsys),
+            unusable(["plan", MINIGPT, "--target", name, "--utilisation", name], capsys),
+        ]
+        for message in said:
+            assert "\x1b" not in message and max(map(len, message.split("\n"))) < 1_100
+    # Of a long one, both what is wrong and what to do is left.
+    assert refusal(["generate", "x" * 5_000], capsys).startswith("trainer: xxx")
+
+
 def test_what_needs_no_tensorflow_does_not_load_it(tmp_path: Path):
     taken = taken_folder(tmp_path / "taken")
     commands: list[tuple[list[str], int]] = [

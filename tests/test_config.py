@@ -60,6 +60,9 @@ def test_config_is_frozen():
         # Dropping a misspelt key must not pass for done, nor a key be taken for the kind of tokenizer.
         ("train.sed=none", "train.sed is not a setting. Did you mean train.seed?"),
         ("train.char=1", "train.char is not a setting. There are: precision"),
+        ("tra\x1b[31min.seed=1", r"'tra\x1b[31min' is not a setting. Did you mean train?"),
+        ("'' = 1", "\"''\" is not a setting. There are: run_folder, data"),
+        ("a" * 5_000 + "=1", "'" + "a" * 199 + "... is not a setting."),
     ],
 )
 def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):

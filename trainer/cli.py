@@ -8,7 +8,7 @@ import errno
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from trainer.signals import EXIT_STOPPED, STOPPING, Ending, ended_by
 from trainer.terminal import discard, lasting_errors, lasting_output, open_streams, printable, quiet_import, say
@@ -22,6 +22,9 @@ EXIT_USER_ERROR = 2
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 OVERRIDES_HELP = "settings that replace the file's, such as train.total_steps=200"
+
+# A message that quotes a file of one line would fill the terminal with it.
+_MAX_LINE_CHARS = 1_000
 
 _SAME_COMMAND = "Start it again with the same command."
 
@@ -75,8 +78,28 @@ def _run(words: list[str], ending: Ending) -> int:
 
 
 def _fail(error: Exception) -> int:
-    print(f"trainer: {printable(str(error))}", file=sys.stderr)
+    print(f"trainer: {_message(str(error))}", file=sys.stderr)
     return EXIT_USER_ERROR
+
+
+def _message(text: str) -> str:
+    """Returns a message as it is printed: what it quotes can neither steer a terminal nor fill it.
+
+    A line keeps its start, which says where the mistake is, and its end, which says what to do.
+    """
+    kept = _MAX_LINE_CHARS // 2
+    return "\n".join(
+        f"{line[:kept]} [...] {line[-kept:]}" if len(line) > _MAX_LINE_CHARS else line
+        for line in printable(text).split("\n")
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Prints its errors as those of the verbs are printed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints how the command is used and what is wrong, and ends with a status of 2."""
+        super().error(_message(message))
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
@@ -94,8 +117,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="trainer", description="Train GPT language models on your own text.")
+def _parser() -> _Parser:
+    parser = _Parser(prog="trainer", description="Train GPT language models on your own text.")
     parser.add_argument("--version", action="version", version=f"trainer {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 

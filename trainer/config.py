@@ -627,8 +627,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the file cannot be read, or a setting is unknown or impossible.
     """
-    path = _find_config(Path(os.path.expanduser(path)))  # noqa: PTH111 (Path's raises for ~NOBODY)
+    path = Path(os.path.expanduser(path))  # noqa: PTH111 (Path's raises for ~NOBODY)
     try:
+        path = _find_config(path)
         text = _read_toml_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file.{_known_configs()}") from None
@@ -640,7 +641,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(
             f"{path}: not a readable TOML file: not UTF-8 at byte offset {error.start}; save it as UTF-8."
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: not a readable TOML file: {error.strerror or error}.") from None
+    except ValueError as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
     return parse_config(text, str(path), overrides)
 
@@ -756,7 +759,7 @@ def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> C
 def _unwritable(value: Any, key: str) -> Iterator[str]:
     """Yields what is wrong with values that neither JSON nor a run's config.toml could hold."""
     if key.count(".") > _MAX_NESTING:
-        yield f"{key[:100]}: nested too deeply to be a setting."
+        yield f"{_shown_key(key)}: nested too deeply to be a setting."
     elif isinstance(value, Mapping | list | tuple):
         entries = value.items() if isinstance(value, Mapping) else enumerate(value)
         for name, each in entries:
@@ -764,11 +767,12 @@ def _unwritable(value: Any, key: str) -> Iterator[str]:
     elif isinstance(value, str):
         if not _is_utf8(key + value):
             yield (
-                f"{key}={_shown(value)} holds bytes that are not UTF-8; write it in UTF-8, which the terminal or the "
-                "script that it comes from has to use."
+                f"{_shown_key(key)}={_shown(value)} holds bytes that are not UTF-8; write it in UTF-8, which the "
+                "terminal or the script that it comes from has to use."
             )
     elif not isinstance(value, bool | int | float | None):
-        yield f'{key} = {value} is a {type(value).__name__}; write it in quotation marks: {key} = "{value}".'
+        shown = _shown_key(key)
+        yield f'{shown} = {value} is a {type(value).__name__}; write it in quotation marks: {shown} = "{value}".'
 
 
 def _is_utf8(text: str) -> bool:
@@ -782,6 +786,11 @@ def _is_utf8(text: str) -> bool:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
+
+
+def _shown_key(key: str) -> str:
+    """Returns a key as it can be shown: what nobody would write without quotation marks in them, and not too long."""
+    return key if re.fullmatch(rf"[\w.-]{{1,{_SHOWN_CHARS}}}", key) else _shown(key)
 
 
 def _drop_replaced_length(settings: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -946,13 +955,13 @@ def _explain(problem: Any) -> str:
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         if "." in location[0]:
-            return f"{key!r} is one name in quotation marks; write it without them."
+            return f"{_shown(key)} is one name in quotation marks; write it without them."
         if key in setting_names():
             kind, _, is_file = problem["loc"][1].partition(" ")
             if is_file and key != "tokenizer.lowercase":
                 return f"{key} does not go with tokenizer.path, whose file decides; leave out one of the two."
             return f"{key} is not a setting of tokenizer.kind={kind!r}; leave it out."
-        return f"{key} is not a setting.{_nearest(location)}"
+        return f"{_shown_key(key)} is not a setting.{_nearest(location)}"
     if problem["type"] == "missing":
         return f"{key} is missing; it has no default.{_choices(location)}"
     if problem["type"] == "value_error":
@@ -960,7 +969,7 @@ def _explain(problem: Any) -> str:
     if problem["type"].startswith("union_tag"):
         kinds = [typing.get_args(kind.model_fields["kind"].annotation) for kind in _sections(TokenizerConfig)]
         known = ", ".join(dict.fromkeys(repr(name) for names in kinds for name in names))
-        return f"{key}.kind must be one of {known}; received {problem['input'].get('kind')!r}."
+        return f"{key}.kind must be one of {known}; received {_shown(problem['input'].get('kind'))}."
     value, whole = problem["input"], ""
     if problem["type"].startswith("int_") and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         whole = f" Write {int(value)}."
