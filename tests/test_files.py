@@ -8,14 +8,15 @@ import pytest
 
 from trainer.config import DataConfig, UserError
 from trainer.data import files, text
-from trainer.data.files import is_json_lines, parts_of, read_documents
+from trainer.data.files import parts_of, read_documents
+from trainer.data.formats import is_json_lines
 from trainer.data.text import open_source
 from trainer.storage import locate
 
 
 def records(path, *lines):
     content = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
-    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix.lower() == ".gz" else content.encode())
     return str(path)
 
 
@@ -33,14 +34,18 @@ def documents(say=None, **settings):
 # JSON Lines.
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.ndjson", "A.JSONL", "a.json", "a.json.gz", "a.jsonlines", "a.JsonL.Gz"]
+)
 def test_a_record_of_json_lines_is_a_document_whatever_its_lines(tmp_path, name):
     assert is_json_lines(tmp_path / name)
     path = records(
         tmp_path / name, {"text": "one\n\ntwo", "id": 1}, "\n", {"text": " "}, {"id": 2, "text": "한\u2028글"}
     )
-    for kind in ("line", "paragraph", "file"):
-        assert documents(train=path, validation=path, documents=kind)["train"] == ["one\n\ntwo", "한\u2028글"]
+    assert documents(train=path, validation=path)["train"] == ["one\n\ntwo", "한\u2028글"]
+    for kind in ("paragraph", "file"):
+        with pytest.raises(UserError, match=rf"data\.documents='{kind}' has no effect on records, each of which is a"):
+            documents(train=path, validation=path, documents=kind)
 
 
 def test_the_text_is_in_the_field_that_is_named(tmp_path):
@@ -61,6 +66,68 @@ def test_a_broken_record_is_an_error_naming_its_line(tmp_path, line, message):
     path = records(tmp_path / "a.jsonl", {"text": "a"}, line)
     with pytest.raises(UserError, match=rf"a\.jsonl: {message}"):
         documents(train=path, validation=path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            b'{"text": "\\ud83d"}',
+            r"line 4 has half of a character in data\.text_field='text': one of \\ud800 to \\udfff",
+        ),
+        (b'{"text": "\\ude00\\ud83d"}', r"line 4 has half of a character in data\.text_field='text'"),
+        (b'{"text": "a\\u0000"}', r"line 4 has a NUL character in data\.text_field='text'"),
+        (b'{"text": "a", "x": ' + b"[" * 100_000, r"line 4 is not JSON: "),
+        (b'{"text": "a"', r"line 4 is not JSON: "),
+    ],
+)
+def test_what_a_line_of_json_cannot_mean_is_said_with_the_line_as_an_editor_counts(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n\n{"text": " "}\n' + line + b'\n{"text": "two"}\n')
+    with pytest.raises(UserError, match=rf"a\.jsonl: {message}"):
+        documents(train=str(path), validation=str(path))
+    said = []
+    found = documents(said.append, train=str(path), validation=str(path), max_broken_fraction=0.5)
+    assert found["train"] == ["one", "two"]
+    assert "a.jsonl: line 4 " in said[0]
+
+
+def test_a_line_of_json_that_is_not_utf8_is_said_with_its_place_and_encoding(tmp_path):
+    path = tmp_path / "a.jsonl"
+    text = "우리는 그 책을 읽고 있다. 아이가 집에서 나와 학교로 간다."
+    path.write_bytes(b'{"text": "one"}\n' + f'{{"text": "{text}"}}\n'.encode("cp949"))
+    with pytest.raises(UserError, match=r"a\.jsonl: not UTF-8 at byte offset 26; it looks like CP949 \(Korean\)"):
+        documents(train=str(path), validation=str(path))
+    said = []
+    assert documents(said.append, train=str(path), validation=str(path), max_broken_fraction=0.5)["train"] == ["one"]
+    assert "a.jsonl: line 2 is not UTF-8" in said[0]
+
+
+def test_json_lines_take_marks_pairs_and_numbers_of_any_length(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = ['\ufeff{"text": "one"}', '\ufeff{"text": "\\ud83d\\ude00", "n": ' + "9" * 5000 + "}", '{"text": "two"}\r']
+    path.write_text("\n".join(lines), "utf-8", newline="")
+    assert documents(train=str(path), validation=str(path))["train"] == ["one", "😀", "two"]
+
+
+@pytest.mark.parametrize("kind", ["text", "storybook"])
+def test_a_field_without_json_lines_is_refused(tmp_path, kind):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    source = {"text": str(path), "storybook": "storybook"}[kind]
+    with pytest.raises(UserError, match=r"data\.text_field='body' has no effect, as no source is JSON Lines \(\.jsonl"):
+        open_source(DataConfig(train=(source,), text_field="body"))
+    with_json = records(tmp_path / "b.jsonl", {"body": "two"})
+    if kind == "text":
+        assert documents(train=str(path), validation=with_json, text_field="body")["validation"] == ["two"]
+
+
+def test_a_field_of_one_source_of_a_mixture_has_an_effect(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n" * 3)
+    data = {"train": (str(tmp_path / "a.txt"), records(tmp_path / "b.jsonl", {"body": "two"})), "weights": (1.0, 1.0)}
+    open_source(DataConfig(**data, text_field="body"))
+    with pytest.raises(UserError, match=r"data\.text_field='body' has no effect"):
+        open_source(DataConfig(**data | {"train": (str(tmp_path / "a.txt"),) * 2}, text_field="body"))
 
 
 # Broken records.

@@ -52,14 +52,17 @@ class DataConfig(Section):
     """Where the text comes from and how it is cut into training examples."""
 
     train: tuple[str, ...] = (STORYBOOK_SOURCE,)
-    """Files or globs of UTF-8 text or JSON Lines (.jsonl), plain or .gz, on a disk or in an object store (gs://...);
-    splits of tensorflow-datasets, as tfds:imdb_reviews:train[:90%]; or "storybook", the built-in source."""
+    """Files or globs of UTF-8 text or JSON Lines (.jsonl, .ndjson, .jsonlines or .json), plain or packed with gzip, on
+    a disk or in an object store (gs://...); splits of tensorflow-datasets, as tfds:imdb_reviews:train[:90%]; or
+    "storybook", the built-in source."""
     validation: tuple[str, ...] | None = None
     """Like train. Left out, part of the training text is held out."""
     documents: Literal["line", "paragraph", "file"] = "line"
-    """What one document is in a text file: a line, a block between blank lines, or the whole file."""
+    """What one document is in a text file: a line, a block between blank lines, or the whole file. A record of JSON
+    Lines or of tensorflow-datasets is one, and this is refused if no source is a text file."""
     text_field: Annotated[str, Field(min_length=1)] = "text"
-    """The field of JSON Lines, or the feature of a tensorflow-datasets split, that holds a document."""
+    """The field of JSON Lines, or the feature of a tensorflow-datasets split, that holds a document; refused if no
+    source is one of these."""
     max_broken_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the documents that may be broken (not UTF-8, not JSON, without the text) and is left out; with 0 the
     first one is an error."""

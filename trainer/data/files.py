@@ -5,20 +5,38 @@ a part is in memory at a time.
 """
 
 import codecs
+import collections
 import dataclasses
+import fnmatch
 import glob
 import gzip
 import hashlib
 import itertools
 import json
+import os
+import shlex
+import stat
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 from trainer.config import UserError
+from trainer.data.formats import (
+    GZIP_MARK,
+    SAMPLE_BYTES,
+    START_BYTES,
+    fault_of_array,
+    fault_of_bytes,
+    fault_of_gzip_name,
+    fault_of_name,
+    fault_of_start,
+    is_gzip_name,
+)
 from trainer.storage import Location, Url, locate
 
+Item = TypeVar("Item")
 Kind = Literal["line", "paragraph", "file"]
 # The text, or of a long one its parts, one after the other.
 Document = str | Iterator[str]
@@ -27,7 +45,7 @@ Fragment = tuple[str, bool]
 
 LONG_CHARS = 1 << 22
 _READ_BYTES = 1 << 20
-_SIMPLEBOOKS_URL = "https://dldata-public.s3.us-east-2.amazonaws.com/simplebooks.zip"
+SIMPLEBOOKS_URL = "https://dldata-public.s3.us-east-2.amazonaws.com/simplebooks.zip"
 _TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
@@ -40,7 +58,8 @@ class Progress:
 
 
 def find_files(sources: Iterable[str], setting: str) -> list[Location]:
-    """Expands file names and globs to files, in the order given, a glob's matches sorted, each file once.
+    """Expands file names and globs to files, in the order given, a glob's matches sorted, each file once, even if
+    several names or links lead to it.
 
     Args:
         sources: names of files, or globs, where ** matches any depth and ~ is the home folder; or URLs, or globs of
@@ -48,36 +67,111 @@ def find_files(sources: Iterable[str], setting: str) -> list[Location]:
         setting: the setting they come from, for the error.
 
     Raises:
-        UserError: a source matches no file, or is a directory.
+        UserError: a source matches no file, is a directory, a pipe or a device, or is a table by its name; or a folder
+            cannot be listed.
     """
-    files: dict[Location, None] = {}
+    files: list[Location] = []
     for source in sources:
-        location = locate(source)
-        path = location if isinstance(location, Url) else location.expanduser()
-        if path.is_dir():
-            raise UserError(
-                f"{setting}={source!r} is a directory; name its files, for example {str(path / '*.txt')!r}."
-            )
-        matches = path.glob() if isinstance(path, Url) else _matches(path)
-        if not matches:
-            raise UserError(f"{setting}={source!r}: {_nothing_there(source, setting)}")
-        files.update(dict.fromkeys(matches))
-    return list(files)
+        path = locate(source)
+        try:
+            if path.is_dir():
+                raise UserError(f"{setting}={source!r} is a directory; {_files_to_name(path, setting)}")
+            matches = path.glob() if isinstance(path, Url) else _matches(path)
+            if not matches:
+                raise UserError(f"{setting}={source!r}: {_nothing_there(source, setting)}")
+            for match in matches:
+                if (fault := _fault_of_file(match)) is not None:
+                    raise UserError(f"{setting}={source!r}: {fault}")
+                files.append(match)
+        except OSError as error:
+            where = error.filename or path
+            raise UserError(f"{setting}={source!r}: {where} cannot be read: {error.strerror or error}.") from None
+    return each_once(files)
+
+
+def each_once(files: Iterable[Item]) -> list[Item]:
+    """Returns files without those that were there before under another name, as links have it."""
+    found: dict[object, Item] = {}
+    for file in files:
+        found.setdefault(os.path.realpath(file) if isinstance(file, Path) else file, file)
+    return list(found.values())
 
 
 def _matches(path: Path) -> list[Path]:
-    # A name that exists is taken literally: book[1].txt is no glob.
-    names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (no root)
-    return [Path(name) for name in names if not Path(name).is_dir()]
+    # A name that exists is taken literally: book[1].txt is no glob, and of book[1]/*.txt only the end is one.
+    folder, patterns = path, list[str]()
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder, patterns = folder.parent, [folder.name, *patterns]
+    return sorted(match for match in _expand(folder, patterns) if not match.is_dir()) if patterns else [path]
+
+
+def _expand(folder: Path, patterns: list[str]) -> Iterator[Path]:
+    """Yields what a glob in a folder matches; as the module glob does, but a folder that cannot be listed is an error,
+    and links that lead back to a folder above end there."""
+    if not patterns:
+        yield folder
+        return
+    first, *rest = patterns
+    if first == "**":
+        for each in _folders_in(folder):
+            yield from _expand(each, rest or ["*"])
+    elif not glob.has_magic(first):
+        if os.path.lexists(folder / first):
+            yield from _expand(folder / first, rest)
+    elif folder.is_dir():
+        for name in fnmatch.filter([path.name for path in folder.iterdir()], first):
+            if not name.startswith(".") or first.startswith("."):
+                yield from _expand(folder / name, rest)
+
+
+def _folders_in(top: Path) -> Iterator[Path]:
+    """Yields a folder and all below it, hidden ones left out and each one once, whatever links there are."""
+    seen: set[str] = set()
+    for folder, names, _ in os.walk(top, onerror=_raise, followlinks=True):
+        names[:] = [] if os.path.realpath(folder) in seen else sorted(name for name in names if name[0] != ".")
+        if os.path.realpath(folder) not in seen:
+            seen.add(os.path.realpath(folder))
+            yield Path(folder)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _fault_of_file(path: Location) -> str | None:
+    if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):
+        return f"{path} is a pipe, a device or a socket; text is read several times, so name a file that holds it."
+    return fault_of_name(path)
+
+
+def _files_to_name(folder: Location, setting: str) -> str:
+    """Returns what to write for the files in a folder."""
+    ends, pattern = [""], "*.txt"
+    if isinstance(folder, Path):
+        for below in _folders_in(folder):
+            files = [path for path in sorted(below.iterdir()) if path.is_file() and path.name[0] != "."]
+            ends = ["".join(path.suffixes[-2 if is_gzip_name(path) else -1 :]) for path in files]
+            if ends:
+                end = collections.Counter(ends).most_common(1)[0][0]
+                pattern = f"{'' if below == folder else '**/'}*{end}"
+                break
+        else:
+            return "name files; there are none in it."
+    return f"name its files, for example {shlex.quote(f'{setting}={folder}/{pattern}')}."
 
 
 def _nothing_there(source: str, setting: str) -> str:
     if "simplebooks" in source.lower():
+        # cache_dir, and a folder that is there: Keras looks at KERAS_HOME, and else would take one below /tmp.
+        get = f'import keras; keras.utils.get_file(origin="{SIMPLEBOOKS_URL}", extract=True, cache_dir="~/.keras")'
         return (
             "no such file. Get SimpleBooks with\n"
-            f"  python -c 'import keras; keras.utils.get_file(origin=\"{_SIMPLEBOOKS_URL}\", extract=True)'\n"
+            f"  mkdir -p ~/.keras && {shlex.quote(sys.executable)} -c '{get}'\n"
             "or train on your own text: data.train=PATH data.validation=PATH"
         )
+    if "," in source:
+        several = shlex.quote(f"{setting}=[{source.strip('[]')}]")
+        return f"no such file, seen from {Path.cwd()}. Several files are named so: {several}"
     if Path(source).name == "tinyshakespeare.txt":
         return (
             f"no such file, seen from {Path.cwd()}. Get tiny Shakespeare with\n"
@@ -93,13 +187,8 @@ def _nothing_there(source: str, setting: str) -> str:
     )
 
 
-def is_json_lines(path: Location) -> bool:
-    """Whether a file holds a JSON object per line, by its name."""
-    return path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
-
-
 def read_documents(path: Location, kind: Kind, progress: Progress | None = None) -> Iterator[Document]:
-    r"""Yields the documents of a text file in UTF-8, plain or .gz, in order.
+    r"""Yields the documents of a text file in UTF-8, plain or packed with gzip, in order.
 
     A line ends at \n or \r\n and nowhere else: not at U+2028 and its like, and a lone \r is a character of the text.
     The end is no part of the line, and a \r\n inside a paragraph or a file becomes \n. A byte-order mark at the start
@@ -121,26 +210,52 @@ def read_documents(path: Location, kind: Kind, progress: Progress | None = None)
 
 def read_records(path: Location, field: str, progress: Progress | None = None) -> Iterator[str | ValueError]:
     """Yields a field of each line of a JSON Lines file that is not blank; for a line without it what is wrong there, as
-    an error that is yielded and not raised, because the next line may be right.
+    an error that is yielded and not raised, because the next line may be right: a UnicodeError if it is not UTF-8.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or is a JSON array.
     """
     for number, line in enumerate(_joined(_lines(_read_text(path, progress))), start=1):
+        # Files with a mark that were joined have one in the middle, too.
+        line = line.removeprefix("\ufeff")
+        if number == 1 and line.lstrip().startswith("["):
+            raise UserError(fault_of_array(path, _is_gzip(path)))
         if line and not line.isspace():
             yield _field_of(line, field, number)
 
 
+# float: Python refuses to read an int of thousands of digits.
+_JSON = json.JSONDecoder(parse_int=float)
+
+
 def _field_of(line: str, field: str, number: int) -> str | ValueError:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = _JSON.decode(line)
+    except (ValueError, RecursionError) as error:
+        if not _is_utf8(line):
+            return UnicodeError(f"line {number} is not UTF-8")
         return ValueError(f"line {number} is not JSON: {error}")
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         has = sorted(record)[:5] if isinstance(record, dict) else f"a {type(record).__name__}"
         return ValueError(f"line {number} has no text in data.text_field={field!r}; it has {has}")
+    if not _is_utf8(text):
+        if not _is_utf8(line):
+            return UnicodeError(f"line {number} is not UTF-8")
+        return ValueError(
+            f"line {number} has half of a character in data.text_field={field!r}: one of \\ud800 to \\udfff alone"
+        )
+    if "\0" in text:
+        return ValueError(f"line {number} has a NUL character in data.text_field={field!r}")
     return text
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parts_of(document: Document) -> Iterable[str]:
@@ -154,26 +269,32 @@ def count_characters(path: Location) -> int:
 
 
 def first_fault(path: Location) -> str | None:
-    """Returns what is wrong with a text file and where it first is, or None."""
+    """Returns what is wrong with a text file, where it first is and what to do, or None."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
+    offset, before = 0, b""
     for chunk in _read_bytes(path, None):
         num_pending = len(decoder.getstate()[0])
         nul = chunk.find(b"\0")
+        place = nul if nul >= 0 else None
+        what = "NUL byte"
         try:
-            decoder.decode(chunk[: nul if nul >= 0 else None], final=not chunk)
+            decoder.decode(chunk[:place], final=not chunk)
         except UnicodeDecodeError as error:
-            return (
-                f"{path}: not UTF-8 at byte offset {offset - num_pending + error.start}; convert it, for example with: "
-                f"iconv -f LATIN1 -t UTF-8 {path} > {path}.utf8 (naming the encoding it is in)."
-            )
-        if nul >= 0:
-            return (
-                f"{path}: NUL byte at byte offset {offset + nul}; is it text? UTF-16 can be converted with: "
-                f"iconv -f UTF-16 -t UTF-8 {path} > {path}.utf8"
-            )
+            place, what = error.start - num_pending, "not UTF-8"
+        if place is not None:
+            advice = fault_of_bytes(path, _around(before + chunk, len(before) + place), not chunk, _is_gzip(path))
+            return f"{path}: {what} at byte offset {offset + place}; {advice}"
         offset += len(chunk)
+        before = chunk
     return None
+
+
+def _around(content: bytes, place: int) -> bytes:
+    """Returns bytes on both sides of a place, from the start of a line on if there is one."""
+    start = max(place - SAMPLE_BYTES // 2, 0)
+    if start:
+        start = content.find(b"\n", start, place) + 1 or start
+    return content[start : place + SAMPLE_BYTES // 2]
 
 
 def digest(path: Location) -> bytes:
@@ -204,12 +325,22 @@ def _read_text(path: Location, progress: Progress | None) -> Iterator[str]:
 
 
 def _read_bytes(path: Location, progress: Progress | None) -> Iterator[bytes]:
-    """Yields a file's bytes, unpacked, and an empty chunk at the end."""
+    """Yields a file's bytes, unpacked if it is packed with gzip, whatever its name, and an empty chunk at the end.
+
+    Raises:
+        UserError: the file cannot be read, or is not text by its first bytes.
+    """
     try:
         with _open(path) as packed:
-            file = gzip.GzipFile(fileobj=packed) if path.name.endswith(".gz") else packed
-            before = 0
+            is_packed = _is_gzip(path)
+            if is_gzip_name(path) and not is_packed and (start := packed.read(START_BYTES)):
+                raise UserError(fault_of_start(path, start, is_packed) or fault_of_gzip_name(path, start))
+            file = gzip.GzipFile(fileobj=packed) if is_packed else packed
+            before, is_start = 0, True
             while chunk := file.read(_READ_BYTES):
+                if is_start and (fault := fault_of_start(path, chunk[:START_BYTES], is_packed)) is not None:
+                    raise UserError(fault)
+                is_start = False
                 if progress is not None:
                     # In a store, too, this is a number the client knows.
                     progress.done, before = progress.done + packed.tell() - before, packed.tell()
@@ -219,6 +350,11 @@ def _read_bytes(path: Location, progress: Progress | None) -> Iterator[bytes]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
     yield b""
+
+
+def _is_gzip(path: Location) -> bool:
+    with _open(path) as file:
+        return file.read(len(GZIP_MARK)) == GZIP_MARK
 
 
 def _open(path: Location) -> BinaryIO:

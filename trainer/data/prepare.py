@@ -96,7 +96,7 @@ def prepare(
     """
     tokenizer_file = read_tokenizer_file(config.tokenizer)  # First: a misspelt path should not wait for all the text.
     source = open_source(config.data)
-    fingerprint = source.fingerprint()
+    fingerprint = source.fingerprint(say)
     if tokenizer_file is not None:
         fingerprint = hashlib.sha256(fingerprint.encode() + tokenizer_file).hexdigest()
     name = f"{config.prepared_name()}-{fingerprint[:10]}"

@@ -19,18 +19,20 @@ from trainer.data.files import (
     Progress,
     count_characters,
     digest,
+    each_once,
     find_files,
     first_fault,
-    is_json_lines,
     read_documents,
     read_records,
 )
+from trainer.data.formats import is_json_lines
 from trainer.storage import Location
 
 File = Location | Dataset
 
 # So many broken records are named one by one.
 _NUM_NAMED = 5
+_NO_BYTES = hashlib.sha256().digest()
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -95,8 +97,12 @@ class Source:
             f"validation{self.suffix}": [str(path) for path in self.validation_files],
         }
 
-    def fingerprint(self) -> str:
-        """Returns a SHA-256 of the files' contents in order, whatever their names, or of the storybook's recipe."""
+    def fingerprint(self, say: Callable[[str], None] | None = None) -> str:
+        """Returns a SHA-256 of the files' contents in order, whatever their names, or of the storybook's recipe.
+
+        Args:
+            say: gets a line about files of one split that hold the same bytes.
+        """
         digests = hashlib.sha256()
         if self.data.is_storybook():
             from trainer.data import storybook, storybook_grammar
@@ -107,8 +113,17 @@ class Source:
             digests.update(json.dumps(recipe).encode())
         for files in (self.train_files, self.validation_files):
             digests.update(len(files).to_bytes(8, "little"))
+            found: dict[bytes, File] = {}
+            twins: list[str] = []
             for file in files:
-                digests.update(file.digest() if isinstance(file, Dataset) else digest(file))
+                content = file.digest() if isinstance(file, Dataset) else digest(file)
+                digests.update(content)
+                first = found.setdefault(content, file)
+                if first is not file and content != _NO_BYTES:
+                    twins.append(f"{file} as {first}")
+            if twins and say is not None:
+                more = f", and {len(twins) - 1} more" if len(twins) > 1 else ""
+                say(f"warning: of files that hold the same text each is used: {twins[0]}{more}; leave out all but one")
         return digests.hexdigest()
 
     def documents(self, say: Callable[[str], None] | None = None) -> Iterator[tuple[str, Document]]:
@@ -207,7 +222,8 @@ class Source:
                     continue
                 for number, record in enumerate(records, start=1):
                     if isinstance(record, ValueError):
-                        self._leave_out(tally, file, str(record))
+                        explain = first_fault if isinstance(record, UnicodeError) else None
+                        self._leave_out(tally, file, str(record), explain)
                     elif record and not record.isspace():
                         yield setting, file, number, record
 
@@ -298,9 +314,9 @@ class Mixture:
         """Returns the files of each split, for people to read."""
         return {split: names for source in self.sources for split, names in source.names().items()}
 
-    def fingerprint(self) -> str:
-        """Returns a SHA-256 of what all are made of, in order."""
-        return hashlib.sha256("".join(source.fingerprint() for source in self.sources).encode()).hexdigest()
+    def fingerprint(self, say: Callable[[str], None] | None = None) -> str:
+        """Returns a SHA-256 of what all are made of, in order; see Source."""
+        return hashlib.sha256("".join(source.fingerprint(say) for source in self.sources).encode()).hexdigest()
 
     def documents(self, say: Callable[[str], None] | None = None) -> Iterator[tuple[str, Document]]:
         """Yields (split, document) of one source after the other."""
@@ -314,11 +330,33 @@ def open_source(data: DataConfig) -> Source | Mixture:
     """Finds the files a config names.
 
     Raises:
-        UserError: as in find_files; or a data set of tensorflow-datasets is not right.
+        UserError: as in find_files; or a data set of tensorflow-datasets is not right; or a setting has no effect on
+            these files.
     """
+    source: Source | Mixture
     if data.weights is not None:
-        return Mixture(tuple(_open(source, f"-{i}") for i, source in enumerate(data.sources())))
-    return _open(data)
+        source = Mixture(tuple(_open(each, f"-{i}") for i, each in enumerate(data.sources())))
+    else:
+        source = _open(data)
+    _check_effect(data, [*source.train_files, *source.validation_files])
+    return source
+
+
+def _check_effect(data: DataConfig, files: list[File]) -> None:
+    """Raises UserError if none of the files is of the kind that a setting is about."""
+    has_records = [isinstance(file, Dataset) or is_json_lines(file) for file in files]
+    defaults = {name: field.default for name, field in DataConfig.model_fields.items()}
+    if data.text_field != defaults["text_field"] and not any(has_records):
+        raise UserError(
+            f"data.text_field={data.text_field!r} has no effect, as no source is JSON Lines (.jsonl, .ndjson, "
+            ".jsonlines or .json, plain or .gz) or of tensorflow-datasets; leave it out (data.text_field=none), or "
+            "give such a source."
+        )
+    if data.documents != defaults["documents"] and all(has_records):
+        raise UserError(
+            f"data.documents={data.documents!r} has no effect on {'stories' if not files else 'records'}, each of "
+            "which is a document; leave it out (data.documents=none)."
+        )
 
 
 def _open(data: DataConfig, suffix: str = "") -> Source:
@@ -331,7 +369,7 @@ def _find(names: Iterable[str], setting: str) -> tuple[File, ...]:
     files: list[File] = []
     for name in names:
         files += [Dataset.find(name, setting)] if is_dataset(name) else find_files([name], setting)
-    return tuple(dict.fromkeys(files))  # Each once.
+    return tuple(each_once(files))
 
 
 def peek(document: Document) -> tuple[str, Document]:

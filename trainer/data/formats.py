@@ -1,0 +1,264 @@
+"""What a file is that is not text in UTF-8, told by its name and bytes, and the command that makes it so.
+
+Opens no file. The commands are for the shell of Linux and macOS, and keep a file's name where they can, so that the
+same setting or glob finds the text afterwards.
+"""
+
+import codecs
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.storage import Location, Url
+
+GZIP_MARK = b"\x1f\x8b"
+# How much of a file's start tells its format.
+START_BYTES = 512
+# How much of a text tells its encoding.
+SAMPLE_BYTES = 1 << 17
+
+_JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
+_TO_JSON_LINES = {
+    ".csv": "import csv, io, json, sys; csv.field_size_limit(sys.maxsize); [print(json.dumps(row)) for row in "
+    'csv.DictReader(io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", newline=""))]',
+    ".tsv": "import csv, io, json, sys; csv.field_size_limit(sys.maxsize); [print(json.dumps(row)) for row in "
+    'csv.DictReader(io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", newline=""), delimiter="\\t")]',
+    ".json": 'import json, sys; [print(json.dumps(row if isinstance(row, dict) else {"text": row})) for row in '
+    'json.loads(sys.stdin.buffer.read().decode("utf-8-sig"))]',
+    ".parquet": "import io, json, pyarrow.parquet, sys; [print(json.dumps(row, default=str)) for batch in "
+    "pyarrow.parquet.ParquetFile(io.BytesIO(sys.stdin.buffer.read())).iter_batches() for row in batch.to_pylist()]",
+}
+_UNPACKERS = {b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstd", b"BZh": "bzip2"}
+_UNPACKED_SUFFIXES = {"xz": ".xz", "zstd": ".zst", "bzip2": ".bz2"}
+_MARKS = {  # The longer ones first.
+    b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+}  # fmt: skip
+
+_HIRAGANA = "".join(map(chr, range(0x3041, 0x3094)))
+_COMMON = {
+    "Korean": "이다는의에가을로고를한지은도하사서기자대나어리인시정그있아부스보해장주전들여게것",
+    "Japanese": _HIRAGANA,
+    "Chinese": "的一是不了在人有我他这個个们們中来來上大为為和国國地到以说說时時要就出会會可也你对對生能而子那于於自之",
+    "Cyrillic": "оеаинтсрвл",
+    "Greek": "αοιετσνηυρ",
+}
+# (Python's name, iconv's name, what is written in it); of those whose characters have one byte, and of the others.
+_MULTIBYTE = (
+    ("cp949", "CP949", "Korean"),
+    ("cp932", "CP932", "Japanese"),
+    ("euc_jp", "EUC-JP", "Japanese"),
+    ("gb18030", "GB18030", "Chinese"),
+    ("big5", "BIG5", "Chinese"),
+    *((f"utf-16-{order.lower()}", f"UTF-16{order}", of) for order in ("LE", "BE") for of in _COMMON),
+)
+_SINGLE_BYTE = (("cp1251", "CP1251", "Cyrillic"), ("koi8_r", "KOI8-R", "Cyrillic"), ("cp1253", "CP1253", "Greek"))
+# In text of a language a third to all of the characters beyond ASCII are among its commonest; in other bytes, read as
+# if they were such text, one in 30.
+_LEAST_SHARE, _MOST_BROKEN = 0.2, 0.02
+
+
+class Encoding(NamedTuple):
+    """An encoding that a text is likely to be in: its name for iconv, and what is written in it."""
+
+    name: str
+    language: str
+
+
+def is_gzip_name(path: Location) -> bool:
+    """Whether a file is packed with gzip, by its name."""
+    return path.name.lower().endswith(".gz")
+
+
+def is_json_lines(path: Location) -> bool:
+    """Whether a file holds a JSON object per line, by its name."""
+    return _suffix(path) in _JSON_LINES_SUFFIXES
+
+
+def fault_of_name(path: Location) -> str | None:
+    """Returns what to do with a file whose name says that it is a table, or None."""
+    suffix = _suffix(path)
+    return _as_json_lines(path, suffix, f"a {suffix} file") if suffix in (".csv", ".tsv", ".parquet") else None
+
+
+def fault_of_start(path: Location, start: bytes, is_packed: bool) -> str | None:
+    """Returns what a file is if its first bytes tell that it is not text in UTF-8, and what to do; or None.
+
+    Args:
+        path: the file.
+        start: its first START_BYTES bytes; of a file packed with gzip, of what is in it.
+        is_packed: whether it is packed with gzip.
+    """
+    for mark, name in _MARKS.items():
+        if start.startswith(mark):
+            return f"{path}: {name}, by its byte-order mark; {_convert(path, name, is_packed)}"
+    what = "a zip archive"
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        if b"[Content_Types].xml" in start or b"mimetypeapplication/" in start:
+            return f"{path}: a document of an office program or an e-book; save it there as text in UTF-8."
+        command = f"{shlex.quote(sys.executable)} -m zipfile -e {_quoted(path)} {_quoted(path, '.unpacked')}"
+    elif start[257:262] == b"ustar":
+        what, folder = "a tar archive", _quoted(path, ".unpacked")
+        command = f"mkdir {folder} && tar -xf {_quoted(path)} -C {folder}"
+    elif start.startswith((b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"%PDF-", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")):
+        return f"{path}: an archive or a document of another program, by its first bytes; take the text out of it."
+    elif start.startswith(b"PAR1"):
+        return _as_json_lines(path, ".parquet", "a Parquet file, by its first bytes")
+    else:
+        for mark, tool in _UNPACKERS.items():
+            if start.startswith(mark):
+                return f"{path}: packed with {tool}, by its first bytes; {_unpack(path, tool)}"
+        return None
+    return f"{path}: {what}, by its first bytes; unpack it with\n  {command}\nand name the files in {path}.unpacked."
+
+
+def fault_of_gzip_name(path: Location, start: bytes) -> str:
+    """Returns what to do with a file that is named .gz and does not begin as such a file does."""
+    try:
+        is_text = b"\0" not in start and bool(codecs.getincrementaldecoder("utf-8")().decode(start))
+    except UnicodeDecodeError:
+        is_text = False
+    if not is_text:
+        return f"{path}: a broken or cut-off gzip file (it does not begin as one); fetch it again."
+    plain = shlex.quote(_shown(path)[: -len(".gz")])
+    return f"{path}: named .gz, and not packed with gzip; give it its right name:\n  mv {_quoted(path)} {plain}"
+
+
+def fault_of_array(path: Location, is_packed: bool) -> str:
+    """Returns what to do with a file of JSON Lines by its name that is a JSON array."""
+    return _as_json_lines(path, ".json", "a JSON array, where JSON Lines has an object on each line", is_packed)
+
+
+def fault_of_bytes(path: Location, sample: bytes, is_cut_off: bool, is_packed: bool) -> str:
+    """Returns what to do with a file that is not UTF-8, by some of its bytes around the first fault.
+
+    Args:
+        path: the file.
+        sample: bytes from before the fault, beginning with a line if possible, to after it.
+        is_cut_off: whether the file ends within a character.
+        is_packed: whether it is packed with gzip.
+    """
+    if (encoding := encoding_of(sample)) is not None:
+        return f"it looks like {encoding.name} ({encoding.language}); {_convert(path, encoding.name, is_packed)}"
+    if is_cut_off:
+        return "it ends within a character, as a file does that was cut off; fetch it again."
+    if b"\0" in sample:
+        command = _piped(path, r"tr -d '\000'", is_packed)
+        return f"is it text? If so, this leaves the NUL bytes out:\n  {command}"
+    if _is_mostly_utf8(sample):
+        program = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read().decode(errors='ignore').encode())"
+        command = _piped(path, f'{shlex.quote(sys.executable)} -c "{program}"', is_packed)
+        return (
+            "most of it is UTF-8, so it holds broken bytes or some text of another encoding. Leave out such documents "
+            f"with data.max_broken_fraction=0.01, or only the broken bytes with\n  {command}"
+        )
+    return (
+        f"its encoding could not be told from its bytes; {_convert(path, 'ENCODING', is_packed)}\n"
+        "with the encoding's name, which iconv -l lists, for ENCODING."
+    )
+
+
+def encoding_of(sample: bytes) -> Encoding | None:
+    """Returns the encoding that bytes are likely to be in, if that is not UTF-8 and can be told."""
+    if (found := _by_nul_bytes(sample) or _likeliest(sample, _MULTIBYTE, _LEAST_SHARE)) is not None:
+        return found
+    if _is_mostly_utf8(sample) or b"\0" in sample:
+        return None
+    # Western letters stand alone among those of ASCII; those of other scripts follow one another.
+    num_other = len(re.findall(rb"[\x80-\xff]", sample))
+    if len(re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", sample)) * 2 < num_other:
+        return _likeliest(sample, _SINGLE_BYTE, 2 * _LEAST_SHARE)
+    # Windows' encoding has quotation marks and dashes where Latin-1 has control characters, and five gaps.
+    is_windows = re.search(rb"[\x80-\x9f]", sample) and not re.search(rb"[\x81\x8d\x8f\x90\x9d]", sample)
+    return Encoding("CP1252" if is_windows else "LATIN1", "Western European") if num_other else None
+
+
+def _by_nul_bytes(sample: bytes) -> Encoding | None:
+    """Returns the encoding of two or four bytes a character that has NUL bytes in these places, if there is one."""
+    in_place = [sample[place::4].count(0) for place in range(4)]
+    least = 0.9 * len(sample) / 4  # Of NUL bytes in a place where all characters have one.
+    wide = {"UTF-32LE": in_place[2:], "UTF-32BE": in_place[:2]}
+    for name, nuls in wide.items():
+        if len(sample) >= 8 and min(nuls) >= least:
+            return Encoding(name, "by its NUL bytes")
+    even, odd = in_place[0] + in_place[2], in_place[1] + in_place[3]
+    # Blanks and line ends have one in any script.
+    if max(even, odd) >= max(len(sample) / 100, 2) and max(even, odd) >= 0.95 * (even + odd):
+        return Encoding("UTF-16LE" if odd > even else "UTF-16BE", "by its NUL bytes")
+    return None
+
+
+def _likeliest(sample: bytes, encodings: tuple[tuple[str, str, str], ...], least: float) -> Encoding | None:
+    shares = [_share_of_common(sample.decode(codec, "replace"), _COMMON[of]) for codec, _, of in encodings]
+    best = max(range(len(encodings)), key=shares.__getitem__)
+    return Encoding(*encodings[best][1:]) if shares[best] >= least else None
+
+
+def _share_of_common(text: str, common: str) -> float:
+    """Returns the share of the characters beyond ASCII that are common ones; 0 if the text is broken."""
+    other = re.sub("[\0-\x7f]", "", text)
+    # The sample may begin and end within a character.
+    if not other or other.count("\ufffd") - 2 > _MOST_BROKEN * len(other):
+        return 0.0
+    return sum(map(other.count, common)) / len(other)
+
+
+def _is_mostly_utf8(sample: bytes) -> bool:
+    text = sample.decode(errors="surrogateescape")
+    num_right = len(re.findall("[^\0-\x7f\udc80-\udcff]", text))
+    return num_right > 0 and num_right >= len(re.findall("[\udc80-\udcff]", text))
+
+
+# Commands.
+
+
+def _suffix(path: Location) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _shown(path: Location) -> str:
+    """Returns a file's name for a command; one in a store has to be fetched first."""
+    return path.name if isinstance(path, Url) else str(path)
+
+
+def _quoted(path: Location, more: str = "") -> str:
+    return shlex.quote(_shown(path) + more)
+
+
+def _convert(path: Location, encoding: str, is_packed: bool) -> str:
+    command = _piped(path, f"iconv -f {encoding} -t UTF-8", is_packed)
+    return f"convert {'a copy of ' if isinstance(path, Url) else ''}it to UTF-8 with\n  {command}"
+
+
+def _piped(path: Location, command: str, is_packed: bool) -> str:
+    """Returns a command that replaces a file by what another makes of it, unless that fails."""
+    name, raw, new = (_quoted(path, more) for more in ("", ".raw", ".utf8"))
+    if is_packed:
+        return f"gzip -dc < {name} > {raw} && {command} < {raw} > {new} && gzip -c < {new} > {name} && rm {raw} {new}"
+    return f"{command} < {name} > {new} && mv {new} {name}"
+
+
+def _unpack(path: Location, tool: str) -> str:
+    name, suffix = _shown(path), _UNPACKED_SUFFIXES[tool]
+    command = f"{tool} -d {'--rm -q ' if tool == 'zstd' else ''}"
+    if name.endswith(suffix):
+        plain = name[: -len(suffix)]
+        return f"unpack it with\n  {command}{shlex.quote(name)}\nand name {plain}."
+    return f"unpack it with\n  mv {_quoted(path)} {_quoted(path, suffix)} && {command}{_quoted(path, suffix)}"
+
+
+def _as_json_lines(path: Location, kind: str, what: str, is_packed: bool | None = None) -> str:
+    name = _shown(path)
+    stem = name[: len(name) - len(".gz") * is_gzip_name(path)]
+    stem = stem[: len(stem) - len(_suffix(path))] if _suffix(path) else stem
+    target = f"{stem}.jsonl"
+    new = shlex.quote(f"{target}.new")
+    program = f"{shlex.quote(sys.executable)} -c {shlex.quote(_TO_JSON_LINES[kind])}"
+    packed = is_gzip_name(path) if is_packed is None else is_packed
+    command = f"gzip -dc < {_quoted(path)} | {program}" if packed else f"{program} < {_quoted(path)}"
+    needs = " (which needs: pip install pyarrow)" if kind == ".parquet" else ""
+    return (
+        f"{path}: {what}; make it JSON Lines with{needs}:\n  {command} > {new} && mv {new} {shlex.quote(target)}\n"
+        f"and name {target}, and in data.text_field the field that holds the text."
+    )
