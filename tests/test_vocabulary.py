@@ -45,9 +45,18 @@ def test_a_wordpiece_vocabulary_has_no_token_that_encoding_its_text_passes_over(
 
 def test_a_bpe_vocabulary_has_the_size_asked_for_where_the_text_offers_enough():
     draw = random.Random(0)
-    text = " ".join("".join(draw.choices("abcde", k=draw.randint(1, 8))) for _ in range(20_000))
+    text = " ".join("".join(draw.choices("abcde", k=draw.randint(1, 8))) for _ in range(40_000))
     for size in (258, 259, 1001):
         assert train_tokenizer(BpeConfig(kind="bpe", vocabulary_size=size), [text]).vocabulary_size == size
+
+
+def test_a_small_text_makes_a_small_bpe_vocabulary():
+    text = " ".join(["seldom"] * 9 + ["often"] * 10)
+    tokenizer = train_tokenizer(BpeConfig(kind="bpe"), [text])
+    assert len(tokenizer.encode(" often")) == 1  # MIN_BPE_COUNT times in the text, and with it all its parts.
+    assert len(tokenizer.encode(" seldom")) > 1
+    assert tokenizer.vocabulary_size < 270
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_the_sample_is_bounded_from_all_over_the_text_and_the_same_in_any_order():

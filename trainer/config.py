@@ -177,8 +177,8 @@ class BpeConfig(Section):
     kind: Literal["bpe"]
     # Twice as many make Korean 9% and English 4% shorter.
     vocabulary_size: Annotated[int, Field(ge=258)] = 16_384
-    """Tokens in the vocabulary, the special ones and one for each byte included; fewer where the text has no more to
-    offer."""
+    """Tokens in the vocabulary at most, the special ones and one for each byte included. A small text makes fewer: only
+    what comes several times in it becomes a token."""
     sample_bytes: PositiveInt = 20_000_000
     """How much text the vocabulary is trained on at most."""
 

@@ -39,6 +39,9 @@ _PIECE_CHARS = 1 << 16
 _BATCH_BYTES = 1 << 20
 # How many times as many tokens are merged as are kept.
 _CANDIDATES = 1.2
+# BPE makes no token that the text has less often: a model could not learn it, and others spell what it stands for.
+# By this the vocabulary follows the amount of text: 20 kB of a play make 528 tokens, 1.1 MB of it 4,700.
+MIN_BPE_COUNT = 10
 # So many different ones are held at a time.
 _MAX_CHUNKS = 200_000
 # keras_nlp refuses tokens of over 256 bytes.
@@ -97,7 +100,7 @@ def train_wordpiece(config: WordPieceConfig, documents: Iterable[Document]) -> l
     """Trains a vocabulary on documents, read once: special tokens, every character of the text, then the trained ones.
 
     Raises:
-        UserError: the vocabulary is too small for the characters of the text.
+        UserError: the vocabulary is too small for the characters of the text, or none of these can be seen.
     """
     pretokenize = _pretokenizer(config.lowercase)
     sample, alphabet = _Sample(config.sample_bytes), _Alphabet(pretokenize, config.lowercase)
@@ -106,6 +109,11 @@ def train_wordpiece(config: WordPieceConfig, documents: Iterable[Document]) -> l
             sample.add(piece)
             alphabet.add(piece)
     forms = alphabet.forms()
+    if not forms:
+        raise UserError(
+            "data.train has no token, because tokenizer.kind='wordpiece' keeps neither spaces nor control characters; "
+            "give other text, or set tokenizer.kind='bpe', which keeps everything."
+        )
     num_needed = len(SPECIAL_TOKENS) + len(forms)
     if config.vocabulary_size < num_needed:
         raise UserError(
@@ -132,7 +140,7 @@ def train_bpe(config: BpeConfig, documents: Iterable[Document]) -> str:
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocabulary_size,
-        min_frequency=2,
+        min_frequency=MIN_BPE_COUNT,
         special_tokens=list(BYTE_SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
