@@ -34,7 +34,12 @@ def config_for(folder: Path, text: str | None = None, **settings) -> Config:
     data |= settings.pop("data", {})
     settings = {"tokenizer": {"kind": "char"}, **settings}
     return make_config(
-        {"run_folder": "run", "train": {"precision": "float32", "total_steps": 1}, "data": data, **settings}
+        {
+            "run_folder": "run",
+            "train": {"precision": "float32", "total_steps": 1, "sequence_length": 2} | settings.pop("train", {}),
+            "data": data,
+            **settings,
+        }
     )
 
 
@@ -253,7 +258,8 @@ def test_a_summary_is_said_at_the_end(tmp_path):
         "[UNK], char vocabulary of 6"
     )
     assert said[1:] == [
-        "50.0% of 4 validation documents come back exactly from their tokens",
+        "50.0% of 4 validation documents come back exactly from their tokens; the others hold characters that the "
+        "vocabulary has no token for",
         "3 characters have no token; how often the commonest occur: 'x' 4, ' ' 1, 'y' 1",
     ]
 
@@ -267,10 +273,119 @@ def test_the_ten_commonest_unknown_characters_are_said_wherever_they_stand(tmp_p
     data = {"validation": str(tmp_path / "validation.txt")}
     config = config_for(tmp_path, text, data=data, tokenizer={"kind": "wordpiece", "path": str(tmp_path / "vocab.txt")})
     prepare(config, said.append)
-    assert said[1] == "66.7% of 3 validation documents come back exactly from their tokens"
+    assert said[1] == (
+        "66.7% of 3 validation documents come back exactly from their tokens, and 100.0% except for case, spaces and "
+        "forms of characters: tokenizer.kind='wordpiece' does not keep those (tokenizer.lowercase=false keeps case, "
+        "tokenizer.kind='bpe' everything)"
+    )
     listed = ", ".join(f"{chr(0x3B1 + i)!r} {i + 1}" for i in reversed(range(2, 12)))
     # The b is known at the start of a word alone.
     assert said[2] == f"13 characters have no token; how often the commonest occur: {listed}"
+
+
+def test_what_does_not_come_back_exactly_is_told_apart_from_what_is_lost(tmp_path):
+    said: list[str] = []
+    text = "the cat , it is said .\n"
+    (tmp_path / "validation.txt").write_text("The CAT, it  is said.\nthe\u200b cat\nﬁ Straße\nthe cat\nthe xat\n")
+    data = {"validation": str(tmp_path / "validation.txt")}
+    config = config_for(tmp_path, 9 * text + "fi strasse\n", data=data, tokenizer={"kind": "wordpiece"})
+    prepare(config, said.append)
+    assert said[1].startswith(
+        "20.0% of 5 validation documents come back exactly from their tokens, and 80.0% except for case, spaces and "
+    )
+
+
+# What is warned of and refused.
+
+
+def examples_of(tmp_path, documents, length=10, **data):
+    """What prepare says of documents of so many characters, each a token."""
+    (tmp_path / "validation.txt").write_text("ab\n")
+    said: list[str] = []
+    text = "".join("ab"[i % 2] * n + "\n" for i, n in enumerate(documents))
+    data = {"validation": str(tmp_path / "validation.txt"), "mode": "lines"} | data
+    prepare(config_for(tmp_path, text, data=data, train={"sequence_length": length}), said.append)
+    return [line for line in said if line.startswith("warning")]
+
+
+def test_lines_mode_says_what_it_leaves_out(tmp_path):
+    cut = "of the documents, at train.sequence_length=10; data.mode='packed' uses all of them."
+    assert examples_of(tmp_path, [10] * 9 + [9]) == []  # An end that does not fit is no token of the text.
+    assert examples_of(tmp_path, [10] * 9 + [40]) == [
+        f"warning: lines mode leaves out 23% of the tokens, the ends of 10% {cut}"
+    ]
+    assert examples_of(tmp_path, [10] * 2000 + [11]) == [
+        f"warning: lines mode leaves out less than 0.1% of the tokens, the ends of less than 0.1% {cut}"
+    ]
+    # The same is said of data that is prepared already; packed, nothing is left out.
+    assert len(examples_of(tmp_path, [10] * 2000 + [11])) == 1
+    assert examples_of(tmp_path, [10] * 2000 + [11], mode="packed") == []
+
+
+def test_leaving_out_more_than_half_of_the_text_is_an_error_with_both_ways_out(tmp_path):
+    assert examples_of(tmp_path, [20] * 10) == [
+        "warning: lines mode leaves out 50% of the tokens, the ends of 100% of the documents, at "
+        "train.sequence_length=10; data.mode='packed' uses all of them."
+    ]
+    with pytest.raises(UserError) as refused:
+        examples_of(tmp_path, [20] * 9 + [21])
+    assert str(refused.value) == (
+        "lines mode leaves out 50% of the tokens, the ends of 100% of the documents, at train.sequence_length=10; "
+        "data.mode='packed' uses all of them. That is too much to leave out: set data.mode='packed', or raise "
+        "train.sequence_length (the longest document has 21 tokens)."
+    )
+    assert examples_of(tmp_path, [20] * 9 + [21], mode="packed") == []
+    assert examples_of(tmp_path, [20] * 9 + [21], length=21) == []
+
+
+def test_padding_is_warned_of_with_the_setting_that_mends_it(tmp_path):
+    assert examples_of(tmp_path, [4] * 10) == []
+    assert examples_of(tmp_path, [1] * 10) == [
+        "warning: 80% of each batch is padding, as documents have 1 tokens on average and train.sequence_length=10; "
+        "data.mode='packed' has no padding, a smaller train.sequence_length has less."
+    ]
+    assert examples_of(tmp_path, [1] * 10, mode="packed") == []
+    assert examples_of(tmp_path, [1] * 10, mode="packed", length=128) == [
+        "warning: 84% of an epoch is padding, as the text to train on has 20 tokens and train.sequence_length=128; "
+        "lower it, or give more text."
+    ]
+
+
+def test_the_share_that_min_bytes_leaves_out_is_said(tmp_path):
+    said: list[str] = []
+    data = {"validation": str(tmp_path / "text.txt"), "min_bytes": 4}
+    prepare(config_for(tmp_path, "가\nabcd\nabcde\n가나다라\n", data=data), said.append)
+    for setting in ("train", "validation"):
+        assert f"data.{setting}: data.min_bytes=4 leaves out 50.0% of 4 lines, with 29.2% of the text" in said
+    said.clear()
+    data["min_bytes"] = 2
+    prepare(config_for(tmp_path, data=data), said.append)
+    assert not any("data.min_bytes" in line for line in said)
+
+
+@pytest.mark.parametrize("mode", ["packed", "lines"])
+def test_text_without_a_token_is_refused_before_any_training(tmp_path, mode):
+    why = (
+        "no token, because tokenizer.kind='wordpiece' keeps neither spaces nor control characters; give other text, or "
+        "set tokenizer.kind='bpe', which keeps everything."
+    )
+    (tmp_path / "empty.txt").write_text("\u200b\n\u200b\u200b\n")
+    (tmp_path / "full.txt").write_text("ab\n")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[BOS]\na\n##b\n")
+    trained, from_file = {"kind": "wordpiece"}, {"kind": "wordpiece", "path": str(tmp_path / "vocab.txt")}
+    listed = f"=['{tmp_path}/empty.txt']: its 2 documents have"
+    for setting, other, tokenizer, where in (
+        ("train", "validation", trained, "data.train has"),
+        ("train", "validation", from_file, f"data.train{listed}"),
+        ("validation", "train", trained, f"data.validation{listed}"),
+    ):
+        data = {setting: str(tmp_path / "empty.txt"), other: str(tmp_path / "full.txt"), "mode": mode}
+        train = {"sequence_length": 6}
+        for _ in range(2):  # Prepared already, too.
+            with pytest.raises(UserError) as refused:
+                prepare(config_for(tmp_path, data=data, tokenizer=tokenizer, train=train), quiet)
+            assert str(refused.value) == f"{where} {why}"
+        prepare(config_for(tmp_path, data=data, tokenizer={"kind": "bpe"}, train=train), quiet)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "byte"])

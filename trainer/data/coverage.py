@@ -9,9 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.config import Config
+from trainer.config import Config, UserError
 from trainer.data.shards import PreparedData, Shard, Split, num_examples
 
+# A larger share of the tokens left out by lines mode is an error; the tutorial's recipe leaves out 40% of its books.
+MOST_LEFT_OUT = 0.5
+# A larger share of padding is warned of.
+MOST_PADDING = 0.5
 _OFFSETS_PER_READ = 1 << 20
 _TOKENS_PER_READ = 1 << 22
 
@@ -117,6 +121,75 @@ def coverage_of(split: Split, folder: Path, config: Config) -> Coverage:
         num_cut_documents=num_cut,
         num_left_out_tokens=num_left_out,
     )
+
+
+def notes_on_examples(prepared: PreparedData, config: Config) -> list[str]:
+    """Returns what there is to say about an epoch of training examples: what is cut, and how much is padding; each with
+    the setting that mends it.
+
+    Raises:
+        UserError: a split holds no token, or lines mode leaves out more than half of a source's tokens.
+    """
+    _check_tokens(prepared, config)
+    notes = []
+    for i, split in enumerate(prepared.parts("train")):
+        source = f"data.train[{i}]: " if config.data.weights is not None else ""
+        coverage = coverage_of(split, prepared.folder, config)
+        if coverage.num_left_out_tokens:
+            note = f"{source}{_what_is_cut(coverage, config)}"
+            if coverage.left_out_share > MOST_LEFT_OUT:
+                raise UserError(
+                    f"{note}. That is too much to leave out: set data.mode='packed', or raise train.sequence_length "
+                    f"(the longest document has {split.max_tokens:,} tokens)."
+                )
+            notes.append(f"warning: {note}.")
+        if coverage.padding_share > MOST_PADDING:
+            notes.append(f"warning: {source}{_what_is_padding(coverage, config)}.")
+    return notes
+
+
+def _what_is_cut(coverage: Coverage, config: Config) -> str:
+    return (
+        f"lines mode leaves out {_percent(coverage.left_out_share)} of the tokens, the ends of "
+        f"{_percent(coverage.num_cut_documents / coverage.num_documents)} of the documents, at "
+        f"train.sequence_length={config.train.sequence_length}; data.mode='packed' uses all of them"
+    )
+
+
+def _what_is_padding(coverage: Coverage, config: Config) -> str:
+    length, share = config.train.sequence_length, _percent(coverage.padding_share)
+    if config.data.mode == "lines":
+        return (
+            f"{share} of each batch is padding, as documents have {coverage.num_tokens / coverage.num_documents:.0f} "
+            f"tokens on average and train.sequence_length={length}; data.mode='packed' has no padding, a smaller "
+            "train.sequence_length has less"
+        )
+    return (
+        f"{share} of an epoch is padding, as the text to train on has {coverage.num_targets:,} tokens and "
+        f"train.sequence_length={length}; lower it, or give more text"
+    )
+
+
+def _check_tokens(prepared: PreparedData, config: Config) -> None:
+    """Raises UserError if there is nothing to learn from, or nothing to score."""
+    for name, split in prepared.splits.items():
+        if split.num_tokens:
+            continue
+        kind = name.partition("-")[0]
+        documents = (
+            "its only document has" if split.num_documents == 1 else f"its {split.num_documents:,} documents have"
+        )
+        where = f"data.{kind}={list(getattr(config.data, kind) or config.data.train)}"
+        if kind == "validation" and config.data.validation is None:
+            where = f"data.held_out_fraction={config.data.held_out_fraction} of {where}"
+        raise UserError(
+            f"{where}: {documents} no token, because tokenizer.kind={prepared.tokenizer_kind!r} keeps neither spaces "
+            "nor control characters; give other text, or set tokenizer.kind='bpe', which keeps everything."
+        )
+
+
+def _percent(share: float) -> str:
+    return "less than 0.1%" if share < 0.001 else f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
 
 
 class TextBytes:

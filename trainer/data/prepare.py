@@ -18,6 +18,7 @@ import shutil
 import stat
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config import BpeFileConfig, Config, DataConfig, UserError, WordPieceFileConfig
+from trainer.data.coverage import notes_on_examples
 from trainer.data.files import Document
 from trainer.data.shards import (
     MANIFEST,
@@ -46,6 +48,8 @@ _BATCH_BYTES = 1 << 20
 _PROGRESS_SECS = 5.0
 # How many validation documents, and how much of each, are decoded again to see what comes back.
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARS = 200, 10_000
+# Unicode's categories of characters that show nothing, which WordPiece drops.
+_UNSEEN = ("Cc", "Cf")
 # Where a preparation saves how far it is, and how often.
 _PROGRESS = "progress.json"
 _SAVE_SECS = 20.0
@@ -87,13 +91,21 @@ def prepare(
 
     Args:
         config: the settings.
-        say: gets a line now and then on how far it is.
+        say: gets a line now and then on how far it is, and one for each setting that wastes text or time.
         shard_tokens: a shard with this many tokens gets no further document.
         encode: encodes the text in place of this process.
 
     Raises:
-        UserError: the text or tokenizer.path cannot be used, or the folder cannot be written or is damaged.
+        UserError: the text or tokenizer.path cannot be used, the folder cannot be written or is damaged, a split holds
+            no token, or lines mode leaves out more than half of the tokens.
     """
+    prepared = _prepare(config, say, shard_tokens, encode)
+    for note in notes_on_examples(prepared, config):
+        say(note)
+    return prepared
+
+
+def _prepare(config: Config, say: Say, shard_tokens: int, encode: Encode | None) -> PreparedData:
     tokenizer_file = read_tokenizer_file(config.tokenizer)  # First: a misspelt path should not wait for all the text.
     source = open_source(config.data)
     fingerprint = source.fingerprint(say)
@@ -275,9 +287,24 @@ def _empty(folder: Path) -> None:
 
 
 def _what_comes_back(tokenizer: Tokenizer, sample: list[str]) -> str:
-    decoded = map(tokenizer.decode, tokenizer.encode_batch(sample))
-    share = np.mean([back == document for back, document in zip(decoded, sample, strict=True)])
-    return f"{share:.1%} of {len(sample)} validation documents come back exactly from their tokens"
+    pairs = list(zip(map(tokenizer.decode, tokenizer.encode_batch(sample)), sample, strict=True))
+    share = np.mean([back == document for back, document in pairs])
+    line = f"{share:.1%} of {len(sample)} validation documents come back exactly from their tokens"
+    if share == 1:
+        return line
+    if not tokenizer.is_lossy:
+        return f"{line}; the others hold characters that the vocabulary has no token for"
+    alike = np.mean([_without_case_and_spaces(back) == _without_case_and_spaces(document) for back, document in pairs])
+    return (
+        f"{line}, and {alike:.1%} except for case, spaces and forms of characters: tokenizer.kind={tokenizer.kind!r} "
+        "does not keep those (tokenizer.lowercase=false keeps case, tokenizer.kind='bpe' everything)"
+    )
+
+
+def _without_case_and_spaces(text: str) -> str:
+    """Returns a text as the tokens of WordPiece tell texts apart: folded, without spaces and control characters."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return "".join(letter for letter in folded if not letter.isspace() and unicodedata.category(letter) not in _UNSEEN)
 
 
 def _what_is_unknown(tokenizer: Tokenizer, near_unknown: collections.Counter[str]) -> Iterator[str]:

@@ -49,6 +49,8 @@ class Tally:
     Attributes:
         num_seen: how many documents, by the setting that names them.
         num_used: how many of them are long enough, by setting.
+        num_bytes: of all documents, those of more than LONG_CHARS characters counted with as many bytes, by setting.
+        num_used_bytes: of those that are long enough, by setting.
         longest_bytes: of the longest, by setting.
         num_yielded: how many documents a split got.
         num_broken: how many records were left out.
@@ -57,6 +59,8 @@ class Tally:
 
     num_seen: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     num_used: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    num_bytes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    num_used_bytes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     longest_bytes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     num_yielded: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     num_broken: int = 0
@@ -66,6 +70,8 @@ class Tally:
         """Adds what a reading of the text that follows came upon."""
         self.num_seen.update(other.num_seen)
         self.num_used.update(other.num_used)
+        self.num_bytes.update(other.num_bytes)
+        self.num_used_bytes.update(other.num_used_bytes)
         self.longest_bytes |= other.longest_bytes
         self.num_yielded.update(other.num_yielded)
         self.num_broken += other.num_broken
@@ -162,10 +168,12 @@ class Source:
                 document = _checked(document, file)
                 num_bytes = LONG_CHARS
             tally.num_seen[setting] += 1
+            tally.num_bytes[setting] += num_bytes
             tally.longest_bytes[setting] = max(tally.longest_bytes[setting], num_bytes)
             if num_bytes <= self.data.min_bytes:
                 continue
             tally.num_used[setting] += 1
+            tally.num_used_bytes[setting] += num_bytes
             # Not self.validation_files, of which a file apart has none.
             is_whole = self.data.validation is not None
             for split, part in [(setting, document)] if is_whole else self._split(document, file):
@@ -173,7 +181,7 @@ class Source:
                 yield f"{split}{self.suffix}", part
 
     def finish(self, tally: Tally, say: Callable[[str], None] | None) -> None:
-        """Says how many records were broken of all that were read.
+        """Says how many records were broken of all that were read, and how much of the text data.min_bytes leaves out.
 
         Raises:
             UserError: more than data.max_broken_fraction; or a split is left without a document.
@@ -189,6 +197,14 @@ class Source:
             if say is not None:
                 say(f"{tally.num_broken} broken records ({share:.2%}) are left out: {listed}")
         self._check_not_empty(tally)
+        for setting, num_seen in tally.num_seen.items():
+            num_short = num_seen - tally.num_used[setting]
+            if num_short and say is not None:
+                share = 1 - tally.num_used_bytes[setting] / tally.num_bytes[setting]
+                say(
+                    f"data.{setting}: data.min_bytes={self.data.min_bytes} leaves out {num_short / num_seen:.1%} of "
+                    f"{num_seen} {self._plural()}, with {share:.1%} of the text"
+                )
 
     def files_apart(self) -> "list[Source]":
         """Returns a source for each file, with the documents of this one if they are read one after the other; the
