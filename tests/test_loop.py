@@ -528,3 +528,21 @@ def test_cadences_meet_at_their_multiples():
     assert steps_until_due(8, (100,), (10, None, 4)) == 2
     assert steps_until_due(99, (100,), (10, None, 4)) == 1
     assert [steps_until_due(step, (100, 6, 7), (50, None)) for step in (0, 5, 6, 7, 98)] == [6, 1, 1, 43, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [{}, {"mode": "lines"}])
+def test_models_of_short_documents_end_them_by_themselves(tmp_path, monkeypatch, data):
+    monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
+    names = [one + two for one in ("ka", "mi", "lo", "an", "er") for two in ("ra", "na", "li", "so")]
+    (tmp_path / "text.txt").write_text("\n".join(names * 20) + "\n")
+    settings = settings_of(tmp_path, train__total_steps=150, train__sequence_length=16, train__global_batch_size=16)
+    settings["data"] = {key: settings["data"][key] for key in ("train", "prepared_folder")} | data
+    settings["data"]["validation"] = settings["data"]["train"]
+    settings["model"] |= {"dropout": 0.0, "hidden_dim": 32, "pre_norm": True}
+    settings["samples"] = {}  # Up to the model's last position.
+    settings["optimizer"] = {"learning_rate": 0.01}
+    run = trainer.train(trainer.make_config(settings), say=lambda _: None)
+    written = trainer.generate(run.run_folder, [""] * 20, "top-k", k=5)
+    assert {len(name) for name in written} == {4}
+    assert len(set(written) & set(names)) > 0.8 * len(set(written))
