@@ -1,0 +1,125 @@
+import argparse
+import itertools
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import trainer.config
+from trainer.config import UserError
+
+PROGRAM = Path(__file__).parents[1] / "scripts" / "mutate"
+
+
+@pytest.fixture(scope="module")
+def mutate() -> ModuleType:
+    loader = SourceFileLoader("mutate", str(PROGRAM))
+    spec = spec_from_loader("mutate", loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    sys.modules["mutate"] = module  # Where NamedTuple looks for the names in its annotations.
+    loader.exec_module(module)
+    return module
+
+
+def test_the_same_seed_makes_the_same_mutations(mutate: ModuleType):
+    def some(seed: int) -> list[bytes]:
+        rng = random.Random(seed)
+        return [mutate.mutated_json(rng, b'{"a": [1, {"b": "c"}]}', b"other") for _ in range(50)]
+
+    assert some(3) == some(3) != some(4)
+
+
+def raised(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
+def printed(text: str, error: Exception | None = None) -> Callable[..., Any]:
+    def speak(*_: Any) -> None:
+        print(text, file=sys.stderr)
+        if error is not None:
+            raise error
+        raise SystemExit(0)
+
+    return speak
+
+
+@pytest.mark.parametrize(
+    ("what_trainer_does", "fault"),
+    [
+        (raised(ZeroDivisionError("by 0")), "ZeroDivisionError at "),
+        (raised(SystemExit(3)), "exit status 3"),
+        (raised(RecursionError("deep")), "RecursionError at "),
+        (lambda *_: time.sleep(30), "Hang at "),
+        (printed("WARNING:tensorflow: something"), "noise: WARNING:tensorflow: something"),
+        (printed("/a/b.py:3: DeprecationWarning: too old"), "noise: .*DeprecationWarning: too old"),
+        (printed("", UserError("wrong")), "refused without a message"),
+        (raised(UserError("")), "refused without a message"),
+        (raised(UserError("long\n" * 2_000)), "a message of 10010 characters"),
+    ],
+)
+def test_what_trainer_should_not_do_is_a_fault(
+    mutate: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    what_trainer_does: Callable[..., Any],
+    fault: str,
+):
+    def case(lab: Any, _: random.Random) -> bool:
+        lab.trainer("plan", "config.toml", statuses=(0, 2))
+        return True
+
+    monkeypatch.setattr(trainer.config, "load_config", what_trainer_does)
+    monkeypatch.setitem(mutate.KINDS, "planted", case)
+    monkeypatch.setattr(mutate, "HANG_SECS", 0.5)
+    with capfd.disabled():
+        verdict = mutate.attempt(mutate.Lab(tmp_path), "planted", 0, 0)
+    assert verdict.result == "fault" and re.match(fault, verdict.fault), verdict.fault
+
+
+def test_what_is_left_behind_is_a_fault(mutate: ModuleType, tmp_path: Path):
+    (tmp_path / "prepared").mkdir()
+    mutate._expect_no_leftovers(tmp_path)
+    (tmp_path / "prepared" / ".partial-text-0").mkdir()
+    with pytest.raises(mutate.Fault, match=r"left behind: .*\.partial-text-0"):
+        mutate._expect_no_leftovers(tmp_path)
+
+
+def test_a_setting_read_as_another_is_a_fault(mutate: ModuleType):
+    mutate._expect_values({"data": {"train": "a", "min_bytes": 1}}, {"data": {"train": ["a"], "min_bytes": 1}})
+    for given, taken in (("a", ["b"]), (True, 1), (1, 2), ([1], [1, 2])):
+        with pytest.raises(mutate.Fault, match=r"data\.x=.* is read as"):
+            mutate._expect_values({"data": {"x": given}}, {"data": {"x": taken}})
+
+
+def test_a_case_that_kills_its_process_is_a_fault_and_the_next_ones_are_run(
+    mutate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # In Python's place: the first process dies in the second case, the other one goes on from the third.
+    killed = tmp_path / "python"
+    killed.write_text(
+        "#!/bin/bash\n"
+        'while [[ $1 != --from ]]; do shift; done\necho "panic" >>"$(dirname "$0")/log.txt"\n'
+        "if [[ $2 == 0 ]]; then echo '[0]'; echo '[0, \"refused\", 0, \"\"]'; echo '[1]'; kill -SEGV $$; fi\n"
+        "echo '[2]'; echo '[2, \"accepted\", 0, \"\"]'\n"
+    )
+    killed.chmod(0o755)
+    monkeypatch.setattr(mutate.sys, "executable", str(killed))
+    options = argparse.Namespace(kinds=["config"], number=3, seed=0)
+    found = list(mutate.watch(tmp_path, options, time.monotonic() + 60))
+    assert [(number, verdict.result) for _, number, verdict in found] == list(
+        zip(itertools.count(), ("refused", "fault", "accepted"))
+    )
+    assert "the process ended with status -11: panic" in found[1][2].fault
