@@ -6,13 +6,15 @@ folder in a store has a place on this host's disk where a copy of it belongs.
 """
 
 import contextlib
+import errno
 import getpass
 import hashlib
+import json
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +53,20 @@ class Url:
 
     def is_file(self) -> bool:
         """Whether there is such a file."""
-        with _telling_of_errors(self):
-            return bool(_gfile().exists(self._text)) and not _gfile().isdir(self._text)
+        return self._is_directory() is False
 
     def is_dir(self) -> bool:
         """Whether there is anything in such a folder."""
-        with _telling_of_errors(self):
-            return bool(_gfile().isdir(self._text))
+        return self._is_directory() is True
+
+    def _is_directory(self) -> bool | None:
+        """Whether this is a folder, or None if it is not there."""
+        # Not gfile.isdir, which answers False for every error: a store that is down would look empty.
+        try:
+            with _telling_of_errors(self):
+                return bool(_gfile().stat(self._text).is_directory)
+        except FileNotFoundError:
+            return None
 
     def iterdir(self) -> Iterator["Url"]:
         """Yields what is in the folder, by name."""
@@ -95,6 +104,8 @@ class Url:
 
     def write_bytes(self, content: bytes) -> None:
         """Writes the file; others see all of it or nothing."""
+        if self._text.startswith("ram://") and self.is_file():
+            _gfile().remove(self._text)  # TensorFlow appends to a file that is there, in this store alone.
         with _telling_of_errors(self), _gfile().GFile(self._text, "wb") as file:
             file.write(content)
 
@@ -146,13 +157,80 @@ def _shortened(text: str) -> str:
 
 
 def write_whole(file: Location, text: str) -> None:
-    """Writes a text file that nobody ever sees half of."""
+    """Writes a text file that nobody ever sees half of, not even after a loss of power."""
     if isinstance(file, Url):
         file.write_text(text)
         return
     temporary = file.with_name(f"{file.name}.partial")
     temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
     temporary.rename(file)
+    sync(file.parent)
+
+
+def make_folder(folder: Location) -> None:
+    """Makes a folder, and those above it that are missing, so that they outlive a loss of power."""
+    if isinstance(folder, Url):
+        folder.mkdir()
+        return
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync(path.parent)
+
+
+class DamagedError(UserError):
+    """A file is not what was written."""
+
+
+def sealed(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entries of a JSON file with their own SHA-256 as the entry `sha256`, by which damage is noticed."""
+    content = {key: value for key, value in entries.items() if key != "sha256"}
+    return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
+def unsealed(content: bytes, path: object) -> dict[str, Any]:
+    """Returns the entries of a JSON file that `sealed` was written into.
+
+    Args:
+        content: of the file.
+        path: where it is, for the message.
+
+    Raises:
+        DamagedError: it is not what was written.
+    """
+    try:
+        entries = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        reason = f"{error}" if content else "it has 0 bytes"
+        raise DamagedError(f"{path} is damaged: {reason}.") from None
+    if not isinstance(entries, dict) or entries != sealed(entries):
+        raise DamagedError(f"{path} is damaged: its SHA-256 is not the one it states.")
+    return entries
+
+
+# What can be done about an error of the file system; for the others, see what the system calls them.
+_REMEDIES = {
+    errno.ENOSPC: "Make room",
+    errno.EDQUOT: "Make room, or have the quota raised",
+    errno.EFBIG: "Raise the limit on a file's size (ulimit -f), or use a file system that takes larger files",
+    errno.EROFS: "The file system is mounted read-only, often after an error of the disk: see dmesg, and mount it anew",
+    errno.EIO: "The disk, or the connection to it, fails: see dmesg",
+    errno.ESTALE: "The server of this network file system has lost the folder: mount it anew",
+    errno.EMFILE: "This process has too many files open: raise the limit (ulimit -n)",
+    errno.ENFILE: "This machine has too many files open: close some, or raise fs.file-max",
+    errno.EACCES: "Give this user the right to do that",
+    errno.EPERM: "Give this user the right to do that",
+}
+
+
+def reason_and_remedy(error: Exception) -> str:
+    """Returns what an error of a file system or a store says, and what can be done about it, as "reason. Remedy"."""
+    if isinstance(error, UserError):
+        return str(error).removesuffix(".")
+    if not isinstance(error, OSError):
+        return f"{error}. Check that the store is up and that this machine may write there"
+    return f"{error.strerror or error}. {_REMEDIES.get(error.errno or 0, 'Check the path and its file system')}"
 
 
 def copy_folder(source: Location, target: Location) -> None:
@@ -248,6 +326,10 @@ def sync(path: str | os.PathLike[str]) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems cannot sync a folder; nothing more can be done there.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not Path(path).is_dir():
+            raise
     finally:
         os.close(descriptor)
 

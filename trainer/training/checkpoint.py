@@ -4,12 +4,18 @@ On a disk a folder is written under another name and renamed. An object store ca
 counts once its manifest, written last, is there and agrees with the files.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
@@ -18,10 +24,15 @@ import tensorflow as tf
 
 from trainer.config import UserError
 from trainer.model.gpt import GPT
-from trainer.storage import is_url, sync
+from trainer.storage import DamagedError, Location, Url, locate, make_folder, reason_and_remedy, sealed, sync, unsealed
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+
+# Seconds to wait after each failure to write a checkpoint, the last of them again and again; and, once the run ends and
+# waits for it, how often to try and how long to wait in between.
+RETRY_SECS = (1.0, 5.0, 20.0, 60.0)
+LAST_TRIES, LAST_RETRY_SECS = 3, 1.0
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -29,10 +40,12 @@ Arrays = Mapping[str, np.ndarray]
 class Checkpoint(NamedTuple):
     """A verified checkpoint.
 
-    folder: where it is. manifest: what it says of itself: step, files and the facts given to `save`.
+    Attributes:
+        folder: where it is.
+        manifest: what it says of itself: step, files and the facts given to `save`.
     """
 
-    folder: str
+    folder: Location
     manifest: dict[str, Any]
 
     @property
@@ -50,23 +63,59 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run.
+    """The checkpoints of a run. As a context manager it waits at the end until everything is written.
 
     Args:
         folder: holds a folder per step; a path, or a URL that tf.io.gfile understands.
         keep_last: how many of the newest `save` keeps.
         say: prints a line.
+        max_failures: how often in a row a checkpoint may fail to be written until that ends the run; None: any number.
+        scores: validation loss by step. The checkpoint with the lowest one is kept, too. The caller may add to it.
+        fault_of: returns why a checkpoint with this manifest is not one of this run, or None.
+        on_saved: called from another thread after each checkpoint that was written, before older ones are removed.
     """
 
-    def __init__(self, folder: str, keep_last: int = 1, say: Callable[[str], None] = print) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: str | Location,
+        keep_last: int = 1,
+        say: Callable[[str], None] = print,
+        max_failures: int | None = None,
+        scores: Mapping[int, float] | None = None,
+        fault_of: Callable[[dict[str, Any]], str | None] = lambda manifest: None,
+        on_saved: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder = locate(folder)
         self.keep_last = keep_last
         self.say = say
+        self.max_failures = max_failures
+        self.scores = {} if scores is None else scores
+        self._fault_of = fault_of
+        self._on_saved = on_saved
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._num_failures = 0
+        # What the writer, waiting to try again, is told: that a newer checkpoint takes the place of its own, or that
+        # somebody waits for it.
+        self._is_superseded, self._is_awaited, self._told = False, False, threading.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except UserError as own:
+            if error is None:
+                raise
+            self.say(str(own))  # What ended the run is the error to raise.
 
     def save(self, step: int, groups: Mapping[str, Arrays], facts: Mapping[str, Any]) -> None:
         """Writes a checkpoint beside the training: returns at once, after waiting for the one before.
+
+        A checkpoint that cannot be written is tried again until it is, or until this is called for the next one.
 
         Args:
             step: steps taken so far.
@@ -74,79 +123,206 @@ class Checkpoints:
             facts: what else the manifest says; JSON.
 
         Raises:
-            UserError: the checkpoint before could not be written.
+            UserError: it was `max_failures` times in a row that a checkpoint could not be written.
         """
-        self.wait()
-        self._pending = self._writer.submit(self._write, step, groups, facts)
+        self._is_superseded = True
+        self._join()
+        self._pending = self._writer.submit(self._write_or_try_again, step, groups, facts)
+
+    def check(self) -> None:
+        """Returns at once.
+
+        Raises:
+            UserError: it was `max_failures` times in a row that a checkpoint could not be written.
+        """
+        if self._pending is not None and self._pending.done():
+            self._join()
 
     def wait(self) -> None:
         """Returns once everything is written.
 
         Raises:
-            UserError: it could not be written; nothing half-written is left.
+            UserError: the last checkpoint could not be written, though it was tried several times.
         """
+        self._is_awaited = True
+        self._join()
+
+    def _join(self) -> None:
+        self._told.set()
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        try:
+            if pending is not None:
+                pending.result()
+        finally:
+            self._is_superseded, self._is_awaited = False, False
+            self._told.clear()
 
     def latest(self) -> Checkpoint | None:
-        """Returns the newest checkpoint that verifies, and says which newer ones did not and why."""
-        for step in reversed(self.steps()):
-            folder = self._folder_of(step)
-            try:
-                return Checkpoint(folder, _verified_manifest(folder))
-            except (UserError, tf.errors.OpError) as error:
-                self.say(f"Skipping {folder}: {error}")
-        return None
+        """Returns the newest checkpoint that verifies, and says which newer ones did not and why.
+
+        None if there is none: no folder of a step, or in an object store none that was written to the end.
+
+        Raises:
+            UserError: there are checkpoints and none verifies, or the disk or the store cannot be read.
+        """
+        steps: list[int] | None = None
+        # Listed again until nothing changes: a training beside it replaces old checkpoints by newer ones.
+        while steps != (steps := self.steps()):
+            faults: dict[int, _Fault] = {}
+            for step in reversed(steps):
+                try:
+                    found = self.of_step(step)
+                except _Fault as fault:
+                    faults[step] = fault
+                else:
+                    for skipped in faults.keys() & set(self.steps()):
+                        self.say(f"Skipping {self._folder_of(skipped)}: {faults[skipped]}")
+                    return found
+        is_store = isinstance(self.folder, Url)
+        if all(is_store and isinstance(fault, _Unfinished) for fault in faults.values()):
+            return None
+        listed = " ".join(f"step {step}: {faults[step]}" for step in sorted(faults))
+        raise UserError(
+            f"{self.folder}: none of the {len(faults)} checkpoints there can be used. {listed} Bring one back from a "
+            "copy; training does not begin again at step 0 over them."
+        )
+
+    def of_step(self, step: int) -> Checkpoint:
+        """Returns the checkpoint of a step.
+
+        Raises:
+            UserError: it is not there, is damaged, or is another run's.
+        """
+        folder = self._folder_of(step)
+        manifest = _verified_manifest(folder)
+        if (fault := self._fault_of(manifest)) is not None:
+            raise _Fault(fault)
+        return Checkpoint(folder, manifest)
 
     def steps(self) -> list[int]:
-        """Returns the steps there is a folder for, oldest first."""
-        if not tf.io.gfile.isdir(self.folder):
-            return []
-        names = (re.fullmatch(r"step_(\d+)/?", name) for name in tf.io.gfile.listdir(self.folder))
-        return sorted(int(match.group(1)) for match in names if match)
+        """Returns the steps there is a folder for, oldest first.
 
-    def _folder_of(self, step: int) -> str:
-        return f"{self.folder}/step_{step:09d}"
+        Raises:
+            UserError: the disk or the store cannot be read.
+        """
+        try:
+            if not self.folder.is_dir():
+                return []
+            names = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.iterdir())
+            return sorted(int(match.group(1)) for match in names if match)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be listed: {reason_and_remedy(error)}.") from None
+
+    def best_step(self) -> int | None:
+        """Returns the step with the lowest validation loss of those that have a checkpoint; None if none was scored."""
+        steps = [step for step in self.steps() if np.isfinite(self.scores.get(step, np.inf))]
+        return min(steps, key=lambda step: (self.scores[step], step), default=None)
+
+    def _folder_of(self, step: int) -> Location:
+        return self.folder / f"step_{step:09d}"
+
+    def _write_or_try_again(self, step: int, groups: Mapping[str, Arrays], facts: Mapping[str, Any]) -> None:
+        tries_left = LAST_TRIES
+        for secs in itertools.chain(RETRY_SECS, itertools.repeat(RETRY_SECS[-1])):
+            try:
+                self._write(step, groups, facts)
+                self._num_failures = 0
+                return
+            except UserError as error:
+                self._num_failures += 1
+                if self._num_failures == self.max_failures:
+                    raise UserError(
+                        f"{error} The run ends, as that was failure {self._num_failures} in a row and "
+                        f"checkpoint.max_failures={self.max_failures}."
+                    ) from error
+                if self._is_superseded:
+                    self.say(f"{error} The next checkpoint takes its place.")
+                    return
+                tries_left -= self._is_awaited
+                if not tries_left:
+                    raise
+                secs = LAST_RETRY_SECS if self._is_awaited else secs
+                self.say(f"{error} Trying again in {secs:.0f} s; what was saved before is still there.")
+            # Told that somebody waits, it tries again at once; told before, it pauses.
+            time.sleep(secs) if self._is_awaited else self._told.wait(secs)
+            if self._is_superseded:
+                return
 
     def _write(self, step: int, groups: Mapping[str, Arrays], facts: Mapping[str, Any]) -> None:
         final = self._folder_of(step)
         files = {f"{group}.safetensors": _serialized(arrays) for group, arrays in groups.items()}
-        manifest = _sealed(
+        manifest = sealed(
             {"format": FORMAT, "step": step, **facts, "files": {n: _identity(d) for n, d in files.items()}}
         )
         # A run that is stopped before its first step saves what it has just read, perhaps its only checkpoint:
         # replacing a folder would leave a moment without it.
-        if _holds(final, manifest):
-            return
-        # One name for all steps, so that what a killed process left is cleared away by the next one.
-        written = final if is_url(final) else f"{self.folder}/.partial"
-        try:
-            _remove_tree(written)
-            tf.io.gfile.makedirs(written)
-            for name, data in files.items():
-                _write_file(f"{written}/{name}", data)
-            _write_file(f"{written}/{MANIFEST}", json.dumps(manifest, indent=2).encode())
-            if written != final:
-                sync(written)
-                _remove_tree(final)
-                tf.io.gfile.rename(written, final)
+        if not _holds(final, manifest):
+            self._write_folder(final, files, manifest)
+        if not isinstance(self.folder, Url):
+            with _saying(f"The checkpoint {final} is whole, but a loss of power could still undo it"):
                 sync(self.folder)
-        except (OSError, tf.errors.OpError) as error:
-            _remove_tree(written)
-            raise UserError(
-                f"Cannot write the checkpoint {final}: {error}. Make room, then go on from the one before; nothing "
-                "half-written is left."
-            ) from error
+        self._on_saved()
         self._forget_before(step)
 
+    def _write_folder(self, final: Location, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
+        # One name for all steps, so that what a killed process left is cleared away by the next one.
+        written = final if isinstance(final, Url) else self.folder / ".partial"
+        try:
+            with _saying(f"Cannot write the checkpoint {final}"):
+                _remove_tree(written)
+                make_folder(self.folder)
+                written.mkdir()
+                for name, data in files.items():
+                    _write_file(written / name, data)
+                _write_file(written / MANIFEST, json.dumps(manifest, indent=2).encode())
+                if not isinstance(written, Url) and not isinstance(final, Url):
+                    sync(written)
+                    _remove_tree(final)
+                    written.rename(final)
+        except UserError:
+            with contextlib.suppress(OSError, UserError, tf.errors.OpError):  # Half of one counts as none anyway.
+                _remove_tree(written)
+            raise
+
     def _forget_before(self, step: int) -> None:
-        # A later step than the one just saved is a checkpoint that did not verify, and takes nobody's place.
-        for old in [other for other in self.steps() if other <= step][: -self.keep_last]:
+        """Removes what is neither among the newest nor the best; what cannot be removed is tried again next time."""
+        try:
+            best = self.best_step()
+            # A later step than the one just saved is a checkpoint that did not verify, and takes nobody's place.
+            old_steps = [other for other in self.steps() if other <= step][: -self.keep_last]
+        except UserError as error:
+            self.say(f"Old checkpoints stay for now: {error}")
+            return
+        for old in old_steps:
             folder = self._folder_of(old)
-            # The manifest goes first: a tree is not removed at once, and half of one must not look like a checkpoint.
-            tf.io.gfile.remove(f"{folder}/{MANIFEST}") if tf.io.gfile.exists(f"{folder}/{MANIFEST}") else None
-            _remove_tree(folder)
+            if old == best:
+                continue
+            try:
+                # The manifest goes first: a tree is not removed at once, and half of one must not look like a
+                # checkpoint.
+                _remove_file(folder / MANIFEST)
+                _remove_tree(folder)
+            except (OSError, UserError, tf.errors.OpError) as error:
+                self.say(
+                    f"The old checkpoint {folder} cannot be removed and stays for now: {reason_and_remedy(error)}."
+                )
+
+
+class _Fault(UserError):
+    """A checkpoint cannot be used."""
+
+
+class _Unfinished(_Fault):
+    """A checkpoint was not written to the end."""
+
+
+@contextlib.contextmanager
+def _saying(what: str) -> Iterator[None]:
+    """Turns an error of the disk or the store into a UserError that begins with these words."""
+    try:
+        yield
+    except (OSError, UserError, tf.errors.OpError) as error:
+        raise UserError(f"{what}: {reason_and_remedy(error)}.") from error
 
 
 def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
@@ -160,7 +336,7 @@ def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
     return {f"{i:04d}/{variable.name}": variable for i, variable in enumerate(model.variables)}
 
 
-def assign(variables: Mapping[str, Any], arrays: Arrays, source: str) -> None:
+def assign(variables: Mapping[str, Any], arrays: Arrays, source: str | Location) -> None:
     """Gives variables the values saved under their names.
 
     Raises:
@@ -188,51 +364,46 @@ def _serialized(arrays: Arrays) -> bytes:
     return safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()})
 
 
-def _read_manifest(folder: str) -> dict[str, Any]:
-    path = f"{folder}/{MANIFEST}"
-    if not tf.io.gfile.exists(path):
-        raise UserError("it has no manifest, so it was not written to the end.")
+def _read_manifest(folder: Location) -> dict[str, Any]:
+    path = folder / MANIFEST
     try:
-        with tf.io.gfile.GFile(path, "rb") as file:
-            manifest = json.loads(file.read())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}.") from None
-    if not isinstance(manifest, dict) or manifest != _sealed(manifest):
-        raise UserError(f"{path} is damaged: its SHA-256 is not the one it states.")
+        manifest = unsealed(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise _Unfinished("it has no manifest, so it was not written to the end.") from None
+    except OSError as error:
+        raise _Fault(f"{path} cannot be read: {reason_and_remedy(error)}.") from None
+    except DamagedError as error:
+        raise _Fault(str(error)) from None
     if manifest["format"] != FORMAT:
-        raise UserError(f"{path} is of format {manifest['format']}, not {FORMAT}; use the release that wrote it.")
+        raise _Fault(f"{path} is of format {manifest['format']}, not {FORMAT}; use the release that wrote it.")
     return manifest
 
 
-def _sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a manifest with its own SHA-256."""
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
-
-
-def _verified_manifest(folder: str) -> dict[str, Any]:
+def _verified_manifest(folder: Location) -> dict[str, Any]:
     manifest = _read_manifest(folder)
     for name in manifest["files"]:
         _verified_bytes(folder, name, manifest)
     return manifest
 
 
-def _holds(folder: str, manifest: Mapping[str, Any]) -> bool:
+def _holds(folder: Location, manifest: Mapping[str, Any]) -> bool:
     """Whether a folder is whole and is what this manifest says."""
     try:
         return bool(_verified_manifest(folder)["sha256"] == manifest["sha256"])
-    except (UserError, tf.errors.OpError):
+    except UserError:
         return False
 
 
-def _verified_bytes(folder: str, name: str, manifest: Mapping[str, Any]) -> bytes:
-    path = f"{folder}/{name}"
-    if not tf.io.gfile.exists(path):
-        raise UserError(f"{path} is missing.")
-    with tf.io.gfile.GFile(path, "rb") as file:
-        data = bytes(file.read())
+def _verified_bytes(folder: Location, name: str, manifest: Mapping[str, Any]) -> bytes:
+    path = folder / name
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise _Fault(f"{path} is missing.") from None
+    except OSError as error:
+        raise _Fault(f"{path} cannot be read: {reason_and_remedy(error)}.") from None
     if _identity(data) != manifest["files"][name]:
-        raise UserError(f"{path} is damaged: its length or SHA-256 is not the manifest's.")
+        raise _Fault(f"{path} is damaged: its length or SHA-256 is not the manifest's.")
     return data
 
 
@@ -240,15 +411,28 @@ def _identity(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _write_file(path: str, data: bytes) -> None:
-    with tf.io.gfile.GFile(path, "wb") as file:
-        file.write(data)
-    sync(path)
-    # gfile does not tell of every short write.
-    if tf.io.gfile.stat(path).length != len(data):
-        raise OSError(f"{path} was cut short; is the disk full?")
+def _write_file(path: Location, data: bytes) -> None:
+    path.write_bytes(data)
+    if isinstance(path, Url):
+        # gfile does not tell of every short write.
+        if path.stat().st_size != len(data):
+            raise OSError(f"{path} was cut short")
+    else:
+        sync(path)
 
 
-def _remove_tree(folder: str) -> None:
-    if tf.io.gfile.exists(folder):
-        tf.io.gfile.rmtree(folder)
+def _remove_file(path: Location) -> None:
+    if isinstance(path, Url):
+        if path.is_file():
+            tf.io.gfile.remove(str(path))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_tree(folder: Location) -> None:
+    if not folder.is_dir():
+        return
+    if isinstance(folder, Url):
+        tf.io.gfile.rmtree(str(folder))
+    else:
+        shutil.rmtree(folder)
