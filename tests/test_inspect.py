@@ -205,8 +205,7 @@ def test_a_run_whose_data_is_gone_or_replaced_is_told_of(prepared, pristine, tmp
     (tmp_path / "other").mkdir()
     (tmp_path / "other/text.txt").write_text("\n".join(LINES[:100]), encoding="utf-8")
     other = prepare(config_for(tmp_path / "other", tmp_path / "other/text.txt", CHAR), quiet)
-    facts = (run.path / "run.json").read_text()
-    (run.path / "run.json").write_text(facts.replace(str(pristine.folder), str(other.folder)))
+    run.keep(prepared_folder=str(other.folder), data_fingerprint="of another")
     assert main(["inspect", str(run.path)]) == 1
     assert capsys.readouterr().err == f"trainer: {other.folder} is not the data {run.path} was started on.\n"
     shutil.rmtree(other.folder)
@@ -240,7 +239,7 @@ def test_what_is_no_prepared_data_is_refused_and_data_near_it_named(prepared, ca
         assert main(["inspect", str(path)]) == 2
         assert capsys.readouterr().err == (
             f"trainer: {path} is no prepared data, which has a manifest.json, and no run folder, which has a "
-            f"config.toml. Prepared data near it: {prepared}.\n"
+            f"run.json. Prepared data near it: {prepared}.\n"
         )
 
 

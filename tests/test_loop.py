@@ -20,7 +20,8 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 import trainer
 from trainer.data.prepare import prepare
 from trainer.run import RunFolder, make_model
-from trainer.training import loop
+from trainer.training import checkpoint, loop
+from trainer.training.hosts import Hosts
 from trainer.training.loop import is_due, steps_until_due
 from trainer.training.step import LossScale
 
@@ -121,6 +122,12 @@ def assert_bit_identical(one, two):
         assert array.tobytes() == two[name].tobytes(), name
 
 
+def assert_same_best(one, two):
+    one, two = RunFolder(one), RunFolder(two)
+    assert one.scores() == two.scores() and set(one.scores()) == {15, 30, 40}
+    assert one.checkpoints().best_step() == two.checkpoints().best_step() is not None
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """A run nobody killed."""
@@ -143,6 +150,7 @@ def test_killed_and_resumed_run_ends_bit_identical_to_the_run_nobody_killed(tmp_
     returncode, output = finish(start("resume", str(run)))
     assert returncode == 0, output
     assert_bit_identical(saved(run, 40), saved(uninterrupted, 40))
+    assert_same_best(run, uninterrupted)
 
 
 @pytest.mark.slow
@@ -157,11 +165,12 @@ def test_a_signal_saves_and_exits_75_and_the_resumed_run_ends_bit_identical(tmp_
     returncode, output = finish(process)
     assert returncode == 75, output
     assert f"trainer train --resume {run}" in output
-    (folder,) = (run / "checkpoints").iterdir()
+    folder = max((run / "checkpoints").iterdir())
     assert 4 <= int(folder.name.removeprefix("step_")) < 40
     returncode, output = finish(start("resume", str(run)))
     assert returncode == 0, output
     assert_bit_identical(saved(run, 40), saved(uninterrupted, 40))
+    assert_same_best(run, uninterrupted)
 
 
 def two_workers(workers, verb, what, *overrides, pause=0.0):
@@ -217,7 +226,7 @@ def test_a_signal_to_one_worker_stops_all_of_them_saved(tmp_path, free_addresses
     for process in (chief, other):
         returncode, output = finish(process)
         assert returncode == 75, output
-    (folder,) = (run / "checkpoints").iterdir()
+    folder = max((run / "checkpoints").iterdir())
     assert 4 <= int(folder.name.removeprefix("step_")) < 40
 
 
@@ -379,11 +388,18 @@ def test_run_leaves_all_that_is_needed_and_a_finished_run_reports_again(trained,
     assert (result.step, result.was_interrupted) == (60, False)
     assert set(result.samples) == {"greedy", "beam", "top-k", "top-p"}
     assert {path.name for path in run.iterdir()} >= {"config.toml", "run.json", "tokenizer", "checkpoints", "logs"}
-    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [f"step_0000000{n}0" for n in (2, 4, 6)]
+    # 30 is where it was scored, and the best until then.
+    assert RunFolder(run).checkpoints().steps() == [20, 30, 40, 60]
+    scores = RunFolder(run).scores()
+    assert (
+        set(scores) == {30, 60}
+        and scores[60] == result.evaluation.loss
+        and result.best_step == min(scores, key=scores.get)
+    )
     monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
     again = trainer.resume(str(run), say=lambda _: None)
     assert again.evaluation == result.evaluation
-    assert again.samples == {name: result.samples[name] for name in SOME_DECODERS}
+    assert (again.samples, again.best_step) == (result.samples, result.best_step)
     assert trainer.load_config(run / "config.toml") == config
 
     texts = trainer.generate(str(run), ["the ", "dog"], "greedy", num_tokens=3)
@@ -433,7 +449,10 @@ def test_a_foreign_keras_model_of_any_style_trains_resumes_and_writes(tmp_path, 
     assert said[0].startswith("Devices: ") and said_again[0] == said[0]
     assert again.evaluation == result.evaluation
     assert trainer.generate(result.run_folder, "the ", "greedy", num_tokens=3, build_model=build)[0].startswith("the ")
-    with pytest.raises(trainer.UserError, match="does not hold this model"):
+    assert trainer.score(result.run_folder, build, say=lambda _: None) == result.evaluation
+    with pytest.raises(
+        trainer.UserError, match=r"trains a model of its own, which test_loop\.\w+ built, and not the GPT"
+    ):
         trainer.resume(result.run_folder, say=lambda _: None)
 
 
@@ -546,3 +565,108 @@ def test_models_of_short_documents_end_them_by_themselves(tmp_path, monkeypatch,
     written = trainer.generate(run.run_folder, [""] * 20, "top-k", k=5)
     assert {len(name) for name in written} == {4}
     assert len(set(written) & set(names)) > 0.8 * len(set(written))
+
+
+@pytest.fixture
+def copy_of_trained(trained, tmp_path, monkeypatch):
+    """A run of 60 steps, scored after 30 and 60 of them, which may be changed."""
+    monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
+    return shutil.copytree(trained[1].run_folder, tmp_path / "run")
+
+
+def test_a_score_that_a_killed_process_did_not_keep_is_made_up_for_and_the_best_is_the_same(copy_of_trained):
+    run = RunFolder(copy_of_trained)
+    scores = run.scores()
+    for step in (40, 60):
+        shutil.rmtree(run.path / "checkpoints" / f"step_0000000{step}")
+    run.keep_scores({60: 0.0})  # After the checkpoint; it is scored anew.
+    lines = []
+    result = trainer.resume(str(run.path), say=lines.append)
+    assert RunFolder(run.path).scores() == scores
+    assert result.best_step == 60 and "steps 30 to 60" in " ".join(lines)
+
+
+def test_a_run_goes_on_from_the_step_that_is_asked_for(copy_of_trained, capsys):
+    lines = []
+    result = trainer.resume(f"{copy_of_trained}/checkpoints/step_000000020", say=lines.append)
+    assert "steps 20 to 60" in " ".join(lines) and result.step == 60
+    assert trainer.score(str(copy_of_trained), step=60) == result.evaluation
+    assert f"step 60: {result.evaluation}" in capsys.readouterr().out
+    early, late = (trainer.score(str(copy_of_trained), step=step, say=lines.append).loss for step in (20, "best"))
+    assert early > late == result.evaluation.loss
+    texts = {
+        step: trainer.generate(str(copy_of_trained), "the ", "greedy", num_tokens=9, step=step) for step in (20, 60)
+    }
+    assert texts[20] != texts[60]
+    assert (
+        trainer.generate(f"{copy_of_trained}/checkpoints/step_000000020", "the ", "greedy", num_tokens=9) == texts[20]
+    )
+
+
+def test_a_validation_loss_that_rises_is_said_with_where_the_best_is_kept(copy_of_trained):
+    run = RunFolder(copy_of_trained)
+    lines = []
+    scores = {10: 2.5}
+    assert [
+        loop.keep_score(run, Hosts(), step, loss, scores, lines.append)
+        for step, loss in ((20, 2.0), (30, 2.125), (40, 2.0), (50, float("nan")), (60, 1.0))
+    ] == [True, False, False, False, True]
+    assert len(lines) == 3 and lines[0] == (
+        "step 30: the validation loss has risen above its best, 2.0000 at step 20. That checkpoint is kept: trainer "
+        f"generate {run.path} --step best"
+    )
+    assert run.scores() == scores == {10: 2.5, 20: 2.0, 30: 2.125, 40: 2.0, 60: 1.0}
+
+
+@pytest.mark.usefixtures("short_retries")
+def test_a_run_ends_at_once_when_it_is_set_to_end_at_a_checkpoint_that_cannot_be_written(copy_of_trained):
+    shutil.rmtree(copy_of_trained / "checkpoints" / "step_000000060")
+    lines = []
+
+    obstacle = copy_of_trained / "checkpoints" / ".partial"
+
+    def put_something_in_the_way(line):
+        lines.append(line)
+        if "steps 40 to 60" in line:
+            obstacle.write_text("in the way")
+
+    overrides = ["checkpoint.every_steps=1", "train.steps_per_call=1", "checkpoint.max_failures=2"]
+    with pytest.raises(
+        trainer.UserError, match=r"Cannot write the checkpoint .* failure 2 in a row and checkpoint\.max"
+    ):
+        trainer.resume(str(copy_of_trained), say=put_something_in_the_way, overrides=overrides)
+    assert not (copy_of_trained / "lock").exists()
+    assert RunFolder(copy_of_trained).checkpoints().steps()[-1] == 40
+
+    # Without that setting it trains on, says so each time, and saves again once that is possible.
+    def clear_the_way_after_a_while(line):
+        lines.append(line)
+        if sum("Cannot write the checkpoint" in each for each in lines) == 3 and obstacle.is_file():
+            obstacle.unlink()
+
+    lines.clear()
+    result = trainer.resume(str(copy_of_trained), say=clear_the_way_after_a_while, overrides=overrides[:2])
+    assert result.step == RunFolder(copy_of_trained).checkpoints().steps()[-1] == 60
+
+
+@pytest.fixture
+def short_retries(monkeypatch):
+    monkeypatch.setattr(checkpoint, "RETRY_SECS", (0.01,))
+    monkeypatch.setattr(checkpoint, "LAST_RETRY_SECS", 0.01)
+
+
+def test_grown_text_is_said_when_a_run_goes_on_without_it(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
+    config, result = trained
+    text = Path(config.data.train[0])
+    whole = text.read_text()
+    try:
+        for content, said in ((whole, False), (whole + "more\n", True), (None, True)):
+            text.write_text(content) if content else text.unlink()
+            lines = []
+            assert loop.start(config, say=lines.append, or_resume=True).evaluation == result.evaluation
+            told = [line for line in lines if "the run goes on with the text of then" in line]
+            assert len(told) == said, lines
+        assert "cannot be compared" in told[0]
+    finally:
+        text.write_text(whole)

@@ -1,6 +1,13 @@
-import json
+import errno
+import itertools
+import os
 import shutil
+import stat
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +18,7 @@ from trainer.config import Config, UserError, load_config, make_config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.data.tokenizer import CharTokenizer
-from trainer.run import RunFolder, build_gpt, check_is_free, find_run
+from trainer.run import RunFolder, build_gpt, check_is_free, find_run, model_name, run_and_step
 
 
 def quiet(line: str) -> None:
@@ -19,6 +26,8 @@ def quiet(line: str) -> None:
 
 
 def refuse(line: str) -> None:
+    if line.startswith(("Devices: ", "warning: ")):  # Said first, before anything is read.
+        return
     raise AssertionError(f"said, though nothing should have begun: {line}")
 
 
@@ -41,6 +50,11 @@ def prepared_text(folder: Path, text: str = "the cat sat on the mat\n" * 30) -> 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tiny(tmp_path), prepared_text(tmp_path))
+
+
+def folder_of(run: RunFolder) -> Path:
+    assert isinstance(run.path, Path)
+    return run.path
 
 
 def save_checkpoint(run: RunFolder, step: int, config: Config | None = None) -> dict[str, np.ndarray]:
@@ -133,7 +147,7 @@ def test_folder_or_file_that_is_no_run_is_refused_and_left_alone(tmp_path: Path)
 
 def test_run_folder_that_cannot_be_written_is_refused_and_nothing_left(tmp_path: Path):
     prepared = prepared_text(tmp_path)
-    with pytest.raises(UserError, match=r"run_folder='.*a.txt/run' cannot be written: Not a directory. Make room, or"):
+    with pytest.raises(UserError, match=r"a.txt/run cannot be written: Not a directory\. "):
         RunFolder.create(tiny(tmp_path, f"run_folder={tmp_path}/a.txt/run"), prepared)
     shutil.rmtree(prepared.folder / "tokenizer")
     with pytest.raises(UserError, match=r"run_folder='.*run' cannot be written: "):
@@ -145,8 +159,8 @@ def test_folder_that_is_no_run_is_not_opened(run: RunFolder, tmp_path: Path):
     beside = tmp_path / "beside"
     with pytest.raises(UserError) as error:
         RunFolder(beside)
-    assert str(error.value) == f"{beside} is not a run folder: it has no config.toml. Runs near it: {run.path}."
-    with pytest.raises(UserError, match=r"nowhere/at/all is not a run folder: it has no config.toml\.$"):
+    assert str(error.value) == f"{beside} is not a run folder: it has no run.json. Runs near it: {run.path}."
+    with pytest.raises(UserError, match=r"nowhere/at/all is not a run folder: it has no run.json\.$"):
         RunFolder(tmp_path / "nowhere/at/all")
     (tmp_path / "run/run.json").unlink()
     with pytest.raises(UserError, match=r"is not a run folder: it has no run.json\."):
@@ -155,7 +169,7 @@ def test_folder_that_is_no_run_is_not_opened(run: RunFolder, tmp_path: Path):
 
 def test_damaged_config_of_a_run_is_an_error_that_names_it(run: RunFolder):
     (run.path / "config.toml").write_text("[train", encoding="utf-8")
-    with pytest.raises(UserError, match=r"run/config.toml: not a readable TOML file"):
+    with pytest.raises(UserError, match=r"run/config.toml is damaged: not a readable TOML file"):
         RunFolder(run.path)
 
 
@@ -206,7 +220,7 @@ def test_a_micro_batch_that_was_found_is_kept_where_the_run_leaves_it_open(tmp_p
 def test_a_micro_batch_that_cannot_be_kept_is_an_error(tmp_path: Path):
     run = RunFolder.create(tiny(tmp_path, "train.micro_batch_size=auto"), prepared_text(tmp_path))
     (run.path / "config.toml.partial").mkdir()
-    with pytest.raises(UserError, match=r"run/config.toml cannot be written: Is a directory. Make room\."):
+    with pytest.raises(UserError, match=r"run/config.toml cannot be written: Is a directory\."):
         run.keep_micro_batch_size(1)
 
 
@@ -292,7 +306,7 @@ def test_text_changed_after_prepare_is_prepared_anew_by_train_which_says_so(tmp_
     (tmp_path / "a.txt").write_text("another text about a dog\n" * 30, encoding="utf-8")
     with pytest.raises(Begun):
         trainer.train(tiny(tmp_path), say=listen)
-    assert said[0] == f"the text is not the one of {old.folder}; preparing it anew (that folder stays)"
+    assert said[1] == f"the text is not the one of {old.folder}; preparing it anew (that folder stays)"
     new = RunFolder(str(tmp_path / "run")).prepared()
     assert new.folder != old.folder
     assert new.fingerprint == prepare(tiny(tmp_path), quiet).fingerprint != old.fingerprint
@@ -313,8 +327,8 @@ def test_text_changed_after_the_start_of_a_run_changes_nothing_in_it(tmp_path: P
 
 def test_other_data_is_refused(run: RunFolder, tmp_path: Path):
     other = prepared_text(tmp_path, "another text about a dog\n" * 30)
-    facts = run.facts | {"prepared_folder": str(other.folder)}
-    (run.path / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    shutil.rmtree(run.prepared().folder)
+    run.keep(prepared_folder=str(other.folder))
     with pytest.raises(UserError, match=r"is not the data .*run was started on; start a new run for other data\."):
         RunFolder(run.path).prepared()
 
@@ -366,9 +380,352 @@ def test_checkpoint_of_another_model_is_refused(run: RunFolder, tmp_path: Path):
 
 def test_a_folder_that_a_killed_process_began_to_make_is_free(tmp_path: Path):
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
-    (tmp_path / "run" / "run.json").write_text("{")
+    (tmp_path / "run" / "run.json.partial").write_text("{")
+    (tmp_path / "run" / "lock").touch()
     config = make_config({"run_folder": str(tmp_path / "run"), "train": {"precision": "float32", "total_steps": 1}})
     check_is_free(config)
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="is there already and is no run"):
         check_is_free(config)
+
+
+# What a run's files must not become unnoticed.
+
+
+def test_no_flipped_bit_of_a_run_s_files_is_taken_for_another_setting(run: RunFolder):
+    """Of every seventh byte one bit, and cut there: the same settings, or an error that names the file."""
+    config, facts = run.config, run.facts
+    for name in ("config.toml", "run.json"):
+        path = run.path / name
+        whole = path.read_bytes()
+        flipped = (whole[:i] + bytes([whole[i] ^ 1 << i // 7 % 8]) + whole[i + 1 :] for i in range(0, len(whole), 7))
+        for content in itertools.chain(flipped, (whole[:length] for length in range(0, len(whole) - 1, 49))):
+            path.write_bytes(content)
+            try:
+                found = RunFolder(run.path)
+            except UserError as error:
+                assert str(error).startswith(f"{path} "), error
+                continue
+            assert found.config == config and found.facts == facts, content
+        path.write_bytes(whole)
+
+
+def test_a_changed_config_of_a_run_is_refused_with_the_difference_and_what_to_do(run: RunFolder):
+    file = folder_of(run) / "config.toml"
+    whole = file.read_text()
+    changed = (
+        whole.replace("\nseed = 0", "\nseed = 7")
+        .replace("\nlearning_rate = ", "\nlearning_rate = 1")
+        .replace("keep_last = 3", "keep_last = 4")
+    )
+    file.write_text(changed)
+    with pytest.raises(UserError) as error:
+        RunFolder(run.path)
+    text = str(error.value)
+    assert text.startswith(f"{file} was changed after the run was started: ")
+    assert "train.seed=7 (was 0)" in text and "optimizer.learning_rate=10." in text and "checkpoint.keep_last=4" in text
+    assert "Delete that file: it is written again from run.json" in text
+    file.unlink()
+    again = RunFolder(run.path)
+    again.write_config_file()
+    assert file.read_text() == whole and again.config == run.config
+
+
+def test_a_changed_setting_that_may_change_is_to_be_given_as_an_override(run: RunFolder):
+    file = folder_of(run) / "config.toml"
+    file.write_text(file.read_text().replace("keep_last = 3", "keep_last = 4"))
+    with pytest.raises(UserError) as error:
+        RunFolder(run.path)
+    assert "checkpoint.keep_last=4 (was 3)" in str(error.value)
+    assert str(error.value).endswith(f"as overrides: trainer train --resume {run.path} checkpoint.keep_last=...")
+    file.unlink()
+    assert RunFolder(run.path, ["checkpoint.keep_last=4"]).config.checkpoint.keep_last == 4
+
+
+def test_comments_and_the_order_in_a_run_s_config_may_change(run: RunFolder):
+    file = folder_of(run) / "config.toml"
+    file.write_text("# mine\n" + file.read_text(), encoding="utf-8-sig")
+    assert RunFolder(run.path).config == run.config
+
+
+@pytest.mark.parametrize("name", ["config.toml", "run.json"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[" * 100_000, b"\0" * 100])
+def test_a_damaged_file_of_a_run_is_an_error_that_names_it(run: RunFolder, name: str, content: bytes):
+    (run.path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{run.path / name} is damaged: .*[Dd]elete"):
+        RunFolder(run.path)
+    if not content:
+        with pytest.raises(UserError, match="it has 0 bytes"):
+            RunFolder(run.path)
+
+
+def test_the_record_of_an_older_release_is_refused_by_its_format(run: RunFolder):
+    run.keep(format=1)
+    with pytest.raises(UserError, match=r"run\.json is of format 1, not 2; use the release that wrote it\."):
+        RunFolder(run.path)
+
+
+def test_a_micro_batch_found_by_a_process_that_was_killed_while_it_kept_it_is_no_change_by_hand(tmp_path: Path):
+    run = RunFolder.create(tiny(tmp_path, "train.micro_batch_size=auto"), prepared_text(tmp_path))
+    record = (run.path / "run.json").read_bytes()
+    run.keep_micro_batch_size(2)
+    (run.path / "run.json").write_bytes(record)
+    assert RunFolder(run.path).config == run.config
+
+
+def test_all_of_a_new_run_is_synced_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A loss of power loses what was not synced: so that is removed here, and the run has to be whole."""
+    prepared = prepared_text(tmp_path)
+    synced: set[tuple[int, int]] = set()
+    sync = os.fsync
+
+    def note(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced.add((status.st_ino, status.st_size if stat.S_ISREG(status.st_mode) else 0))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    config = tiny(tmp_path, f"run_folder={tmp_path}/runs/of/mine")
+    run = RunFolder.create(config, prepared)
+    save_checkpoint(run, 1)
+    folder = folder_of(run)
+    for path in [*folder.rglob("*"), folder, folder.parent, folder.parent.parent, tmp_path]:
+        status = path.stat()
+        size = status.st_size if path.is_file() else 0
+        assert (status.st_ino, size) in synced, path
+
+
+# Checkpoints that are not of the run, or gone.
+
+
+def test_checkpoints_of_another_run_are_not_gone_on_with(run: RunFolder, tmp_path: Path):
+    other = RunFolder.create(tiny(tmp_path, f"run_folder={tmp_path}/other", "train.seed=7"), run.prepared())
+    checkpoints = other.checkpoints()
+    checkpoints.save(5, {"weights": {}}, other.checkpoint_facts())
+    checkpoints.wait()
+    shutil.copytree(folder_of(other) / "checkpoints", folder_of(run) / "checkpoints")
+    with pytest.raises(UserError, match=r"step 5: it is of another run: train\.seed=0 \(was 7\)"):
+        run.load_model()
+    # Another micro-batch, or place of the data, makes no other run.
+    same = RunFolder(run.path, ["train.micro_batch_size=1", "log.every_steps=3"])
+    checkpoints = same.checkpoints()
+    checkpoints.save(6, {"weights": {}}, same.checkpoint_facts())
+    checkpoints.wait()
+    said: list[str] = []
+    newest = run.checkpoint(run.checkpoints(said.append))
+    assert newest is not None and newest.step == 6
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(run: RunFolder):
+    assert run.checkpoint(run.checkpoints()) is None
+    save_checkpoint(run, 1)
+    shutil.rmtree(folder_of(run) / "checkpoints")
+    with pytest.raises(UserError) as error:
+        run.checkpoint(RunFolder(run.path).checkpoints())
+    assert str(error.value) == (
+        f"{run.path}/checkpoints is empty, though this run has saved checkpoints. Bring them back (is a disk not "
+        f"mounted?), or begin again in another folder: trainer train {run.path}/config.toml run_folder={run.path}-2"
+    )
+    again = RunFolder.create(load_config(folder_of(run) / "config.toml", [f"run_folder={run.path}-2"]), run.prepared())
+    assert again.checkpoint(again.checkpoints()) is None
+
+
+def test_a_checkpoint_is_found_by_its_step_by_best_and_by_its_folder(run: RunFolder):
+    for step in (1, 2, 3):
+        save_checkpoint(run, step)
+    with pytest.raises(UserError, match=r"no checkpoint was scored on the validation text, so none is known to be"):
+        run.load_model(step="best")
+    run.keep_scores({1: 2.5, 2: 2.25, 3: 2.75})
+    assert [run.load_model(step=step)[1].step for step in (None, 1, "best")] == [3, 1, 2]
+    with pytest.raises(UserError, match=r"run has no checkpoint of step 7; it has: 1, 2, 3\."):
+        run.load_model(step=7)
+    folder = f"{run.path}/checkpoints/step_000000002"
+    assert run_and_step(folder) == run_and_step(f"{folder}/") == run_and_step(folder, 2) == (str(run.path), 2)
+    assert run_and_step("checkpoints/step_000000002") == (".", 2)
+    assert run_and_step("RUN", "best") == ("RUN", "best") and run_and_step("RUN", "010") == ("RUN", 10)
+    for text in ("bset", "-1", "1.5", ""):
+        with pytest.raises(UserError, match=r"is not a checkpoint's; give a number of steps, or 'best'\."):
+            run_and_step("RUN", text)
+    with pytest.raises(UserError, match=r"step_000000002 and step='best' are two checkpoints; leave out one of them\."):
+        run_and_step(folder, "best")
+
+
+def test_damaged_scores_are_an_error_that_names_them(run: RunFolder):
+    run.keep_scores({10: 1.5})
+    assert run.scores() == {10: 1.5}
+    damage_one_bit(folder_of(run) / "scores.json")
+    with pytest.raises(UserError, match=r"scores\.json is damaged: .* or delete it: the best checkpoint is then"):
+        run.checkpoints()
+    (folder_of(run) / "scores.json").unlink()
+    assert run.scores() == {}
+
+
+def test_a_reader_goes_on_to_the_checkpoint_that_took_the_place_of_the_one_it_found(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+):
+    save_checkpoint(run, 1)
+    verified = RunFolder.checkpoint
+
+    def then_replaced(self: RunFolder, *arguments: Any) -> Any:
+        found: Any = verified(self, *arguments)
+        if found.step == 1:
+            save_checkpoint(run, 2)
+            shutil.rmtree(found.folder)
+        return found
+
+    monkeypatch.setattr(RunFolder, "checkpoint", then_replaced)
+    assert run.load_model()[1].step == 2
+
+
+# Data that is elsewhere.
+
+
+def test_a_moved_project_finds_its_data_by_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    project, moved = tmp_path / "project", tmp_path / "moved"
+    (project / "runs").mkdir(parents=True)
+    prepared = prepared_text(project)
+    run = RunFolder.create(tiny(project, f"run_folder={project}/runs/a"), prepared)
+    project.rename(moved)
+    found = RunFolder(moved / "runs/a").prepared()
+    assert found.folder == moved / "prepared" / prepared.folder.name
+    # Where the old place has other data now, too.
+    project.mkdir()
+    prepared_text(project, "another text about a dog\n" * 30)
+    (project / "prepared").rename(project / "other")
+    (project / "prepared").mkdir()
+    (next((project / "other").iterdir())).rename(project / "prepared" / prepared.folder.name)
+    assert RunFolder(moved / "runs/a").prepared().folder == found.folder
+    # Beside the run, under another name.
+    shutil.rmtree(project)
+    found.folder.rename(moved / "runs" / "text")
+    run = RunFolder(moved / "runs/a")
+    assert run.prepared().folder == moved / "runs" / "text"
+    run.keep_place_of(run.prepared())
+    assert RunFolder(moved / "runs/a").facts["prepared_folder"] == str(moved / "runs" / "text")
+    # And in a folder that is named.
+    (tmp_path / "mounted").mkdir()
+    (moved / "runs/text").rename(tmp_path / "mounted" / "text")
+    with pytest.raises(UserError, match=r"bring the folder text back into one of .* data\.prepared_folder=FOLDER"):
+        run.prepared()
+    named = RunFolder(moved / "runs/a", [f"data.prepared_folder={tmp_path}/mounted"])
+    assert named.prepared().fingerprint == prepared.fingerprint
+
+
+def test_a_config_that_names_another_place_of_the_data_is_of_the_same_run(run: RunFolder, tmp_path: Path):
+    (tmp_path / "prepared").rename(tmp_path / "elsewhere")
+    found = find_run(tiny(tmp_path, f"data.prepared_folder={tmp_path}/elsewhere"), or_resume=True)
+    assert found is not None and found.prepared().folder.parent == tmp_path / "elsewhere"
+
+
+# A model that is not the GPT.
+
+
+def build_own(config: Config, vocabulary_size: int) -> Any:
+    raise AssertionError
+
+
+def test_a_run_remembers_that_its_model_is_foreign(tmp_path: Path):
+    prepared = prepared_text(tmp_path)
+    own = RunFolder.create(tiny(tmp_path), prepared, build_own)
+    assert RunFolder(own.path).facts["model"] == f"{__name__}.build_own"
+    for use in (
+        lambda: trainer.resume(str(own.path), say=refuse),
+        lambda: trainer.generate(str(own.path)),
+        lambda: trainer.score(str(own.path)),
+        lambda: own.load_model(),
+    ):
+        with pytest.raises(UserError) as error:
+            use()
+        assert str(error.value) == (
+            f"{own.path} trains a model of its own, which {__name__}.build_own built, and not the GPT of its config. "
+            f"Go on from Python, with that function: trainer.resume('{own.path}', build_model); trainer.generate and "
+            "trainer.score take build_model, too."
+        )
+    gpt = RunFolder.create(tiny(tmp_path, f"run_folder={tmp_path}/gpt"), prepared)
+    with pytest.raises(UserError, match=r"trains the GPT of its config, and not a model of .*build_own; leave out"):
+        trainer.resume(str(gpt.path), build_own, say=refuse)
+    assert model_name(partial(build_own)) == f"{__name__}.build_own"
+    assert model_name(Building()) == f"{__name__}.Building"
+
+
+class Building:
+    def __call__(self, config: Config, vocabulary_size: int) -> Any:
+        raise AssertionError
+
+
+# Another TensorFlow.
+
+
+def test_another_order_of_the_batches_is_refused_and_another_release_said(run: RunFolder):
+    run.check_first_batch("abc", refuse)
+    run = RunFolder(run.path)
+    run.check_first_batch("abc", refuse)
+    with pytest.raises(UserError, match=r"the batches of this run come in another order here\. It was started with Te"):
+        run.check_first_batch("abd", refuse)
+    run.keep(tensorflow="2.20.0")
+    said: list[str] = []
+    run.check_first_batch("abc", said.append)
+    assert len(said) == 1 and "was started with TensorFlow 2.20.0 and Keras" in said[0]
+    assert "The batches are the same" in said[0]
+
+
+# Starting at the same moment.
+
+
+START = """
+import os, sys
+from pathlib import Path
+import keras, tensorflow
+from trainer.config import UserError
+sys.path.insert(0, sys.argv[1])
+import test_run
+from trainer.data.prepare import prepare
+from trainer.run import RunFolder
+folder = Path(sys.argv[2])
+prepared = prepare(test_run.tiny(folder), test_run.quiet)
+for pair in range(int(sys.argv[3])):
+    path = folder / f"run-{pair}"
+    children = []
+    reader, writer = os.pipe()
+    for seed in (1, 2):
+        child = os.fork()
+        if not child:
+            os.close(writer)
+            os.read(reader, 1)  # Both go at once, when the last writer closes.
+            try:
+                RunFolder.create(test_run.tiny(folder, f"run_folder={path}", f"train.seed={seed}"), prepared)
+                os._exit(seed)
+            except UserError as error:
+                os._exit(10 if "another process" in str(error) or "already holds" in str(error) else 11)
+        children.append(child)
+    os.close(reader)
+    os.close(writer)
+    ends = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    assert ends in ([1, 10], [2, 10]), ends
+    run = RunFolder(path)
+    assert run.config.train.seed == ends[0], (run.config.train.seed, ends)
+    assert run.tokenizer() and {path.name for path in run.path.iterdir()} == {"config.toml", "run.json", "tokenizer"}
+"""
+
+
+@pytest.mark.slow
+def test_of_two_that_start_at_the_same_moment_one_has_the_run_and_nothing_of_it_is_lost(tmp_path: Path):
+    prepared_text(tmp_path)
+    command = [sys.executable, "-W", "ignore", "-c", START, str(Path(__file__).parent), str(tmp_path), "20"]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_a_start_that_fails_removes_what_it_made_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    prepared = prepared_text(tmp_path)
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("trainer.run._write_record", fail)
+    with pytest.raises(UserError, match=r"run' cannot be written: No space left on device\. Make room, or choose an"):
+        RunFolder.create(tiny(tmp_path), prepared)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="Make room"):
+        RunFolder.create(tiny(tmp_path), prepared)
+    assert list((tmp_path / "run").iterdir()) == []

@@ -11,11 +11,9 @@ TensorFlow is imported by the functions that need it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from trainer.terminal import quiet_import
 from trainer.version import __version__
 
 if TYPE_CHECKING:
@@ -23,9 +21,21 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
     from trainer.config import Config, UserError, load_config, make_config
+    from trainer.evaluate import Evaluation
     from trainer.training.loop import TrainingResult
 
-__all__ = ["Config", "UserError", "__version__", "batches", "generate", "load_config", "make_config", "resume", "train"]
+__all__ = [
+    "Config",
+    "UserError",
+    "__version__",
+    "batches",
+    "generate",
+    "load_config",
+    "make_config",
+    "resume",
+    "score",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -54,8 +64,7 @@ def train(
     Raises:
         UserError: a setting, the text or the run folder is not right.
     """
-    with quiet_import():
-        from trainer.training import loop
+    from trainer.training import loop
 
     return loop.start(config, build_model, say)
 
@@ -65,23 +74,24 @@ def resume(
     build_model: Callable[[Config, int], keras.Model] | None = None,
     say: Callable[[str], None] = print,
     overrides: Sequence[str] = (),
+    step: int | Literal["best"] | None = None,
 ) -> TrainingResult:
     """Goes on with a run where its newest checkpoint left it.
 
     Args:
-        run_folder: of the run.
+        run_folder: of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
         build_model: as it was given to `train`.
         say: prints a line.
         overrides: `section.key=value` strings for what leaves the result alone, such as
             `distribution.logical_devices=4`.
+        step: go on from the checkpoint of this step, or "best" for the one with the lowest validation loss.
 
     Raises:
         UserError: there is no such run, its data is gone, or an override would make it another run.
     """
-    with quiet_import():
-        from trainer.training import loop
+    from trainer.training import loop
 
-    return loop.resume(run_folder, build_model, say, overrides)
+    return loop.resume(run_folder, build_model, say, overrides, step)
 
 
 def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = print) -> tf.data.Dataset:
@@ -96,9 +106,8 @@ def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = pr
     Returns:
         A data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length].
     """
-    with quiet_import():
-        from trainer.data.batches import total_steps, training_batches
-        from trainer.data.prepare import prepare
+    from trainer.data.batches import total_steps, training_batches
+    from trainer.data.prepare import prepare
 
     prepared = prepare(config, say)
     return training_batches(prepared, config, first_step, total_steps(prepared, config))
@@ -109,28 +118,30 @@ def generate(
     prompts: str | Sequence[str] = "",
     sampler: str = "top-p",
     num_tokens: int | None = None,
-    seed: int | None = None,
+    seed: int = 0,
     stop: str | None = None,
     k: int | None = None,
     p: float | None = None,
     num_beams: int | None = None,
     temperature: float | None = None,
     build_model: Callable[[Config, int], keras.Model] | None = None,
+    step: int | Literal["best"] | None = None,
 ) -> list[str]:
-    """Continues prompts with the newest checkpoint of a run.
+    """Continues prompts with the newest checkpoint of a run, or another one.
 
     Args:
-        run_folder: of the run.
+        run_folder: of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
         prompts: one text or several.
         sampler: "greedy", "beam", "top-k" or "top-p".
         num_tokens: how many to write at most. This and what follows defaults to the run's own `samples` settings.
-        seed: of top-k and top-p; left out, 0.
+        seed: of top-k and top-p.
         stop: text that ends a continuation.
         k: of top-k.
         p: of top-p.
         num_beams: of beam.
         temperature: of top-k and top-p.
         build_model: as it was given to `train`.
+        step: use the checkpoint of this step, or "best" for the one with the lowest validation loss.
 
     Returns:
         The prompts with their continuations.
@@ -138,21 +149,50 @@ def generate(
     Raises:
         UserError: there is no such run, it has no checkpoint, or a prompt or setting does not fit.
     """
-    from trainer.decoding.decoder import Decoder
-    from trainer.run import RunFolder
+    from trainer.decoding.generate import Decoder, Generator
+    from trainer.run import RunFolder, run_and_step
 
+    run_folder, step = run_and_step(run_folder, step)
     run = RunFolder(run_folder)
-    samples = run.config.samples
-    # First: a slip should not wait for TensorFlow and the model.
-    decoder = Decoder.from_options(sampler, samples, k=k, p=p, num_beams=num_beams, temperature=temperature, seed=seed)
-    with quiet_import():
-        from trainer.decoding.generate import Generator
-    model, _ = run.load_model(build_model)
+    given = {"top_k": k, "top_p": p, "num_beams": num_beams, "temperature": temperature}
+    samples = run.config.samples.model_copy(update={key: value for key, value in given.items() if value is not None})
+    decoder = Decoder.from_config(sampler, samples)
+    model, _ = run.load_model(build_model, step=step)
     generator = Generator(model, run.tokenizer(), run.config.train.sequence_length)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    num_tokens = samples.num_tokens if num_tokens is None else num_tokens
-    stop = samples.stop if stop is None else stop
-    for remark in generator.remarks(texts, num_tokens, stop):
-        print(f"warning: {remark}", file=sys.stderr)
-    num_tokens = run.config.train.sequence_length if num_tokens is None else num_tokens
-    return generator.generate(texts, decoder, num_tokens, seed or 0, stop)
+    if num_tokens is None:
+        num_tokens = samples.num_tokens or run.config.train.sequence_length
+    return generator.generate(texts, decoder, num_tokens, seed, samples.stop if stop is None else stop)
+
+
+def score(
+    run_folder: str,
+    build_model: Callable[[Config, int], keras.Model] | None = None,
+    step: int | Literal["best"] | None = None,
+    say: Callable[[str], None] = print,
+) -> Evaluation:
+    """Scores the newest checkpoint of a run, or another one, on the whole validation text.
+
+    Args:
+        run_folder: of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
+        build_model: as it was given to `train`.
+        step: use the checkpoint of this step, or "best" for the one with the lowest validation loss.
+        say: prints a line, which names the checkpoint.
+
+    Raises:
+        UserError: there is no such run, it has no checkpoint, or its data is gone.
+    """
+    from trainer.evaluate import Evaluator
+    from trainer.run import RunFolder, run_and_step
+    from trainer.training.distribution import make_strategy
+
+    run_folder, step = run_and_step(run_folder, step)
+    run = RunFolder(run_folder)
+    run.check_model(build_model)
+    strategy = make_strategy(run.config.distribution, alone=True)
+    prepared = run.prepared()
+    with strategy.scope():
+        model, checkpoint = run.load_model(build_model, say, step)
+    evaluation = Evaluator(model, strategy, prepared, run.config)()
+    say(f"step {checkpoint.step}: {evaluation}")
+    return evaluation

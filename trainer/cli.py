@@ -16,6 +16,7 @@ from trainer.version import __version__
 
 if TYPE_CHECKING:
     from trainer.config import Config
+    from trainer.run import Step
 
 EXIT_USER_ERROR = 2
 # What a shell says of a program that a closed pipe ends, as it does others behind `| head`.
@@ -109,9 +110,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         words, beam_options = words[: words.index("--")], words[words.index("--") + 1 :]
     options, rest = parser.parse_known_args(words)
     options.beam_options = beam_options
-    # argparse takes no further overrides, and no prompt, once an option came between.
-    if len(rest) == 1 and rest[0][:1] != "-" and getattr(options, "text", "") is None:
-        options.text = rest.pop()
+    # argparse takes no further overrides once an option came between.
     if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -146,6 +145,7 @@ def _parser() -> _Parser:
     train.add_argument(
         "--or-resume", action="store_true", help="go on with the config's run where its folder is there already"
     )
+    _add_step(train, "with --resume, go on from")
     train.set_defaults(run=_train)
 
     inspect = verbs.add_parser("inspect", help="verify prepared data, and show what is in it")
@@ -158,24 +158,25 @@ def _parser() -> _Parser:
     inspect.set_defaults(run=_inspect)
 
     evaluate = verbs.add_parser("evaluate", help="score a run's newest checkpoint on the whole validation text")
-    evaluate.add_argument("run_folder", metavar="RUN", help="folder of the run")
+    evaluate.add_argument("run_folder", metavar="RUN", help="folder of the run, or of one of its checkpoints")
     evaluate.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="other devices than the run's, as distribution.kind=cpu"
     )
+    _add_step(evaluate, "score")
     evaluate.set_defaults(run=_evaluate)
 
     generate = verbs.add_parser("generate", help="let a run's newest checkpoint write")
-    generate.add_argument("run_folder", metavar="RUN", help="folder of the run")
-    generate.add_argument("text", nargs="?", metavar="PROMPT", help="text to continue; left out, a new text is begun")
-    generate.add_argument("--prompt", help="the same")
+    generate.add_argument("run_folder", metavar="RUN", help="folder of the run, or of one of its checkpoints")
+    _add_step(generate, "write with")
+    generate.add_argument("--prompt", default="", help="text to continue")
     generate.add_argument("--sampler", default="top-p", help="greedy, beam, top-k or top-p (default: %(default)s)")
     generate.add_argument("--k", type=int, help="of top-k; this and what follows defaults to the run's own settings")
     generate.add_argument("--p", type=float, help="of top-p")
     generate.add_argument("--num-beams", type=int, help="of beam")
     generate.add_argument("--temperature", type=float, help="of top-k and top-p")
     generate.add_argument("--num-tokens", type=int, help="how many to write at most")
-    generate.add_argument("--stop", help="text that ends a sample; in bash a line break is $'\\n'")
-    generate.add_argument("--seed", type=int, help="of top-k and top-p; left out, 0")
+    generate.add_argument("--stop", help="text that ends a sample")
+    generate.add_argument("--seed", type=int, default=0, help="of top-k and top-p (default: %(default)s)")
     generate.add_argument("--num-samples", type=int, default=1, help="how many texts to write (default: %(default)s)")
     generate.set_defaults(run=_generate)
 
@@ -199,6 +200,15 @@ def _parser() -> _Parser:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a TOML file, or the name of a shipped config, such as quickstart")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
+
+
+def _add_step(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--step",
+        metavar="N|best",
+        help=f"{what} the checkpoint after this many steps, or the one with the lowest validation loss (default: the "
+        "newest)",
+    )
 
 
 def _read_config(options: argparse.Namespace) -> "Config":
@@ -237,7 +247,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume is not None:
         if options.or_resume:
             raise UserError(f"--resume {options.resume} and --or-resume, which goes with a config: leave out one.")
-        from trainer.run import RunFolder
+        from trainer.run import RunFolder, run_and_step
 
         overrides = [word for word in (options.config, *options.overrides) if word is not None]
         files = [word for word in overrides if "=" not in word]
@@ -246,9 +256,12 @@ def _train(options: argparse.Namespace) -> int:
                 f"--resume {options.resume} goes on with the config that this run keeps; leave out {files[0]!r}, or "
                 "start a new run with it."
             )
-        RunFolder(options.resume, overrides)
-        options.ending.advice = lambda: f"Go on with: trainer train --resume {options.resume}"
+        run_folder, step = run_and_step(options.resume, options.step)
+        RunFolder(run_folder, overrides).check_model(None)
+        options.ending.advice = lambda: f"Go on with: trainer train --resume {run_folder}"
     else:
+        if options.step is not None:
+            raise UserError(f"--step {options.step} goes with --resume RUN; a new run begins at step 0. Leave it out.")
         from trainer.run import find_run
         from trainer.training.hosts import find_hosts
         from trainer.training.tpu import check_tpu_install
@@ -272,7 +285,7 @@ def _train(options: argparse.Namespace) -> int:
         if options.resume is None:
             result = loop.start(config, or_resume=options.or_resume)
         else:
-            result = loop.resume(options.resume, overrides=overrides)
+            result = loop.resume(run_folder, overrides=overrides, step=step)
         if result.was_interrupted:
             return EXIT_STOPPED
         for name, text in result.samples.items():
@@ -318,7 +331,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     for override in options.overrides:
         if not override.startswith("distribution."):
             raise UserError(f"{override}: of a run's settings evaluate takes other devices only, distribution.*.")
-    run = RunFolder(options.run_folder, options.overrides)
+    run_folder, step = _run_of(options)
+    run = RunFolder(run_folder, options.overrides)
     with quiet_import():
         from trainer.evaluate import Evaluator
         from trainer.training.distribution import describe_devices, make_strategy
@@ -329,40 +343,49 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(line, file=sys.stderr)
     prepared = run.prepared()
     with strategy.scope():
-        model, checkpoint = run.load_model()
+        model, checkpoint = run.load_model(step=step)
     say(f"step {checkpoint.step}: {Evaluator(model, strategy, prepared, run.config)()}")
+
+
+def _run_of(options: argparse.Namespace) -> "tuple[str, Step | None]":
+    """Returns the run and step that are meant, after what can be refused was, before TensorFlow is loaded."""
+    from trainer.run import RunFolder, run_and_step
+
+    run_folder, step = run_and_step(options.run_folder, options.step)
+    RunFolder(run_folder).check_model(None)
+    return run_folder, step
 
 
 def _generate(options: argparse.Namespace) -> None:
     from trainer.config import UserError
-    from trainer.decoding.decoder import Decoder
-    from trainer.run import RunFolder
 
-    if options.text is not None and options.prompt is not None:
-        raise UserError(f"{options.text!r} and --prompt {options.prompt!r}: two prompts; leave out one.")
-    prompt = options.prompt or options.text or ""
     if options.num_samples < 1:
         raise UserError(f"--num-samples {options.num_samples} must be at least 1.")
-    given = {name: getattr(options, name) for name in ("k", "p", "num_beams", "temperature", "seed")}
-    decoder = Decoder.from_options(options.sampler, RunFolder(options.run_folder).config.samples, **given)
-    if options.num_samples > 1 and not decoder.is_random:
-        with_k = " with k=1" if decoder.name == "top-k" else ""
+    if options.num_samples > 1 and options.sampler in ("greedy", "beam"):
         raise UserError(
-            f"--num-samples {options.num_samples}: {decoder.name}{with_k} always writes the same text; ask for 1."
+            f"--num-samples {options.num_samples}: {options.sampler} always writes the same text; ask for 1."
         )
+    from trainer import generate
+
+    run_folder, step = _run_of(options)
     with quiet_import():
-        from trainer import generate
+        import trainer.decoding.generate  # noqa: F401
         from trainer.training.distribution import unseen_gpu
 
     if warning := unseen_gpu():
         print(f"warning: {warning}", file=sys.stderr)
     texts = generate(
-        options.run_folder,
-        [prompt] * options.num_samples,
+        run_folder,
+        [options.prompt] * options.num_samples,
         options.sampler,
         options.num_tokens,
-        stop=options.stop,
-        **given,
+        options.seed,
+        options.stop,
+        options.k,
+        options.p,
+        options.num_beams,
+        options.temperature,
+        step=step,
     )
     say("\n\n".join(texts))
 
@@ -374,8 +397,6 @@ def _verify(options: argparse.Namespace) -> int:
     numbers = options.replicas.split(",")
     if not all(number.isdecimal() and int(number) for number in numbers) or len(numbers) < 2:
         raise UserError(f"--replicas {options.replicas} must be numbers such as 1,2,4: at least two, to compare.")
-    if len(set(map(int, numbers))) < len(numbers):
-        raise UserError(f"--replicas {options.replicas} names a number twice, which compares nothing; leave one out.")
     if options.steps < 1:
         raise UserError(f"--steps {options.steps} must be at least 1.")
     with quiet_import():

@@ -28,8 +28,6 @@ SHIPPED_CONFIGS = Path(__file__).parent / "configs"
 # Of so many examples in a row, each source of data.weights has exactly its share.
 MIXTURE_EXAMPLES = 1024
 STORYBOOK_SOURCE = "storybook"
-# Below it the likeliest token is certain, above it all are as likely, and float32 comes to its ends.
-TEMPERATURES = (1e-6, 1e6)
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_NESTING = 5
 _MAX_STEM_BYTES = 100
@@ -445,7 +443,7 @@ class SamplesConfig(Section):
     """Of top-k sampling."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Of top-p sampling."""
-    temperature: Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])] = 1.0
+    temperature: PositiveFloat = 1.0
     """Divides the logits of top-k and top-p sampling."""
 
 
@@ -455,7 +453,9 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt = 500
     """Steps between two checkpoints."""
     keep_last: PositiveInt = 3
-    """How many of the newest are kept."""
+    """How many of the newest are kept. The one with the lowest validation loss is kept besides."""
+    max_failures: PositiveInt | None = None
+    """End the run once writing has failed this many times in a row; left out, it trains on, says so and tries again."""
 
 
 class LogConfig(Section):
@@ -608,7 +608,7 @@ class Config(Section):
             return None
         return self.tokenizer.vocabulary_size
 
-    def with_micro_batch_size(self, size: int) -> Self:
+    def with_micro_batch_size(self, size: int | Literal["auto"]) -> Self:
         """Returns the same config but for train.micro_batch_size."""
         return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch_size": size})})
 
@@ -707,6 +707,7 @@ RESUMABLE = (
     "log.",
     "profile.",
     "checkpoint.",
+    "data.prepared_folder",
 )
 
 
@@ -722,16 +723,34 @@ def check_resumable(overrides: Iterable[str]) -> None:
 
 def check_same_run(config: Config, started: Config) -> None:
     """Raises UserError where a config would make a run another one than the config it was started with."""
-    now, before = _flat(config), _flat(started)
-    differing = [key for key in {**before, **now} if now.get(key) != before.get(key) and not key.startswith(RESUMABLE)]
-    if differing:
-        listed = "; ".join(f"{key}={now.get(key)!r} (was {before.get(key)!r})" for key in differing[:3])
-        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+    if differing := differing_settings(config, started):
         raise UserError(
-            f"run_folder={config.run_folder!r} holds a run that was started with other settings: {listed}{more}. Go on "
-            f"with the settings it was started with, of which only {', '.join(RESUMABLE)} can change; or choose "
-            "another run_folder for a new run."
+            f"run_folder={config.run_folder!r} holds a run that was started with other settings: {shortened(differing)}"
+            f". Go on with the settings it was started with, of which only {', '.join(RESUMABLE)} can change; or "
+            "choose another run_folder for a new run."
         )
+
+
+def differing_settings(config: Config, started: Config, resumable: bool = False) -> list[str]:
+    """Returns the settings that make another run than the config it was started with, as `key=value (was value)`.
+
+    Args:
+        config: as it is now.
+        started: as it was.
+        resumable: whether to return, instead, those that a resumed run may change.
+    """
+    now, before = _flat(config), _flat(started)
+    return [
+        f"{key}={now.get(key)!r} (was {before.get(key)!r})"
+        for key in {**before, **now}
+        if now.get(key) != before.get(key) and key.startswith(RESUMABLE) == resumable
+    ]
+
+
+def shortened(differing: Sequence[str]) -> str:
+    """Returns the first of these differences, and how many more there are."""
+    more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+    return "; ".join(differing[:3]) + more
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import rich.text
 from trainer.config import UserError
 from trainer.data.coverage import lengths_of
 from trainer.data.shards import MANIFEST, PreparedData, Split, faults_of_files, prepared_in
-from trainer.run import RunFolder
+from trainer.run import RECORD, RunFolder
 from trainer.storage import Location, Url, locate, on_disk
 
 _BAR_WIDTH = 30
@@ -82,15 +82,12 @@ def document(prepared: PreparedData, split: Split, number: int, max_tokens: int)
 def _data_of(path: str) -> tuple[Location, RunFolder | None]:
     """Returns the folder of prepared data that path means, and the run that it belongs to if path is a run."""
     location = locate(path)
-    if (location / "config.toml").is_file():
+    if (location / RECORD).is_file():
         run = RunFolder(location)
-        data = locate(run.facts["prepared_folder"])
-        if not data.is_dir():
-            raise UserError(f"{location} was started on the prepared data {data}, which is gone.")
-        return data, run
+        return run.data_folder(), run
     if not (location / MANIFEST).is_file() and not _has_shards(location):
         raise UserError(
-            f"{location} is no prepared data, which has a {MANIFEST}, and no run folder, which has a config.toml."
+            f"{location} is no prepared data, which has a {MANIFEST}, and no run folder, which has a {RECORD}."
             f"{_data_near(location)}"
         )
     return location, None

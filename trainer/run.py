@@ -1,19 +1,47 @@
 """A run's folder: its config, tokenizer and checkpoints, and how the model comes back from them.
 
-config.toml   the resolved config, every default written out
-run.json      which prepared data and tokenizer it uses
+run.json      the record: settings, data, tokenizer and model the run was started with, sealed by its own SHA-256
+config.toml   the settings again, every default written out, for people to read
 tokenizer/    a copy, so that the model can be used where the data is not
 checkpoints/  see training/checkpoint.py
+scores.json   the validation losses so far, sealed; by them the best checkpoint is known
 logs/         for TensorBoard
 result.json   the last evaluation and samples, once the run is over
 """
 
+import contextlib
+import functools
 import json
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from trainer.config import Config, UserError, check_resumable, check_same_run, parse_config
-from trainer.storage import Location, Url, copy_folder, locate, on_disk, remove_folder, write_whole
+from trainer.config import (
+    Config,
+    UserError,
+    check_resumable,
+    check_same_run,
+    differing_settings,
+    make_config,
+    parse_config,
+    shortened,
+)
+from trainer.storage import (
+    DamagedError,
+    Location,
+    Url,
+    copy_folder,
+    locate,
+    on_disk,
+    reason_and_remedy,
+    remove_folder,
+    sealed,
+    sync,
+    unsealed,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     import keras
@@ -23,10 +51,18 @@ if TYPE_CHECKING:
     from trainer.evaluate import Evaluation
     from trainer.training.checkpoint import Checkpoint, Checkpoints
 
+RECORD = "run.json"
+CONFIG = "config.toml"
+SCORES = "scores.json"
+RESULT = "result.json"
+FORMAT = 2
 # What a process that died while it made a run's folder can have left: no run yet, and nobody else's.
-_MADE_BEFORE_CONFIG = {"tokenizer", "run.json", "config.toml.partial"}
+_MADE_BEFORE_RECORD = {"lock", "tokenizer", f"{RECORD}.partial"}
+
+GPT_MODEL = "gpt"
 
 BuildModel = Callable[[Config, int], "keras.Model"]
+Step = int | Literal["best"]
 
 
 class RunFolder:
@@ -37,18 +73,16 @@ class RunFolder:
         overrides: `section.key=value` strings, of what a resumed run may change.
 
     Raises:
-        UserError: there is no run, or an override would change what comes out.
+        UserError: there is no run, a file of it was damaged or changed, or an override would change what comes out.
     """
 
     def __init__(self, path: str | Location, overrides: Sequence[str] = ()) -> None:
         check_resumable(overrides)
         self.path = locate(path)
-        for name in ("config.toml", "run.json"):
-            if not (self.path / name).is_file():
-                raise UserError(f"{self.path} is not a run folder: it has no {name}.{_runs_beside(self.path)}")
-        config_file = self.path / "config.toml"
-        self.config = parse_config(config_file.read_text(encoding="utf-8"), str(config_file), overrides)
-        self.facts: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        self.facts = self._read_record()
+        settings = self.facts["config"]
+        self._check_config_file(make_config(settings))
+        self.config = make_config(settings, overrides)
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -68,32 +102,130 @@ class RunFolder:
         return run
 
     @classmethod
-    def create(cls, config: Config, prepared: "PreparedData") -> Self:
-        """Makes the folder of a new run.
+    def create(cls, config: Config, prepared: "PreparedData", build_model: BuildModel | None = None) -> Self:
+        """Makes the folder of a new run, while no other process can.
 
         Raises:
-            UserError: it is there already and not empty, or cannot be written.
+            UserError: it is there already and not empty, another process trains in it, or it cannot be written.
         """
-        path = locate(config.run_folder)
+        from trainer.training.health import only_run_in
+
         check_is_free(config)
+        with only_run_in(locate(config.run_folder)):
+            return cls.begin(config, prepared, build_model)
+
+    @classmethod
+    def begin(cls, config: Config, prepared: "PreparedData", build_model: BuildModel | None = None) -> Self:
+        """Does what `create` does, for a process that holds the folder already, by `only_run_in`."""
+        import keras
+        import tensorflow as tf
+
+        check_is_free(config)
+        path = locate(config.run_folder)
         facts = {
-            "prepared_folder": prepared.stored_in or str(prepared.folder.resolve()),
+            "format": FORMAT,
+            "config": config.model_dump(mode="json", exclude_none=True),
+            "model": model_name(build_model),
+            "tensorflow": tf.__version__,
+            "keras": keras.__version__,
             "data_fingerprint": prepared.fingerprint,
             "tokenizer_fingerprint": prepared.tokenizer_fingerprint,
+            **_place_of(prepared, path),
         }
         try:
             path.mkdir(parents=True, exist_ok=True)
             copy_folder(prepared.folder / "tokenizer", path / "tokenizer")
-            (path / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            # Last: a folder with a config is a run.
-            write_whole(path / "config.toml", config.to_toml())
-        except OSError as error:
-            remove_folder(path)
+            if isinstance(path, Path):
+                for copied in (*(path / "tokenizer").iterdir(), path / "tokenizer"):
+                    sync(copied)
+            _write_record(path, facts)  # A folder with a record is a run: the rest can be made from it.
+            write_whole(path / CONFIG, config.to_toml())
+        except (OSError, UserError) as error:
+            for name in (CONFIG, f"{CONFIG}.partial", RECORD, f"{RECORD}.partial"):
+                _remove(path / name)
+            remove_folder(path / "tokenizer")
             raise UserError(
-                f"run_folder={config.run_folder!r} cannot be written: {error.strerror or error}. Make room, or choose "
-                "another folder; nothing half-written is left."
+                f"run_folder={config.run_folder!r} cannot be written: {reason_and_remedy(error)}, or choose another "
+                "folder; nothing half-written is left."
             ) from None
         return cls(path)
+
+    def _read_record(self) -> dict[str, Any]:
+        file = self.path / RECORD
+        try:
+            facts = unsealed(file.read_bytes(), file)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{self.path} is not a run folder: it has no {RECORD}.{_runs_beside(self.path)}") from None
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {reason_and_remedy(error)}.") from None
+        except DamagedError as error:
+            raise UserError(
+                f"{error} Bring it back from a copy of the run: without it nothing says which data and settings the "
+                f"checkpoints are of. A folder that has no checkpoints can be deleted: {self.path}"
+            ) from None
+        if facts.get("format") != FORMAT:
+            raise UserError(f"{file} is of format {facts.get('format')}, not {FORMAT}; use the release that wrote it.")
+        return facts
+
+    def _check_config_file(self, started: Config) -> None:
+        """Refuses a config.toml that says other than the record: a person changed it, or a disk did."""
+        file = self.path / CONFIG
+        restore = f"Delete that file: it is written again from {RECORD}, which has the settings of the run"
+        try:
+            content = file.read_bytes()
+            if not content:
+                raise UserError("it has 0 bytes")
+            found = parse_config(content.decode("utf-8-sig"), str(file))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {reason_and_remedy(error)}.") from None
+        except ValueError as error:  # Of UTF-8 or of a setting.
+            reason = str(error).removeprefix(f"{file}: ").removesuffix(".")
+            raise UserError(f"{file} is damaged: {reason}. {restore}.") from None
+        changed, may_change = differing_settings(found, started), differing_settings(found, started, resumable=True)
+        # A process that was killed between writing the one and the other leaves this difference.
+        if started.train.micro_batch_size == "auto" and found.train.micro_batch_size != "auto":
+            may_change = differing_settings(found.with_micro_batch_size("auto"), started, resumable=True)
+        if changed:
+            raise UserError(
+                f"{file} was changed after the run was started: {shortened(changed + may_change)}. A run goes on with "
+                f"the settings it was started with. {restore}; for other settings start a new run."
+            )
+        if may_change:
+            keys = " ".join(f"{line.partition('=')[0]}=..." for line in may_change[:3])
+            raise UserError(
+                f"{file} was changed after the run was started: {shortened(may_change)}. {restore}; and give what is "
+                f"to change as overrides: trainer train --resume {self.path} {keys}"
+            )
+
+    def keep(self, **facts: Any) -> None:
+        """Adds facts to the run's record.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            _write_record(self.path, self.facts | facts)
+        except OSError as error:
+            raise UserError(f"{self.path / RECORD} cannot be written: {reason_and_remedy(error)}.") from None
+        self.facts = self.facts | facts
+
+    def write_config_file(self) -> None:
+        """Writes config.toml from the record, if it is not there.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if not (self.path / CONFIG).is_file():
+            self._write_config_file(make_config(self.facts["config"]))
+
+    def _write_config_file(self, config: Config) -> None:
+        file = self.path / CONFIG
+        try:
+            write_whole(file, config.to_toml())
+        except OSError as error:
+            raise UserError(f"{file} cannot be written: {reason_and_remedy(error)}.") from None
 
     def keep_micro_batch_size(self, size: int) -> None:
         """Writes what "auto" came to into the run's config, where that leaves it open.
@@ -101,14 +233,111 @@ class RunFolder:
         Raises:
             UserError: it cannot be written.
         """
-        config_file = self.path / "config.toml"
-        started = parse_config(config_file.read_text(encoding="utf-8"), str(config_file))
+        started = make_config(self.facts["config"])
         if started.train.micro_batch_size != "auto":
             return  # "auto" is an override, which like any other counts for this process alone.
-        try:
-            write_whole(config_file, started.with_micro_batch_size(size).to_toml())
-        except OSError as error:
-            raise UserError(f"{config_file} cannot be written: {error.strerror or error}. Make room.") from None
+        started = started.with_micro_batch_size(size)
+        self._write_config_file(started)
+        self.keep(config=started.model_dump(mode="json", exclude_none=True))
+
+    def check_model(self, build_model: BuildModel | None) -> None:
+        """Raises UserError if the run's model is foreign and nobody gives it, or is the GPT and somebody does."""
+        model = self.facts["model"]
+        if model != GPT_MODEL and build_model is None:
+            raise UserError(
+                f"{self.path} trains a model of its own, which {model} built, and not the GPT of its config. Go on "
+                f"from Python, with that function: trainer.resume({str(self.path)!r}, build_model); trainer.generate "
+                "and trainer.score take build_model, too."
+            )
+        if model == GPT_MODEL and build_model is not None:
+            raise UserError(
+                f"{self.path} trains the GPT of its config, and not a model of {model_name(build_model)}; leave out "
+                "build_model, or start a new run with it."
+            )
+
+    def check_first_batch(self, digest: str, say: Callable[[str], None]) -> None:
+        """Keeps what the run's first batch is, or compares it with what it was when the run was started.
+
+        The order of the examples rests on an operation of TensorFlow, which another release may change.
+
+        Args:
+            digest: SHA-256 of the first batch.
+            say: prints a line, if the releases differ and the batch does not.
+
+        Raises:
+            UserError: it is another batch: the run would see examples twice and others never.
+        """
+        import keras
+        import tensorflow as tf
+
+        before, now = (
+            self._releases(self.facts),
+            self._releases({"tensorflow": tf.__version__, "keras": keras.__version__}),
+        )
+        if "first_batch" not in self.facts:
+            self.keep(first_batch=digest)
+        if self.facts["first_batch"] != digest:
+            raise UserError(
+                f"{self.path}: the batches of this run come in another order here. It was started with {before}; this "
+                f"is {now}. Go on with the releases of then, trainer's own included, or start a new run."
+            )
+        if before != now:
+            say(
+                f"{self.path} was started with {before}; this is {now}. The batches are the same; sums may be rounded "
+                "in another way."
+            )
+
+    @staticmethod
+    def _releases(facts: dict[str, Any]) -> str:
+        return f"TensorFlow {facts['tensorflow']} and Keras {facts['keras']}"
+
+    def data_folder(self) -> Location:
+        """Returns where the data is that the run was started on, by its fingerprint: where it was then, or if the
+        project was moved or mounted elsewhere, in the same place relative to the run, in data.prepared_folder, or
+        beside the run. If it is in none of these, the place where it was, as long as there is a folder.
+
+        Raises:
+            UserError: it is gone.
+        """
+        from trainer.data.shards import read_manifest
+
+        recorded = locate(self.facts["prepared_folder"])
+        for folder in self._data_folders():
+            try:
+                if read_manifest(folder)["fingerprint"] == self.facts["data_fingerprint"]:
+                    return folder
+            except UserError:
+                continue  # Damaged, or in a store that does not answer. The place where it was is looked at below.
+        with contextlib.suppress(PermissionError):  # The place where it was can be another user's here.
+            if recorded.is_dir():
+                return recorded
+        homes = ", ".join(dict.fromkeys(str(home) for home in self._data_homes()))
+        raise UserError(
+            f"{self.path} was started on the prepared data {recorded}, which is gone. Prepare the same text with the "
+            f"same settings again (trainer prepare {self.path / CONFIG}), or bring the folder {recorded.name} back "
+            f"into one of {homes}, or name another folder that has it: trainer train --resume {self.path} "
+            "data.prepared_folder=FOLDER. Or start a new run."
+        )
+
+    def _data_homes(self) -> Iterator[Location]:
+        """Yields the folders that the prepared data may be in."""
+        yield locate(self.config.data.prepared_folder)
+        if isinstance(self.path, Path):
+            path = self.path.resolve()
+            if relative := self.facts.get("prepared_folder_from_run"):
+                yield Path(os.path.normpath(path / relative)).parent
+            yield from (path.parent, path.parent / "prepared", path.parent.parent / "prepared")
+
+    def _data_folders(self) -> Iterator[Location]:
+        from trainer.data.shards import MANIFEST
+
+        recorded = locate(self.facts["prepared_folder"])
+        yield recorded
+        homes = list(dict.fromkeys(self._data_homes()))
+        yield from (home / recorded.name for home in homes)
+        for home in homes:
+            if isinstance(home, Path):
+                yield from (manifest.parent for manifest in sorted(home.glob(f"*/{MANIFEST}")))
 
     def prepared(self, prepare_again: "Callable[[], PreparedData] | None" = None) -> "PreparedData":
         """Returns the data the run was started on.
@@ -122,21 +351,29 @@ class RunFolder:
         from trainer.data.prepare import fetch
         from trainer.data.shards import load_prepared
 
-        folder = locate(self.facts["prepared_folder"])
-        if folder.is_dir():
-            prepared = fetch(folder) if isinstance(folder, Url) else load_prepared(folder)
-        elif prepare_again is not None:
+        try:
+            folder = self.data_folder()
+        except UserError:
+            if prepare_again is None:
+                raise
             prepared = prepare_again()
         else:
-            raise UserError(
-                f"{self.path} was started on the prepared data {folder}, which is gone. Prepare the same text with the "
-                f"same settings again (trainer prepare {self.path / 'config.toml'}) or start a new run."
-            )
+            prepared = fetch(folder) if isinstance(folder, Url) else load_prepared(folder)
         if prepared.fingerprint != self.facts["data_fingerprint"]:
             raise UserError(
                 f"{prepared.folder} is not the data {self.path} was started on; start a new run for other data."
             )
         return prepared
+
+    def keep_place_of(self, prepared: "PreparedData") -> None:
+        """Keeps where the data is, if that is not where it was.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        place = _place_of(prepared, self.path)
+        if any(self.facts.get(key) != value for key, value in place.items()):
+            self.keep(**place)
 
     def tokenizer(self) -> "Tokenizer":
         """Returns the run's tokenizer."""
@@ -148,21 +385,15 @@ class RunFolder:
             raise UserError(f"{self.path / 'tokenizer'} is not the tokenizer this run was started with.")
         return tokenizer
 
-    def checkpoints(self, say: Callable[[str], None] = print) -> "Checkpoints":
-        """Returns the run's checkpoints."""
-        from trainer.training.checkpoint import Checkpoints
-
-        return Checkpoints(str(self.path / "checkpoints"), self.config.checkpoint.keep_last, say)
-
     def keep_result(
         self, step: int, evaluation: "Evaluation", samples: dict[str, str], say: Callable[[str], None] = print
     ) -> None:
         """Writes what came of the run after its last step; says so if it cannot be written, as all else is."""
         result = {"step": step, "evaluation": evaluation._asdict(), "samples": samples}
         try:
-            write_whole(self.path / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+            _write_sealed(self.path / RESULT, result)
         except OSError as error:
-            say(f"{self.path / 'result.json'} cannot be written: {error.strerror or error}. The checkpoint is whole.")
+            say(f"{self.path / RESULT} cannot be written: {reason_and_remedy(error)}. The checkpoint is whole.")
 
     def result(self, step: int) -> "tuple[Evaluation, dict[str, str]] | None":
         """Returns the evaluation and the samples that `keep_result` wrote for this step; None if they are not there, or
@@ -170,11 +401,11 @@ class RunFolder:
         """
         from trainer.evaluate import Evaluation
 
-        file = self.path / "result.json"
+        file = self.path / RESULT
         if not file.is_file():
             return None
         try:
-            result = json.loads(file.read_text(encoding="utf-8"))
+            result = unsealed(file.read_bytes(), file)
             values: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value for name, value in result["evaluation"].items()
             }
@@ -182,23 +413,184 @@ class RunFolder:
         except (ValueError, TypeError, KeyError, AttributeError):
             return None  # The run is scored again.
 
-    def load_model(
-        self, build_model: BuildModel | None = None, say: Callable[[str], None] = print
-    ) -> tuple["keras.Model", "Checkpoint"]:
-        """Builds the model and gives it the weights of the newest checkpoint.
+    def scores(self) -> dict[int, float]:
+        """Returns the validation losses so far, by step.
 
         Raises:
-            UserError: there is no checkpoint that verifies, or it is of another model.
+            UserError: their file is damaged.
+        """
+        file = self.path / SCORES
+        try:
+            losses = unsealed(file.read_bytes(), file)["losses"]
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {reason_and_remedy(error)}.") from None
+        except DamagedError as error:
+            raise UserError(
+                f"{error} Bring it back from a copy, or delete it: the best checkpoint is then looked for among those "
+                "that are scored from here on."
+            ) from None
+        return {int(step): float(loss) for step, loss in losses.items()}
+
+    def keep_scores(self, scores: dict[int, float]) -> None:
+        """Writes the validation losses so far.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        file = self.path / SCORES
+        try:
+            _write_sealed(file, {"losses": {str(step): loss for step, loss in scores.items()}})
+        except OSError as error:
+            raise UserError(f"{file} cannot be written: {reason_and_remedy(error)}.") from None
+
+    def checkpoints(self, say: Callable[[str], None] = print) -> "Checkpoints":
+        """Returns the run's checkpoints.
+
+        Raises:
+            UserError: the file of its scores is damaged.
+        """
+        from trainer.training.checkpoint import Checkpoints
+
+        config = self.config.checkpoint
+        return Checkpoints(
+            self.path / "checkpoints",
+            config.keep_last,
+            say,
+            config.max_failures,
+            self.scores(),
+            self._fault_of,
+            self._note_saved,
+        )
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """Returns what a checkpoint's manifest says of its run."""
+        kept = {key: self.facts[key] for key in _KEPT_IN_CHECKPOINTS}
+        return kept | {"config": self.config.model_dump(mode="json")}
+
+    def _fault_of(self, manifest: dict[str, Any]) -> str | None:
+        """Returns why a checkpoint is not one of this run, by its manifest; None if it is."""
+        differing = [
+            f"{key}={manifest[key]!r} (this run's is {self.facts[key]!r})"
+            for key in _KEPT_IN_CHECKPOINTS
+            if manifest.get(key, self.facts[key]) != self.facts[key]
+        ]
+        if "config" in manifest:
+            try:
+                differing += differing_settings(make_config(self.facts["config"]), make_config(manifest["config"]))
+            except UserError as error:
+                return f"it was saved with settings that this release does not know: {error}"
+        return f"it is of another run: {shortened(differing)}." if differing else None
+
+    def _note_saved(self) -> None:
+        if not self.facts.get("has_saved"):
+            self.keep(has_saved=True)
+
+    def checkpoint(self, checkpoints: "Checkpoints", step: Step | None = None) -> "Checkpoint | None":
+        """Returns a checkpoint of the run.
+
+        Args:
+            checkpoints: of `checkpoints`.
+            step: which one: a step, or "best" for the one with the lowest validation loss; None: the newest.
+
+        Returns:
+            The checkpoint, or None if the newest is asked for and the run has never saved one.
+
+        Raises:
+            UserError: there is no such checkpoint, or it does not verify; or the run has saved some, and all are gone.
+        """
+        if step is None:
+            newest = checkpoints.latest()
+            if newest is None and self.facts.get("has_saved"):
+                raise UserError(
+                    f"{checkpoints.folder} is empty, though this run has saved checkpoints. Bring them back (is a disk "
+                    f"not mounted?), or begin again in another folder: trainer train {self.path / CONFIG} "
+                    f"run_folder={self.path}-2"
+                )
+            return newest
+        if step == "best":
+            step = checkpoints.best_step()
+            if step is None:
+                raise UserError(
+                    f"{self.path}: no checkpoint was scored on the validation text, so none is known to be the best; "
+                    "a run with evaluation.every_steps scores them as it trains."
+                )
+        if step not in checkpoints.steps():
+            there = ", ".join(map(str, checkpoints.steps())) or "none"
+            raise UserError(f"{self.path} has no checkpoint of step {step}; it has: {there}.")
+        try:
+            return checkpoints.of_step(step)
+        except UserError as error:
+            raise UserError(f"{self.path}: the checkpoint of step {step} cannot be used: {error}") from None
+
+    def load_model(
+        self, build_model: BuildModel | None = None, say: Callable[[str], None] = print, step: Step | None = None
+    ) -> tuple["keras.Model", "Checkpoint"]:
+        """Builds the model and gives it the weights of a checkpoint.
+
+        Args:
+            build_model: as it was given to `train`.
+            say: prints a line.
+            step: which checkpoint: a step, or "best" for the one with the lowest validation loss; None: the newest.
+
+        Raises:
+            UserError: there is no such checkpoint that verifies, or it is of another model.
         """
         from trainer.training.checkpoint import assign, named_variables
 
-        checkpoint = self.checkpoints(say).latest()
-        if checkpoint is None:
-            raise UserError(f"{self.path} has no checkpoint yet; train on with: trainer train --resume {self.path}")
+        self.check_model(build_model)
+        checkpoints = self.checkpoints(say)
+        while True:
+            checkpoint = self.checkpoint(checkpoints, step)
+            if checkpoint is None:
+                raise UserError(f"{self.path} has no checkpoint yet; train on with: trainer train --resume {self.path}")
+            try:
+                weights = checkpoint.arrays("weights")
+                break
+            except UserError:
+                # A training beside it may have replaced it by a newer one since it was listed.
+                if step is not None or checkpoints.steps()[-1:] == [checkpoint.step]:
+                    raise
         tokenizer = self.tokenizer()
         model = make_model(build_model, self.config, tokenizer.vocabulary_size, tokenizer.bos_id)
-        assign(named_variables(model), checkpoint.arrays("weights"), checkpoint.folder)
+        assign(named_variables(model), weights, checkpoint.folder)
         return model, checkpoint
+
+
+# What a checkpoint's manifest repeats of the run's record.
+_KEPT_IN_CHECKPOINTS = ("data_fingerprint", "tokenizer_fingerprint", "model")
+
+
+def model_name(build_model: BuildModel | None) -> str:
+    """Returns what a run's record calls its model: GPT_MODEL, or the module and name of the function that builds it."""
+    if build_model is None:
+        return GPT_MODEL
+    if isinstance(build_model, functools.partial):
+        return model_name(build_model.func)
+    named = build_model if hasattr(build_model, "__qualname__") else type(build_model)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def run_and_step(path: str, step: str | int | None = None) -> tuple[str, Step | None]:
+    """Returns the run's folder and the step of its checkpoint that are meant.
+
+    Args:
+        path: a run's folder, or that of one of its checkpoints: RUN/checkpoints/step_000001000.
+        step: a step, or "best"; None: the path's, or the newest.
+
+    Raises:
+        UserError: step is neither, or path and step name different ones.
+    """
+    if step is not None and step != "best" and not (str(step).isascii() and str(step).isdecimal()):
+        raise UserError(f"step={step!r} is not a checkpoint's; give a number of steps, or 'best'.")
+    asked: Step | None = None if step is None else "best" if step == "best" else int(step)
+    named = re.fullmatch(r"(?:(.*)/)?checkpoints/step_(\d+)/*", path)
+    if named is None:
+        return path, asked
+    if asked is not None and asked != int(named[2]):
+        raise UserError(f"{path} and step={step!r} are two checkpoints; leave out one of them.")
+    return named[1] or ".", int(named[2])
 
 
 def make_model(build_model: BuildModel | None, config: Config, vocabulary_size: int, bos_id: int) -> "keras.Model":
@@ -242,7 +634,7 @@ def find_run(config: Config, or_resume: bool) -> RunFolder | None:
     Raises:
         UserError: the folder is taken: without or_resume by any run, with it by a run with other settings.
     """
-    if or_resume and (locate(config.run_folder) / "config.toml").is_file():
+    if or_resume and (locate(config.run_folder) / RECORD).is_file():
         return RunFolder.of(config)
     check_is_free(config)
     return None
@@ -251,17 +643,42 @@ def find_run(config: Config, or_resume: bool) -> RunFolder | None:
 def check_is_free(config: Config) -> None:
     """Raises UserError where a new run's folder is taken."""
     path = locate(config.run_folder)
-    if (path / "config.toml").is_file():
+    if (path / RECORD).is_file():
         raise UserError(
             f"run_folder={config.run_folder!r} already holds a run. Go on with it: trainer train --resume {path}; or "
             f"start another beside it with the override run_folder={path}-2; or delete it."
         )
-    if path.is_file() or (path.is_dir() and not {child.name for child in path.iterdir()} <= _MADE_BEFORE_CONFIG):
+    if path.is_file() or (path.is_dir() and not {child.name for child in path.iterdir()} <= _MADE_BEFORE_RECORD):
         raise UserError(f"run_folder={config.run_folder!r} is there already and is no run; choose another folder.")
+
+
+def _write_record(path: Location, facts: dict[str, Any]) -> None:
+    _write_sealed(path / RECORD, facts)
+
+
+def _write_sealed(file: Location, entries: dict[str, Any]) -> None:
+    write_whole(file, json.dumps(sealed(entries), indent=2) + "\n")
+
+
+def _place_of(prepared: "PreparedData", path: Location) -> dict[str, str]:
+    """Returns where prepared data is, and where that is relative to a run: a project may be moved as a whole."""
+    if prepared.stored_in is not None:
+        return {"prepared_folder": prepared.stored_in}
+    place = {"prepared_folder": str(prepared.folder.resolve())}
+    if isinstance(path, Path):
+        place["prepared_folder_from_run"] = os.path.relpath(prepared.folder.resolve(), path.resolve())
+    return place
+
+
+def _remove(file: Location) -> None:
+    if isinstance(file, Path):
+        file.unlink(missing_ok=True)
+    elif file.is_file():
+        remove_folder(file)
 
 
 def _runs_beside(path: Location) -> str:
     if isinstance(path, Url):
         return ""
-    found = sorted(str(config.parent) for config in [*path.glob("*/config.toml"), *path.parent.glob("*/config.toml")])
+    found = sorted(str(record.parent) for record in [*path.glob(f"*/{RECORD}"), *path.parent.glob(f"*/{RECORD}")])
     return f" Runs near it: {', '.join(found[:5])}." if found else ""

@@ -108,9 +108,7 @@ def prepare(
 def _prepare(config: Config, say: Say, shard_tokens: int, encode: Encode | None) -> PreparedData:
     tokenizer_file = read_tokenizer_file(config.tokenizer)  # First: a misspelt path should not wait for all the text.
     source = open_source(config.data)
-    fingerprint = source.fingerprint(say)
-    if tokenizer_file is not None:
-        fingerprint = hashlib.sha256(fingerprint.encode() + tokenizer_file).hexdigest()
+    fingerprint = _fingerprint(source, tokenizer_file, say)
     name = f"{config.prepared_name()}-{fingerprint[:10]}"
     home = locate(config.data.prepared_folder)
     if isinstance(home, Path):
@@ -131,6 +129,22 @@ def check_sources(config: Config) -> None:
     """Raises UserError where the files that a config names cannot be used, as far as a look at them tells."""
     read_tokenizer_file(config.tokenizer)
     open_source(config.data)
+
+
+def text_fingerprint(config: Config) -> str:
+    """Returns what `PreparedData.source_fingerprint` would be if a config's text were prepared now.
+
+    Raises:
+        UserError: the text or tokenizer.path cannot be used.
+    """
+    return _fingerprint(open_source(config.data), read_tokenizer_file(config.tokenizer), lambda line: None)
+
+
+def _fingerprint(source: Source | Mixture, tokenizer_file: bytes | None, say: Say) -> str:
+    fingerprint = source.fingerprint(say)
+    if tokenizer_file is None:
+        return fingerprint
+    return hashlib.sha256(fingerprint.encode() + tokenizer_file).hexdigest()
 
 
 def fetch(stored: Url, say: Say = print) -> PreparedData:

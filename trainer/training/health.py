@@ -1,14 +1,17 @@
 """What keeps a run from being lost: signals that stop it cleanly, one run per folder, and an eye on its numbers."""
 
 import contextlib
+import errno
 import fcntl
+import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from trainer.config import UserError
 from trainer.signals import STOPPING, watched
-from trainer.storage import Location, Url
+from trainer.storage import Location, Url, make_folder, reason_and_remedy
 
 # After so many the next one will not be finite either: only the data is new.
 MAX_SKIPPED_IN_A_ROW = 20
@@ -41,21 +44,65 @@ def stop_on_signals(request_stop: Callable[[], None], say: Callable[[str], None]
 
 
 @contextlib.contextmanager
-def only_run_in(folder: Location) -> Iterator[None]:
-    """Holds a run's folder for this process; one in an object store, which has no locks, it cannot.
+def only_run_in(folder: Location, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Makes a run's folder if it is missing, and holds it for this process; one in an object store, which has no locks,
+    it cannot. The lock goes away at the end, and so does a folder that it made in which no run has begun.
+
+    Args:
+        folder: of the run.
+        say: prints a line, if its file system has no locks either.
 
     Raises:
-        UserError: another process trains in it.
+        UserError: another process trains in it, or it cannot be written.
     """
     if isinstance(folder, Url):
         yield
         return
-    with (folder / "lock").open("w") as lock:
+    is_new = not folder.exists()
+    lock = _locked(folder, say)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(
+            OSError
+        ):  # A lock file that stays holds nothing, and a folder with a run is not empty.
+            (folder / "lock").unlink()
+            if is_new:
+                folder.rmdir()
+        os.close(lock)
+
+
+def _locked(folder: Path, say: Callable[[str], None]) -> int:
+    """Returns the open file by which this process holds a folder."""
+    while True:
+        try:
+            make_folder(folder)
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue  # Its holder removed it between the one and the other.
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written: {reason_and_remedy(error)}, or choose another run_folder."
+            ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # A file that its holder removed meanwhile holds nothing.
+            if os.path.samestat(os.fstat(lock), (folder / "lock").stat()):
+                return lock
+            os.close(lock)
+        except FileNotFoundError:
+            os.close(lock)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                say(
+                    f"warning: the file system of {folder} has no locks ({error.strerror}): see to it that no two "
+                    "processes train in it."
+                )
+                return lock
+            os.close(lock)
+            if not isinstance(error, BlockingIOError | PermissionError):
+                raise UserError(f"{folder} cannot be locked: {reason_and_remedy(error)}.") from None
             raise UserError(f"{folder} is being trained in by another process; wait for it or stop it.") from None
-        yield
 
 
 def report_skipped(

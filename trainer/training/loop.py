@@ -1,6 +1,8 @@
 """The training run, top to bottom."""
 
 import contextlib
+import functools
+import hashlib
 import math
 import multiprocessing
 import time
@@ -8,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import keras
 import numpy as np
@@ -18,14 +20,14 @@ from trainer.config import Config, SamplesConfig, UserError, rows_per_replica
 from trainer.data.batches import num_examples, training_batches
 from trainer.data.batches import total_steps as count_steps
 from trainer.data.coverage import TextBytes
-from trainer.data.prepare import prepare
+from trainer.data.prepare import prepare, text_fingerprint
 from trainer.data.shards import PreparedData
-from trainer.decoding.decoder import DECODERS, Decoder
-from trainer.decoding.generate import Generator
+from trainer.decoding.generate import DECODERS, Decoder, Generator
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.model.gpt import GPT
 from trainer.plan import tokens_per_sec_at_peak
-from trainer.run import BuildModel, RunFolder, find_run, make_model
+from trainer.run import BuildModel, RunFolder, Step, find_run, make_model, run_and_step
+from trainer.storage import Location, locate
 from trainer.terminal import Say
 from trainer.terminal import say as print_line
 from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
@@ -46,12 +48,15 @@ from trainer.training.monitor import Meter, Monitor, Silence
 from trainer.training.schedule import learning_rate
 from trainer.training.step import TrainingStep
 
+Result = TypeVar("Result")
+
 
 class TrainingResult(NamedTuple):
     """What came of a run.
 
     run_folder: where it is. tells_stories: whether its text is the storybook's. model: with its weights after step
-    steps. evaluation and samples: of these; None and empty where a signal stopped the run before its end.
+    steps. evaluation and samples: of these; None and empty where a signal stopped the run before its end. best_step:
+    whose checkpoint has the lowest validation loss of those that are kept; None if none was scored.
     """
 
     run_folder: str
@@ -61,6 +66,7 @@ class TrainingResult(NamedTuple):
     was_interrupted: bool
     evaluation: Evaluation | None
     samples: dict[str, str]
+    best_step: int | None = None
 
 
 def start(
@@ -73,8 +79,16 @@ def start(
     """
     say = print_line if say is print else say
     hosts = find_hosts(config.distribution)
+    find_run(config, or_resume)  # First: what is refused should leave nothing behind, not even for a moment.
+    with _held(locate(config.run_folder), hosts, say):
+        return _start(config, hosts, build_model, say, or_resume)
+
+
+def _start(config: Config, hosts: Hosts, build_model: BuildModel | None, say: Say, or_resume: bool) -> TrainingResult:
     # All hosts find the same: the first one makes the folder after all have met.
     run = find_run(config, or_resume)
+    if run is not None:
+        run.check_model(build_model)
 
     def find_data(prepare: Callable[[Config, Say], PreparedData], say: Say) -> PreparedData:
         return prepare(config, say) if run is None else run.prepared(lambda: prepare(config, say))
@@ -83,9 +97,10 @@ def start(
         strategy = open_devices(config, hosts, say)
         rows_per_replica(config, strategy.num_replicas_in_sync)
         prepared = find_data(prepare, say)
-        run = run or RunFolder.create(config, prepared)
-        with _whole_run(run, hosts):
-            return train(run, hosts, strategy, prepared, build_model, say)
+        if run is not None:
+            tell_of_changed_text(config, prepared, say, text_fingerprint)
+        run = run or RunFolder.begin(config, prepared, build_model)
+        return train(run, hosts, strategy, prepared, build_model, say)
 
     def prepared_fingerprints() -> dict[str, str]:
         prepared = find_data(prepare_in_a_process_of_its_own, say)
@@ -95,47 +110,70 @@ def start(
     say = say if hosts.is_chief else _be_silent
     meet(hosts.workers, hosts.number, prepared_fingerprints)
     prepared = find_data(prepare_in_a_process_of_its_own, _be_silent)
+    if hosts.is_chief and run is not None:
+        tell_of_changed_text(config, prepared, say, functools.partial(_in_a_process_of_its_own, text_fingerprint))
     if hosts.is_chief and run is None:
-        RunFolder.create(config, prepared)
+        RunFolder.begin(config, prepared, build_model)
     return _join(lambda: RunFolder.of(config), hosts, prepared, build_model, say)
 
 
 def resume(
-    run_folder: str, build_model: BuildModel | None = None, say: Say = print, overrides: Sequence[str] = ()
+    run_folder: str,
+    build_model: BuildModel | None = None,
+    say: Say = print,
+    overrides: Sequence[str] = (),
+    step: Step | None = None,
 ) -> TrainingResult:
-    """Goes on with a run from its newest checkpoint, with the config it was started with.
+    """Goes on with a run from its newest checkpoint, or that of a step, with the config it was started with.
 
     Raises:
-        UserError: there is no such run, or its data is gone, or workers do not agree.
+        UserError: there is no such run or checkpoint, or its data is gone, or workers do not agree.
     """
     say = print_line if say is print else say
+    run_folder, step = run_and_step(run_folder, step)
     run = RunFolder(run_folder, overrides)
     hosts = find_hosts(run.config.distribution)
-    if hosts.are_several:
-        say = say if hosts.is_chief else _be_silent
-        return _join(lambda: RunFolder(run_folder, overrides), hosts, run.prepared(), build_model, say)
-    strategy = open_devices(run.config, hosts, say)
-    with _whole_run(run, hosts):
-        return train(run, hosts, strategy, run.prepared(), build_model, say)
+    with _held(run.path, hosts, say):
+        run = RunFolder(run_folder, overrides)  # As it is now that nobody else can change it.
+        run.check_model(build_model)
+        if hosts.are_several:
+            say = say if hosts.is_chief else _be_silent
+            return _join(lambda: RunFolder(run_folder, overrides), hosts, run.prepared(), build_model, say, step)
+        strategy = open_devices(run.config, hosts, say)
+        return train(run, hosts, strategy, run.prepared(), build_model, say, step)
+
+
+def _held(folder: Location, hosts: Hosts, say: Say) -> contextlib.AbstractContextManager[None]:
+    """Holds the run's folder for its first host, from before it is made until the last checkpoint is written."""
+    return only_run_in(folder, say) if hosts.is_chief else contextlib.nullcontext()
 
 
 def _join(
-    open_run: Callable[[], RunFolder], hosts: Hosts, prepared: PreparedData, build_model: BuildModel | None, say: Say
+    open_run: Callable[[], RunFolder],
+    hosts: Hosts,
+    prepared: PreparedData,
+    build_model: BuildModel | None,
+    say: Say,
+    step: Step | None = None,
 ) -> TrainingResult:
-    """Trains with other workers, once all see the same run and the same newest checkpoint."""
+    """Trains with other workers, once all see the same run and the same checkpoint."""
 
     def what_is_there() -> dict[str, str]:
         run = open_run()
-        newest = run.checkpoints(say).latest()
+        checkpoints = run.checkpoints(say)
+        checkpoint = run.checkpoint(checkpoints, step)
         return fingerprints(run.config) | {
             f"the data of {run.path}": run.facts["data_fingerprint"],
-            f"the newest checkpoint in {run.path}": "none" if newest is None else newest.manifest["sha256"],
+            f"the checkpoint to go on from in {run.path}": (
+                "none" if checkpoint is None else checkpoint.manifest["sha256"]
+            ),
+            f"the validation losses so far in {run.path}": str(sorted(checkpoints.scores.items())),
         }
 
     meet(hosts.workers, hosts.number, what_is_there)
     run = open_run()
-    with _whole_run(run, hosts):
-        return train(run, hosts, open_devices(run.config, hosts, say), prepared, build_model, say)
+    with _telling_of_lost_workers(run, hosts):
+        return train(run, hosts, open_devices(run.config, hosts, say), prepared, build_model, say, step)
 
 
 def open_devices(config: Config, hosts: Hosts, say: Say) -> tf.distribute.Strategy:
@@ -154,10 +192,9 @@ def fingerprints(config: Config) -> dict[str, str]:
 
 def prepare_in_a_process_of_its_own(config: Config, say: Say) -> PreparedData:
     """Prepares, and leaves this process as it was: hosts can only be joined before TensorFlow computes anything."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        if say in (print_line, _be_silent):
-            return executor.submit(prepare, config, say).result()
-        prepared, lines = executor.submit(_prepare_and_listen, config).result()
+    if say in (print_line, _be_silent):
+        return _in_a_process_of_its_own(prepare, config, say)
+    prepared, lines = _in_a_process_of_its_own(_prepare_and_listen, config)
     for line in lines:  # Only now: nobody else's function can be called from another process.
         say(line)
     return prepared
@@ -168,24 +205,43 @@ def _prepare_and_listen(config: Config) -> tuple[PreparedData, list[str]]:
     return prepare(config, lines.append), lines
 
 
+def _in_a_process_of_its_own(function: Callable[..., Result], *arguments: Any) -> Result:
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(function, *arguments).result()
+
+
+def tell_of_changed_text(
+    config: Config, prepared: PreparedData, say: Say, text_fingerprint: Callable[[Config], str]
+) -> None:
+    """Says if the text is not what it was when the run was started: the run goes on with what was prepared then."""
+    try:
+        if text_fingerprint(config) == prepared.source_fingerprint:
+            return
+        what = "The text, or the file of tokenizer.path, has changed since this run was started"
+    except UserError as error:
+        what = f"The text cannot be compared with what it was when this run was started ({str(error).rstrip('.')})"
+    say(
+        f"{what}: the run goes on with the text of then, as it was prepared in "
+        f"{prepared.stored_in or prepared.folder}. To train on the text of now, start a new run: "
+        f"run_folder={config.run_folder}-2"
+    )
+
+
 def _be_silent(_: str) -> None:
     pass
 
 
 @contextlib.contextmanager
-def _whole_run(run: RunFolder, hosts: Hosts) -> Iterator[None]:
-    """Holds the run's folder for its first host, and says what a lost worker means for the others."""
-    with only_run_in(run.path) if hosts.is_chief else contextlib.nullcontext():
-        try:
-            yield
-        except tf.errors.OpError as error:
-            if not hosts.are_several:
-                raise
-            raise UserError(
-                f"Worker {hosts.number} ({hosts.workers[hosts.number]}) cannot go on, most likely because another one "
-                f"went away: {error.message[:300]}. See what the others said, then start all of them again with: "
-                f"trainer train --resume {run.path}"
-            ) from error
+def _telling_of_lost_workers(run: RunFolder, hosts: Hosts) -> Iterator[None]:
+    """Says what an error of TensorFlow between hosts most likely means: that one of them was lost."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise UserError(
+            f"Worker {hosts.number} ({hosts.workers[hosts.number]}) cannot go on, most likely because another one "
+            f"went away: {error.message[:300]}. See what the others said, then start all of them again with: "
+            f"trainer train --resume {run.path}"
+        ) from error
 
 
 def train(
@@ -195,8 +251,9 @@ def train(
     prepared: PreparedData,
     build_model: BuildModel | None,
     say: Say,
+    from_step: Step | None = None,
 ) -> TrainingResult:
-    """Trains a run from its newest checkpoint, or from the start, to its end or to a signal.
+    """Trains a run from its newest checkpoint, or that of from_step, or from the start, to its end or to a signal.
 
     Every host takes every step and scores its part of the validation text; the first alone writes.
     """
@@ -212,21 +269,24 @@ def train(
         if config.train.micro_batch_size == "auto":
             config = settle_micro_batch(run, hosts, step_function, say)
         checkpoints = run.checkpoints(say)
-        step = restore(step_function, checkpoints.latest())
+        step = restore(step_function, run.checkpoint(checkpoints, from_step))
+        if hosts.is_chief:
+            run.write_config_file()
+            run.keep_place_of(prepared)
+            run.check_first_batch(hash_of_first_batch(prepared, config, total_steps), say)
         if step == total_steps and (result := run.result(step)) is not None:
             say(f"{run.path}: all {total_steps} steps are taken, and this is what came of them.")
-            return TrainingResult(str(run.path), config.data.is_storybook(), model, step, False, *result)
+            best_step = checkpoints.best_step()
+            return TrainingResult(str(run.path), config.data.is_storybook(), model, step, False, *result, best_step)
+        # What a killed process scored after its last checkpoint is scored again.
+        scores = checkpoints.scores = {at: loss for at, loss in checkpoints.scores.items() if at <= step}
         say(describe(run, prepared, model, step, total_steps))
 
         # What looks at it.
         evaluator = Evaluator(model, strategy, prepared, config)
         tokenizer = run.tokenizer()
         generator = Generator(model, tokenizer, config.train.sequence_length)
-        # What does not fit is better known now than in an hour.
-        for remark in generator.remarks(
-            [config.samples.prompt], config.samples.num_tokens, config.samples.stop, "samples."
-        ):
-            say(f"warning: {remark}")
+        generator.encode([config.samples.prompt])  # A prompt that does not fit is better known now than in an hour.
         at_peak = find_peak(config, model, prepared.vocabulary_size, strategy, say)
         monitor = make_monitor(run, prepared, step, at_peak, say) if hosts.is_chief else Silence()
         batches = iter(
@@ -240,6 +300,20 @@ def train(
         # Several hosts have to agree on the last step, and do so within it.
         return not hosts.are_several and bool(step_function.stop_requested.numpy())
 
+    def save_now(step: int) -> None:
+        if hosts.is_chief:
+            with spent.on("checkpoint"), monitor.doing(step, "saving"):
+                save(checkpoints, step_function, run)
+
+    def evaluate(step: int) -> bool:
+        """Scores the model and keeps the score; returns whether it is the best so far."""
+        with spent.on("evaluate"), monitor.doing(step, "evaluating"):
+            score = evaluator.unless_stopped(is_asked_to_stop, config.evaluation.num_batches)
+        if score is None:
+            return False
+        monitor.evaluation(step, score)
+        return keep_score(run, hosts, step, score.loss, scores, monitor.say)
+
     ends = (total_steps, *config.profile.ends())
     cadences = (
         config.log.every_steps,
@@ -248,9 +322,11 @@ def train(
         config.samples.every_steps,
     )
     meter = Meter()
-    with monitor.running():
+    with monitor.running(), checkpoints:
         with stop_on_signals(lambda: step_function.stop_requested.assign(True), monitor.say):
             is_stopped = False
+            if is_due(step, config.evaluation.every_steps) and step < total_steps and step not in scores:
+                evaluate(step)  # The process before was stopped between its last checkpoint and this.
             while step < total_steps and not (is_stopped or is_asked_to_stop()):
                 # A tensor, not an int: a new Python int would trace the whole loop again.
                 num_steps = min(config.train.steps_per_call, steps_until_due(step, ends, cadences))
@@ -261,6 +337,7 @@ def train(
                 is_stopped = bool(metrics.stop_votes)
                 meter.add(metrics, lap())
                 monitor.advance(step)
+                checkpoints.check()
                 skipped_in_a_row = int(step_function.skipped_in_a_row.numpy())
                 check_is_learning(step, total_steps, skipped_in_a_row, int(step_function.optimizer.num_updates.numpy()))
 
@@ -269,23 +346,21 @@ def train(
                     monitor.interval(step, interval)
                     scale = None if step_function.loss_scale is None else float(step_function.loss_scale.value.numpy())
                     report_skipped(step, interval.num_steps, interval.num_skipped, scale, monitor.say)
-                if (is_due(step, config.checkpoint.every_steps) or step == total_steps) and hosts.is_chief:
-                    with spent.on("checkpoint"), monitor.doing(step, "saving"):
-                        save(checkpoints, step_function, run)
+                is_saved = is_due(step, config.checkpoint.every_steps) or step == total_steps
+                if is_saved:
+                    save_now(step)
                 if is_due(step, config.evaluation.every_steps) and step < total_steps:
-                    with spent.on("evaluate"), monitor.doing(step, "evaluating"):
-                        score = evaluator.unless_stopped(is_asked_to_stop, config.evaluation.num_batches)
-                    if score is not None:
-                        monitor.evaluation(step, score)
+                    is_best = evaluate(step)
+                    if is_best and not is_saved:
+                        save_now(step)
                 if is_due(step, config.samples.every_steps) and step < total_steps and hosts.is_chief:
                     with spent.on("sample"), monitor.doing(step, "writing samples"):
                         monitor.samples(step, write_samples(generator, config.samples, is_asked_to_stop))
 
             is_stopped = is_stopped or is_asked_to_stop()
-            with spent.on("checkpoint"):
-                if is_stopped and hosts.is_chief:
-                    with monitor.doing(step, "saving"):
-                        save(checkpoints, step_function, run)
+            if is_stopped:
+                save_now(step)
+            with spent.on("checkpoint"), monitor.doing(step, "saving"):
                 checkpoints.wait()
         if is_stopped:
             say(f"Stopped at step {step} of {total_steps}, saved. Go on with: trainer train --resume {run.path}")
@@ -295,13 +370,47 @@ def train(
         with spent.on("evaluate"), monitor.doing(step, "evaluating"):
             evaluation = evaluator()
         monitor.evaluation(step, evaluation)
+        of_sample = evaluation
+        if (num_batches := config.evaluation.num_batches) is not None:
+            with spent.on("evaluate"):  # The scores so far are of a sample of the text: compare with the same.
+                of_sample = evaluator(num_batches)
+        keep_score(run, hosts, step, of_sample.loss, scores, monitor.say)
         with spent.on("sample"), monitor.doing(step, "writing samples"):
             samples = write_samples(generator, config.samples) if hosts.is_chief else {}
         monitor.samples(step, samples)
         if hosts.is_chief:
             run.keep_result(step, evaluation, samples, say)
     say(f"Time: {spent}")
-    return TrainingResult(str(run.path), config.data.is_storybook(), model, step, False, evaluation, samples)
+    best_step = checkpoints.best_step()
+    return TrainingResult(str(run.path), config.data.is_storybook(), model, step, False, evaluation, samples, best_step)
+
+
+def keep_score(run: RunFolder, hosts: Hosts, step: int, loss: float, scores: dict[int, float], say: Say) -> bool:
+    """Keeps a validation loss in the run's folder; returns whether it is the best so far, and says if it is not.
+
+    Args:
+        run: the run.
+        hosts: of which the first writes.
+        step: steps taken so far.
+        loss: nats per token.
+        scores: the losses so far by step, which this one is added to.
+        say: prints a line.
+    """
+    best = min(scores, key=lambda at: (scores[at], at), default=None)
+    is_best = math.isfinite(loss) and (best is None or loss < scores[best] or best == step)
+    if math.isfinite(loss):
+        scores[step] = loss
+    if best is not None and not is_best:
+        say(
+            f"step {step}: the validation loss has risen above its best, {scores[best]:.4f} at step {best}. That "
+            f"checkpoint is kept: trainer generate {run.path} --step best"
+        )
+    if hosts.is_chief:
+        try:
+            run.keep_scores(scores)
+        except UserError as error:
+            say(f"{error} It is tried again with the next score.")
+    return is_best
 
 
 def is_due(step: int, every_steps: int | None) -> bool:
@@ -344,8 +453,13 @@ def save(checkpoints: Checkpoints, step_function: TrainingStep, run: RunFolder) 
         "weights": _snapshot(step_function.named_variables),
         "optimizer": _snapshot(step_function.state()),
     }
-    facts = {key: run.facts[key] for key in ("data_fingerprint", "tokenizer_fingerprint")}
-    checkpoints.save(int(step_function.step.numpy()), groups, facts | {"config": run.config.model_dump(mode="json")})
+    checkpoints.save(int(step_function.step.numpy()), groups, run.checkpoint_facts())
+
+
+def hash_of_first_batch(prepared: PreparedData, config: Config, total_steps: int) -> str:
+    """Returns the SHA-256 of the first batch of a run."""
+    batch = next(iter(training_batches(prepared, config, 0, total_steps)))
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in batch)).hexdigest()
 
 
 def write_samples(
