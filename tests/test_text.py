@@ -226,6 +226,37 @@ def test_lines_end_only_at_line_feeds(tmp_path):
     assert read(written(tmp_path / "a", f"{odd}\ntwo\r\n\n \t\n  three")) == [odd, "two", "  three"]
 
 
+@pytest.mark.parametrize(
+    ("content", "documents"),
+    [
+        ("ann\nbob\n" * 30, "line"),
+        ("ann\nbob\n" * 30 + "\n\n", "line"),  # Blank lines at the end divide nothing.
+        ("\n\n" + "ann\n" * 30, "line"),
+        ("one line only", "line"),
+        ("", "line"),
+        ("a line\n" * 20 + "\n" + "a line\n" * 20, "line"),  # A section.
+        (("a line\n" * 20 + " \n") * 20, "line"),  # 19 gaps for 400 lines.
+        (("a line\n" * 19 + " \t\n") * 20 + "a\n", "paragraph"),  # 20 gaps for 381 lines.
+        ("First:\r\nSpeak.\r\n\r\n\r\nAll:\r\nSpeak!\r\n", "paragraph"),
+    ],
+)
+def test_auto_takes_paragraphs_where_blank_lines_divide_the_first_file(tmp_path, content, documents):
+    first, second = written(tmp_path / "b.txt", content), written(tmp_path / "a.txt", "x\n\ny\n" * 99)
+    auto, explicit = (
+        open_source(DataConfig(train=(str(first), str(second)), documents=kind, held_out_fraction=0.3))
+        for kind in ("auto", documents)
+    )
+    assert auto.data.documents == documents
+    assert auto == explicit
+    if documents == "paragraph":
+        assert list(auto.documents()) == list(explicit.documents())
+
+
+def test_auto_has_no_say_over_records(tmp_path):
+    path = written(tmp_path / "a.jsonl", '{"text": "a\\n\\nb"}\n' * 9)
+    assert splits(train=path, validation=path, documents="auto")["train"] == ["a\n\nb"] * 9
+
+
 def test_paragraphs_end_at_blank_lines(tmp_path):
     path = written(tmp_path / "a", "\n\na\r\nb\n \r\nc\n\n\n\nd\n")
     assert read(path, "paragraph") == ["a\nb", "c", "d"]

@@ -37,13 +37,15 @@ from trainer.data.formats import (
 from trainer.storage import Location, Url, locate
 
 Item = TypeVar("Item")
-Kind = Literal["line", "paragraph", "file"]
+Kind = Literal["line", "paragraph", "file"]  # "auto" is one of the first two, by has_paragraphs.
 # The text, or of a long one its parts, one after the other.
 Document = str | Iterator[str]
 # A part of a document, and whether that ends with it.
 Fragment = tuple[str, bool]
 
 LONG_CHARS = 1 << 22
+# A text of paragraphs has a blank line for this many lines or more often; a list with a few sections has not.
+LINES_PER_PARAGRAPH = 20
 _READ_BYTES = 1 << 20
 SIMPLEBOOKS_URL = "https://dldata-public.s3.us-east-2.amazonaws.com/simplebooks.zip"
 _TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -206,6 +208,19 @@ def read_documents(path: Location, kind: Kind, progress: Progress | None = None)
     if kind == "file":
         return _documents(itertools.chain(((chunk, False) for chunk in chunks), [("", True)]))
     return _documents(_lines(chunks) if kind == "line" else _paragraphs(_lines(chunks)))
+
+
+def has_paragraphs(path: Location) -> bool:
+    """Whether blank lines divide a text file into paragraphs, by its first megabyte: at least one between two lines of
+    text for every LINES_PER_PARAGRAPH of these.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    lines = [bool(line.strip()) for line in next(_read_text(path, None)).split("\n")]
+    lines = lines[: 1 + max((i for i, has_text in enumerate(lines) if has_text), default=0)]
+    num_gaps = sum(before and not after for before, after in itertools.pairwise(lines))
+    return num_gaps * LINES_PER_PARAGRAPH >= sum(lines) and num_gaps > 0
 
 
 def read_records(path: Location, field: str, progress: Progress | None = None) -> Iterator[str | ValueError]:

@@ -22,6 +22,7 @@ from trainer.data.files import (
     each_once,
     find_files,
     first_fault,
+    has_paragraphs,
     read_documents,
     read_records,
 )
@@ -83,7 +84,7 @@ class Source:
     """The text a config names, found and ready to be read as often as needed.
 
     Attributes:
-        data: the settings.
+        data: the settings; "auto" is decided.
         train_files: files of data.train; none for the storybook.
         validation_files: files of data.validation; none where part of the training text is held out.
         suffix: what its splits' names end in.
@@ -233,6 +234,7 @@ class Source:
                 records = self._records(file)
                 if records is None:
                     assert not isinstance(file, Dataset)
+                    assert self.data.documents != "auto"  # open_source decides.
                     documents = read_documents(file, self.data.documents, self.progress)
                     yield from ((setting, file, number, each) for number, each in enumerate(documents, start=1))
                     continue
@@ -368,7 +370,7 @@ def _check_effect(data: DataConfig, files: list[File]) -> None:
             ".jsonlines or .json, plain or .gz) or of tensorflow-datasets; leave it out (data.text_field=none), or "
             "give such a source."
         )
-    if data.documents != defaults["documents"] and all(has_records):
+    if data.documents not in (defaults["documents"], "auto") and all(has_records):
         raise UserError(
             f"data.documents={data.documents!r} has no effect on {'stories' if not files else 'records'}, each of "
             "which is a document; leave it out (data.documents=none)."
@@ -378,7 +380,17 @@ def _check_effect(data: DataConfig, files: list[File]) -> None:
 def _open(data: DataConfig, suffix: str = "") -> Source:
     train = () if data.is_storybook() else _find(data.train, "data.train")
     validation = () if data.validation is None else _find(data.validation, "data.validation")
-    return Source(data, train, validation, suffix)
+    return Source(_with_documents(data, train or validation), train, validation, suffix)
+
+
+def _with_documents(data: DataConfig, files: Iterable[File]) -> DataConfig:
+    """Returns the settings with data.documents="auto" decided by the first text file."""
+    if data.documents != "auto":
+        return data
+    texts = (file for file in files if isinstance(file, Location) and not is_json_lines(file))
+    first = next(texts, None)
+    documents = "paragraph" if first is not None and has_paragraphs(first) else "line"
+    return data.model_copy(update={"documents": documents})
 
 
 def _find(names: Iterable[str], setting: str) -> tuple[File, ...]:
