@@ -276,7 +276,7 @@ def test_the_ten_commonest_unknown_characters_are_said_wherever_they_stand(tmp_p
     assert said[1] == (
         "66.7% of 3 validation documents come back exactly from their tokens, and 100.0% except for case, spaces and "
         "forms of characters: tokenizer.kind='wordpiece' does not keep those (tokenizer.lowercase=false keeps case, "
-        "tokenizer.kind='bpe' everything)"
+        "\"tokenizer={kind='bpe'}\" everything)"
     )
     listed = ", ".join(f"{chr(0x3B1 + i)!r} {i + 1}" for i in reversed(range(2, 12)))
     # The b is known at the start of a word alone.
@@ -296,6 +296,16 @@ def test_what_does_not_come_back_exactly_is_told_apart_from_what_is_lost(tmp_pat
 
 
 # What is warned of and refused.
+
+
+def test_the_ways_out_of_too_small_a_vocabulary_lead_out(tmp_path):
+    settings = config_for(tmp_path, "".join(chr(0xAC00 + i) + "\n" for i in range(300))).model_dump()
+    settings["tokenizer"] = {"kind": "wordpiece", "vocabulary_size": 100, "lowercase": True}
+    with pytest.raises(UserError, match="cannot hold the alphabet") as refused:
+        prepare(make_config(settings), quiet)
+    advice = re.search(r"Set (\S+), or \"(.*)\", which spells everything\.", str(refused.value))
+    for override in advice.groups():
+        prepare(make_config(settings, [override]), quiet)
 
 
 def examples_of(tmp_path, documents, length=10, **data):
@@ -367,7 +377,7 @@ def test_the_share_that_min_bytes_leaves_out_is_said(tmp_path):
 def test_text_without_a_token_is_refused_before_any_training(tmp_path, mode):
     why = (
         "no token, because tokenizer.kind='wordpiece' keeps neither spaces nor control characters; give other text, or "
-        "set tokenizer.kind='bpe', which keeps everything."
+        "set \"tokenizer={kind='bpe'}\", which keeps everything."
     )
     (tmp_path / "empty.txt").write_text("\u200b\n\u200b\u200b\n")
     (tmp_path / "full.txt").write_text("ab\n")
@@ -385,7 +395,8 @@ def test_text_without_a_token_is_refused_before_any_training(tmp_path, mode):
             with pytest.raises(UserError) as refused:
                 prepare(config_for(tmp_path, data=data, tokenizer=tokenizer, train=train), quiet)
             assert str(refused.value) == f"{where} {why}"
-        prepare(config_for(tmp_path, data=data, tokenizer={"kind": "bpe"}, train=train), quiet)
+        settings = config_for(tmp_path, data=data, tokenizer=tokenizer, train=train).model_dump()
+        prepare(make_config(settings, ["tokenizer={kind='bpe'}"]), quiet)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "byte"])

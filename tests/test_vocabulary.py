@@ -27,7 +27,9 @@ def test_the_vocabulary_has_the_size_asked_for_where_the_text_offers_enough():
     with pytest.raises(UserError) as error:
         train_wordpiece(WordPieceConfig(kind="wordpiece", vocabulary_size=12), [" ".join(words)])
     assert "tokenizer.vocabulary_size=12 cannot hold the alphabet: the text needs at least 13," in str(error.value)
-    assert "Raise it, or use tokenizer.kind='char'." in str(error.value)
+    assert "Set tokenizer.vocabulary_size=26, or \"tokenizer={kind='bpe'}\", which spells everything." in str(
+        error.value
+    )
 
 
 def test_a_wordpiece_vocabulary_has_no_token_that_encoding_its_text_passes_over():

@@ -184,7 +184,7 @@ def _check_tokens(prepared: PreparedData, config: Config) -> None:
             where = f"data.held_out_fraction={config.data.held_out_fraction} of {where}"
         raise UserError(
             f"{where}: {documents} no token, because tokenizer.kind={prepared.tokenizer_kind!r} keeps neither spaces "
-            "nor control characters; give other text, or set tokenizer.kind='bpe', which keeps everything."
+            "nor control characters; give other text, or set \"tokenizer={kind='bpe'}\", which keeps everything."
         )
 
 

@@ -311,7 +311,7 @@ def _what_comes_back(tokenizer: Tokenizer, sample: list[str]) -> str:
     alike = np.mean([_without_case_and_spaces(back) == _without_case_and_spaces(document) for back, document in pairs])
     return (
         f"{line}, and {alike:.1%} except for case, spaces and forms of characters: tokenizer.kind={tokenizer.kind!r} "
-        "does not keep those (tokenizer.lowercase=false keeps case, tokenizer.kind='bpe' everything)"
+        "does not keep those (tokenizer.lowercase=false keeps case, \"tokenizer={kind='bpe'}\" everything)"
     )
 
 

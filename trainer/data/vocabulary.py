@@ -112,14 +112,14 @@ def train_wordpiece(config: WordPieceConfig, documents: Iterable[Document]) -> l
     if not forms:
         raise UserError(
             "data.train has no token, because tokenizer.kind='wordpiece' keeps neither spaces nor control characters; "
-            "give other text, or set tokenizer.kind='bpe', which keeps everything."
+            "give other text, or set \"tokenizer={kind='bpe'}\", which keeps everything."
         )
     num_needed = len(SPECIAL_TOKENS) + len(forms)
     if config.vocabulary_size < num_needed:
         raise UserError(
             f"tokenizer.vocabulary_size={config.vocabulary_size} cannot hold the alphabet: the text needs at least "
             f"{num_needed}, as a letter is one token at the start of a word and another inside. "
-            "Raise it, or use tokenizer.kind='char'."
+            f"Set tokenizer.vocabulary_size={2 * num_needed}, or \"tokenizer={{kind='bpe'}}\", which spells everything."
         )
     return _merge(config.vocabulary_size, forms, _counted_words(sample, pretokenize))
 
