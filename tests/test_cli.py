@@ -88,6 +88,7 @@ def test_what_needs_no_tensorflow_does_not_load_it(tmp_path: Path):
         (["evaluate", str(tmp_path)], 2),
         (["generate", str(tmp_path)], 2),
         (["generate", str(taken), "--num-samples", "3", "--sampler", "greedy"], 2),
+        (["generate", str(taken), "--k", "1"], 2),
     ]
     program = [sys.executable, "-c", RUN, json.dumps([arguments for arguments, _ in commands])]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
@@ -139,6 +140,11 @@ def test_what_is_no_option_and_no_override_is_refused(capsys: pytest.CaptureFixt
     assert "'x' is not an override; write section.key=value." in refusal(["plan", MINIGPT, "x"], capsys)
 
 
+def test_a_second_prompt_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert "unrecognized arguments: b" in unusable(["generate", "RUN", "a", "b"], capsys)
+    assert "unrecognized arguments: b" in unusable(["generate", "RUN", "a", "--seed", "1", "b"], capsys)
+
+
 def test_train_needs_a_config_or_a_run(capsys: pytest.CaptureFixture[str]):
     assert "train needs a config, such as quickstart or your own TOML file, or --resume RUN." in refusal(
         ["train"], capsys
@@ -182,11 +188,34 @@ def test_a_folder_that_is_no_run_is_refused_and_runs_beside_it_named(
     assert error == f"trainer: {beside} is not a run folder: it has no run.json. Runs near it: {taken}.\n"
 
 
-def test_generating_the_same_text_several_times_is_refused(capsys: pytest.CaptureFixture[str]):
+def test_generating_the_same_text_several_times_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = str(taken_folder(tmp_path / "run"))
     for sampler in ("greedy", "beam"):
-        error = refusal(["generate", "RUN", "--num-samples", "3", "--sampler", sampler], capsys)
+        error = refusal(["generate", run, "--num-samples", "3", "--sampler", sampler], capsys)
         assert f"--num-samples 3: {sampler} always writes the same text; ask for 1." in error
-    assert "--num-samples 0 must be at least 1." in refusal(["generate", "RUN", "--num-samples", "0"], capsys)
+    assert "--num-samples 0 must be at least 1." in refusal(["generate", run, "--num-samples", "0"], capsys)
+
+
+def test_a_number_of_replicas_is_not_compared_with_itself(capsys: pytest.CaptureFixture[str]):
+    error = refusal(["verify", MINIGPT, "--replicas", "1,2,01"], capsys)
+    assert "--replicas 1,2,01 names a number twice, which compares nothing; leave one out." in error
+
+
+def test_a_slip_in_what_to_write_does_not_wait_for_tensorflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = str(taken_folder(tmp_path / "run"))
+    for arguments, message in (
+        (
+            ["--sampler", "top_k"],
+            "'top_k' is not a sampler; choose one of greedy, beam, top-k, top-p. Did you",
+        ),
+        (["--k", "1"], "k=1 has no effect with the sampler top-p, only with top-k; choose another"),
+        (["--temperature", "2", "--sampler", "greedy"], "temperature=2.0 has no effect with the sampler greedy"),
+        (["--temperature", "1e38"], "temperature=1e+38 is impossible; give a number from 1e-06 to 1e+06."),
+        (["--seed", "1", "once", "--prompt", "upon"], "'once' and --prompt 'upon': two prompts; leave out one."),
+        (["once", "--prompt", "upon"], "'once' and --prompt 'upon': two prompts; leave out one."),
+        (["--sampler", "top-k", "--k", "1", "--num-samples", "2"], "top-k with k=1 always writes the same text"),
+    ):
+        assert message in refusal(["generate", run, *arguments], capsys)
 
 
 def test_a_sample_is_told_to_be_a_story_or_where_it_stops_being_one():

@@ -10,9 +10,10 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import ModelConfig, SamplesConfig, UserError
-from trainer.data.tokenizer import CharTokenizer
+from trainer.data.tokenizer import ByteTokenizer, CharTokenizer, WordPieceTokenizer
 from trainer.data.vocabulary import SPECIAL_TOKENS
-from trainer.decoding.generate import DECODERS, Decoder, Generator
+from trainer.decoding.decoder import DECODERS, Decoder
+from trainer.decoding.generate import Generator
 from trainer.model import cpu
 from trainer.model.gpt import GPT
 
@@ -367,15 +368,17 @@ def test_a_vocabulary_that_pads_with_what_begins_a_text_ends_its_texts_too(name,
 
 
 def test_decoder_refuses_impossible_settings():
-    with pytest.raises(UserError, match=r"--sampler=top_k .*greedy, beam, top-k, top-p\. Did you mean top-k"):
+    with pytest.raises(UserError, match=r"'top_k' is not a sampler; .*greedy, beam, top-k, top-p\. Did you mean top-k"):
         Decoder("top_k")
     for setting, value, option in [
-        ("top_k", 0, "--k=0"),
-        ("top_p", 0.0, "--p=0.0"),
-        ("top_p", 1.5, "--p=1.5"),
-        ("num_beams", 0, "--num-beams=0"),
-        ("temperature", 0.0, "--temperature=0.0"),
-        ("temperature", float("nan"), "--temperature=nan"),
+        ("top_k", 0, "^k=0 is impossible"),
+        ("top_p", 0.0, "^p=0.0 is"),
+        ("top_p", 1.5, "^p=1.5 is"),
+        ("num_beams", 0, "^num_beams=0 is"),
+        ("temperature", 0.0, "^temperature=0.0 is"),
+        ("temperature", 1e38, "^temperature=1e\\+38 is impossible; give a number from 1e-06 to 1e\\+06"),
+        ("temperature", 1e-38, "^temperature=1e-38 is"),
+        ("temperature", float("nan"), "^temperature=nan is"),
     ]:
         with pytest.raises(UserError, match=option):
             Decoder("top-k", **{setting: value})
@@ -384,3 +387,87 @@ def test_decoder_refuses_impossible_settings():
 def test_decoder_takes_the_settings_of_the_run():
     config = SamplesConfig(top_k=3, top_p=0.25, num_beams=4, temperature=0.5)
     assert Decoder.from_config("top-p", config) == Decoder("top-p", 3, 0.25, 4, 0.5)
+
+
+def test_an_option_that_the_decoder_does_not_read_is_refused():
+    samples = SamplesConfig()
+    readers = {"k": ["top-k"], "p": ["top-p"], "num_beams": ["beam"], "temperature": ["top-k", "top-p"]}
+    for option, value in (("k", 3), ("p", 0.25), ("num_beams", 4), ("temperature", 0.5), ("seed", 0)):
+        for name in DECODERS:
+            if name in readers.get(option, ["top-k", "top-p"]):
+                Decoder.from_options(name, samples, **{option: value})
+                continue
+            with pytest.raises(UserError, match=f"^{option}={value} has no effect with the sampler {name}, only with"):
+                Decoder.from_options(name, samples, **{option: value})
+    for option, value in (("temperature", 0.5), ("seed", 3)):
+        with pytest.raises(UserError, match=f"^{option}={value} has no effect with k=1"):
+            Decoder.from_options("top-k", samples, k=1, **{option: value})
+    assert Decoder.from_options("top-k", samples, k=3, p=None) == Decoder("top-k", top_k=3)
+
+
+WORDS = ["[PAD]", "[UNK]", "[BOS]", "town", "his", ".", "the", "t", "##own", "end"]
+
+
+def test_a_stop_is_looked_for_as_the_tokenizer_writes_it():
+    tokenizer = WordPieceTokenizer(WORDS, lowercase=True)
+    model = make_bigram_model((BOS, 6, 9.0), (6, 3, 9.0), (3, 4, 9.0), (4, 5, 9.0), (5, 9, 9.0), tokenizer=tokenizer)
+    generator = Generator(model, tokenizer, SEQUENCE)
+    for stop, written, expected in (
+        ("Town", "town", "the town"),
+        ("his.", "his .", "the town his ."),
+        ("  His\n", " his ", "the town his "),
+        (". End", ". end", "the town his . end"),
+    ):
+        assert generator.as_written(stop) == written
+        assert generator.generate([""], GREEDY, 5, stop=stop) == [expected]
+        assert generator.remarks([""], None, stop, "samples.") == [
+            f"samples.stop={stop!r} is looked for as {written!r}, as the tokenizer writes it."
+        ]
+    assert generator.remarks(["the"], 3, "his .") == []
+
+
+def test_a_stop_that_can_never_be_written_is_refused():
+    words = Generator(make_bigram_model(tokenizer=WordPieceTokenizer(WORDS, True)), WordPieceTokenizer(WORDS, True), 8)
+    letters = Generator(make_bigram_model(), TINY_TOKENIZER, SEQUENCE)
+    for generator, stop, reason in (
+        (words, "\n", "the tokenizer keeps nothing of it"),
+        (words, "café", "the vocabulary has no token for 'c', 'a', 'f', 'é'"),
+        (letters, "Town", "the vocabulary has no token for 'T', 'o', 'w', 'n'"),
+        (letters, "\\n", r"no token for '\\', 'n'. \n is a backslash and a letter here; in bash, $'\n' is"),
+    ):
+        with pytest.raises(UserError) as error:
+            generator.remarks([""], None, stop, "samples.")
+        said = str(error.value)
+        assert said.startswith(f"samples.stop={stop!r} can never be written: ") and reason in said
+        with pytest.raises(UserError, match=r"^stop=.* can never be written"):
+            generator.generate([""], GREEDY, 1, stop=stop)
+
+
+def test_the_shell_s_line_break_is_explained_where_it_could_be_meant():
+    generator = Generator(make_bigram_model(tokenizer=ByteTokenizer()), ByteTokenizer(), SEQUENCE)
+    assert generator.remarks([""], None, "\n") == []
+    (line,) = generator.remarks([""], None, "a\\n")
+    assert line == (
+        r"stop='a\\n': \n is a backslash and a letter here; in bash, $'\n' is the character that it stands for."
+    )
+
+
+def test_tokens_beyond_the_context_and_unknown_characters_are_said(generator):
+    assert generator.remarks(["", "bad"], 12, None) == []
+    assert generator.remarks(["", "bad", "bad"], 13, None) == [
+        "num_tokens=13: train.sequence_length=16 has room for 12 after the prompt 'bad', and no more are written."
+    ]
+    assert generator.remarks([""], 16, None, "samples.") == [
+        "samples.num_tokens=16: train.sequence_length=16 has room for 15 after [BOS], and no more are written."
+    ]
+    assert generator.remarks(["bad", "b☃d?"], None, None) == [
+        "prompt='b☃d?': the vocabulary has no token for '☃', '?'; the model reads [UNK] instead."
+    ]
+
+
+def test_half_a_character_is_refused_as_prompt_and_as_stop(generator):
+    half = "가".encode()[:2].decode(errors="surrogateescape")
+    with pytest.raises(UserError, match=r"^The prompt .* is not UTF-8: it holds half a character"):
+        generator.generate([half], GREEDY, 1)
+    with pytest.raises(UserError, match=r"^stop=.* is not UTF-8"):
+        generator.generate([""], GREEDY, 1, stop=half)

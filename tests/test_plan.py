@@ -253,6 +253,15 @@ def test_an_impossible_utilisation_is_said(utilisation: float):
         print_plan(GPT2, None, V5E_8, utilisation)
 
 
+def test_a_utilisation_that_no_time_is_told_by_is_refused():
+    for target, reason in (
+        (parse_target("cpu"), "the time is not known for train.precision='mixed_bfloat16'"),
+        (None, "without --target; write"),
+    ):
+        with pytest.raises(UserError, match=f"--utilisation 0.5 has no effect.*{reason}"):
+            print_plan(GPT2, None, target, 0.5)
+
+
 def test_a_batch_that_the_devices_cannot_share_is_said():
     with pytest.raises(UserError, match=r"train.global_batch_size=512 is not a multiple of 3 replicas"):
         print_plan(GPT2, None, parse_target("gpu:H100x3"))

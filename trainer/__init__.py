@@ -11,9 +11,11 @@ TensorFlow is imported by the functions that need it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from trainer.terminal import quiet_import
 from trainer.version import __version__
 
 if TYPE_CHECKING:
@@ -64,7 +66,8 @@ def train(
     Raises:
         UserError: a setting, the text or the run folder is not right.
     """
-    from trainer.training import loop
+    with quiet_import():
+        from trainer.training import loop
 
     return loop.start(config, build_model, say)
 
@@ -89,7 +92,8 @@ def resume(
     Raises:
         UserError: there is no such run, its data is gone, or an override would make it another run.
     """
-    from trainer.training import loop
+    with quiet_import():
+        from trainer.training import loop
 
     return loop.resume(run_folder, build_model, say, overrides, step)
 
@@ -106,8 +110,9 @@ def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = pr
     Returns:
         A data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length].
     """
-    from trainer.data.batches import total_steps, training_batches
-    from trainer.data.prepare import prepare
+    with quiet_import():
+        from trainer.data.batches import total_steps, training_batches
+        from trainer.data.prepare import prepare
 
     prepared = prepare(config, say)
     return training_batches(prepared, config, first_step, total_steps(prepared, config))
@@ -118,7 +123,7 @@ def generate(
     prompts: str | Sequence[str] = "",
     sampler: str = "top-p",
     num_tokens: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     stop: str | None = None,
     k: int | None = None,
     p: float | None = None,
@@ -134,7 +139,7 @@ def generate(
         prompts: one text or several.
         sampler: "greedy", "beam", "top-k" or "top-p".
         num_tokens: how many to write at most. This and what follows defaults to the run's own `samples` settings.
-        seed: of top-k and top-p.
+        seed: of top-k and top-p; left out, 0.
         stop: text that ends a continuation.
         k: of top-k.
         p: of top-p.
@@ -149,20 +154,25 @@ def generate(
     Raises:
         UserError: there is no such run, it has no checkpoint, or a prompt or setting does not fit.
     """
-    from trainer.decoding.generate import Decoder, Generator
+    from trainer.decoding.decoder import Decoder
     from trainer.run import RunFolder, run_and_step
 
     run_folder, step = run_and_step(run_folder, step)
     run = RunFolder(run_folder)
-    given = {"top_k": k, "top_p": p, "num_beams": num_beams, "temperature": temperature}
-    samples = run.config.samples.model_copy(update={key: value for key, value in given.items() if value is not None})
-    decoder = Decoder.from_config(sampler, samples)
+    samples = run.config.samples
+    # First: a slip should not wait for TensorFlow and the model.
+    decoder = Decoder.from_options(sampler, samples, k=k, p=p, num_beams=num_beams, temperature=temperature, seed=seed)
+    with quiet_import():
+        from trainer.decoding.generate import Generator
     model, _ = run.load_model(build_model, step=step)
     generator = Generator(model, run.tokenizer(), run.config.train.sequence_length)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if num_tokens is None:
-        num_tokens = samples.num_tokens or run.config.train.sequence_length
-    return generator.generate(texts, decoder, num_tokens, seed, samples.stop if stop is None else stop)
+    num_tokens = samples.num_tokens if num_tokens is None else num_tokens
+    stop = samples.stop if stop is None else stop
+    for remark in generator.remarks(texts, num_tokens, stop):
+        print(f"warning: {remark}", file=sys.stderr)
+    num_tokens = run.config.train.sequence_length if num_tokens is None else num_tokens
+    return generator.generate(texts, decoder, num_tokens, seed or 0, stop)
 
 
 def score(

@@ -110,7 +110,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
         words, beam_options = words[: words.index("--")], words[words.index("--") + 1 :]
     options, rest = parser.parse_known_args(words)
     options.beam_options = beam_options
-    # argparse takes no further overrides once an option came between.
+    # argparse takes no further overrides, and no prompt, once an option came between.
+    if len(rest) == 1 and rest[0][:1] != "-" and getattr(options, "text", "") is None:
+        options.text = rest.pop()
     if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -168,15 +170,16 @@ def _parser() -> _Parser:
     generate = verbs.add_parser("generate", help="let a run's newest checkpoint write")
     generate.add_argument("run_folder", metavar="RUN", help="folder of the run, or of one of its checkpoints")
     _add_step(generate, "write with")
-    generate.add_argument("--prompt", default="", help="text to continue")
+    generate.add_argument("text", nargs="?", metavar="PROMPT", help="text to continue; left out, a new text is begun")
+    generate.add_argument("--prompt", help="the same")
     generate.add_argument("--sampler", default="top-p", help="greedy, beam, top-k or top-p (default: %(default)s)")
     generate.add_argument("--k", type=int, help="of top-k; this and what follows defaults to the run's own settings")
     generate.add_argument("--p", type=float, help="of top-p")
     generate.add_argument("--num-beams", type=int, help="of beam")
     generate.add_argument("--temperature", type=float, help="of top-k and top-p")
     generate.add_argument("--num-tokens", type=int, help="how many to write at most")
-    generate.add_argument("--stop", help="text that ends a sample")
-    generate.add_argument("--seed", type=int, default=0, help="of top-k and top-p (default: %(default)s)")
+    generate.add_argument("--stop", help="text that ends a sample; in bash a line break is $'\\n'")
+    generate.add_argument("--seed", type=int, help="of top-k and top-p; left out, 0")
     generate.add_argument("--num-samples", type=int, default=1, help="how many texts to write (default: %(default)s)")
     generate.set_defaults(run=_generate)
 
@@ -358,34 +361,36 @@ def _run_of(options: argparse.Namespace) -> "tuple[str, Step | None]":
 
 def _generate(options: argparse.Namespace) -> None:
     from trainer.config import UserError
+    from trainer.decoding.decoder import Decoder
+    from trainer.run import RunFolder
 
+    if options.text is not None and options.prompt is not None:
+        raise UserError(f"{options.text!r} and --prompt {options.prompt!r}: two prompts; leave out one.")
+    prompt = options.prompt or options.text or ""
     if options.num_samples < 1:
         raise UserError(f"--num-samples {options.num_samples} must be at least 1.")
-    if options.num_samples > 1 and options.sampler in ("greedy", "beam"):
-        raise UserError(
-            f"--num-samples {options.num_samples}: {options.sampler} always writes the same text; ask for 1."
-        )
-    from trainer import generate
-
     run_folder, step = _run_of(options)
+    given = {name: getattr(options, name) for name in ("k", "p", "num_beams", "temperature", "seed")}
+    decoder = Decoder.from_options(options.sampler, RunFolder(run_folder).config.samples, **given)
+    if options.num_samples > 1 and not decoder.is_random:
+        with_k = " with k=1" if decoder.name == "top-k" else ""
+        raise UserError(
+            f"--num-samples {options.num_samples}: {decoder.name}{with_k} always writes the same text; ask for 1."
+        )
     with quiet_import():
-        import trainer.decoding.generate  # noqa: F401
+        from trainer import generate
         from trainer.training.distribution import unseen_gpu
 
     if warning := unseen_gpu():
         print(f"warning: {warning}", file=sys.stderr)
     texts = generate(
         run_folder,
-        [options.prompt] * options.num_samples,
+        [prompt] * options.num_samples,
         options.sampler,
         options.num_tokens,
-        options.seed,
-        options.stop,
-        options.k,
-        options.p,
-        options.num_beams,
-        options.temperature,
+        stop=options.stop,
         step=step,
+        **given,
     )
     say("\n\n".join(texts))
 
@@ -397,6 +402,8 @@ def _verify(options: argparse.Namespace) -> int:
     numbers = options.replicas.split(",")
     if not all(number.isdecimal() and int(number) for number in numbers) or len(numbers) < 2:
         raise UserError(f"--replicas {options.replicas} must be numbers such as 1,2,4: at least two, to compare.")
+    if len(set(map(int, numbers))) < len(numbers):
+        raise UserError(f"--replicas {options.replicas} names a number twice, which compares nothing; leave one out.")
     if options.steps < 1:
         raise UserError(f"--steps {options.steps} must be at least 1.")
     with quiet_import():

@@ -28,6 +28,8 @@ SHIPPED_CONFIGS = Path(__file__).parent / "configs"
 # Of so many examples in a row, each source of data.weights has exactly its share.
 MIXTURE_EXAMPLES = 1024
 STORYBOOK_SOURCE = "storybook"
+# Below it the likeliest token is certain, above it all are as likely, and float32 comes to its ends.
+TEMPERATURES = (1e-6, 1e6)
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_NESTING = 5
 _MAX_STEM_BYTES = 100
@@ -444,7 +446,7 @@ class SamplesConfig(Section):
     """Of top-k sampling."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Of top-p sampling."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])] = 1.0
     """Divides the logits of top-k and top-p sampling."""
 
 

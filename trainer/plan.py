@@ -260,6 +260,8 @@ def print_plan(
         print(line)
     target = target or own_target(config)
     if target is None:
+        if utilisation is not None:
+            raise UserError(f"--utilisation {utilisation} has no effect without --target; {known_targets()}")
         print(
             f"device       distribution.kind={config.distribution.kind!r} does not say which; --target adds memory and "
             f"time: {known_targets()}"
@@ -400,6 +402,11 @@ def _time_lines(config: Config, vocabulary_size: int, target: Target, utilisatio
     if at_peak is None or least is None:
         dtype, has = COMPUTE_DTYPES[config.train.precision], ", ".join(target.device.flops)
         what = f"of {target.device.name} the table has {has}" if has else "a CPU's peak is not in the table"
+        if utilisation is not None:
+            raise UserError(
+                f"--utilisation {utilisation} has no effect: the time is not known for train.precision="
+                f"{config.train.precision!r}, computed in {dtype}: {what}. Leave it out, or choose another --target."
+            )
         yield f"time         not known for train.precision={config.train.precision!r}, computed in {dtype}: {what}"
     elif steps is not None and tokens is not None:
         assumed = "" if utilisation is not None else ", which is assumed (--utilisation)"
@@ -408,6 +415,11 @@ def _time_lines(config: Config, vocabulary_size: int, target: Target, utilisatio
         yield (
             f"time         {at_roofline} at the roofline; {likely} at a model FLOPs utilisation of "
             f"{utilisation:.0%}{assumed}"
+        )
+    elif utilisation is not None:
+        raise UserError(
+            f"--utilisation {utilisation} has no effect: the number of steps is known once the text is prepared. Leave "
+            "it out, prepare the text first, or set train.total_steps."
         )
 
 

@@ -14,6 +14,7 @@ from trainer.data.batches import training_batches
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.run import build_gpt
+from trainer.terminal import call_quietly
 from trainer.training.distribution import distributed, make_strategy
 from trainer.training.step import TrainingStep
 
@@ -76,7 +77,9 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
     for num_replicas, distribution in zip(replicas, distributions, strict=True):
         # Spawned, not forked: TensorFlow's threads would not survive that.
         with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
-            trace = executor.submit(take_steps, config, prepared, distribution, num_steps).result()
+            trace = executor.submit(
+                call_quietly, __name__, take_steps.__name__, config, prepared, distribution, num_steps
+            ).result()
         reference = reference or trace
         found = difference(trace, reference)
         worst = max(worst, *found)

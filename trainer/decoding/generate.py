@@ -4,67 +4,22 @@ Where a text begins and ends is decided here, and what is read of the model; sam
 of checkpoints and runs.
 """
 
-import dataclasses
-import difflib
 import math
+import re
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import SamplesConfig, UserError
+from trainer.config import UserError
 from trainer.data.tokenizer import Tokenizer
+from trainer.decoding.decoder import Decoder
 from trainer.decoding.sampling import best_beams, draw_top_k, draw_top_p, most_likely
 from trainer.model.attention import Cache
 from trainer.model.cpu import operations_on_cpu, operations_one_by_one
 from trainer.model.gpt import GPT
-
-DECODERS = ("greedy", "beam", "top-k", "top-p")
-
-_DEFAULTS = SamplesConfig()
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoder:
-    """How the next token is picked.
-
-    Attributes:
-        name: one of DECODERS.
-        top_k: how many of the likeliest tokens top-k draws from.
-        top_p: the probability that the tokens top-p draws from have together, at least.
-        num_beams: how many unfinished texts beam keeps.
-        temperature: divides the logits of top-k and top-p.
-
-    Raises:
-        UserError: a value is impossible.
-    """
-
-    name: str
-    top_k: int = _DEFAULTS.top_k
-    top_p: float = _DEFAULTS.top_p
-    num_beams: int = _DEFAULTS.num_beams
-    temperature: float = _DEFAULTS.temperature
-
-    def __post_init__(self) -> None:
-        if self.name not in DECODERS:
-            nearest = difflib.get_close_matches(self.name, DECODERS, n=1)
-            hint = f" Did you mean {nearest[0]}?" if nearest else ""
-            raise UserError(f"--sampler={self.name} is not a sampler; choose one of {', '.join(DECODERS)}.{hint}")
-        for option, value, is_possible, allowed in (
-            ("k", self.top_k, self.top_k >= 1, "a count of at least 1"),
-            ("p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1"),
-            ("num-beams", self.num_beams, self.num_beams >= 1, "a count of at least 1"),
-            ("temperature", self.temperature, 0 < self.temperature < math.inf, "a finite number above 0"),
-        ):
-            if not is_possible:
-                raise UserError(f"--{option}={value} is impossible; give {allowed}.")
-
-    @classmethod
-    def from_config(cls, name: str, config: SamplesConfig) -> Self:
-        """Returns the decoder of that name with the settings of a run."""
-        return cls(name, config.top_k, config.top_p, config.num_beams, config.temperature)
 
 
 class Generator:
@@ -103,7 +58,7 @@ class Generator:
                 where the model ends it, by beginning the next one with [BOS].
             seed: of top-k and top-p. With the same prompts it gives the same texts, and with the same ones before it a
                 prompt the same text, whatever comes after it.
-            stop: text that ends a continuation; it is kept.
+            stop: text that ends a continuation, and is kept. It is looked for as the tokenizer writes it.
 
         Returns:
             Each prompt and what follows, as the tokenizer decodes them together.
@@ -114,8 +69,8 @@ class Generator:
         """
         if num_tokens < 1:
             raise UserError(f"num_tokens={num_tokens} leaves nothing to write; give at least 1.")
-        if stop == "":
-            raise UserError("stop='' is found everywhere; give the text that ends a continuation, or leave it out.")
+        if stop is not None:
+            stop = self.as_written(stop)
         if not prompts:
             return []
         tokens, lengths = self.encode(prompts)
@@ -134,11 +89,12 @@ class Generator:
         """Returns ([BOS] and the tokens of each prompt, int32 [batch, sequence]; how many these are, int32 [batch]).
 
         Raises:
-            UserError: a prompt leaves no room for a continuation.
+            UserError: a prompt leaves no room for a continuation, or is no text.
         """
         tokens = np.zeros([len(prompts), self.sequence_length], np.int32)
         lengths = np.zeros(len(prompts), np.int32)
         for i, prompt in enumerate(prompts):
+            _check_is_text("The prompt ", prompt)
             encoded = self.tokenizer.encode(prompt)
             lengths[i] = 1 + len(encoded)
             if lengths[i] >= self.sequence_length:
@@ -149,6 +105,73 @@ class Generator:
                 )
             tokens[i, : lengths[i]] = [self.tokenizer.bos_id, *encoded]
         return tokens, lengths
+
+    def as_written(self, stop: str, name: str = "stop") -> str:
+        """Returns the text that ends a continuation as the tokenizer writes it: perhaps in lower case, or with spaces
+        around punctuation.
+
+        Args:
+            stop: the text.
+            name: of the option or setting that it is from.
+
+        Raises:
+            UserError: no text that the model writes can hold it.
+        """
+        if stop == "":
+            raise UserError(f"{name}='' is found everywhere; give the text that ends a continuation, or leave it out.")
+        _check_is_text(f"{name}=", stop)
+        encoded = self.tokenizer.encode(stop)
+        if self.tokenizer.unknown_id in encoded:
+            reason = f"the vocabulary has no token for {self._without_token(stop)}"
+        elif not self.tokenizer.is_lossy:
+            return stop
+        elif written := self.tokenizer.decode(encoded):
+            # A space at either end tells a word from a part of one.
+            return " " * stop[0].isspace() + written + " " * stop[-1].isspace()
+        else:
+            reason = "the tokenizer keeps nothing of it"
+        raise UserError(
+            f"{name}={stop!r} can never be written: {reason}.{_about_escapes(stop)} Give another text, or leave it out."
+        )
+
+    def remarks(self, prompts: Sequence[str], num_tokens: int | None, stop: str | None, prefix: str = "") -> list[str]:
+        """Returns a line about each request that has another effect than its words say, or none.
+
+        Args:
+            prompts: as of `generate`.
+            num_tokens: as of `generate`; None: all that there is room for.
+            stop: as of `generate`.
+            prefix: what the names of options begin with where they are settings.
+
+        Raises:
+            UserError: stop can never be written, or a prompt leaves no room for a continuation.
+        """
+        lines = []
+        for prompt, tokens in zip(prompts, self.encode(prompts)[0], strict=True):
+            if self.tokenizer.unknown_id in tokens[1:]:
+                lines.append(
+                    f"{prefix}prompt={_shortened(prompt)!r}: the vocabulary has no token for "
+                    f"{self._without_token(prompt)}; the model reads [UNK] instead."
+                )
+        longest = max(prompts, key=lambda prompt: len(self.tokenizer.encode(prompt)), default="")
+        room = self.sequence_length - 1 - len(self.tokenizer.encode(longest))
+        if num_tokens is not None and num_tokens > room:
+            after = f"the prompt {_shortened(longest)!r}" if longest else "[BOS]"
+            lines.append(
+                f"{prefix}num_tokens={num_tokens}: train.sequence_length={self.sequence_length} has room for {room} "
+                f"after {after}, and no more are written."
+            )
+        if stop is not None:
+            written = self.as_written(stop, f"{prefix}stop")
+            if written != stop:
+                lines.append(f"{prefix}stop={stop!r} is looked for as {written!r}, as the tokenizer writes it.")
+            elif about := _about_escapes(stop):
+                lines.append(f"{prefix}stop={stop!r}:{about}")
+        return list(dict.fromkeys(lines))
+
+    def _without_token(self, text: str) -> str:
+        unknown = [each for each in dict.fromkeys(text) if self.tokenizer.unknown_id in self.tokenizer.encode(each)]
+        return ", ".join(map(repr, unknown[:10])) or "some of its words"
 
     def _decode(self, tokens: np.ndarray, prompt_length: int, stop: str | None) -> str:
         ended = np.flatnonzero(tokens[prompt_length:] == self.tokenizer.bos_id)
@@ -276,3 +299,20 @@ def _pick(decoder: Decoder, logits: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _about_escapes(text: str) -> str:
+    found = re.search(r"\\[nrt]", text)
+    if found is None:
+        return ""
+    return f" {found[0]} is a backslash and a letter here; in bash, $'{found[0]}' is the character that it stands for."
+
+
+def _check_is_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{name}{_shortened(text)!r} is not UTF-8: it holds half a character, or is in another encoding. Give it "
+            "in UTF-8, whole."
+        ) from None

@@ -22,7 +22,8 @@ from trainer.data.batches import total_steps as count_steps
 from trainer.data.coverage import TextBytes
 from trainer.data.prepare import prepare, text_fingerprint
 from trainer.data.shards import PreparedData
-from trainer.decoding.generate import DECODERS, Decoder, Generator
+from trainer.decoding.decoder import DECODERS, Decoder
+from trainer.decoding.generate import Generator
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.model.gpt import GPT
 from trainer.plan import tokens_per_sec_at_peak
@@ -286,7 +287,11 @@ def train(
         evaluator = Evaluator(model, strategy, prepared, config)
         tokenizer = run.tokenizer()
         generator = Generator(model, tokenizer, config.train.sequence_length)
-        generator.encode([config.samples.prompt])  # A prompt that does not fit is better known now than in an hour.
+        # What does not fit is better known now than in an hour.
+        for remark in generator.remarks(
+            [config.samples.prompt], config.samples.num_tokens, config.samples.stop, "samples."
+        ):
+            say(f"warning: {remark}")
         at_peak = find_peak(config, model, prepared.vocabulary_size, strategy, say)
         monitor = make_monitor(run, prepared, step, at_peak, say) if hosts.is_chief else Silence()
         batches = iter(
