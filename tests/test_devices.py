@@ -18,6 +18,7 @@ from trainer.devices import (
     num_cores,
     parse_target,
     unused_gpu,
+    unused_tpu,
 )
 
 
@@ -177,6 +178,26 @@ def test_a_gpu_that_is_not_used_is_said_with_the_command_that_mends_it(
     assert said is not None and re.search(what, said)
     if "install '" in said:
         assert f"{sys.executable} -m pip install '" in said
+
+
+@pytest.mark.parametrize(
+    ("files", "is_there"),
+    [
+        ({"sys/bus/pci/devices/a/vendor": "0x1ae0\n", "sys/bus/pci/devices/a/device": "0x0063\n"}, True),
+        ({"dev/accel0": ""}, True),
+        # Google's network card.
+        ({"sys/bus/pci/devices/a/vendor": "0x1ae0\n", "sys/bus/pci/devices/a/device": "0x0042\n"}, False),
+        ({}, False),
+    ],
+)
+def test_a_tpu_that_auto_leaves_alone_is_said_with_the_setting_that_takes_it(tmp_path, files, is_there):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    said = unused_tpu(tmp_path)
+    assert (said is not None) == is_there
+    if said is not None:
+        assert "distribution.kind=tpu" in said and "scripts/install_tpu" in said
 
 
 def test_libraries_that_are_there_and_of_no_use_are_not_installed_again(

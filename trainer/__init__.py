@@ -59,8 +59,8 @@ def train(
     Args:
         config: from `load_config` or `make_config`.
         build_model: called under the strategy's scope with the config and the vocabulary size; returns a Keras model
-        from
-            int32 [batch, sequence] to logits [batch, sequence, vocabulary]. Left out, the GPT that config describes.
+            from int32 [batch, sequence] to logits [batch, sequence, vocabulary]. Left out, the GPT that config
+            describes.
         say: prints a line.
 
     Raises:

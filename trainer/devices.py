@@ -251,6 +251,24 @@ def unused_gpu(is_built_with_cuda: bool, root: Path = Path("/"), environ: Mappin
     return f"{gpus} not used: {why}"
 
 
+def unused_tpu(root: Path = Path("/")) -> str | None:
+    """Returns how to use the TPU of a machine that has one; None elsewhere. distribution.kind='auto' never takes it.
+
+    Args:
+        root: of the file system; tests have one of their own.
+    """
+    on_bus = any((_read(path / "vendor"), _read(path / "device")) in _TPUS_ON_BUS for path in _on_bus(root))
+    if not on_bus and not list((root / "dev").glob("accel[0-9]*")):
+        return None
+    return (
+        "This machine's TPU is not used: distribution.kind='auto' never takes one. Install with scripts/install_tpu, "
+        "and train with: .venv-tpu/bin/trainer train CONFIG distribution.kind=tpu"
+    )
+
+
+# Google's other devices are network cards. Source: JAX's hardware_utils.py.
+_TPUS_ON_BUS = {("0x1ae0", f"0x00{number}") for number in ("27", "5e", "62", "63", "6f", "76")}
+
 # Where Windows puts its driver's library for Linux programs, which see no PCI device.
 _WSL_DRIVER = "usr/lib/wsl/lib/libcuda.so.1"
 
@@ -264,15 +282,20 @@ def _nvidia_devices(root: Path) -> list[Path]:
 
 
 def _num_nvidia_on_bus(root: Path) -> int:
-    def is_gpu(device: Path) -> bool:
-        try:
-            vendor = (device / "vendor").read_text().strip()
-            kind = (device / "class").read_text() if (device / "class").exists() else "0x03"
-        except OSError:
-            return False  # Nobody can tell what cannot be read.
-        return vendor == "0x10de" and kind.startswith("0x03")  # A GPU's sound device is NVIDIA's, too.
+    # A GPU's sound device is NVIDIA's, too; graphics are class 3.
+    facts = [(_read(device / "vendor"), _read(device / "class")) for device in _on_bus(root)]
+    return sum(vendor == "0x10de" and (kind == "" or kind.startswith("0x03")) for vendor, kind in facts)
 
-    return sum(map(is_gpu, (root / "sys/bus/pci/devices").glob("*")))
+
+def _on_bus(root: Path) -> list[Path]:
+    return list((root / "sys/bus/pci/devices").glob("*"))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""  # Not there, or not for this user.
 
 
 def _install_command(package: str, extra: str) -> str:

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from trainer.config import Config, DistributionConfig, UserError, rows_per_replica
 from trainer.data.batches import ALL, Share
-from trainer.devices import Target, describe_cpu, find_gpu, num_cores, parse_target, unused_gpu
+from trainer.devices import Target, describe_cpu, find_gpu, num_cores, parse_target, unused_gpu, unused_tpu
 from trainer.training.hosts import Hosts, find_hosts
 from trainer.training.tpu import check_tpu_install
 
@@ -118,7 +118,7 @@ def device_names(strategy: tf.distribute.Strategy) -> set[str]:
 
 def describe_devices(strategy: tf.distribute.Strategy, config: DistributionConfig, hosts: Hosts) -> list[str]:
     """Returns a line that says what a run computes on, such as 2 CPU cores with AMX, or 2 x RTX 4090; and a warning, if
-    the machine has a GPU that the config would use and TensorFlow does not see.
+    the machine has a GPU that the config would use and TensorFlow does not see, or a TPU.
 
     Args:
         strategy: of the run.
@@ -136,9 +136,9 @@ def describe_devices(strategy: tf.distribute.Strategy, config: DistributionConfi
         devices = f"{num_replicas} x {' and '.join(names) or kind}"
     if hosts.are_several:
         devices = f"{len(hosts.workers)} workers; worker {hosts.number}: {devices}"
-    wants_gpu = config.kind in ("auto", "multi_worker") and config.logical_devices == 1
-    warning = unseen_gpu() if wants_gpu else None
-    return [f"Devices: {devices}", *([f"warning: {warning}"] if warning else [])]
+    wants_more = config.kind in ("auto", "multi_worker") and config.logical_devices == 1
+    warnings = (unseen_gpu(), unused_tpu()) if wants_more else ()
+    return [f"Devices: {devices}", *(f"warning: {warning}" for warning in warnings if warning)]
 
 
 def unseen_gpu() -> str | None:
