@@ -184,7 +184,7 @@ class WordPieceTokenizer(Tokenizer):
         """Encodes texts that `cut` has made short."""
         is_plain = np.array([piece.isascii() and not _CONTROL.search(piece) for piece in pieces])
         if is_plain.all():
-            tokens = self._tokenize_ascii(list(pieces))
+            tokens = _traced(self._tokenize_ascii)(list(pieces))
         else:
             import tensorflow as tf
 
@@ -192,7 +192,7 @@ class WordPieceTokenizer(Tokenizer):
                 tf.constant([pieces[i] for i in np.flatnonzero(chosen).tolist()], tf.string)
                 for chosen in (is_plain, ~is_plain)
             )
-            tokens = tf.concat([self._tokenize_ascii(plain), self._tokenize(other)], axis=0)
+            tokens = tf.concat([_traced(self._tokenize_ascii)(plain), _traced(self._tokenize)(other)], axis=0)
             places = np.empty(len(pieces), np.int64)
             places[np.concatenate([np.flatnonzero(is_plain), np.flatnonzero(~is_plain)])] = np.arange(len(pieces))
             tokens = tf.gather(tokens, places)
@@ -234,6 +234,14 @@ class WordPieceTokenizer(Tokenizer):
         twin.decoder = decoders.WordPiece("##", cleanup=False)
         _save(self, folder, twin.to_str(pretty=True))
         (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in self.vocabulary), "utf-8", newline="\n")
+
+
+def _traced(function: Any) -> Any:
+    """Returns a tf.function with its trace: TensorFlow warns when call after call traces the same code, as the first
+    call of each tokenizer does.
+    """
+    function.get_concrete_function()
+    return function
 
 
 class BpeTokenizer(Tokenizer):

@@ -242,7 +242,9 @@ class Generator:
 
         per_row = tf.TensorSpec([None], tf.int32)
         texts = tf.TensorSpec([None, self.sequence_length], tf.int32)
-        return tf.function(write, [texts, per_row, per_row, tf.TensorSpec([], tf.int64)], autograph=False)
+        compiled = tf.function(write, [texts, per_row, per_row, tf.TensorSpec([], tf.int64)], autograph=False)
+        compiled.get_concrete_function()  # Traced by name: TensorFlow warns when call after call traces the same code.
+        return compiled
 
     def _read_prompts(self, tokens: tf.Tensor, first: tf.Tensor) -> list[Cache]:
         """Returns a cache of the tokens before position first - 1, which all texts have; of other models none."""
