@@ -477,6 +477,24 @@ def test_a_foreign_model_that_returns_no_logits_is_refused(build, message):
         make_model(build, config, vocabulary_size=40, bos_id=2)
 
 
+def test_a_run_that_fails_before_its_first_step_leaves_its_folder_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
+
+    def build_wrongly(config, vocabulary_size):
+        raise KeyError("a slip in a first draft")
+
+    config = trainer.make_config(settings_of(tmp_path))
+    with pytest.raises(KeyError, match="a slip in a first draft"):
+        trainer.train(config, build_wrongly, say=lambda _: None)
+    assert not Path(config.run_folder).exists()
+    result = trainer.train(config, sequential, say=lambda _: None)
+    # What is there goes on to be kept.
+    with pytest.raises(KeyError, match="a slip in a first draft"):
+        build_wrongly.__qualname__ = sequential.__qualname__
+        trainer.resume(result.run_folder, build_wrongly, say=lambda _: None)
+    assert trainer.resume(result.run_folder, sequential, say=lambda _: None).step == result.step
+
+
 def profiled_steps(run):
     """The steps in each profile of a run."""
     found = []

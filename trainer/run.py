@@ -78,6 +78,7 @@ class RunFolder:
 
     def __init__(self, path: str | Location, overrides: Sequence[str] = ()) -> None:
         check_resumable(overrides)
+        self.is_new = False
         self.path = locate(path)
         self.facts = self._read_record()
         settings = self.facts["config"]
@@ -141,14 +142,24 @@ class RunFolder:
             _write_record(path, facts)  # A folder with a record is a run: the rest can be made from it.
             write_whole(path / CONFIG, config.to_toml())
         except (OSError, UserError) as error:
-            for name in (CONFIG, f"{CONFIG}.partial", RECORD, f"{RECORD}.partial"):
-                _remove(path / name)
-            remove_folder(path / "tokenizer")
+            _undo(path)
             raise UserError(
                 f"run_folder={config.run_folder!r} cannot be written: {reason_and_remedy(error)}, or choose another "
                 "folder; nothing half-written is left."
             ) from None
-        return cls(path)
+        run = cls(path)
+        run.is_new = True
+        return run
+
+    @contextlib.contextmanager
+    def undone_if_it_fails(self) -> Iterator[None]:
+        """Removes what `begin` made if the block, which takes no step, raises an error, for the next try."""
+        try:
+            yield
+        except Exception:
+            if self.is_new:
+                _undo(self.path)
+            raise
 
     def _read_record(self) -> dict[str, Any]:
         file = self.path / RECORD
@@ -650,6 +661,16 @@ def check_is_free(config: Config) -> None:
         )
     if path.is_file() or (path.is_dir() and not {child.name for child in path.iterdir()} <= _MADE_BEFORE_RECORD):
         raise UserError(f"run_folder={config.run_folder!r} is there already and is no run; choose another folder.")
+
+
+def _undo(path: Location) -> None:
+    """Removes the files of a run in which no step was taken."""
+    for name in ("logs", "checkpoints"):
+        remove_folder(path / name)
+    for name in (CONFIG, f"{CONFIG}.partial", RECORD, f"{RECORD}.partial"):
+        _remove(path / name)
+    # Last: this much can be there before a run begins.
+    remove_folder(path / "tokenizer")
 
 
 def _write_record(path: Location, facts: dict[str, Any]) -> None:

@@ -262,7 +262,7 @@ def train(
     total_steps = count_steps(prepared, config)
     spent = Stopwatch()
 
-    with spent.on("start"):
+    with spent.on("start"), run.undone_if_it_fails():
         # The model, and all that changes with a step.
         with strategy.scope():
             model = make_model(build_model, config, prepared.vocabulary_size, prepared.bos_id)
