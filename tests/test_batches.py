@@ -354,6 +354,13 @@ def test_epochs_are_counted_in_steps_rounded_up(tmp_path):
     with pytest.raises(UserError, match=r"optimizer.warmup_steps=13 is more than the 12 steps that train.num_epochs=2"):
         long = config_of(tmp_path, train={"total_steps": None, "num_epochs": 2}, optimizer={"warmup_steps": 13})
         total_steps(silently(long), long)
+    all_warm = config_of(
+        tmp_path,
+        train={"total_steps": None, "num_epochs": 2},
+        optimizer={"warmup_steps": 12, "schedule": "cosine"},
+    )
+    with pytest.raises(UserError, match=r"warmup_steps=12 the last step of the 12 steps that train.num_epochs=2 takes"):
+        total_steps(silently(all_warm), all_warm)
     profile = {"at_step": 7, "num_steps": 6}
     late = config_of(tmp_path, train={"total_steps": None, "num_epochs": 2}, profile=profile)
     with pytest.raises(UserError, match=r"profile.num_steps=6 go beyond the 12 steps that train.num_epochs=2 takes"):

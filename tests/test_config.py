@@ -187,6 +187,16 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
             "optimizer.warmup_steps=11 is more than train.total_steps=10; the rate would never peak.",
         ),
         (
+            ["optimizer.warmup_steps=10", "optimizer.schedule=cosine"],
+            "optimizer.schedule='cosine' ends at optimizer.final_learning_rate, but with optimizer.warmup_steps=10 the "
+            "last step of train.total_steps=10 is the one at the peak; train longer, lower optimizer.warmup_steps, or "
+            "choose optimizer.schedule='constant'.",
+        ),
+        (
+            ["train.total_steps=1", "optimizer.schedule=linear"],
+            "with optimizer.warmup_steps=0 the last step of train.total_steps=1 is the one at the peak; train longer",
+        ),
+        (
             ["samples.num_tokens=129"],
             "samples.num_tokens=129 is more than train.sequence_length=128, the most positions the model has; lower it",
         ),
@@ -238,6 +248,9 @@ def test_impossible_settings_are_refused(overrides: list[str], message: str):
         ["tokenizer={kind='bpe',vocabulary_size=258}"],
         ["tokenizer={kind='wordpiece',path='v',lowercase=false}"],
         ["optimizer.warmup_steps=10"],
+        ["optimizer.warmup_steps=9", "optimizer.schedule=cosine"],
+        ["train.total_steps=1", "optimizer.warmup_steps=1"],
+        ["train.total_steps=2", "optimizer.warmup_steps=1", "optimizer.schedule=linear"],
         ["profile.at_step=5"],
         ["train.micro_batch_size=auto"],
         ["samples.num_tokens=128"],

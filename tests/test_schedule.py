@@ -1,8 +1,10 @@
 """Laws of the learning-rate schedule."""
 
+import itertools
+
 import pytest
 
-from trainer.config import OptimizerConfig
+from trainer.config import OptimizerConfig, UserError, make_config
 from trainer.training.schedule import learning_rate
 
 
@@ -22,6 +24,27 @@ def test_warmup_rises_linearly_and_its_last_step_has_the_peak(schedule, warmup_s
     expected = [(step + 1) / warmup_steps for step in range(warmup_steps)]
     assert values[:warmup_steps] == pytest.approx(expected, rel=1e-12)
     assert max(values) == values[warmup_steps - 1] == 1.0
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_every_length_and_warm_up_that_a_config_allows_ends_at_the_final_rate(schedule):
+    num_refused = 0
+    for total_steps, warmup_steps in itertools.product(range(1, 6), range(7)):
+        settings = {
+            "run_folder": "unused",
+            "train": {"precision": "float32", "total_steps": total_steps},
+            "optimizer": {"schedule": schedule, "warmup_steps": warmup_steps, "final_learning_rate": 1e-4},
+        }
+        try:
+            config = make_config(settings).optimizer
+        except UserError:
+            assert max(1, warmup_steps) >= total_steps
+            num_refused += 1
+            continue
+        values = [float(learning_rate(config, step, total_steps)) for step in range(total_steps)]
+        assert values[-1] == pytest.approx(1e-4, rel=1e-12)
+        assert max(values) == values[max(1, warmup_steps) - 1] == config.learning_rate
+    assert num_refused == 7 + 5 + 4 + 3 + 2
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -558,16 +558,8 @@ class Config(Section):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
-        total, warmup = self.train.total_steps, self.optimizer.warmup_steps
-        if total is not None and warmup > total:
-            raise ValueError(
-                f"optimizer.warmup_steps={warmup} is more than train.total_steps={total}; the rate would never peak."
-            )
-        if total is not None and max(self.profile.ends(), default=0) > total:
-            raise ValueError(
-                f"profile.at_step={self.profile.at_step} and profile.num_steps={self.profile.num_steps} go beyond "
-                f"train.total_steps={total}; lower one of them."
-            )
+        if self.train.total_steps is not None:
+            self.check_total_steps(self.train.total_steps, f"train.total_steps={self.train.total_steps}")
         if self.samples.num_tokens is not None and self.samples.num_tokens > self.train.sequence_length:
             raise ValueError(
                 f"samples.num_tokens={self.samples.num_tokens} is more than train.sequence_length="
@@ -584,6 +576,32 @@ class Config(Section):
                 "document; leave it out, or choose 'packed'."
             )
         return self
+
+    def check_total_steps(self, total_steps: int, what: str) -> None:
+        """Checks what has to fit into a run of this length.
+
+        Args:
+            total_steps: of the run.
+            what: the setting that it follows from, for messages.
+
+        Raises:
+            UserError: the warm-up, what the schedule does after it, or the profile does not fit.
+        """
+        warmup, schedule, profile = self.optimizer.warmup_steps, self.optimizer.schedule, self.profile
+        if warmup > total_steps:
+            raise UserError(f"optimizer.warmup_steps={warmup} is more than {what}; the rate would never peak.")
+        peak = max(1, warmup)
+        if schedule != "constant" and peak >= total_steps:
+            raise UserError(
+                f"optimizer.schedule={schedule!r} ends at optimizer.final_learning_rate, but with "
+                f"optimizer.warmup_steps={warmup} the last step of {what} is the one at the peak; train longer, lower "
+                "optimizer.warmup_steps, or choose optimizer.schedule='constant'."
+            )
+        if max(profile.ends(), default=0) > total_steps:
+            raise UserError(
+                f"profile.at_step={profile.at_step} and profile.num_steps={profile.num_steps} go beyond {what}; lower "
+                "one of them."
+            )
 
     def prepared_name(self) -> str:
         """Returns the name of this config's prepared data: one for all configs that prepare the same way."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import MIXTURE_EXAMPLES, Config, UserError
+from trainer.config import MIXTURE_EXAMPLES, Config
 from trainer.data.shards import MANIFEST, PreparedData, Split, examples_per_shard, num_examples
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
@@ -115,18 +115,14 @@ def evaluation_batches(
 
 
 def total_steps(prepared: PreparedData, config: Config) -> int:
-    """Returns the length of the run in steps: train.total_steps, or what num_epochs epochs take, rounded up."""
+    """Returns the length of the run in steps: train.total_steps, or what num_epochs epochs take, rounded up.
+
+    Raises:
+        UserError: a setting does not fit into what num_epochs epochs take.
+    """
     steps = config.train.steps_for(num_examples(prepared.split("train"), config))
-    if config.optimizer.warmup_steps > steps:
-        raise UserError(
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is more than the {steps} steps that "
-            f"train.num_epochs={config.train.num_epochs} takes; lower it."
-        )
-    if max(config.profile.ends(), default=0) > steps:
-        raise UserError(
-            f"profile.at_step={config.profile.at_step} and profile.num_steps={config.profile.num_steps} go beyond the "
-            f"{steps} steps that train.num_epochs={config.train.num_epochs} takes; lower one of them."
-        )
+    if config.train.total_steps is None:
+        config.check_total_steps(steps, f"the {steps} steps that train.num_epochs={config.train.num_epochs} takes")
     return steps
 
 
