@@ -232,6 +232,16 @@ def order_of(count, epoch, window):
     return shuffled(index, tf.fill([count], tf.constant(epoch, tf.int64)), count, 3, window).numpy()
 
 
+@pytest.mark.parametrize("seed", [2**31, 2**47, 2**63 - 1])
+def test_large_seeds_order_the_examples_too(seed):
+    index = tf.range(100, dtype=tf.int64)
+    for window in (None, Window(3, 4)):
+        order = shuffled(index, tf.zeros_like(index), 100, seed, window).numpy()
+        assert sorted(order) == list(range(100))
+        assert (order != order_of(100, 0, window)).any()
+    assert sorted(mixed(index, [1000, 1000], (1.0, 1.0), seed).numpy()) != list(range(100))
+
+
 def test_a_window_reads_from_few_blocks_at_a_time():
     order = order_of(10_000, 5, Window(500, 4))
     for start in range(0, 10_000, 2000):

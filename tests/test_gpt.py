@@ -408,6 +408,17 @@ def test_turned_positions_have_no_table_and_no_end():
     np.testing.assert_array_equal(model(random_tokens(20, 2, 12)), longer(random_tokens(20, 2, 12)))
 
 
+def test_every_seed_that_a_config_allows_has_initial_weights_of_its_own():
+    config = ModelConfig(num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=8, pre_norm=True)
+    seeds = (0, 1, 2, 2**31, 2**32 - 1, 2**47 - 1, 2**47, 2**62 + 5, 2**63 - 1)
+    weights = [tuple(np.ravel(GPT(config, 5, 4, seed).token_embedding.embeddings.numpy())) for seed in seeds]
+    assert len(set(weights)) == len(seeds)
+    # The numbers that Keras makes of the seeds themselves, where it takes them.
+    for seed, values in zip(seeds[:3], weights, strict=False):
+        drawn = keras.initializers.RandomNormal(stddev=1.0, seed=seed * 2**16)((5, 8)).numpy().ravel()
+        np.testing.assert_allclose(values / np.std(values), drawn / np.std(drawn), rtol=1e-4)
+
+
 def test_the_tutorials_model_starts_from_the_spread_of_the_tutorials_weights():
     config = ModelConfig()
     model, reference = GPT(config, 1000, 128), tutorial_model(config, 1000, 128)

@@ -353,6 +353,11 @@ def test_xla_changes_nothing_but_the_rounding(model):
     assert relative_difference(all_weights(compiled), all_weights(interpreted)) < 1e-12
 
 
+def test_the_largest_seed_takes_a_step():
+    step = make_step(tiny_config(model={"dropout": 0.2}, train={"seed": 2**63 - 1}))
+    assert take(step, batches(step.config), 1).num_skipped == 0
+
+
 @pytest.mark.parametrize("xla", [pytest.param("on", marks=pytest.mark.slow), "off"])
 def test_what_is_computed_again_comes_out_the_same(xla):
     settings = {"data": {"mode": "packed"}, "model": {"dropout": 0.2, "document_mask": True}}

@@ -158,7 +158,7 @@ def shuffled(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int, window: 
     size = tf.where(index < whole, per_window, tf.where(index < in_blocks, in_blocks - whole, count - in_blocks))
     size = tf.cast(size, tf.int64)
     start = tf.where(index < in_blocks, start, in_blocks)
-    place = start + _permuted_below(index - start, epoch, size, seed + 1, number)
+    place = start + _permuted_below(index - start, epoch, size, (seed + 1) % 2**63, number)
     block = _permuted_once(tf.minimum(place // window.block_rows, num_blocks - 1), epoch, num_blocks, seed)
     row = tf.where(place < in_blocks, block * window.block_rows + place % window.block_rows, place)
     shift = _permuted_once(tf.zeros_like(epoch), epoch, count, seed)

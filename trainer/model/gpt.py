@@ -3,6 +3,8 @@
 Weights are ordinary Keras variables; run the model inside `keras.StatelessScope` to give it tensors instead.
 """
 
+import functools
+import hashlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -484,7 +486,7 @@ class _Initializers:
     """
 
     def __init__(self, seed: int, config: ModelConfig) -> None:
-        self._seeds = itertools.count(seed * 2**16)
+        self._seeds = map(functools.partial(_seed_of_weight, seed), itertools.count())
         self._config = config
 
     def embedding(self) -> keras.Initializer:
@@ -522,6 +524,15 @@ class _Initializers:
 
     def _uniform(self, limit: float) -> keras.Initializer:
         return keras.initializers.RandomUniform(-limit, limit, seed=next(self._seeds))
+
+
+def _seed_of_weight(seed: int, number: int) -> int:
+    """Returns the seed of a model's weight by its number, below what Keras takes its seeds modulo."""
+    if seed < 2**15:
+        return seed * 2**16 + number
+    # Products of larger ones would come to the same remainders: 2**31 to those of 2.
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") % (2**31 - 2)
 
 
 def _norm(config: ModelConfig, name: str, dtype: str) -> keras.layers.Layer:
