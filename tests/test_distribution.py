@@ -9,13 +9,13 @@ import tensorflow as tf
 
 from trainer.config import DistributionConfig, UserError, make_config
 from trainer.devices import describe_cpu, parse_target
+from trainer.execution import micro_batches
 from trainer.training import distribution
 from trainer.training.distribution import (
     describe_devices,
     find_devices,
     gpu_numbers,
     make_strategy,
-    micro_batches,
     share_cores,
 )
 from trainer.training.hosts import Hosts
@@ -83,11 +83,10 @@ def test_a_run_says_on_what_it_computes_and_warns_of_a_gpu_that_it_leaves_alone(
 
 
 def test_a_cpu_takes_a_large_batch_in_two_halves_at_once_unless_told_otherwise():
-    strategy = make_strategy(DistributionConfig(kind="cpu"))
-    assert micro_batches(None, 32, 118, strategy) == (16, 2)
-    assert micro_batches(None, 12, 64, strategy) == (12, 2)
-    assert micro_batches(None, 33, 118, strategy) == (33, 2)
-    assert micro_batches(8, 32, 118, strategy) == (8, 2)
+    assert micro_batches(None, 32, 118, is_cpu=True) == (16, 2)
+    assert micro_batches(None, 12, 64, is_cpu=True) == (12, 2)
+    assert micro_batches(None, 33, 118, is_cpu=True) == (33, 2)
+    assert micro_batches(8, 32, 118, is_cpu=True) == (8, 2)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from trainer import execution
 from trainer.config import make_config
 from trainer.data import storybook
 from trainer.data.batches import evaluation_batches
@@ -16,7 +17,6 @@ from trainer.data.prepare import prepare
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.model.gpt import GPT
 from trainer.run import build_gpt
-from trainer.training import distribution
 from trainer.training.distribution import make_strategy
 
 
@@ -60,7 +60,7 @@ def evaluator_of(folder, build=None, sequence_length=128, tokenizer=WORDPIECE, *
 
 @pytest.mark.parametrize("halved_from_tokens", [1, 100_000])
 def test_every_token_counts_once_and_alike(folder, monkeypatch, halved_from_tokens):
-    monkeypatch.setattr(distribution, "HALVED_FROM_TOKENS", halved_from_tokens)
+    monkeypatch.setattr(execution, "HALVED_FROM_TOKENS", halved_from_tokens)
     evaluator = evaluator_of(folder)
     plain = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none", dtype="float64")
     losses, weights = [], []
@@ -149,7 +149,7 @@ def text_of(folder, name, lines):
 @pytest.mark.parametrize("mode", ["packed", "lines", "lines without ends"])
 @pytest.mark.parametrize("kind", ["bpe", "char"])
 def test_bits_per_byte_are_of_exactly_what_was_scored(folder, monkeypatch, kind, mode, num_batches, halved_from_tokens):
-    monkeypatch.setattr(distribution, "HALVED_FROM_TOKENS", halved_from_tokens)
+    monkeypatch.setattr(execution, "HALVED_FROM_TOKENS", halved_from_tokens)
     text = text_of(folder, "plain", PLAIN)
     data = {"train": text, "validation": text, "mode": mode.split()[0], "predict_end": "without" not in mode}
     evaluator = evaluator_of(folder, sequence_length=20, tokenizer={"kind": kind}, **data)
@@ -228,7 +228,7 @@ def test_bits_per_byte_of_training_are_of_what_an_epoch_shows(folder, kind, mode
 
 @pytest.mark.parametrize("halved_from_tokens", [1, 100_000])
 def test_a_model_that_offers_only_logits_is_scored_too(folder, monkeypatch, halved_from_tokens):
-    monkeypatch.setattr(distribution, "HALVED_FROM_TOKENS", halved_from_tokens)
+    monkeypatch.setattr(execution, "HALVED_FROM_TOKENS", halved_from_tokens)
 
     def build(config, vocabulary_size):
         inputs = keras.Input((None,), dtype="int32")

@@ -2,16 +2,20 @@
 
 import itertools
 import math
+import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tensorflow as tf
 
 from trainer.compiler import CompiledStep, DoesNotFit
 from trainer.config import Config, UserError, load_config, make_config
 from trainer.data.prepare import prepare
-from trainer.devices import Device, Target, parse_target
+from trainer.devices import Device, Target, cpu, parse_target
+from trainer.execution import execution_of
 from trainer.model.attention import BLOCK, RECOMPUTED_BLOCK
 from trainer.model.gpt import GPT
 from trainer.model.loss import CHUNK_ROWS
@@ -30,6 +34,8 @@ from trainer.plan import (
     smallest_step_secs,
     tokens_per_sec_at_peak,
 )
+from trainer.training.distribution import make_strategy
+from trainer.training.step import TrainingStep
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SETTINGS = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 1}}
@@ -173,6 +179,91 @@ def test_micro_batches_keep_less_and_need_a_sum_of_gradients():
     whole, halves, quarters = (estimate_memory(config, 5000, V5E_8, size) for size in (8, 4, 2))
     assert whole["activations"] == 2 * halves["activations"] == 4 * quarters["activations"]
     assert halves["gradients"] - whole["gradients"] == 3_387_266 * 4
+
+
+def summed_bytes_of(step: TrainingStep) -> int:
+    """How many bytes a weight a traced step keeps beside the gradients of the rows under way."""
+    shape = [step.rows_per_replica, step.config.train.sequence_length]
+
+    @tf.function(autograph=False)
+    def gradients(*batch: tf.Tensor) -> list[tf.Tensor]:
+        return step._sums_on_replica(batch, tf.constant(0, tf.int64), None).weights
+
+    specs = [tf.TensorSpec(shape, dtype) for dtype in (tf.int32, tf.int32, tf.float32)]
+    found = set()
+    graph = gradients.get_concrete_function(*specs).graph
+    for tensor in graph.outputs[2:6]:  # Of a block: the output projection's is summed over chunks of logits as well.
+        source = tensor.op
+        while source.type == "Identity":
+            source = source.inputs[0].op
+        found.add(tensor.dtype.size if source.type in ("While", "StatelessWhile") else 0)
+    (found_bytes,) = found
+    return found_bytes
+
+
+def planned_bytes(config: Config, target: Target) -> float:
+    """How many bytes a weight are planned for that."""
+    num_weights = count_parameters(config, 13)
+    parts = estimate_memory(config, 13, target)
+    of_output = config.model.num_logits(13) * config.model.hidden_dim / num_weights
+    under_way = 1 if parts["activations"] == 0 else of_output
+    return round(parts["gradients"] / num_weights - under_way * (8 if config.train.precision == "float64" else 4), 6)
+
+
+def step_config(batch: int, sequence: int, micro: int | None, precision: str, replicas: int = 1) -> Config:
+    train: dict[str, Any] = {"precision": precision, "total_steps": 1, "global_batch_size": batch, "xla": "off"}
+    return make_config(
+        {
+            "run_folder": "r",
+            "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4},
+            "train": train | {"sequence_length": sequence} | ({} if micro is None else {"micro_batch_size": micro}),
+            "distribution": {"kind": "cpu", "logical_devices": replicas},
+        }
+    )
+
+
+def step_cases() -> Iterator[tuple[int, int, int | None, str]]:
+    """Batch, sequence, micro-batch and precision: those that were planned wrong, edges of the halves, and a sample."""
+    yield from ((33, 128, None, "float32"), (4, 16, None, "float32"), (5, 16, None, "float32"))
+    yield from ((16, 128, None, "float32"), (16, 127, None, "float32"), (2, 1024, None, "float64"))
+    yield from ((4, 16, 2, "float32"), (4, 16, 1, "float32"), (6, 16, 2, "float64"), (4, 16, 4, "mixed_bfloat16"))
+    pick = random.Random(0)
+    for _ in range(6):
+        micro, parts = pick.randint(1, 5), pick.randint(1, 5)
+        sequence, is_asked = pick.choice([8, 128, 512]), pick.random() < 0.5
+        yield micro * parts, sequence, micro if is_asked else None, pick.choice(["float32", "mixed_float16", "float64"])
+
+
+@pytest.mark.parametrize(("batch", "sequence", "micro", "precision"), [*step_cases()])
+def test_planned_gradients_are_those_that_the_step_keeps(batch: int, sequence: int, micro: int | None, precision: str):
+    config = step_config(batch, sequence, micro, precision)
+    strategy = make_strategy(config.distribution)
+    with strategy.scope():
+        step = TrainingStep(config, 1, GPT(config.model, 13, sequence, dtype=precision), strategy)
+    execution = execution_of(config, 1, is_cpu=True)
+    assert step.micro_batch_size == execution.micro_batch_size
+    assert summed_bytes_of(step) == execution.summed_bytes == planned_bytes(config, cpu())
+
+
+def test_planned_gradients_of_several_replicas_and_of_accelerators_are_those_of_the_execution():
+    v5e_4 = parse_target("tpu:v5e-4")
+    for batch, micro, precision, on_cpus, on_tpu in (
+        (4, None, "float32", 8, 0),  # Four terms: each replica's gradients are widened for their sum.
+        (4, None, "float64", 0, 0),
+        (8, None, "float32", 8, 0),
+        (8, 1, "float32", 8, 4),
+        (8, 1, "float64", 8, 8),
+        (64, None, "float32", 8, 0),
+    ):
+        config = step_config(batch, 256, micro, precision, replicas=4)
+        assert planned_bytes(config, cpu(4)) == execution_of(config, 4, is_cpu=True).summed_bytes == on_cpus
+        assert planned_bytes(config, v5e_4) == execution_of(config, 4, is_cpu=False).summed_bytes == on_tpu
+
+
+def test_plan_says_how_many_rows_a_cpu_takes_at_a_time(capsys: pytest.CaptureFixture[str]):
+    for batch, size in ((64, 32), (33, 33), (12, 12)):
+        print_plan(make_config(SETTINGS, ["distribution.kind=cpu", f"train.global_batch_size={batch}"]))
+        assert f"{batch} rows a step on each device, {size} at a time" in capsys.readouterr().out
 
 
 def test_where_little_is_kept_the_end_of_the_backward_pass_is_the_worst_instant():

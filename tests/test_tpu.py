@@ -13,9 +13,10 @@ from tensorflow.python.tpu.topology import Topology
 from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
 
 from trainer.config import DistributionConfig, UserError, make_config
+from trainer.execution import micro_batches
 from trainer.model.gpt import GPT
 from trainer.training import distribution
-from trainer.training.distribution import device_kind, make_strategy, micro_batches
+from trainer.training.distribution import device_kind, make_strategy
 from trainer.training.step import TrainingStep
 from trainer.training.tpu import check_tpu_install
 
@@ -66,7 +67,7 @@ def test_the_step_is_built_for_every_core_of_a_slice():
     with tf.Graph().as_default() as graph:
         strategy = tf.distribute.TPUStrategy(FakeResolver())
         assert device_kind(strategy) == "TPU"
-        assert micro_batches(None, 64, 1024, strategy) == (64, 1)
+        assert micro_batches(None, 64, 1024, is_cpu=False) == (64, 1)
         with strategy.scope():
             model = GPT(config.model, 32, 8, dtype=config.train.precision)
         step = TrainingStep(config, 10, model, strategy)

@@ -12,10 +12,11 @@ from trainer.config import Config, rows_per_replica
 from trainer.data.batches import evaluation_batches
 from trainer.data.coverage import TextBytes, coverage_of
 from trainer.data.shards import PreparedData, Split
+from trainer.execution import micro_batches
 from trainer.model.cpu import operations_on_cpu
 from trainer.model.gpt import GPT
 from trainer.model.loss import next_token_loss_from_logits
-from trainer.training.distribution import device_kind, distributed, micro_batches
+from trainer.training.distribution import device_kind, distributed
 
 
 class Evaluation(NamedTuple):
@@ -143,7 +144,7 @@ class Evaluator:
             # Across hosts TensorFlow forgets how many rows there are.
             shape = [self._rows, self.config.train.sequence_length]
             inputs, targets, weights = (tf.ensure_shape(part, shape) for part in batch)
-            size, at_once = micro_batches(None, shape[0], shape[1], self.strategy)
+            size, at_once = micro_batches(None, shape[0], shape[1], device_kind(self.strategy) == "CPU")
             if size == self._rows:
                 sums = self._score_part((inputs, targets, weights))
             else:

@@ -16,6 +16,7 @@ import rich.table
 from trainer.compiler import DoesNotFit, compile_step, largest_that_fits
 from trainer.config import CharConfig, Config, ModelConfig, UserError, rows_per_replica
 from trainer.devices import Target, cpu, known_targets
+from trainer.execution import execution_of
 from trainer.storage import locate
 
 if TYPE_CHECKING:
@@ -165,9 +166,9 @@ def estimate_memory(
 
     Two instants compete. Right after the loss all that the backward pass will read is there, the gradient of the
     output projection, and a chunk of logits with its gradient. At the end of the backward pass none of that is, but the
-    gradients of all weights. The sum over micro-batches, where there are several, is there at both, and so are weights,
-    with a copy of their matrices in the compute dtype, and AdamW's two moments. Sums are of the weights' dtype, on a
-    CPU those of more than two terms of float64.
+    gradients of all weights. The sum over micro-batches, if there are several, is there at both, as
+    `trainer.execution` says, and so are weights, with a copy of their matrices in the compute dtype, and AdamW's two
+    moments.
 
     Args:
         config: of the run.
@@ -179,21 +180,16 @@ def estimate_memory(
         UserError: the batch cannot be spread over that many devices.
     """
     train, model = config.train, config.model
-    rows = rows_per_replica(config, target.num_devices)
-    asked = micro_batch_size or train.fixed_micro_batch_size()
-    micro = asked or rows
-    is_cpu, is_tpu = target.device.name == "cpu", target.device.num_axes > 0
+    execution = execution_of(config, target.num_devices, _is_cpu(target), micro_batch_size)
+    micro = min(execution.at_once * execution.micro_batch_size, execution.rows)
+    is_tpu = target.device.num_axes > 0
     recompute = _recomputed(config, target)
-    if is_cpu:
-        micro = min(2 * micro, rows)  # Two are under way at once.
     dtype_bytes = DTYPE_BYTES[COMPUTE_DTYPES[train.precision]]
-    wide_bytes = max(4, dtype_bytes)
-    has_wide_sums = is_cpu and train.global_batch_size > 2 * (asked or rows // 2)
-    sum_bytes = 8 if has_wide_sums else wide_bytes
+    wide_bytes = execution.weight_bytes
     num_weights = count_parameters(config, vocabulary_size)
     num_logits = model.num_logits(vocabulary_size)
     copies = matrix_parameters(config, vocabulary_size) * dtype_bytes if dtype_bytes < wide_bytes else 0
-    sums = num_weights * sum_bytes if micro < rows or is_cpu else 0
+    sums = num_weights * execution.summed_bytes
     always = {"weights": float(num_weights * wide_bytes + copies), "optimizer": 2.0 * num_weights * wide_bytes}
     after_loss = {
         "gradients": sums + num_logits * model.hidden_dim * float(wide_bytes),
@@ -226,9 +222,13 @@ def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> 
     return max(tokens / at_peak, traffic / target.device.bytes_per_sec)
 
 
+def _is_cpu(target: Target) -> bool:
+    return target.device.name == "cpu"
+
+
 def _recomputed(config: Config, target: Target) -> str:
     if config.train.recompute == "auto":
-        return "nothing" if target.device.name == "cpu" else "attention"
+        return "nothing" if _is_cpu(target) else "attention"
     return config.train.recompute
 
 
@@ -377,14 +377,15 @@ def _data_lines(config: Config) -> Iterator[str]:
 
 def _memory_lines(config: Config, vocabulary_size: int, target: Target) -> Iterator[str]:
     rows, train = rows_per_replica(config, target.num_devices), config.train
-    own, there_is = train.fixed_micro_batch_size() or rows, target.device.memory_bytes
+    own = execution_of(config, target.num_devices, _is_cpu(target)).micro_batch_size
+    there_is = target.device.memory_bytes
 
     def total(micro_batch_size: int) -> float:
         return sum(estimate_memory(config, vocabulary_size, target, micro_batch_size).values())
 
     fitting = [size for size in range(1, rows + 1) if rows % size == 0 and total(size) <= there_is]
     if train.micro_batch_size == "auto":
-        own = max(fitting, default=1)
+        own = max((size for size in fitting if size <= own), default=1)
     verdict = "fits" if total(own) <= there_is else "does not fit"
     largest = f"train.micro_batch_size={max(fitting)} is the largest that does" if fitting else "no micro-batch does"
     yield f"target       {target}: {rows:,} rows a step on each device, {own:,} at a time"

@@ -9,15 +9,12 @@ from concurrent.futures import Future
 
 import tensorflow as tf
 
-from trainer.config import Config, DistributionConfig, UserError, rows_per_replica
+from trainer.config import Config, DistributionConfig, UserError
 from trainer.data.batches import ALL, Share
 from trainer.devices import Target, describe_cpu, find_gpu, num_cores, parse_target, unused_gpu, unused_tpu
+from trainer.execution import execution_of
 from trainer.training.hosts import Hosts, find_hosts
 from trainer.training.tpu import check_tpu_install
-
-# In smaller batches adding up the gradients costs more than two halves at once gain: measured on two cores, 12 x 64
-# tokens are a fifth slower in halves, 32 x 118 a sixth faster.
-HALVED_FROM_TOKENS = 2048
 
 TPU_TIMEOUT_SECS = 50.0
 
@@ -44,8 +41,8 @@ def share_cores(config: Config, hosts: Hosts) -> None:
     # XLA compiles a step as one operation.
     if distribution.kind == "tpu" or _wants_gpus(distribution) or train.xla == "on":
         return
-    rows = rows_per_replica(config, len(hosts.workers) if hosts.are_several else distribution.logical_devices)
-    size = train.fixed_micro_batch_size() or _rows_at_a_time(rows, train.sequence_length)
+    num_replicas = len(hosts.workers) if hosts.are_several else distribution.logical_devices
+    size = execution_of(config, num_replicas, is_cpu=True).micro_batch_size
     if size == train.global_batch_size or "TF_NUM_INTRAOP_THREADS" in os.environ:
         return
     with contextlib.suppress(RuntimeError):  # This process has used TensorFlow already.
@@ -164,28 +161,6 @@ def find_devices(kind: str, names: Collection[str], num_replicas: int) -> Target
             return None
     gpu = find_gpu(name)
     return None if gpu is None else Target(gpu, num_replicas)
-
-
-def micro_batches(asked: int | None, rows: int, sequence: int, strategy: tf.distribute.Strategy) -> tuple[int, int]:
-    """Returns how many rows of its batch a replica works through at a time, and how many such parts at once.
-
-    Args:
-        asked: train.micro_batch_size, where it is a number.
-        rows: of a replica's batch.
-        sequence: tokens in a row.
-        strategy: whose devices count.
-
-    On a CPU two halves run side by side: the cores that one's sums and softmaxes leave idle do the other's matrix
-    products. Anywhere else one part at a time fills the device, and a second would only need memory.
-    """
-    if device_kind(strategy) != "CPU":
-        return asked or rows, 1
-    return asked or _rows_at_a_time(rows, sequence), 2
-
-
-def _rows_at_a_time(rows: int, sequence: int) -> int:
-    halves = rows % 2 == 0 and rows * sequence >= HALVED_FROM_TOKENS
-    return rows // 2 if halves else rows
 
 
 def _wants_gpus(config: DistributionConfig) -> bool:

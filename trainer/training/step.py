@@ -9,12 +9,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, UserError, rows_per_replica
+from trainer.config import Config, UserError
+from trainer.execution import Execution, execution_of
 from trainer.model.cpu import operations_on_cpu
 from trainer.model.gpt import GPT, DropoutDraw, Recompute
 from trainer.model.loss import accumulation_dtype, next_token_loss_from_logits
 from trainer.training.checkpoint import named_variables
-from trainer.training.distribution import device_kind, micro_batches
+from trainer.training.distribution import device_kind
 from trainer.training.optimizer import AdamW
 from trainer.training.schedule import learning_rate
 
@@ -250,11 +251,10 @@ class TrainingStep:
         self.total_steps = total_steps
         self.model = model
         self.strategy = strategy
-        self.rows_per_replica = rows_per_replica(config, strategy.num_replicas_in_sync)
-        train = config.train
-        self.micro_batch_size, self._at_once = micro_batches(
-            train.fixed_micro_batch_size(), self.rows_per_replica, train.sequence_length, strategy
-        )
+        execution = self._execution()
+        self.rows_per_replica, self._at_once = execution.rows, execution.at_once
+        # Lowered by `fit_micro_batch` if the device has no memory for it.
+        self.micro_batch_size = execution.micro_batch_size
         if model.non_trainable_variables and strategy.num_replicas_in_sync > 1:
             names = ", ".join(variable.path for variable in model.non_trainable_variables[:3])
             raise UserError(
@@ -439,12 +439,13 @@ class TrainingStep:
         return tf.float64 if self.config.train.precision == "float64" else tf.float32
 
     def _sum_dtype(self) -> tf.DType:
-        # In float64 a sum of float32 gradients does not depend on the order of its terms, so a CPU makes the same bits
-        # of the same micro-batches on any number of replicas; two terms have but one order. An accelerator has no time
-        # or no circuits for that.
-        num_terms = self.config.train.global_batch_size // self.micro_batch_size
-        is_wide = num_terms > 2 and device_kind(self.strategy) == "CPU"
-        return tf.float64 if is_wide else self._accumulation_dtype()
+        return tf.float64 if self._execution(self.micro_batch_size).sum_bytes == 8 else tf.float32
+
+    def _execution(self, micro_batch_size: int | None = None) -> Execution:
+        strategy = self.strategy
+        return execution_of(
+            self.config, strategy.num_replicas_in_sync, device_kind(strategy) == "CPU", micro_batch_size
+        )
 
     def _no_metrics(self) -> CallMetrics:
         zero, none = tf.zeros([], tf.int64), tf.zeros([], self._accumulation_dtype())
