@@ -42,7 +42,17 @@ from trainer.data.shards import (
 from trainer.data.text import Mixture, Source, open_source, peek
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file, train_tokenizer
 from trainer.data.vocabulary import cut_document
-from trainer.storage import Url, copy_file, copy_folder, locate, place_on_disk, sync, write_whole
+from trainer.storage import (
+    Url,
+    copy_file,
+    copy_folder,
+    locate,
+    place_on_disk,
+    sealed,
+    sync,
+    unsealed,
+    write_whole,
+)
 
 _BATCH_BYTES = 1 << 20
 _PROGRESS_SECS = 5.0
@@ -233,7 +243,8 @@ def _write(
         for _ in encode_documents(config.data, documents, tokenizer, writers, findings):
             if time.monotonic() - saved >= _SAVE_SECS:
                 progress = {split: writer.progress() for split, writer in writers.items()}
-                write_whole(folder / _PROGRESS, json.dumps({"shard_tokens": shard_tokens, "splits": progress}))
+                saved_as = sealed({"shard_tokens": shard_tokens, "splits": progress})
+                write_whole(folder / _PROGRESS, json.dumps(saved_as))
                 saved = time.monotonic()
     else:
         findings = encode(source, tokenizer, folder, writers, say)
@@ -280,7 +291,7 @@ def _take_up(folder: Path, source: Source | Mixture, shard_tokens: int) -> tuple
     saved where it was; None where it did not, or what it wrote is not whole.
     """
     try:
-        progress = json.loads((folder / _PROGRESS).read_text("utf-8"))
+        progress = unsealed((folder / _PROGRESS).read_bytes(), folder / _PROGRESS)
         tokenizer = load_tokenizer(folder / "tokenizer")
         writers = {split: SplitWriter(folder, split, tokenizer, shard_tokens) for split in source.names()}
         if progress["shard_tokens"] != shard_tokens:
