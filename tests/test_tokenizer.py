@@ -581,7 +581,6 @@ def changed_json(**changes):
         (lambda content: None, "cannot be read: No such file or directory"),
         (lambda content: b"[PAD]\n[UNK]\n[BOS]\n", "not a tokenizer.json of Hugging Face"),
         (lambda content: b"{}", "not a tokenizer.json of Hugging Face"),
-        (lambda content: b"\xff", "'utf-8' codec can't decode byte 0xff"),
         (lambda content: content.replace(b"<|endoftext|>", b"<|other|>"), "no token named [BOS] or [CLS] or <s> or"),
         (changed_json(model_merges=[], model_vocab={"a": 0, "<|endoftext|>": 1}), "no token for 255 of the 256 bytes"),
         (lambda content: content.replace(b'"!": 0,', b'"!": 1,'), "two tokens have the same number; give"),
@@ -615,6 +614,57 @@ def test_a_bpe_file_that_cannot_be_used_is_an_error_naming_it(gpt2_file, damage,
         assert str(error.value).endswith("; give a tokenizer.json of byte-level BPE, such as GPT-2's.")
 
 
+@pytest.mark.parametrize(
+    "as_file",
+    [
+        lambda tokens: "\ufeff" + "\n".join(tokens),
+        lambda tokens: "".join(f"{token} \n" for token in tokens) + "\n \n\n",
+        lambda tokens: "".join(f"{token}\t\r\n" for token in tokens),
+        lambda tokens: "\n".join([*tokens[:-1], f"{tokens[-1]}  "]),
+        lambda tokens: "".join(f"{token}\t{id}\n" for id, token in enumerate(tokens)),
+        lambda tokens: "\ufeff" + "".join(f"{token} {id}\r\n" for id, token in [*enumerate(tokens)][::-1]),
+    ],
+)
+def test_a_vocabulary_has_all_its_tokens_with_a_mark_blanks_and_numbers(tmp_path, as_file):
+    path = tmp_path / "vocab.txt"
+    path.write_text(as_file(BERT), "utf-8", newline="")
+    assert train_tokenizer(WordPieceFileConfig(kind="wordpiece", path=str(path)), []).vocabulary == BERT
+
+
+def test_a_tokenizer_json_may_begin_with_a_mark_and_have_capitals_in_its_suffix(gpt2_file, tmp_path):
+    plain = train_tokenizer(BpeFileConfig(kind="bpe", path=str(gpt2_file)), [])
+    marked = tmp_path / "GPT2.JSON"
+    marked.write_bytes(b"\xef\xbb\xbf" + gpt2_file.read_bytes())
+    tokenizer = train_tokenizer(BpeFileConfig(kind="bpe", path=str(marked)), [])
+    assert tokenizer.fingerprint == plain.fingerprint
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").fingerprint == plain.fingerprint
+    WordPieceTokenizer(BERT, lowercase=True).save(tmp_path / "wordpiece")
+    marked.write_bytes(b"\xef\xbb\xbf" + (tmp_path / "wordpiece/tokenizer.json").read_bytes())
+    assert train_tokenizer(WordPieceFileConfig(kind="wordpiece", path=str(marked)), []).vocabulary == BERT
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_a_vocabulary_in_another_encoding_is_refused_with_the_command_that_mends_it(tmp_path, encoding):
+    path = tmp_path / "vocab's.txt"
+    path.write_text("\n".join([*BERT, "한"]), encoding)
+    config = WordPieceFileConfig(kind="wordpiece", path=str(path))
+    with pytest.raises(
+        UserError, match=r"tokenizer\.path=.*: (UTF-16, by its|not UTF-8 at byte offset 149; it looks like UTF-16LE)"
+    ) as error:
+        train_tokenizer(config, [])
+    (command,) = [line[2:] for line in str(error.value).splitlines() if line.startswith("  ")]
+    subprocess.run(["bash", "-c", command], check=True)
+    assert train_tokenizer(config, []).vocabulary == [*BERT, "한"]
+
+
+def test_a_vocabulary_that_can_be_read_only_once_or_without_end_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero"):
+        with pytest.raises(UserError, match=r"tokenizer\.path=.* is no file; write what it holds into one"):
+            train_tokenizer(WordPieceFileConfig(kind="wordpiece", path=path), [])
+
+
 def test_words_that_go_on_after_a_space_are_refused(gpt2_file):
     file = json.loads(gpt2_file.read_text("utf-8"))
     file["pre_tokenizer"]["use_regex"] = False
@@ -633,9 +683,17 @@ def test_words_that_go_on_after_a_space_are_refused(gpt2_file):
         ("\n".join(BERT).replace("[UNK]", "<unk>"), "no token named [UNK]"),
         ("\n".join(BERT).replace("[PAD]", "pad"), "no token named [PAD] or <pad>"),
         ("\n".join(BERT).replace("[CLS]", "cls"), "no token named [BOS] or [CLS]"),
-        ("\n".join([*BERT, "the"]), "an empty line, or a token twice"),
-        ("\n".join([*BERT, "", "x"]), "an empty line, or a token twice"),
-        ("a text\nof something", "no token named [PAD]"),
+        ("\n".join([*BERT, "the"]), "'the' is in it twice"),
+        ("\n".join([*BERT, "", "x"]), f"line {len(BERT) + 1}, '', is no token: it is empty or has a tab"),
+        ("a text of\nsomething", "no token named [PAD]"),
+        ("\n".join([*BERT, "x\ty"]), f"line {len(BERT) + 1}, 'x\\ty', is no token: it is empty or has a tab"),
+        ("\r".join(BERT), "line 1, '"),
+        ("\n".join(f"{token}\t{-id / 3}" for id, token in enumerate(BERT)), f"what follows its {len(BERT)} tokens"),
+        (
+            "\n".join(f"{token}\t{id + 1}" for id, token in enumerate(BERT)),
+            f"what follows its {len(BERT)} tokens",
+        ),
+        ("\n".join(f"{token} 0" for token in BERT), f"what follows its {len(BERT)} tokens is not the"),
         ("\n".join([*BERT, "x" * 257]), "Vocab token utf8 length (excluding suffix indicator) exceeds the max"),
         (
             "\n".join([*BERT, "The", "US"]),

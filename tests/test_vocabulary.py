@@ -1,11 +1,13 @@
 """Laws of how vocabularies are learned and texts are cut."""
 
 import random
+import re
+import tomllib
 
 import numpy as np
 import pytest
 
-from trainer.config import BpeConfig, UserError, WordPieceConfig
+from trainer.config import SHIPPED_CONFIGS, BpeConfig, UserError, WordPieceConfig, load_config, make_config
 from trainer.data.tokenizer import train_tokenizer
 from trainer.data.vocabulary import (
     BPE_BREAKS,
@@ -27,9 +29,27 @@ def test_the_vocabulary_has_the_size_asked_for_where_the_text_offers_enough():
     with pytest.raises(UserError) as error:
         train_wordpiece(WordPieceConfig(kind="wordpiece", vocabulary_size=12), [" ".join(words)])
     assert "tokenizer.vocabulary_size=12 cannot hold the alphabet: the text needs at least 13," in str(error.value)
-    assert "Set tokenizer.vocabulary_size=26, or \"tokenizer={kind='bpe'}\", which spells everything." in str(
+    assert "Set tokenizer.vocabulary_size=26, or tokenizer.kind=bpe, which spells everything, or tok" in str(
         error.value
     )
+
+
+@pytest.mark.parametrize("config_file", sorted(SHIPPED_CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_each_way_out_of_a_vocabulary_that_is_too_small_works_with_any_shipped_config(config_file):
+    overrides = ["tokenizer.kind=wordpiece", "tokenizer.vocabulary_size=300"]
+    text = ["".join(map(chr, range(0xAC00, 0xAC00 + 200)))]
+    config = load_config(config_file, overrides).tokenizer
+    with pytest.raises(UserError) as error:
+        train_tokenizer(config, text)
+    advice = re.findall(r"tokenizer\.\w+=\w+", str(error.value).partition("Set ")[2])
+    assert [each.split("=")[0] for each in advice] == ["tokenizer.vocabulary_size", "tokenizer.kind", "tokenizer.kind"]
+    for override in advice:
+        # As printed, added to the command; the file's own size stands in for the 300 here.
+        settings = tomllib.loads(config_file.read_text())
+        settings["tokenizer"] = {"kind": "wordpiece", "vocabulary_size": 300, "lowercase": True}
+        settings.setdefault("run_folder", "r")
+        tokenizer = train_tokenizer(make_config(settings, [override]).tokenizer, text)
+        assert tokenizer.unknown_id not in tokenizer.encode(text[0])
 
 
 def test_a_wordpiece_vocabulary_has_no_token_that_encoding_its_text_passes_over():

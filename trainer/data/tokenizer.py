@@ -5,10 +5,12 @@ writes a tokenizer.json for other tools: exact but for WordPiece, where it is eq
 because Hugging Face folds the case of a text before it splits words, and keras_nlp the other way round.
 """
 
+import collections
 import hashlib
 import itertools
 import json
 import re
+import stat
 import unicodedata
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ from trainer.config import (
     WordPieceFileConfig,
 )
 from trainer.data.files import Document, parts_of
+from trainer.data.formats import SAMPLE_BYTES, START_BYTES, fault_of_bytes, fault_of_start
 from trainer.data.vocabulary import (
     ANYWHERE,
     BPE_BREAKS,
@@ -530,8 +533,12 @@ def read_tokenizer_file(config: TokenizerConfig) -> bytes | None:
     """
     if not isinstance(config, WordPieceFileConfig | BpeFileConfig):
         return None
+    path = locate(config.path)
     try:
-        return locate(config.path).read_bytes()
+        # A pipe would have to be read more than once, and a device may have no end.
+        if isinstance(path, Path) and stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            raise UserError(f"tokenizer.path={config.path!r} is no file; write what it holds into one, and name that.")
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"tokenizer.path={config.path!r}: cannot be read: {error.strerror or error}.") from None
 
@@ -539,23 +546,41 @@ def read_tokenizer_file(config: TokenizerConfig) -> bytes | None:
 def _from_file(config: WordPieceFileConfig | BpeFileConfig) -> Tokenizer:
     content, needed = read_tokenizer_file(config), "a tokenizer.json of byte-level BPE, such as GPT-2's"
     assert content is not None
+    text = _text_of(content, config)
     try:
         if isinstance(config, BpeFileConfig):
-            return _checked(BpeTokenizer(content.decode()))
+            return _checked(BpeTokenizer(text))
         needed = "a vocab.txt or tokenizer.json of WordPiece, such as BERT's"
-        return WordPieceTokenizer(_wordpiece_vocabulary(content.decode(), config), config.lowercase)
+        return WordPieceTokenizer(_wordpiece_vocabulary(text, config), config.lowercase)
     except (ValueError, RuntimeError) as error:  # tensorflow_text's is the latter.
         raise UserError(f"tokenizer.path={config.path!r}: {error}; give {needed}.") from None
 
 
+def _text_of(content: bytes, config: WordPieceFileConfig | BpeFileConfig) -> str:
+    """Returns the text of a file that tokenizer.path names."""
+    path, place = locate(config.path), content.find(0)
+    if (fault := fault_of_start(path, content[:START_BYTES], is_packed=False)) is None:
+        what = "NUL byte"
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            what, place = "not UTF-8", error.start
+        if place < 0:
+            return text
+        advice = fault_of_bytes(path, content[:SAMPLE_BYTES], is_cut_off=False, is_packed=False)
+        fault = f"{path}: {what} at byte offset {place}; {advice}"
+    raise UserError(f"tokenizer.path={config.path!r}: {fault.removeprefix(f'{path}: ')}")
+
+
 def _wordpiece_vocabulary(file: str, config: WordPieceFileConfig) -> list[str]:
-    if Path(config.path).suffix == ".json":
+    if Path(config.path).suffix.lower() == ".json":
         ids = _parsed(file, "WordPiece").get_vocab()
         vocabulary = sorted(ids, key=ids.get)
     else:
-        vocabulary = file.replace("\r\n", "\n").removesuffix("\n").split("\n")
-    if len(set(vocabulary)) < len(vocabulary) or "" in vocabulary:
-        raise ValueError("an empty line, or a token twice")
+        vocabulary = _listed(file)
+    counts = collections.Counter(vocabulary)
+    if twice := next((token for token, count in counts.items() if count > 1), None):
+        raise ValueError(f"{twice!r} is in it twice")
     capitals = [token for token in vocabulary if re.search("[A-Z]", token) and not re.fullmatch(r"\[.*\]", token)]
     if config.lowercase and capitals:
         raise ValueError(
@@ -563,6 +588,32 @@ def _wordpiece_vocabulary(file: str, config: WordPieceFileConfig) -> list[str]:
             "tokenizer.lowercase=true; set that to false"
         )
     return vocabulary
+
+
+def _listed(file: str) -> list[str]:
+    """Returns the tokens of a vocab.txt: one on each line, or each with its id after a blank or tab."""
+    lines = [line.strip("\t\r\f") for line in file.rstrip("\n").split("\n")]
+    while lines and not lines[-1].strip(" "):
+        del lines[-1]
+    numbered = [re.fullmatch(r"([^ \t]+)[ \t]+([^ \t]+) *", line) for line in lines]
+    if all(numbered):
+        ids = {each[2]: each[1] for each in numbered if each}
+        wanted = [str(id) for id in range(len(lines))]
+        if ids.keys() != set(wanted):
+            raise ValueError(f"what follows its {len(lines)} tokens is not the ids 0 to {len(lines) - 1}, each once")
+        return [ids[id] for id in wanted]
+    for number, line in enumerate(lines, start=1):
+        if not line or re.search("[\t\r\f]", line):
+            raise ValueError(
+                f"line {number}, {line[:80]!r}, is no token: it is empty or has a tab or a line's end in it"
+            )
+    # A word may hold a blank, which folding makes of a no-break space. Other blanks at a token's end are none of it.
+    tokens = set(lines)
+    bare = [line.rstrip(" ") for line in lines]
+    return [
+        line if token.removeprefix("##") == "" or token in tokens else token
+        for line, token in zip(lines, bare, strict=True)
+    ]
 
 
 # Blanks of all kinds, what a normalizer would change, and places to cut at.

@@ -119,7 +119,8 @@ def train_wordpiece(config: WordPieceConfig, documents: Iterable[Document]) -> l
         raise UserError(
             f"tokenizer.vocabulary_size={config.vocabulary_size} cannot hold the alphabet: the text needs at least "
             f"{num_needed}, as a letter is one token at the start of a word and another inside. "
-            f"Set tokenizer.vocabulary_size={2 * num_needed}, or \"tokenizer={{kind='bpe'}}\", which spells everything."
+            f"Set tokenizer.vocabulary_size={2 * num_needed}, or tokenizer.kind=bpe, which spells everything, or "
+            "tokenizer.kind=char."
         )
     return _merge(config.vocabulary_size, forms, _counted_words(sample, pretokenize))
 
