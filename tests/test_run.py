@@ -296,10 +296,12 @@ def test_text_changed_after_prepare_is_prepared_anew_by_train_which_says_so(tmp_
         pass
 
     said: list[str] = []
+    used: list[PreparedData] = []
 
     def listen(line: str) -> None:
         said.append(line)
         if "parameters" in line:
+            used.append(RunFolder(str(tmp_path / "run")).prepared())
             raise Begun
 
     old = prepared_text(tmp_path)
@@ -307,7 +309,7 @@ def test_text_changed_after_prepare_is_prepared_anew_by_train_which_says_so(tmp_
     with pytest.raises(Begun):
         trainer.train(tiny(tmp_path), say=listen)
     assert said[1] == f"the text is not the one of {old.folder}; preparing it anew (that folder stays)"
-    new = RunFolder(str(tmp_path / "run")).prepared()
+    (new,) = used
     assert new.folder != old.folder
     assert new.fingerprint == prepare(tiny(tmp_path), quiet).fingerprint != old.fingerprint
 
