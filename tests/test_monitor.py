@@ -1,6 +1,7 @@
 import html
 import io
 import re
+import resource
 import time
 import warnings
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from trainer.config import ProfileConfig, UserError, make_config
 from trainer.evaluate import Evaluation
 from trainer.terminal import printable
-from trainer.training.monitor import Interval, Meter, Monitor, literal
+from trainer.training.monitor import EventLog, Interval, Meter, Monitor, literal
 from trainer.training.step import CallMetrics
 
 CONFIG = make_config({"run_folder": "r", "train": {"precision": "float32", "total_steps": 30}})
@@ -368,7 +369,38 @@ def test_an_interval_without_an_applied_step_has_no_loss_and_no_point(tmp_path: 
     )
 
 
+def test_curves_that_cannot_be_written_for_a_while_are_no_reason_to_stop_and_complete_in_the_end(tmp_path: Path):
+    said: list[str] = []
+    log = EventLog(tmp_path / "train", 0, said.append)
+    log.scalars(1, {"loss": 3.0})
+    # The limit on a file's size stands in for the full disk.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        for step in (2, 3, 4):
+            log.scalars(step, {"loss": 3.0 - step / 4})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(said) == 1 and said[0].startswith(f"Cannot write to {tmp_path}/train: ")
+    assert "Raise the limit on a file's size" in said[0] and said[0].endswith("written once that can be done.")
+    log.scalars(5, {"loss": 1.75})
+    assert said[1:] == [f"{tmp_path}/train can be written again."]
+    log.scalars(6, {"loss": 1.5})
+    log.close()
+    assert curves(tmp_path / "train")["loss"] == {1: 3.0, 2: 2.5, 3: 2.25, 4: 2.0, 5: 1.75, 6: 1.5}
+    assert len(list((tmp_path / "train").iterdir())) == 2
+
+    log = EventLog(tmp_path / "other", 0, said.append)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        log.scalars(1, {"loss": 3.0})
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert said[-1] == f"{tmp_path}/other lacks its last 1 points and texts: they cannot be written."
+
+
 def test_logs_that_cannot_be_written_are_an_error_that_names_them(tmp_path: Path):
     (tmp_path / "logs").write_text("a file")
-    with pytest.raises(UserError, match=r"Cannot write to .*logs/train: .*Make room, then go on with --resume\."):
+    with pytest.raises(UserError, match=r"Cannot write to .*logs/train: .*, then go on with --resume\."):
         monitor(tmp_path / "logs")

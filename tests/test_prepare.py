@@ -565,9 +565,25 @@ def test_a_full_disk_is_an_error_naming_the_folder_and_leaves_nothing(tmp_path):
     child = run_python(program, str(tmp_path))
     assert child.stderr.strip().split("\n")[-1] == (
         f"trainer.config.UserError: data.prepared_folder='{tmp_path}/prepared': cannot be written: File too large. "
-        "Make room, or name another folder; nothing half-written is left."
+        "Raise the limit on a file's size (ulimit -f), or use a file system that takes larger files, or name another "
+        "folder; nothing half-written is left."
     )
     assert left_behind(tmp_path) == []
+
+
+def test_a_sync_that_fails_after_the_rename_says_that_the_data_is_whole(tmp_path, monkeypatch):
+    def fail(path):
+        if path == tmp_path / "prepared":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("trainer.data.prepare.sync", fail)
+    config = config_for(tmp_path, "\n".join(LINES))
+    with pytest.raises(UserError, match=r"Input/output error\. The disk.* is whole, but a loss of power could still"):
+        prepare(config, quiet)
+    monkeypatch.undo()
+    lines = []
+    prepare(config, lines.append)
+    assert "already prepared" in " ".join(lines)
 
 
 def test_a_prepared_folder_that_cannot_be_is_an_error_naming_it(tmp_path):

@@ -4,7 +4,6 @@ Imports the standard library only until `main` watches for signals.
 """
 
 import argparse
-import errno
 import signal
 import sys
 from collections.abc import Sequence
@@ -73,9 +72,12 @@ def _run(words: list[str], ending: Ending) -> int:
         discard(sys.stdout)
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        from trainer.storage import REMEDIES, reason_and_remedy
+
+        if error.errno not in REMEDIES:
             raise
-        return _fail(error)
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _fail(OSError(f"{where}{reason_and_remedy(error)}."))
 
 
 def _fail(error: Exception) -> int:

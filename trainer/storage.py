@@ -210,7 +210,7 @@ def unsealed(content: bytes, path: object) -> dict[str, Any]:
 
 
 # What can be done about an error of the file system; for the others, see what the system calls them.
-_REMEDIES = {
+REMEDIES = {
     errno.ENOSPC: "Make room",
     errno.EDQUOT: "Make room, or have the quota raised",
     errno.EFBIG: "Raise the limit on a file's size (ulimit -f), or use a file system that takes larger files",
@@ -228,9 +228,11 @@ def reason_and_remedy(error: Exception) -> str:
     """Returns what an error of a file system or a store says, and what can be done about it, as "reason. Remedy"."""
     if isinstance(error, UserError):
         return str(error).removesuffix(".")
-    if not isinstance(error, OSError):
-        return f"{error}. Check that the store is up and that this machine may write there"
-    return f"{error.strerror or error}. {_REMEDIES.get(error.errno or 0, 'Check the path and its file system')}"
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}. {REMEDIES.get(error.errno or 0, 'Check the path and its file system')}"
+    # TensorFlow's own errors hold the system's words, and no number.
+    known = (remedy for number, remedy in REMEDIES.items() if os.strerror(number) in str(error))
+    return f"{error}. {next(known, 'Check that the disk or store is there, and that this machine may write there')}"
 
 
 def copy_folder(source: Location, target: Location) -> None:

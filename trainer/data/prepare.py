@@ -47,7 +47,9 @@ from trainer.storage import (
     copy_file,
     copy_folder,
     locate,
+    make_folder,
     place_on_disk,
+    reason_and_remedy,
     sealed,
     sync,
     unsealed,
@@ -438,7 +440,7 @@ def _written_whole(folder: Path, say: Say) -> Iterator[Path]:
     """
     partial: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         with contextlib.ExitStack() as stack:
             partial = _lock_partial(folder, stack, say)
             yield partial
@@ -454,9 +456,12 @@ def _written_whole(folder: Path, say: Say) -> Iterator[Path]:
             partial = None
         raise
     except OSError as error:
+        is_renamed = partial is not None and not partial.exists() and folder.exists()
+        undone = f"{folder} is whole, but a loss of power could still undo it"
+        left = undone if is_renamed else "nothing half-written is left"
         raise UserError(
-            f"data.prepared_folder={str(folder.parent)!r}: cannot be written: {error.strerror or error}. Make room, or "
-            "name another folder; nothing half-written is left."
+            f"data.prepared_folder={str(folder.parent)!r}: cannot be written: {reason_and_remedy(error)}, or name "
+            f"another folder; {left}."
         ) from None
     finally:
         if partial is not None:

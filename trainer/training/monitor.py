@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import rich.progress
@@ -22,7 +22,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from trainer.config import Config, UserError
 from trainer.evaluate import Evaluation
-from trainer.storage import Location
+from trainer.storage import Location, reason_and_remedy
 from trainer.terminal import Say, console, printable
 from trainer.training.step import CallMetrics
 
@@ -128,10 +128,6 @@ class Monitor:
         self._tokens_per_sec_at_peak = tokens_per_sec_at_peak
         self._bits_per_token_byte = bits_per_token_byte
         self._bits_tag = _bits_tag(is_lossy)
-        self._train = EventLog(logs / "train", first_step)
-        # A run that is over is resumed to be scored, which a process before may have begun to.
-        self._validation = EventLog(logs / "validation", first_step - (first_step == total_steps))
-        self._train.texts(first_step, {"config": f"```toml\n{config.to_toml()}\n```"})
         self._terminal = terminal or sys.stdout
         self._say = say
         self._steps_per_epoch = steps_per_epoch
@@ -148,6 +144,10 @@ class Monitor:
             disable=not self._has_bar,
         )
         self._first_step = first_step
+        self._train = EventLog(logs / "train", first_step, self.say)
+        # A run that is over is resumed to be scored, which a process before may have begun to.
+        self._validation = EventLog(logs / "validation", first_step - (first_step == total_steps), self.say)
+        self._train.texts(first_step, {"config": f"```toml\n{config.to_toml()}\n```"})
         self._profile = config.profile
         self._is_profiling = False
         self._started = time.monotonic()
@@ -309,29 +309,45 @@ class EventLog:
     names, which begin with the time; where a clock was set back, the name and the times of events go on from the newest
     ones that are there.
 
+    What cannot be written later on, because the disk is full for example, is kept in memory and written into another
+    file once that can be done: curves are no reason to end a run.
+
     Args:
         folder: for the file.
         first_step: what earlier files have up to here stays.
+        say: prints a line, when the file cannot be written, and when it can be again.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written from the start.
     """
 
-    def __init__(self, folder: Location, first_step: int) -> None:
+    def __init__(self, folder: Location, first_step: int, say: Say = print) -> None:
         self.folder = folder
-        with self._telling_of_errors():
-            tf.io.gfile.makedirs(str(folder))
-            names = sorted(name for name in tf.io.gfile.listdir(str(folder)) if _EVENT_FILE.match(name))
-            second, self._wall_time = int(time.time()), 0.0
-            if names:
-                second = max(second, int(_EVENT_FILE.match(names[-1])[1]) + 1)  # type: ignore[index]
-                events = LegacyEventFileLoader(f"{folder}/{names[-1]}").Load()
-                self._wall_time = max((event.wall_time for event in events), default=0.0)
-            name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.0"
-            self._file = tf.io.gfile.GFile(f"{folder}/{name}", "wb")
-            self._writer = RecordWriter(self._file)
-            self._write(0, [{"file_version": "brain.Event:2"}])
-            self._write(first_step + 1, [{"session_log": SessionLog(status=SessionLog.START)}])
+        self._say = say
+        self._unwritten: list[bytes] = []
+        self._wall_time = 0.0
+        try:
+            self._writer: RecordWriter | None = self._open()
+            self._write_event(first_step + 1, {"session_log": SessionLog(status=SessionLog.START)})
+            self._write_all(self._writer)
+        except (OSError, tf.errors.OpError) as error:
+            raise UserError(
+                f"Cannot write to {folder}: {reason_and_remedy(error)}, then go on with --resume."
+            ) from error
+
+    def _open(self) -> RecordWriter:
+        tf.io.gfile.makedirs(str(self.folder))
+        names = sorted(name for name in tf.io.gfile.listdir(str(self.folder)) if _EVENT_FILE.match(name))
+        second = int(time.time())
+        if names:
+            second = max(second, int(_EVENT_FILE.match(names[-1])[1]) + 1)  # type: ignore[index]
+        if names and not self._wall_time:
+            events = LegacyEventFileLoader(f"{self.folder}/{names[-1]}").Load()
+            self._wall_time = max((event.wall_time for event in events), default=0.0)
+        self._path = f"{self.folder}/events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.0"
+        writer = RecordWriter(tf.io.gfile.GFile(self._path, "wb"))
+        writer.write(Event(wall_time=self._wall_time, file_version="brain.Event:2").SerializeToString())
+        return writer
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a point of each curve."""
@@ -344,23 +360,50 @@ class EventLog:
         self._write(step, [{"summary": text_pb(name, text)} for name, text in texts.items()])
 
     def close(self) -> None:
-        """Closes the file, in which everything is already."""
+        """Closes the file, and says if not everything could be written."""
+        if self._unwritten:
+            self._write(0, [])
+        if self._unwritten:
+            self._say(f"{self.folder} lacks its last {len(self._unwritten)} points and texts: they cannot be written.")
+        self._close()
+
+    def _close(self) -> None:
         with contextlib.suppress(OSError, tf.errors.OpError):
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
+        self._writer = None
 
     def _write(self, step: int, events: list[dict[str, str | SessionLog | Summary]]) -> None:
-        with self._telling_of_errors():
-            for event in events:
-                self._wall_time = max(self._wall_time, time.time())
-                self._writer.write(Event(step=step, wall_time=self._wall_time, **event).SerializeToString())
-            self._writer.flush()
-
-    @contextlib.contextmanager
-    def _telling_of_errors(self) -> Iterator[None]:
+        was_failing = self._writer is None
+        for event in events:
+            self._write_event(step, event)
         try:
-            yield
+            # Another file, as the end of the one before may be half a record.
+            self._writer = self._writer or self._open()
+            self._write_all(self._writer)
         except (OSError, tf.errors.OpError) as error:
-            raise UserError(f"Cannot write to {self.folder}: {error}. Make room, then go on with --resume.") from error
+            self._close()
+            if was_failing:
+                with contextlib.suppress(OSError, tf.errors.OpError):
+                    tf.io.gfile.remove(self._path)  # One of no use for each try would be many.
+            else:
+                self._say(
+                    f"Cannot write to {self.folder}: {reason_and_remedy(error)}. Training goes on, and the curves are "
+                    "written once that can be done."
+                )
+            return
+        if was_failing:
+            self._say(f"{self.folder} can be written again.")
+
+    def _write_event(self, step: int, event: dict[str, Any]) -> None:
+        self._wall_time = max(self._wall_time, time.time())
+        self._unwritten.append(Event(step=step, wall_time=self._wall_time, **event).SerializeToString())
+
+    def _write_all(self, writer: RecordWriter) -> None:
+        for event in self._unwritten:
+            writer.write(event)
+        writer.flush()
+        self._unwritten.clear()
 
 
 def _bits_tag(is_lossy: bool) -> str:
