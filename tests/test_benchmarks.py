@@ -160,6 +160,23 @@ def test_contestants_train_on_the_rows_of_trainers_batches(tmp_path):
     assert np.bincount(rows.ravel(), minlength=5000)[: len(SPECIAL_TOKENS) - 1].sum() == 0
 
 
+def test_steps_alone_leave_the_training_as_it_was(tmp_path):
+    bench = functions_of("bench_step")
+    config, prepared = bench["make_data"]("tutorial", True, tmp_path)
+    training, plain = (Training(config, prepared, sys.maxsize) for _ in range(2))
+    # It takes the first batch for itself.
+    take, _ = bench["alone"](training), next(plain.batches)
+    for _ in range(2):
+        training.take(2), plain.take(2)
+        secs, loss = take(3)
+        assert secs > 0 and np.isfinite(loss)
+    training.take(1), plain.take(1)
+    assert training.loss == plain.loss
+    for kept, expected in zip(training.model.variables, plain.model.variables, strict=True):
+        np.testing.assert_array_equal(kept.numpy(), expected.numpy())
+    assert training.step.step.numpy() == 5
+
+
 def test_larger_size_has_as_many_weights_as_gpt2():
     bench = functions_of("bench_step")
     overrides = [*bench["SIZES"]["4x512"], *bench["QUICK"]]
