@@ -97,8 +97,11 @@ def test_what_needs_no_tensorflow_does_not_load_it(tmp_path: Path):
     assert ended == [[status, []] for _, status in commands]
 
 
-def test_a_verb_is_needed(capsys: pytest.CaptureFixture[str]):
-    assert "VERB" in unusable([], capsys)
+def test_without_a_verb_the_verbs_are_shown_and_another_is_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 0 and "    train " in capsys.readouterr().out
+    assert "VERB" in unusable(["--"], capsys)
     assert "invalid choice: 'trian'" in unusable(["trian"], capsys)
 
 

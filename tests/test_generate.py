@@ -471,3 +471,14 @@ def test_half_a_character_is_refused_as_prompt_and_as_stop(generator):
         generator.generate([half], GREEDY, 1)
     with pytest.raises(UserError, match=r"^stop=.* is not UTF-8"):
         generator.generate([""], GREEDY, 1, stop=half)
+
+
+@pytest.mark.slow
+def test_a_notebook_that_writes_again_and_again_is_not_warned_of_retracing(monkeypatch):
+    # In a notebook each call of trainer.generate loads tokenizer and model anew.
+    warned: list[str] = []
+    monkeypatch.setattr(tf.get_logger(), "warning", lambda message, *_: warned.append(message))
+    for _ in range(6):
+        tokenizer = WordPieceTokenizer(WORDS, lowercase=True)
+        Generator(make_bigram_model(tokenizer=tokenizer), tokenizer, SEQUENCE).generate(["the town"], GREEDY, 1)
+    assert warned == []

@@ -402,5 +402,5 @@ def test_curves_that_cannot_be_written_for_a_while_are_no_reason_to_stop_and_com
 
 def test_logs_that_cannot_be_written_are_an_error_that_names_them(tmp_path: Path):
     (tmp_path / "logs").write_text("a file")
-    with pytest.raises(UserError, match=r"Cannot write to .*logs/train: .*, then go on with --resume\."):
+    with pytest.raises(UserError, match=r"Cannot write to .*logs/train: .*, then resume the run\."):
         monitor(tmp_path / "logs")

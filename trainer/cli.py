@@ -110,6 +110,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
     beam_options: list[str] = []
     if words[:1] == ["prepare"] and "--" in words:
         words, beam_options = words[: words.index("--")], words[words.index("--") + 1 :]
+    if not words:
+        parser.print_help()
+        parser.exit()
     options, rest = parser.parse_known_args(words)
     options.beam_options = beam_options
     # argparse takes no further overrides, and no prompt, once an option came between.

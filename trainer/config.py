@@ -738,7 +738,7 @@ def check_resumable(overrides: Iterable[str]) -> None:
         if not override.startswith(RESUMABLE):
             raise UserError(
                 f"{override}: a run goes on with the config it was started with; only {', '.join(RESUMABLE)} can be "
-                "given with --resume. Start a new run for anything else."
+                "changed when it is resumed. Start a new run for anything else."
             )
 
 

@@ -243,7 +243,8 @@ def _traced(function: Any) -> Any:
     """Returns a tf.function with its trace: TensorFlow warns when call after call traces the same code, as the first
     call of each tokenizer does.
     """
-    function.get_concrete_function()
+    if not function.experimental_get_tracing_count():
+        function.get_concrete_function()
     return function
 
 

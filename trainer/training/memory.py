@@ -68,12 +68,16 @@ def _has_memory(step: TrainingStep) -> bool:
         return strategy.run(count_on_replica, (failed,))
 
     failed = 0.0
+    batch = tf.zeros(shape, tf.int32), tf.zeros(shape, tf.int32), tf.ones(shape)
     try:
-        done = rehearse(tf.zeros(shape, tf.int32), tf.zeros(shape, tf.int32), tf.ones(shape))
+        # Traced by name: TensorFlow warns when call after call traces the same code.
+        rehearse.get_concrete_function(*batch)
+        done = rehearse(*batch)
         for each in strategy.experimental_local_results(done):
             each.numpy()  # An accelerator may still be at work.
     except tf.errors.ResourceExhaustedError:
         failed = 1.0
     # What is too much for one host's devices is so for all.
+    count.get_concrete_function(tf.constant(failed))
     (total,) = count(tf.constant(failed))
     return float(strategy.experimental_local_results(total)[0]) == 0

@@ -331,9 +331,7 @@ class EventLog:
             self._write_event(first_step + 1, {"session_log": SessionLog(status=SessionLog.START)})
             self._write_all(self._writer)
         except (OSError, tf.errors.OpError) as error:
-            raise UserError(
-                f"Cannot write to {folder}: {reason_and_remedy(error)}, then go on with --resume."
-            ) from error
+            raise UserError(f"Cannot write to {folder}: {reason_and_remedy(error)}, then resume the run.") from error
 
     def _open(self) -> RecordWriter:
         tf.io.gfile.makedirs(str(self.folder))
