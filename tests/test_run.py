@@ -1,6 +1,7 @@
 import errno
 import itertools
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -111,6 +112,24 @@ def test_every_path_of_a_run_may_begin_at_the_home_folder_and_hold_brackets_blan
     capsys.readouterr()
     assert main(["plan", str(home / "run/config.toml")]) == 0
     assert "examples" in capsys.readouterr().out  # Which only prepared data tells.
+
+
+def test_the_commands_that_messages_show_work_in_a_shell_whatever_the_folder_s_name(tmp_path: Path):
+    folder = tmp_path / "my [run]; it's $HOME"
+    folder.mkdir()
+    run = RunFolder.create(tiny(folder), prepared_text(folder))
+    with pytest.raises(UserError) as error:
+        check_is_free(run.config)
+    words = shlex.split(str(error.value).partition("Go on with it: ")[2].replace(";", " ;"))
+    assert words[:4] == ["trainer", "train", "--resume", str(run.path).replace(";", " ;")]
+    beside = next(word for word in words if word.startswith("run_folder=")).replace(" ;", ";")
+    assert make_config(run.config.model_dump(mode="json", exclude_none=True), [beside]).run_folder == f"{run.path}-2"
+    with pytest.raises(UserError) as error:
+        load_config(str(run.path))
+    assert shlex.split(str(error.value).rpartition(": ")[2]) == ["trainer", "train", "--resume", str(run.path)]
+    with pytest.raises(UserError) as error:
+        run.load_model()
+    assert shlex.split(str(error.value).rpartition(": ")[2]) == ["trainer", "train", "--resume", str(run.path)]
 
 
 def test_a_run_may_go_on_on_other_devices_and_never_with_another_model(run: RunFolder):

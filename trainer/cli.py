@@ -4,6 +4,7 @@ Imports the standard library only until `main` watches for signals.
 """
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -266,7 +267,7 @@ def _train(options: argparse.Namespace) -> int:
             )
         run_folder, step = run_and_step(options.resume, options.step)
         RunFolder(run_folder, overrides).check_model(None)
-        options.ending.advice = lambda: f"Go on with: trainer train --resume {run_folder}"
+        options.ending.advice = lambda: f"Go on with: trainer train --resume {shlex.quote(str(run_folder))}"
     else:
         if options.step is not None:
             raise UserError(f"--step {options.step} goes with --resume RUN; a new run begins at step 0. Leave it out.")
@@ -309,7 +310,7 @@ def _how_to_go_on(config: "Config") -> str:
     if isinstance(folder, Url):  # A store may not answer in time.
         return "Go on with the same command and --or-resume."
     if (folder / "config.toml").is_file():
-        return f"Go on with: trainer train --resume {folder}"
+        return f"Go on with: trainer train --resume {shlex.quote(str(folder))}"
     return f"There is no run yet. {_SAME_COMMAND}"
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import tomllib
 import types
 import typing
@@ -42,6 +43,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 class UserError(ValueError):
     """Something the user can put right; the message names the setting or path, what it is, and what to do."""
+
+
+def quoted(word: object) -> str:
+    """Returns a word for a command that a message shows, such as a path with blanks or brackets."""
+    return shlex.quote(str(word))
 
 
 class Section(pydantic.BaseModel):
@@ -661,7 +667,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: no such config file.{_known_configs()}") from None
     except IsADirectoryError:
         raise UserError(
-            f"{path}: a folder and no config file; to go on with a run that is there: trainer train --resume {path}"
+            f"{path}: a folder and no config file; to go on with a run that is there: "
+            f"trainer train --resume {quoted(path)}"
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(

@@ -26,6 +26,7 @@ from trainer.config import (
     differing_settings,
     make_config,
     parse_config,
+    quoted,
     shortened,
 )
 from trainer.storage import (
@@ -207,7 +208,7 @@ class RunFolder:
             keys = " ".join(f"{line.partition('=')[0]}=..." for line in may_change[:3])
             raise UserError(
                 f"{file} was changed after the run was started: {shortened(may_change)}. {restore}; and give what is "
-                f"to change as overrides: trainer train --resume {self.path} {keys}"
+                f"to change as overrides: trainer train --resume {quoted(self.path)} {keys}"
             )
 
     def keep(self, **facts: Any) -> None:
@@ -325,8 +326,8 @@ class RunFolder:
         homes = ", ".join(dict.fromkeys(str(home) for home in self._data_homes()))
         raise UserError(
             f"{self.path} was started on the prepared data {recorded}, which is gone. Prepare the same text with the "
-            f"same settings again (trainer prepare {self.path / CONFIG}), or bring the folder {recorded.name} back "
-            f"into one of {homes}, or name another folder that has it: trainer train --resume {self.path} "
+            f"same settings again (trainer prepare {quoted(self.path / CONFIG)}), or bring the folder {recorded.name} "
+            f"back into one of {homes}, or name another folder that has it: trainer train --resume {quoted(self.path)} "
             "data.prepared_folder=FOLDER. Or start a new run."
         )
 
@@ -516,8 +517,8 @@ class RunFolder:
             if newest is None and self.facts.get("has_saved"):
                 raise UserError(
                     f"{checkpoints.folder} is empty, though this run has saved checkpoints. Bring them back (is a disk "
-                    f"not mounted?), or begin again in another folder: trainer train {self.path / CONFIG} "
-                    f"run_folder={self.path}-2"
+                    f"not mounted?), or begin again in another folder: trainer train {quoted(self.path / CONFIG)} "
+                    f"{quoted(f'run_folder={self.path}-2')}"
                 )
             return newest
         if step == "best":
@@ -555,7 +556,9 @@ class RunFolder:
         while True:
             checkpoint = self.checkpoint(checkpoints, step)
             if checkpoint is None:
-                raise UserError(f"{self.path} has no checkpoint yet; train on with: trainer train --resume {self.path}")
+                raise UserError(
+                    f"{self.path} has no checkpoint yet; train on with: trainer train --resume {quoted(self.path)}"
+                )
             try:
                 weights = checkpoint.arrays("weights")
                 break
@@ -656,8 +659,9 @@ def check_is_free(config: Config) -> None:
     path = locate(config.run_folder)
     if (path / RECORD).is_file():
         raise UserError(
-            f"run_folder={config.run_folder!r} already holds a run. Go on with it: trainer train --resume {path}; or "
-            f"start another beside it with the override run_folder={path}-2; or delete it."
+            f"run_folder={config.run_folder!r} already holds a run. Go on with it: trainer train --resume "
+            f"{quoted(path)}; or start another beside it with the override {quoted(f'run_folder={path}-2')}; or delete "
+            "it."
         )
     if path.is_file() or (path.is_dir() and not {child.name for child in path.iterdir()} <= _MADE_BEFORE_RECORD):
         raise UserError(f"run_folder={config.run_folder!r} is there already and is no run; choose another folder.")

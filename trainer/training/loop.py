@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, SamplesConfig, UserError, rows_per_replica
+from trainer.config import Config, SamplesConfig, UserError, quoted, rows_per_replica
 from trainer.data.batches import num_examples, training_batches
 from trainer.data.batches import total_steps as count_steps
 from trainer.data.coverage import TextBytes
@@ -224,7 +224,7 @@ def tell_of_changed_text(
     say(
         f"{what}: the run goes on with the text of then, as it was prepared in "
         f"{prepared.stored_in or prepared.folder}. To train on the text of now, start a new run: "
-        f"run_folder={config.run_folder}-2"
+        f"{quoted(f'run_folder={config.run_folder}-2')}"
     )
 
 
@@ -241,7 +241,7 @@ def _telling_of_lost_workers(run: RunFolder, hosts: Hosts) -> Iterator[None]:
         raise UserError(
             f"Worker {hosts.number} ({hosts.workers[hosts.number]}) cannot go on, most likely because another one "
             f"went away: {error.message[:300]}. See what the others said, then start all of them again with: "
-            f"trainer train --resume {run.path}"
+            f"trainer train --resume {quoted(run.path)}"
         ) from error
 
 
@@ -368,7 +368,9 @@ def train(
             with spent.on("checkpoint"), monitor.doing(step, "saving"):
                 checkpoints.wait()
         if is_stopped:
-            say(f"Stopped at step {step} of {total_steps}, saved. Go on with: trainer train --resume {run.path}")
+            say(
+                f"Stopped at step {step} of {total_steps}, saved. Go on with: trainer train --resume {quoted(run.path)}"
+            )
             return TrainingResult(str(run.path), config.data.is_storybook(), model, step, True, None, {})
 
         # All is saved: from here on a signal just ends the process.
@@ -408,7 +410,7 @@ def keep_score(run: RunFolder, hosts: Hosts, step: int, loss: float, scores: dic
     if best is not None and not is_best:
         say(
             f"step {step}: the validation loss has risen above its best, {scores[best]:.4f} at step {best}. That "
-            f"checkpoint is kept: trainer generate {run.path} --step best"
+            f"checkpoint is kept: trainer generate {quoted(run.path)} --step best"
         )
     if hosts.is_chief:
         try:
