@@ -199,6 +199,13 @@ def test_generating_the_same_text_several_times_is_refused(tmp_path: Path, capsy
     assert "--num-samples 0 must be at least 1." in refusal(["generate", run, "--num-samples", "0"], capsys)
 
 
+@pytest.mark.parametrize("number", ["9" * 5_000, "\u0663", "-1", "1e3", "0"])
+def test_a_number_that_no_option_takes_is_refused(number: str, capsys: pytest.CaptureFixture[str]):
+    assert "must be numbers such as 1,2,4" in refusal(["verify", MINIGPT, "--replicas", f"1,{number}"], capsys)
+    assert "is not one that trainer knows" in refusal(["plan", MINIGPT, "--target", f"gpu:H100x{number}"], capsys)
+    assert "there is no such v5e" in refusal(["plan", MINIGPT, "--target", f"tpu:v5e-{number}"], capsys)
+
+
 def test_a_number_of_replicas_is_not_compared_with_itself(capsys: pytest.CaptureFixture[str]):
     error = refusal(["verify", MINIGPT, "--replicas", "1,2,01"], capsys)
     assert "--replicas 1,2,01 names a number twice, which compares nothing; leave one out." in error

@@ -402,19 +402,19 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from trainer.config import UserError
+    from trainer.config import UserError, whole_number
 
     config = _read_config(options)
-    numbers = options.replicas.split(",")
-    if not all(number.isdecimal() and int(number) for number in numbers) or len(numbers) < 2:
+    numbers = [whole_number(text) or 0 for text in options.replicas.split(",")]
+    if not all(numbers) or len(numbers) < 2:
         raise UserError(f"--replicas {options.replicas} must be numbers such as 1,2,4: at least two, to compare.")
-    if len(set(map(int, numbers))) < len(numbers):
+    if len(set(numbers)) < len(numbers):
         raise UserError(f"--replicas {options.replicas} names a number twice, which compares nothing; leave one out.")
     if options.steps < 1:
         raise UserError(f"--steps {options.steps} must be at least 1.")
     with quiet_import():
         from trainer.verify import verify
-    return 0 if verify(config, [int(number) for number in numbers], options.steps) else 1
+    return 0 if verify(config, numbers, options.steps) else 1
 
 
 def _plan(options: argparse.Namespace) -> int:

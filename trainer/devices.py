@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.config import UserError
+from trainer.config import UserError, whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +182,8 @@ def parse_target(text: str) -> Target:
         if name in known:
             return Target(known[name], 1)
         name, _, number = name.rpartition("x")  # The last: RTX has one too.
-        if name in known and number.isdecimal() and int(number):
-            return Target(known[name], int(number))
+        if name in known and (count := whole_number(number)):
+            return Target(known[name], count)
     raise UserError(f"--target {text} is not one that trainer knows; {known_targets()}")
 
 
@@ -340,10 +340,11 @@ def _parse_tpu(text: str, name: str) -> Target:
     # Of chips with two cores there is no type with less than a host's four.
     chips = [4] if per_chip > 1 else [1, 4]
     chips += [2**i for i in range(3, _MOST_CHIPS[name].bit_length())]
-    if not number.isdecimal() or int(number) not in [count * per_chip for count in chips]:
-        numbers = ", ".join(str(count * per_chip) for count in chips)
+    count = whole_number(number)
+    if count is None or count not in [each * per_chip for each in chips]:
+        numbers = ", ".join(str(each * per_chip) for each in chips)
         raise UserError(f"--target {text}: there is no such {name}; its numbers are {numbers}.")
-    return Target(tpu, int(number) // tpu.num_cores)
+    return Target(tpu, count // tpu.num_cores)
 
 
 def _circuits(gpu: Device) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from trainer.config import (
     parse_config,
     quoted,
     shortened,
+    whole_number,
 )
 from trainer.storage import (
     DamagedError,
@@ -596,10 +597,10 @@ def run_and_step(path: str, step: str | int | None = None) -> tuple[str, Step | 
     Raises:
         UserError: step is neither, or path and step name different ones.
     """
-    if step is not None and step != "best" and not (str(step).isascii() and str(step).isdecimal()):
+    asked: Step | None = "best" if step == "best" else whole_number(str(step))
+    if step is not None and asked is None:
         raise UserError(f"step={step!r} is not a checkpoint's; give a number of steps, or 'best'.")
-    asked: Step | None = None if step is None else "best" if step == "best" else int(step)
-    named = re.fullmatch(r"(?:(.*)/)?checkpoints/step_(\d+)/*", path)
+    named = re.fullmatch(r"(?:(.*)/)?checkpoints/step_([0-9]{1,18})/*", path)
     if named is None:
         return path, asked
     if asked is not None and asked != int(named[2]):
