@@ -311,13 +311,14 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("columns", [80, 120, 200])
+def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int):
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", str(columns))
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     terminal = Terminal()
-    watched = monitor(tmp_path, first_step=10, terminal=terminal)
+    watched = Monitor(tmp_path, CONFIG, 10, 30, 0.5, False, terminal, steps_per_epoch=4)
     with watched.running():
         watched.advance(20)
         watched.interval(20, interval())
@@ -327,7 +328,12 @@ def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     shown = terminal.getvalue()
     assert "compiling" in shown and "training" in shown and "saving" in shown and "━" in shown
     assert "20/30" in shown and "10/30" not in shown.rpartition("20/30")[2]
-    assert "loss 2.0000  1,000,000 tokens/s in steps" in shown
+    speed = "1,000,000 tokens/s in steps, 900,000 overall" if columns == 200 else "900,000 tokens/s"
+    last_bar = re.sub(r"\x1b\[[^m]*m", "", shown[shown.rindex("saving") :]).split("\n")[0]
+    # All of it has room, down to the time left.
+    assert re.search(
+        rf"━ 20/30 epoch 5.00/7.5  loss 2.0000  {speed} (-:--:--|\d:\d\d:\d\d|--:--|\d\d:\d\d)", last_bar
+    ), last_bar
     assert "above the bar" in shown
     assert "step 20/30" not in shown  # The bar says it.
 

@@ -359,7 +359,7 @@ def train(
                     if is_best and not is_saved:
                         save_now(step)
                 if is_due(step, config.samples.every_steps) and step < total_steps and hosts.is_chief:
-                    with spent.on("sample"), monitor.doing(step, "writing samples"):
+                    with spent.on("sample"), monitor.doing(step, "sampling"):
                         monitor.samples(step, write_samples(generator, config.samples, is_asked_to_stop))
 
             is_stopped = is_stopped or is_asked_to_stop()
@@ -382,7 +382,7 @@ def train(
             with spent.on("evaluate"):  # The scores so far are of a sample of the text: compare with the same.
                 of_sample = evaluator(num_batches)
         keep_score(run, hosts, step, of_sample.loss, scores, monitor.say)
-        with spent.on("sample"), monitor.doing(step, "writing samples"):
+        with spent.on("sample"), monitor.doing(step, "sampling"):
             samples = write_samples(generator, config.samples) if hosts.is_chief else {}
         monitor.samples(step, samples)
         if hosts.is_chief:

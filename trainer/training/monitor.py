@@ -26,6 +26,9 @@ from trainer.storage import Location, reason_and_remedy
 from trainer.terminal import Say, console, printable
 from trainer.training.step import CallMetrics
 
+# Columns of a terminal on which the bar has room for both speeds; on fewer it shows the overall one.
+_WIDE = 140
+
 
 class Interval(NamedTuple):
     """The steps since the last report.
@@ -238,14 +241,15 @@ class Monitor:
         if interval.grad_norm is not None:
             norm = f"norm {interval.grad_norm:.2f}  "
         in_steps, overall = interval.tokens_per_sec_in_steps, interval.tokens_per_sec_overall
-        speed = f"{in_steps:,.0f} tokens/s in steps, {overall:,.0f} overall"
+        speed, short = f"{in_steps:,.0f} tokens/s in steps, {overall:,.0f} overall", f"{overall:,.0f} tokens/s"
         if self._tokens_per_sec_at_peak is not None:
             values["mfu_in_steps"] = in_steps / self._tokens_per_sec_at_peak
             values["mfu_overall"] = overall / self._tokens_per_sec_at_peak
             speed += f"  mfu {values['mfu_in_steps']:.1%} in steps, {values['mfu_overall']:.1%} overall"
         # What nothing is known of has no point: a 0 would be drawn as the best loss of all.
         self._train.scalars(step, {name: value for name, value in values.items() if value is not None})
-        self._progress.update(self._task, completed=step, state=f"{self._epoch_at(step)}{loss}  {speed}")
+        shown = speed if self._console.width >= _WIDE else short
+        self._progress.update(self._task, completed=step, state=f"{self._epoch_at(step)}{loss}  {shown}")
         if not self._has_bar:
             self.say(
                 f"{self._place_at(step)}  {learned}  rate {interval.learning_rate:.2e}  {norm}{speed}  "
