@@ -1,7 +1,5 @@
 """Laws of trainer verify."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 
@@ -53,8 +51,7 @@ def test_zeros_and_huge_numbers_have_a_difference_too():
 
 def test_weights_that_are_nan_are_not_the_same_model(tmp_path, monkeypatch):
     # A stand-in for the steps, which skip what is not finite: this is what reaches the comparison from a device.
-    monkeypatch.setattr(verify_module, "take_steps", nan_weights)
-    monkeypatch.setattr(verify_module, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(verify_module, "call_in_new_process", nan_weights)
     lines = []
     assert not verify(config_of(tmp_path), [1, 2], say=lines.append)
     assert lines[-2].endswith("inf in all weights; NOT FINITE: weights")
@@ -63,11 +60,6 @@ def test_weights_that_are_nan_are_not_the_same_model(tmp_path, monkeypatch):
 
 def nan_weights(*_):
     return trace(weights=(np.nan, 1.0))
-
-
-class InThisProcess(ThreadPoolExecutor):
-    def __init__(self, max_workers, mp_context):
-        super().__init__(max_workers)
 
 
 def test_one_number_of_replicas_has_nothing_to_be_compared_with(tmp_path):

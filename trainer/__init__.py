@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from trainer.fork import check_not_forked
 from trainer.terminal import quiet_import
 from trainer.version import __version__
 
@@ -66,6 +67,7 @@ def train(
     Raises:
         UserError: a setting, the text or the run folder is not right.
     """
+    check_not_forked()
     with quiet_import():
         from trainer.training import loop
 
@@ -92,6 +94,7 @@ def resume(
     Raises:
         UserError: there is no such run, its data is gone, or an override would make it another run.
     """
+    check_not_forked()
     with quiet_import():
         from trainer.training import loop
 
@@ -110,6 +113,7 @@ def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = pr
     Returns:
         A data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length].
     """
+    check_not_forked()
     with quiet_import():
         from trainer.data.batches import total_steps, training_batches
         from trainer.data.prepare import prepare
@@ -154,6 +158,7 @@ def generate(
     Raises:
         UserError: there is no such run, it has no checkpoint, or a prompt or setting does not fit.
     """
+    check_not_forked()
     from trainer.decoding.decoder import Decoder
     from trainer.run import RunFolder, run_and_step
 

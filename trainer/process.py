@@ -1,0 +1,123 @@
+"""New Python processes, for what this process must not do itself."""
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from trainer.config import UserError
+
+# The module that is run is not imported there once more, as multiprocessing would do: in a script without
+# `if __name__ == "__main__":` that starts everything over.
+_CHILD = (
+    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
+    "from trainer.process import _serve; _serve(int(sys.argv[1]))"
+)
+# For a child that was interrupted to clean up.
+_GRACE_SECS = 10.0
+
+T = TypeVar("T")
+
+
+def call_in_new_process(function: Callable[..., T], *arguments: object, say: Callable[[str], None] | None = None) -> T:
+    """Calls a function in a new Python process and returns what it returns.
+
+    Args:
+        function: of a module, by whose name the new process finds it.
+        arguments: can be pickled, as can the result.
+        say: gets what the function passes to its own argument `say`; left out, the function has none.
+
+    Raises:
+        UserError: the process was killed.
+        Exception: whatever the function raises.
+    """
+    reader, writer = os.pipe()
+    command = [sys.executable, "-c", _CHILD, str(writer)]
+    try:
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[writer])
+    except BaseException:
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
+    assert child.stdin is not None
+    try:
+        # Its stdin stays open until the end: once that closes, this process is gone, and the child ends too.
+        with os.fdopen(reader, "rb") as answers, contextlib.suppress(BrokenPipeError), child.stdin:
+            child.stdin.write(pickle.dumps(sys.path) + pickle.dumps((function, arguments, say is not None)))
+            child.stdin.flush()
+            outcome, content = "", cast(Any, None)
+            while outcome not in ("result", "error"):
+                outcome, content = pickle.load(answers)
+                if outcome == "line":
+                    assert say is not None
+                    say(content)
+    except EOFError:
+        raise UserError(
+            f"The process that does the work of {function.__name__} {describe_end(child.wait())}. If this machine was "
+            "short of memory, give it more or end other programs."
+        ) from None
+    except BaseException:
+        child.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_GRACE_SECS)
+        child.kill()
+        raise
+    finally:
+        child.wait()
+    if outcome == "error":
+        error, where = content
+        raise error from RuntimeError(f"in a new process:\n{where}")
+    result: T = content
+    return result
+
+
+def describe_end(status: int) -> str:
+    """Returns how a process ended, by its status as of subprocess."""
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
+
+
+def _serve(descriptor: int) -> None:
+    """Calls the function that comes at stdin, and writes pairs of a kind and what it is: line, result or error."""
+    function, arguments, is_told = pickle.load(sys.stdin.buffer)
+    is_done = threading.Event()
+
+    def end_with_the_parent() -> None:
+        sys.stdin.buffer.read()
+        if not is_done.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+            is_done.wait(_GRACE_SECS)
+            os._exit(1)
+
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+    with os.fdopen(descriptor, "wb") as answers:
+
+        def send(outcome: str, content: Any) -> None:
+            answers.write(pickle.dumps((outcome, content)))
+            answers.flush()
+
+        try:
+            result = function(*arguments, **({"say": lambda line: send("line", line)} if is_told else {}))
+            is_done.set()
+            send("result", result)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception as error:
+            is_done.set()
+            where = traceback.format_exc()
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:  # Some exceptions cannot be pickled.
+                error = RuntimeError(f"{type(error).__name__}: {error}")
+            send("error", (error, where))
