@@ -1,153 +1,12 @@
-"""Laws of the meeting of several workers, before TensorFlow joins them."""
+"""Laws of who the workers of a run are."""
 
-import contextlib
 import json
 import os
-import socket
-import threading
-import time
 
 import pytest
 
 from trainer.config import DistributionConfig, UserError
-from trainer.training import hosts
-from trainer.training.hosts import Hosts, find_hosts, meet, meeting_secs, read_tf_config
-
-
-def verdicts(workers, facts, timeout_secs=10.0):
-    """What `meet` raises on each worker that comes; None where it does not. facts: by the worker's number."""
-    found = {}
-
-    def come(number):
-        try:
-            meet(workers, number, facts[number], timeout_secs)
-            found[number] = None
-        except Exception as error:
-            found[number] = error
-
-    threads = [threading.Thread(target=come, args=(number,)) for number in facts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert set(found) == set(facts), "a worker still waits"
-    return found
-
-
-def test_workers_that_agree_go_on_and_can_meet_again_at_once(free_addresses):
-    workers = free_addresses(3)
-    facts = dict.fromkeys(range(3), lambda: {"the config": "same"})
-    for _ in range(3):
-        assert verdicts(workers, facts) == dict.fromkeys(range(3))
-
-
-def test_a_worker_alone_meets_nobody():
-    meet(["localhost:1"], 0, dict)
-
-
-def test_a_difference_is_named_on_every_worker(free_addresses):
-    workers = free_addresses(3)
-    facts = {
-        i: lambda i=i: {"the config": "same", "the prepared data": "other" if i == 2 else "this"} for i in range(3)
-    }
-    for error in verdicts(workers, facts).values():
-        assert isinstance(error, UserError)
-        assert f"the prepared data differs: worker 2 ({workers[2]}) has other, worker 0 has this." in str(error)
-
-
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_worker_that_fails_is_named_on_the_others(failing, free_addresses):
-    def fail():
-        raise UserError("data.train='x': no such file.")
-
-    workers = free_addresses(3)
-    found = verdicts(workers, {i: fail if i == failing else dict for i in range(3)})
-    assert str(found.pop(failing)) == "data.train='x': no such file."
-    for error in found.values():
-        assert f"worker {failing} ({workers[failing]}) failed: data.train='x': no such file." in str(error)
-
-
-def test_a_worker_that_never_comes_is_an_error_on_all_others_in_time(free_addresses):
-    workers = free_addresses(3)
-    begin = time.monotonic()
-    found = verdicts(workers, {0: dict, 1: dict}, timeout_secs=1.0)
-    assert time.monotonic() - begin < 20
-    for error in found.values():
-        assert f"worker 2 ({workers[2]}) did not come within 1 s" in str(error)
-
-
-def test_a_first_worker_that_never_comes_is_an_error_on_the_others(free_addresses):
-    workers = free_addresses(2)
-    (error,) = verdicts(workers, {1: dict}, timeout_secs=1.0).values()
-    assert f"worker 0 ({workers[0]}) could not be reached within 1 s" in str(error)
-
-
-@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b""], ids=["a request", "a list", "nothing"])
-def test_what_is_no_worker_may_knock(said, free_addresses, monkeypatch):
-    monkeypatch.setattr(hosts, "_GREETING_SECS", 0.3)
-    workers = free_addresses(2)
-    has_knocked, is_over = threading.Event(), threading.Event()
-
-    def knock():
-        for _ in range(100):
-            try:
-                with socket.create_connection(("127.0.0.1", int(workers[0].split(":")[1])), timeout=1) as line:
-                    line.sendall(said)
-                    has_knocked.set()
-                    is_over.wait(20)
-                    return
-            except OSError:
-                time.sleep(0.02)
-
-    stranger = threading.Thread(target=knock)
-    stranger.start()
-    leader = threading.Thread(target=meet, args=(workers, 0, dict, 10.0))
-    leader.start()
-    assert has_knocked.wait(10)
-    meet(workers, 1, dict, 10.0)
-    leader.join(10)
-    assert not leader.is_alive()
-    is_over.set()
-    stranger.join()
-
-
-def test_a_worker_does_not_take_itself_for_the_first(free_addresses, monkeypatch):
-    workers = free_addresses(2)
-    connect, attempts = socket.create_connection, []
-
-    def meet_itself_at_first(address, timeout):
-        attempts.append(address)
-        return connect(address, timeout, source_address=address if len(attempts) == 1 else None)
-
-    monkeypatch.setattr(socket, "create_connection", meet_itself_at_first)
-    facts, found = dict.fromkeys(range(2), dict), []
-    late = threading.Thread(target=lambda: (time.sleep(0.5), found.append(verdicts(workers, {0: facts[0]}))))
-    late.start()
-    assert verdicts(workers, {1: facts[1]}) == {1: None}
-    late.join(20)
-    assert found == [{0: None}]
-    assert len(attempts) > 1
-
-
-def test_strangers_who_say_nothing_do_not_hold_up_the_verdict(free_addresses):
-    workers, lines, is_over = free_addresses(2), [], threading.Event()
-
-    def knock():
-        while not is_over.wait(0.02):
-            with contextlib.suppress(OSError):
-                lines.append(socket.create_connection(("127.0.0.1", int(workers[0].split(":")[1])), timeout=1))
-
-    stranger = threading.Thread(target=knock)
-    stranger.start()
-    begin = time.monotonic()
-    (error,) = verdicts(workers, {0: dict}, timeout_secs=1.0).values()
-    assert time.monotonic() - begin < 4
-    is_over.set()
-    stranger.join()
-    for line in lines:
-        line.close()
-    assert lines
-    assert f"worker 1 ({workers[1]}) did not come within 1 s" in str(error)
+from trainer.training.hosts import Hosts, describe_loss, find_hosts, read_tf_config, split_address
 
 
 def tf_config(workers=("a:1", "b:2"), kind="worker", index=1, **more):
@@ -167,15 +26,30 @@ def test_tf_config_is_read():
     [
         (None, "TF_CONFIG is not set"),
         ("", "TF_CONFIG is not set"),
-        ("{", "is not what it should be"),
-        ("[]", "is not what it should be"),
-        ('{"cluster": {"worker": ["a:1"]}}', "is not what it should be"),
+        ("{}", "TF_CONFIG='{}' names no cluster"),
+        ('{"cluster": {}, "environment": "cloud"}', "names no cluster"),
+        ("{", "TF_CONFIG='{' is not what it should be, JSON"),
+        ("[" * 200_000, "is not what it should be, JSON (maximum recursion depth exceeded"),
+        ("[]", "is not what it should be, a JSON object"),
+        ('{"cluster": {"worker": ["a:1"]}}', "must have a cluster, and a task with type and index"),
+        ('{"cluster": ["a:1"], "task": {"type": "worker", "index": 0}}', "must have a cluster, and a task with type"),
+        ('{"cluster": {"worker": ["a:1"]}, "task": [0]}', "must have a cluster, and a task with type and index"),
         (tf_config(index=2), "task.index=2 must be a number from 0 to 1"),
+        (tf_config(index=-1), "task.index=-1 must be a number from 0 to 1"),
         (tf_config(index="1"), "task.index='1' must be a number from 0 to 1"),
-        (tf_config(kind="chief"), "has a task that is no worker"),
-        (tf_config(ps=["c:3"]), "has a task that is no worker"),
+        (tf_config(index=True), "task.index=True must be a number from 0 to 1"),
+        (tf_config(kind="chief", index=0), "task.index=0 must be that of a chief in the cluster"),
+        (tf_config(kind="evaluator"), "must have only workers, with or without one chief; leave out 'evaluator'"),
+        (tf_config(kind=["worker"]), "must have only workers"),
+        (tf_config(ps=["c:3"]), "must have only workers, with or without one chief; leave out 'ps'"),
+        (tf_config(chief=["c:3", "d:4"]), "must list a different host:port for each worker, and at most one chief"),
+        (tf_config(chief=["a:1"]), "must list a different host:port for each worker"),
         (tf_config(workers=["a:1", "a:1"]), "must list a different host:port for each worker"),
-        (tf_config(workers=["a", "b"]), "must list a different host:port for each worker"),
+        (tf_config(workers=["a:1", "A:1"]), "must list a different host:port for each worker"),
+        (tf_config(workers=["a", "b"]), "cluster.worker=['a', 'b'] must list a host:port for each"),
+        (tf_config(workers=["a:x", "b:2"]), "cluster.worker=['a:x', 'b:2'] must list a host:port for each"),
+        (tf_config(workers="a:1"), "cluster.worker='a:1' must list a host:port for each"),
+        (tf_config(workers=[["a:1"], 2]), "must list a host:port for each"),
         (tf_config(workers=[]), "must list a different host:port for each worker"),
     ],
 )
@@ -184,6 +58,46 @@ def test_a_tf_config_that_is_not_right_says_what_is_wrong(text, message):
         read_tf_config(text)
     assert message in str(error.value)
     assert "scripts/launch_local" in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("a", "a:", ":1", "a:x", "a:0", "a:65536", "a:99999", "a:-1", "a:1.0", "a:²", "a b:1", "a\n:1", "한:1"),
+        *("::1:1", "[::1]", "[::1]1", "[a]:1", "[::1:1", "user@a:1", "http://a:1", "a..b:1", f"{'a' * 64}:1"),
+        f"a:{'1' * 5000}",
+    ],
+)
+def test_what_is_no_address_is_refused(address):
+    with pytest.raises(ValueError):
+        split_address(address)
+    with pytest.raises(UserError, match=r"must list a host:port for each, such as \"10\.0\.0\.1:2222\""):
+        read_tf_config(tf_config(workers=("b:2", address)))
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "port"),
+    [
+        ("localhost:1", "localhost", 1),
+        ("Node-1.example.com:65535", "node-1.example.com", 65535),
+        ("my_service:2222", "my_service", 2222),
+        ("10.0.0.1:2222", "10.0.0.1", 2222),
+        ("[::1]:2222", "::1", 2222),
+        ("[FD00:0::2]:2222", "fd00::2", 2222),
+    ],
+)
+def test_an_address_is_a_host_and_a_port(address, host, port):
+    assert split_address(address) == (host, port)
+    assert read_tf_config(tf_config(workers=("b:2", address))).workers == ("b:2", address)
+
+
+def test_a_chief_is_the_first_worker_for_trainer_and_for_tensorflow(monkeypatch):
+    for kind, index, number in (("chief", 0, 0), ("worker", 0, 1), ("worker", 1, 2)):
+        monkeypatch.setenv("TF_CONFIG", tf_config(kind=kind, index=index, chief=["c:3"]))
+        hosts = find_hosts(DistributionConfig())
+        assert hosts == Hosts(("c:3", "a:1", "b:2"), number)
+        assert json.loads(os.environ["TF_CONFIG"]) == json.loads(tf_config(hosts.workers, index=number))
 
 
 def test_several_hosts_are_found_where_tf_config_names_them(monkeypatch):
@@ -194,6 +108,58 @@ def test_several_hosts_are_found_where_tf_config_names_them(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", tf_config())
     assert find_hosts(DistributionConfig()).number == 1
     assert find_hosts(DistributionConfig(kind="cpu")) == Hosts()
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"cluster": {}, "task": {}, "environment": "cloud"}'])
+def test_a_tf_config_without_a_cluster_is_that_of_a_process_alone(monkeypatch, text):
+    monkeypatch.setenv("TF_CONFIG", text)
+    assert find_hosts(DistributionConfig()) == Hosts()
+    with pytest.raises(UserError, match=r"distribution\.kind='multi_worker', but TF_CONFIG.*Set it on every worker"):
+        find_hosts(DistributionConfig(kind="multi_worker"))
+
+
+# What TensorFlow 2.21 says on worker 0 of three once worker 1 is gone, and of two once worker 1 is stopped.
+GONE = """Graph execution error:
+
+Detected at node while/CollectiveReduceV2 defined at (most recent call last):
+  File "/home/me/train.py", line 4, in <module>
+
+Collective ops is aborted by: Collective ops is aborted by: recvmsg:Connection reset by peer
+Additional GRPC error information from remote target /job:worker/replica:0/task:1 while calling /tensorflow.WorkerSer\
+vice/RecvBuf:
+:UNKNOWN:Error received from peer  {grpc_status:14, grpc_message:"recvmsg:Connection reset by peer"}
+The error could be from a previous operation. Restart your program to reset.
+Additional GRPC error information from remote target /job:worker/replica:0/task:2 while calling /tensorflow.WorkerSer\
+vice/RecvBuf:
+:UNKNOWN:Error received from peer  {grpc_status:14, grpc_message:"Collective ops is aborted by: recvmsg:Connection re\
+set by peer\\nAdditional GRPC error information from remote target /job:worker/replica:0/task:1 while calling /tensor\
+flow.WorkerService/RecvBuf:\\n:UNKNOWN:Error received from peer  {grpc_status:14, grpc_message:\\"recvmsg:Connection r\
+eset by peer\\"}\\nThe error could be from a previous operation. Restart your program to reset."}
+The error could be from a previous operation. Restart your program to reset.
+\t [[{{node while/CollectiveReduceV2}}]] [Op:__inference__run_steps_1823]"""
+SILENT = """Collective ops is aborted by: Error reported from /job:worker/task:0: The following tasks are unhealthy (st\
+opped sending heartbeats):
+/job:worker/replica:0/task:1
+The tasks have crashed. Check the task logs for an earlier error, or scheduler events (e.g. preemption, eviction) to d\
+ebug further."""
+
+
+def test_an_error_of_the_collectives_tells_which_worker_was_lost_and_why():
+    hosts = Hosts(("a:1", "b:2", "c:3"), 0)
+    assert str(describe_loss(GONE, hosts)).startswith(
+        "worker 1 (b:2) broke its connection (recvmsg:Connection reset by peer). See its own last lines"
+    )
+    assert str(describe_loss(SILENT, hosts)).startswith("worker 1 (b:2) stopped answering. See its own last lines")
+    for message, who in (
+        # The first worker is gone, and stopped.
+        ("Failed to send RPC to coordination service. Either the leader task was preempted", "worker 0 (a:1) broke"),
+        ("Deadline Exceeded\n\nRPC: /tensorflow.CoordinationService/Heartbeat\n", "worker 0 (a:1) stopped answering."),
+        ("cluster check alive failed, /job:worker/replica:0/task:2 is down", "worker 2 (c:3) broke its connection"),
+        ("Cancelled", "another worker broke its connection (Cancelled)."),
+    ):
+        assert str(describe_loss(f"Collective ops is aborted by: {message}", hosts)).startswith(who)
+    assert describe_loss("OOM when allocating tensor", hosts) is None
+    assert describe_loss(GONE, Hosts()) is None
 
 
 def test_gpus_of_one_machine_are_not_ignored_by_several(monkeypatch):
@@ -297,15 +263,3 @@ def test_slurm_is_not_asked_where_one_process_is_meant_or_tf_config_is_set(slurm
     assert find_hosts(DistributionConfig()).workers == ("a:1", "b:2")
     slurm_task("node1", "1", "node1", count=1)
     assert find_hosts(DistributionConfig()) == Hosts()
-
-
-def test_workers_wait_as_long_as_they_are_told(monkeypatch, free_addresses):
-    monkeypatch.delenv("TRAINER_MEETING_SECS", raising=False)
-    assert meeting_secs() == 45.0
-    monkeypatch.setenv("TRAINER_MEETING_SECS", "1")
-    with pytest.raises(UserError, match="could not be reached within 1 s"):
-        meet(free_addresses(2), 1, dict)
-    for text in ("", "0", "soon", "1.5"):
-        monkeypatch.setenv("TRAINER_MEETING_SECS", text)
-        with pytest.raises(UserError, match=rf"TRAINER_MEETING_SECS='{text}' must be a whole number of seconds"):
-            meeting_secs()

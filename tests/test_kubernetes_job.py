@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.training.hosts import meeting_secs, read_tf_config
+from trainer.training import meeting
+from trainer.training.hosts import read_tf_config
+from trainer.training.meeting import meeting_secs
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "kubernetes_job"
 TRAIN = ["trainer", "train", "configs/quickstart.toml", "--or-resume", "run_folder=/runs/gpt"]
@@ -25,7 +27,8 @@ def printed(n, *options, command=TRAIN):
     assert (process.returncode, process.stderr) == (0, "")
     manifest = json.loads(process.stdout)
     assert (manifest["apiVersion"], manifest["kind"]) == ("v1", "List")
-    return manifest["items"]
+    service, _, job = manifest["items"]
+    return service, job
 
 
 def pod_of(job):
@@ -44,6 +47,8 @@ def environment(job, index):
     for entry in pod_of(job)["containers"][0]["env"]:
         if "value" in entry:
             known[entry["name"]] = expand(entry["value"], known)
+        elif "secretKeyRef" in entry["valueFrom"]:
+            known[entry["name"]] = str(entry["valueFrom"]["secretKeyRef"])
         else:
             known[entry["name"]] = annotations[entry["valueFrom"]["fieldRef"]["fieldPath"]]
     return known
@@ -63,6 +68,20 @@ def test_each_pod_is_the_worker_of_its_index_at_the_name_that_the_service_gives_
     assert (service["kind"], service["apiVersion"], service["spec"]["clusterIP"]) == ("Service", "v1", "None")
     assert service["metadata"]["name"] == pod_of(job)["subdomain"] == "gpt"
     assert service["spec"]["selector"] == {"job-name": "gpt"}
+
+
+def test_all_pods_get_one_secret_which_is_another_each_time():
+    secrets = []
+    for _ in range(2):
+        process = run("-n", 2, "--name", "gpt", "--image", "trainer", *TRAIN)
+        _, secret, job = json.loads(process.stdout)["items"]
+        assert (secret["kind"], secret["apiVersion"], secret["metadata"]) == ("Secret", "v1", {"name": "gpt"})
+        (entry,) = (e for e in pod_of(job)["containers"][0]["env"] if e["name"] == meeting.SECRET_VARIABLE)
+        assert entry["valueFrom"] == {"secretKeyRef": {"name": "gpt", "key": meeting.SECRET_VARIABLE}}
+        secrets.append(secret["stringData"][meeting.SECRET_VARIABLE])
+        assert process.stdout.count(secrets[-1]) == 1
+    assert secrets[0] != secrets[1]
+    assert len(secrets[0]) == 32
 
 
 def test_the_command_runs_as_it_was_given_whatever_is_in_it():

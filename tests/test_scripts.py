@@ -308,7 +308,9 @@ def test_slurm_job_goes_on_with_its_run_and_queues_itself_again_where_it_was_int
     fake = f'#!{BASH}\necho ${{0##*/}} "$@" cpus:$SRUN_CPUS_PER_TASK\n'
     checkout.program(checkout.bin / "srun", fake + f'while [[ $1 == -* ]]; do shift; done; "$@"; exit {status}\n')
     checkout.program(checkout.bin / "scontrol", fake)
-    checkout.program(checkout.root / ".venv/bin/trainer", f'#!{BASH}\nprintf "<%s>" "$@"; echo\n')
+    checkout.program(
+        checkout.root / ".venv/bin/trainer", f'#!{BASH}\nprintf "<%s>" "$@" secret:${{#TRAINER_MEETING_SECRET}}; echo\n'
+    )
     # SLURM runs a copy of the script, in the folder it was submitted from.
     spooled = checkout.root.parent / "slurm_script"
     shutil.copy(checkout.root / "scripts/slurm_train", spooled)
@@ -321,7 +323,7 @@ def test_slurm_job_goes_on_with_its_run_and_queues_itself_again_where_it_was_int
     )
     # A worker that is done must not end the first one, which may still be saving.
     assert "--kill-on-bad-exit=0" in started
-    assert trained == "<train><--or-resume><configs/x.toml><data.train=a b>"
+    assert trained == "<train><--or-resume><configs/x.toml><data.train=a b><secret:36>"
     assert queued == (["scontrol requeue 12 cpus:16"] if is_queued_again else [])
 
 

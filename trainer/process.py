@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from trainer.config import UserError
+from trainer.terminal import quiet_import
 
 # The module that is run is not imported there once more, as multiprocessing would do: in a script without
 # `if __name__ == "__main__":` that starts everything over.
@@ -90,7 +91,8 @@ def describe_end(status: int) -> str:
 
 def _serve(descriptor: int) -> None:
     """Calls the function that comes at stdin, and writes pairs of a kind and what it is: line, result or error."""
-    function, arguments, is_told = pickle.load(sys.stdin.buffer)
+    with quiet_import():
+        function, arguments, is_told = pickle.load(sys.stdin.buffer)
     is_done = threading.Event()
 
     def end_with_the_parent() -> None:

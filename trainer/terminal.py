@@ -5,7 +5,6 @@ Imports the standard library only, until a line is printed to a terminal.
 
 import contextlib
 import errno
-import importlib
 import os
 import re
 import sys
@@ -167,10 +166,3 @@ def is_greeting(line: str, has_gpu: bool) -> bool:
     if has_gpu and re.search("gpu|cuda", line, re.IGNORECASE):
         return False
     return line.startswith(("I0000 ", "WARNING: All log messages before absl", "To enable the following"))
-
-
-def call_quietly(module: str, function: str, *arguments: Any) -> Any:
-    """Calls a function of a module that is imported quietly: for a process of its own, which loads TensorFlow anew."""
-    with quiet_import():
-        called = getattr(importlib.import_module(module), function)
-    return called(*arguments)

@@ -13,7 +13,6 @@ from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.process import call_in_new_process
 from trainer.run import build_gpt
-from trainer.terminal import call_quietly
 from trainer.training.distribution import distributed, make_strategy
 from trainer.training.step import TrainingStep
 
@@ -74,15 +73,7 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
         f"{config.train.precision}:"
     )
     for num_replicas, distribution in zip(replicas, distributions, strict=True):
-<<<<<<< HEAD
-        # Spawned, not forked: TensorFlow's threads would not survive that.
-        with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
-            trace = executor.submit(
-                call_quietly, __name__, take_steps.__name__, config, prepared, distribution, num_steps
-            ).result()
-=======
         trace = call_in_new_process(take_steps, config, prepared, distribution, num_steps)
->>>>>>> 9a35a53 (process: work in a new process without importing the script there again)
         reference = reference or trace
         found = difference(trace, reference)
         worst = max(worst, *found)

@@ -73,6 +73,11 @@ def count_replicas_of(hosts: Hosts) -> int:
     return len(hosts.workers) * max(1, _num_gpus())
 
 
+def devices_of_this_host() -> str:
+    """Returns what this host has for `make_strategy` to use, if it is one of several: all of them need the same."""
+    return f"{_num_gpus()} x GPU" if _num_gpus() else "the CPU"
+
+
 def distributed(
     strategy: tf.distribute.Strategy, batches_of: Callable[[Share], tf.data.Dataset]
 ) -> Iterable[tuple[tf.Tensor, ...]]:

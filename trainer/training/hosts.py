@@ -1,27 +1,12 @@
-"""The processes of a run on several hosts: who they are, and that they agree before TensorFlow joins them.
+"""The processes of a run on several hosts: which they are by TF_CONFIG or SLURM, and which of them this one is."""
 
-TensorFlow waits for a missing worker for ever, and a worker with another config would hang or corrupt the others. So
-they first talk in plain TCP: the first worker listens at its own address of TF_CONFIG, the others report to it, and all
-get the same verdict.
-"""
-
-import contextlib
+import ipaddress
 import json
 import os
-import socket
-import struct
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Self
+import re
+from typing import Any, NamedTuple
 
 from trainer.config import DistributionConfig, UserError
-
-TIMEOUT_SECS = 45.0
-TIMEOUT_VARIABLE = "TRAINER_MEETING_SECS"
-_RETRY_SECS = 0.2
-# A worker says at once who it is.
-_GREETING_SECS = 5.0
-_MAX_MESSAGE_BYTES = 1_000_000
 
 # Below the ports that Linux gives to outgoing connections.
 _SLURM_FIRST_PORT = 10_000
@@ -29,11 +14,26 @@ _SLURM_NUM_SLOTS = 200
 _SLURM_PORTS_PER_SLOT = 100
 _SLURM_ADVICE = "Start the workers with srun, as scripts/slurm_train does, or set TF_CONFIG on each."
 
-Facts = Mapping[str, str]
+
+# What errors of TensorFlow's collectives call other workers, and the reasons that they give.
+_TASK = re.compile(r"/job:worker/(?:replica:0/)?task:(\d+)")
+_REMOTE_TASK = re.compile(r"remote target /job:worker/replica:0/task:(\d+)")
+_TASK_DOWN = re.compile(r"/job:worker/replica:0/task:(\d+) is down")
+_REASON = re.compile(r"aborted by: (?!Collective ops)([^\n\\\"]+)")
+
+_TF_CONFIG_ADVICE = (
+    'Set it on every worker, as in {"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", '
+    '"index": 0}}, or start the workers with scripts/launch_local, scripts/slurm_train or scripts/kubernetes_job.'
+)
 
 
 class Hosts(NamedTuple):
-    """The processes of a run: host:port of each, where there are several, and which of them this is."""
+    """The processes of a run, and which of them this is.
+
+    Attributes:
+        workers: host:port of each, if there are several; a chief of TF_CONFIG comes before its workers.
+        number: the index in workers of this process.
+    """
 
     workers: tuple[str, ...] = ("this process",)
     number: int = 0
@@ -48,6 +48,10 @@ class Hosts(NamedTuple):
         """Whether others have to take every step with this one."""
         return len(self.workers) > 1
 
+    def name(self, number: int) -> str:
+        """Returns what messages call a worker."""
+        return f"worker {number} ({self.workers[number]})"
+
 
 def find_hosts(config: DistributionConfig) -> Hosts:
     """Returns the processes of the run, by TF_CONFIG where several are meant.
@@ -60,11 +64,15 @@ def find_hosts(config: DistributionConfig) -> Hosts:
     """
     if config.kind not in ("auto", "multi_worker"):
         return Hosts()
-    if "TF_CONFIG" not in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+    if not os.environ.get("TF_CONFIG") and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         os.environ["TF_CONFIG"] = slurm_tf_config()
-    if config.kind == "auto" and "TF_CONFIG" not in os.environ:
+    text = os.environ.get("TF_CONFIG", "")
+    # Some platforms set a TF_CONFIG without a cluster for a process that is alone; TensorFlow reads it so, too.
+    if config.kind == "auto" and not (text and _parse(text).get("cluster")):
         return Hosts()
-    hosts = read_tf_config(os.environ.get("TF_CONFIG"))
+    hosts = read_tf_config(text)
+    if "chief" in _parse(text)["cluster"]:
+        os.environ["TF_CONFIG"] = _tf_config_of(hosts)  # TensorFlow would number its workers from 0 besides the chief.
     if hosts.are_several and config.gpus is not None:
         raise UserError(
             f"distribution.gpus={list(config.gpus)} does not go with the {len(hosts.workers)} workers of TF_CONFIG, "
@@ -109,7 +117,7 @@ def slurm_tf_config() -> str:
             f"{_slurm_values('SLURMD_NODENAME', 'SLURM_LOCALID')} is none of the tasks that SLURM_STEP_NODELIST and "
             f"SLURM_STEP_TASKS_PER_NODE tell of, {', '.join(workers)}. {_SLURM_ADVICE}"
         )
-    return json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": workers.index(own)}})
+    return _tf_config_of(Hosts(tuple(workers), workers.index(own)))
 
 
 def _slurm_number(name: str) -> int:
@@ -129,203 +137,111 @@ def read_tf_config(text: str | None) -> Hosts:
     Raises:
         UserError: it is missing or not right.
     """
-    example = '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}'
-    advice = (
-        f"Set it on every worker, as in {example}, or start the workers with scripts/launch_local, scripts/slurm_train "
-        "or scripts/kubernetes_job."
-    )
     if not text:
-        raise UserError(f"distribution.kind='multi_worker', but TF_CONFIG is not set. {advice}")
-    try:
-        parsed = json.loads(text)
-        workers, task = parsed["cluster"]["worker"], parsed["task"]
-        index, kind = task["index"], task["type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"TF_CONFIG={text!r} is not what it should be ({error!r}). {advice}") from None
-    right = isinstance(workers, list) and workers and all(isinstance(w, str) and ":" in w for w in workers)
-    if not right or len(set(workers)) != len(workers):
+        raise UserError(f"distribution.kind='multi_worker', but TF_CONFIG is not set. {_TF_CONFIG_ADVICE}")
+    parsed = _parse(text)
+    cluster, task = parsed.get("cluster"), parsed.get("task")
+    if not cluster and not task:
         raise UserError(
-            f"TF_CONFIG: cluster.worker={workers!r} must list a different host:port for each worker. {advice}"
+            f"distribution.kind='multi_worker', but TF_CONFIG={text!r} names no cluster. {_TF_CONFIG_ADVICE}"
         )
-    if kind != "worker" or set(parsed["cluster"]) != {"worker"}:
-        raise UserError(f"TF_CONFIG={text!r} has a task that is no worker; trainer runs on workers alone. {advice}")
-    if not isinstance(index, int) or not 0 <= index < len(workers):
-        raise UserError(f"TF_CONFIG: task.index={index!r} must be a number from 0 to {len(workers) - 1}. {advice}")
-    return Hosts(tuple(workers), index)
+    if not isinstance(cluster, dict) or not isinstance(task, dict) or not {"type", "index"} <= task.keys():
+        raise _not_right(text, "must have a cluster, and a task with type and index")
+    if unknown := sorted({*cluster, str(task["type"])} - {"chief", "worker"}):
+        raise _not_right(text, f"must have only workers, with or without one chief; leave out {', '.join(unknown)!r}")
+    chiefs, others = cluster.get("chief", []), cluster.get("worker", [])
+    for name, addresses in (("chief", chiefs), ("worker", others)):
+        if not isinstance(addresses, list) or not all(map(_is_address, addresses)):
+            raise UserError(
+                f"TF_CONFIG: cluster.{name}={_start_of(addresses)} must list a host:port for each, such as "
+                f'"10.0.0.1:2222" or "[fd00::1]:2222", with a port from 1 to 65535. {_TF_CONFIG_ADVICE}'
+            )
+    workers = (*chiefs, *others)
+    if len(chiefs) > 1 or not workers or len({split_address(worker) for worker in workers}) < len(workers):
+        raise UserError(
+            f"TF_CONFIG: cluster={_start_of(cluster)} must list a different host:port for each worker, and at most one "
+            f"chief. {_TF_CONFIG_ADVICE}"
+        )
+    own, index = (chiefs if task["type"] == "chief" else others), task["index"]
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(own):
+        allowed = f"a number from 0 to {len(own) - 1}" if own else f"that of a {task['type']} in the cluster"
+        raise UserError(f"TF_CONFIG: task.index={_start_of(index)} must be {allowed}. {_TF_CONFIG_ADVICE}")
+    return Hosts(workers, index if task["type"] == "chief" else len(chiefs) + index)
 
 
-def meeting_secs() -> float:
-    """Returns how long workers wait for each other; longer where TRAINER_MEETING_SECS says that they come far apart.
-
-    Raises:
-        UserError: that is no number of seconds.
-    """
-    text = os.environ.get(TIMEOUT_VARIABLE)
-    if text is not None and not (text.isdecimal() and int(text)):
-        raise UserError(f"{TIMEOUT_VARIABLE}={text!r} must be a whole number of seconds, such as 600.")
-    return TIMEOUT_SECS if text is None else float(text)
+def _tf_config_of(hosts: Hosts) -> str:
+    return json.dumps({"cluster": {"worker": hosts.workers}, "task": {"type": "worker", "index": hosts.number}})
 
 
-def meet(workers: Sequence[str], index: int, facts: Callable[[], Facts], timeout_secs: float | None = None) -> None:
-    """Returns once all workers are there and agree.
+def describe_loss(message: str, hosts: Hosts) -> str | None:
+    """Returns which workers were lost, and why, by an error of TensorFlow's collectives; None if it tells of none.
 
     Args:
-        workers: host:port of each.
-        index: which of them this is.
-        facts: what must be the same on all, by name; called when all are there, and may take as long as it likes.
-        timeout_secs: how long to wait for the others to come; left out, `meeting_secs`.
+        message: of the error. A worker that learned of the loss from another one quotes that one's message, so what is
+            nested deepest, and comes last, is the origin.
+        hosts: of the run.
+    """
+    if not hosts.are_several:
+        return None
+    _, is_listed, listed = message.rpartition("tasks are unhealthy")
+    found = _TASK.findall(listed) if is_listed else _REMOTE_TASK.findall(message)[-1:] or _TASK_DOWN.findall(message)
+    if not found and "coordination" in message.lower():
+        found = ["0"]  # The service that counts heartbeats runs in the first worker.
+    lost = sorted({int(number) for number in found if int(number) < len(hosts.workers)})
+    if not lost and "Collective ops is aborted" not in message:
+        return None
+    reasons = _REASON.findall(message)
+    if is_listed or "Deadline Exceeded" in message:
+        reason = "stopped answering"
+    else:
+        reason = f"broke its connection ({reasons[-1].split('. ')[0].strip()})" if reasons else "broke its connection"
+    return (
+        f"{' and '.join(map(hosts.name, lost)) or 'another worker'} {reason}. See its own last lines, and whether its "
+        "process was killed, for want of memory for example, or stopped."
+    )
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Returns the host, in small letters and without the brackets of IPv6, and the port of host:port.
 
     Raises:
-        UserError: a worker does not come, goes away, fails or differs. Every worker that is there raises.
+        ValueError: it is none.
     """
-    if timeout_secs is None:
-        timeout_secs = meeting_secs()
-    if len(workers) == 1:
-        facts()
-    elif index == 0:
-        _lead(workers, facts, timeout_secs)
-    else:
-        _follow(workers, index, facts, timeout_secs)
+    host, _, port = address.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = str(ipaddress.IPv6Address(host[1:-1]))
+    elif not host or not host.isascii() or set(host) & set(":/@[]") or not host.isprintable() or " " in host:
+        raise ValueError(f"{address!r} has no host")
+    host.encode("idna")  # As the look-up of a name does; it refuses parts that are empty or too long.
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5 and 1 <= int(port) <= 65535):
+        raise ValueError(f"{address!r} has no port")
+    return host.lower(), int(port)
 
 
-def _lead(workers: Sequence[str], facts: Callable[[], Facts], timeout_secs: float) -> None:
-    deadline = time.monotonic() + timeout_secs
-    lines: dict[int, _Line] = {}
-    host, _, port = workers[0].rpartition(":")
+def _is_address(address: object) -> bool:
     try:
-        # On all interfaces: the name that others know this host by need not be one of its own.
-        listener = socket.create_server(("", int(port)))
-    except OSError as error:
-        raise UserError(f"TF_CONFIG: this worker cannot listen at its address {host}:{port}: {error}.") from None
-    problem: str | None = None
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(listener)
-        while len(lines) < len(workers) - 1:
-            secs_left = deadline - time.monotonic()
-            if secs_left <= 0:
-                missing = [f"{i} ({workers[i]})" for i in range(1, len(workers)) if i not in lines]
-                problem = (
-                    f"worker {', '.join(missing)} did not come within {timeout_secs:.0f} s. Start every worker that "
-                    "TF_CONFIG lists, each with its own task.index."
-                )
-                break
-            listener.settimeout(secs_left)
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                continue
-            line = _Line(connection)
-            # Somebody who is no worker may knock, and say nothing.
-            try:
-                number = int(line.receive(min(_GREETING_SECS, secs_left))["index"])
-            except (OSError, ValueError, TypeError, KeyError, OverflowError):
-                line.close()
-                continue
-            lines[number] = stack.enter_context(line)
-        if problem is None:
-            _tell(lines, {})
-            problem = _compared(lines, facts, workers)
-        _tell(lines, {"problem": problem})
-    if problem is not None:
-        raise UserError(problem)
+        return isinstance(address, str) and bool(split_address(address))
+    except ValueError:
+        return False
 
 
-def _compared(lines: "dict[int, _Line]", facts: Callable[[], Facts], workers: Sequence[str]) -> str | None:
+def _parse(text: str) -> dict[str, Any]:
     try:
-        own = dict(facts())
-    except Exception as error:
-        _tell(lines, {"problem": f"worker 0 ({workers[0]}) failed: {error}"})
-        raise
-    for number, line in sorted(lines.items()):
-        try:
-            answer = line.receive(None)
-        except (OSError, ValueError):
-            return f"worker {number} ({workers[number]}) went away before the start; see what it said."
-        if "error" in answer:
-            return f"worker {number} ({workers[number]}) failed: {answer['error']}"
-        for name, value in own.items():
-            if answer["facts"].get(name) != value:
-                return (
-                    f"{name} differs: worker {number} ({workers[number]}) has {answer['facts'].get(name)}, worker 0 "
-                    f"has {value}. Start every worker with the same config, on the same text."
-                )
-    return None
+        parsed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _not_right(text, f"is not what it should be, JSON ({error})") from None
+    if not isinstance(parsed, dict):
+        raise _not_right(text, "is not what it should be, a JSON object")
+    return parsed
 
 
-def _follow(workers: Sequence[str], index: int, facts: Callable[[], Facts], timeout_secs: float) -> None:
-    host, _, port = workers[0].rpartition(":")
-    deadline = time.monotonic() + timeout_secs
-    while True:
-        try:
-            connection = socket.create_connection((host, int(port)), timeout=max(0.01, deadline - time.monotonic()))
-            if connection.getsockname() != connection.getpeername():
-                break
-            # Where nobody listens yet and the port is one for outgoing connections, it can meet itself. Closed at once,
-            # as a port that lingers could not be listened at.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.close()
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"worker 0 ({workers[0]}) could not be reached within {timeout_secs:.0f} s: {error}. Start every "
-                    "worker that TF_CONFIG lists, and let them reach each other's ports."
-                ) from None
-            time.sleep(_RETRY_SECS)
-    with _Line(connection) as line:
-        _ask(line, workers, {"index": index}, timeout_secs + 10)
-        try:
-            own = dict(facts())
-        except Exception as error:
-            with contextlib.suppress(OSError):
-                line.send({"error": str(error)})
-            raise
-        _ask(line, workers, {"facts": own}, None)
+def _not_right(text: str, fault: str) -> UserError:
+    return UserError(f"TF_CONFIG={_start_of(text)} {fault}. {_TF_CONFIG_ADVICE}")
 
 
-def _ask(line: "_Line", workers: Sequence[str], message: Mapping[str, object], timeout_secs: float | None) -> None:
-    """Sends something to the first worker and waits for its verdict."""
+def _start_of(value: object) -> str:
     try:
-        line.send(message)
-        answer = line.receive(timeout_secs)
-    except (OSError, ValueError):
-        raise UserError(f"worker 0 ({workers[0]}) went away before the start; see what it said.") from None
-    if answer.get("problem"):
-        raise UserError(answer["problem"])
-
-
-def _tell(lines: "dict[int, _Line]", message: Mapping[str, object]) -> None:
-    for line in lines.values():
-        try:
-            line.send(message)
-        except OSError:
-            continue  # It is gone, and whoever reads its answer learns so.
-
-
-class _Line:
-    """A connection that carries a JSON object per line."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._file = connection.makefile("rwb")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
-        self._connection.close()
-
-    def send(self, message: Mapping[str, object]) -> None:
-        self._file.write(json.dumps(message).encode() + b"\n")
-        self._file.flush()
-
-    def receive(self, timeout_secs: float | None) -> dict:
-        self._connection.settimeout(timeout_secs)
-        text = self._file.readline(_MAX_MESSAGE_BYTES)
-        if not text:
-            raise ConnectionError("the connection was closed")
-        return json.loads(text)
+        text = repr(value)
+    except RecursionError:
+        text = "..."
+    return text if len(text) <= 300 else f"{text[:300]}..."

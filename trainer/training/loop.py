@@ -3,14 +3,13 @@
 import contextlib
 import functools
 import hashlib
+import json
 import math
-import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -27,6 +26,7 @@ from trainer.decoding.generate import Generator
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.model.gpt import GPT
 from trainer.plan import tokens_per_sec_at_peak
+from trainer.process import call_in_new_process
 from trainer.run import BuildModel, RunFolder, Step, find_run, make_model, run_and_step
 from trainer.storage import Location, locate
 from trainer.terminal import Say
@@ -37,19 +37,20 @@ from trainer.training.distribution import (
     describe_devices,
     device_kind,
     device_names,
+    devices_of_this_host,
     distributed,
     find_devices,
     make_strategy,
     share_cores,
 )
 from trainer.training.health import check_is_learning, only_run_in, report_skipped, stop_on_signals
-from trainer.training.hosts import Hosts, find_hosts, meet
+from trainer.training.hosts import Hosts, describe_loss, find_hosts
+from trainer.training.meeting import Meeting
 from trainer.training.memory import fit_micro_batch
 from trainer.training.monitor import Meter, Monitor, Silence
 from trainer.training.schedule import learning_rate
 from trainer.training.step import TrainingStep
-
-Result = TypeVar("Result")
+from trainer.version import __version__
 
 
 class TrainingResult(NamedTuple):
@@ -91,31 +92,35 @@ def _start(config: Config, hosts: Hosts, build_model: BuildModel | None, say: Sa
     if run is not None:
         run.check_model(build_model)
 
-    def find_data(prepare: Callable[[Config, Say], PreparedData], say: Say) -> PreparedData:
+    def find_data(prepare: Callable[[Config, Say], PreparedData]) -> PreparedData:
         return prepare(config, say) if run is None else run.prepared(lambda: prepare(config, say))
 
     if not hosts.are_several:
         strategy = open_devices(config, hosts, say)
         rows_per_replica(config, strategy.num_replicas_in_sync)
-        prepared = find_data(prepare, say)
+        prepared = find_data(prepare)
         if run is not None:
             tell_of_changed_text(config, prepared, say, text_fingerprint)
         run = run or RunFolder.begin(config, prepared, build_model)
         return train(run, hosts, strategy, prepared, build_model, say)
 
-    def prepared_fingerprints() -> dict[str, str]:
-        prepared = find_data(prepare_in_a_process_of_its_own, say)
-        return fingerprints(config) | {"the prepared data": prepared.fingerprint}
+    def make_or_open() -> RunFolder:
+        if hosts.is_chief and run is None:
+            RunFolder.begin(config, prepared, build_model)
+        return RunFolder.of(config)
 
     rows_per_replica(config, count_replicas_of(hosts))
     say = say if hosts.is_chief else _be_silent
-    meet(hosts.workers, hosts.number, prepared_fingerprints)
-    prepared = find_data(prepare_in_a_process_of_its_own, _be_silent)
-    if hosts.is_chief and run is not None:
-        tell_of_changed_text(config, prepared, say, functools.partial(_in_a_process_of_its_own, text_fingerprint))
-    if hosts.is_chief and run is None:
-        RunFolder.begin(config, prepared, build_model)
-    return _join(lambda: RunFolder.of(config), hosts, prepared, build_model, say)
+    with Meeting(hosts) as meeting:
+        meeting.agree(fingerprints(config, build_model))
+        # Hosts that share the folder find there what the first one prepared, and need no locks of their file system.
+        prepared = meeting.in_turn(lambda: find_data(prepare_in_a_process_of_its_own))
+        meeting.agree({"the prepared data": prepared.fingerprint})
+        if hosts.is_chief and run is not None:
+            tell_of_changed_text(config, prepared, say, functools.partial(call_in_new_process, text_fingerprint))
+        opened = meeting.in_turn(make_or_open)
+        meeting.agree(what_is_there(opened, None, say))
+    return _train_together(opened, hosts, prepared, build_model, say)
 
 
 def resume(
@@ -139,7 +144,11 @@ def resume(
         run.check_model(build_model)
         if hosts.are_several:
             say = say if hosts.is_chief else _be_silent
-            return _join(lambda: RunFolder(run_folder, overrides), hosts, run.prepared(), build_model, say, step)
+            with Meeting(hosts) as meeting:
+                meeting.agree(fingerprints(run.config, build_model))
+                prepared = run.prepared()
+                meeting.agree(what_is_there(run, step, say))
+            return _train_together(run, hosts, prepared, build_model, say, step)
         strategy = open_devices(run.config, hosts, say)
         return train(run, hosts, strategy, run.prepared(), build_model, say, step)
 
@@ -149,30 +158,14 @@ def _held(folder: Location, hosts: Hosts, say: Say) -> contextlib.AbstractContex
     return only_run_in(folder, say) if hosts.is_chief else contextlib.nullcontext()
 
 
-def _join(
-    open_run: Callable[[], RunFolder],
+def _train_together(
+    run: RunFolder,
     hosts: Hosts,
     prepared: PreparedData,
     build_model: BuildModel | None,
     say: Say,
     step: Step | None = None,
 ) -> TrainingResult:
-    """Trains with other workers, once all see the same run and the same checkpoint."""
-
-    def what_is_there() -> dict[str, str]:
-        run = open_run()
-        checkpoints = run.checkpoints(say)
-        checkpoint = run.checkpoint(checkpoints, step)
-        return fingerprints(run.config) | {
-            f"the data of {run.path}": run.facts["data_fingerprint"],
-            f"the checkpoint to go on from in {run.path}": (
-                "none" if checkpoint is None else checkpoint.manifest["sha256"]
-            ),
-            f"the validation losses so far in {run.path}": str(sorted(checkpoints.scores.items())),
-        }
-
-    meet(hosts.workers, hosts.number, what_is_there)
-    run = open_run()
     with _telling_of_lost_workers(run, hosts):
         return train(run, hosts, open_devices(run.config, hosts, say), prepared, build_model, say, step)
 
@@ -186,29 +179,40 @@ def open_devices(config: Config, hosts: Hosts, say: Say) -> tf.distribute.Strate
     return strategy
 
 
-def fingerprints(config: Config) -> dict[str, str]:
+def fingerprints(config: Config, build_model: BuildModel | None) -> dict[str, str]:
     """Returns what all workers of a run must have in common before any text is read."""
-    return {"the config": config.to_toml(), "TensorFlow": tf.__version__, "Keras": keras.__version__}
+    settings = {}
+    for name, value in config.model_dump(mode="json").items():
+        section = {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+        settings.update({key: json.dumps(each) for key, each in section.items()})
+    return {
+        "the version of trainer": __version__,
+        "the version of TensorFlow": tf.__version__,
+        "the version of Keras": keras.__version__,
+        "what each computes on": devices_of_this_host(),
+        "the function that builds the model": "trainer's own" if build_model is None else _name_of(build_model),
+    } | settings
+
+
+def what_is_there(run: RunFolder, step: Step | None, say: Say) -> dict[str, str]:
+    """Returns what all workers of a run must find in its folder."""
+    checkpoints = run.checkpoints(say)
+    checkpoint = run.checkpoint(checkpoints, step)
+    return {
+        f"the data of {run.path}": run.facts["data_fingerprint"],
+        f"the checkpoint to go on from in {run.path}": "none" if checkpoint is None else checkpoint.manifest["sha256"],
+        f"the validation losses so far in {run.path}": str(sorted(checkpoints.scores.items())),
+    }
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    # Not the module: in the script that was started it is __main__, for whoever imports the script it is not.
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def prepare_in_a_process_of_its_own(config: Config, say: Say) -> PreparedData:
     """Prepares, and leaves this process as it was: hosts can only be joined before TensorFlow computes anything."""
-    if say in (print_line, _be_silent):
-        return _in_a_process_of_its_own(prepare, config, say)
-    prepared, lines = _in_a_process_of_its_own(_prepare_and_listen, config)
-    for line in lines:  # Only now: nobody else's function can be called from another process.
-        say(line)
-    return prepared
-
-
-def _prepare_and_listen(config: Config) -> tuple[PreparedData, list[str]]:
-    lines: list[str] = []
-    return prepare(config, lines.append), lines
-
-
-def _in_a_process_of_its_own(function: Callable[..., Result], *arguments: Any) -> Result:
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(function, *arguments).result()
+    return call_in_new_process(prepare, config, say=say)
 
 
 def tell_of_changed_text(
@@ -234,15 +238,15 @@ def _be_silent(_: str) -> None:
 
 @contextlib.contextmanager
 def _telling_of_lost_workers(run: RunFolder, hosts: Hosts) -> Iterator[None]:
-    """Says what an error of TensorFlow between hosts most likely means: that one of them was lost."""
+    """Says which worker was lost, if that is what an error of TensorFlow tells."""
     try:
         yield
     except tf.errors.OpError as error:
-        raise UserError(
-            f"Worker {hosts.number} ({hosts.workers[hosts.number]}) cannot go on, most likely because another one "
-            f"went away: {error.message[:300]}. See what the others said, then start all of them again with: "
-            f"trainer train --resume {quoted(run.path)}"
-        ) from error
+        loss = describe_loss(error.message, hosts)
+        if loss is None:
+            raise
+        advice = f"Then start all workers again with: trainer train --resume {quoted(run.path)}"
+        raise UserError(f"{loss} {advice}") from error
 
 
 def train(

@@ -1,0 +1,552 @@
+"""The meeting of the workers of a run, in which they agree before TensorFlow joins them.
+
+TensorFlow waits for a missing worker for ever, and a worker with another config would hang or corrupt the others. So
+they first talk in plain TCP: the first worker listens at its own address of TF_CONFIG, and the others report to it.
+
+Anybody may connect to that address. So each side first proves that it knows the run's secret, without sending it: it
+hashes the secret together with a random challenge of the other side. Until then the first worker reads one short line
+from a connection, for a few seconds, and parses nothing. What follows is neither encrypted nor signed, as TensorFlow's
+own connections are not either: they need a network that only trusted machines can use.
+"""
+
+import collections
+import contextlib
+import errno
+import hashlib
+import hmac
+import ipaddress
+import json
+import os
+import re
+import secrets
+import selectors
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from trainer.config import UserError
+from trainer.training.hosts import Hosts, split_address
+
+TIMEOUT_SECS = 45.0
+TIMEOUT_VARIABLE = "TRAINER_MEETING_SECS"
+SECRET_VARIABLE = "TRAINER_MEETING_SECRET"
+
+_RETRY_SECS = 0.2
+# A worker sends its greeting at once, and a sign of life this often; after this long a silence it counts as lost.
+_GREETING_SECS = 5.0
+_SIGN_OF_LIFE_SECS = 5.0
+_SIGN_OF_LIFE = b"{}"
+_PARTING_SECS = 2.0
+SILENCE_SECS = 60.0
+
+_MAX_GREETING_BYTES = 256
+# A config may list many thousands of files.
+_MAX_MESSAGE_BYTES = 256 << 20
+# Connections that have not proven anything yet; when more come, the oldest are closed.
+_MAX_STRANGERS = 64
+_MAX_SHOWN_CHARS = 300
+
+_CHALLENGE = re.compile(rb"trainer-meeting ([0-9a-f]{32})")
+_GREETING = re.compile(rb"([0-9]{1,6}) ([0-9a-f]{32}) ([0-9a-f]{64})")
+_WELCOME = re.compile(rb"welcome ([0-9a-f]{64})")
+
+Facts = Mapping[str, str]
+T = TypeVar("T")
+
+
+def meeting_secs() -> float:
+    """Returns how long workers wait for each other; longer if TRAINER_MEETING_SECS says that they come far apart.
+
+    Raises:
+        UserError: that is not a number of seconds.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE)
+    if text is not None and not re.fullmatch("[1-9][0-9]{0,6}", text):
+        raise UserError(f"{TIMEOUT_VARIABLE}={text!r} must be a whole number of seconds, such as 600.")
+    return TIMEOUT_SECS if text is None else float(text)
+
+
+class Meeting:
+    """Brings the workers of a run together, and lets them compare what they have.
+
+        with Meeting(hosts) as meeting:
+            meeting.agree({"the config": ...})
+
+    Until the block is left, a worker that ends, fails or is silent for SILENCE_SECS is an error on all of the others,
+    in their next `agree`; what a worker does between two of them may take any time.
+
+    Args:
+        hosts: all workers, and which of them this is.
+        timeout_secs: how long to wait until all are there; left out, `meeting_secs`.
+
+    Raises:
+        UserError: on entering, on each worker that is there: another one does not come.
+    """
+
+    def __init__(self, hosts: Hosts, timeout_secs: float | None = None) -> None:
+        self._hosts = hosts
+        self._timeout_secs = meeting_secs() if timeout_secs is None else timeout_secs
+        # All workers hash the same key only if they have the same secret and the same list of workers.
+        key = json.dumps([os.environ.get(SECRET_VARIABLE, ""), *hosts.workers])
+        self._key = hashlib.sha256(key.encode()).digest()
+        # To each of the others on the first worker, to the first one on the others.
+        self._lines: dict[int, _Line] = {}
+        self._is_over = threading.Event()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._show_life, name="meeting", daemon=True).start()
+        try:
+            if self._hosts.is_chief:
+                problem = self._gather()
+                self._tell({"problem": problem})
+            else:
+                self._find_first()
+                problem = self._verdict()
+            if problem is not None:
+                raise UserError(problem)
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            if self._hosts.is_chief:
+                self._tell({"problem": f"{self._hosts.name(0)} failed: {said}"})
+            else:
+                self._tell({"error": said})
+        self._is_over.set()
+        _part(self._lines.values())
+
+    def agree(self, facts: Facts) -> None:
+        """Returns once all workers have called this, with the same facts.
+
+        Args:
+            facts: what must be the same on all, by name.
+
+        Raises:
+            UserError: a worker has other facts, or is lost or failed. Every worker that is there raises.
+        """
+        if self._hosts.is_chief:
+            problem = self._compare(facts)
+            self._tell({"problem": problem})
+        else:
+            self._tell({"facts": dict(facts)})
+            problem = self._verdict()
+        if problem is not None:
+            raise UserError(problem)
+
+    def in_turn(self, action: Callable[[], T]) -> T:
+        """Calls a function on the first worker and, once that has returned, on the others; returns what it returns."""
+        if not self._hosts.is_chief:
+            self.agree({})
+        result = action()
+        if self._hosts.is_chief:
+            self.agree({})
+        return result
+
+    # What the first worker does.
+
+    def _gather(self) -> str | None:
+        """Waits for all others; returns what is wrong if they do not come."""
+        deadline = time.monotonic() + self._timeout_secs
+        num_refused = 0
+        with contextlib.ExitStack() as stack:
+            listeners = [stack.enter_context(each) for each in _listeners(self._hosts.workers[0])]
+            strangers: dict[_Line, float] = {}  # With the time when each has to be done.
+            stack.callback(lambda: _close_all(strangers))
+            while len(self._lines) < len(self._hosts.workers) - 1:
+                now = time.monotonic()
+                if now >= deadline:
+                    return self._missing(num_refused)
+                late = [line for line, until in strangers.items() if now >= until]
+                for line in [*late, *list(strangers)[: max(0, len(strangers) - _MAX_STRANGERS)]]:
+                    strangers.pop(line, None)
+                    line.close()
+                for each in _ready([*listeners, *strangers, *self._lines.values()], min(0.1, deadline - now)):
+                    if isinstance(each, socket.socket):
+                        if (line_in := _accepted(each)) is not None:
+                            strangers[line_in] = now + _GREETING_SECS
+                    elif each in strangers:
+                        is_greeted = self._greeted(each)
+                        if is_greeted is not None:
+                            del strangers[each]
+                            num_refused += not is_greeted
+                    else:
+                        self._forget_if_gone(each)
+        return None
+
+    def _greeted(self, line: "_Line") -> bool | None:
+        """Whether the other end has proven to be a worker and is let in now; None if its greeting is not whole yet."""
+        try:
+            line.read()
+            if not line.texts:
+                return None
+            greeting = _GREETING.fullmatch(line.texts.popleft())
+            if greeting is not None:
+                number, challenge, proof = int(greeting[1]), greeting[2].decode(), greeting[3].decode()
+                expected = self._proof("worker", number, line.challenge, challenge)
+                if hmac.compare_digest(proof, expected) and 0 < number < len(self._hosts.workers):
+                    if number in self._lines:
+                        line.send_line(b"taken")  # The first one to come stays.
+                    else:
+                        line.send_line(b"welcome " + self._proof("first", number, line.challenge, challenge).encode())
+                        line.max_bytes = _MAX_MESSAGE_BYTES
+                        self._lines[number] = line
+                        return True
+                else:
+                    line.send_line(b"refused")
+        except (OSError, ValueError):
+            pass  # Whoever it was has gone or is no worker; closing the connection is all there is to do.
+        line.close()
+        return False
+
+    def _forget_if_gone(self, line: "_Line") -> None:
+        """Frees the place of a worker that came and ended again, for another process of the same number."""
+        try:
+            line.read()
+            if all(text == _SIGN_OF_LIFE for text in line.texts):
+                line.texts.clear()
+                return
+        except (OSError, ValueError):
+            pass
+        self._lines = {number: each for number, each in self._lines.items() if each is not line}
+        line.close()
+
+    def _missing(self, num_refused: int) -> str:
+        missing = [self._hosts.name(i) for i in range(1, len(self._hosts.workers)) if i not in self._lines]
+        problem = (
+            f"{', '.join(missing)} did not come within {self._timeout_secs:.0f} s. Start every worker that TF_CONFIG "
+            "lists, each with its own task.index."
+        )
+        if num_refused:
+            problem += (
+                f" {num_refused} connections were refused, as they did not prove to be a missing worker: all need the "
+                f"same cluster in TF_CONFIG and the same {SECRET_VARIABLE}."
+            )
+        return problem
+
+    def _compare(self, own: Facts) -> str | None:
+        """Waits for the facts of all others; returns what is wrong if they differ or do not come."""
+        awaited = set(self._lines)
+        while awaited:
+            try:
+                number, message = self._next_message()
+            except _LostError as lost:
+                return f"{self._hosts.name(lost.number)} {lost.why} before the start; its own output says more."
+            facts = message.get("facts")
+            if not isinstance(facts, dict):
+                return f"{self._hosts.name(number)} failed: {_shown(str(message.get('error')))}"
+            for name in [*own, *(name for name in facts if name not in own)]:
+                theirs, ours = str(facts.get(name)), str(own.get(name))
+                if theirs != ours:
+                    theirs, ours = _apart(theirs, ours)
+                    return (
+                        f"{_shown(name)} differs: {self._hosts.name(number)} has {theirs}, worker 0 has {ours}. Start "
+                        "every worker with the same version, config and devices, on the same text."
+                    )
+            awaited.discard(number)
+        return None
+
+    # What the others do.
+
+    def _find_first(self) -> None:
+        """Connects to the first worker, and returns once each has proven who it is.
+
+        Raises:
+            UserError: that takes too long.
+        """
+        deadline = time.monotonic() + self._timeout_secs
+        host, port = split_address(self._hosts.workers[0])
+        refusal: str | None = None
+        while True:
+            secs_left = max(0.01, deadline - time.monotonic())
+            try:
+                connection = socket.create_connection((host, port), timeout=secs_left)
+                refusal = self._refusal(_Line(connection), min(_GREETING_SECS, secs_left))
+                if refusal is None:
+                    return
+                fault = refusal
+            except (OSError, ValueError) as error:
+                # If it did answer before, that says more than that it is gone now.
+                fault = refusal or f"could not be reached within {self._timeout_secs:.0f} s: {error}"
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"{self._hosts.name(0)} {fault}. Start every worker that TF_CONFIG lists, each with its own "
+                    "task.index, and let them reach each other's ports."
+                )
+            time.sleep(_RETRY_SECS)
+
+    def _refusal(self, line: "_Line", timeout_secs: float) -> str | None:
+        """Greets the first worker; returns why it does not let this one in."""
+        deadline, number = time.monotonic() + timeout_secs, self._hosts.number
+        reason = "is not a worker of this run"
+        try:
+            if line.meets_itself():
+                return "does not listen yet"
+            challenged = _CHALLENGE.fullmatch(line.next_text(deadline))
+            if challenged is not None:
+                theirs, ours = challenged[1].decode(), line.challenge
+                proof = self._proof("worker", number, theirs, ours)
+                line.send_line(f"{number} {ours} {proof}".encode())
+                answer = line.next_text(deadline)
+                welcome = _WELCOME.fullmatch(answer)
+                if welcome is not None and hmac.compare_digest(
+                    welcome[1].decode(), self._proof("first", number, theirs, ours)
+                ):
+                    line.max_bytes = _MAX_MESSAGE_BYTES
+                    self._lines[0] = line
+                    return None
+                if answer == b"taken":
+                    reason = f"says that another process came as worker {number} first"
+                elif answer == b"refused":
+                    reason = (
+                        f"refused worker {number}: both need the same cluster in TF_CONFIG and the same "
+                        f"{SECRET_VARIABLE}"
+                    )
+        finally:
+            if 0 not in self._lines:
+                line.close()
+        return reason
+
+    def _verdict(self) -> str | None:
+        try:
+            _, message = self._next_message()
+        except _LostError as lost:
+            return f"{self._hosts.name(0)} {lost.why} before the start; its own output says more."
+        problem = message.get("problem")
+        return None if problem is None else _shown(str(problem), 4 * _MAX_SHOWN_CHARS)
+
+    # What all do.
+
+    def _proof(self, role: str, number: int, of_first: str, of_worker: str) -> str:
+        return hmac.new(self._key, f"{role} {number} {of_first} {of_worker}".encode(), "sha256").hexdigest()
+
+    def _tell(self, message: Mapping[str, object]) -> None:
+        for line in self._lines.values():
+            with contextlib.suppress(OSError):  # It is gone, and whoever awaits its answer finds out.
+                line.send_line(json.dumps(message).encode())
+
+    def _show_life(self) -> None:
+        while not self._is_over.wait(_SIGN_OF_LIFE_SECS):
+            for line in list(self._lines.values()):
+                with contextlib.suppress(OSError):
+                    line.send_line(_SIGN_OF_LIFE)
+
+    def _next_message(self) -> tuple[int, dict]:
+        """Returns the next message that is not a sign of life, and the number of the worker that sent it.
+
+        Raises:
+            _LostError: a worker is gone or silent.
+        """
+        wait_secs = 0.0  # What came while this worker was busy counts first.
+        while True:
+            ready = _ready(self._lines.values(), wait_secs)
+            for number, line in self._lines.items():
+                try:
+                    if line in ready and not line.texts:
+                        line.read()
+                except (OSError, ValueError):
+                    raise _LostError(number, "went away") from None
+                while line.texts:
+                    if (text := line.texts.popleft()) != _SIGN_OF_LIFE:
+                        return number, _parsed(text, number)
+                if time.monotonic() - line.heard_at > SILENCE_SECS:
+                    raise _LostError(number, f"was silent for {SILENCE_SECS:.0f} s and counts as lost")
+            wait_secs = 1.0
+
+
+class _LostError(Exception):
+    def __init__(self, number: int, why: str) -> None:
+        super().__init__(number, why)
+        self.number, self.why = number, why
+
+
+def _parsed(text: bytes, number: int) -> dict[str, Any]:
+    try:
+        message = json.loads(text)
+    except (ValueError, RecursionError):
+        message = None
+    if not isinstance(message, dict):
+        raise _LostError(number, "sent something else than a message")
+    return message
+
+
+class _Line:
+    """A connection that carries lines of text.
+
+    Attributes:
+        challenge: a random text, which the other end has to prove something with.
+        texts: lines that came and were not looked at yet.
+        heard_at: when something came last, by time.monotonic().
+        max_bytes: of a line that the other end may send.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self._rest, self._sending = connection, bytearray(), threading.Lock()
+        connection.settimeout(SILENCE_SECS)
+        self.challenge = secrets.token_hex(16)
+        self.texts: collections.deque[bytes] = collections.deque()
+        self.heard_at = time.monotonic()
+        self.max_bytes = _MAX_GREETING_BYTES
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def meets_itself(self) -> bool:
+        """Whether both ends are this one, as can happen if nobody listens yet and the port is one that the system gives
+        to outgoing connections.
+        """
+        if self._connection.getsockname() != self._connection.getpeername():
+            return False
+        # Closed at once: nobody could listen at a port that lingers.
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return True
+
+    def send_no_more(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_WR)
+
+    def send_line(self, text: bytes) -> None:
+        with self._sending:
+            self._connection.sendall(text + b"\n")
+
+    def read(self) -> None:
+        """Reads what has come; call it once there is something.
+
+        Raises:
+            OSError: the other end has closed the connection.
+            ValueError: it sent too long a line.
+        """
+        came = self._connection.recv(1 << 20)
+        if not came:
+            raise ConnectionError("the connection was closed")
+        self.heard_at = time.monotonic()
+        *whole, rest = came.split(b"\n")
+        for text in whole:
+            self.texts.append(bytes(self._rest) + text)
+            self._rest.clear()
+        self._rest += rest
+        if max(len(self._rest), *map(len, self.texts), 0) > self.max_bytes:
+            raise ValueError("the line is too long")
+
+    def next_text(self, deadline: float) -> bytes:
+        """Returns the next line.
+
+        Raises:
+            OSError: it does not come in time, or the connection was closed.
+            ValueError: it is too long.
+        """
+        while not self.texts:
+            if not _ready([self], max(0.0, deadline - time.monotonic())):
+                raise TimeoutError("it does not answer")
+            self.read()
+        return self.texts.popleft()
+
+
+def _close_all(lines: Iterable["_Line"]) -> None:
+    for line in lines:
+        line.close()
+
+
+def _part(lines: Iterable["_Line"]) -> None:
+    """Closes connections once the other ends have read everything, or after a moment: what a closed connection still
+    gets resets it, and then the last message can be lost on its way.
+    """
+    left, deadline = list(lines), time.monotonic() + _PARTING_SECS
+    for line in left:
+        line.send_no_more()
+    while left and (secs_left := deadline - time.monotonic()) > 0:
+        for line in _ready(left, secs_left):
+            try:
+                line.read()
+            except (OSError, ValueError):
+                left.remove(line)
+    _close_all(lines)
+
+
+def _ready(files: Iterable[Any], timeout_secs: float) -> list[Any]:
+    """Returns which of these have something to read or accept, once one has or the time is over."""
+    with selectors.DefaultSelector() as selector:
+        for file in files:
+            selector.register(file, selectors.EVENT_READ, file)
+        return [key.data for key, _ in selector.select(timeout_secs)]
+
+
+def _listeners(address: str) -> list[socket.socket]:
+    """Listens where an address of TF_CONFIG says, and nowhere else if it means addresses of this host.
+
+    Raises:
+        UserError: something else listens there.
+    """
+    host, port = split_address(address)
+    found = []
+    try:
+        for family, own in _own_addresses(host):
+            try:
+                found.append(socket.create_server((own, port), family=family))
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise
+        if not found:
+            # The others reach this host by an address that it does not have itself, as in a container.
+            is_dual = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if is_dual else socket.AF_INET
+            found.append(socket.create_server(("", port), family=family, dualstack_ipv6=is_dual))
+    except OSError as error:
+        for each in found:
+            each.close()
+        raise UserError(f"TF_CONFIG: this worker cannot listen at its address {address}: {error}.") from None
+    for each in found:
+        each.setblocking(False)
+    return found
+
+
+def _own_addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
+    """Returns what a name or address stands for; nothing if that is not what it stands for elsewhere."""
+    try:
+        infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    found = list(dict.fromkeys((socket.AddressFamily(family), str(address[0])) for family, *_, address in infos))
+    is_name = host not in [address for _, address in found] and host != "localhost"
+    # Many systems let their own name stand for a loopback address, which it does not for others.
+    if is_name and any(ipaddress.ip_address(address).is_loopback for _, address in found):
+        return []
+    return found
+
+
+def _accepted(listener: socket.socket) -> _Line | None:
+    try:
+        line = _Line(listener.accept()[0])
+        line.send_line(f"trainer-meeting {line.challenge}".encode())
+    except OSError:  # It is gone again, or there are more connections than this process may have open.
+        return None
+    return line
+
+
+def _apart(one: str, other: str) -> tuple[str, str]:
+    """Returns where two texts differ, as it can be shown."""
+    start = 0
+    if max(len(one), len(other)) > _MAX_SHOWN_CHARS:
+        num_alike = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+        start = max(0, num_alike - _MAX_SHOWN_CHARS // 3)
+    dots = "..." if start else ""
+    return dots + _shown(one[start:]), dots + _shown(other[start:])
+
+
+def _shown(text: str, max_chars: int = _MAX_SHOWN_CHARS) -> str:
+    """Returns what another process sent as it may be printed: without control characters, and not too long."""
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:max_chars])
+    return text if len(text) < max_chars else f"{text}..."
