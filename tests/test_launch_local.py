@@ -1,5 +1,6 @@
 """Laws of scripts/launch_local, with small programs in place of a training."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -71,3 +72,50 @@ def test_what_cannot_be_run_is_said():
         process = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         assert process.returncode == 2
         assert message in process.stderr
+
+
+def test_all_workers_get_the_same_secret_and_each_launch_another():
+    secrets = []
+    for given in (None, None, "mine"):
+        environment = {**os.environ} | ({} if given is None else {"TRAINER_MEETING_SECRET": given})
+        status, output, _ = finish(launch(2, "import os; print(os.environ['TRAINER_MEETING_SECRET'])", env=environment))
+        assert status == 0
+        (secret,) = {line[4:] for line in output.splitlines()}
+        secrets.append(secret)
+    assert secrets[2] == "mine"
+    assert len(set(secrets)) == 3
+    assert len(secrets[0]) == 32
+
+
+def test_a_worker_that_is_killed_is_named_with_the_signal_though_the_others_end_by_themselves():
+    program = WHO + (
+        "import os, signal, sys, time; print(os.getpid(), flush=True);"
+        "os.kill(os.getpid(), signal.SIGKILL) if index == 1 else time.sleep(0.3); sys.exit(2)"
+    )
+    status, _, errors = finish(launch(3, program))
+    assert status == 128 + signal.SIGKILL
+    assert errors == "launch_local: worker 1 was killed by SIGKILL; worker 0 ended with 2; worker 2 ended with 2.\n"
+
+
+def test_a_worker_that_is_stopped_is_named_and_ended():
+    program = WHO + (
+        "import os, signal, sys, time\nos.kill(os.getpid(), signal.SIGSTOP) if index else (time.sleep(1), sys.exit(2))"
+    )
+    begin = time.monotonic()
+    status, _, errors = finish(launch(2, program, "-c", IMPATIENT))
+    assert status == 2
+    if hasattr(os, "waitid"):
+        assert errors == "launch_local: worker 1 is stopped by SIGSTOP; worker 0 ended with 2; stopping the others.\n"
+    assert time.monotonic() - begin < 20
+
+
+def test_workers_go_on_when_nobody_reads_their_lines_any_more(tmp_path):
+    program = WHO + (
+        f"import sys, time\nfor i in range(20_000): print('x' * 50)\nopen(f'{tmp_path}/{{index}}', 'w').write('done')"
+    )
+    process = launch(2, program)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["0", "1"]
+    process.stderr.close()
