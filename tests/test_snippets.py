@@ -246,6 +246,11 @@ def check_pip(words: list[str]) -> None:
         assert f"\n{extra} =" in (ROOT / "setup.cfg").read_text(encoding="utf-8")
 
 
+def check_python(words: list[str]) -> None:
+    assert words[:2] == ["-m", "pip"]
+    check_pip(words[2:])
+
+
 # Programs that are not run here, what is checked in their place, and why.
 DRY: dict[str, tuple[Callable[[list[str]], None], str]] = {
     ".venv/bin/tensorboard": (check_tensorboard, "serves until it is stopped"),
@@ -260,6 +265,7 @@ DRY: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "scripts/kubernetes_job": (check_kubernetes, "needs a cluster to start what it prints"),
     "scripts/tpu": (check_tpu, "needs Google Cloud; run with --dry-run"),
     "pip": (check_pip, "installs"),
+    "python": (check_python, "installs"),
     "mkdir": (check_program, "makes folders for Docker"),
     "curl": (check_program, "needs the internet"),
     "scripts/bench": (check_program, "takes an hour; tests/test_benchmarks.py runs each in small"),
