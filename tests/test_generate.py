@@ -219,7 +219,8 @@ def test_text_has_the_tokens_asked_for_and_never_more_than_fit():
     model = make_bigram_model((BOS, 3, 9.0), (3, 3, 9.0))
     generator = Generator(model, TINY_TOKENIZER, SEQUENCE)
     room = SEQUENCE - 1  # [BOS] takes one.
-    for prompt_length, num_tokens in [(0, 1), (0, room), (0, room + 1), (3, 5), (room - 1, 1), (room - 1, 2)]:
+    asked = [(0, 1), (0, room), (0, room + 1), (3, 5), (room - 1, 1), (room - 1, 2), (3, 2**31 - 1), (3, 10**30)]
+    for prompt_length, num_tokens in asked:
         [text] = generator.generate(["a" * prompt_length], GREEDY, num_tokens)
         assert text == "a" * min(prompt_length + num_tokens, room)
 

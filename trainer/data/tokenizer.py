@@ -273,14 +273,15 @@ class BpeTokenizer(Tokenizer):
         self.encoder.model.dropout = None
         # The name of a special token in a text is text.
         self.encoder.encode_special_tokens = True
-        self._tokens_of_word = _TokensOfWord(self.encoder) if _splits_as_gpt2(self.encoder) else None
         ids = self.encoder.get_vocab()
         self.vocabulary_size = max(ids.values()) + 1
         if len(set(ids.values())) < len(ids):
             raise ValueError("two tokens have the same number")
-        # Gaps that files have are small; each costs a row of the model's embedding.
+        # Gaps that files have are small: each costs a row of the model's embedding, and the library goes through all of
+        # them whenever it writes the file.
         if self.vocabulary_size > 2 * len(ids):
-            raise ValueError(f"{len(ids)} tokens with numbers up to {self.vocabulary_size - 1}; number them from 0 on")
+            raise ValueError(f"token numbers up to {self.vocabulary_size - 1}, for {len(ids)} tokens; count from 0 on")
+        self._tokens_of_word = _TokensOfWord(self.encoder) if _splits_as_gpt2(self.encoder) else None
         self.bos_id = ids[_first_of(_BOS_NAMES, ids)]
         self.pad_id = next((ids[name] for name in _PAD_NAMES if name in ids), self.bos_id)
 

@@ -74,7 +74,8 @@ class Generator:
         if not prompts:
             return []
         tokens, lengths = self.encode(prompts)
-        ends = np.minimum(lengths + num_tokens, self.sequence_length)
+        # The smaller first: the sum of a length and any number at all need not fit int32.
+        ends = np.minimum(lengths + min(num_tokens, self.sequence_length), self.sequence_length)
         if decoder not in self._compiled:
             self._compiled[decoder] = self._compile(decoder)
         texts, is_finite = self._compiled[decoder](tokens, lengths, ends, np.int64(seed % 2**63))
