@@ -361,6 +361,17 @@ def test_other_tokenizer_is_refused(run: RunFolder, tmp_path: Path):
         run.tokenizer()
 
 
+def test_a_damaged_tokenizer_of_a_run_is_copied_again_as_the_error_says(run: RunFolder):
+    for file in (folder_of(run) / "tokenizer").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        run.tokenizer()
+    reason, _, data = str(error.value).partition(". Copy it again from the data of the run, whose folder has the same ")
+    assert reason.startswith(f"{run.path}/tokenizer: not a whole tokenizer") and data.startswith("tokenizer/: ")
+    shutil.copytree(f"{data.removeprefix('tokenizer/: ')}/tokenizer", folder_of(run) / "tokenizer", dirs_exist_ok=True)
+    assert run.tokenizer().fingerprint == run.facts["tokenizer_fingerprint"]
+
+
 def test_run_is_usable_without_its_data(run: RunFolder, tmp_path: Path):
     save_checkpoint(run, 1)
     shutil.rmtree(tmp_path / "prepared")

@@ -353,7 +353,8 @@ def _model_lines(config: Config, vocabulary_size: int) -> Iterator[str]:
         f"{config.train.sequence_length:,}"
     )
     checkpoint_bytes = 3.0 * num_parameters * (8 if config.train.precision == "float64" else 4)
-    count = config.checkpoint.keep_last + 1  # A new one is written before the oldest goes.
+    # A new one is written before the oldest goes, and the best of those that were scored is kept besides.
+    count = config.checkpoint.keep_last + 1 + (config.evaluation.every_steps is not None)
     yield f"checkpoints  {_size_of(count * checkpoint_bytes)} of disk: {count} of {_size_of(checkpoint_bytes)}"
 
 

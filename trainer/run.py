@@ -389,13 +389,24 @@ class RunFolder:
             self.keep(**place)
 
     def tokenizer(self) -> "Tokenizer":
-        """Returns the run's tokenizer."""
+        """Returns the run's tokenizer.
+
+        Raises:
+            UserError: it is damaged, or is another one.
+        """
         from trainer.data.tokenizer import load_tokenizer
 
-        with on_disk(self.path / "tokenizer") as folder:
-            tokenizer = load_tokenizer(folder)
-        if tokenizer.fingerprint != self.facts["tokenizer_fingerprint"]:
-            raise UserError(f"{self.path / 'tokenizer'} is not the tokenizer this run was started with.")
+        try:
+            with on_disk(self.path / "tokenizer") as folder:
+                tokenizer = load_tokenizer(folder)
+            if tokenizer.fingerprint != self.facts["tokenizer_fingerprint"]:
+                raise UserError(f"{self.path / 'tokenizer'} is not the tokenizer this run was started with.")
+        except (OSError, UserError) as error:
+            reason = str(error).partition("; delete what holds it")[0].rstrip(".")
+            raise UserError(
+                f"{reason}. Copy it again from the data of the run, whose folder has the same tokenizer/: "
+                f"{self.facts['prepared_folder']}"
+            ) from None
         return tokenizer
 
     def keep_result(
@@ -553,19 +564,20 @@ class RunFolder:
         from trainer.training.checkpoint import assign, named_variables
 
         self.check_model(build_model)
-        checkpoints = self.checkpoints(say)
         while True:
-            checkpoint = self.checkpoint(checkpoints, step)
-            if checkpoint is None:
-                raise UserError(
-                    f"{self.path} has no checkpoint yet; train on with: trainer train --resume {quoted(self.path)}"
-                )
+            checkpoints = self.checkpoints(say)
+            seen = checkpoints.steps(), checkpoints.scores
             try:
+                checkpoint = self.checkpoint(checkpoints, step)
+                if checkpoint is None:
+                    raise UserError(
+                        f"{self.path} has no checkpoint yet; train on with: trainer train --resume {quoted(self.path)}"
+                    )
                 weights = checkpoint.arrays("weights")
                 break
             except UserError:
-                # A training beside it may have replaced it by a newer one since it was listed.
-                if step is not None or checkpoints.steps()[-1:] == [checkpoint.step]:
+                # A training beside it may have replaced it by a newer one, or a better one, since it was listed.
+                if seen == (checkpoints.steps(), self.scores()):
                     raise
         tokenizer = self.tokenizer()
         model = make_model(build_model, self.config, tokenizer.vocabulary_size, tokenizer.bos_id)

@@ -240,7 +240,7 @@ class Checkpoints:
                     return
                 tries_left -= self._is_awaited
                 if not tries_left:
-                    raise
+                    raise UserError(f"{error} What was saved before is still there.") from error
                 secs = LAST_RETRY_SECS if self._is_awaited else secs
                 self.say(f"{error} Trying again in {secs:.0f} s; what was saved before is still there.")
             # Told that somebody waits, it tries again at once; told before, it pauses.

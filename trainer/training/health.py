@@ -63,13 +63,13 @@ def only_run_in(folder: Location, say: Callable[[str], None] = print) -> Iterato
     try:
         yield
     finally:
-        with contextlib.suppress(
-            OSError
-        ):  # A lock file that stays holds nothing, and a folder with a run is not empty.
+        # A lock file that cannot be removed holds nothing, and a folder with a run in it is not empty.
+        with contextlib.suppress(OSError):
             (folder / "lock").unlink()
+        os.close(lock)
+        with contextlib.suppress(OSError):
             if is_new:
                 folder.rmdir()
-        os.close(lock)
 
 
 def _locked(folder: Path, say: Callable[[str], None]) -> int:
