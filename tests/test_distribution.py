@@ -7,12 +7,13 @@ import textwrap
 import pytest
 import tensorflow as tf
 
-from trainer.config import DistributionConfig, UserError, make_config
+from trainer.config import DistributionConfig, UserError, load_config, make_config
 from trainer.devices import describe_cpu, parse_target
 from trainer.execution import micro_batches
 from trainer.training import distribution
 from trainer.training.distribution import (
     describe_devices,
+    device_kind,
     find_devices,
     gpu_numbers,
     make_strategy,
@@ -40,6 +41,12 @@ def test_a_gpu_that_is_not_there_is_an_error():
         make_strategy(DistributionConfig(kind="gpu"))
     with pytest.raises(UserError, match=r"distribution\.gpus=\[1, 0\], but TensorFlow sees no GPU\. This machine"):
         make_strategy(DistributionConfig(gpus=(1, 0)))
+    # What it says next is taken, whether the config names its GPUs or not.
+    with pytest.raises(UserError) as error:
+        make_strategy(load_config("gpt2_124m_8gpu").distribution)
+    advice = str(error.value).partition("To train on the CPU: ")[2].split()
+    for name in ("gpt2_124m_8gpu", "quickstart"):
+        assert device_kind(make_strategy(load_config(name, advice).distribution)) == "CPU"
 
 
 def test_the_gpus_named_are_used_and_one_that_is_not_seen_is_an_error():

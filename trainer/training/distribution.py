@@ -212,7 +212,7 @@ def gpu_numbers(asked: tuple[int, ...] | None, num_seen: int) -> list[int]:
     if not num_seen:
         raise UserError(
             f"{setting}, but TensorFlow sees no GPU. {unused_gpu(tf.test.is_built_with_cuda()) or _NO_GPU}\n"
-            "To train on the CPU, set distribution.kind='cpu' and leave distribution.gpus out."
+            "To train on the CPU: distribution.kind=cpu distribution.gpus=none"
         )
     if asked is not None and max(asked) >= num_seen:
         raise UserError(
