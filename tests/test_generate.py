@@ -232,6 +232,14 @@ def test_bos_ends_a_text():
         assert generator.generate(["", "b", "abcabca"], decoder, 8) == ["abc", "bc", "abcabcabc"]
 
 
+def test_no_text_is_empty_however_likely_the_model_finds_that():
+    model = make_bigram_model((BOS, BOS, 9.0), (BOS, 3, 5.0), (3, BOS, 9.0))
+    generator = Generator(model, TINY_TOKENIZER, SEQUENCE)
+    assert generator.generate(["", "a"], GREEDY, 8) == ["a", "a"]
+    [text, prompted] = generator.generate(["", "a"], BEAM, 8)
+    assert text != "" and prompted == "a"
+
+
 def test_pad_and_unknown_are_never_written():
     model = make_bigram_model(*((token, bad, 99.0) for token in range(6) for bad in (PAD, UNKNOWN)), (BOS, 3, 9.0))
     generator = Generator(model, TINY_TOKENIZER, SEQUENCE)

@@ -215,7 +215,7 @@ class Generator:
                 cache: list[Cache],
             ) -> tuple:
                 logits, cache = self._read(texts, index, cache)
-                logits = self._possible(logits)
+                logits = self._possible(logits, texts[:, index - 1])
                 is_prompt, is_over = index < lengths, is_ended | (index >= ends)
                 is_number = tf.math.is_finite(tf.reduce_logsumexp(logits, axis=1))
                 is_none = tf.math.is_inf(tf.reshape(scores, [-1]))  # A beam that is none yet reads anything.
@@ -272,8 +272,19 @@ class Generator:
         device = self.model.variables[0].value.device
         return tf.DeviceSpec.from_string(device).device_type == "CPU"
 
-    def _possible(self, logits: tf.Tensor) -> tf.Tensor:
-        """Returns float32 [rows, vocabulary], -inf for tokens that are never written, for float [rows, num_logits]."""
+    def _possible(self, logits: tf.Tensor, newest: tf.Tensor) -> tf.Tensor:
+        """Returns the logits with -inf for tokens that cannot come.
+
+        Padding and [UNK] are never written. Nor is [BOS] after [BOS]: no document is empty, but to a model that knows
+        little an empty one is likelier than any text, and beam search would find it.
+
+        Args:
+            logits: float [rows, num_logits].
+            newest: int32 [rows], the token before.
+
+        Returns:
+            float32 [rows, vocabulary].
+        """
         pad_id, unknown_id, bos_id = self.tokenizer.pad_id, self.tokenizer.unknown_id, self.tokenizer.bos_id
         vocabulary_size = self.tokenizer.vocabulary_size
         num_tokens = self.model.vocabulary_size if isinstance(self.model, GPT) else logits.shape[-1]
@@ -284,6 +295,7 @@ class Generator:
             )
         ids = np.arange(vocabulary_size)
         is_possible = (ids == bos_id) | (ids != pad_id) & (ids != unknown_id)  # Some vocabularies pad with [BOS].
+        is_possible = is_possible & ((ids != bos_id) | (newest != bos_id)[:, tf.newaxis])
         # Logits that model.vocabulary_multiple adds are of no token.
         return tf.where(is_possible, tf.cast(logits[:, :vocabulary_size], tf.float32), -math.inf)
 
