@@ -129,6 +129,8 @@ def shrink(path: Path) -> None:
     settings["model"] |= {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8}
     settings["train"] |= {"global_batch_size": 8, "steps_per_call": 20}
     settings["train"].pop("micro_batch_size", None)
+    if "total_steps" in settings["train"]:
+        settings["train"]["total_steps"] = 20
     settings.setdefault("data", {})["storybook_stories"] = 200
     settings["checkpoint"] = {"every_steps": 100}
     settings.setdefault("samples", {}).update(num_beams=2, num_tokens=4)
