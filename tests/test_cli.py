@@ -89,12 +89,16 @@ def test_what_needs_no_tensorflow_does_not_load_it(tmp_path: Path):
         (["generate", str(tmp_path)], 2),
         (["generate", str(taken), "--num-samples", "3", "--sampler", "greedy"], 2),
         (["generate", str(taken), "--k", "1"], 2),
+        # Last, as these load NumPy.
+        (["train", MINIGPT, f"data.train={tmp_path}/nothing.txt"], 2),
+        (["train", MINIGPT, "data.train=storybook", f"tokenizer.path={tmp_path}/nothing.json"], 2),
+        (["prepare", MINIGPT, f"data.train={tmp_path}/nothing.txt"], 2),
     ]
     program = [sys.executable, "-c", RUN, json.dumps([arguments for arguments, _ in commands])]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ended = [json.loads(line.removeprefix("ended:")) for line in done.stdout.splitlines() if line.startswith("ended:")]
-    assert ended == [[status, []] for _, status in commands]
+    assert ended == [[status, []] for _, status in commands[:-3]] + [[2, ["numpy"]]] * 3, done.stderr
 
 
 def test_without_a_verb_the_verbs_are_shown_and_another_is_refused(capsys: pytest.CaptureFixture[str]):

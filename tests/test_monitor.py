@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
-from trainer.config import ProfileConfig, UserError, make_config
+from trainer.config import ProfileConfig, SamplesConfig, UserError, make_config
 from trainer.evaluate import Evaluation
 from trainer.terminal import printable
 from trainer.training.monitor import EventLog, Interval, Meter, Monitor, literal
@@ -304,6 +304,14 @@ def test_tensorboard_shows_text_as_it_is_and_neither_formats_nor_fetches(text: s
     assert tags <= {"p", "br"}
     expected = printable(text).expandtabs(4)
     assert [line.rstrip() for line in shown.split("\n")] == [line.rstrip() for line in expected.split("\n")]
+
+
+def test_nothing_in_a_config_leaves_its_block_in_tensorboard(tmp_path: Path):
+    samples = SamplesConfig(prompt="\n```\n![](http://a.b/c.png) <img src=x>\n", stop="'''\n~~~")
+    with Monitor(tmp_path, CONFIG.model_copy(update={"samples": samples}), 0, 30, 0.5, False, io.StringIO()).running():
+        pass
+    shown, tags = shown_by_tensorboard(curves(tmp_path / "train")["config"][0].decode())
+    assert tags == {"pre", "code"} and "![](http://a.b/c.png)" in shown
 
 
 class Terminal(io.StringIO):

@@ -85,3 +85,15 @@ def test_a_signal_that_is_not_dealt_with_goes_to_whoever_watched_before():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.05)
     assert (len(inner), len(outer)) == (3, 2)
+
+
+def test_a_forked_child_has_its_signals_to_itself():
+    seen: list[int] = []
+    with watched([signal.SIGTERM], lambda number: not seen.append(number), lambda *_: None):
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        time.sleep(0.05)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM and seen == []

@@ -146,7 +146,12 @@ def _parser() -> _Parser:
     )
     prepare.set_defaults(run=_prepare)
 
-    train = verbs.add_parser("train", help="train a model, or go on with a run")
+    train = verbs.add_parser(
+        "train",
+        help="train a model, or go on with a run",
+        epilog=f"Exit status {EXIT_STOPPED}: SIGINT (Ctrl-C), SIGTERM or SIGHUP stopped it, whatever it was doing; all "
+        "steps are saved. Go on with --resume RUN, or with the same command and --or-resume.",
+    )
     train.add_argument("config", nargs="?", help="a TOML file, or the name of a shipped config, such as quickstart")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
     train.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, by the config kept there")

@@ -20,6 +20,21 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_STOPPED = 75
 
 
+# What the signals that are watched were handled by before, for each watch there is.
+_before: list[dict[int, Any]] = []
+
+
+def _stop_watching_in_child() -> None:
+    # A forked child has no thread that reads, and its signals would end up with its parent's.
+    for before in reversed(_before):
+        signal.set_wakeup_fd(-1)
+        for number, each in before.items():
+            signal.signal(number, each)
+
+
+os.register_at_fork(after_in_child=_stop_watching_in_child)
+
+
 @contextlib.contextmanager
 def watched(
     numbers: Iterable[int], notice: Callable[[int], bool], handler: Callable[[int, Any], None]
@@ -59,11 +74,13 @@ def watched(
 
     thread = threading.Thread(target=watch, name="signals", daemon=True)
     thread.start()
+    _before.append(before)
     for number in before:
         signal.signal(number, handler)
     try:
         yield before
     finally:
+        _before.pop()
         for number, each in before.items():
             signal.signal(number, each)
         signal.set_wakeup_fd(previous)
