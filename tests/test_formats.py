@@ -251,6 +251,12 @@ def test_a_stray_nul_byte_can_be_left_out(tmp_path):
     assert train_documents(path)[:2] == ["one", "two"]
 
 
+def test_nothing_but_nul_bytes_is_no_encoding(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(bytes(1000))
+    assert "NUL byte at byte offset 0; is it text?" in refusal(path)
+
+
 def test_bytes_of_no_known_encoding_are_said_to_be_so(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("ประเทศไทย ภาษาไทย\n".encode("cp874"))

@@ -104,7 +104,7 @@ class DataConfig(Section):
     """How many stories the built-in source tells, held-out ones included."""
     storybook_seed: Seed = 0
     """Other seed, other stories."""
-    prepared_folder: str = "prepared"
+    prepared_folder: Annotated[str, Field(min_length=1)] = "prepared"
     """Folder that keeps prepared data sets, each in a folder of its own."""
 
     @pydantic.field_validator("train", "validation", mode="before", json_schema_input_type=str | tuple[str, ...] | None)

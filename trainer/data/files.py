@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import os
-import shlex
 import stat
 import sys
 import zlib
@@ -22,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
-from trainer.config import UserError
+from trainer.config import UserError, quoted
 from trainer.data.formats import (
     GZIP_MARK,
     SAMPLE_BYTES,
@@ -159,7 +158,7 @@ def _files_to_name(folder: Location, setting: str) -> str:
                 break
         else:
             return "name files; there are none in it."
-    return f"name its files, for example {shlex.quote(f'{setting}={folder}/{pattern}')}."
+    return f"name its files, for example {quoted(f'{setting}={folder / pattern}')}."
 
 
 def _nothing_there(source: str, setting: str) -> str:
@@ -168,11 +167,11 @@ def _nothing_there(source: str, setting: str) -> str:
         get = f'import keras; keras.utils.get_file(origin="{SIMPLEBOOKS_URL}", extract=True, cache_dir="~/.keras")'
         return (
             "no such file. Get SimpleBooks with\n"
-            f"  mkdir -p ~/.keras && {shlex.quote(sys.executable)} -c '{get}'\n"
+            f"  mkdir -p ~/.keras && {quoted(sys.executable)} -c '{get}'\n"
             "or train on your own text: data.train=PATH data.validation=PATH"
         )
     if "," in source:
-        several = shlex.quote(f"{setting}=[{source.strip('[]')}]")
+        several = quoted(f"{setting}=[{source.strip('[]')}]")
         return f"no such file, seen from {Path.cwd()}. Several files are named so: {several}"
     if Path(source).name == "tinyshakespeare.txt":
         return (

@@ -177,6 +177,8 @@ def encoding_of(sample: bytes) -> Encoding | None:
 def _by_nul_bytes(sample: bytes) -> Encoding | None:
     """Returns the encoding of two or four bytes a character that has NUL bytes in these places, if there is one."""
     in_place = [sample[place::4].count(0) for place in range(4)]
+    if sum(in_place) > 0.8 * len(sample):
+        return None  # No text has so many.
     least = 0.9 * len(sample) / 4  # Of NUL bytes in a place where all characters have one.
     wide = {"UTF-32LE": in_place[2:], "UTF-32BE": in_place[:2]}
     for name, nuls in wide.items():
