@@ -6,6 +6,7 @@ configs describe tiny models. What needs other hardware, a service or an install
 would read it, and DRY says why.
 """
 
+import ast
 import json
 import os
 import re
@@ -51,6 +52,7 @@ FILLED_IN = {
     "HOST": "master",
     "ZONE": "us-central1-a",
     "NAME": "my-tpu",
+    "--type TYPE": "--type v5litepod-8",
     " ...": "",
 }
 
@@ -268,11 +270,12 @@ DRY: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "scripts/tpu": (check_tpu, "needs Google Cloud; run with --dry-run"),
     "pip": (check_pip, "installs"),
     "python": (check_python, "installs"),
+    "gcloud": (check_program, "needs Google Cloud"),
     "mkdir": (check_program, "makes folders for Docker"),
     "curl": (check_program, "needs the internet"),
-    "scripts/bench": (check_program, "takes an hour; tests/test_benchmarks.py runs each in small"),
 }
-DRY |= {f"scripts/{path.name}": DRY["scripts/bench"] for path in (ROOT / "scripts").glob("bench_*")}
+for path in (ROOT / "scripts").iterdir():
+    DRY.setdefault(f"scripts/{path.name}", (check_program, "takes long, or installs; the tests of scripts have each"))
 
 # The verbs of `trainer` that are only parsed here.
 DRY_VERBS = {
@@ -283,8 +286,8 @@ DRY_VERBS = {
 
 def check_or_run(command: str, run_verbs: bool = False) -> None:
     """Runs a command, or checks it where it is listed above or needs what is not here."""
-    if not command.startswith("scripts/tpu "):
-        command = re.split(r" {3,}", command)[0]  # What follows so many blanks describes it.
+    # What follows so many blanks describes it.
+    command = re.split(r" {8,}|    TYPE:" if command.startswith("scripts/tpu ") else r" {3,}", command)[0]
     words = shlex.split(filled_in(command))
     program, words = words[0].removeprefix(".venv/bin/").replace("tensorboard", ".venv/bin/tensorboard"), words[1:]
     if program != "trainer":
@@ -367,3 +370,27 @@ def test_help_s_examples_are_taken(
     if verb == "prepare":
         (options,) = re.findall(r"as in: -- (.*?)\. Workers", text)
         check_trainer(["prepare", "quickstart", "--runner", "beam", "--", *filled_in(options).split()])
+
+
+def script_commands(path: Path) -> list[str]:
+    """The commands in a script's header or docstring, without the optional parts, which stand in brackets; and what
+    scripts/quickstart prints at its end.
+    """
+    text = path.read_text(encoding="utf-8")
+    if "python" in text.split("\n")[0]:
+        found = [line for block in blocks(ast.get_docstring(ast.parse(text)) or "") for line in commands_of(block)]
+    else:
+        lines = text.split("\n")
+        found = [line[4:] for line in lines if line.startswith("#   ")]
+        found += [line.strip() for line in lines if line.startswith("    .venv/bin/t")]
+    found = [re.sub(r"\[[^]]*\]", "", line).replace(".venv-tpu/", ".venv/") for line in found]
+    return [line for line in found if line.split()[0].split("/")[0] in PROGRAMS]
+
+
+SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if os.access(path, os.X_OK))
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if script_commands(path)], ids=lambda path: path.name)
+def test_a_script_s_own_examples_are_read_by_what_would_run_them(checkout: Path, path: Path):
+    for command in script_commands(path):
+        check_or_run(command.replace("$run/logs", "runs").replace("$run", "runs/quickstart"))
