@@ -53,7 +53,6 @@ FILLED_IN = {
     "ZONE": "us-central1-a",
     "NAME": "my-tpu",
     "--type TYPE": "--type v5litepod-8",
-    " ...": "",
 }
 
 
@@ -238,6 +237,8 @@ def check_tpu(words: list[str]) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert words == ["-h"] or "gcloud compute tpus tpu-vm" in done.stdout
+    if words[0] == "train":
+        check_trainer(["train", *words[words.index("--zone") + 2 :]])
 
 
 def check_program(words: list[str]) -> None:
