@@ -1,6 +1,9 @@
 """Laws of the model; the layers of KerasNLP are the reference, and of what these have not, plain formulas."""
 
 import itertools
+import math
+import random
+from pathlib import Path
 
 import keras
 import keras_nlp
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, load_config
 from trainer.model.gpt import GPT, DropoutDraw, document_starts, dropout
 from trainer.model.normalization import NORM_EPSILON
 
@@ -406,6 +409,80 @@ def test_turned_positions_have_no_table_and_no_end():
     longer = GPT(config, 20, 12, dtype="float64")
     longer.set_weights(model.get_weights())
     np.testing.assert_array_equal(model(random_tokens(20, 2, 12)), longer(random_tokens(20, 2, 12)))
+
+
+SHIPPED = sorted(path for path in (Path(__file__).parent.parent / "trainer" / "configs").glob("*.toml"))
+
+
+def first_loss_above_guessing(config, vocabulary_size, num_tokens=256):
+    """The loss of a new model on random tokens, less that of one that says nothing: ln V of the logits it has."""
+    model = GPT(config, vocabulary_size, num_tokens, bos_id=2)
+    tokens = np.random.default_rng(0).integers(0, vocabulary_size, (1, num_tokens + 1)).astype(np.int32)
+    weights = np.ones((1, num_tokens), np.float32)
+    loss_sum, num_targets = model.evaluation_loss(tokens[:, :-1], tokens[:, 1:], weights)
+    return float(loss_sum) / float(num_targets) - math.log(config.num_logits(vocabulary_size))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_first_loss_of_every_shipped_config_is_that_of_guessing(path):
+    config = load_config(path)
+    # Deeper ones start alike: what a block adds is divided by the root of their number. A slow test has them whole.
+    model = config.model.model_copy(update={"num_layers": min(2, config.model.num_layers)})
+    assert abs(first_loss_above_guessing(model, config.vocabulary_size() or 65)) <= 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in SHIPPED if "gpt2" in path.stem], ids=lambda path: path.stem)
+def test_the_first_loss_of_a_whole_shipped_config_is_that_of_guessing(path):
+    config = load_config(path)
+    assert abs(first_loss_above_guessing(config.model, config.vocabulary_size() or 65)) <= 0.2
+
+
+def model_settings():
+    """Real widths and vocabularies with a sample of all combinations of the other settings, and each of them at least
+    once."""
+    pick = random.Random(1)
+    choices = {
+        "pre_norm": (True, False),
+        "tied_embeddings": (True, False),
+        "norm": ("layer", "rms"),
+        "positions": ("learned", "rope"),
+        "activation": ("relu", "gelu", "swiglu"),
+        "use_bias": (True, False),
+        "num_key_value_heads": (None, 2),
+        "num_layers": (1, 2, 4),
+        "share_of_width": (1 / 3, 1, 4),
+    }
+    combinations = [*itertools.product(*choices.values())]
+    for width, vocabulary_size, num_picked in (
+        (128, 65, 24),
+        (128, 2000, 16),
+        (512, 5000, 10),
+        (768, 65, 8),
+        (768, 8192, 6),
+    ):
+        picked = [dict(zip(choices, each, strict=True)) for each in pick.sample(combinations, num_picked)]
+        # What was worst once.
+        picked += [
+            {"pre_norm": pre_norm, "tied_embeddings": True, "norm": "rms", "positions": "rope", "activation": "swiglu"}
+            for pre_norm in (True, False)
+        ]
+        for settings in picked:
+            share = settings.pop("share_of_width", 4)
+            yield (
+                ModelConfig(num_heads=4, hidden_dim=width, intermediate_dim=int(share * width), **settings),
+                vocabulary_size,
+            )
+
+
+@pytest.mark.parametrize(("config", "vocabulary_size"), [*model_settings()])
+def test_the_first_loss_is_that_of_guessing_whatever_the_settings(config, vocabulary_size):
+    above = first_loss_above_guessing(config, vocabulary_size)
+    if config.pre_norm or config.tied_embeddings:
+        assert abs(above) <= 0.2
+    else:
+        # The tutorial's own start, whose logits have a variance of 2 width / (width + V): half of it comes on top.
+        assert -0.2 <= above <= config.hidden_dim / (config.hidden_dim + vocabulary_size) + 0.2
 
 
 def test_every_seed_that_a_config_allows_has_initial_weights_of_its_own():

@@ -24,7 +24,11 @@ from trainer.model.normalization import Norm, with_axes_of
 KERNEL_STDDEV = 0.02
 
 # Wider than GPT-2's: at 0.02 what the first blocks add drowns the tokens, and small models learn late to copy a name.
+# Tied embeddings are as wide as the logits allow.
 EMBEDDING_STDDEV = 0.1
+
+# Of the logits of a new model: they add half of its square to the loss of guessing, which is ln V.
+LOGIT_STDDEV = 0.4
 
 # Of Keras's "uniform", which the tutorial's embeddings start from.
 TUTORIAL_EMBEDDING_LIMIT = 0.05
@@ -132,7 +136,7 @@ class GPT(keras.Model):
                 sequence_length, config.hidden_dim, initial.embedding(), name="position_embedding", dtype=dtype
             )
         self.blocks = [Block(config, i, initial, dtype=dtype, name=f"block_{i}") for i in range(config.num_layers)]
-        self.final_norm = _norm(config, "final_norm", dtype) if config.pre_norm else None
+        self.final_norm = _norm(config, "final_norm", dtype, initial.last_scales()) if config.pre_norm else None
         self.unembedding = None
         if not config.tied_embeddings:
             self.unembedding = Unembedding(num_logits, config.use_bias, initial.unembedding(num_logits), dtype=dtype)
@@ -291,7 +295,9 @@ class Block(keras.layers.Layer):
             {"relu": tf.nn.relu, "gelu": gelu, "swiglu": swiglu}[config.activation],
         )
         self.output_dense = dense(config.hidden_dim, initial.output(), "output")
-        self.feedforward_norm = _norm(config, "feedforward_norm", dtype)
+        is_last = index == config.num_layers - 1 and not config.pre_norm
+        scales = initial.last_scales() if is_last else "ones"
+        self.feedforward_norm = _norm(config, "feedforward_norm", dtype, scales)
 
     def build(self, input_shape: tuple) -> None:
         """Creates the variables of all parts."""
@@ -482,7 +488,8 @@ class _Initializers:
     """Makes initializers, each with a seed of its own that depends on nothing but the order of creation.
 
     Without pre_norm they are those of the tutorial's KerasNLP layers, so that the same model also starts alike; with
-    it, GPT-2's.
+    it, GPT-2's. Apart from what makes logits, which with both of these can be far from small: a new model knows
+    nothing, and a loss that begins above that of guessing is learning time lost.
     """
 
     def __init__(self, seed: int, config: ModelConfig) -> None:
@@ -490,10 +497,19 @@ class _Initializers:
         self._config = config
 
     def embedding(self) -> keras.Initializer:
-        return self._normal(EMBEDDING_STDDEV) if self._config.pre_norm else self._uniform(TUTORIAL_EMBEDDING_LIMIT)
+        tied = self._config.tied_embeddings
+        if self._config.pre_norm:
+            return self._normal(self._logit_stddev() if tied else EMBEDDING_STDDEV)
+        # The limit of a uniform distribution is as many times its spread as the root.
+        widest = math.sqrt(3) * self._logit_stddev() if tied else math.inf
+        return self._uniform(min(TUTORIAL_EMBEDDING_LIMIT, widest))
 
     def unembedding(self, num_logits: int) -> keras.Initializer:
-        return self._kernel(EMBEDDING_STDDEV, self._config.hidden_dim + num_logits)
+        return self._kernel(self._logit_stddev(), self._config.hidden_dim + num_logits)
+
+    def last_scales(self) -> keras.Initializer | str:
+        """Makes the scales of the normalization that the output projection reads."""
+        return _Alternating() if self._config.tied_embeddings else "ones"
 
     def query_key_value(self) -> keras.Initializer:
         # The fans of each of the three, as where they are kernels of their own; with fewer key heads, the queries'.
@@ -511,6 +527,10 @@ class _Initializers:
     def _attention_dim(self) -> int:
         return self._config.num_heads * self._config.head_dim()
 
+    def _logit_stddev(self) -> float:
+        # What the projection reads has hidden_dim numbers of variance 1.
+        return LOGIT_STDDEV / math.sqrt(self._config.hidden_dim)
+
     def _residual_stddev(self) -> float:
         # Every block adds to the residual stream twice: so its variance at the end does not grow with depth.
         return KERNEL_STDDEV / math.sqrt(2 * self._config.num_layers)
@@ -526,6 +546,18 @@ class _Initializers:
         return keras.initializers.RandomUniform(-limit, limit, seed=next(self._seeds))
 
 
+class _Alternating(keras.initializers.Initializer):
+    """Makes 1 and -1 in turn: for the last scales of a model with tied embeddings.
+
+    What the residual stream holds of a token's embedding meets the same embedding in the output projection: with scales
+    of 1 a new model is sure that every token comes again. Of products with both signs that sum is nearly 0, as it is
+    for any other token.
+    """
+
+    def __call__(self, shape: Sequence[int], dtype: str | None = None) -> tf.Tensor:
+        return tf.cast(1 - 2 * (tf.range(shape[-1]) % 2), dtype or keras.config.floatx())
+
+
 def _seed_of_weight(seed: int, number: int) -> int:
     """Returns the seed of a model's weight by its number, below what Keras takes its seeds modulo."""
     if seed < 2**15:
@@ -535,5 +567,5 @@ def _seed_of_weight(seed: int, number: int) -> int:
     return int.from_bytes(digest[:8], "little") % (2**31 - 2)
 
 
-def _norm(config: ModelConfig, name: str, dtype: str) -> keras.layers.Layer:
-    return Norm(config.norm, center=config.use_bias, dtype=dtype, name=name, autocast=False)
+def _norm(config: ModelConfig, name: str, dtype: str, scales: keras.Initializer | str = "ones") -> keras.layers.Layer:
+    return Norm(config.norm, center=config.use_bias, gamma_initializer=scales, dtype=dtype, name=name, autocast=False)
