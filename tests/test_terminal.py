@@ -40,6 +40,19 @@ def test_a_terminal_breaks_lines_between_words(monkeypatch: pytest.MonkeyPatch):
     assert set(" ".join(lines[2:]).split()) == {"한국어", "문장"}
 
 
+def test_errors_too_are_broken_between_words(monkeypatch: pytest.MonkeyPatch):
+    from trainer.cli import main
+
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", "minigpt", "model.num_head=3", "train.batch=3"]) == 2
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and lines[0] == (
+        "trainer: model.num_head is not a setting. Did you mean model.num_heads?"
+    )
+
+
 class Broken(io.StringIO):
     def write(self, _: str) -> int:
         raise BrokenPipeError(32, "Broken pipe")
@@ -85,7 +98,7 @@ def test_a_verb_whose_reader_went_away_ends_quietly():
 def test_a_verb_whose_output_fills_the_disk_says_so():
     with Path("/dev/full").open("w") as full:
         done = run_with(full.fileno(), "plan", "minigpt")
-    assert (done.returncode, done.stderr) == (2, "trainer: [Errno 28] No space left on device\n")
+    assert (done.returncode, done.stderr) == (2, "trainer: No space left on device. Make room.\n")
 
 
 SAY = """

@@ -11,12 +11,11 @@ TensorFlow is imported by the functions that need it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.fork import check_not_forked
-from trainer.terminal import quiet_import
+from trainer.terminal import quiet_import, warn
 from trainer.version import __version__
 
 if TYPE_CHECKING:
@@ -175,7 +174,7 @@ def generate(
     num_tokens = samples.num_tokens if num_tokens is None else num_tokens
     stop = samples.stop if stop is None else stop
     for remark in generator.remarks(texts, num_tokens, stop):
-        print(f"warning: {remark}", file=sys.stderr)
+        warn(f"warning: {remark}")
     num_tokens = run.config.train.sequence_length if num_tokens is None else num_tokens
     return generator.generate(texts, decoder, num_tokens, seed or 0, stop)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from trainer.signals import EXIT_STOPPED, STOPPING, Ending, ended_by
-from trainer.terminal import discard, lasting_errors, lasting_output, open_streams, printable, quiet_import, say
+from trainer.terminal import discard, lasting_errors, lasting_output, open_streams, printable, quiet_import, say, warn
 from trainer.version import __version__
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _run(words: list[str], ending: Ending) -> int:
     except UserError as error:
         return _fail(error)
     except KeyboardInterrupt:
-        print("trainer: stopped.", file=sys.stderr)
+        warn("trainer: stopped.")
         return 130
     except BrokenPipeError:
         discard(sys.stdout)
@@ -82,7 +82,7 @@ def _run(words: list[str], ending: Ending) -> int:
 
 
 def _fail(error: Exception) -> int:
-    print(f"trainer: {_message(str(error))}", file=sys.stderr)
+    warn(f"trainer: {_message(str(error))}")
     return EXIT_USER_ERROR
 
 
@@ -248,9 +248,9 @@ def _prepare(options: argparse.Namespace) -> None:
             import keras_nlp  # noqa: F401
             import tensorflow_text  # noqa: F401
     if options.runner == "beam":
-        prepare_with_beam(config, options.beam_options)
+        prepare_with_beam(config, options.beam_options, say)
     else:
-        prepare(config)
+        prepare(config, say)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -354,7 +354,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     strategy = make_strategy(run.config.distribution, alone=True)
     for line in describe_devices(strategy, run.config.distribution, Hosts()):
-        print(line, file=sys.stderr)
+        warn(line)
     prepared = run.prepared()
     with strategy.scope():
         model, checkpoint = run.load_model(step=step)
@@ -393,7 +393,7 @@ def _generate(options: argparse.Namespace) -> None:
         from trainer.training.distribution import unseen_gpu
 
     if warning := unseen_gpu():
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(f"warning: {warning}")
     texts = generate(
         run_folder,
         [prompt] * options.num_samples,

@@ -4,7 +4,6 @@ Reads tokens and offsets where it needs them, so that data larger than memory ca
 """
 
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from trainer.data.coverage import lengths_of
 from trainer.data.shards import MANIFEST, PreparedData, Split, faults_of_files, prepared_in
 from trainer.run import RECORD, RunFolder
 from trainer.storage import Location, Url, locate, on_disk
+from trainer.terminal import warn
 
 _BAR_WIDTH = 30
 # A character takes at most so many tokens, the bytes of UTF-8, where the vocabulary has none of its own for it.
@@ -107,7 +107,7 @@ def _data_near(path: Location) -> str:
 
 
 def _tell(fault: str) -> bool:
-    print(f"trainer: {fault}", file=sys.stderr)
+    warn(f"trainer: {fault}")
     return False
 
 

@@ -18,6 +18,7 @@ from trainer.config import CharConfig, Config, ModelConfig, UserError, rows_per_
 from trainer.devices import Target, cpu, known_targets
 from trainer.execution import execution_of
 from trainer.storage import locate
+from trainer.terminal import say
 
 if TYPE_CHECKING:
     from trainer.data.shards import PreparedData
@@ -257,12 +258,12 @@ def print_plan(
     if with_weights:
         _print_weights(config, vocabulary_size)
     for line in (*_model_lines(config, vocabulary_size), *_data_lines(config)):
-        print(line)
+        say(line)
     target = target or own_target(config)
     if target is None:
         if utilisation is not None:
             raise UserError(f"--utilisation {utilisation} has no effect without --target; {known_targets()}")
-        print(
+        say(
             f"device       distribution.kind={config.distribution.kind!r} does not say which; --target adds memory and "
             f"time: {known_targets()}"
         )
@@ -271,7 +272,7 @@ def print_plan(
         *_memory_lines(config, vocabulary_size, target),
         *_time_lines(config, vocabulary_size, target, utilisation),
     ):
-        print(line)
+        say(line)
 
 
 def print_compiled(config: Config, vocabulary_size: int | None, target: Target | None) -> bool:
@@ -298,11 +299,11 @@ def print_compiled(config: Config, vocabulary_size: int | None, target: Target |
         try:
             step = compile_step(config.model_copy(update={"train": train}), vocabulary_size, target)
         except DoesNotFit as error:
-            print(f"{label}: does not fit: {error}")
+            say(f"{label}: does not fit: {error}")
             return False
         share = f"{_size_of(step.memory_bytes())} of {_size_of(memory_bytes)}"
         verdict = "fits" if step.memory_bytes() <= memory_bytes else "does not fit"
-        print(
+        say(
             f"{label}: {share}: {verdict}. {_size_of(step.arguments_bytes)} of weights, optimizer and batch and "
             f"{_size_of(step.temporaries_bytes)} of temporaries; a micro-batch and an update are "
             f"{step.flops / 1e12:.3g} teraflop and move {_size_of(step.accessed_bytes)}; in {step.compile_secs:.0f} s"
@@ -312,7 +313,7 @@ def print_compiled(config: Config, vocabulary_size: int | None, target: Target |
     own_fits = fits(own)
     sizes = [size for size in range(1, rows + 1) if rows % size == 0 and (size > own if own_fits else size < own)]
     largest = largest_that_fits(sizes, fits) or (own if own_fits else None)
-    print(f"largest train.micro_batch_size that fits: {'none' if largest is None else largest}")
+    say(f"largest train.micro_batch_size that fits: {'none' if largest is None else largest}")
     return own_fits
 
 

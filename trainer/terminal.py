@@ -36,10 +36,19 @@ def printable(text: str) -> str:
 
 def say(line: str) -> None:
     """Prints a line to standard output at once; a terminal breaks it between words, a file keeps it whole."""
-    if sys.stdout.isatty():
-        console(sys.stdout).print(printable(line))
+    _print(line, sys.stdout)
+
+
+def warn(line: str) -> None:
+    """Prints a line to standard error, as `say` does."""
+    _print(line, sys.stderr)
+
+
+def _print(line: str, stream: TextIO) -> None:
+    if stream.isatty():
+        console(stream).print(printable(line))
     else:
-        print(printable(line), flush=True)
+        print(printable(line), file=stream, flush=True)
 
 
 def console(stream: TextIO) -> "rich.console.Console":
@@ -64,7 +73,7 @@ def lasting_output() -> Iterator[None]:
 
     def tell(error: OSError) -> None:
         reason = "nobody reads it any more" if error.errno == errno.EPIPE else error.strerror
-        print(f"trainer: standard output is gone ({reason}); training goes on without it.", file=sys.stderr, flush=True)
+        warn(f"trainer: standard output is gone ({reason}); training goes on without it.")
 
     with contextlib.redirect_stdout(_Lasting(sys.stdout, tell)):
         yield
