@@ -23,6 +23,7 @@ from trainer.data.shards import (
     SplitWriter,
     load_prepared,
 )
+from trainer.data.text import is_held_out
 from trainer.data.tokenizer import CharTokenizer
 
 LINES = [f"line {i}" + " of text" * (i % 7) for i in range(500)]
@@ -436,6 +437,16 @@ def test_text_without_a_token_is_refused_before_any_training(tmp_path, mode):
             assert str(refused.value) == f"{where} {why}"
         settings = config_for(tmp_path, data=data, tokenizer=tokenizer, train=train).model_dump()
         prepare(make_config(settings, ["tokenizer={kind='bpe'}"]), quiet)
+    full, empty = str(tmp_path / "full.txt"), str(tmp_path / "empty.txt")
+    data = {"train": [full, full], "validation": [full, empty], "weights": [1, 1], "mode": mode}
+    with pytest.raises(UserError, match=f"^data.validation=\\['{empty}'\\]: its 2 documents have no token"):
+        prepare(config_for(tmp_path, data=data, tokenizer=trained, train=train), quiet)
+    (tmp_path / "both.txt").write_text("ab\nab\n\u200b\n" * 2)
+    fractions = (fraction / 100 for fraction in range(1, 100))
+    only_the_empty_one = next(each for each in fractions if [is_held_out(t, each) for t in ("ab", "\u200b")] == [0, 1])
+    data = {"train": str(tmp_path / "both.txt"), "held_out_fraction": only_the_empty_one, "mode": mode}
+    with pytest.raises(UserError, match=r"^data.held_out_fraction=0.\d+ of data.train=.*its 2 documents have no token"):
+        prepare(config_for(tmp_path, data=data, tokenizer=trained, train=train), quiet)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "byte"])

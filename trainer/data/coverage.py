@@ -175,13 +175,14 @@ def _check_tokens(prepared: PreparedData, config: Config) -> None:
     for name, split in prepared.splits.items():
         if split.num_tokens:
             continue
-        kind = name.partition("-")[0]
+        kind, _, number = name.partition("-")
+        sources = getattr(config.data, kind) or config.data.train
+        where = f"data.{kind}={[sources[int(number)]] if number else list(sources)}"
+        if kind == "validation" and config.data.validation is None:
+            where = f"data.held_out_fraction={config.data.held_out_fraction} of {where.replace(kind, 'train', 1)}"
         documents = (
             "its only document has" if split.num_documents == 1 else f"its {split.num_documents:,} documents have"
         )
-        where = f"data.{kind}={list(getattr(config.data, kind) or config.data.train)}"
-        if kind == "validation" and config.data.validation is None:
-            where = f"data.held_out_fraction={config.data.held_out_fraction} of {where}"
         raise UserError(
             f"{where}: {documents} no token, because tokenizer.kind={prepared.tokenizer_kind!r} keeps neither spaces "
             "nor control characters; give other text, or set \"tokenizer={kind='bpe'}\", which keeps everything."
