@@ -10,6 +10,7 @@ import pytest
 
 from trainer.config import UserError
 from trainer.signals import EXIT_STOPPED
+from trainer.training import health
 from trainer.training.health import (
     MAX_SKIPPED_IN_A_ROW,
     check_is_learning,
@@ -84,6 +85,7 @@ def test_signal_from_outside_stops_a_compiled_loop_and_a_second_one_the_process(
             assert process.stdout.readline() == "stopped\n"
             assert time.monotonic() - sent < 2  # Against a loop of hours.
             if is_second_sent:
+                time.sleep(1.1)
                 process.send_signal(number)
             _, errors = process.communicate(timeout=20)
         finally:
@@ -94,7 +96,9 @@ def test_signal_from_outside_stops_a_compiled_loop_and_a_second_one_the_process(
 
 TERMINATED = """
 import os, signal, threading, time
+from trainer.training import health
 from trainer.training.health import stop_on_signals
+health.SAME_EVENT_SECS = 0
 asked = threading.Event()
 with stop_on_signals(asked.set):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -108,7 +112,8 @@ def test_second_sigterm_ends_the_process():
     assert subprocess.run([sys.executable, "-c", TERMINATED], cwd=ROOT).returncode == -signal.SIGTERM
 
 
-def test_first_signal_asks_to_stop_and_the_second_interrupts():
+def test_first_signal_asks_to_stop_and_the_second_interrupts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(health, "SAME_EVENT_SECS", 0.0)
     asked = threading.Event()
     with pytest.raises(KeyboardInterrupt), stop_on_signals(asked.set):
         os.kill(os.getpid(), signal.SIGINT)
@@ -117,13 +122,28 @@ def test_first_signal_asks_to_stop_and_the_second_interrupts():
         time.sleep(5)
 
 
-def test_any_second_signal_is_the_second():
+def test_any_second_signal_is_the_second(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(health, "SAME_EVENT_SECS", 0.0)
     asked = threading.Event()
     with pytest.raises(KeyboardInterrupt), stop_on_signals(asked.set):
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked.wait(5)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
+
+
+def test_several_signals_of_one_event_and_hang_ups_are_the_first(monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    asked: list[bool] = []
+    with stop_on_signals(lambda: asked.append(True), said.append):
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+            time.sleep(0.02)
+        monkeypatch.setattr(health, "SAME_EVENT_SECS", 0.0)
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.02)
+    assert asked == [True]
+    assert said == ["SIGINT: saving after the step under way; a second signal ends at once, unsaved."]
 
 
 def test_handlers_are_as_before_afterwards():

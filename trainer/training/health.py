@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,28 +18,41 @@ from trainer.storage import Location, Url, make_folder, reason_and_remedy
 MAX_SKIPPED_IN_A_ROW = 20
 
 
+SAME_EVENT_SECS = 1.0
+
+
 @contextlib.contextmanager
 def stop_on_signals(request_stop: Callable[[], None], say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Calls request_stop at the first SIGINT, SIGTERM or SIGHUP, and says so; a second one ends the process as it would
     have without this.
+
+    One event can be several signals: a terminal that is closed hangs up the shell, which hangs up its jobs, before the
+    kernel does the same; and Ctrl-C reaches a launcher, which passes it on, as well as its workers. So what follows
+    within SAME_EVENT_SECS is the same event, and a hang-up never is a second one.
     """
-    is_asked = False
+    asked_at: float | None = None
+
+    def is_second(number: int) -> bool:
+        is_later = asked_at is not None and time.monotonic() - asked_at >= SAME_EVENT_SECS
+        return is_later and number != signal.SIGHUP
 
     def notice(number: int) -> bool:
-        nonlocal is_asked
-        if is_asked:
-            return False
-        is_asked = True
-        request_stop()
-        say(f"{signal.Signals(number).name}: saving after the step under way; a second signal ends at once, unsaved.")
-        return True
+        nonlocal asked_at
+        if asked_at is None:
+            asked_at = time.monotonic()
+            request_stop()
+            name = signal.Signals(number).name
+            say(f"{name}: saving after the step under way; a second signal ends at once, unsaved.")
+        return not is_second(number)
 
-    def restore(*_: object) -> None:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+    def handle(number: int, _: Any) -> None:
+        if is_second(number):
+            for name, handler in before.items():
+                signal.signal(name, handler)
+            signal.raise_signal(number)
 
     before: dict[int, Any] = {}
-    with watched(STOPPING, notice, restore) as handlers:
+    with watched(STOPPING, notice, handle) as handlers:
         before |= handlers
         yield
 
