@@ -233,15 +233,56 @@ def test_a_json_array_of_texts_becomes_json_lines_too(tmp_path):
     assert train_documents(tmp_path / "a.jsonl") == ["one", "two"]
 
 
-def test_a_stray_byte_in_utf8_is_not_taken_for_another_encoding(tmp_path):
-    path = tmp_path / "a.txt"
+@pytest.mark.parametrize(
+    ("other", "mended", "said"),
+    [
+        (b"caf\xe9 noir", "café noir", "some lines look like LATIN1 (Western European)"),
+        ("우리는 caf".encode() + b"\xe9", "우리는 caf", "most of it is UTF-8. Leave out such documents"),
+        (
+            TEXTS["Korean"].splitlines()[0].encode("cp949"),
+            TEXTS["Korean"].splitlines()[0],
+            "some lines look like CP949 (",
+        ),
+    ],
+)
+@pytest.mark.parametrize(("name", "place"), [("a.txt", 0), ("a.txt", 199), ("a.txt.gz", 100)])
+def test_a_line_that_is_not_utf8_among_others_is_mended_and_the_others_stay(tmp_path, name, place, other, mended, said):
+    path = tmp_path / name
     lines = [f"우리는 {i} 번째" for i in range(200)]
-    path.write_bytes("\n".join(lines).encode() + b"\ncaf\xe9\n")
+    encoded = [line.encode() for line in lines]
+    content = b"\n".join([*encoded[:place], other, *encoded[place:]])
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     message = refusal(path)
-    assert "most of it is UTF-8" in message and "iconv" not in message
+    assert said in message and "iconv" not in message
     assert train_documents(path, max_broken_fraction=0.01) == lines
     obey(message)
-    assert train_documents(path) == [*lines, "caf"]
+    assert train_documents(path) == [*lines[:place], mended, *lines[place:]]
+
+
+def test_a_file_that_ends_within_a_character_is_said_to_be_cut_off(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(TEXTS["Korean"].encode()[:-3])
+    message = refusal(path)
+    assert "it ends within a character, as a file that was cut off does. Fetch it again, or leave out" in message
+    obey(message)
+    assert "\n".join(train_documents(path)) == TEXTS["Korean"][:-3]
+
+
+def test_half_a_file_in_another_encoding_is_told_too(tmp_path):
+    path = tmp_path / "a.txt"
+    half = TEXTS["Korean"] * 50
+    path.write_bytes(half.encode() + half.encode("cp949"))
+    obey(refusal(path))
+    assert train_documents(path) == 2 * half.splitlines()
+
+
+def test_more_broken_documents_than_may_be_left_out_are_said_with_the_encoding(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(TEXTS["Korean"].encode("cp949"))
+    message = refusal(path, max_broken_fraction=0.1)
+    assert "records, 100.00% of all, are broken" in message and "it looks like CP949 (Korean)" in message
+    obey(message)
+    assert train_documents(path, max_broken_fraction=0.1) == TEXTS["Korean"].splitlines()
 
 
 def test_a_stray_nul_byte_can_be_left_out(tmp_path):

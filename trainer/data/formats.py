@@ -141,22 +141,37 @@ def fault_of_bytes(path: Location, sample: bytes, is_cut_off: bool, is_packed: b
     """
     if (encoding := encoding_of(sample)) is not None:
         return f"it looks like {encoding.name} ({encoding.language}); {_convert(path, encoding.name, is_packed)}"
-    if is_cut_off:
-        return "it ends within a character, as a file does that was cut off; fetch it again."
     if b"\0" in sample:
         command = _piped(path, r"tr -d '\000'", is_packed)
         return f"is it text? If so, this leaves the NUL bytes out:\n  {command}"
-    if _is_mostly_utf8(sample):
-        program = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read().decode(errors='ignore').encode())"
-        command = _piped(path, f'{shlex.quote(sys.executable)} -c "{program}"', is_packed)
-        return (
-            "most of it is UTF-8, so it holds broken bytes or some text of another encoding. Leave out such documents "
-            f"with data.max_broken_fraction=0.01, or only the broken bytes with\n  {command}"
-        )
+    if is_cut_off or _is_mostly_utf8(sample):
+        return _mend_lines(path, sample, is_cut_off, is_packed)
     return (
         f"its encoding could not be told from its bytes; {_convert(path, 'ENCODING', is_packed)}\n"
         "with the encoding's name, which iconv -l lists, for ENCODING."
     )
+
+
+def _mend_lines(path: Location, sample: bytes, is_cut_off: bool, is_packed: bool) -> str:
+    lines = sample.split(b"\n")
+    # The first and the last line of a long sample may be cut off.
+    lines = lines[1:-1] if len(sample) >= SAMPLE_BYTES // 2 else lines
+    others = [line for line in lines if _num_broken(line.decode(errors="surrogateescape"))]
+    new = "line.decode(errors='ignore').encode()"
+    if is_cut_off:
+        what = (
+            "it ends within a character, as a file that was cut off does. Fetch it again, or leave out the broken bytes"
+        )
+    elif (encoding := encoding_of(b"\n".join(others))) is not None:
+        what = f"most of it is UTF-8, but some lines look like {encoding.name} ({encoding.language}). Convert those"
+        new = f"line.decode('{encoding.name}').encode()"
+    else:
+        what = "most of it is UTF-8. Leave out such documents with data.max_broken_fraction=0.01, or the broken bytes"
+    program = (
+        "import sys; [sys.stdout.buffer.write(line if line.decode(errors='ignore').encode() == line else "
+        f"{new}) for line in sys.stdin.buffer]"
+    )
+    return f"{what} with\n  {_piped(path, f'{shlex.quote(sys.executable)} -c {shlex.quote(program)}', is_packed)}"
 
 
 def encoding_of(sample: bytes) -> Encoding | None:
@@ -209,7 +224,12 @@ def _share_of_common(text: str, common: str) -> float:
 def _is_mostly_utf8(sample: bytes) -> bool:
     text = sample.decode(errors="surrogateescape")
     num_right = len(re.findall("[^\0-\x7f\udc80-\udcff]", text))
-    return num_right > 0 and num_right >= len(re.findall("[\udc80-\udcff]", text))
+    # Text in another encoding, too, has some bytes that are a character of UTF-8: one for 20 that are not.
+    return num_right > 0 and 3 * num_right >= _num_broken(text)
+
+
+def _num_broken(text: str) -> int:
+    return len(re.findall("[\udc80-\udcff]", text))
 
 
 # Commands.

@@ -56,6 +56,7 @@ class Tally:
         num_yielded: how many documents a split got.
         num_broken: how many records were left out.
         broken: the first of them.
+        advice: what is wrong with the first file that is not UTF-8, and what to do.
     """
 
     num_seen: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -66,6 +67,7 @@ class Tally:
     num_yielded: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     num_broken: int = 0
     broken: list[str] = dataclasses.field(default_factory=list)
+    advice: str = ""
 
     def add(self, other: "Tally") -> None:
         """Adds what a reading of the text that follows came upon."""
@@ -77,6 +79,7 @@ class Tally:
         self.num_yielded.update(other.num_yielded)
         self.num_broken += other.num_broken
         self.broken = (self.broken + other.broken)[:_NUM_NAMED]
+        self.advice = self.advice or other.advice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +197,7 @@ class Source:
                 raise UserError(
                     f"data.max_broken_fraction={self.data.max_broken_fraction}: {tally.num_broken} records, "
                     f"{share:.2%} of all, are broken: {listed}. Mend them, or raise it."
+                    + (f" The first fault: {tally.advice}" if tally.advice else "")
                 )
             if say is not None:
                 say(f"{tally.num_broken} broken records ({share:.2%}) are left out: {listed}")
@@ -249,9 +253,12 @@ class Source:
         self, tally: Tally, file: File | None, what: str, explain: Callable[[Location], str | None] | None = None
     ) -> None:
         tally.num_broken += 1
+        if explain is not None and isinstance(file, Location) and not tally.advice:
+            tally.advice = explain(file) or ""
         if not self.data.max_broken_fraction:
-            explained = explain(file) if explain is not None and isinstance(file, Location) else None
-            raise UserError(explained or f"{file}: {what}; mend it, or set data.max_broken_fraction to leave some out.")
+            raise UserError(
+                tally.advice or f"{file}: {what}; mend it, or set data.max_broken_fraction to leave some out."
+            )
         if len(tally.broken) < _NUM_NAMED:
             tally.broken.append(f"{file}: {what}")
 
