@@ -150,6 +150,8 @@ def test_no_gpu_of_nvidia_is_none_to_warn_of(tmp_path: Path, files: dict[str, st
             True,
             r"2 NVIDIA GPUs are not used: TensorFlow lacks the CUDA libraries\. .* install 'tensorflow\[and-cuda\]==2",
         ),
+        # A device node by itself was made by a driver.
+        ({"node": ""}, {}, True, r"TensorFlow lacks the CUDA libraries\. "),
         (
             {"wsl": ""},
             {},

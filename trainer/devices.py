@@ -235,7 +235,7 @@ def unused_gpu(is_built_with_cuda: bool, root: Path = Path("/"), environ: Mappin
     if hidden_by is not None:
         why = f"CUDA_VISIBLE_DEVICES={hidden_by!r} hides what TensorFlow could use. Show all to it with: "
         why += "unset CUDA_VISIBLE_DEVICES"
-    elif not _has_nvidia_driver(root):
+    elif not _has_nvidia_driver(root) and not _nvidia_devices(root):
         why = "no driver is loaded. Install NVIDIA's driver (on Ubuntu: sudo ubuntu-drivers install), restart, and see "
         why += "that nvidia-smi lists the GPU."
     elif not _nvidia_devices(root) and not is_wsl:
