@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import shutil
 import subprocess
 import tarfile
@@ -84,6 +85,14 @@ def test_text_in_another_encoding_is_refused_by_its_name_and_the_command_makes_i
     assert message.startswith(f"{path}: ") and f"iconv -f {name} -t UTF-8" in message
     obey(message)
     assert train_documents(tmp_path / "*") == text.splitlines()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_whose_name_is_not_utf8_either_is_converted(tmp_path):
+    path = tmp_path / os.fsdecode("책's 1.txt".encode("cp949"))
+    path.write_bytes(TEXTS["Korean"].encode("cp949"))
+    obey(refusal(tmp_path / "*"))
+    assert train_documents(tmp_path / "*") == TEXTS["Korean"].splitlines()
     assert list(tmp_path.iterdir()) == [path]
 
 

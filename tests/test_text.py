@@ -128,9 +128,12 @@ def test_files_that_hold_the_same_text_are_named(tmp_path):
     for name, content in (("a", "x"), ("b", "y"), ("c", "x"), ("d", ""), ("e", ""), ("f", "x")):
         written(tmp_path / name, content)
     said = []
-    source = open_source(DataConfig(train=(f"{tmp_path}/*",), validation=(f"{tmp_path}/a",)))
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    data = DataConfig(train=(f"{tmp_path}/[a-f]",), validation=(f"{tmp_path}/a", f"{tmp_path}/link"))
+    source = open_source(data)
     assert source.fingerprint(said.append) == source.fingerprint()
-    assert len(said) == 1
+    assert len(said) == 2
+    assert said[1] == (f"warning: {tmp_path}/link of data.validation holds the same text as {tmp_path}/b of data.train")
     assert f"of files that hold the same text each is used: {tmp_path}/c as {tmp_path}/a, and 1 more;" in said[0]
 
 

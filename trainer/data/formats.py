@@ -5,6 +5,7 @@ same setting or glob finds the text afterwards.
 """
 
 import codecs
+import os
 import re
 import shlex
 import sys
@@ -121,7 +122,7 @@ def fault_of_gzip_name(path: Location, start: bytes) -> str:
         is_text = False
     if not is_text:
         return f"{path}: a broken or cut-off gzip file (it does not begin as one); fetch it again."
-    plain = shlex.quote(_shown(path)[: -len(".gz")])
+    plain = _word(_shown(path)[: -len(".gz")])
     return f"{path}: named .gz, and not packed with gzip; give it its right name:\n  mv {_quoted(path)} {plain}"
 
 
@@ -245,7 +246,19 @@ def _shown(path: Location) -> str:
 
 
 def _quoted(path: Location, more: str = "") -> str:
-    return shlex.quote(_shown(path) + more)
+    return _word(_shown(path) + more)
+
+
+def _word(text: str) -> str:
+    """Returns a word of a shell's command; a name that is not UTF-8 as bash and zsh spell bytes."""
+    name = os.fsencode(text)
+    try:
+        return shlex.quote(name.decode())
+    except UnicodeDecodeError:
+        spelled = (
+            chr(byte) if re.match("[ -~]", chr(byte)) and chr(byte) not in "\\'" else f"\\x{byte:02x}" for byte in name
+        )
+        return f"$'{''.join(spelled)}'"
 
 
 def _convert(path: Location, encoding: str, is_packed: bool) -> str:
@@ -266,7 +279,7 @@ def _unpack(path: Location, tool: str) -> str:
     command = f"{tool} -d {'--rm -q ' if tool == 'zstd' else ''}"
     if name.endswith(suffix):
         plain = name[: -len(suffix)]
-        return f"unpack it with\n  {command}{shlex.quote(name)}\nand name {plain}."
+        return f"unpack it with\n  {command}{_word(name)}\nand name {plain}."
     return f"unpack it with\n  mv {_quoted(path)} {_quoted(path, suffix)} && {command}{_quoted(path, suffix)}"
 
 
@@ -275,12 +288,12 @@ def _as_json_lines(path: Location, kind: str, what: str, is_packed: bool | None 
     stem = name[: len(name) - len(".gz") * is_gzip_name(path)]
     stem = stem[: len(stem) - len(_suffix(path))] if _suffix(path) else stem
     target = f"{stem}.jsonl"
-    new = shlex.quote(f"{target}.new")
+    new = _word(f"{target}.new")
     program = f"{shlex.quote(sys.executable)} -c {shlex.quote(_TO_JSON_LINES[kind])}"
     packed = is_gzip_name(path) if is_packed is None else is_packed
     command = f"gzip -dc < {_quoted(path)} | {program}" if packed else f"{program} < {_quoted(path)}"
     needs = " (which needs: pip install pyarrow)" if kind == ".parquet" else ""
     return (
-        f"{path}: {what}; make it JSON Lines with{needs}:\n  {command} > {new} && mv {new} {shlex.quote(target)}\n"
+        f"{path}: {what}; make it JSON Lines with{needs}:\n  {command} > {new} && mv {new} {_word(target)}\n"
         f"and name {target}, and in data.text_field the field that holds the text."
     )

@@ -111,8 +111,9 @@ class Source:
         """Returns a SHA-256 of the files' contents in order, whatever their names, or of the storybook's recipe.
 
         Args:
-            say: gets a line about files of one split that hold the same bytes.
+            say: gets a line about files that hold the same bytes.
         """
+        of_train: dict[bytes, File] = {}
         digests = hashlib.sha256()
         if self.data.is_storybook():
             from trainer.data import storybook, storybook_grammar
@@ -131,6 +132,9 @@ class Source:
                 first = found.setdefault(content, file)
                 if first is not file and content != _NO_BYTES:
                     twins.append(f"{file} as {first}")
+                elif say is not None and str(of_train.get(content, file)) != str(file) and content != _NO_BYTES:
+                    say(f"warning: {file} of data.validation holds the same text as {of_train[content]} of data.train")
+            of_train = found
             if twins and say is not None:
                 more = f", and {len(twins) - 1} more" if len(twins) > 1 else ""
                 say(f"warning: of files that hold the same text each is used: {twins[0]}{more}; leave out all but one")
