@@ -369,7 +369,7 @@ def train(
             is_stopped = is_stopped or is_asked_to_stop()
             if is_stopped:
                 save_now(step)
-            with spent.on("checkpoint"), monitor.doing(step, "saving"):
+            with spent.on("checkpoint"):
                 checkpoints.wait()
         if is_stopped:
             say(
