@@ -670,13 +670,18 @@ def find_run(config: Config, or_resume: bool) -> RunFolder | None:
 def check_is_free(config: Config) -> None:
     """Raises UserError where a new run's folder is taken."""
     path = locate(config.run_folder)
+    # Listed before the record is looked for: another process may be making a run there, and makes the record first of
+    # all that is not in _MADE_BEFORE_RECORD.
+    names: set[str] = set()
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names = {child.name for child in path.iterdir()}
     if (path / RECORD).is_file():
         raise UserError(
             f"run_folder={config.run_folder!r} already holds a run. Go on with it: trainer train --resume "
             f"{quoted(path)}; or start another beside it with the override {quoted(f'run_folder={path}-2')}; or delete "
             "it."
         )
-    if path.is_file() or (path.is_dir() and not {child.name for child in path.iterdir()} <= _MADE_BEFORE_RECORD):
+    if path.is_file() or not names <= _MADE_BEFORE_RECORD:
         raise UserError(f"run_folder={config.run_folder!r} is there already and is no run; choose another folder.")
 
 
