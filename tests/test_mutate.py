@@ -2,6 +2,7 @@ import argparse
 import itertools
 import random
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 import trainer.config
 from trainer.config import UserError
 
+SAMPLE_SECS = 20
 PROGRAM = Path(__file__).parents[1] / "scripts" / "mutate"
 
 
@@ -28,6 +30,15 @@ def mutate() -> ModuleType:
     sys.modules["mutate"] = module  # Where NamedTuple looks for the names in its annotations.
     loader.exec_module(module)
     return module
+
+
+@pytest.mark.slow
+def test_mutations_of_every_kind_of_input_are_taken_or_refused_properly():
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "--secs", str(SAMPLE_SECS), "--number", "400"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "" and sum(map(int, re.findall(r"(\d+) tried", done.stdout))) > 0
 
 
 def test_the_same_seed_makes_the_same_mutations(mutate: ModuleType):
@@ -83,7 +94,7 @@ def test_what_trainer_should_not_do_is_a_fault(
 
     monkeypatch.setattr(trainer.config, "load_config", what_trainer_does)
     monkeypatch.setitem(mutate.KINDS, "planted", case)
-    monkeypatch.setattr(mutate, "HANG_SECS", 0.5)
+    monkeypatch.setattr(mutate, "HANG_SECS", 0.5 if fault.startswith("Hang") else 60.0)
     with capfd.disabled():
         verdict = mutate.attempt(mutate.Lab(tmp_path), "planted", 0, 0)
     assert verdict.result == "fault" and re.match(fault, verdict.fault), verdict.fault
