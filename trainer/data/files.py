@@ -101,7 +101,7 @@ def each_once(files: Iterable[Item]) -> list[Item]:
 def _matches(path: Path) -> list[Path]:
     # A name that exists is taken literally: book[1].txt is no glob, and of book[1]/*.txt only the end is one.
     folder, patterns = path, list[str]()
-    while not os.path.lexists(folder) and folder != folder.parent:
+    while not _is_there(folder) and folder != folder.parent:
         folder, patterns = folder.parent, [folder.name, *patterns]
     return sorted(match for match in _expand(folder, patterns) if not match.is_dir()) if patterns else [path]
 
@@ -117,12 +117,21 @@ def _expand(folder: Path, patterns: list[str]) -> Iterator[Path]:
         for each in _folders_in(folder):
             yield from _expand(each, rest or ["*"])
     elif not glob.has_magic(first):
-        if os.path.lexists(folder / first):
+        if _is_there(folder / first):
             yield from _expand(folder / first, rest)
     elif folder.is_dir():
         for name in fnmatch.filter([path.name for path in folder.iterdir()], first):
             if not name.startswith(".") or first.startswith("."):
                 yield from _expand(folder / name, rest)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file or link; an OSError if nobody may know."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _folders_in(top: Path) -> Iterator[Path]:
