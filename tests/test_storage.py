@@ -72,8 +72,13 @@ def test_a_folder_goes_there_and_back_byte_for_byte(store, tmp_path):
 def test_what_is_not_there_is_a_missing_file_and_what_is_no_store_is_said(store):
     with pytest.raises(FileNotFoundError, match=r"nothing"):
         locate(f"{store}/nothing").read_text()
-    with pytest.raises(UserError, match=r"nosuch://bucket/a: the object store says: .*Check the name"):
-        locate("nosuch://bucket/a").read_text()
+    for url in ("nosuch://bucket/a", "http://127.0.0.1/a.txt", "s3://bucket/a"):
+        with pytest.raises(
+            UserError, match=rf"{url}: the object store says: .* reads nothing of that kind here; name a"
+        ):
+            locate(url).read_text()
+        with pytest.raises(UserError, match=rf"{url}: the object store says: .* name a copy on a disk or on gs://"):
+            locate(url).is_dir()
 
 
 def test_data_prepared_in_a_store_is_read_from_a_copy_on_the_disk(store, tmp_path):

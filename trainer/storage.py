@@ -351,6 +351,11 @@ def _telling_of_errors(where: object) -> Iterator[None]:
         yield
     except tf.errors.NotFoundError as error:
         raise FileNotFoundError(f"{where}: {error.message}") from None
+    except tf.errors.UnimplementedError as error:  # Of http:// and s3://, too.
+        raise UserError(
+            f"{where}: the object store says: {error.message[:300]}. TensorFlow reads nothing of that kind here; name "
+            "a copy on a disk or on gs://."
+        ) from None
     except tf.errors.OpError as error:
         raise UserError(
             f"{where}: the object store says: {error.message[:300]}. Check the name, and that this machine may "
