@@ -147,6 +147,16 @@ def test_what_is_no_option_and_no_override_is_refused(capsys: pytest.CaptureFixt
     assert "'x' is not an override; write section.key=value." in refusal(["plan", MINIGPT, "x"], capsys)
 
 
+def test_a_step_is_a_number_or_best_and_goes_with_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = taken_folder(tmp_path / "run")
+    assert "--step 5 goes with --resume RUN" in refusal(["train", MINIGPT, "--step", "5"], capsys)
+    folder = f"{run}/checkpoints/step_000000010"
+    for verb in (["evaluate"], ["generate"], ["train", "--resume"]):
+        refused = refusal([*verb, str(run), "--step", "bset"], capsys)
+        assert "step='bset' is not a checkpoint's; give a number of steps, or 'best'." in refused
+        assert f"{folder} and step='best' are two" in refusal([*verb, folder, "--step", "best"], capsys)
+
+
 def test_a_second_prompt_is_refused(capsys: pytest.CaptureFixture[str]):
     assert "unrecognized arguments: b" in unusable(["generate", "RUN", "a", "b"], capsys)
     assert "unrecognized arguments: b" in unusable(["generate", "RUN", "a", "--seed", "1", "b"], capsys)

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -214,6 +216,24 @@ def test_one_process_trains_in_a_folder(tmp_path: Path):
         process.kill()
     with only_run_in(tmp_path):  # What was killed holds nothing.
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_said_and_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    said: list[str] = []
+    with only_run_in(tmp_path / "runs/a", said.append):
+        assert (tmp_path / "runs/a").is_dir()
+    assert said == [
+        f"warning: the file system of {tmp_path}/runs/a has no locks ({os.strerror(number)}): see to it that no two "
+        "processes train in it."
+    ]
+    assert not (tmp_path / "runs/a").exists()
 
 
 def test_one_holder_per_folder_and_it_lets_go(tmp_path: Path):
