@@ -17,7 +17,7 @@ import pytest
 
 from trainer.config import DataConfig, UserError
 from trainer.data.files import parts_of
-from trainer.data.formats import encoding_of
+from trainer.data.formats import _COMMON, encoding_of
 from trainer.data.text import open_source
 
 TEXTS = {
@@ -299,6 +299,19 @@ def test_a_stray_nul_byte_can_be_left_out(tmp_path):
     path.write_bytes(b"one\nt\0wo\n" + b"three\n" * 50)
     obey(refusal(path))
     assert train_documents(path)[:2] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "start", ["BZh9 is a name", "PAR1 of the book", "PK is a name", "Rar! he said", "(x" + "ustar" * 100]
+)
+def test_text_that_begins_like_another_format_is_text(tmp_path, start):
+    (tmp_path / "a.txt").write_text(f"{start}\nend")
+    assert train_documents(tmp_path / "a.txt") == [start, "end"]
+
+
+def test_no_character_counts_twice_as_a_common_one():
+    for characters in _COMMON.values():
+        assert len(set(characters)) == len(characters)
 
 
 def test_nothing_but_nul_bytes_is_no_encoding(tmp_path):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from trainer.storage import Location, Url
 
 GZIP_MARK = b"\x1f\x8b"
+_PYTHON = shlex.quote(sys.executable or "python3")
 # How much of a file's start tells its format.
 START_BYTES = 512
 # How much of a text tells its encoding.
@@ -31,7 +32,7 @@ _TO_JSON_LINES = {
     ".parquet": "import io, json, pyarrow.parquet, sys; [print(json.dumps(row, default=str)) for batch in "
     "pyarrow.parquet.ParquetFile(io.BytesIO(sys.stdin.buffer.read())).iter_batches() for row in batch.to_pylist()]",
 }
-_UNPACKERS = {b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstd", b"BZh": "bzip2"}
+_UNPACKERS = {rb"\xfd7zXZ\0": "xz", rb"\(\xb5/\xfd": "zstd", rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": "bzip2"}
 _UNPACKED_SUFFIXES = {"xz": ".xz", "zstd": ".zst", "bzip2": ".bz2"}
 _MARKS = {  # The longer ones first.
     b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
@@ -98,17 +99,17 @@ def fault_of_start(path: Location, start: bytes, is_packed: bool) -> str | None:
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         if b"[Content_Types].xml" in start or b"mimetypeapplication/" in start:
             return f"{path}: a document of an office program or an e-book; save it there as text in UTF-8."
-        command = f"{shlex.quote(sys.executable)} -m zipfile -e {_quoted(path)} {_quoted(path, '.unpacked')}"
-    elif start[257:262] == b"ustar":
+        command = f"{_PYTHON} -m zipfile -e {_quoted(path)} {_quoted(path, '.unpacked')}"
+    elif start[257:262] == b"ustar" and b"\0" in start:
         what, folder = "a tar archive", _quoted(path, ".unpacked")
         command = f"mkdir {folder} && tar -xf {_quoted(path)} -C {folder}"
     elif start.startswith((b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"%PDF-", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")):
         return f"{path}: an archive or a document of another program, by its first bytes; take the text out of it."
-    elif start.startswith(b"PAR1"):
+    elif re.match(rb"PAR1[^ -~]", start):
         return _as_json_lines(path, ".parquet", "a Parquet file, by its first bytes")
     else:
         for mark, tool in _UNPACKERS.items():
-            if start.startswith(mark):
+            if re.match(mark, start):
                 return f"{path}: packed with {tool}, by its first bytes; {_unpack(path, tool)}"
         return None
     return f"{path}: {what}, by its first bytes; unpack it with\n  {command}\nand name the files in {path}.unpacked."
@@ -172,7 +173,7 @@ def _mend_lines(path: Location, sample: bytes, is_cut_off: bool, is_packed: bool
         "import sys; [sys.stdout.buffer.write(line if line.decode(errors='ignore').encode() == line else "
         f"{new}) for line in sys.stdin.buffer]"
     )
-    return f"{what} with\n  {_piped(path, f'{shlex.quote(sys.executable)} -c {shlex.quote(program)}', is_packed)}"
+    return f"{what} with\n  {_piped(path, f'{_PYTHON} -c {shlex.quote(program)}', is_packed)}"
 
 
 def encoding_of(sample: bytes) -> Encoding | None:
@@ -289,7 +290,7 @@ def _as_json_lines(path: Location, kind: str, what: str, is_packed: bool | None 
     stem = stem[: len(stem) - len(_suffix(path))] if _suffix(path) else stem
     target = f"{stem}.jsonl"
     new = _word(f"{target}.new")
-    program = f"{shlex.quote(sys.executable)} -c {shlex.quote(_TO_JSON_LINES[kind])}"
+    program = f"{_PYTHON} -c {shlex.quote(_TO_JSON_LINES[kind])}"
     packed = is_gzip_name(path) if is_packed is None else is_packed
     command = f"gzip -dc < {_quoted(path)} | {program}" if packed else f"{program} < {_quoted(path)}"
     needs = " (which needs: pip install pyarrow)" if kind == ".parquet" else ""
