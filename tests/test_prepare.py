@@ -352,7 +352,7 @@ def test_leaving_out_more_than_half_of_the_text_is_an_error_with_both_ways_out(t
 
 
 def prepared_by_own_text(tmp_path, name, content):
-    """A text as configs/own_text.toml prepares it, and what was said."""
+    """A text as configs/own_text.toml prepares it, and what was said of its documents."""
     said: list[str] = []
     (tmp_path / name).write_bytes(content.encode())
     overrides = [f"data.train={tmp_path / name}", f"data.prepared_folder={tmp_path / 'prepared'}"]
@@ -361,19 +361,24 @@ def prepared_by_own_text(tmp_path, name, content):
     assert total_steps(prepared, config) > config.optimizer.warmup_steps
     assert not [line for line in said if line.startswith("warning")]
     assert any(line.startswith("100.0% of ") for line in said)
-    return prepared
+    return prepared, [line for line in said if "documents='auto'" in line]
 
 
 def test_the_config_for_own_text_suits_a_list_a_play_and_records(tmp_path):
     names = "".join(f"{a}{b}{c}\n" for a in ("Ka", "Lo", "Mi") for b in "aeiou" for c in ("ra", "li", "son", "한"))
-    prepared = prepared_by_own_text(tmp_path, "names.txt", names * 10)
+    prepared, said = prepared_by_own_text(tmp_path, "names.txt", names * 10)
+    why = "as there are hardly any blank lines"
+    assert said == [f"data.documents='auto': a line of {tmp_path}/names.txt is a document, {why}"]
     assert prepared.split("train").num_documents + prepared.split("validation").num_documents == 600
     speeches = [f"NAME {i}:\nSir, I have {i} things\nto say." for i in range(120)]
-    prepared = prepared_by_own_text(tmp_path, "play.txt", "\n\n".join(speeches))
+    prepared, said = prepared_by_own_text(tmp_path, "play.txt", "\n\n".join(speeches))
+    why = "as there are blank lines"
+    assert said == [f"data.documents='auto': a paragraph of {tmp_path}/play.txt is a document, {why}"]
     assert sorted(documents(prepared, "train") + documents(prepared, "validation")) == sorted(speeches)
     assert prepared.vocabulary_size < 400
     records = "".join(json.dumps({"text": f"Line {i}\n\nand more"}) + "\n" for i in range(200))
-    prepared = prepared_by_own_text(tmp_path, "records.jsonl", records)
+    prepared, said = prepared_by_own_text(tmp_path, "records.jsonl", records)
+    assert said == []
     assert documents(prepared, "train")[0] == "Line 0\n\nand more"
 
 
@@ -382,7 +387,7 @@ def test_the_config_for_own_text_makes_a_vocabulary_of_the_text_s_size(tmp_path,
     play = (test_data / "tinyshakespeare.txt").read_text("utf-8")
     reviews = gzip.decompress((test_data / "korean/paragraphs_train.txt.gz").read_bytes()).decode()
     sizes = [
-        prepared_by_own_text(tmp_path, f"{i}.txt", text).vocabulary_size
+        prepared_by_own_text(tmp_path, f"{i}.txt", text)[0].vocabulary_size
         for i, text in enumerate((play[:20_000], play, reviews))
     ]
     assert 300 < sizes[0] < 800 < 3000 < sizes[1] < 6000 < 12_000 < sizes[2] <= 16_384

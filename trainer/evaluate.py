@@ -89,7 +89,9 @@ class Evaluator:
         self._bytes_of_token = text_bytes.of_token
         self._scales = [text_bytes.scale(part) for part in parts]
         cover = [coverage_of(part, prepared.folder, config) for part in parts]
-        self._cut_share = sum(each.num_left_out_tokens for each in cover) / sum(each.num_tokens for each in cover)
+        self._cut_share = sum(each.num_left_out_tokens for each in cover) / max(
+            1, sum(each.num_tokens for each in cover)
+        )
         self._is_lossy = any(map(text_bytes.is_lossy, parts)) or self._cut_share > 0
         self._sum_batch = tf.function(self._score_batch, autograph=False)
 

@@ -199,6 +199,10 @@ def _prepare_on_disk(
         of_file = isinstance(config.tokenizer, WordPieceFileConfig | BpeFileConfig)
         what = "the text or the file of tokenizer.path" if of_file else "the text"
         say(f"{what} is not the one of {others[-1]}; preparing it anew (that folder stays)")
+    if config.data.documents == "auto":
+        for each in source.sources if isinstance(source, Mixture) else (source,):
+            if line := each.documents_found():
+                say(line)
     start = time.monotonic()
     with _written_whole(folder, say) as partial:
         entries, report = _write(config, source, partial, say, shard_tokens, encode)

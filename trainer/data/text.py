@@ -215,6 +215,16 @@ class Source:
                     f"{num_seen} {self._plural()}, with {share:.1%} of the text"
                 )
 
+    def documents_found(self) -> str | None:
+        """Returns a line on what data.documents="auto" came to; None if no file is a text file."""
+        if not any(map(_is_text, (*self.train_files, *self.validation_files))):
+            return None
+        why = "there are" if self.data.documents == "paragraph" else "there are hardly any"
+        return (
+            f"data.documents='auto': a {self.data.documents} of {', '.join(self.data.train)} is a document, as {why} "
+            "blank lines"
+        )
+
     def files_apart(self) -> "list[Source]":
         """Returns a source for each file, with the documents of this one if they are read one after the other; the
         storybook's stories stay together."""
@@ -398,10 +408,13 @@ def _with_documents(data: DataConfig, files: Iterable[File]) -> DataConfig:
     """Returns the settings with data.documents="auto" decided by the first text file."""
     if data.documents != "auto":
         return data
-    texts = (file for file in files if isinstance(file, Location) and not is_json_lines(file))
-    first = next(texts, None)
-    documents = "paragraph" if first is not None and has_paragraphs(first) else "line"
+    first = next(filter(_is_text, files), None)
+    documents = "paragraph" if isinstance(first, Location) and has_paragraphs(first) else "line"
     return data.model_copy(update={"documents": documents})
+
+
+def _is_text(file: File) -> bool:
+    return isinstance(file, Location) and not is_json_lines(file)
 
 
 def _find(names: Iterable[str], setting: str) -> tuple[File, ...]:
