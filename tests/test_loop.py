@@ -398,8 +398,10 @@ def test_run_leaves_all_that_is_needed_and_a_finished_run_reports_again(trained,
         and result.best_step == min(scores, key=scores.get)
     )
     monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
+    logs = {path: path.stat().st_size for path in run.rglob("*tfevents*")}
     again = trainer.resume(str(run), say=lambda _: None)
     assert again.evaluation == result.evaluation
+    assert {path: path.stat().st_size for path in run.rglob("*tfevents*")} == logs  # No point is added.
     assert (again.samples, again.best_step) == (result.samples, result.best_step)
     assert trainer.load_config(run / "config.toml") == config
 
