@@ -631,8 +631,8 @@ def test_prepared_data_is_shared_by_configs_that_prepare_alike():
         return make_config(SETTINGS, ["data.train=a.txt", *overrides]).prepared_name()
 
     alike = [
-        "data.mode=lines", "model.num_layers=9", "train.seed=4", "run_folder=other", "data.storybook_seed=3",
-        "data.storybook_stories=9", "data.prepared_folder=elsewhere", "data.shuffle_window_mb=9",
+        "data.mode=lines", "model.num_layers=9", "train.seed=4", "run_folder=other", "data.prepared_folder=elsewhere",
+        "data.shuffle_window_mb=9",
     ]  # fmt: skip
     assert {path(override) for override in alike} == {path()}
     others = [
@@ -645,7 +645,22 @@ def test_prepared_data_is_shared_by_configs_that_prepare_alike():
     assert len({path(), *(path(override) for override in files)}) == len(files) + 1
     # Nothing is held out where there is a validation text.
     validation = "data.validation=b.txt"
-    assert path(validation, "data.held_out_fraction=0.5") == path(validation)
+    of_file = {**SETTINGS, "data": {"held_out_fraction": 0.5, "storybook_seed": 3, "storybook_stories": 9}}
+    assert make_config(of_file, ["data.train=a.txt", validation]).prepared_name() == path(validation)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cause"),
+    [
+        (["data.train=a.txt", "data.storybook_seed=3"], r"data\.train=\['a\.txt'\]"),
+        (["data.storybook_stories=3", "data.train=a.txt"], r"data\.train=\['a\.txt'\]"),
+        (["data.train=a.txt", "data.validation=b.txt", "data.held_out_fraction=0.5"], r"data\.validation=\['b\.txt'\]"),
+    ],
+)
+def test_an_override_without_effect_is_refused_and_one_that_drops_a_setting_is_none(overrides, cause):
+    with pytest.raises(UserError, match=rf"^'data\.\w+=[\d.]+' has no effect with {cause}; leave out one of the two"):
+        make_config(SETTINGS, overrides)
+    make_config(SETTINGS, ["data.train=a.txt", "data.validation=b.txt", "data.held_out_fraction=none"])
 
 
 def test_prepared_storybooks_differ_by_their_stories():

@@ -29,6 +29,7 @@ SHIPPED_CONFIGS = Path(__file__).parent / "configs"
 # Of so many examples in a row, each source of data.weights has exactly its share.
 MIXTURE_EXAMPLES = 1024
 STORYBOOK_SOURCE = "storybook"
+_OF_STORYBOOK = ("data.storybook_stories", "data.storybook_seed")
 # Below it the likeliest token is certain, above it all are as likely, and float32 comes to its ends.
 TEMPERATURES = (1e-6, 1e6)
 _MAX_CONFIG_BYTES = 1 << 20
@@ -811,9 +812,23 @@ def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> C
         raise UserError("\n".join(problems))
     try:
         # Through JSON, where strict refuses "3" and true for a number but takes a list for a tuple.
-        return Config.model_validate_json(json.dumps(merged), strict=True)
+        config = Config.model_validate_json(json.dumps(merged), strict=True)
     except pydantic.ValidationError as error:
         raise UserError("\n".join(_explain(problem) for problem in error.errors())) from None
+    _check_effect(config.data, overrides)
+    return config
+
+
+def _check_effect(data: DataConfig, overrides: Iterable[str]) -> None:
+    """Raises UserError if an override is of a setting that the rest of the config leaves without effect; in a file,
+    which may be meant for several texts, that is none."""
+    in_vain = {} if data.is_storybook() else dict.fromkeys(_OF_STORYBOOK, f"data.train={list(data.train)}")
+    if data.validation is not None:
+        in_vain["data.held_out_fraction"] = f"data.validation={list(data.validation)}"
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.strip() in in_vain and value.strip().lower() != "none":
+            raise UserError(f"{_shown(override)} has no effect with {in_vain[key.strip()]}; leave out one of the two.")
 
 
 def _unwritable(value: Any, key: str) -> Iterator[str]:
