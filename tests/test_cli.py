@@ -141,8 +141,9 @@ def test_what_is_no_option_and_no_override_is_refused(capsys: pytest.CaptureFixt
     assert "unrecognized arguments: --steps=3" in unusable(["plan", MINIGPT, "--steps=3"], capsys)
     assert "unrecognized arguments: x=1" in unusable(["inspect", "RUN", "x=1"], capsys)
     # A run from other devices can be scored on this machine's; no other setting would have an effect.
-    assert "train.xla=on: of a run's settings evaluate takes other devices only, distribution.*." in refusal(
-        ["evaluate", "RUN", "train.xla=on"], capsys
+    assert (
+        "train.xla=on: of a run's settings evaluate takes other devices, distribution.*, and another place of the data"
+        in refusal(["evaluate", "RUN", "train.xla=on"], capsys)
     )
     assert "'x' is not an override; write section.key=value." in refusal(["plan", MINIGPT, "x"], capsys)
 

@@ -491,7 +491,11 @@ def test_a_damaged_file_of_a_run_is_an_error_that_names_it(run: RunFolder, name:
             RunFolder(run.path)
 
 
-def test_the_record_of_an_older_release_is_refused_by_its_format(run: RunFolder):
+def test_the_record_of_another_release_is_refused_by_its_format_or_its_settings(run: RunFolder):
+    before = run.facts["config"]
+    run.keep(config={**before, "train": {**before["train"], "magic": 3}})
+    with pytest.raises(UserError, match=r"run\.json was written by another release of trainer, .* train\.magic is not"):
+        RunFolder(run.path)
     run.keep(format=1)
     with pytest.raises(UserError, match=r"run\.json is of format 1, not 2; use the release that wrote it\."):
         RunFolder(run.path)
@@ -639,8 +643,9 @@ def test_a_moved_project_finds_its_data_by_fingerprint(tmp_path: Path, monkeypat
     (moved / "runs/text").rename(tmp_path / "mounted" / "text")
     with pytest.raises(UserError, match=r"bring the folder text back into one of .* data\.prepared_folder=FOLDER"):
         run.prepared()
-    named = RunFolder(moved / "runs/a", [f"data.prepared_folder={tmp_path}/mounted"])
-    assert named.prepared().fingerprint == prepared.fingerprint
+    for place in ("mounted", "mounted/text"):
+        named = RunFolder(moved / "runs/a", [f"data.prepared_folder={tmp_path}/{place}"])
+        assert named.prepared().fingerprint == prepared.fingerprint
 
 
 def test_a_config_that_names_another_place_of_the_data_is_of_the_same_run(run: RunFolder, tmp_path: Path):

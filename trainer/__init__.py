@@ -184,6 +184,7 @@ def score(
     build_model: Callable[[Config, int], keras.Model] | None = None,
     step: int | Literal["best"] | None = None,
     say: Callable[[str], None] = print,
+    overrides: Sequence[str] = (),
 ) -> Evaluation:
     """Scores the newest checkpoint of a run, or another one, on the whole validation text.
 
@@ -192,6 +193,7 @@ def score(
         build_model: as it was given to `train`.
         step: use the checkpoint of this step, or "best" for the one with the lowest validation loss.
         say: prints a line, which names the checkpoint.
+        overrides: `section.key=value` strings for other devices, or for `data.prepared_folder`.
 
     Raises:
         UserError: there is no such run, it has no checkpoint, or its data is gone.
@@ -201,7 +203,7 @@ def score(
     from trainer.training.distribution import make_strategy
 
     run_folder, step = run_and_step(run_folder, step)
-    run = RunFolder(run_folder)
+    run = RunFolder(run_folder, overrides)
     run.check_model(build_model)
     strategy = make_strategy(run.config.distribution, alone=True)
     prepared = run.prepared()

@@ -173,7 +173,10 @@ def _parser() -> _Parser:
     evaluate = verbs.add_parser("evaluate", help="score a run's newest checkpoint on the whole validation text")
     evaluate.add_argument("run_folder", metavar="RUN", help="folder of the run, or of one of its checkpoints")
     evaluate.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="other devices than the run's, as distribution.kind=cpu"
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="devices or a place of the data other than the run's: distribution.kind=cpu, data.prepared_folder=FOLDER",
     )
     _add_step(evaluate, "score")
     evaluate.set_defaults(run=_evaluate)
@@ -343,8 +346,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     from trainer.run import RunFolder
 
     for override in options.overrides:
-        if not override.startswith("distribution."):
-            raise UserError(f"{override}: of a run's settings evaluate takes other devices only, distribution.*.")
+        if not override.startswith(("distribution.", "data.prepared_folder=")):
+            raise UserError(
+                f"{override}: of a run's settings evaluate takes other devices, distribution.*, and another place of "
+                "the data, data.prepared_folder, only."
+            )
     run_folder, step = _run_of(options)
     run = RunFolder(run_folder, options.overrides)
     with quiet_import():

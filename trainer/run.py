@@ -84,7 +84,14 @@ class RunFolder:
         self.path = locate(path)
         self.facts = self._read_record()
         settings = self.facts["config"]
-        self._check_config_file(make_config(settings))
+        try:
+            started = make_config(settings)
+        except UserError as error:
+            raise UserError(
+                f"{self.path / RECORD} was written by another release of trainer, whose settings this one does not "
+                f"know: {error} Use that release to go on."
+            ) from None
+        self._check_config_file(started)
         self.config = make_config(settings, overrides)
 
     @classmethod
@@ -328,8 +335,8 @@ class RunFolder:
         raise UserError(
             f"{self.path} was started on the prepared data {recorded}, which is gone. Prepare the same text with the "
             f"same settings again (trainer prepare {quoted(self.path / CONFIG)}), or bring the folder {recorded.name} "
-            f"back into one of {homes}, or name another folder that has it: trainer train --resume {quoted(self.path)} "
-            "data.prepared_folder=FOLDER. Or start a new run."
+            f"back into one of {homes}, or name another folder that has it, data.prepared_folder=FOLDER after `trainer "
+            f"train --resume {quoted(self.path)}` or `trainer evaluate {quoted(self.path)}`. Or start a new run."
         )
 
     def _data_homes(self) -> Iterator[Location]:
@@ -348,6 +355,7 @@ class RunFolder:
         yield recorded
         homes = list(dict.fromkeys(self._data_homes()))
         yield from (home / recorded.name for home in homes)
+        yield locate(self.config.data.prepared_folder)  # Which a user may have taken for the name of this very folder.
         for home in homes:
             if isinstance(home, Path):
                 yield from (manifest.parent for manifest in sorted(home.glob(f"*/{MANIFEST}")))
