@@ -173,11 +173,14 @@ def batch_hash(batch: Batch, first_row: tf.Tensor) -> tf.Tensor:
     """
     inputs, targets, weights = batch
     rows = tf.cast(first_row, tf.int32) + tf.range(targets.shape[0])
-    seen = tf.concat([rows[:, tf.newaxis], inputs, targets, tf.bitcast(weights, tf.int32)], axis=1)
+    parts = (inputs, targets, tf.bitcast(weights, tf.int32))
     # RandomState draws the same numbers in every release of NumPy. Powers of one factor would not do: modulo 2**32 some
     # long sequences collide for all of them.
-    factors = np.random.RandomState(0).randint(0, 2**32, (2, seen.shape[1]), dtype=np.uint32) | 1
-    words = [tf.reduce_sum(_mixed(tf.reduce_sum(seen * each.view(np.int32), axis=1))) for each in factors]
+    factors = np.random.RandomState(0).randint(0, 2**32, (2, 1 + len(parts), targets.shape[1]), dtype=np.uint32) | 1
+    words = []
+    for of_rows, *of_parts in factors.view(np.int32):
+        sums = [tf.reduce_sum(part * each, axis=1) for part, each in zip(parts, of_parts, strict=True)]
+        words.append(tf.reduce_sum(_mixed(tf.reduce_sum([rows * of_rows[0], *sums], axis=0))))
     return tf.stack(words)
 
 
