@@ -179,6 +179,12 @@ def test_what_is_packed_otherwise_is_told_by_its_first_bytes_and_the_command_unp
     assert train_documents(tmp_path / then) == TEXTS["Korean"].splitlines()
 
 
+def test_json_lines_that_are_packed_otherwise_are_said_to_be_packed_whatever_the_field(tmp_path):
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(b'{"body": "one"}'))
+    obey(refusal(tmp_path / "a.jsonl.xz", text_field="body"))
+    assert train_documents(tmp_path / "a.jsonl", text_field="body") == ["one"]
+
+
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt", "A.TXT.GZ", "a"])
 def test_gzip_is_read_whatever_the_name_and_in_several_members(tmp_path, name):
     lines = TEXTS["Korean"].splitlines(keepends=True)

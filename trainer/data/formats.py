@@ -74,8 +74,11 @@ def is_gzip_name(path: Location) -> bool:
 
 
 def is_json_lines(path: Location) -> bool:
-    """Whether a file holds a JSON object per line, by its name."""
-    return _suffix(path) in _JSON_LINES_SUFFIXES
+    """Whether a file holds a JSON object per line, by its name; packed, too, as it will be once it is unpacked."""
+    name = path.name.lower()
+    for end in _UNPACKED_SUFFIXES.values():
+        name = name.removesuffix(end)
+    return name.removesuffix(".gz").endswith(_JSON_LINES_SUFFIXES)
 
 
 def fault_of_name(path: Location) -> str | None:
