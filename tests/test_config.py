@@ -219,7 +219,7 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
         (
             ["data.predict_end=false"],
             "data.predict_end=false has no effect with data.mode='packed', where every [BOS] is a target; leave it "
-            "out, or set data.mode='lines'.",
+            "out (data.predict_end=none), or set data.mode='lines'.",
         ),
         (
             ["train.precision=none"],

@@ -351,6 +351,21 @@ def test_leaving_out_more_than_half_of_the_text_is_an_error_with_both_ways_out(t
     assert examples_of(tmp_path, [20] * 9 + [21], length=21) == []
 
 
+@pytest.mark.parametrize("predict_end", [True, False])
+@pytest.mark.parametrize("documents", [[20] * 9 + [21], [1] * 10, [10] * 9 + [11]])
+def test_the_way_out_of_lines_mode_leads_out(tmp_path, documents, predict_end):
+    data = {"mode": "lines", "predict_end": predict_end}
+    try:
+        (advice,) = examples_of(tmp_path, documents, **data)
+    except UserError as error:
+        advice = str(error)
+    settings = config_for(tmp_path, data={**data, "validation": str(tmp_path / "validation.txt")}).model_dump()
+    overrides = re.search(r"(data\.mode='packed')(?: with (data\.predict_end=true))? (?:uses|has)", advice).groups()
+    said: list[str] = []
+    prepare(make_config(settings, filter(None, overrides)), said.append)
+    assert not [line for line in said if line.startswith("warning")]
+
+
 def prepared_by_own_text(tmp_path, name, content):
     """A text as configs/own_text.toml prepares it, and what was said of its documents."""
     said: list[str] = []

@@ -128,7 +128,7 @@ class DataConfig(Section):
         if self.mode == "packed" and not self.predict_end:
             raise ValueError(
                 "data.predict_end=false has no effect with data.mode='packed', where every [BOS] is a target; leave it "
-                "out, or set data.mode='lines'."
+                "out (data.predict_end=none), or set data.mode='lines'."
             )
         if self.validation == (STORYBOOK_SOURCE,):
             raise ValueError(

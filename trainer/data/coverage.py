@@ -139,7 +139,7 @@ def notes_on_examples(prepared: PreparedData, config: Config) -> list[str]:
             note = f"{source}{_what_is_cut(coverage, config)}"
             if coverage.left_out_share > MOST_LEFT_OUT:
                 raise UserError(
-                    f"{note}. That is too much to leave out: set data.mode='packed', or raise train.sequence_length "
+                    f"{note}. That is too much to leave out: set {_packed(config)}, or raise train.sequence_length "
                     f"(the longest document has {split.max_tokens:,} tokens)."
                 )
             notes.append(f"warning: {note}.")
@@ -152,7 +152,7 @@ def _what_is_cut(coverage: Coverage, config: Config) -> str:
     return (
         f"lines mode leaves out {_percent(coverage.left_out_share)} of the tokens, the ends of "
         f"{_percent(coverage.num_cut_documents / coverage.num_documents)} of the documents, at "
-        f"train.sequence_length={config.train.sequence_length}; data.mode='packed' uses all of them"
+        f"train.sequence_length={config.train.sequence_length}; {_packed(config)} uses all of them"
     )
 
 
@@ -161,13 +161,18 @@ def _what_is_padding(coverage: Coverage, config: Config) -> str:
     if config.data.mode == "lines":
         return (
             f"{share} of each batch is padding, as documents have {coverage.num_tokens / coverage.num_documents:.0f} "
-            f"tokens on average and train.sequence_length={length}; data.mode='packed' has no padding, a smaller "
+            f"tokens on average and train.sequence_length={length}; {_packed(config)} has no padding, a smaller "
             "train.sequence_length has less"
         )
     return (
         f"{share} of an epoch is padding, as the text to train on has {coverage.num_targets:,} tokens and "
         f"train.sequence_length={length}; lower it, or give more text"
     )
+
+
+def _packed(config: Config) -> str:
+    """Returns the settings that pack the data of a config in lines mode."""
+    return "data.mode='packed'" if config.data.predict_end else "data.mode='packed' with data.predict_end=true"
 
 
 def _check_tokens(prepared: PreparedData, config: Config) -> None:
