@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -19,11 +20,13 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 import trainer
 from trainer.data.prepare import prepare
+from trainer.model.gpt import GPT
 from trainer.run import RunFolder, make_model
 from trainer.training import checkpoint, loop
+from trainer.training.distribution import make_strategy
 from trainer.training.hosts import Hosts
 from trainer.training.loop import is_due, steps_until_due
-from trainer.training.step import LossScale
+from trainer.training.step import LossScale, TrainingStep
 
 SETTINGS = {
     "data": {"mode": "packed", "documents": "file", "held_out_fraction": 0.2},
@@ -283,6 +286,19 @@ def test_train_or_resume_starts_then_goes_on_and_at_last_reports_again(tmp_path,
     assert (finished.step, finished.evaluation, finished.samples) == (40, result.evaluation, result.samples)
     with pytest.raises(trainer.UserError, match=r"train.seed=7 \(was 0\)"):
         loop.start(trainer.make_config(settings_of(tmp_path, train__seed=7)), say=lines.append, or_resume=True)
+
+
+def test_checkpoints_of_before_skipped_steps_were_counted_begin_the_count_at_0(tmp_path):
+    config = trainer.make_config(settings_of(tmp_path))
+    strategy = make_strategy(config.distribution)
+    with strategy.scope():
+        step = TrainingStep(config, 40, GPT(config.model, 13, config.train.sequence_length), strategy)
+    arrays = {"weights": step.named_variables, "optimizer": step.state()}
+    arrays = {group: {name: value.numpy() for name, value in values.items()} for group, values in arrays.items()}
+    del arrays["optimizer"]["skipped_in_a_row"]
+    step.skipped_in_a_row.assign(3)
+    assert loop.restore(step, SimpleNamespace(arrays=arrays.get, folder="older", step=7)) == 7
+    assert (step.skipped_in_a_row.numpy(), step.step.numpy()) == (0, 7)
 
 
 @pytest.mark.slow
