@@ -514,6 +514,23 @@ def test_a_run_that_fails_before_its_first_step_leaves_its_folder_free(tmp_path,
     assert trainer.resume(result.run_folder, sequential, say=lambda _: None).step == result.step
 
 
+class Greedy(Subclassed):
+    """Asks for more memory than there is, in each step."""
+
+    def call(self, tokens):
+        return super().call(tokens) + tf.reduce_max(tf.tile(tf.cast(tokens, tf.float32), [1, 1 << 40]))
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_the_memory_says_how_to_go_on(tmp_path):
+    settings = settings_of(tmp_path)
+    with pytest.raises(trainer.UserError, match=r"does not fit the device's memory with train\.micro_batch_size=") as e:
+        trainer.train(trainer.make_config(settings), lambda config, size: Greedy(size), say=lambda _: None)
+    *_, advice = str(e.value).partition("trainer train --resume ")
+    folder, override = advice.split()
+    assert RunFolder(folder, [override]).config.train.micro_batch_size == "auto"
+
+
 def profiled_steps(run):
     """The steps in each profile of a run."""
     found = []

@@ -249,6 +249,20 @@ def _telling_of_lost_workers(run: RunFolder, hosts: Hosts) -> Iterator[None]:
         raise UserError(f"{loss} {advice}") from error
 
 
+@contextlib.contextmanager
+def _telling_of_memory(run: RunFolder) -> Iterator[None]:
+    """Says how to go on if a step needs more memory than the device has."""
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        size = run.config.train.micro_batch_size
+        raise UserError(
+            f"A step does not fit the device's memory with train.micro_batch_size={size}: "
+            f"{error.message.splitlines()[0][:300]}. Go on with the largest that fits: "
+            f"trainer train --resume {quoted(run.path)} train.micro_batch_size=auto"
+        ) from error
+
+
 def train(
     run: RunFolder,
     hosts: Hosts,
@@ -339,7 +353,7 @@ def train(
             while step < total_steps and not (is_stopped or is_asked_to_stop()):
                 # A tensor, not an int: a new Python int would trace the whole loop again.
                 num_steps = min(config.train.steps_per_call, steps_until_due(step, ends, cadences))
-                with monitor.profiled(step), spent.on("train") as lap:
+                with monitor.profiled(step), spent.on("train") as lap, _telling_of_memory(run):
                     metrics = run_steps(batches, tf.constant(num_steps, tf.int64))
                     num_taken = int(metrics.num_steps)
                 step += num_taken
