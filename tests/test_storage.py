@@ -215,7 +215,9 @@ def test_a_run_in_a_store_is_that_on_a_disk(store, tmp_path, monkeypatch):
         "checkpoints",
         "config.toml",
         "logs",
+        "result.json",
         "run.json",
+        "scores.json",
         "tokenizer",
     ]
     (events,) = tf.io.gfile.glob(f"{config.run_folder}/logs/validation/*")[-1:]
