@@ -236,6 +236,8 @@ def test_slurm_jobs_that_follow_each_other_have_ports_of_their_own(slurm_task, m
         ("SLURM_STEP_NUM_TASKS", "3", "SLURM_STEP_NUM_TASKS='3', SLURM_STEP_NODELIST='node[1-2]', "),
         ("SLURM_PROCID", None, "SLURM_PROCID (not set) must be a number"),
         ("SLURM_JOB_ID", "7_1", "SLURM_JOB_ID='7_1' must be a number"),
+        ("SLURM_JOB_ID", "7" * 5000, "7... must be a number"),
+        ("SLURM_JOB_ID", "²", "SLURM_JOB_ID='²' must be a number"),
         ("SLURM_LOCALID", "-1", "SLURM_LOCALID='-1' must be a number"),
         ("SLURM_LOCALID", "1", "SLURMD_NODENAME='node1', SLURM_LOCALID='1' is none of the tasks"),
         ("SLURMD_NODENAME", None, "SLURMD_NODENAME (not set), SLURM_LOCALID='0' is none of the tasks"),

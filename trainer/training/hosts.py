@@ -122,13 +122,15 @@ def slurm_tf_config() -> str:
 
 def _slurm_number(name: str) -> int:
     text = os.environ.get(name, "")
-    if not text.isdecimal():
+    if not (text.isascii() and text.isdecimal() and len(text) < 12):
         raise UserError(f"{_slurm_values(name)} must be a number. {_SLURM_ADVICE}")
     return int(text)
 
 
 def _slurm_values(*names: str) -> str:
-    return ", ".join(f"{name}={os.environ[name]!r}" if name in os.environ else f"{name} (not set)" for name in names)
+    return ", ".join(
+        f"{name}={_start_of(os.environ[name])}" if name in os.environ else f"{name} (not set)" for name in names
+    )
 
 
 def read_tf_config(text: str | None) -> Hosts:
@@ -143,7 +145,7 @@ def read_tf_config(text: str | None) -> Hosts:
     cluster, task = parsed.get("cluster"), parsed.get("task")
     if not cluster and not task:
         raise UserError(
-            f"distribution.kind='multi_worker', but TF_CONFIG={text!r} names no cluster. {_TF_CONFIG_ADVICE}"
+            f"distribution.kind='multi_worker', but TF_CONFIG={_start_of(text)} names no cluster. {_TF_CONFIG_ADVICE}"
         )
     if not isinstance(cluster, dict) or not isinstance(task, dict) or not {"type", "index"} <= task.keys():
         raise _not_right(text, "must have a cluster, and a task with type and index")
