@@ -176,6 +176,15 @@ def test_a_signal_saves_and_exits_75_and_the_resumed_run_ends_bit_identical(tmp_
     assert_same_best(run, uninterrupted)
 
 
+@pytest.mark.slow
+def test_a_script_goes_on_training_where_nobody_reads_its_output_any_more(tmp_path, uninterrupted):
+    process = start("train", json.dumps(settings_of(tmp_path)))
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert_bit_identical(saved(tmp_path / "run", 40), saved(uninterrupted, 40))
+
+
 def two_workers(workers, verb, what, *overrides, pause=0.0):
     return [
         start(

@@ -69,6 +69,8 @@ def test_output_that_nobody_reads_is_dropped_and_said_once(
         "trainer: standard output is gone (nobody reads it any more); training goes on without it.\n"
     )
     monkeypatch.setattr(sys, "stderr", Broken())
+    with lasting_output():  # A script's own, where nothing else guards standard error.
+        say("a line")
     with lasting_errors(), lasting_output():
         say("a line")
 

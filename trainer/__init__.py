@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.fork import check_not_forked
-from trainer.terminal import quiet_import, warn
+from trainer.terminal import lasting_output, quiet_import, warn
 from trainer.version import __version__
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def train(
     with quiet_import():
         from trainer.training import loop
 
-    return loop.start(config, build_model, say)
+    with lasting_output():
+        return loop.start(config, build_model, say)
 
 
 def resume(
@@ -97,7 +98,8 @@ def resume(
     with quiet_import():
         from trainer.training import loop
 
-    return loop.resume(run_folder, build_model, say, overrides, step)
+    with lasting_output():
+        return loop.resume(run_folder, build_model, say, overrides, step)
 
 
 def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = print) -> tf.data.Dataset:

@@ -109,6 +109,9 @@ class Evaluator:
         sums = np.zeros([len(splits), 3])
         for i, split in enumerate(splits):
             for batch in self._batches(split, num_batches):
+                if not self._sum_batch.experimental_get_tracing_count():
+                    # By name: TensorFlow warns when call after call traces the same code, as in run after run.
+                    self._sum_batch.get_concrete_function(batch)
                 sums[i] += [float(each) for each in self._sum_batch(batch)]
                 if should_stop():
                     return None

@@ -73,7 +73,8 @@ def lasting_output() -> Iterator[None]:
 
     def tell(error: OSError) -> None:
         reason = "nobody reads it any more" if error.errno == errno.EPIPE else error.strerror
-        warn(f"trainer: standard output is gone ({reason}); training goes on without it.")
+        with contextlib.suppress(OSError):  # Standard error may be the same pipe.
+            warn(f"trainer: standard output is gone ({reason}); training goes on without it.")
 
     with contextlib.redirect_stdout(_Lasting(sys.stdout, tell)):
         yield
