@@ -317,7 +317,7 @@ def test_a_closed_terminal_saves_and_exits_75_and_so_does_a_signal_while_a_run_i
         assert process.wait(30) == 75
     (saved,) = (tmp_path / "runs/tiny/checkpoints").iterdir()
     assert int(saved.name.removeprefix("step_")) >= 5 and (saved / "manifest.json").is_file()
-    (tmp_path / "runs/tiny/lock").unlink()
+    assert not (tmp_path / "runs/tiny/lock").exists()  # It is there again once the run is held.
     resumed = [sys.executable, "-m", "trainer", "train", "--resume", "runs/tiny"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(resumed, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
