@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,13 @@ def test_what_nohup_started_outlives_the_terminal():
         assert process.wait(10) == 75
 
 
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_signal_that_is_not_dealt_with_goes_to_whoever_watched_before():
     outer: list[int] = []
     inner: list[int] = []
@@ -81,9 +89,9 @@ def test_a_signal_that_is_not_dealt_with_goes_to_whoever_watched_before():
         watched([signal.SIGTERM], lambda number: not outer.append(number), lambda *_: None),
         watched([signal.SIGTERM], once, lambda *_: None),
     ):
-        for _ in range(3):
+        for sent in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.05)
+            wait_until(lambda: len(inner) == sent + 1 and len(outer) == sent)  # noqa: B023
     assert (len(inner), len(outer)) == (3, 2)
 
 
