@@ -267,6 +267,7 @@ def test_a_run_ends_where_too_many_steps_in_a_row_were_skipped_or_all():
     most = MAX_SKIPPED_IN_A_ROW
     check_is_learning(100, 200, most - 1, 5)
     check_is_learning(100, 100, most - 1, 1)
+    check_is_learning(20, 20, 9, 11)
     check_is_learning(99, 100, most - 1, 0)
     told = (
         " had a loss or gradient that was not finite and were skipped. Lower optimizer.learning_rate, set "
@@ -276,6 +277,9 @@ def test_a_run_ends_where_too_many_steps_in_a_row_were_skipped_or_all():
     with pytest.raises(UserError) as error:
         check_is_learning(100, 200, most, 5)
     assert str(error.value) == f"The last {most} steps before step 100 all{told}"
+    with pytest.raises(UserError) as error:
+        check_is_learning(20, 20, 10, 10)
+    assert str(error.value) == f"The last 10 steps before step 20 all{told}"
     with pytest.raises(UserError) as error:
         check_is_learning(3, 3, 0, 0)
     assert str(error.value) == f"All 3 steps of the run{told}"

@@ -22,6 +22,10 @@ from trainer.model.cpu import operations_on_cpu, operations_one_by_one
 from trainer.model.gpt import GPT
 
 
+class NotFinite(UserError):
+    """The model's logits are not numbers, so nothing can be written."""
+
+
 class Generator:
     """Continues texts with a model, compiled once for each decoder.
 
@@ -64,8 +68,9 @@ class Generator:
             Each prompt and what follows, as the tokenizer decodes them together.
 
         Raises:
-            UserError: num_tokens or stop is impossible, a prompt leaves no room for a continuation, the tokenizer is
-                not the model's, or the model's logits are not finite.
+            UserError: num_tokens or stop is impossible, a prompt leaves no room for a continuation, or the tokenizer is
+                not the model's.
+            NotFinite: the model's logits are not finite.
         """
         if num_tokens < 1:
             raise UserError(f"num_tokens={num_tokens} leaves nothing to write; give at least 1.")
@@ -80,7 +85,7 @@ class Generator:
             self._compiled[decoder] = self._compile(decoder)
         texts, is_finite = self._compiled[decoder](tokens, lengths, ends, np.int64(seed % 2**63))
         if not is_finite:
-            raise UserError(
+            raise NotFinite(
                 "The model's logits are not finite: its weights are damaged; go back to an earlier checkpoint."
             )
         rows = zip(texts.numpy(), lengths, ends, strict=True)

@@ -147,12 +147,14 @@ def check_is_learning(step: int, total_steps: int, skipped_in_a_row: int, num_up
         num_updates: steps applied so far.
 
     Raises:
-        UserError: too many steps were skipped one after the other, or the run is at its end and none was applied.
+        UserError: too many steps were skipped one after the other, or the run is at its end, and none of its steps was
+            applied or none of the later half.
     """
-    if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        what = f"The last {skipped_in_a_row} steps before step {step} all"
-    elif step >= total_steps and not num_updates:
+    is_over = step >= total_steps
+    if is_over and not num_updates:
         what = f"All {step} steps of the run"
+    elif skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW or (is_over and 2 * skipped_in_a_row >= step):
+        what = f"The last {skipped_in_a_row} steps before step {step} all"
     else:
         return
     raise UserError(

@@ -22,7 +22,7 @@ from trainer.data.coverage import TextBytes
 from trainer.data.prepare import prepare, text_fingerprint
 from trainer.data.shards import PreparedData
 from trainer.decoding.decoder import DECODERS, Decoder
-from trainer.decoding.generate import Generator
+from trainer.decoding.generate import Generator, NotFinite
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.model.gpt import GPT
 from trainer.plan import tokens_per_sec_at_peak
@@ -378,7 +378,8 @@ def train(
                         save_now(step)
                 if is_due(step, config.samples.every_steps) and step < total_steps and hosts.is_chief:
                     with spent.on("sample"), monitor.doing(step, "sampling"):
-                        monitor.samples(step, write_samples(generator, config.samples, is_asked_to_stop))
+                        samples = write_samples(generator, config.samples, monitor.say, is_asked_to_stop)
+                        monitor.samples(step, samples)
 
             is_stopped = is_stopped or is_asked_to_stop()
             if is_stopped:
@@ -401,7 +402,7 @@ def train(
                 of_sample = evaluator(num_batches)
         keep_score(run, hosts, step, of_sample.loss, scores, monitor.say)
         with spent.on("sample"), monitor.doing(step, "sampling"):
-            samples = write_samples(generator, config.samples) if hosts.is_chief else {}
+            samples = write_samples(generator, config.samples, monitor.say) if hosts.is_chief else {}
         monitor.samples(step, samples)
         if hosts.is_chief:
             run.keep_result(step, evaluation, samples, say)
@@ -488,13 +489,15 @@ def hash_of_first_batch(prepared: PreparedData, config: Config, total_steps: int
 
 
 def write_samples(
-    generator: Generator, config: SamplesConfig, is_stopped: Callable[[], bool] = lambda: False
+    generator: Generator, config: SamplesConfig, say: Say, is_stopped: Callable[[], bool] = lambda: False
 ) -> dict[str, str]:
     """Returns what each decoder writes after the prompt; the same every time but for what the model has learned.
 
     Args:
         generator: of the model.
         config: prompt, length and decoders' settings.
+        say: prints a line. It is told if the logits are not finite, which leaves all samples out: whether the run can
+            go on is for `check_is_learning` to decide.
         is_stopped: asked before each decoder; the rest is left out once it says so.
     """
     num_tokens = config.num_tokens or generator.sequence_length
@@ -503,7 +506,11 @@ def write_samples(
         if is_stopped():
             break
         decoder = Decoder.from_config(name, config)
-        (samples[name],) = generator.generate([config.prompt], decoder, num_tokens, stop=config.stop)
+        try:
+            (samples[name],) = generator.generate([config.prompt], decoder, num_tokens, stop=config.stop)
+        except NotFinite:
+            say("No samples: the model's logits are not finite.")
+            break
     return samples
 
 
