@@ -829,3 +829,22 @@ def test_an_installed_trainer_has_the_shipped_configs(tmp_path: Path):
         [*command, "plan", "quickstart"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert planned.stdout.startswith(f"{site}/trainer/__init__.py\nparameters ")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        # In 32 bits infinite, and 0.
+        ("optimizer.epsilon=1e39", "optimizer.epsilon=1e+39: input should be 0 or from 1.2e-38 to 3.4e+38"),
+        (
+            "optimizer.learning_rate=1e-50",
+            "optimizer.learning_rate=1e-50: input should be 0 or from 1.2e-38 to 3.4e+38",
+        ),
+        ("data.weights=[1e300]", "data.weights=[1e+300]: input should be 0 or from 1.2e-38 to 3.4e+38"),
+        ("checkpoint.keep_last=9223372036854775808", "keep_last=9223372036854775808: input should be less than 2**63"),
+        (f"log.every_steps={10**400}", "...: input should be less than 2**63, to fit 64 bits."),
+        ("model.num_layers=99999999", "model.num_layers=99999999: input should be less than or equal to 10000."),
+    ],
+)
+def test_a_number_that_the_training_would_read_as_another_is_refused(override: str, message: str):
+    assert message in refusal(override)

@@ -22,6 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import pydantic
 import tomli_w
 from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
+from pydantic_core import PydanticCustomError
 
 # The configs that ship with trainer; in a checkout this folder is a link to configs/.
 SHIPPED_CONFIGS = Path(__file__).parent / "configs"
@@ -63,6 +64,17 @@ class Section(pydantic.BaseModel):
     """A frozen group of settings that refuses unknown keys."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @pydantic.field_validator("*")
+    @classmethod
+    def _check_size_of_numbers(cls, value: Any) -> Any:
+        """Refuses numbers that the training would read as others: 1e39 as infinite, 1e-50 as 0."""
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and abs(number) >= 2**63:
+                raise PydanticCustomError("size", "input should be less than 2**63, to fit 64 bits")
+            if isinstance(number, float) and number and not 2.0**-126 <= abs(number) < 2.0**128:
+                raise PydanticCustomError("size", "input should be 0 or from 1.2e-38 to 3.4e+38, to fit 32 bits")
+        return value
 
 
 class DataConfig(Section):
@@ -248,7 +260,7 @@ TokenizerConfig = Annotated[
 class ModelConfig(Section):
     """The shape of the GPT; the defaults are the tutorial's model."""
 
-    num_layers: PositiveInt = 2
+    num_layers: Annotated[int, Field(ge=1, le=10_000)] = 2
     """Transformer blocks."""
     num_heads: PositiveInt = 3
     """Attention heads per block; each is hidden_dim // num_heads wide."""
