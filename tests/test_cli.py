@@ -69,6 +69,9 @@ def test_a_message_is_short_and_steers_no_terminal(capsys: pytest.CaptureFixture
         ]
         for message in said:
             assert "\x1b" not in message and max(map(len, message.split("\n"))) < 1_100
+    assert refusal(["generate", " "], capsys).startswith("trainer: ' ': a path of nothing but blanks")
+    unknown = [f"x{i}=1" for i in range(500)]
+    assert refusal(["prepare", MINIGPT, *unknown], capsys).count("\n") == 61
     # Of a long one, both what is wrong and what to do is left.
     assert refusal(["generate", "x" * 5_000], capsys).startswith("trainer: xxx")
 

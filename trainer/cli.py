@@ -26,6 +26,7 @@ OVERRIDES_HELP = "settings that replace the file's, such as train.total_steps=20
 
 # A message that quotes a file of one line would fill the terminal with it.
 _MAX_LINE_CHARS = 1_000
+_MAX_LINES = 60
 
 _SAME_COMMAND = "Start it again with the same command."
 
@@ -92,10 +93,10 @@ def _message(text: str) -> str:
     A line keeps its start, which says where the mistake is, and its end, which says what to do.
     """
     kept = _MAX_LINE_CHARS // 2
-    return "\n".join(
-        f"{line[:kept]} [...] {line[-kept:]}" if len(line) > _MAX_LINE_CHARS else line
-        for line in printable(text).split("\n")
-    )
+    lines = printable(text).split("\n")
+    if len(lines) > _MAX_LINES:
+        lines[_MAX_LINES // 2 : -_MAX_LINES // 2] = ["[...]"]
+    return "\n".join(f"{line[:kept]} [...] {line[-kept:]}" if len(line) > _MAX_LINE_CHARS else line for line in lines)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -144,6 +144,8 @@ def locate(path: str | Location) -> Location:
         raise UserError(f"{text!r}: not a path in UTF-8; give the file or folder another name.") from None
     if "\0" in text:
         raise UserError(f"{text!r}: a path cannot hold a NUL character; leave it out.")
+    if text.isspace():
+        raise UserError(f"{text!r}: a path of nothing but blanks; give the file's or folder's name.")
     if size > _MAX_NAME_BYTES or len(text.encode()) > _MAX_PATH_BYTES:
         raise UserError(
             f"{_shortened(text)}: a name in it has {size} bytes and the whole path {len(text.encode())}; at "

@@ -35,7 +35,8 @@ class Lengths(NamedTuple):
 
     def cut_at(self, sequence_length: int) -> tuple[int, int]:
         """Returns how many documents are longer than this, and how many tokens of theirs are beyond it."""
-        beyond = np.maximum(self.values - sequence_length, 0)
+        # Not the number itself, which need not fit int64.
+        beyond = np.maximum(self.values - min(sequence_length, int(self.values[-1])), 0)
         return int(self.counts[beyond > 0].sum()), int(beyond @ self.counts)
 
     def bins(self) -> Iterator[tuple[int, int, int]]:
