@@ -589,9 +589,13 @@ def test_a_checkpoint_is_found_by_its_step_by_best_and_by_its_folder(run: RunFol
 def test_damaged_scores_are_an_error_that_names_them(run: RunFolder):
     run.keep_scores({10: 1.5})
     assert run.scores() == {10: 1.5}
-    damage_one_bit(folder_of(run) / "scores.json")
-    with pytest.raises(UserError, match=r"scores\.json is damaged: .* or delete it: the best checkpoint is then"):
-        run.checkpoints()
+    for damage in (
+        lambda: damage_one_bit(folder_of(run) / "scores.json"),
+        lambda: shutil.copy(folder_of(run) / "run.json", folder_of(run) / "scores.json"),
+    ):
+        damage()
+        with pytest.raises(UserError, match=r"scores\.json is damaged: .* or delete it: the best checkpoint is then"):
+            run.checkpoints()
     (folder_of(run) / "scores.json").unlink()
     assert run.scores() == {}
 

@@ -453,7 +453,9 @@ class RunFolder:
         """
         file = self.path / SCORES
         try:
-            losses = unsealed(file.read_bytes(), file)["losses"]
+            losses = unsealed(file.read_bytes(), file).get("losses")
+            if not isinstance(losses, dict):
+                raise DamagedError(f"{file} is damaged: it is another file of trainer's, without losses.")
         except FileNotFoundError:
             return {}
         except OSError as error:
