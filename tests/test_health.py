@@ -240,6 +240,14 @@ def test_a_file_system_without_locks_is_said_and_no_reason_to_stop(
     assert not (tmp_path / "runs/a").exists()
 
 
+def test_a_folder_that_nobody_can_make_is_an_error_and_not_waited_for(tmp_path: Path):
+    with pytest.raises(UserError, match=r"^/proc/nothing/run cannot be written: .* or choose another run_folder\.$"):
+        only_run_in(Path("/proc/nothing/run")).__enter__()
+    (tmp_path / "lock").symlink_to(tmp_path / "nothing/lock")
+    with pytest.raises(UserError, match="cannot be written: No such file"):
+        only_run_in(tmp_path).__enter__()
+
+
 def test_one_holder_per_folder_and_it_lets_go(tmp_path: Path):
     with only_run_in(tmp_path), pytest.raises(UserError, match="is being trained in"), only_run_in(tmp_path):
         pass

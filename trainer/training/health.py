@@ -20,6 +20,8 @@ MAX_SKIPPED_IN_A_ROW = 20
 
 SAME_EVENT_SECS = 1.0
 
+LOCK_TRIES = 100
+
 
 @contextlib.contextmanager
 def stop_on_signals(request_stop: Callable[[], None], say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
@@ -88,13 +90,17 @@ def only_run_in(folder: Location, say: Callable[[str], None] = print) -> Iterato
 
 def _locked(folder: Path, say: Callable[[str], None]) -> int:
     """Returns the open file by which this process holds a folder."""
+    tries_left = LOCK_TRIES
     while True:
+        tries_left -= 1
         try:
             make_folder(folder)
             lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            continue  # Its holder removed it between the one and the other.
         except OSError as error:
+            # Its holder can have removed it between the one and the other. A folder that nobody can make, as in /proc,
+            # is not found for ever.
+            if isinstance(error, FileNotFoundError) and tries_left > 0:
+                continue
             raise UserError(
                 f"{folder} cannot be written: {reason_and_remedy(error)}, or choose another run_folder."
             ) from None
