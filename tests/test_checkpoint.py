@@ -201,6 +201,14 @@ def test_saving_what_is_there_already_does_not_touch_it(tmp_path: Path):
     save(checkpoints, 3)
     after = (tmp_path / "step_000000003").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    # Nor if what the manifest says of the run differs, by an override with which it is resumed.
+    checkpoints.save(3, groups(3), {"config": {"log": {"every_steps": 5}}})
+    checkpoints.wait()
+    assert (tmp_path / "step_000000003").stat().st_ino == before.st_ino
+    # One that is damaged is replaced.
+    rewrite(str(tmp_path / "step_000000003/weights.safetensors"), flip_a_bit)
+    save(checkpoints, 3)
+    assert_is_of(checkpoints.latest(), 3)
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path):

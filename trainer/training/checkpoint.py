@@ -255,14 +255,21 @@ class Checkpoints:
             {"format": FORMAT, "step": step, **facts, "files": {n: _identity(d) for n, d in files.items()}}
         )
         # A run that is stopped before its first step saves what it has just read, perhaps its only checkpoint:
-        # replacing a folder would leave a moment without it.
-        if not _holds(final, manifest):
+        # replacing a folder would leave a moment without it. Facts may differ, by an override of the resumed run.
+        if not self._holds(step, manifest["files"]):
             self._write_folder(final, files, manifest)
         if not isinstance(self.folder, Url):
             with _saying(f"The checkpoint {final} is whole, but a loss of power could still undo it"):
                 sync(self.folder)
         self._on_saved()
         self._forget_before(step)
+
+    def _holds(self, step: int, files: Mapping[str, Any]) -> bool:
+        """Whether there is a checkpoint of this step that can be used and has these very files."""
+        try:
+            return bool(self.of_step(step).manifest["files"] == files)
+        except UserError:
+            return False
 
     def _write_folder(self, final: Location, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
         # One name for all steps, so that what a killed process left is cleared away by the next one.
@@ -384,14 +391,6 @@ def _verified_manifest(folder: Location) -> dict[str, Any]:
     for name in manifest["files"]:
         _verified_bytes(folder, name, manifest)
     return manifest
-
-
-def _holds(folder: Location, manifest: Mapping[str, Any]) -> bool:
-    """Whether a folder is whole and is what this manifest says."""
-    try:
-        return bool(_verified_manifest(folder)["sha256"] == manifest["sha256"])
-    except UserError:
-        return False
 
 
 def _verified_bytes(folder: Location, name: str, manifest: Mapping[str, Any]) -> bytes:
