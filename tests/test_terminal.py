@@ -117,6 +117,14 @@ def test_what_an_encoding_lacks_is_printed_as_an_escape():
     assert (done.returncode, done.stdout) == (0, b"\\ud55c\\uae00 \\xe9 x\n"), done.stderr
 
 
+def test_what_the_encoding_of_a_script_lacks_does_not_end_its_training(monkeypatch: pytest.MonkeyPatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    with lasting_output():
+        say("한글 é x")
+    assert written.getvalue() == b"\\ud55c\\uae00 \\xe9 x\n"
+
+
 CLOSED = """
 import os
 from trainer.terminal import open_streams

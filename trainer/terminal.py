@@ -81,7 +81,9 @@ def lasting_output() -> Iterator[None]:
 
 
 class _Lasting:
-    """A stream for text whose failures are told once, and after that drops what is written."""
+    """A stream for text whose failures are told once, and after that drops what is written. What its encoding lacks is
+    written as an escape.
+    """
 
     def __init__(self, stream: TextIO, tell: Callable[[OSError], None]) -> None:
         self._stream = stream
@@ -94,7 +96,10 @@ class _Lasting:
     def write(self, text: str) -> int:
         if not self._is_gone:
             with self._surviving():
-                self._stream.write(text)
+                try:
+                    self._stream.write(text)
+                except UnicodeEncodeError as error:  # Of a script, whose streams are not made ready by `open_streams`.
+                    self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         return len(text)
 
     def flush(self) -> None:
