@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +69,21 @@ def test_a_process_that_is_killed_is_an_error_that_names_the_signal():
     assert describe_end(-250) == "was killed by signal 250"
 
 
+def test_a_process_that_ends_before_it_has_read_what_to_do_is_the_same_error(monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))
+    # More than a pipe holds, as a config is that lists very many files.
+    with pytest.raises(UserError, match="the work of add ended with status 0"):
+        call_in_new_process(add, "a" * 1_000_000, "b", say=print)
+
+
+def test_a_line_that_cannot_be_told_is_the_error_of_the_one_who_tells_it():
+    def tell(line):
+        raise BrokenPipeError(line)
+
+    with pytest.raises(BrokenPipeError, match="a and b"):
+        call_in_new_process(add, "a", "b", say=tell)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_call_whose_process_is_interrupted_or_killed_leaves_no_other(tmp_path, number):
     program = f"""
@@ -104,6 +120,7 @@ def test_a_process_forked_after_tensorflow_was_used_says_so_and_does_not_hang():
         lambda: trainer.train(None),
         lambda: trainer.resume("run"),
         lambda: trainer.batches(None),
+        lambda: trainer.score("run"),
     )
     for use in uses:
         child = os.fork()

@@ -200,13 +200,15 @@ def score(
     Raises:
         UserError: there is no such run, it has no checkpoint, or its data is gone.
     """
-    from trainer.evaluate import Evaluator
+    check_not_forked()
     from trainer.run import RunFolder, run_and_step
-    from trainer.training.distribution import make_strategy
 
     run_folder, step = run_and_step(run_folder, step)
     run = RunFolder(run_folder, overrides)
     run.check_model(build_model)
+    with quiet_import():
+        from trainer.evaluate import Evaluator
+        from trainer.training.distribution import make_strategy
     strategy = make_strategy(run.config.distribution, alone=True)
     prepared = run.prepared()
     with strategy.scope():

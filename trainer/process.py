@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 from trainer.config import UserError
 from trainer.terminal import quiet_import
@@ -50,9 +50,8 @@ def call_in_new_process(function: Callable[..., T], *arguments: object, say: Cal
     assert child.stdin is not None
     try:
         # Its stdin stays open until the end: once that closes, this process is gone, and the child ends too.
-        with os.fdopen(reader, "rb") as answers, contextlib.suppress(BrokenPipeError), child.stdin:
-            child.stdin.write(pickle.dumps(sys.path) + pickle.dumps((function, arguments, say is not None)))
-            child.stdin.flush()
+        with os.fdopen(reader, "rb") as answers, contextlib.closing(_Request(child.stdin)) as request:
+            request.send(pickle.dumps(sys.path) + pickle.dumps((function, arguments, say is not None)))
             outcome, content = "", cast(Any, None)
             while outcome not in ("result", "error"):
                 outcome, content = pickle.load(answers)
@@ -77,6 +76,22 @@ def call_in_new_process(function: Callable[..., T], *arguments: object, say: Cal
         raise error from RuntimeError(f"in a new process:\n{where}")
     result: T = content
     return result
+
+
+class _Request:
+    """The way to a new process, which may have ended already: then no answer comes, and that is what tells of it."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self._pipe = pipe
+
+    def send(self, content: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.write(content)
+            self._pipe.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.close()
 
 
 def describe_end(status: int) -> str:
