@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 import trainer
+from trainer.cli import main
 from trainer.data.prepare import prepare
 from trainer.model.gpt import GPT
 from trainer.run import RunFolder, make_model
@@ -666,6 +667,36 @@ def test_a_run_goes_on_from_the_step_that_is_asked_for(copy_of_trained, capsys):
     )
 
 
+def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(copy_of_trained, monkeypatch):
+    shutil.rmtree(copy_of_trained / "checkpoints" / "step_000000060")
+    wait, lines = checkpoint.Checkpoints.wait, []
+
+    def wait_and_be_stopped(checkpoints):
+        monkeypatch.setattr(checkpoint.Checkpoints, "wait", wait)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not any("SIGTERM: saving" in line for line in lines):
+            time.sleep(0.01)
+        checkpoints.wait()
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "wait", wait_and_be_stopped)
+    result = trainer.resume(str(copy_of_trained), say=lines.append)
+    assert result.was_interrupted and result.step == 60 and result.evaluation is None
+    assert "Stopped at step 60 of 60, saved." in lines[-1]
+    assert RunFolder(copy_of_trained).checkpoints().steps()[-1] == 60
+
+
+def test_a_checkpoint_that_is_left_out_is_said_once_and_not_among_what_the_model_writes(copy_of_trained, capsys):
+    weights = copy_of_trained / "checkpoints/step_000000060/weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    facts = loop.what_is_there(RunFolder(copy_of_trained), None)
+    assert facts[f"the checkpoint to go on from in {copy_of_trained}"] != "none"
+    assert capsys.readouterr() == ("", "")  # `train`, which comes next, says it.
+    for words in (["generate", "--sampler", "greedy", "--num-tokens", "2"], ["evaluate", "distribution.kind=cpu"]):
+        assert main([words[0], str(copy_of_trained), *words[1:]]) == 0
+        out, err = capsys.readouterr()
+        assert "Skipping" not in out and err.count(f"Skipping {weights.parent}: ") == 1
+
+
 def test_a_validation_loss_that_rises_is_said_with_where_the_best_is_kept(copy_of_trained):
     run = RunFolder(copy_of_trained)
     lines = []
@@ -674,7 +705,7 @@ def test_a_validation_loss_that_rises_is_said_with_where_the_best_is_kept(copy_o
         loop.keep_score(run, Hosts(), step, loss, scores, lines.append)
         for step, loss in ((20, 2.0), (30, 2.125), (40, 2.0), (50, float("nan")), (60, 1.0))
     ] == [True, False, False, False, True]
-    assert len(lines) == 3 and lines[0] == (
+    assert len(lines) == 2 and lines[0] == (
         "step 30: the validation loss has risen above its best, 2.0000 at step 20. That checkpoint is kept: trainer "
         f"generate {run.path} --step best"
     )

@@ -170,7 +170,7 @@ def generate(
     decoder = Decoder.from_options(sampler, samples, k=k, p=p, num_beams=num_beams, temperature=temperature, seed=seed)
     with quiet_import():
         from trainer.decoding.generate import Generator
-    model, _ = run.load_model(build_model, step=step)
+    model, _ = run.load_model(build_model, warn, step)
     generator = Generator(model, run.tokenizer(), run.config.train.sequence_length)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     num_tokens = samples.num_tokens if num_tokens is None else num_tokens

@@ -119,7 +119,7 @@ def _start(config: Config, hosts: Hosts, build_model: BuildModel | None, say: Sa
         if hosts.is_chief and run is not None:
             tell_of_changed_text(config, prepared, say, functools.partial(call_in_new_process, text_fingerprint))
         opened = meeting.in_turn(make_or_open)
-        meeting.agree(what_is_there(opened, None, say))
+        meeting.agree(what_is_there(opened, None))
     return _train_together(opened, hosts, prepared, build_model, say)
 
 
@@ -147,7 +147,7 @@ def resume(
             with Meeting(hosts) as meeting:
                 meeting.agree(fingerprints(run.config, build_model))
                 prepared = run.prepared()
-                meeting.agree(what_is_there(run, step, say))
+                meeting.agree(what_is_there(run, step))
             return _train_together(run, hosts, prepared, build_model, say, step)
         strategy = open_devices(run.config, hosts, say)
         return train(run, hosts, strategy, run.prepared(), build_model, say, step)
@@ -194,9 +194,9 @@ def fingerprints(config: Config, build_model: BuildModel | None) -> dict[str, st
     } | settings
 
 
-def what_is_there(run: RunFolder, step: Step | None, say: Say) -> dict[str, str]:
+def what_is_there(run: RunFolder, step: Step | None) -> dict[str, str]:
     """Returns what all workers of a run must find in its folder."""
-    checkpoints = run.checkpoints(say)
+    checkpoints = run.checkpoints(_be_silent)  # `train` looks again, and says what it leaves out.
     checkpoint = run.checkpoint(checkpoints, step)
     return {
         f"the data of {run.path}": run.facts["data_fingerprint"],
@@ -386,6 +386,9 @@ def train(
                 save_now(step)
             with spent.on("checkpoint"):
                 checkpoints.wait()
+            # A signal of the last moments, which no step saw: on several hosts each has to leave by itself, as it has
+            # to from here on.
+            is_stopped = is_stopped or bool(step_function.stop_requested.numpy())
         if is_stopped:
             say(
                 f"Stopped at step {step} of {total_steps}, saved. Go on with: trainer train --resume {quoted(run.path)}"
@@ -426,7 +429,7 @@ def keep_score(run: RunFolder, hosts: Hosts, step: int, loss: float, scores: dic
     is_best = math.isfinite(loss) and (best is None or loss < scores[best] or best == step)
     if math.isfinite(loss):
         scores[step] = loss
-    if best is not None and not is_best:
+    if best is not None and not loss <= scores[best]:
         say(
             f"step {step}: the validation loss has risen above its best, {scores[best]:.4f} at step {best}. That "
             f"checkpoint is kept: trainer generate {quoted(run.path)} --step best"
