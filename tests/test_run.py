@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 
 import trainer
+from trainer.cli import _how_to_go_on as how_to_go_on
 from trainer.cli import main
 from trainer.config import Config, UserError, load_config, make_config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.data.tokenizer import CharTokenizer
+from trainer.evaluate import Evaluation
 from trainer.run import RunFolder, build_gpt, check_is_free, find_run, model_name, run_and_step
+from trainer.storage import locate
 
 
 def quiet(line: str) -> None:
@@ -578,12 +581,26 @@ def test_a_checkpoint_is_found_by_its_step_by_best_and_by_its_folder(run: RunFol
     folder = f"{run.path}/checkpoints/step_000000002"
     assert run_and_step(folder) == run_and_step(f"{folder}/") == run_and_step(folder, 2) == (str(run.path), 2)
     assert run_and_step("checkpoints/step_000000002") == (".", 2)
+    assert run_and_step(Path(folder)) == (str(run.path), 2) and run_and_step(run.path) == (str(run.path), None)  # type: ignore[arg-type]
     assert run_and_step("RUN", "best") == ("RUN", "best") and run_and_step("RUN", "010") == ("RUN", 10)
     for text in ("bset", "-1", "1.5", "", "9" * 5_000):
         with pytest.raises(UserError, match=r"is not a checkpoint's; give a number of steps, or 'best'\."):
             run_and_step("RUN", text)
     with pytest.raises(UserError, match=r"step_000000002 and step='best' are two checkpoints; leave out one of them\."):
         run_and_step(folder, "best")
+
+
+def test_a_result_that_a_store_does_not_take_is_said_and_no_error(run: RunFolder):
+    said: list[str] = []
+    run.path = locate("s3://bucket/run")
+    run.keep_result(2, Evaluation(1.0, 1, 1.0, False, None), {}, said.append)
+    assert len(said) == 1 and said[0].startswith("s3://bucket/run/result.json cannot be written: s3://bucket/run/res")
+
+
+def test_a_signal_s_advice_is_to_resume_wherever_there_is_a_run(run: RunFolder, tmp_path: Path):
+    (folder_of(run) / "config.toml").unlink()  # It is written again from the record.
+    assert how_to_go_on(run.config) == f"Go on with: trainer train --resume {run.path}"
+    assert how_to_go_on(tiny(tmp_path, f"run_folder={tmp_path}/none")).startswith("There is no run yet.")
 
 
 def test_damaged_scores_are_an_error_that_names_them(run: RunFolder):

@@ -313,12 +313,13 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _how_to_go_on(config: "Config") -> str:
+    from trainer.run import RECORD
     from trainer.storage import Url, locate
 
     folder = locate(config.run_folder)
     if isinstance(folder, Url):  # A store may not answer in time.
         return "Go on with the same command and --or-resume."
-    if (folder / "config.toml").is_file():
+    if (folder / RECORD).is_file():
         return f"Go on with: trainer train --resume {shlex.quote(str(folder))}"
     return f"There is no run yet. {_SAME_COMMAND}"
 
@@ -364,7 +365,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         warn(line)
     prepared = run.prepared()
     with strategy.scope():
-        model, checkpoint = run.load_model(step=step)
+        model, checkpoint = run.load_model(say=warn, step=step)
     say(f"step {checkpoint.step}: {Evaluator(model, strategy, prepared, run.config)()}")
 
 

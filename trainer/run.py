@@ -424,7 +424,7 @@ class RunFolder:
         result = {"step": step, "evaluation": evaluation._asdict(), "samples": samples}
         try:
             _write_sealed(self.path / RESULT, result)
-        except OSError as error:
+        except (OSError, UserError) as error:
             say(f"{self.path / RESULT} cannot be written: {reason_and_remedy(error)}. The checkpoint is whole.")
 
     def result(self, step: int) -> "tuple[Evaluation, dict[str, str]] | None":
@@ -622,9 +622,9 @@ def run_and_step(path: str, step: str | int | None = None) -> tuple[str, Step | 
     asked: Step | None = "best" if step == "best" else whole_number(str(step))
     if step is not None and asked is None:
         raise UserError(f"step={step!r} is not a checkpoint's; give a number of steps, or 'best'.")
-    named = re.fullmatch(r"(?:(.*)/)?checkpoints/step_([0-9]{1,18})/*", path)
+    named = re.fullmatch(r"(?:(.*)/)?checkpoints/step_([0-9]{1,18})/*", str(path))
     if named is None:
-        return path, asked
+        return str(path), asked
     if asked is not None and asked != int(named[2]):
         raise UserError(f"{path} and step={step!r} are two checkpoints; leave out one of them.")
     return named[1] or ".", int(named[2])
