@@ -308,11 +308,21 @@ def test_a_stray_nul_byte_can_be_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "start", ["BZh9 is a name", "PAR1 of the book", "PK is a name", "Rar! he said", "(x" + "ustar" * 100]
+    "start",
+    [
+        "BZh9 is a name",
+        "PAR1 of the book",
+        "PAR1\nis a gene",
+        "PAR1은 유전자이다",
+        "%PDF-1.7 is how such a file begins",
+        "PK is a name",
+        "Rar! he said",
+        "(x" + "ustar" * 100,
+    ],
 )
 def test_text_that_begins_like_another_format_is_text(tmp_path, start):
     (tmp_path / "a.txt").write_text(f"{start}\nend")
-    assert train_documents(tmp_path / "a.txt") == [start, "end"]
+    assert train_documents(tmp_path / "a.txt") == [*start.split("\n"), "end"]
 
 
 def test_no_character_counts_twice_as_a_common_one():

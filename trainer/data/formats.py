@@ -106,9 +106,9 @@ def fault_of_start(path: Location, start: bytes, is_packed: bool) -> str | None:
     elif start[257:262] == b"ustar" and b"\0" in start:
         what, folder = "a tar archive", _quoted(path, ".unpacked")
         command = f"mkdir {folder} && tar -xf {_quoted(path)} -C {folder}"
-    elif start.startswith((b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"%PDF-", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")):
+    elif re.match(rb"7z\xbc\xaf'\x1c|Rar!\x1a\x07|%PDF-\d\.\d\s*[\r\n]|\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", start):
         return f"{path}: an archive or a document of another program, by its first bytes; take the text out of it."
-    elif re.match(rb"PAR1[^ -~]", start):
+    elif re.match(rb"PAR1[\0-\x08\x0e-\x1f]", start):  # A text may begin with that word, and go on in any script.
         return _as_json_lines(path, ".parquet", "a Parquet file, by its first bytes")
     else:
         for mark, tool in _UNPACKERS.items():
