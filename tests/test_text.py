@@ -404,9 +404,30 @@ def test_a_split_left_empty_is_an_error_with_the_ways_out(tmp_path, fraction, em
     with pytest.raises(UserError) as error:
         splits(train=path, held_out_fraction=fraction)
     assert str(error.value) == (
-        f"data.held_out_fraction={fraction} of 2 lines leaves nothing for {empty}; give data.validation, a {size} "
-        "fraction, or data.documents='file', which holds out the end of each file."
+        f"data.held_out_fraction={fraction} of 2 lines leaves nothing for {empty}; give more text, data.validation, "
+        f"a {size} fraction or data.documents='file', which holds out the end of each file."
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "documents", "ways"),
+    [
+        ("a.txt", "one", "line", "data.documents='file', which holds out the end of each file."),
+        ("a.txt", "one\n", "file", "a larger fraction."),
+        ("a.jsonl", '{"text": "one"}', "line", "data.validation."),
+        ("a.jsonl", '{"text": "one"}\n{"text": "two"}', "line", "a larger fraction."),
+    ],
+)
+def test_what_is_said_of_a_split_left_empty_would_be_taken(tmp_path, name, content, documents, ways):
+    path = written(tmp_path / name, content)
+    fraction = 1e-9 if documents == "line" else 0.01
+    with pytest.raises(UserError, match="leaves nothing for validation; give more text") as error:
+        splits(train=path, documents=documents, held_out_fraction=fraction)
+    assert str(error.value).endswith(f" or {ways}")
+    if "fraction" in ways:
+        assert splits(train=path, documents=documents, held_out_fraction=0.5)["validation"]
+    if "data.documents='file'" in ways:
+        assert splits(train=path, documents="file", held_out_fraction=0.5)["validation"]
 
 
 # Fingerprint.

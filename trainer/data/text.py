@@ -307,11 +307,10 @@ class Source:
                 raise UserError(self._why_empty(setting, tally))
         for split in ("train", "validation"):
             if not tally.num_yielded[split]:
-                goal, size = ("training", "smaller") if split == "train" else ("validation", "larger")
                 raise UserError(
-                    f"data.held_out_fraction={self.data.held_out_fraction} of {tally.num_used['train']} "
-                    f"{self._plural()} leaves nothing for {goal}; give data.validation, a {size} fraction, or "
-                    "data.documents='file', which holds out the end of each file."
+                    f"data.held_out_fraction={self.data.held_out_fraction} of {self._counted(tally.num_used['train'])} "
+                    f"leaves nothing for {'training' if split == 'train' else 'validation'}; "
+                    f"{self._other_ways_to_hold_out(split, tally.num_used['train'])}."
                 )
 
     def _why_empty(self, setting: str, tally: Tally) -> str:
@@ -323,8 +322,25 @@ class Source:
             f"{self.data.min_bytes}; the longest has {tally.longest_bytes[setting]}. Lower data.min_bytes."
         )
 
+    def _other_ways_to_hold_out(self, empty_split: str, num_documents: int) -> str:
+        has_files = any(map(_is_text, self.train_files))
+        ways = ["give more data.storybook_stories" if self.data.is_storybook() else "give more text, data.validation"]
+        # Documents are held out whole, so no fraction divides a single one; but the end of a file is held out.
+        if num_documents > 1 or self.data.is_storybook() or (has_files and self.data.documents == "file"):
+            ways += [f"a {'smaller' if empty_split == 'train' else 'larger'} fraction"]
+        if has_files and self.data.documents != "file":
+            ways += ["data.documents='file', which holds out the end of each file"]
+        return f"{', '.join(ways[:-1])} or {ways[-1]}" if len(ways) > 1 else ways[0].replace(",", " or")
+
+    def _counted(self, number: int) -> str:
+        return f"{number} {self._plural() if number != 1 else self._plural().removesuffix('s')}"
+
     def _plural(self) -> str:
-        return "stories" if self.data.is_storybook() else f"{self.data.documents}s"
+        if self.data.is_storybook():
+            return "stories"
+        return (
+            f"{self.data.documents}s" if any(map(_is_text, (*self.train_files, *self.validation_files))) else "records"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
