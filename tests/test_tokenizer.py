@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from trainer.config import (
@@ -575,6 +576,12 @@ def changed_json(**changes):
     return change
 
 
+def with_added_token(content: bytes, name: str) -> bytes:
+    encoder = tokenizers.Tokenizer.from_str(content.decode())
+    encoder.add_tokens([name])
+    return encoder.to_str().encode()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -595,6 +602,7 @@ def changed_json(**changes):
             changed_json(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
             "a text does not come back from its tokens",
         ),
+        (lambda content: with_added_token(content, "é"), "a text with the added token 'é' does not come back from its"),
         (
             changed_json(
                 model_type="WordPiece", model_unk_token="<|endoftext|>", model_max_input_chars_per_word=100,
@@ -612,6 +620,16 @@ def test_a_bpe_file_that_cannot_be_used_is_an_error_naming_it(gpt2_file, damage,
     assert str(error.value).startswith(f"tokenizer.path={str(gpt2_file)!r}: {message}")
     if content is not None:
         assert str(error.value).endswith("; give a tokenizer.json of byte-level BPE, such as GPT-2's.")
+
+
+def test_tokens_of_a_text_decode_to_its_bytes_those_added_to_a_bpe_file_too(gpt2_file):
+    gpt2_file.write_bytes(with_added_token(gpt2_file.read_bytes(), "한국"))
+    tokenizer = train_tokenizer(BpeFileConfig(kind="bpe", path=str(gpt2_file)), [])
+    text = "그 한국, e\u0301 🙂"
+    tokens = tokenizer.encode(text)
+    assert tokenizer.encoder.token_to_id("한국") in tokens
+    assert tokenizer.decode(tokens) == text
+    assert tokenizer.decoded_bytes()[tokens].sum() == len(text.encode())
 
 
 @pytest.mark.parametrize(

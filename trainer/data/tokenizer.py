@@ -311,6 +311,9 @@ class BpeTokenizer(Tokenizer):
         lengths = np.zeros(self.vocabulary_size, np.int32)
         for token, id in self.encoder.get_vocab().items():
             lengths[id] = len(token)
+        # Those that a file adds to the vocabulary are written as they are in a text.
+        for id, added in self.encoder.get_added_tokens_decoder().items():
+            lengths[id] = len(added.content.encode())
         return lengths
 
     def save(self, folder: Path) -> None:
@@ -634,6 +637,11 @@ def _checked(tokenizer: BpeTokenizer) -> BpeTokenizer:
     whole = tokenizer.encode(text)
     if tokenizer.decode(whole) != text:
         raise ValueError("a text does not come back from its tokens")
+    # A token beside the vocabulary is taken whole, and what is decoded of one such as "é" is a byte of that number.
+    for id, added in tokenizer.encoder.get_added_tokens_decoder().items():
+        name = f"a {added.content} b"
+        if id not in (tokenizer.pad_id, tokenizer.bos_id) and tokenizer.decode(tokenizer.encode(name)) != name:
+            raise ValueError(f"a text with the added token {added.content!r} does not come back from its tokens")
     ends = [0, *(found.end() for found in BPE_BREAKS.finditer(text)), len(text)]
     tokens, _ = tokenizer.encode_pieces([text[start:end] for start, end in itertools.pairwise(ends)])
     if tokens.tolist() != whole.tolist():
