@@ -1,6 +1,7 @@
 import ast
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -304,6 +305,8 @@ def test_a_value_of_another_type_is_refused(override: str):
         ("samples.prompt='none'", "none"),
         ('samples.prompt="\\u0041\\n"', "A\n"),
         ("samples.prompt='it", "'it"),
+        ('samples.prompt="Hi" # said he', '"Hi" # said he'),
+        ('samples.prompt="Hi # said" ', "Hi # said"),
         ("samples.prompt = a = b", "a = b"),
         ("samples.stop=7", "7"),
         # Numbers as people write them.
@@ -338,6 +341,13 @@ def test_an_override_is_read_by_the_type_of_its_setting(override: str, value: ob
     for name in key.split("."):
         found = getattr(found, name)
     assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(("given", "value"), [("0", (0,)), ("0,1", (0, 1)), ("1, 0", (1, 0))])
+def test_a_list_without_brackets_is_refused_with_what_to_write(given: str, value: tuple[int, ...]):
+    message = refusal(f"distribution.gpus={given}")
+    (advice,) = shlex.split(message.partition(" Write ")[2].removesuffix("."))
+    assert make_config(SETTINGS, [advice]).distribution.gpus == value
 
 
 def test_shares_of_a_mixture_may_lack_digits_beside_the_dot():
@@ -840,6 +850,16 @@ def test_an_installed_trainer_has_the_shipped_configs(tmp_path: Path):
             "optimizer.learning_rate=1e-50",
             "optimizer.learning_rate=1e-50: input should be 0 or from 1.2e-38 to 3.4e+38",
         ),
+        # In 32 bits 1.
+        (
+            "optimizer.beta_2=0.99999999",
+            "optimizer.beta_2=0.99999999: input should be less than or equal to 0.99999994",
+        ),
+        (
+            "optimizer.beta_1=0.99999999",
+            "optimizer.beta_1=0.99999999: input should be less than or equal to 0.99999994",
+        ),
+        ("model.dropout=0.99999999999", "model.dropout=0.99999999999: input should be less than or equal to 0.99999"),
         ("data.weights=[1e300]", "data.weights=[1e+300]: input should be 0 or from 1.2e-38 to 3.4e+38"),
         ("checkpoint.keep_last=9223372036854775808", "keep_last=9223372036854775808: input should be less than 2**63"),
         (f"log.every_steps={10**400}", "...: input should be less than 2**63, to fit 64 bits."),

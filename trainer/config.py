@@ -40,6 +40,8 @@ _MAX_STEM_BYTES = 100
 _SHOWN_CHARS = 200
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+# The largest number below 1 that 32 bits hold: what is nearer to 1 would be read as 1.
+BelowOne = Annotated[float, Field(ge=0, le=1 - 2.0**-24)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -286,7 +288,7 @@ class ModelConfig(Section):
     """Use the token embedding as output projection too, without a bias."""
     use_bias: bool = True
     """Biases in projections and normalizations."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: BelowOne = 0.0
     """Share of activations dropped after attention, feed-forward and, with pre_norm, the embeddings."""
     vocabulary_multiple: PositiveInt = 1
     """Rows of the embedding and of the logits are rounded up to a multiple of this; 128 fills a TPU's tiles. The rows
@@ -412,9 +414,9 @@ class OptimizerConfig(Section):
     """Steps over which the rate rises linearly to learning_rate."""
     final_learning_rate: NonNegativeFloat = 0.0
     """The rate at the last step; not used by a constant schedule."""
-    beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta_1: BelowOne = 0.9
     """Decay of the mean of the gradients."""
-    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    beta_2: BelowOne = 0.999
     """Decay of the mean of their squares."""
     epsilon: PositiveFloat = 1e-7
     """Added to the root of the mean square."""
@@ -994,7 +996,8 @@ def _read_override(text: str, kinds: Sequence[Any]) -> Any:
             return _read_list(bare, value, list(_plain_types(typing.get_args(kind)[0])))
         if any(_sections(kind)) and isinstance(value, dict):
             return value
-    return value if isinstance(value, str) else text
+    # In brackets a comment of TOML takes the last one along: "Hi" # said he, is no text in quotation marks.
+    return value if isinstance(value, str) and _read_toml(f"[{bare}]") is not None else text
 
 
 def _read_list(bare: str, value: Any, kinds: Sequence[Any]) -> list[Any]:
@@ -1057,10 +1060,12 @@ def _explain(problem: Any) -> str:
         kinds = [typing.get_args(kind.model_fields["kind"].annotation) for kind in _sections(TokenizerConfig)]
         known = ", ".join(dict.fromkeys(repr(name) for names in kinds for name in names))
         return f"{key}.kind must be one of {known}; received {_shown(problem['input'].get('kind'))}."
-    value, whole = problem["input"], ""
+    value, right = problem["input"], ""
     if problem["type"].startswith("int_") and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
-        whole = f" Write {int(value)}."
-    return f"{key}={_shown(value)}: {problem['msg'][0].lower()}{problem['msg'][1:]}.{whole}"
+        right = f" Write {int(value)}."
+    if problem["type"] == "tuple_type" and isinstance(value, str) and re.fullmatch(r"[\w.,+ -]{1,80}", value):
+        right = f" Write {quoted(f'{key}=[{value}]')}."
+    return f"{key}={_shown(value)}: {problem['msg'][0].lower()}{problem['msg'][1:]}.{right}"
 
 
 def _nearest(location: list[str]) -> str:
