@@ -1,5 +1,6 @@
 import errno
 import itertools
+import json
 import os
 import shlex
 import shutil
@@ -501,6 +502,11 @@ def test_the_record_of_another_release_is_refused_by_its_format_or_its_settings(
         RunFolder(run.path)
     run.keep(format=1)
     with pytest.raises(UserError, match=r"run\.json is of format 1, not 2; use the release that wrote it\."):
+        RunFolder(run.path)
+    # The first releases kept three facts, and did not seal them.
+    kept = {key: run.facts[key] for key in ("prepared_folder", "data_fingerprint", "tokenizer_fingerprint")}
+    (folder_of(run) / "run.json").write_text(json.dumps(kept))
+    with pytest.raises(UserError, match=r"no SHA-256 of its own\. If an earlier release .* go on with that release\."):
         RunFolder(run.path)
 
 

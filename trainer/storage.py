@@ -206,6 +206,11 @@ def unsealed(content: bytes, path: object) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = f"{error}" if content else "it has 0 bytes"
         raise DamagedError(f"{path} is damaged: {reason}.") from None
+    if isinstance(entries, dict) and "sha256" not in entries:
+        raise DamagedError(
+            f"{path} is damaged: it states no SHA-256 of its own. If an earlier release of trainer wrote it, go on "
+            "with that release."
+        )
     if not isinstance(entries, dict) or entries != sealed(entries):
         raise DamagedError(f"{path} is damaged: its SHA-256 is not the one it states.")
     return entries
