@@ -697,6 +697,25 @@ def test_a_checkpoint_that_is_left_out_is_said_once_and_not_among_what_the_model
         assert "Skipping" not in out and err.count(f"Skipping {weights.parent}: ") == 1
 
 
+def test_a_run_that_went_on_from_an_earlier_step_keeps_the_scores_of_later_checkpoints(copy_of_trained):
+    scores = RunFolder(copy_of_trained).scores()
+    lines = []
+
+    def stop_after_the_score(line):
+        lines.append(line)
+        if "step 32/" in line and "loss" in line:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = trainer.resume(str(copy_of_trained), say=stop_after_the_score, step=20)
+    assert result.was_interrupted and 32 <= result.step < 60
+    # Saved though a later step is known to be better: it is the best of those that this process has come to.
+    assert not any("has risen above" in line for line in lines)
+    assert RunFolder(copy_of_trained).scores() == scores
+    assert RunFolder(copy_of_trained).checkpoints().best_step() == result.best_step == min(scores, key=scores.get)
+    # The newest is of the process before.
+    assert lines[-1].endswith(f" Go on with: trainer train --resume {copy_of_trained} --step {result.step}")
+
+
 def test_a_validation_loss_that_rises_is_said_with_where_the_best_is_kept(copy_of_trained):
     run = RunFolder(copy_of_trained)
     lines = []

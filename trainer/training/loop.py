@@ -297,8 +297,10 @@ def train(
             say(f"{run.path}: all {total_steps} steps are taken, and this is what came of them.")
             best_step = checkpoints.best_step()
             return TrainingResult(str(run.path), config.data.is_storybook(), model, step, False, *result, best_step)
-        # What a killed process scored after its last checkpoint is scored again.
-        scores = checkpoints.scores = {at: loss for at, loss in checkpoints.scores.items() if at <= step}
+        # What a killed process scored after its last checkpoint is scored again. If this is not the last one, because
+        # the user has asked for it, what is known of later ones stays.
+        later = () if from_step is None else checkpoints.steps()
+        scores = checkpoints.scores = {at: loss for at, loss in checkpoints.scores.items() if at <= step or at in later}
         say(describe(run, prepared, model, step, total_steps))
 
         # What looks at it.
@@ -390,10 +392,13 @@ def train(
             # to from here on.
             is_stopped = is_stopped or bool(step_function.stop_requested.numpy())
         if is_stopped:
+            newer = f" --step {step}" if step < max(checkpoints.steps(), default=0) else ""
             say(
-                f"Stopped at step {step} of {total_steps}, saved. Go on with: trainer train --resume {quoted(run.path)}"
+                f"Stopped at step {step} of {total_steps}, saved. Go on with: trainer train --resume "
+                f"{quoted(run.path)}{newer}"
             )
-            return TrainingResult(str(run.path), config.data.is_storybook(), model, step, True, None, {})
+            best_step = checkpoints.best_step()
+            return TrainingResult(str(run.path), config.data.is_storybook(), model, step, True, None, {}, best_step)
 
         # All is saved: from here on a signal just ends the process.
         with spent.on("evaluate"), monitor.doing(step, "evaluating"):
@@ -425,7 +430,8 @@ def keep_score(run: RunFolder, hosts: Hosts, step: int, loss: float, scores: dic
         scores: the losses so far by step, which this one is added to.
         say: prints a line.
     """
-    best = min(scores, key=lambda at: (scores[at], at), default=None)
+    # Of a run that goes on from an earlier checkpoint than its last, later scores are known.
+    best = min((at for at in scores if at <= step), key=lambda at: (scores[at], at), default=None)
     is_best = math.isfinite(loss) and (best is None or loss < scores[best] or best == step)
     if math.isfinite(loss):
         scores[step] = loss
