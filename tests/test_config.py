@@ -185,7 +185,8 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
         ),
         (
             ["optimizer.warmup_steps=11"],
-            "optimizer.warmup_steps=11 is more than train.total_steps=10; the rate would never peak.",
+            "optimizer.warmup_steps=11 is more than train.total_steps=10; the rate would never peak. Lower it, "
+            "or train longer.",
         ),
         (
             ["optimizer.warmup_steps=10", "optimizer.schedule=cosine"],

@@ -57,9 +57,16 @@ def test_the_text_is_in_the_field_that_is_named(tmp_path):
     ("line", "message"),
     [
         ('{"text": "a"\n', r"line 2 is not JSON: .*; mend it, or set data\.max_broken_fraction"),
-        ('{"body": "a", "id": 1}\n', r"line 2 has no text in data\.text_field='text'; it has \['body', 'id'\]"),
-        ('{"text": 7}\n', r"line 2 has no text in data\.text_field='text'; it has \['text'\]"),
-        ('["a"]\n', r"line 2 has no text in data\.text_field='text'; it has a list"),
+        (
+            '{"by": "a", "body": "a b", "id": 1}\n',
+            r"line 2 has no text in data\.text_field='text'; it has \['body', 'by', 'id'\]; if it is in another one, "
+            r"name that, such as data\.text_field='body'",
+        ),
+        (
+            '{"text": 7, "by": "a"}\n',
+            r"line 2 has no text in data\.text_field='text'; it has \['by', 'text'\]; mend it",
+        ),
+        ('["a"]\n', r"line 2 has no text in data\.text_field='text'; it is a list"),
     ],
 )
 def test_a_broken_record_is_an_error_naming_its_line(tmp_path, line, message):

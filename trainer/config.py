@@ -618,7 +618,10 @@ class Config(Section):
         """
         warmup, schedule, profile = self.optimizer.warmup_steps, self.optimizer.schedule, self.profile
         if warmup > total_steps:
-            raise UserError(f"optimizer.warmup_steps={warmup} is more than {what}; the rate would never peak.")
+            raise UserError(
+                f"optimizer.warmup_steps={warmup} is more than {what}; the rate would never peak. Lower it, or train "
+                "longer."
+            )
         peak = max(1, warmup)
         if schedule != "constant" and peak >= total_steps:
             raise UserError(

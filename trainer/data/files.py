@@ -260,8 +260,13 @@ def _field_of(line: str, field: str, number: int) -> str | ValueError:
         return ValueError(f"line {number} is not JSON: {error}")
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        has = sorted(record)[:5] if isinstance(record, dict) else f"a {type(record).__name__}"
-        return ValueError(f"line {number} has no text in data.text_field={field!r}; it has {has}")
+        missing = f"line {number} has no text in data.text_field={field!r}"
+        if not isinstance(record, dict):
+            return ValueError(f"{missing}; it is a {type(record).__name__}")
+        texts = [name for name, value in record.items() if field not in record and isinstance(value, str)]
+        likely = max(texts, key=lambda name: len(record[name]), default=None)  # An identifier is shorter than a text.
+        other = "" if likely is None else f"; if it is in another one, name that, such as data.text_field={likely!r}"
+        return ValueError(f"{missing}; it has {sorted(record)[:5]}{other}")
     if not _is_utf8(text):
         if not _is_utf8(line):
             return UnicodeError(f"line {number} is not UTF-8")
