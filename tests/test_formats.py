@@ -230,6 +230,8 @@ def as_parquet() -> bytes:
         ("a.json", lambda: json.dumps(TABLE).encode("utf-8-sig")),
         ("a.json", lambda: json.dumps(TABLE, indent=2).encode()),
         ("a.json.gz", lambda: gzip.compress(json.dumps(TABLE).encode())),
+        ("a.json", lambda: "\n".join(json.dumps(row | {"more": [{"a": "}"}]}, indent=2) for row in TABLE).encode()),
+        ("a.json.gz", lambda: gzip.compress("\r\n".join(json.dumps(row, indent=1) for row in TABLE).encode())),
         ("a.jsonl", lambda: json.dumps(TABLE).encode()),
     ],
 )

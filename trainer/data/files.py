@@ -26,8 +26,8 @@ from trainer.data.formats import (
     GZIP_MARK,
     SAMPLE_BYTES,
     START_BYTES,
-    fault_of_array,
     fault_of_bytes,
+    fault_of_first_line,
     fault_of_gzip_name,
     fault_of_name,
     fault_of_start,
@@ -236,13 +236,13 @@ def read_records(path: Location, field: str, progress: Progress | None = None) -
     an error that is yielded and not raised, because the next line may be right: a UnicodeError if it is not UTF-8.
 
     Raises:
-        UserError: the file cannot be read, or is a JSON array.
+        UserError: the file cannot be read, or is JSON over several lines or in an array.
     """
     for number, line in enumerate(_joined(_lines(_read_text(path, progress))), start=1):
         # Files with a mark that were joined have one in the middle, too.
         line = line.removeprefix("\ufeff")
-        if number == 1 and line.lstrip().startswith("["):
-            raise UserError(fault_of_array(path, _is_gzip(path)))
+        if number == 1 and (fault := fault_of_first_line(path, line, _is_gzip(path))) is not None:
+            raise UserError(fault)
         if line and not line.isspace():
             yield _field_of(line, field, number)
 

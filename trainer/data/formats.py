@@ -29,6 +29,9 @@ _TO_JSON_LINES = {
     'csv.DictReader(io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", newline=""), delimiter="\\t")]',
     ".json": 'import json, sys; [print(json.dumps(row if isinstance(row, dict) else {"text": row})) for row in '
     'json.loads(sys.stdin.buffer.read().decode("utf-8-sig"))]',
+    # Objects over several lines: each ends where a line does that is its closing brace.
+    ".json of objects": 'import json, re, sys; [print(json.dumps(json.loads(part + "}"))) for part in '
+    're.split(r"(?m)^\\}\\s*$", sys.stdin.buffer.read().decode("utf-8-sig")) if part.strip()]',
     ".parquet": "import io, json, pyarrow.parquet, sys; [print(json.dumps(row, default=str)) for batch in "
     "pyarrow.parquet.ParquetFile(io.BytesIO(sys.stdin.buffer.read())).iter_batches() for row in batch.to_pylist()]",
 }
@@ -130,9 +133,14 @@ def fault_of_gzip_name(path: Location, start: bytes) -> str:
     return f"{path}: named .gz, and not packed with gzip; give it its right name:\n  mv {_quoted(path)} {plain}"
 
 
-def fault_of_array(path: Location, is_packed: bool) -> str:
-    """Returns what to do with a file of JSON Lines by its name that is a JSON array."""
-    return _as_json_lines(path, ".json", "a JSON array, where JSON Lines has an object on each line", is_packed)
+def fault_of_first_line(path: Location, line: str, is_packed: bool) -> str | None:
+    """Returns what to do with a file of JSON Lines by its name whose first line says that it is other JSON, or None."""
+    kind, what = ".json", "a JSON array"
+    if line.strip() == "{":
+        kind, what = ".json of objects", "a JSON object over several lines"
+    elif not line.lstrip().startswith("["):
+        return None
+    return _as_json_lines(path, kind, f"{what}, where JSON Lines has an object on each line", is_packed)
 
 
 def fault_of_bytes(path: Location, sample: bytes, is_cut_off: bool, is_packed: bool) -> str:
