@@ -197,6 +197,12 @@ def test_a_run_shows_the_data_it_was_started_on(pristine, tmp_path, capsys):
     run = RunFolder.create(config, pristine)
     assert main(["inspect", str(run.path)]) == 0
     assert pristine.fingerprint in capsys.readouterr().out
+    # So does one of its checkpoints, whose manifest.json is no damaged one of prepared data.
+    checkpoint = run.path / "checkpoints" / "step_000000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text('{"format": 1}')
+    assert main(["inspect", str(checkpoint)]) == 0
+    assert pristine.fingerprint in capsys.readouterr().out
 
 
 def test_a_run_whose_data_is_gone_or_replaced_is_told_of(prepared, pristine, tmp_path, capsys):

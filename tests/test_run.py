@@ -183,6 +183,10 @@ def test_folder_that_is_no_run_is_not_opened(run: RunFolder, tmp_path: Path):
     with pytest.raises(UserError) as error:
         RunFolder(beside)
     assert str(error.value) == f"{beside} is not a run folder: it has no run.json. Runs near it: {run.path}."
+    (folder_of(run) / "checkpoints").mkdir()
+    for name in ("run.json", "checkpoints"):
+        with pytest.raises(UserError, match=rf"it has no run\.json\. Runs near it: {run.path}\.$"):
+            RunFolder(run.path / name)
     with pytest.raises(UserError, match=r"nowhere/at/all is not a run folder: it has no run.json\.$"):
         RunFolder(tmp_path / "nowhere/at/all")
     (tmp_path / "run/run.json").unlink()

@@ -16,7 +16,7 @@ import rich.text
 from trainer.config import UserError
 from trainer.data.coverage import lengths_of
 from trainer.data.shards import MANIFEST, PreparedData, Split, faults_of_files, prepared_in
-from trainer.run import RECORD, RunFolder
+from trainer.run import RECORD, RunFolder, run_and_step
 from trainer.storage import Location, Url, locate, on_disk
 from trainer.terminal import warn
 
@@ -82,6 +82,9 @@ def document(prepared: PreparedData, split: Split, number: int, max_tokens: int)
 def _data_of(path: str) -> tuple[Location, RunFolder | None]:
     """Returns the folder of prepared data that path means, and the run that it belongs to if path is a run."""
     location = locate(path)
+    run_folder, step = run_and_step(path)
+    if step is not None and (locate(run_folder) / RECORD).is_file():
+        location = locate(run_folder)  # The path is of one of its checkpoints.
     if (location / RECORD).is_file():
         run = RunFolder(location)
         return run.data_folder(), run

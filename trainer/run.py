@@ -733,5 +733,7 @@ def _remove(file: Location) -> None:
 def _runs_beside(path: Location) -> str:
     if isinstance(path, Url):
         return ""
-    found = sorted(str(record.parent) for record in [*path.glob(f"*/{RECORD}"), *path.parent.glob(f"*/{RECORD}")])
+    within = [parent / RECORD for parent in path.parents[:2] if (parent / RECORD).is_file()]
+    near = within or [*path.glob(f"*/{RECORD}"), *path.parent.glob(f"*/{RECORD}")]
+    found = sorted(str(record.parent) for record in near)
     return f" Runs near it: {', '.join(found[:5])}." if found else ""
