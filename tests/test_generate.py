@@ -344,6 +344,8 @@ def test_prompt_without_room_to_continue_is_refused(generator):
 def test_impossible_requests_are_refused(model, generator):
     with pytest.raises(UserError, match=r"num_tokens=0 .*at least 1"):
         generator.generate([""], GREEDY, 0)
+    with pytest.raises(UserError, match=r"num_tokens=2\.5 .*a count of at least 1"):
+        generator.generate([""], GREEDY, 2.5)
     with pytest.raises(UserError, match=r"stop='' .*leave it out"):
         generator.generate([""], GREEDY, 1, stop="")
     with pytest.raises(UserError, match=r"model tells 20 tokens apart, the tokenizer 6"):
@@ -381,6 +383,10 @@ def test_decoder_refuses_impossible_settings():
         Decoder("top_k")
     for setting, value, option in [
         ("top_k", 0, "^k=0 is impossible"),
+        ("top_k", 2.5, r"^k=2\.5 is impossible; give a count of at least 1"),
+        ("top_k", "3", "^k='3' is impossible"),
+        ("num_beams", 2.0, "^num_beams=2.0 is impossible"),
+        ("top_p", "0.9", "^p='0.9' is impossible"),
         ("top_p", 0.0, "^p=0.0 is"),
         ("top_p", 1.5, "^p=1.5 is"),
         ("num_beams", 0, "^num_beams=0 is"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import numbers
 from typing import Any, Self
 
 from trainer.config import TEMPERATURES, SamplesConfig, UserError
@@ -48,13 +49,18 @@ class Decoder:
             raise UserError(f"{self.name!r} is not a sampler; choose one of {', '.join(DECODERS)}.{hint}")
         low, high = TEMPERATURES
         for option, value, is_possible, allowed in (
-            ("k", self.top_k, self.top_k >= 1, "a count of at least 1"),
-            ("p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1"),
-            ("num_beams", self.num_beams, self.num_beams >= 1, "a count of at least 1"),
-            ("temperature", self.temperature, low <= self.temperature <= high, f"a number from {low:g} to {high:g}"),
+            ("k", self.top_k, is_count(self.top_k), "a count of at least 1"),
+            ("p", self.top_p, _is_real(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1"),
+            ("num_beams", self.num_beams, is_count(self.num_beams), "a count of at least 1"),
+            (
+                "temperature",
+                self.temperature,
+                _is_real(self.temperature) and low <= self.temperature <= high,
+                f"a number from {low:g} to {high:g}",
+            ),
         ):
             if not is_possible:
-                raise UserError(f"{option}={value} is impossible; give {allowed}.")
+                raise UserError(f"{option}={value!r} is impossible; give {allowed}.")
 
     @property
     def is_random(self) -> bool:
@@ -94,3 +100,12 @@ class Decoder:
                     f"leave out {option}."
                 )
         return decoder
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return isinstance(value, numbers.Integral) and int(value) >= 1
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real)

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from trainer.config import UserError
 from trainer.data.tokenizer import Tokenizer
-from trainer.decoding.decoder import Decoder
+from trainer.decoding.decoder import Decoder, is_count
 from trainer.decoding.sampling import best_beams, draw_top_k, draw_top_p, most_likely
 from trainer.model.attention import Cache
 from trainer.model.cpu import operations_on_cpu, operations_one_by_one
@@ -72,8 +72,8 @@ class Generator:
                 not the model's.
             NotFinite: the model's logits are not finite.
         """
-        if num_tokens < 1:
-            raise UserError(f"num_tokens={num_tokens} leaves nothing to write; give at least 1.")
+        if not is_count(num_tokens):
+            raise UserError(f"num_tokens={num_tokens!r} leaves nothing to write; give a count of at least 1.")
         if stop is not None:
             stop = self.as_written(stop)
         if not prompts:
