@@ -382,13 +382,13 @@ def prepared_by_own_text(tmp_path, name, content):
 def test_the_config_for_own_text_suits_a_list_a_play_and_records(tmp_path):
     names = "".join(f"{a}{b}{c}\n" for a in ("Ka", "Lo", "Mi") for b in "aeiou" for c in ("ra", "li", "son", "한"))
     prepared, said = prepared_by_own_text(tmp_path, "names.txt", names * 10)
-    why = "as there are hardly any blank lines"
-    assert said == [f"data.documents='auto': a line of {tmp_path}/names.txt is a document, {why}"]
+    why = f"as {tmp_path}/names.txt has hardly any blank lines"
+    assert said == [f"data.documents='auto': a line of a text file is a document, {why}"]
     assert prepared.split("train").num_documents + prepared.split("validation").num_documents == 600
     speeches = [f"NAME {i}:\nSir, I have {i} things\nto say." for i in range(120)]
     prepared, said = prepared_by_own_text(tmp_path, "play.txt", "\n\n".join(speeches))
-    why = "as there are blank lines"
-    assert said == [f"data.documents='auto': a paragraph of {tmp_path}/play.txt is a document, {why}"]
+    why = f"as {tmp_path}/play.txt has blank lines"
+    assert said == [f"data.documents='auto': a paragraph of a text file is a document, {why}"]
     assert sorted(documents(prepared, "train") + documents(prepared, "validation")) == sorted(speeches)
     assert prepared.vocabulary_size < 400
     records = "".join(json.dumps({"text": f"Line {i}\n\nand more"}) + "\n" for i in range(200))

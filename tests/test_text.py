@@ -255,6 +255,16 @@ def test_auto_takes_paragraphs_where_blank_lines_divide_the_first_file(tmp_path,
         assert list(auto.documents()) == list(explicit.documents())
 
 
+def test_auto_looks_at_the_text_files_and_says_which_one_decided(tmp_path):
+    records = written(tmp_path / "a.jsonl", '{"text": "one"}\n' * 9)
+    play = written(tmp_path / "play.txt", "one\ntwo\n\nthree\n")
+    source = open_source(DataConfig(train=(str(records),), validation=(str(play),), documents="auto"))
+    assert source.documents_found() == (
+        f"data.documents='auto': a paragraph of a text file is a document, as {play} has blank lines"
+    )
+    assert [text for split, text in source.documents() if split == "validation"] == ["one\ntwo", "three"]
+
+
 def test_auto_has_no_say_over_records(tmp_path):
     path = written(tmp_path / "a.jsonl", '{"text": "a\\n\\nb"}\n' * 9)
     assert splits(train=path, validation=path, documents="auto")["train"] == ["a\n\nb"] * 9

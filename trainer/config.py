@@ -90,7 +90,7 @@ class DataConfig(Section):
     """Like train. Left out, part of the training text is held out."""
     documents: Literal["line", "paragraph", "file", "auto"] = "line"
     """What one document is in a text file: a line, a block between blank lines, or the whole file; auto: a block if the
-    first file of data.train has a blank line for every 20 lines or more often, otherwise a line. A record of JSON Lines
+    first text file has a blank line for every 20 lines or more often, otherwise a line. A record of JSON Lines
     or of tensorflow-datasets is one; setting this is refused if no source is a text file, except to auto."""
     text_field: Annotated[str, Field(min_length=1)] = "text"
     """The field of JSON Lines, or the feature of a tensorflow-datasets split, that holds a document; refused if no

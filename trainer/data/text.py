@@ -217,12 +217,13 @@ class Source:
 
     def documents_found(self) -> str | None:
         """Returns a line on what data.documents="auto" came to; None if no file is a text file."""
-        if not any(map(_is_text, (*self.train_files, *self.validation_files))):
+        first = next(filter(_is_text, (*self.train_files, *self.validation_files)), None)
+        if first is None:
             return None
-        why = "there are" if self.data.documents == "paragraph" else "there are hardly any"
+        many = "" if self.data.documents == "paragraph" else "hardly any "
         return (
-            f"data.documents='auto': a {self.data.documents} of {', '.join(self.data.train)} is a document, as {why} "
-            "blank lines"
+            f"data.documents='auto': a {self.data.documents} of a text file is a document, as {first} has {many}blank "
+            "lines"
         )
 
     def files_apart(self) -> "list[Source]":
@@ -417,7 +418,7 @@ def _check_effect(data: DataConfig, files: list[File]) -> None:
 def _open(data: DataConfig, suffix: str = "") -> Source:
     train = () if data.is_storybook() else _find(data.train, "data.train")
     validation = () if data.validation is None else _find(data.validation, "data.validation")
-    return Source(_with_documents(data, train or validation), train, validation, suffix)
+    return Source(_with_documents(data, (*train, *validation)), train, validation, suffix)
 
 
 def _with_documents(data: DataConfig, files: Iterable[File]) -> DataConfig:
