@@ -244,7 +244,10 @@ def test_a_folder_that_nobody_can_make_is_an_error_and_not_waited_for(tmp_path: 
     with pytest.raises(UserError, match=r"^/proc/nothing/run cannot be written: .* or choose another run_folder\.$"):
         only_run_in(Path("/proc/nothing/run")).__enter__()
     (tmp_path / "lock").symlink_to(tmp_path / "nothing/lock")
-    with pytest.raises(UserError, match="cannot be written: No such file"):
+    with pytest.raises(UserError, match=r"cannot be written: No such file .*, or choose another run_folder\.$"):
+        only_run_in(tmp_path).__enter__()
+    (tmp_path / "run.json").touch()  # A run that is there cannot go on in another folder.
+    with pytest.raises(UserError, match=r"cannot be written: No such file .*Check the path and its file system\.$"):
         only_run_in(tmp_path).__enter__()
 
 

@@ -166,6 +166,26 @@ def test_folder_or_file_that_is_no_run_is_refused_and_left_alone(tmp_path: Path)
         with pytest.raises(UserError, match=r"is there already and is no run; choose another folder\."):
             RunFolder.create(tiny(tmp_path, f"run_folder={path}"), prepared)
     assert (tmp_path / "notes/a").read_text() == "mine"
+    # Not even under a name that trainer itself uses.
+    (tmp_path / "run/tokenizer").mkdir(parents=True)
+    (tmp_path / "run/tokenizer/tokenizer.json").write_text("mine")
+    with pytest.raises(UserError, match=r"is there already and is no run; choose another folder\."):
+        RunFolder.create(tiny(tmp_path), prepared)
+    assert (tmp_path / "run/tokenizer/tokenizer.json").read_text() == "mine"
+
+
+def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    prepared = prepared_text(tmp_path)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trainer.run._write_record", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder.create(tiny(tmp_path), prepared)
+    assert not (tmp_path / "run").exists()
+    RunFolder.create(tiny(tmp_path), prepared)
 
 
 def test_run_folder_that_cannot_be_written_is_refused_and_nothing_left(tmp_path: Path):

@@ -150,8 +150,10 @@ class RunFolder:
                     sync(copied)
             _write_record(path, facts)  # A folder with a record is a run: the rest can be made from it.
             write_whole(path / CONFIG, config.to_toml())
-        except (OSError, UserError) as error:
+        except BaseException as error:
             _undo(path)
+            if not isinstance(error, (OSError, UserError)):
+                raise
             raise UserError(
                 f"run_folder={config.run_folder!r} cannot be written: {reason_and_remedy(error)}, or choose another "
                 "folder; nothing half-written is left."
@@ -691,7 +693,9 @@ def check_is_free(config: Config) -> None:
             f"{quoted(path)}; or start another beside it with the override {quoted(f'run_folder={path}-2')}; or delete "
             "it."
         )
-    if path.is_file() or not names <= _MADE_BEFORE_RECORD:
+    # A process that was killed left its lock, too. Without one, a tokenizer/ is somebody's own.
+    may_be_there = _MADE_BEFORE_RECORD if "lock" in names or isinstance(path, Url) else set()
+    if path.is_file() or not names <= may_be_there:
         raise UserError(f"run_folder={config.run_folder!r} is there already and is no run; choose another folder.")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import UserError
+from trainer.run import RECORD
 from trainer.signals import STOPPING, watched
 from trainer.storage import Location, Url, make_folder, reason_and_remedy
 
@@ -101,9 +102,9 @@ def _locked(folder: Path, say: Callable[[str], None]) -> int:
             # is not found for ever.
             if isinstance(error, FileNotFoundError) and tries_left > 0:
                 continue
-            raise UserError(
-                f"{folder} cannot be written: {reason_and_remedy(error)}, or choose another run_folder."
-            ) from None
+            is_run = os.access(folder / RECORD, os.F_OK)
+            instead = "" if is_run else ", or choose another run_folder"
+            raise UserError(f"{folder} cannot be written: {reason_and_remedy(error)}{instead}.") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A file that its holder removed meanwhile holds nothing.
