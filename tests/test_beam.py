@@ -292,7 +292,7 @@ def test_options_of_beam_without_beam_are_refused(tmp_path, capsys):
 def test_what_follows_two_dashes_goes_to_beam(tmp_path, monkeypatch):
     heard = []
     monkeypatch.setattr(
-        beam, "prepare_with_beam", lambda config, options: heard.append((config.data.min_bytes, options))
+        beam, "prepare_with_beam", lambda config, options, say: heard.append((config.data.min_bytes, options))
     )
     config = tmp_path / "config.toml"
     config.write_text("run_folder = 'x'\ntrain = {precision = 'float32', total_steps = 1}")

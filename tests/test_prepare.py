@@ -306,9 +306,10 @@ def test_the_ways_out_of_too_small_a_vocabulary_lead_out(tmp_path):
     settings["tokenizer"] = {"kind": "wordpiece", "vocabulary_size": 100, "lowercase": True}
     with pytest.raises(UserError, match="cannot hold the alphabet") as refused:
         prepare(make_config(settings), quiet)
-    advice = re.search(r"Set (\S+), or \"(.*)\", which spells everything\.", str(refused.value))
-    for override in advice.groups():
-        prepare(make_config(settings, [override]), quiet)
+    advice = re.search(r"Set (\S+), or (\S+) with (\S+), which spells everything, or (\S+)\.$", str(refused.value))
+    size, bpe, no_size, char = advice.groups()
+    for overrides in ([size], [bpe, no_size], [char]):
+        prepare(make_config(settings, overrides), quiet)
 
 
 def examples_of(tmp_path, documents, length=10, **data):

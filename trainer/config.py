@@ -30,6 +30,8 @@ SHIPPED_CONFIGS = Path(__file__).parent / "configs"
 # Of so many examples in a row, each source of data.weights has exactly its share.
 MIXTURE_EXAMPLES = 1024
 STORYBOOK_SOURCE = "storybook"
+# One for each byte, for padding and for what begins a document.
+MIN_BPE_TOKENS = 258
 _OF_STORYBOOK = ("data.storybook_stories", "data.storybook_seed")
 # Below it the likeliest token is certain, above it all are as likely, and float32 comes to its ends.
 TEMPERATURES = (1e-6, 1e6)
@@ -208,7 +210,7 @@ class BpeConfig(Section):
 
     kind: Literal["bpe"]
     # Twice as many make Korean 9% and English 4% shorter.
-    vocabulary_size: Annotated[int, Field(ge=258)] = 16_384
+    vocabulary_size: Annotated[int, Field(ge=MIN_BPE_TOKENS)] = 16_384
     """Tokens in the vocabulary at most, the special ones and one for each byte included. A small text makes fewer: only
     what comes several times in it becomes a token."""
     sample_bytes: PositiveInt = 20_000_000

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from trainer.config import BpeConfig, UserError, WordPieceConfig
+from trainer.config import MIN_BPE_TOKENS, BpeConfig, UserError, WordPieceConfig
 from trainer.data.files import Document, parts_of
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[BOS]")
@@ -116,10 +116,14 @@ def train_wordpiece(config: WordPieceConfig, documents: Iterable[Document]) -> l
         )
     num_needed = len(SPECIAL_TOKENS) + len(forms)
     if config.vocabulary_size < num_needed:
+        # What the file sets for WordPiece goes on to be read for BPE.
+        bpe = "tokenizer.kind=bpe"
+        if config.vocabulary_size < MIN_BPE_TOKENS:
+            bpe = f"{bpe} with tokenizer.vocabulary_size=none"
         raise UserError(
             f"tokenizer.vocabulary_size={config.vocabulary_size} cannot hold the alphabet: the text needs at least "
             f"{num_needed}, as a letter is one token at the start of a word and another inside. "
-            f"Set tokenizer.vocabulary_size={2 * num_needed}, or tokenizer.kind=bpe, which spells everything, or "
+            f"Set tokenizer.vocabulary_size={2 * num_needed}, or {bpe}, which spells everything, or "
             "tokenizer.kind=char."
         )
     return _merge(config.vocabulary_size, forms, _counted_words(sample, pretokenize))
