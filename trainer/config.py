@@ -859,7 +859,7 @@ def _unwritable(value: Any, key: str) -> Iterator[str]:
         for name, each in entries:
             yield from _unwritable(each, f"{key}.{name}" if key else str(name))
     elif isinstance(value, str):
-        if not _is_utf8(key + value):
+        if not is_utf8(key + value):
             yield (
                 f"{_shown_key(key)}={_shown(value)} holds bytes that are not UTF-8; write it in UTF-8, which the "
                 "terminal or the script that it comes from has to use."
@@ -869,7 +869,8 @@ def _unwritable(value: Any, key: str) -> Iterator[str]:
         yield f'{shown} = {value} is a {type(value).__name__}; write it in quotation marks: {shown} = "{value}".'
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written in UTF-8: it holds no half of a character."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
-from trainer.config import UserError, quoted
+from trainer.config import UserError, is_utf8, quoted
 from trainer.data.formats import (
     GZIP_MARK,
     SAMPLE_BYTES,
@@ -255,7 +255,7 @@ def _field_of(line: str, field: str, number: int) -> str | ValueError:
     try:
         record = _JSON.decode(line)
     except (ValueError, RecursionError) as error:
-        if not _is_utf8(line):
+        if not is_utf8(line):
             return UnicodeError(f"line {number} is not UTF-8")
         return ValueError(f"line {number} is not JSON: {error}")
     text = record.get(field) if isinstance(record, dict) else None
@@ -267,8 +267,8 @@ def _field_of(line: str, field: str, number: int) -> str | ValueError:
         likely = max(texts, key=lambda name: len(record[name]), default=None)  # An identifier is shorter than a text.
         other = "" if likely is None else f"; if it is in another one, name that, such as data.text_field={likely!r}"
         return ValueError(f"{missing}; it has {sorted(record)[:5]}{other}")
-    if not _is_utf8(text):
-        if not _is_utf8(line):
+    if not is_utf8(text):
+        if not is_utf8(line):
             return UnicodeError(f"line {number} is not UTF-8")
         return ValueError(
             f"line {number} has half of a character in data.text_field={field!r}: one of \\ud800 to \\udfff alone"
@@ -276,14 +276,6 @@ def _field_of(line: str, field: str, number: int) -> str | ValueError:
     if "\0" in text:
         return ValueError(f"line {number} has a NUL character in data.text_field={field!r}")
     return text
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def parts_of(document: Document) -> Iterable[str]:
