@@ -3,7 +3,7 @@
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # What a shell runs in the background ignores SIGINT, and so would the runs that tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _stays_in_its_folder() -> Iterator[None]:
+    """Fails a test that leaves the process in another working directory: later tests open files by relative paths."""
+    before = Path.cwd()
+    yield
+    after = Path.cwd()
+    os.chdir(before)
+    assert after == before, f"the test ended in the folder {after}; it started in {before}"
 
 
 @pytest.fixture(scope="session")
