@@ -18,7 +18,7 @@ from trainer.config import Config, UserError, make_config
 from trainer.data import beam
 from trainer.data.beam import prepare_with_beam
 from trainer.data.prepare import prepare
-from trainer.storage import locate
+from trainer.system.storage import locate
 from trainer.version import __version__
 
 # Workers that are threads of this process.

@@ -22,8 +22,8 @@ from trainer.benchmark import Training
 from trainer.config import load_config
 from trainer.data.batches import training_batches
 from trainer.data.vocabulary import SPECIAL_TOKENS
-from trainer.plan import count_parameters
-from trainer.run import build_gpt
+from trainer.planning.plan import count_parameters
+from trainer.training.run_folder import build_gpt
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 5

@@ -17,7 +17,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import UserError
-from trainer.storage import sealed
+from trainer.system.storage import sealed
 from trainer.training import checkpoint as module
 from trainer.training.checkpoint import FORMAT, Checkpoint, Checkpoints, assign
 

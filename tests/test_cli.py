@@ -11,8 +11,8 @@ import pytest
 
 from trainer.cli import main
 from trainer.config import make_config
-from trainer.run import FORMAT
-from trainer.storage import sealed
+from trainer.system.storage import sealed
+from trainer.training.run_folder import FORMAT
 
 ROOT = Path(__file__).parent.parent
 MINIGPT = str(ROOT / "configs/minigpt.toml")
@@ -248,7 +248,7 @@ def test_a_slip_in_what_to_write_does_not_wait_for_tensorflow(tmp_path: Path, ca
 
 def test_a_sample_is_told_to_be_a_story_or_where_it_stops_being_one():
     from trainer.cli import _story_verdict
-    from trainer.data.storybook import story
+    from trainer.storybook.storybook import story
 
     assert _story_verdict(story(0, 0)) == " (a story of the storybook's grammar)"
     words = story(0, 0).split(" ")

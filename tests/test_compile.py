@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer.compiler import compile_step, largest_that_fits
 from trainer.config import UserError, load_config
-from trainer.devices import parse_target
-from trainer.plan import estimate_memory, find_vocabulary_size
+from trainer.hardware.devices import parse_target
+from trainer.planning.compiler import compile_step, largest_that_fits
+from trainer.planning.plan import estimate_memory, find_vocabulary_size
 
 ROOT = Path(__file__).parent.parent
 FIGURES = Path(__file__).with_name("compiled_steps.json")

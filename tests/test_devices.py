@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer import devices
 from trainer.config import UserError
-from trainer.devices import (
+from trainer.hardware import devices
+from trainer.hardware.devices import (
     GPUS,
     TPUS,
     compiler_settings,

@@ -11,7 +11,7 @@ from trainer.data import files, text
 from trainer.data.files import parts_of, read_documents
 from trainer.data.formats import is_json_lines
 from trainer.data.text import open_source
-from trainer.storage import locate
+from trainer.system.storage import locate
 
 
 def records(path, *lines):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import UserError
-from trainer.signals import EXIT_STOPPED
+from trainer.system.signals import EXIT_STOPPED
 from trainer.training import health
 from trainer.training.health import (
     MAX_SKIPPED_IN_A_ROW,
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 LOOP = """
 import signal, sys, threading, time
 import tensorflow as tf
-from trainer.signals import EXIT_STOPPED
+from trainer.system.signals import EXIT_STOPPED
 from trainer.training.health import stop_on_signals
 
 stop_requested = tf.Variable(False)

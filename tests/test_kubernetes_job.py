@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.training import meeting
-from trainer.training.hosts import read_tf_config
-from trainer.training.meeting import meeting_secs
+from trainer.distributed import rendezvous as meeting
+from trainer.distributed.rendezvous import meeting_secs
+from trainer.distributed.workers import read_tf_config
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "kubernetes_job"
 TRAIN = ["trainer", "train", "configs/quickstart.toml", "--or-resume", "run_folder=/runs/gpt"]

@@ -21,12 +21,12 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 import trainer
 from trainer.cli import main
 from trainer.data.prepare import prepare
+from trainer.distributed.strategy import make_strategy
+from trainer.distributed.workers import Hosts
 from trainer.model.gpt import GPT
-from trainer.run import RunFolder, make_model
 from trainer.training import checkpoint, loop
-from trainer.training.distribution import make_strategy
-from trainer.training.hosts import Hosts
 from trainer.training.loop import is_due, steps_until_due
+from trainer.training.run_folder import RunFolder, make_model
 from trainer.training.step import LossScale, TrainingStep
 
 SETTINGS = {

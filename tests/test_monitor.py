@@ -14,8 +14,8 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from trainer.config import ProfileConfig, SamplesConfig, UserError, make_config
-from trainer.evaluate import Evaluation
-from trainer.terminal import printable
+from trainer.system.terminal import printable
+from trainer.training.evaluation import Evaluation
 from trainer.training.monitor import EventLog, Interval, Meter, Monitor, literal
 from trainer.training.step import CallMetrics
 

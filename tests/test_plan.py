@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
-from trainer.compiler import CompiledStep, DoesNotFit
 from trainer.config import Config, UserError, load_config, make_config
 from trainer.data.prepare import prepare
-from trainer.devices import Device, Target, cpu, parse_target
+from trainer.distributed.strategy import make_strategy
 from trainer.execution import execution_of
+from trainer.hardware.devices import Device, Target, cpu, parse_target
 from trainer.model.attention import BLOCK, RECOMPUTED_BLOCK
 from trainer.model.gpt import GPT
 from trainer.model.loss import CHUNK_ROWS
-from trainer.plan import (
+from trainer.planning.compiler import CompiledStep, DoesNotFit
+from trainer.planning.plan import (
     LOGIT_ROWS_AT_A_TIME,
     QUERIES_AT_A_TIME,
     RECOMPUTED_QUERIES_AT_A_TIME,
@@ -34,7 +35,6 @@ from trainer.plan import (
     smallest_step_secs,
     tokens_per_sec_at_peak,
 )
-from trainer.training.distribution import make_strategy
 from trainer.training.step import TrainingStep
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -388,7 +388,7 @@ def test_the_largest_micro_batch_is_found_with_few_compiles(
             raise DoesNotFit("Used 40G of 15.75G hbm.")
         return CompiledStep(10**9, 10**9 if size <= largest else 20 * 10**9, 1e12, 1e9, 4, 0, 60.0)
 
-    monkeypatch.setattr("trainer.plan.compile_step", compile_step)
+    monkeypatch.setattr("trainer.planning.plan.compile_step", compile_step)
     config = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", [f"train.micro_batch_size={own}"])
     assert print_compiled(config, None, V5E_8) == (own <= largest)
     assert f"largest train.micro_batch_size that fits: {largest or 'none'}\n" in capsys.readouterr().out

@@ -176,7 +176,7 @@ def test_a_vocabulary_beyond_two_bytes_is_written_in_four(tmp_path):
 
 
 def test_the_storybook_brings_the_exact_probability_of_its_validation_stories(tmp_path):
-    from trainer.data import storybook
+    from trainer.storybook import storybook
 
     data = {"train": "storybook", "storybook_stories": 100, "held_out_fraction": 0.2}
     prepared = prepare(config_for(tmp_path, data=data), quiet)

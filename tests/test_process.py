@@ -14,8 +14,8 @@ import pytest
 
 import trainer
 from trainer.config import UserError
-from trainer.fork import check_not_forked
-from trainer.process import call_in_new_process, describe_end
+from trainer.system.fork import check_not_forked
+from trainer.system.process import call_in_new_process, describe_end
 
 
 def add(one, other, say):
@@ -104,7 +104,8 @@ def test_a_call_whose_process_is_interrupted_or_killed_leaves_no_other(tmp_path,
 def test_a_script_without_a_guard_is_not_run_again(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from trainer.process import call_in_new_process\nprint('begins')\nprint(call_in_new_process(max, 1, 2))\n"
+        "from trainer.system.process import call_in_new_process\n"
+        "print('begins')\nprint(call_in_new_process(max, 1, 2))\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "begins\n2\n"), done.stderr
@@ -139,7 +140,7 @@ def test_a_process_forked_after_tensorflow_was_used_says_so_and_does_not_hang():
 def test_a_process_forked_before_tensorflow_is_used_may_use_it():
     program = """
         import os, trainer
-        from trainer.fork import check_not_forked
+        from trainer.system.fork import check_not_forked
         child = os.fork()
         if child == 0:
             check_not_forked()

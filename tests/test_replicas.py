@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import replica_steps  # type: ignore[import-not-found]  # pytest has this folder on its path
 
-from trainer.training.distribution import make_strategy
+from trainer.distributed.strategy import make_strategy
 
 SCRIPT = Path(__file__).parent / "replica_steps.py"
 TOLERANCE = {"float64": 1e-12, "float32": 1e-6}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.signals import watched
+from trainer.system.signals import watched
 
 ROOT = Path(__file__).parent.parent
 

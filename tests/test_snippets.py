@@ -27,7 +27,7 @@ import trainer.config
 from trainer import cli
 from trainer.config import load_config, make_config, setting_names
 from trainer.data.text import open_source
-from trainer.devices import parse_target
+from trainer.hardware.devices import parse_target
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docker/README.md", "docs/performance.md")

@@ -10,8 +10,8 @@ import tensorflow as tf
 from tensorflow.python.eager import context
 
 from trainer.config import UserError, make_config, rows_per_replica
+from trainer.distributed.strategy import make_strategy
 from trainer.model.gpt import GPT, DropoutDraw
-from trainer.training.distribution import make_strategy
 from trainer.training.step import (
     LossScale,
     TrainingStep,

@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from trainer.data import storybook
-from trainer.data.storybook import Grammar, read_rules
+from trainer.storybook import storybook
+from trainer.storybook.storybook import Grammar, read_rules
 
 # Every kind of notation: weights, kept values, attributes, selection, and lengths that depend on earlier choices.
 TOY = """

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import terminal
-from trainer.terminal import is_greeting, lasting_errors, lasting_output, printable, say
+from trainer.system import terminal
+from trainer.system.terminal import is_greeting, lasting_errors, lasting_output, printable, say
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,7 +105,7 @@ def test_a_verb_whose_output_fills_the_disk_says_so():
 
 SAY = """
 import sys
-from trainer.terminal import open_streams, say
+from trainer.system.terminal import open_streams, say
 open_streams()
 say("한글 é x")
 """
@@ -127,7 +127,7 @@ def test_what_the_encoding_of_a_script_lacks_does_not_end_its_training(monkeypat
 
 CLOSED = """
 import os
-from trainer.terminal import open_streams
+from trainer.system.terminal import open_streams
 open_streams()
 with open(os.devnull, "w") as file:
     assert file.fileno() > 2, "a file has the number of standard output"

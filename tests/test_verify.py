@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from trainer import verify as verify_module
+from trainer.commands import verify as verify_module
+from trainer.commands.verify import Trace, difference, distribution_of, names_not_finite, verify
 from trainer.config import DistributionConfig, UserError, load_config, make_config
-from trainer.verify import Trace, difference, distribution_of, names_not_finite, verify
 
 
 def config_of(tmp_path, **train):

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from trainer.fork import check_not_forked
-from trainer.terminal import lasting_output, quiet_import, warn
+from trainer.system.fork import check_not_forked
+from trainer.system.terminal import lasting_output, quiet_import, warn
 from trainer.version import __version__
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
     from trainer.config import Config, UserError, load_config, make_config
-    from trainer.evaluate import Evaluation
+    from trainer.training.evaluation import Evaluation
     from trainer.training.loop import TrainingResult
 
 __all__ = [
@@ -161,7 +161,7 @@ def generate(
     """
     check_not_forked()
     from trainer.decoding.decoder import Decoder
-    from trainer.run import RunFolder, run_and_step
+    from trainer.training.run_folder import RunFolder, run_and_step
 
     run_folder, step = run_and_step(run_folder, step)
     run = RunFolder(run_folder)
@@ -201,14 +201,14 @@ def score(
         UserError: there is no such run, it has no checkpoint, or its data is gone.
     """
     check_not_forked()
-    from trainer.run import RunFolder, run_and_step
+    from trainer.training.run_folder import RunFolder, run_and_step
 
     run_folder, step = run_and_step(run_folder, step)
     run = RunFolder(run_folder, overrides)
     run.check_model(build_model)
     with quiet_import():
-        from trainer.evaluate import Evaluator
-        from trainer.training.distribution import make_strategy
+        from trainer.distributed.strategy import make_strategy
+        from trainer.training.evaluation import Evaluator
     strategy = make_strategy(run.config.distribution, alone=True)
     prepared = run.prepared()
     with strategy.scope():

@@ -15,10 +15,10 @@ import tensorflow as tf
 from trainer.config import Config
 from trainer.data.batches import training_batches
 from trainer.data.shards import PreparedData
-from trainer.devices import num_cores
-from trainer.run import BuildModel, make_model
-from trainer.training.distribution import distributed, make_strategy, share_cores
-from trainer.training.hosts import Hosts
+from trainer.distributed.strategy import distributed, make_strategy, share_cores
+from trainer.distributed.workers import Hosts
+from trainer.hardware.devices import num_cores
+from trainer.training.run_folder import BuildModel, make_model
 from trainer.training.step import TrainingStep
 
 

@@ -10,13 +10,22 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from trainer.signals import EXIT_STOPPED, STOPPING, Ending, ended_by
-from trainer.terminal import discard, lasting_errors, lasting_output, open_streams, printable, quiet_import, say, warn
+from trainer.system.signals import EXIT_STOPPED, STOPPING, Ending, ended_by
+from trainer.system.terminal import (
+    discard,
+    lasting_errors,
+    lasting_output,
+    open_streams,
+    printable,
+    quiet_import,
+    say,
+    warn,
+)
 from trainer.version import __version__
 
 if TYPE_CHECKING:
     from trainer.config import Config
-    from trainer.run import Step
+    from trainer.training.run_folder import Step
 
 EXIT_USER_ERROR = 2
 # What a shell says of a program that a closed pipe ends, as it does others behind `| head`.
@@ -74,7 +83,7 @@ def _run(words: list[str], ending: Ending) -> int:
         discard(sys.stdout)
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        from trainer.storage import REMEDIES, reason_and_remedy
+        from trainer.system.storage import REMEDIES, reason_and_remedy
 
         if error.errno not in REMEDIES:
             raise
@@ -265,7 +274,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume is not None:
         if options.or_resume:
             raise UserError(f"--resume {options.resume} and --or-resume, which goes with a config: leave out one.")
-        from trainer.run import RunFolder, run_and_step
+        from trainer.training.run_folder import RunFolder, run_and_step
 
         overrides = [word for word in (options.config, *options.overrides) if word is not None]
         files = [word for word in overrides if "=" not in word]
@@ -280,9 +289,9 @@ def _train(options: argparse.Namespace) -> int:
     else:
         if options.step is not None:
             raise UserError(f"--step {options.step} goes with --resume RUN; a new run begins at step 0. Leave it out.")
-        from trainer.run import find_run
-        from trainer.training.hosts import find_hosts
-        from trainer.training.tpu import check_tpu_install
+        from trainer.distributed.tpu_install import check_tpu_install
+        from trainer.distributed.workers import find_hosts
+        from trainer.training.run_folder import find_run
 
         config = _read_config(options)
         if config.distribution.kind == "tpu":
@@ -313,8 +322,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _how_to_go_on(config: "Config") -> str:
-    from trainer.run import RECORD
-    from trainer.storage import Url, locate
+    from trainer.system.storage import Url, locate
+    from trainer.training.run_folder import RECORD
 
     folder = locate(config.run_folder)
     if isinstance(folder, Url):  # A store may not answer in time.
@@ -326,7 +335,7 @@ def _how_to_go_on(config: "Config") -> str:
 
 def _story_verdict(text: str) -> str:
     """Says whether a sample is, to the last word, a story that the storybook could have told."""
-    from trainer.data.storybook import log_probability
+    from trainer.storybook.storybook import log_probability
 
     try:
         log_probability(text)
@@ -336,7 +345,7 @@ def _story_verdict(text: str) -> str:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from trainer.inspect import inspect
+    from trainer.commands.inspect_run import inspect
 
     # All of it: TensorFlow is loaded on the way, and only for WordPiece and object stores.
     with quiet_import():
@@ -345,7 +354,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from trainer.config import UserError
-    from trainer.run import RunFolder
+    from trainer.training.run_folder import RunFolder
 
     for override in options.overrides:
         if not override.startswith(("distribution.", "data.prepared_folder=")):
@@ -356,9 +365,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     run_folder, step = _run_of(options)
     run = RunFolder(run_folder, options.overrides)
     with quiet_import():
-        from trainer.evaluate import Evaluator
-        from trainer.training.distribution import describe_devices, make_strategy
-        from trainer.training.hosts import Hosts
+        from trainer.distributed.strategy import describe_devices, make_strategy
+        from trainer.distributed.workers import Hosts
+        from trainer.training.evaluation import Evaluator
 
     strategy = make_strategy(run.config.distribution, alone=True)
     for line in describe_devices(strategy, run.config.distribution, Hosts()):
@@ -371,7 +380,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _run_of(options: argparse.Namespace) -> "tuple[str, Step | None]":
     """Returns the run and step that are meant, after what can be refused was, before TensorFlow is loaded."""
-    from trainer.run import RunFolder, run_and_step
+    from trainer.training.run_folder import RunFolder, run_and_step
 
     run_folder, step = run_and_step(options.run_folder, options.step)
     RunFolder(run_folder).check_model(None)
@@ -381,7 +390,7 @@ def _run_of(options: argparse.Namespace) -> "tuple[str, Step | None]":
 def _generate(options: argparse.Namespace) -> None:
     from trainer.config import UserError
     from trainer.decoding.decoder import Decoder
-    from trainer.run import RunFolder
+    from trainer.training.run_folder import RunFolder
 
     if options.text is not None and options.prompt is not None:
         raise UserError(f"{options.text!r} and --prompt {options.prompt!r}: two prompts; leave out one.")
@@ -398,7 +407,7 @@ def _generate(options: argparse.Namespace) -> None:
         )
     with quiet_import():
         from trainer import generate
-        from trainer.training.distribution import unseen_gpu
+        from trainer.distributed.strategy import unseen_gpu
 
     if warning := unseen_gpu():
         warn(f"warning: {warning}")
@@ -426,13 +435,13 @@ def _verify(options: argparse.Namespace) -> int:
     if options.steps < 1:
         raise UserError(f"--steps {options.steps} must be at least 1.")
     with quiet_import():
-        from trainer.verify import verify
+        from trainer.commands.verify import verify
     return 0 if verify(config, numbers, options.steps) else 1
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from trainer.devices import parse_target
-    from trainer.plan import print_compiled, print_plan
+    from trainer.hardware.devices import parse_target
+    from trainer.planning.plan import print_compiled, print_plan
 
     config = _read_config(options)
     target = None if options.target is None else parse_target(options.target)

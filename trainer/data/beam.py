@@ -27,7 +27,7 @@ from trainer.data.prepare import Findings, Say, Writers, encode_documents, prepa
 from trainer.data.shards import SHARD_TOKENS, PreparedData, SplitWriter, split_of
 from trainer.data.text import File, Mixture, Source, Tally
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
-from trainer.storage import Location, Url, copy_folder, locate, on_disk, remove_folder, write_whole
+from trainer.system.storage import Location, Url, copy_folder, locate, on_disk, remove_folder, write_whole
 from trainer.version import __version__
 
 # DirectRunner would rather be Prism, a program that it gets from the network and that has one Python process, unless

@@ -33,7 +33,7 @@ from trainer.data.formats import (
     fault_of_start,
     is_gzip_name,
 )
-from trainer.storage import Location, Url, locate
+from trainer.system.storage import Location, Url, locate
 
 Item = TypeVar("Item")
 Kind = Literal["line", "paragraph", "file"]  # "auto" is one of the first two, by has_paragraphs.

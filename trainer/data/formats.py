@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.storage import Location, Url
+from trainer.system.storage import Location, Url
 
 GZIP_MARK = b"\x1f\x8b"
 _PYTHON = shlex.quote(sys.executable or "python3")

@@ -42,7 +42,7 @@ from trainer.data.shards import (
 from trainer.data.text import Mixture, Source, open_source, peek
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file, train_tokenizer
 from trainer.data.vocabulary import cut_document
-from trainer.storage import (
+from trainer.system.storage import (
     Url,
     copy_file,
     copy_folder,
@@ -399,7 +399,7 @@ def _encoded(
 
 
 def _with_nats(documents: Iterator[tuple[str, Document]], nats: list[float]) -> Iterator[tuple[str, Document]]:
-    from trainer.data import storybook
+    from trainer.storybook import storybook
 
     for split, story in documents:
         assert isinstance(story, str)

@@ -20,7 +20,7 @@ import numpy as np
 
 from trainer.config import Config, UserError
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
-from trainer.storage import Location, sync
+from trainer.system.storage import Location, sync
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2

@@ -27,7 +27,7 @@ from trainer.data.files import (
     read_records,
 )
 from trainer.data.formats import is_json_lines
-from trainer.storage import Location
+from trainer.system.storage import Location
 
 File = Location | Dataset
 
@@ -116,7 +116,8 @@ class Source:
         of_train: dict[bytes, File] = {}
         digests = hashlib.sha256()
         if self.data.is_storybook():
-            from trainer.data import storybook, storybook_grammar
+            from trainer.storybook import grammar as storybook_grammar
+            from trainer.storybook import storybook
 
             seed, num_stories = self.data.storybook_seed, self.data.storybook_stories
             # The grammar, and one story in case the way of drawing from it changes.
@@ -244,7 +245,7 @@ class Source:
     def _unsplit(self, tally: Tally) -> Iterator[tuple[str, File | None, int, Document]]:
         """Yields (setting, file, number in that file from 1 on, document)."""
         if self.data.is_storybook():
-            from trainer.data import storybook
+            from trainer.storybook import storybook
 
             stories = storybook.stories(self.data.storybook_seed, self.data.storybook_stories)
             yield from (("train", None, number, story) for number, story in enumerate(stories, start=1))

@@ -41,7 +41,7 @@ from trainer.data.vocabulary import (
     train_bpe,
     train_wordpiece,
 )
-from trainer.storage import locate
+from trainer.system.storage import locate
 
 # What vocabularies call padding, and the token before a document; the end of one text is the start of the next.
 _PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")

@@ -24,7 +24,17 @@ import tensorflow as tf
 
 from trainer.config import UserError
 from trainer.model.gpt import GPT
-from trainer.storage import DamagedError, Location, Url, locate, make_folder, reason_and_remedy, sealed, sync, unsealed
+from trainer.system.storage import (
+    DamagedError,
+    Location,
+    Url,
+    locate,
+    make_folder,
+    reason_and_remedy,
+    sealed,
+    sync,
+    unsealed,
+)
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import UserError
-from trainer.run import RECORD
-from trainer.signals import STOPPING, watched
-from trainer.storage import Location, Url, make_folder, reason_and_remedy
+from trainer.system.signals import STOPPING, watched
+from trainer.system.storage import Location, Url, make_folder, reason_and_remedy
+from trainer.training.run_folder import RECORD
 
 # After so many the next one will not be finite either: only the data is new.
 MAX_SKIPPED_IN_A_ROW = 20

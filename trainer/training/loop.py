@@ -23,16 +23,8 @@ from trainer.data.prepare import prepare, text_fingerprint
 from trainer.data.shards import PreparedData
 from trainer.decoding.decoder import DECODERS, Decoder
 from trainer.decoding.generate import Generator, NotFinite
-from trainer.evaluate import Evaluation, Evaluator
-from trainer.model.gpt import GPT
-from trainer.plan import tokens_per_sec_at_peak
-from trainer.process import call_in_new_process
-from trainer.run import BuildModel, RunFolder, Step, find_run, make_model, run_and_step
-from trainer.storage import Location, locate
-from trainer.terminal import Say
-from trainer.terminal import say as print_line
-from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
-from trainer.training.distribution import (
+from trainer.distributed.rendezvous import Meeting
+from trainer.distributed.strategy import (
     count_replicas_of,
     describe_devices,
     device_kind,
@@ -43,11 +35,19 @@ from trainer.training.distribution import (
     make_strategy,
     share_cores,
 )
+from trainer.distributed.workers import Hosts, describe_loss, find_hosts
+from trainer.model.gpt import GPT
+from trainer.planning.plan import tokens_per_sec_at_peak
+from trainer.system.process import call_in_new_process
+from trainer.system.storage import Location, locate
+from trainer.system.terminal import Say
+from trainer.system.terminal import say as print_line
+from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
+from trainer.training.evaluation import Evaluation, Evaluator
 from trainer.training.health import check_is_learning, only_run_in, report_skipped, stop_on_signals
-from trainer.training.hosts import Hosts, describe_loss, find_hosts
-from trainer.training.meeting import Meeting
-from trainer.training.memory import fit_micro_batch
+from trainer.training.micro_batch import fit_micro_batch
 from trainer.training.monitor import Meter, Monitor, Silence
+from trainer.training.run_folder import BuildModel, RunFolder, Step, find_run, make_model, run_and_step
 from trainer.training.schedule import learning_rate
 from trainer.training.step import TrainingStep
 from trainer.version import __version__

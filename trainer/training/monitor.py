@@ -21,9 +21,9 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from trainer.config import Config, UserError
-from trainer.evaluate import Evaluation
-from trainer.storage import Location, reason_and_remedy
-from trainer.terminal import Say, console, printable
+from trainer.system.storage import Location, reason_and_remedy
+from trainer.system.terminal import Say, console, printable
+from trainer.training.evaluation import Evaluation
 from trainer.training.step import CallMetrics
 
 # Columns of a terminal on which the bar has room for both speeds; on fewer it shows the overall one.

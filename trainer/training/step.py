@@ -10,12 +10,12 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config import Config, UserError
+from trainer.distributed.strategy import device_kind
 from trainer.execution import Execution, execution_of
 from trainer.model.cpu import operations_on_cpu
 from trainer.model.gpt import GPT, DropoutDraw, Recompute
 from trainer.model.loss import accumulation_dtype, next_token_loss_from_logits
 from trainer.training.checkpoint import named_variables
-from trainer.training.distribution import device_kind
 from trainer.training.optimizer import AdamW
 from trainer.training.schedule import learning_rate
 

@@ -21,9 +21,9 @@ from trainer.config import Config, UserError, load_config, make_config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.data.tokenizer import CharTokenizer
-from trainer.evaluate import Evaluation
-from trainer.run import RunFolder, build_gpt, check_is_free, find_run, model_name, run_and_step
-from trainer.storage import locate
+from trainer.system.storage import locate
+from trainer.training.evaluation import Evaluation
+from trainer.training.run_folder import RunFolder, build_gpt, check_is_free, find_run, model_name, run_and_step
 
 
 def quiet(line: str) -> None:
@@ -181,7 +181,7 @@ def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("trainer.run._write_record", interrupt)
+        patched.setattr("trainer.training.run_folder._write_record", interrupt)
         with pytest.raises(KeyboardInterrupt):
             RunFolder.create(tiny(tmp_path), prepared)
     assert not (tmp_path / "run").exists()
@@ -768,7 +768,7 @@ from trainer.config import UserError
 sys.path.insert(0, sys.argv[1])
 import test_run
 from trainer.data.prepare import prepare
-from trainer.run import RunFolder
+from trainer.training.run_folder import RunFolder
 folder = Path(sys.argv[2])
 prepared = prepare(test_run.tiny(folder), test_run.quiet)
 for pair in range(int(sys.argv[3])):
@@ -809,7 +809,7 @@ def test_a_start_that_fails_removes_what_it_made_and_nothing_else(tmp_path: Path
     def fail(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("trainer.run._write_record", fail)
+    monkeypatch.setattr("trainer.training.run_folder._write_record", fail)
     with pytest.raises(UserError, match=r"run' cannot be written: No space left on device\. Make room, or choose an"):
         RunFolder.create(tiny(tmp_path), prepared)
     assert not (tmp_path / "run").exists()

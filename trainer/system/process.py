@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import IO, Any, TypeVar, cast
 
 from trainer.config import UserError
-from trainer.terminal import quiet_import
+from trainer.system.terminal import quiet_import
 
 # The module that is run is not imported there once more, as multiprocessing would do: in a script without
 # `if __name__ == "__main__":` that starts everything over.
 _CHILD = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
-    "from trainer.process import _serve; _serve(int(sys.argv[1]))"
+    "from trainer.system.process import _serve; _serve(int(sys.argv[1]))"
 )
 # For a child that was interrupted to clean up.
 _GRACE_SECS = 10.0

@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 
-from trainer.data import storybook
-from trainer.data.storybook import CLOSING, read_rules
-from trainer.data.storybook_grammar import GRAMMAR_TEXT
+from trainer.storybook import storybook
+from trainer.storybook.grammar import GRAMMAR_TEXT
+from trainer.storybook.storybook import CLOSING, read_rules
 
 
 @functools.cache

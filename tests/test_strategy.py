@@ -8,10 +8,8 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import DistributionConfig, UserError, load_config, make_config
-from trainer.devices import describe_cpu, parse_target
-from trainer.execution import micro_batches
-from trainer.training import distribution
-from trainer.training.distribution import (
+from trainer.distributed import strategy as distribution
+from trainer.distributed.strategy import (
     describe_devices,
     device_kind,
     find_devices,
@@ -19,7 +17,9 @@ from trainer.training.distribution import (
     make_strategy,
     share_cores,
 )
-from trainer.training.hosts import Hosts
+from trainer.distributed.workers import Hosts
+from trainer.execution import micro_batches
+from trainer.hardware.devices import describe_cpu, parse_target
 
 NUM_GPUS = len(tf.config.list_physical_devices("GPU"))
 HAS_GPU = NUM_GPUS > 0
@@ -63,7 +63,7 @@ def test_a_run_sees_no_gpu_but_those_named():
     program = """
         import tensorflow as tf
         from trainer.config import DistributionConfig
-        from trainer.training.distribution import make_strategy
+        from trainer.distributed.strategy import make_strategy
         *_, last = tf.config.list_physical_devices("GPU")
         strategy = make_strategy(DistributionConfig(gpus=(int(last.name.rpartition(":")[2]),)))
         assert tf.config.get_visible_devices("GPU") == [last]
@@ -128,8 +128,8 @@ def test_a_process_that_has_used_tensorflow_keeps_its_threads():
     program = """
         import tensorflow as tf
         from trainer.config import make_config
-        from trainer.training.distribution import make_strategy, share_cores
-        from trainer.training.hosts import Hosts
+        from trainer.distributed.strategy import make_strategy, share_cores
+        from trainer.distributed.workers import Hosts
         config = make_config({
             "run_folder": "unused",
             "train": {"precision": "float32", "total_steps": 1, "global_batch_size": 2, "micro_batch_size": 1},

@@ -149,7 +149,7 @@ def quiet_import() -> Iterator[None]:
     if "tensorflow" in sys.modules:
         yield
         return
-    from trainer.devices import has_nvidia_gpu
+    from trainer.hardware.devices import has_nvidia_gpu
 
     # Without a GPU TensorFlow's warnings, too, are about GPUs; with one they say why it is not used.
     has_gpu = has_nvidia_gpu()

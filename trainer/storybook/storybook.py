@@ -38,7 +38,7 @@ from fractions import Fraction
 from graphlib import CycleError, TopologicalSorter
 from typing import Protocol
 
-from trainer.data.storybook_grammar import GRAMMAR_TEXT
+from trainer.storybook.grammar import GRAMMAR_TEXT
 
 CLOSING = "the end ."
 

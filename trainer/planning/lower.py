@@ -7,8 +7,8 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
 from trainer.config import Config, UserError, load_config, rows_per_replica
-from trainer.run import build_gpt
-from trainer.training.distribution import make_strategy
+from trainer.distributed.strategy import make_strategy
+from trainer.training.run_folder import build_gpt
 from trainer.training.step import TrainingStep
 
 
@@ -71,7 +71,7 @@ class _StepOfMany(TrainingStep):
 
 
 def main() -> None:
-    """Writes what `lower_step` returns: python -m trainer.lowering CONFIG VOCABULARY_SIZE NUM_REPLICAS OUT."""
+    """Writes what `lower_step` returns: python -m trainer.planning.lower CONFIG VOCABULARY_SIZE NUM_REPLICAS OUT."""
     path, vocabulary_size, num_replicas, out = sys.argv[1:]
     try:
         hlo = lower_step(load_config(path), int(vocabulary_size), int(num_replicas))

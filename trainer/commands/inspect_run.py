@@ -16,9 +16,9 @@ import rich.text
 from trainer.config import UserError
 from trainer.data.coverage import lengths_of
 from trainer.data.shards import MANIFEST, PreparedData, Split, faults_of_files, prepared_in
-from trainer.run import RECORD, RunFolder, run_and_step
-from trainer.storage import Location, Url, locate, on_disk
-from trainer.terminal import warn
+from trainer.system.storage import Location, Url, locate, on_disk
+from trainer.system.terminal import warn
+from trainer.training.run_folder import RECORD, RunFolder, run_and_step
 
 _BAR_WIDTH = 30
 # A character takes at most so many tokens, the bytes of UTF-8, where the vocabulary has none of its own for it.

@@ -10,14 +10,14 @@ import tensorflow as tf
 
 from trainer import execution
 from trainer.config import make_config
-from trainer.data import storybook
 from trainer.data.batches import evaluation_batches
 from trainer.data.coverage import TextBytes
 from trainer.data.prepare import prepare
-from trainer.evaluate import Evaluation, Evaluator
+from trainer.distributed.strategy import make_strategy
 from trainer.model.gpt import GPT
-from trainer.run import build_gpt
-from trainer.training.distribution import make_strategy
+from trainer.storybook import storybook
+from trainer.training.evaluation import Evaluation, Evaluator
+from trainer.training.run_folder import build_gpt
 
 
 @pytest.fixture(scope="module")

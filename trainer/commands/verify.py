@@ -11,9 +11,9 @@ from trainer.config import Config, DistributionConfig, UserError, rows_per_repli
 from trainer.data.batches import training_batches
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
-from trainer.process import call_in_new_process
-from trainer.run import build_gpt
-from trainer.training.distribution import distributed, make_strategy
+from trainer.distributed.strategy import distributed, make_strategy
+from trainer.system.process import call_in_new_process
+from trainer.training.run_folder import build_gpt
 from trainer.training.step import TrainingStep
 
 # Largest |a - b| / |a| that rounding explains: with another number of replicas, sums are made in another order.

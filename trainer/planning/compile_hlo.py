@@ -1,6 +1,6 @@
 """Compiles a serialized HloModuleProto for a TPU or GPU that is not there, and prints what came of it as JSON.
 
-Run as a program by trainer/compiler.py, in an environment that has JAX and the device's compiler, and no trainer:
+trainer/planning/compiler.py runs it as a program, in an environment with JAX and the compiler and without trainer:
 
     python -I compile_hlo.py SETTINGS_JSON step.hlo
 """
@@ -61,7 +61,7 @@ def compile_for(devices: list[Any], hlo: bytes) -> Any:
 
 
 def figures(executable: Any, is_tpu: bool) -> dict[str, float]:
-    """Returns what is known of a compiled program: see CompiledStep in trainer/compiler.py."""
+    """Returns what is known of a compiled program: see CompiledStep in trainer/planning/compiler.py."""
     import jax
     from jaxlib import _jax
 

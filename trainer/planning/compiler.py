@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.config import Config, UserError
-from trainer.devices import Target, compiler_settings
+from trainer.hardware.devices import Target, compiler_settings
 
 PACKAGES = {
     "tpu": ("jax==0.10.2", "libtpu==0.0.52", "numpy"),
@@ -73,7 +73,7 @@ def compile_step(config: Config, vocabulary_size: int, target: Target, say: Say 
         toml, hlo = Path(folder) / "config.toml", Path(folder) / "step.hlo"
         toml.write_text(config.to_toml(), encoding="utf-8")
         numbers = [str(vocabulary_size), str(target.num_devices)]
-        _run([sys.executable, "-m", "trainer.lowering", str(toml), *numbers, str(hlo)])
+        _run([sys.executable, "-m", "trainer.planning.lower", str(toml), *numbers, str(hlo)])
         # -I: else the modules beside the program would stand in for Python's own of the same name.
         program = str(Path(__file__).with_name("compile_hlo.py"))
         answer = json.loads(_run([str(python), "-I", program, json.dumps(settings), str(hlo)]).splitlines()[-1])

@@ -16,10 +16,10 @@ import tensorflow as tf
 import trainer
 import trainer.training.step as step_module
 from trainer.config import UserError, load_config, make_config
+from trainer.distributed.strategy import make_strategy
 from trainer.model.gpt import GPT
 from trainer.training import loop
-from trainer.training.distribution import make_strategy
-from trainer.training.memory import first_that_fits, fit_micro_batch
+from trainer.training.micro_batch import first_that_fits, fit_micro_batch
 from trainer.training.step import TrainingStep
 
 VOCABULARY = 17

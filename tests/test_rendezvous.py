@@ -11,9 +11,9 @@ import time
 import pytest
 
 from trainer.config import UserError
-from trainer.training import meeting
-from trainer.training.hosts import Hosts, split_address
-from trainer.training.meeting import Meeting, meeting_secs
+from trainer.distributed import rendezvous as meeting
+from trainer.distributed.rendezvous import Meeting, meeting_secs
+from trainer.distributed.workers import Hosts, split_address
 
 
 def meet(workers, number, facts, timeout_secs=10.0):

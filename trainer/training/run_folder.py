@@ -30,7 +30,7 @@ from trainer.config import (
     shortened,
     whole_number,
 )
-from trainer.storage import (
+from trainer.system.storage import (
     DamagedError,
     Location,
     Url,
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 
     from trainer.data.shards import PreparedData
     from trainer.data.tokenizer import Tokenizer
-    from trainer.evaluate import Evaluation
     from trainer.training.checkpoint import Checkpoint, Checkpoints
+    from trainer.training.evaluation import Evaluation
 
 RECORD = "run.json"
 CONFIG = "config.toml"
@@ -433,7 +433,7 @@ class RunFolder:
         """Returns the evaluation and the samples that `keep_result` wrote for this step; None if they are not there, or
         not as this release writes them.
         """
-        from trainer.evaluate import Evaluation
+        from trainer.training.evaluation import Evaluation
 
         file = self.path / RESULT
         if not file.is_file():

@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from trainer.config import UserError
-from trainer.training.hosts import Hosts, split_address
+from trainer.distributed.workers import Hosts, split_address
 
 TIMEOUT_SECS = 45.0
 TIMEOUT_VARIABLE = "TRAINER_MEETING_SECS"

@@ -11,10 +11,10 @@ import tensorflow as tf
 
 from trainer.config import Config, DistributionConfig, UserError
 from trainer.data.batches import ALL, Share
-from trainer.devices import Target, describe_cpu, find_gpu, num_cores, parse_target, unused_gpu, unused_tpu
+from trainer.distributed.tpu_install import check_tpu_install
+from trainer.distributed.workers import Hosts, find_hosts
 from trainer.execution import execution_of
-from trainer.training.hosts import Hosts, find_hosts
-from trainer.training.tpu import check_tpu_install
+from trainer.hardware.devices import Target, describe_cpu, find_gpu, num_cores, parse_target, unused_gpu, unused_tpu
 
 TPU_TIMEOUT_SECS = 50.0
 

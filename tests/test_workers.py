@@ -6,7 +6,7 @@ import os
 import pytest
 
 from trainer.config import DistributionConfig, UserError
-from trainer.training.hosts import Hosts, describe_loss, find_hosts, read_tf_config, split_address
+from trainer.distributed.workers import Hosts, describe_loss, find_hosts, read_tf_config, split_address
 
 
 def tf_config(workers=("a:1", "b:2"), kind="worker", index=1, **more):

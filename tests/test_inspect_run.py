@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from trainer.cli import main
+from trainer.commands.inspect_run import document
 from trainer.config import Config, make_config
 from trainer.data.coverage import Lengths, lengths_of
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
-from trainer.inspect import document
-from trainer.run import RunFolder
+from trainer.training.run_folder import RunFolder
 
 RNG = random.Random(1)
 LINES = [f"{i} " + "한글 [bold]text[/] \x1b[31m" * int(RNG.expovariate(0.3)) for i in range(400)]

@@ -1,6 +1,6 @@
 """What a config costs, before any of it is spent: parameters, memory, tokens, disk and hours, without device or data.
 
-An estimate, but for what `trainer/compiler.py` has heard from the device's real compiler.
+An estimate, but for what `trainer/planning/compiler.py` has heard from the device's real compiler.
 """
 
 import glob
@@ -13,12 +13,12 @@ import rich.box
 import rich.console
 import rich.table
 
-from trainer.compiler import DoesNotFit, compile_step, largest_that_fits
 from trainer.config import CharConfig, Config, ModelConfig, UserError, rows_per_replica
-from trainer.devices import Target, cpu, known_targets
 from trainer.execution import execution_of
-from trainer.storage import locate
-from trainer.terminal import say
+from trainer.hardware.devices import Target, cpu, known_targets
+from trainer.planning.compiler import DoesNotFit, compile_step, largest_that_fits
+from trainer.system.storage import locate
+from trainer.system.terminal import say
 
 if TYPE_CHECKING:
     from trainer.data.shards import PreparedData

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from trainer.config import UserError, make_config
-from trainer.lowering import lower_step, main
+from trainer.planning.lower import lower_step, main
 
 CONFIG = """
 model = {{num_layers = 1, num_heads = 1, hidden_dim = 8, intermediate_dim = 8, vocabulary_multiple = {multiple}}}

@@ -13,12 +13,12 @@ from tensorflow.python.tpu.topology import Topology
 from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
 
 from trainer.config import DistributionConfig, UserError, make_config
+from trainer.distributed import strategy as distribution
+from trainer.distributed.strategy import device_kind, make_strategy
+from trainer.distributed.tpu_install import check_tpu_install
 from trainer.execution import micro_batches
 from trainer.model.gpt import GPT
-from trainer.training import distribution
-from trainer.training.distribution import device_kind, make_strategy
 from trainer.training.step import TrainingStep
-from trainer.training.tpu import check_tpu_install
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,11 +12,11 @@ from trainer.config import Config, rows_per_replica
 from trainer.data.batches import evaluation_batches
 from trainer.data.coverage import TextBytes, coverage_of
 from trainer.data.shards import PreparedData, Split
+from trainer.distributed.strategy import device_kind, distributed
 from trainer.execution import micro_batches
 from trainer.model.cpu import operations_on_cpu
 from trainer.model.gpt import GPT
 from trainer.model.loss import next_token_loss_from_logits
-from trainer.training.distribution import device_kind, distributed
 
 
 class Evaluation(NamedTuple):

@@ -1,0 +1,1 @@
+"""How several devices and several hosts take one step together."""
