@@ -58,9 +58,9 @@ def environment(job, index):
 def test_each_pod_is_the_worker_of_its_index_at_the_name_that_the_service_gives_it(n):
     service, job = printed(n)
     for index in range(n):
-        hosts = read_tf_config(environment(job, index)["TF_CONFIG"])
-        assert hosts.number == index
-        assert hosts.workers == tuple(f"gpt-{i}.gpt:2222" for i in range(n))
+        workers = read_tf_config(environment(job, index)["TF_CONFIG"])
+        assert workers.number == index
+        assert workers.addresses == tuple(f"gpt-{i}.gpt:2222" for i in range(n))
     # A pod's name is its index under the job's name, in the domain of the headless service that selects it.
     assert (job["kind"], job["apiVersion"], job["metadata"]["name"]) == ("Job", "batch/v1", "gpt")
     assert job["spec"]["completionMode"] == "Indexed"

@@ -22,7 +22,7 @@ import trainer
 from trainer.cli import main
 from trainer.data.prepare import prepare
 from trainer.distributed.strategy import make_strategy
-from trainer.distributed.workers import Hosts
+from trainer.distributed.workers import Workers
 from trainer.model.gpt import GPT
 from trainer.training import checkpoint, loop
 from trainer.training.loop import is_due, steps_until_due
@@ -66,7 +66,7 @@ elif sys.argv[1] == "train or resume":
     result = loop.start(trainer.make_config(json.loads(sys.argv[2])), or_resume=True)
 else:
     result = trainer.resume(sys.argv[2], overrides=sys.argv[3:])
-sys.exit(75 if result.was_interrupted else 0)
+sys.exit(75 if result.is_stopped else 0)
 """
 
 
@@ -412,7 +412,7 @@ def trained(tmp_path_factory):
 def test_run_leaves_all_that_is_needed_and_a_finished_run_reports_again(trained, monkeypatch):
     config, result = trained
     run = Path(result.run_folder)
-    assert (result.step, result.was_interrupted) == (60, False)
+    assert (result.step, result.is_stopped) == (60, False)
     assert set(result.samples) == {"greedy", "beam", "top-k", "top-p"}
     assert {path.name for path in run.iterdir()} >= {"config.toml", "run.json", "tokenizer", "checkpoints", "logs"}
     # 30 is where it was scored, and the best until then.
@@ -680,7 +680,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(copy_of_tra
 
     monkeypatch.setattr(checkpoint.Checkpoints, "wait", wait_and_be_stopped)
     result = trainer.resume(str(copy_of_trained), say=lines.append)
-    assert result.was_interrupted and result.step == 60 and result.evaluation is None
+    assert result.is_stopped and result.step == 60 and result.evaluation is None
     assert "Stopped at step 60 of 60, saved." in lines[-1]
     assert RunFolder(copy_of_trained).checkpoints().steps()[-1] == 60
 
@@ -707,7 +707,7 @@ def test_a_run_that_went_on_from_an_earlier_step_keeps_the_scores_of_later_check
             os.kill(os.getpid(), signal.SIGTERM)
 
     result = trainer.resume(str(copy_of_trained), say=stop_after_the_score, step=20)
-    assert result.was_interrupted and 32 <= result.step < 60
+    assert result.is_stopped and 32 <= result.step < 60
     # Saved though a later step is known to be better: it is the best of those that this process has come to.
     assert not any("has risen above" in line for line in lines)
     assert RunFolder(copy_of_trained).scores() == scores
@@ -721,7 +721,7 @@ def test_a_validation_loss_that_rises_is_said_with_where_the_best_is_kept(copy_o
     lines = []
     scores = {10: 2.5}
     assert [
-        loop.keep_score(run, Hosts(), step, loss, scores, lines.append)
+        loop.keep_score(run, Workers(), step, loss, scores, lines.append)
         for step, loss in ((20, 2.0), (30, 2.125), (40, 2.0), (50, float("nan")), (60, 1.0))
     ] == [True, False, False, False, True]
     assert len(lines) == 2 and lines[0] == (

@@ -13,11 +13,11 @@ import pytest
 from trainer.config import UserError
 from trainer.distributed import rendezvous as meeting
 from trainer.distributed.rendezvous import Meeting, meeting_secs
-from trainer.distributed.workers import Hosts, split_address
+from trainer.distributed.workers import Workers, split_address
 
 
 def meet(workers, number, facts, timeout_secs=10.0):
-    with Meeting(Hosts(tuple(workers), number), timeout_secs) as each:
+    with Meeting(Workers(tuple(workers), number), timeout_secs) as each:
         each.agree(facts())
 
 
@@ -70,7 +70,7 @@ def greet(workers, number):
     connection = connect(workers)
     text = connection.makefile("rb").readline().decode()
     theirs, ours = text.split()[1], secrets.token_hex(16)
-    proof = Meeting(Hosts(tuple(workers), number))._proof("worker", number, theirs, ours)
+    proof = Meeting(Workers(tuple(workers), number))._proof("worker", number, theirs, ours)
     connection.sendall(f"{number} {ours} {proof}\n".encode())
     return connection, connection.makefile("rb").readline()
 
@@ -166,7 +166,7 @@ def test_the_others_begin_when_the_first_is_done(free_addresses):
     workers, done = free_addresses(3), []
 
     def come(number):
-        with Meeting(Hosts(tuple(workers), number), 10.0) as each:
+        with Meeting(Workers(tuple(workers), number), 10.0) as each:
             assert each.in_turn(lambda: (time.sleep(0.0 if number else 0.3), done.append(number), number)[2]) == number
             each.agree({})
 
@@ -206,7 +206,7 @@ def test_workers_need_the_same_secret_and_the_same_cluster(free_addresses, monke
         except UserError as error:
             found[number] = str(error)
 
-    first = Meeting(Hosts(tuple(workers), 0), 1.5)
+    first = Meeting(Workers(tuple(workers), 0), 1.5)
 
     def lead():
         try:
@@ -416,7 +416,10 @@ def test_workers_wait_as_long_as_they_are_told(monkeypatch, free_addresses):
     monkeypatch.delenv("TRAINER_MEETING_SECS", raising=False)
     assert meeting_secs() == 45.0
     monkeypatch.setenv("TRAINER_MEETING_SECS", "1")
-    with pytest.raises(UserError, match="could not be reached within 1 s"), Meeting(Hosts(tuple(free_addresses(2)), 1)):
+    with (
+        pytest.raises(UserError, match="could not be reached within 1 s"),
+        Meeting(Workers(tuple(free_addresses(2)), 1)),
+    ):
         pass
     for text in ("", "0", "soon", "1.5", "-1", "1e3", "9" * 5000, "²"):
         monkeypatch.setenv("TRAINER_MEETING_SECS", text)

@@ -221,7 +221,7 @@ def check_launch(words: list[str]) -> None:
     assert words[0] == "-n" and words[2] == "trainer"
     check_trainer(words[3:])
     config = load_config(words[4], words[5:])
-    trainer.config.rows_per_replica(config, int(words[1]))
+    trainer.config.examples_per_replica(config, int(words[1]))
 
 
 def check_kubernetes(words: list[str]) -> None:

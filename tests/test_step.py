@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.python.eager import context
 
-from trainer.config import UserError, make_config, rows_per_replica
+from trainer.config import UserError, examples_per_replica, make_config
 from trainer.distributed.strategy import make_strategy
 from trainer.model.gpt import GPT, DropoutDraw
 from trainer.training.step import (
@@ -403,11 +403,11 @@ def test_another_model_has_nothing_to_recompute():
 
 def test_a_batch_that_replicas_cannot_share_is_refused():
     config = tiny_config(train={"micro_batch_size": 2})
-    assert rows_per_replica(config, 2) == 2
+    assert examples_per_replica(config, 2) == 2
     with pytest.raises(
         UserError, match=r"train.global_batch_size=4 is not a multiple of 3 replicas x train.micro_batch"
     ):
-        rows_per_replica(config, 3)
+        examples_per_replica(config, 3)
 
 
 def test_a_weight_without_influence_is_an_error():

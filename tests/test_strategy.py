@@ -17,7 +17,7 @@ from trainer.distributed.strategy import (
     make_strategy,
     share_cores,
 )
-from trainer.distributed.workers import Hosts
+from trainer.distributed.workers import Workers
 from trainer.execution import micro_batches
 from trainer.hardware.devices import describe_cpu, parse_target
 
@@ -81,11 +81,11 @@ def test_a_run_says_on_what_it_computes_and_warns_of_a_gpu_that_it_leaves_alone(
     monkeypatch.setattr(distribution, "unused_gpu", lambda is_built_with_cuda: warning)
     strategy = make_strategy(DistributionConfig())
     devices = f"Devices: {describe_cpu()}"
-    assert describe_devices(strategy, DistributionConfig(), Hosts()) == [devices, f"warning: {warning}"]
+    assert describe_devices(strategy, DistributionConfig(), Workers()) == [devices, f"warning: {warning}"]
     # Who asks for the CPU gets it without a word.
     for config in (DistributionConfig(kind="cpu"), DistributionConfig(logical_devices=2)):
-        assert describe_devices(strategy, config, Hosts()) == [devices]
-    of_several = describe_devices(strategy, DistributionConfig(kind="cpu"), Hosts(("a:1", "b:1"), 1))
+        assert describe_devices(strategy, config, Workers()) == [devices]
+    of_several = describe_devices(strategy, DistributionConfig(kind="cpu"), Workers(("a:1", "b:1"), 1))
     assert of_several == [f"Devices: 2 workers; worker 1: {describe_cpu()}"]
 
 
@@ -97,7 +97,7 @@ def test_a_cpu_takes_a_large_batch_in_two_halves_at_once_unless_told_otherwise()
 
 
 @pytest.mark.parametrize(
-    ("settings", "num_hosts", "threads"),
+    ("settings", "num_workers", "threads"),
     [
         ({}, 1, 3),  # Two halves at once.
         ({"train.global_batch_size": 8}, 1, None),  # Too small for halves,
@@ -109,7 +109,7 @@ def test_a_cpu_takes_a_large_batch_in_two_halves_at_once_unless_told_otherwise()
         ({"distribution.kind": "tpu"}, 1, None),
     ],
 )
-def test_two_parts_at_once_share_the_cores_of_a_cpu(settings, num_hosts, threads, monkeypatch):
+def test_two_parts_at_once_share_the_cores_of_a_cpu(settings, num_workers, threads, monkeypatch):
     asked = []
     monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
     monkeypatch.setattr(distribution, "num_cores", lambda: 7)
@@ -118,9 +118,9 @@ def test_two_parts_at_once_share_the_cores_of_a_cpu(settings, num_hosts, threads
     train = {"precision": "float32", "total_steps": 1, "global_batch_size": 64, "sequence_length": 64}
     overrides = [f"{key}={value}" for key, value in settings.items()]
     config = make_config({"run_folder": "unused", "train": train}, overrides)
-    share_cores(config, Hosts(("a:1", "b:1")[:num_hosts]))
+    share_cores(config, Workers(("a:1", "b:1")[:num_workers]))
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "5")
-    share_cores(config, Hosts(("a:1", "b:1")[:num_hosts]))
+    share_cores(config, Workers(("a:1", "b:1")[:num_workers]))
     assert asked == ([] if threads is None else [threads])
 
 
@@ -129,7 +129,7 @@ def test_a_process_that_has_used_tensorflow_keeps_its_threads():
         import tensorflow as tf
         from trainer.config import make_config
         from trainer.distributed.strategy import make_strategy, share_cores
-        from trainer.distributed.workers import Hosts
+        from trainer.distributed.workers import Workers
         config = make_config({
             "run_folder": "unused",
             "train": {"precision": "float32", "total_steps": 1, "global_batch_size": 2, "micro_batch_size": 1},
@@ -137,7 +137,7 @@ def test_a_process_that_has_used_tensorflow_keeps_its_threads():
         })
         make_strategy(config.distribution)
         before = tf.config.threading.get_intra_op_parallelism_threads()
-        share_cores(config, Hosts())
+        share_cores(config, Workers())
         assert tf.config.threading.get_intra_op_parallelism_threads() == before
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from trainer.config import DistributionConfig, UserError
-from trainer.distributed.workers import Hosts, describe_loss, find_hosts, read_tf_config, split_address
+from trainer.distributed.workers import Workers, describe_loss, find_workers, read_tf_config, split_address
 
 
 def tf_config(workers=("a:1", "b:2"), kind="worker", index=1, **more):
@@ -14,10 +14,10 @@ def tf_config(workers=("a:1", "b:2"), kind="worker", index=1, **more):
 
 
 def test_tf_config_is_read():
-    hosts = read_tf_config(tf_config())
-    assert hosts == Hosts(("a:1", "b:2"), 1)
-    assert hosts.are_several
-    assert not hosts.is_chief
+    workers = read_tf_config(tf_config())
+    assert workers == Workers(("a:1", "b:2"), 1)
+    assert workers.are_several
+    assert not workers.is_chief
     assert read_tf_config(tf_config(index=0)).is_chief
 
 
@@ -89,33 +89,33 @@ def test_what_is_no_address_is_refused(address):
 )
 def test_an_address_is_a_host_and_a_port(address, host, port):
     assert split_address(address) == (host, port)
-    assert read_tf_config(tf_config(workers=("b:2", address))).workers == ("b:2", address)
+    assert read_tf_config(tf_config(workers=("b:2", address))).addresses == ("b:2", address)
 
 
 def test_a_chief_is_the_first_worker_for_trainer_and_for_tensorflow(monkeypatch):
     for kind, index, number in (("chief", 0, 0), ("worker", 0, 1), ("worker", 1, 2)):
         monkeypatch.setenv("TF_CONFIG", tf_config(kind=kind, index=index, chief=["c:3"]))
-        hosts = find_hosts(DistributionConfig())
-        assert hosts == Hosts(("c:3", "a:1", "b:2"), number)
-        assert json.loads(os.environ["TF_CONFIG"]) == json.loads(tf_config(hosts.workers, index=number))
+        workers = find_workers(DistributionConfig())
+        assert workers == Workers(("c:3", "a:1", "b:2"), number)
+        assert json.loads(os.environ["TF_CONFIG"]) == json.loads(tf_config(workers.addresses, index=number))
 
 
-def test_several_hosts_are_found_where_tf_config_names_them(monkeypatch):
+def test_several_workers_are_found_if_tf_config_names_them(monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
-    assert find_hosts(DistributionConfig()) == Hosts()
+    assert find_workers(DistributionConfig()) == Workers()
     with pytest.raises(UserError, match="TF_CONFIG is not set"):
-        find_hosts(DistributionConfig(kind="multi_worker"))
+        find_workers(DistributionConfig(kind="multi_worker"))
     monkeypatch.setenv("TF_CONFIG", tf_config())
-    assert find_hosts(DistributionConfig()).number == 1
-    assert find_hosts(DistributionConfig(kind="cpu")) == Hosts()
+    assert find_workers(DistributionConfig()).number == 1
+    assert find_workers(DistributionConfig(kind="cpu")) == Workers()
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"cluster": {}, "task": {}, "environment": "cloud"}'])
 def test_a_tf_config_without_a_cluster_is_that_of_a_process_alone(monkeypatch, text):
     monkeypatch.setenv("TF_CONFIG", text)
-    assert find_hosts(DistributionConfig()) == Hosts()
+    assert find_workers(DistributionConfig()) == Workers()
     with pytest.raises(UserError, match=r"distribution\.kind='multi_worker', but TF_CONFIG.*Set it on every worker"):
-        find_hosts(DistributionConfig(kind="multi_worker"))
+        find_workers(DistributionConfig(kind="multi_worker"))
 
 
 # What TensorFlow 2.21 says on worker 0 of three once worker 1 is gone, and of two once worker 1 is stopped.
@@ -145,11 +145,11 @@ ebug further."""
 
 
 def test_an_error_of_the_collectives_tells_which_worker_was_lost_and_why():
-    hosts = Hosts(("a:1", "b:2", "c:3"), 0)
-    assert str(describe_loss(GONE, hosts)).startswith(
+    workers = Workers(("a:1", "b:2", "c:3"), 0)
+    assert str(describe_loss(GONE, workers)).startswith(
         "worker 1 (b:2) broke its connection (recvmsg:Connection reset by peer). See its own last lines"
     )
-    assert str(describe_loss(SILENT, hosts)).startswith("worker 1 (b:2) stopped answering. See its own last lines")
+    assert str(describe_loss(SILENT, workers)).startswith("worker 1 (b:2) stopped answering. See its own last lines")
     for message, who in (
         # The first worker is gone, and stopped.
         ("Failed to send RPC to coordination service. Either the leader task was preempted", "worker 0 (a:1) broke"),
@@ -157,20 +157,20 @@ def test_an_error_of_the_collectives_tells_which_worker_was_lost_and_why():
         ("cluster check alive failed, /job:worker/replica:0/task:2 is down", "worker 2 (c:3) broke its connection"),
         ("Cancelled", "another worker broke its connection (Cancelled)."),
     ):
-        assert str(describe_loss(f"Collective ops is aborted by: {message}", hosts)).startswith(who)
-    assert describe_loss("OOM when allocating tensor", hosts) is None
-    assert describe_loss(GONE, Hosts()) is None
+        assert str(describe_loss(f"Collective ops is aborted by: {message}", workers)).startswith(who)
+    assert describe_loss("OOM when allocating tensor", workers) is None
+    assert describe_loss(GONE, Workers()) is None
 
 
 def test_gpus_of_one_machine_are_not_ignored_by_several(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", tf_config())
     for kind in ("auto", "multi_worker"):
-        with pytest.raises(UserError, match=r"distribution\.gpus=\[0, 1\] does not go with the 2 workers of TF_CONFIG"):
-            find_hosts(DistributionConfig(kind=kind, gpus=(0, 1)))
+        with pytest.raises(UserError, match=r"distribution\.gpus=\[0, 1\] cannot be used with the 2 workers of TF_CONFIG"):
+            find_workers(DistributionConfig(kind=kind, gpus=(0, 1)))
     # Named for this machine alone, which `make_strategy` sees to.
-    assert find_hosts(DistributionConfig(kind="gpu", gpus=(0, 1))) == Hosts()
+    assert find_workers(DistributionConfig(kind="gpu", gpus=(0, 1))) == Workers()
     monkeypatch.setenv("TF_CONFIG", tf_config(workers=["a:1"], index=0))
-    assert not find_hosts(DistributionConfig(kind="multi_worker", gpus=(0, 1))).are_several
+    assert not find_workers(DistributionConfig(kind="multi_worker", gpus=(0, 1))).are_several
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def slurm_task(monkeypatch):
     """A function that makes this process a task of a SLURM step, as srun would."""
 
     def become(nodes, tasks, node, local_id=0, rank=0, count=2, job="7"):
-        # Set first, so that what find_hosts sets goes away with the test.
+        # Set first, so that what find_workers sets goes away with the test.
         monkeypatch.setenv("TF_CONFIG", "")
         monkeypatch.delenv("TF_CONFIG")
         for name, value in {
@@ -199,9 +199,9 @@ def slurm_task(monkeypatch):
 def test_tasks_of_a_slurm_step_are_the_workers_and_tf_config_says_so(slurm_task, monkeypatch, kind):
     slurm_task("node[01-02]", "1(x2)", "node02", rank=1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    hosts = find_hosts(DistributionConfig(kind=kind))
-    assert hosts == Hosts(("node01:10700", "node02:10700"), 1)
-    assert read_tf_config(os.environ["TF_CONFIG"]) == hosts
+    workers = find_workers(DistributionConfig(kind=kind))
+    assert workers == Workers(("node01:10700", "node02:10700"), 1)
+    assert read_tf_config(os.environ["TF_CONFIG"]) == workers
     # GPUs are SLURM's to share out.
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
@@ -218,14 +218,14 @@ def test_tasks_of_a_slurm_step_are_the_workers_and_tf_config_says_so(slurm_task,
 )
 def test_a_slurm_task_finds_its_own_address(slurm_task, nodes, tasks, count, node, local_id, workers, number):
     slurm_task(nodes, tasks, node, local_id, count=count)
-    assert find_hosts(DistributionConfig()) == Hosts(workers, number)
+    assert find_workers(DistributionConfig()) == Workers(workers, number)
 
 
 def test_slurm_jobs_that_follow_each_other_have_ports_of_their_own(slurm_task, monkeypatch):
     ports = []
     for job in ("199", "200", "201"):
         slurm_task("node1", "2", "node1", job=job)
-        ports += [int(worker.split(":")[1]) for worker in find_hosts(DistributionConfig()).workers]
+        ports += [int(worker.split(":")[1]) for worker in find_workers(DistributionConfig()).addresses]
     assert ports == [29900, 29901, 10000, 10001, 10100, 10101]
 
 
@@ -252,7 +252,7 @@ def test_a_slurm_environment_that_is_not_right_names_the_variable(slurm_task, mo
     slurm_task("node[1-2]", "1(x2)", "node1")
     monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as error:
-        find_hosts(DistributionConfig())
+        find_workers(DistributionConfig())
     assert message in str(error.value)
     assert "Start the workers with srun, as scripts/slurm_train does, or set TF_CONFIG on each." in str(error.value)
     assert "TF_CONFIG" not in os.environ
@@ -260,8 +260,8 @@ def test_a_slurm_environment_that_is_not_right_names_the_variable(slurm_task, mo
 
 def test_slurm_is_not_asked_where_one_process_is_meant_or_tf_config_is_set(slurm_task, monkeypatch):
     slurm_task("node[1-2]", "1(x2)", "node1")
-    assert find_hosts(DistributionConfig(kind="cpu")) == Hosts()
+    assert find_workers(DistributionConfig(kind="cpu")) == Workers()
     monkeypatch.setenv("TF_CONFIG", tf_config())
-    assert find_hosts(DistributionConfig()).workers == ("a:1", "b:2")
+    assert find_workers(DistributionConfig()).addresses == ("a:1", "b:2")
     slurm_task("node1", "1", "node1", count=1)
-    assert find_hosts(DistributionConfig()) == Hosts()
+    assert find_workers(DistributionConfig()) == Workers()

@@ -16,7 +16,7 @@ from trainer.config import Config
 from trainer.data.batches import training_batches
 from trainer.data.shards import PreparedData
 from trainer.distributed.strategy import distributed, make_strategy, share_cores
-from trainer.distributed.workers import Hosts
+from trainer.distributed.workers import Workers
 from trainer.hardware.devices import num_cores
 from trainer.training.run_folder import BuildModel, make_model
 from trainer.training.step import TrainingStep
@@ -40,7 +40,7 @@ class Training:
     def __init__(
         self, config: Config, prepared: PreparedData, total_steps: int, build_model: BuildModel | None = None
     ) -> None:
-        share_cores(config, Hosts())
+        share_cores(config, Workers())
         self.strategy = make_strategy(config.distribution)
         with self.strategy.scope():
             self.model = make_model(build_model, config, prepared.vocabulary_size, prepared.bos_id)

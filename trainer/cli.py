@@ -290,7 +290,7 @@ def _train(options: argparse.Namespace) -> int:
         if options.step is not None:
             raise UserError(f"--step {options.step} goes with --resume RUN; a new run begins at step 0. Leave it out.")
         from trainer.distributed.tpu_install import check_tpu_install
-        from trainer.distributed.workers import find_hosts
+        from trainer.distributed.workers import find_workers
         from trainer.training.run_folder import find_run
 
         config = _read_config(options)
@@ -304,7 +304,7 @@ def _train(options: argparse.Namespace) -> int:
 
                 check_sources(config)  # A misspelt path should not wait for TensorFlow.
             # On SLURM TensorFlow finds them.
-            find_hosts(config.distribution)
+            find_workers(config.distribution)
     with quiet_import():
         from trainer.training import loop
 
@@ -313,7 +313,7 @@ def _train(options: argparse.Namespace) -> int:
             result = loop.start(config, or_resume=options.or_resume)
         else:
             result = loop.resume(run_folder, overrides=overrides, step=step)
-        if result.was_interrupted:
+        if result.is_stopped:
             return EXIT_STOPPED
         for name, text in result.samples.items():
             say(f"\n{name}{_story_verdict(text) if result.tells_stories else ''}:\n{text}")
@@ -366,11 +366,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     run = RunFolder(run_folder, options.overrides)
     with quiet_import():
         from trainer.distributed.strategy import describe_devices, make_strategy
-        from trainer.distributed.workers import Hosts
+        from trainer.distributed.workers import Workers
         from trainer.training.evaluation import Evaluator
 
     strategy = make_strategy(run.config.distribution, alone=True)
-    for line in describe_devices(strategy, run.config.distribution, Hosts()):
+    for line in describe_devices(strategy, run.config.distribution, Workers()):
         warn(line)
     prepared = run.prepared()
     with strategy.scope():

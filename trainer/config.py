@@ -735,7 +735,7 @@ def parse_config(text: str, path: str, overrides: Sequence[str] = ()) -> Config:
     return make_config(settings, overrides)
 
 
-def rows_per_replica(config: Config, num_replicas: int) -> int:
+def examples_per_replica(config: Config, num_replicas: int) -> int:
     """Returns how many examples of a batch each replica gets.
 
     Raises:

@@ -5,7 +5,7 @@ It imports no TensorFlow, so that a plan needs none.
 
 from typing import NamedTuple
 
-from trainer.config import Config, rows_per_replica
+from trainer.config import Config, examples_per_replica
 
 # In smaller batches adding up the gradients costs more than two halves at once gain: measured on two cores, 12 x 64
 # tokens are a fifth slower in halves, 32 x 118 a sixth faster.
@@ -50,7 +50,7 @@ def execution_of(config: Config, num_replicas: int, is_cpu: bool, micro_batch_si
         UserError: the batch cannot be spread evenly over the replicas.
     """
     train = config.train
-    rows = rows_per_replica(config, num_replicas)
+    rows = examples_per_replica(config, num_replicas)
     asked = micro_batch_size or train.fixed_micro_batch_size()
     size, at_once = micro_batches(asked, rows, train.sequence_length, is_cpu)
     weight_bytes = 8 if train.precision == "float64" else 4

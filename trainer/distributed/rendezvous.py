@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from trainer.config import UserError
-from trainer.distributed.workers import Hosts, split_address
+from trainer.distributed.workers import Workers, split_address
 
 TIMEOUT_SECS = 45.0
 TIMEOUT_VARIABLE = "TRAINER_MEETING_SECS"
@@ -74,25 +74,25 @@ def meeting_secs() -> float:
 class Meeting:
     """Brings the workers of a run together, and lets them compare what they have.
 
-        with Meeting(hosts) as meeting:
+        with Meeting(workers) as meeting:
             meeting.agree({"the config": ...})
 
     Until the block is left, a worker that ends, fails or is silent for SILENCE_SECS is an error on all of the others,
     in their next `agree`; what a worker does between two of them may take any time.
 
     Args:
-        hosts: all workers, and which of them this is.
+        workers: all workers, and which of them this is.
         timeout_secs: how long to wait until all are there; left out, `meeting_secs`.
 
     Raises:
         UserError: on entering, on each worker that is there: another one does not come.
     """
 
-    def __init__(self, hosts: Hosts, timeout_secs: float | None = None) -> None:
-        self._hosts = hosts
+    def __init__(self, workers: Workers, timeout_secs: float | None = None) -> None:
+        self._workers = workers
         self._timeout_secs = meeting_secs() if timeout_secs is None else timeout_secs
         # All workers hash the same key only if they have the same secret and the same list of workers.
-        key = json.dumps([os.environ.get(SECRET_VARIABLE, ""), *hosts.workers])
+        key = json.dumps([os.environ.get(SECRET_VARIABLE, ""), *workers.addresses])
         self._key = hashlib.sha256(key.encode()).digest()
         # To each of the others on the first worker, to the first one on the others.
         self._lines: dict[int, _Line] = {}
@@ -101,7 +101,7 @@ class Meeting:
     def __enter__(self) -> Self:
         threading.Thread(target=self._show_life, name="meeting", daemon=True).start()
         try:
-            if self._hosts.is_chief:
+            if self._workers.is_chief:
                 problem = self._gather()
                 self._tell({"problem": problem})
             else:
@@ -119,8 +119,8 @@ class Meeting:
     ) -> None:
         if error is not None:
             said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            if self._hosts.is_chief:
-                self._tell({"problem": f"{self._hosts.name(0)} failed: {said}"})
+            if self._workers.is_chief:
+                self._tell({"problem": f"{self._workers.name(0)} failed: {said}"})
             else:
                 self._tell({"error": said})
         self._is_over.set()
@@ -135,7 +135,7 @@ class Meeting:
         Raises:
             UserError: a worker has other facts, or is lost or failed. Every worker that is there raises.
         """
-        if self._hosts.is_chief:
+        if self._workers.is_chief:
             problem = self._compare(facts)
             self._tell({"problem": problem})
         else:
@@ -146,10 +146,10 @@ class Meeting:
 
     def in_turn(self, action: Callable[[], T]) -> T:
         """Calls a function on the first worker and, once that has returned, on the others; returns what it returns."""
-        if not self._hosts.is_chief:
+        if not self._workers.is_chief:
             self.agree({})
         result = action()
-        if self._hosts.is_chief:
+        if self._workers.is_chief:
             self.agree({})
         return result
 
@@ -160,10 +160,10 @@ class Meeting:
         deadline = time.monotonic() + self._timeout_secs
         num_refused = 0
         with contextlib.ExitStack() as stack:
-            listeners = [stack.enter_context(each) for each in _listeners(self._hosts.workers[0])]
+            listeners = [stack.enter_context(each) for each in _listeners(self._workers.addresses[0])]
             strangers: dict[_Line, float] = {}  # With the time when each has to be done.
             stack.callback(lambda: _close_all(strangers))
-            while len(self._lines) < len(self._hosts.workers) - 1:
+            while len(self._lines) < len(self._workers.addresses) - 1:
                 now = time.monotonic()
                 if now >= deadline:
                     return self._missing(num_refused)
@@ -194,7 +194,7 @@ class Meeting:
             if greeting is not None:
                 number, challenge, proof = int(greeting[1]), greeting[2].decode(), greeting[3].decode()
                 expected = self._proof("worker", number, line.challenge, challenge)
-                if hmac.compare_digest(proof, expected) and 0 < number < len(self._hosts.workers):
+                if hmac.compare_digest(proof, expected) and 0 < number < len(self._workers.addresses):
                     if number in self._lines:
                         line.send_line(b"taken")  # The first one to come stays.
                     else:
@@ -222,7 +222,7 @@ class Meeting:
         line.close()
 
     def _missing(self, num_refused: int) -> str:
-        missing = [self._hosts.name(i) for i in range(1, len(self._hosts.workers)) if i not in self._lines]
+        missing = [self._workers.name(i) for i in range(1, len(self._workers.addresses)) if i not in self._lines]
         problem = (
             f"{', '.join(missing)} did not come within {self._timeout_secs:.0f} s. Start every worker that TF_CONFIG "
             "lists, each with its own task.index."
@@ -241,17 +241,17 @@ class Meeting:
             try:
                 number, message = self._next_message()
             except _LostError as lost:
-                return f"{self._hosts.name(lost.number)} {lost.why} before the start; its own output says more."
+                return f"{self._workers.name(lost.number)} {lost.why} before the start; its own output says more."
             facts = message.get("facts")
             if not isinstance(facts, dict):
-                return f"{self._hosts.name(number)} failed: {_shown(str(message.get('error')))}"
+                return f"{self._workers.name(number)} failed: {_shown(str(message.get('error')))}"
             for name in [*own, *(name for name in facts if name not in own)]:
                 theirs, ours = str(facts.get(name)), str(own.get(name))
                 if theirs != ours:
                     theirs, ours = _apart(theirs, ours)
                     return (
-                        f"{_shown(name)} differs: {self._hosts.name(number)} has {theirs}, worker 0 has {ours}. Start "
-                        "every worker with the same version, config and devices, on the same text."
+                        f"{_shown(name)} differs: {self._workers.name(number)} has {theirs}, worker 0 has {ours}. "
+                        "Start every worker with the same version, config and devices, on the same text."
                     )
             awaited.discard(number)
         return None
@@ -265,7 +265,7 @@ class Meeting:
             UserError: that takes too long.
         """
         deadline = time.monotonic() + self._timeout_secs
-        host, port = split_address(self._hosts.workers[0])
+        host, port = split_address(self._workers.addresses[0])
         refusal: str | None = None
         while True:
             secs_left = max(0.01, deadline - time.monotonic())
@@ -280,14 +280,14 @@ class Meeting:
                 fault = refusal or f"could not be reached within {self._timeout_secs:.0f} s: {error}"
             if time.monotonic() >= deadline:
                 raise UserError(
-                    f"{self._hosts.name(0)} {fault}. Start every worker that TF_CONFIG lists, each with its own "
+                    f"{self._workers.name(0)} {fault}. Start every worker that TF_CONFIG lists, each with its own "
                     "task.index, and let them reach each other's ports."
                 )
             time.sleep(_RETRY_SECS)
 
     def _refusal(self, line: "_Line", timeout_secs: float) -> str | None:
         """Greets the first worker; returns why it does not let this one in."""
-        deadline, number = time.monotonic() + timeout_secs, self._hosts.number
+        deadline, number = time.monotonic() + timeout_secs, self._workers.number
         reason = "is not a worker of this run"
         try:
             if line.meets_itself():
@@ -321,7 +321,7 @@ class Meeting:
         try:
             _, message = self._next_message()
         except _LostError as lost:
-            return f"{self._hosts.name(0)} {lost.why} before the start; its own output says more."
+            return f"{self._workers.name(0)} {lost.why} before the start; its own output says more."
         problem = message.get("problem")
         return None if problem is None else _shown(str(problem), 4 * _MAX_SHOWN_CHARS)
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 from trainer.config import Config, DistributionConfig, UserError
 from trainer.data.batches import ALL, Share
 from trainer.distributed.tpu_install import check_tpu_install
-from trainer.distributed.workers import Hosts, find_hosts
+from trainer.distributed.workers import Workers, find_workers
 from trainer.execution import execution_of
 from trainer.hardware.devices import Target, describe_cpu, find_gpu, num_cores, parse_target, unused_gpu, unused_tpu
 
@@ -22,7 +22,7 @@ TPU_TIMEOUT_SECS = 50.0
 TPU_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/accelerator-type"
 
 
-def share_cores(config: Config, hosts: Hosts) -> None:
+def share_cores(config: Config, workers: Workers) -> None:
     """Has each operation of a training on a CPU take half of its cores, where two parts of a batch are under way at
     once: two operations that take all of them each are in each other's way.
 
@@ -32,7 +32,7 @@ def share_cores(config: Config, hosts: Hosts) -> None:
 
     Args:
         config: of the run.
-        hosts: of the run.
+        workers: the workers of the run.
 
     Raises:
         UserError: the batch cannot be spread evenly over the replicas.
@@ -41,7 +41,7 @@ def share_cores(config: Config, hosts: Hosts) -> None:
     # XLA compiles a step as one operation.
     if distribution.kind == "tpu" or _wants_gpus(distribution) or train.xla == "on":
         return
-    num_replicas = len(hosts.workers) if hosts.are_several else distribution.logical_devices
+    num_replicas = len(workers.addresses) if workers.are_several else distribution.logical_devices
     size = execution_of(config, num_replicas, is_cpu=True).micro_batch_size
     if size == train.global_batch_size or "TF_NUM_INTRAOP_THREADS" in os.environ:
         return
@@ -52,29 +52,29 @@ def share_cores(config: Config, hosts: Hosts) -> None:
 def make_strategy(config: DistributionConfig, alone: bool = False) -> tf.distribute.Strategy:
     """Returns the strategy to build the model under and to run the step with.
 
-    Call it before TensorFlow computes anything: the CPU can only be split, and hosts only be joined, before that.
+    Call it before TensorFlow computes anything: the CPU can only be split, and workers only be joined, before that.
 
     Args:
         config: what to use.
-        alone: use no other hosts, whatever config and TF_CONFIG say.
+        alone: use no other workers, whatever config and TF_CONFIG say.
 
     Raises:
         UserError: the devices asked for are not there.
     """
-    if not alone and find_hosts(config).are_several:
+    if not alone and find_workers(config).are_several:
         return tf.distribute.MultiWorkerMirroredStrategy()
     if config.kind == "tpu":
         return _tpu(config)
     return _gpus(config.gpus) if _wants_gpus(config) else _cpu(config.logical_devices)
 
 
-def count_replicas_of(hosts: Hosts) -> int:
-    """Returns how many replicas `make_strategy` will make of several hosts alike, before it does."""
-    return len(hosts.workers) * max(1, _num_gpus())
+def count_replicas_of(workers: Workers) -> int:
+    """Returns how many replicas `make_strategy` will make of several workers alike, before it does."""
+    return len(workers.addresses) * max(1, _num_gpus())
 
 
-def devices_of_this_host() -> str:
-    """Returns what this host has for `make_strategy` to use, if it is one of several: all of them need the same."""
+def devices_of_this_worker() -> str:
+    """Returns what this worker has for `make_strategy` to use, if it is one of several: all of them need the same."""
     return f"{_num_gpus()} x GPU" if _num_gpus() else "the CPU"
 
 
@@ -118,16 +118,16 @@ def device_names(strategy: tf.distribute.Strategy) -> set[str]:
     return set()
 
 
-def describe_devices(strategy: tf.distribute.Strategy, config: DistributionConfig, hosts: Hosts) -> list[str]:
+def describe_devices(strategy: tf.distribute.Strategy, config: DistributionConfig, workers: Workers) -> list[str]:
     """Returns a line that says what a run computes on, such as 2 CPU cores with AMX, or 2 x RTX 4090; and a warning, if
     the machine has a GPU that the config would use and TensorFlow does not see, or a TPU.
 
     Args:
         strategy: of the run.
         config: of the run.
-        hosts: of the run; several are told with what this one has.
+        workers: the workers of the run; if there are several, the line names this one.
     """
-    num_replicas = strategy.num_replicas_in_sync // len(hosts.workers)
+    num_replicas = strategy.num_replicas_in_sync // len(workers.addresses)
     kind = device_kind(strategy)
     names = [name.removeprefix("NVIDIA ").removeprefix("GeForce ") for name in sorted(device_names(strategy))]
     if kind == "CPU":
@@ -136,8 +136,8 @@ def describe_devices(strategy: tf.distribute.Strategy, config: DistributionConfi
         devices = " ".join(["TPU", *names]) + f", {num_replicas} replicas"
     else:
         devices = f"{num_replicas} x {' and '.join(names) or kind}"
-    if hosts.are_several:
-        devices = f"{len(hosts.workers)} workers; worker {hosts.number}: {devices}"
+    if workers.are_several:
+        devices = f"{len(workers.addresses)} workers; worker {workers.number}: {devices}"
     wants_more = config.kind in ("auto", "multi_worker") and config.logical_devices == 1
     warnings = (unseen_gpu(), unused_tpu()) if wants_more else ()
     return [f"Devices: {devices}", *(f"warning: {warning}" for warning in warnings if warning)]

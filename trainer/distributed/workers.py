@@ -1,4 +1,4 @@
-"""The processes of a run on several hosts: which they are by TF_CONFIG or SLURM, and which of them this one is."""
+"""The workers of a run: reads from TF_CONFIG or SLURM which there are, and which of them this process is."""
 
 import ipaddress
 import json
@@ -27,15 +27,15 @@ _TF_CONFIG_ADVICE = (
 )
 
 
-class Hosts(NamedTuple):
+class Workers(NamedTuple):
     """The processes of a run, and which of them this is.
 
     Attributes:
-        workers: host:port of each, if there are several; a chief of TF_CONFIG comes before its workers.
-        number: the index in workers of this process.
+        addresses: the host:port of each worker, if there are several; the chief comes first.
+        number: the place of this process in addresses; the chief has number 0.
     """
 
-    workers: tuple[str, ...] = ("this process",)
+    addresses: tuple[str, ...] = ("this process",)
     number: int = 0
 
     @property
@@ -46,14 +46,14 @@ class Hosts(NamedTuple):
     @property
     def are_several(self) -> bool:
         """Whether others have to take every step with this one."""
-        return len(self.workers) > 1
+        return len(self.addresses) > 1
 
     def name(self, number: int) -> str:
         """Returns what messages call a worker."""
-        return f"worker {number} ({self.workers[number]})"
+        return f"worker {number} ({self.addresses[number]})"
 
 
-def find_hosts(config: DistributionConfig) -> Hosts:
+def find_workers(config: DistributionConfig) -> Workers:
     """Returns the processes of the run, by TF_CONFIG where several are meant.
 
     In a SLURM step of several tasks TF_CONFIG is set here, where nobody has: TensorFlow reads it too.
@@ -63,23 +63,25 @@ def find_hosts(config: DistributionConfig) -> Hosts:
             machine's.
     """
     if config.kind not in ("auto", "multi_worker"):
-        return Hosts()
+        return Workers()
     if not os.environ.get("TF_CONFIG") and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         os.environ["TF_CONFIG"] = slurm_tf_config()
     text = os.environ.get("TF_CONFIG", "")
     # Some platforms set a TF_CONFIG without a cluster for a process that is alone; TensorFlow reads it so, too.
     if config.kind == "auto" and not (text and _parse(text).get("cluster")):
-        return Hosts()
-    hosts = read_tf_config(text)
+        return Workers()
+    workers = read_tf_config(text)
     if "chief" in _parse(text)["cluster"]:
-        os.environ["TF_CONFIG"] = _tf_config_of(hosts)  # TensorFlow would number its workers from 0 besides the chief.
-    if hosts.are_several and config.gpus is not None:
+        os.environ["TF_CONFIG"] = _tf_config_of(
+            workers
+        )  # TensorFlow would number its workers from 0 besides the chief.
+    if workers.are_several and config.gpus is not None:
         raise UserError(
-            f"distribution.gpus={list(config.gpus)} does not go with the {len(hosts.workers)} workers of TF_CONFIG, "
-            "each of which uses all GPUs it sees; leave it out and set CUDA_VISIBLE_DEVICES on each, or choose "
-            "distribution.kind='gpu' to use this machine alone."
+            f"distribution.gpus={list(config.gpus)} cannot be used with the {len(workers.addresses)} workers of "
+            "TF_CONFIG: each worker uses all GPUs it sees. Leave it out and set CUDA_VISIBLE_DEVICES on each worker, "
+            "or choose distribution.kind='gpu' to use only this machine."
         )
-    return hosts
+    return workers
 
 
 def slurm_tf_config() -> str:
@@ -117,7 +119,7 @@ def slurm_tf_config() -> str:
             f"{_slurm_values('SLURMD_NODENAME', 'SLURM_LOCALID')} is none of the tasks that SLURM_STEP_NODELIST and "
             f"SLURM_STEP_TASKS_PER_NODE tell of, {', '.join(workers)}. {_SLURM_ADVICE}"
         )
-    return _tf_config_of(Hosts(tuple(workers), workers.index(own)))
+    return _tf_config_of(Workers(tuple(workers), workers.index(own)))
 
 
 def _slurm_number(name: str) -> int:
@@ -133,7 +135,7 @@ def _slurm_values(*names: str) -> str:
     )
 
 
-def read_tf_config(text: str | None) -> Hosts:
+def read_tf_config(text: str | None) -> Workers:
     """Reads TF_CONFIG, the environment variable that tells a worker who it is and where the others are.
 
     Raises:
@@ -168,28 +170,28 @@ def read_tf_config(text: str | None) -> Hosts:
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(own):
         allowed = f"a number from 0 to {len(own) - 1}" if own else f"that of a {task['type']} in the cluster"
         raise UserError(f"TF_CONFIG: task.index={_start_of(index)} must be {allowed}. {_TF_CONFIG_ADVICE}")
-    return Hosts(workers, index if task["type"] == "chief" else len(chiefs) + index)
+    return Workers(workers, index if task["type"] == "chief" else len(chiefs) + index)
 
 
-def _tf_config_of(hosts: Hosts) -> str:
-    return json.dumps({"cluster": {"worker": hosts.workers}, "task": {"type": "worker", "index": hosts.number}})
+def _tf_config_of(workers: Workers) -> str:
+    return json.dumps({"cluster": {"worker": workers.addresses}, "task": {"type": "worker", "index": workers.number}})
 
 
-def describe_loss(message: str, hosts: Hosts) -> str | None:
+def describe_loss(message: str, workers: Workers) -> str | None:
     """Returns which workers were lost, and why, by an error of TensorFlow's collectives; None if it tells of none.
 
     Args:
         message: of the error. A worker that learned of the loss from another one quotes that one's message, so what is
             nested deepest, and comes last, is the origin.
-        hosts: of the run.
+        workers: the workers of the run.
     """
-    if not hosts.are_several:
+    if not workers.are_several:
         return None
     _, is_listed, listed = message.rpartition("tasks are unhealthy")
     found = _TASK.findall(listed) if is_listed else _REMOTE_TASK.findall(message)[-1:] or _TASK_DOWN.findall(message)
     if not found and "coordination" in message.lower():
         found = ["0"]  # The service that counts heartbeats runs in the first worker.
-    lost = sorted({int(number) for number in found if int(number) < len(hosts.workers)})
+    lost = sorted({int(number) for number in found if int(number) < len(workers.addresses)})
     if not lost and "Collective ops is aborted" not in message:
         return None
     reasons = _REASON.findall(message)
@@ -198,8 +200,8 @@ def describe_loss(message: str, hosts: Hosts) -> str | None:
     else:
         reason = f"broke its connection ({reasons[-1].split('. ')[0].strip()})" if reasons else "broke its connection"
     return (
-        f"{' and '.join(map(hosts.name, lost)) or 'another worker'} {reason}. See its own last lines, and whether its "
-        "process was killed, for want of memory for example, or stopped."
+        f"{' and '.join(map(workers.name, lost)) or 'another worker'} {reason}. See its own last lines, and whether "
+        "its process was killed, for want of memory for example, or stopped."
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
-from trainer.config import Config, UserError, load_config, rows_per_replica
+from trainer.config import Config, UserError, examples_per_replica, load_config
 from trainer.distributed.strategy import make_strategy
 from trainer.training.run_folder import build_gpt
 from trainer.training.step import TrainingStep
@@ -25,7 +25,7 @@ def lower_step(config: Config, vocabulary_size: int, num_replicas: int) -> bytes
     Raises:
         UserError: the batch cannot be spread over that many replicas, or the size of a micro-batch is not a number.
     """
-    train, rows = config.train, rows_per_replica(config, num_replicas)
+    train, rows = config.train, examples_per_replica(config, num_replicas)
     if train.micro_batch_size == "auto":
         raise UserError(
             "train.micro_batch_size='auto' is found on the device itself; give the number to compile for, such as "

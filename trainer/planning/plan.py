@@ -13,7 +13,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from trainer.config import CharConfig, Config, ModelConfig, UserError, rows_per_replica
+from trainer.config import CharConfig, Config, ModelConfig, UserError, examples_per_replica
 from trainer.execution import execution_of
 from trainer.hardware.devices import Target, cpu, known_targets
 from trainer.planning.compiler import DoesNotFit, compile_step, largest_that_fits
@@ -212,7 +212,7 @@ def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> 
     at_peak, train = tokens_per_sec_at_peak(config, vocabulary_size, target), config.train
     if at_peak is None or target.device.bytes_per_sec is None:
         return None
-    rows = rows_per_replica(config, target.num_devices)
+    rows = examples_per_replica(config, target.num_devices)
     micro = train.fixed_micro_batch_size() or rows
     dtype_bytes = DTYPE_BYTES[COMPUTE_DTYPES[train.precision]]
     weights_bytes = 4.0 * count_parameters(config, vocabulary_size)
@@ -290,7 +290,7 @@ def print_compiled(config: Config, vocabulary_size: int | None, target: Target |
     vocabulary_size = find_vocabulary_size(config, vocabulary_size)
     if target is None or target.device.name == "cpu":
         raise UserError(f"--compile needs a --target that is a TPU or GPUs; {known_targets()}")
-    rows = rows_per_replica(config, target.num_devices)
+    rows = examples_per_replica(config, target.num_devices)
     own, memory_bytes = config.train.fixed_micro_batch_size() or rows, target.device.memory_bytes
 
     def fits(micro_batch_size: int) -> bool:
@@ -378,7 +378,7 @@ def _data_lines(config: Config) -> Iterator[str]:
 
 
 def _memory_lines(config: Config, vocabulary_size: int, target: Target) -> Iterator[str]:
-    rows, train = rows_per_replica(config, target.num_devices), config.train
+    rows, train = examples_per_replica(config, target.num_devices), config.train
     own = execution_of(config, target.num_devices, _is_cpu(target)).micro_batch_size
     there_is = target.device.memory_bytes
 

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, rows_per_replica
+from trainer.config import Config, examples_per_replica
 from trainer.data.batches import evaluation_batches
 from trainer.data.coverage import TextBytes, coverage_of
 from trainer.data.shards import PreparedData, Split
@@ -83,7 +83,7 @@ class Evaluator:
         self.strategy = strategy
         self.prepared = prepared
         self.config = config
-        self._rows = rows_per_replica(config, strategy.num_replicas_in_sync)
+        self._rows = examples_per_replica(config, strategy.num_replicas_in_sync)
         text_bytes = TextBytes(prepared)
         parts = prepared.parts("validation")
         self._bytes_of_token = text_bytes.of_token

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, SamplesConfig, UserError, quoted, rows_per_replica
+from trainer.config import Config, SamplesConfig, UserError, examples_per_replica, quoted
 from trainer.data.batches import num_examples, training_batches
 from trainer.data.batches import total_steps as count_steps
 from trainer.data.coverage import TextBytes
@@ -29,13 +29,13 @@ from trainer.distributed.strategy import (
     describe_devices,
     device_kind,
     device_names,
-    devices_of_this_host,
+    devices_of_this_worker,
     distributed,
     find_devices,
     make_strategy,
     share_cores,
 )
-from trainer.distributed.workers import Hosts, describe_loss, find_hosts
+from trainer.distributed.workers import Workers, describe_loss, find_workers
 from trainer.model.gpt import GPT
 from trainer.planning.plan import tokens_per_sec_at_peak
 from trainer.system.process import call_in_new_process
@@ -65,7 +65,7 @@ class TrainingResult(NamedTuple):
     tells_stories: bool
     model: keras.Model
     step: int
-    was_interrupted: bool
+    is_stopped: bool
     evaluation: Evaluation | None
     samples: dict[str, str]
     best_step: int | None = None
@@ -80,13 +80,15 @@ def start(
         UserError: a setting, the text or the folder is not right, or workers do not agree.
     """
     say = print_line if say is print else say
-    hosts = find_hosts(config.distribution)
+    workers = find_workers(config.distribution)
     find_run(config, or_resume)  # First: what is refused should leave nothing behind, not even for a moment.
-    with _held(locate(config.run_folder), hosts, say):
-        return _start(config, hosts, build_model, say, or_resume)
+    with _held(locate(config.run_folder), workers, say):
+        return _start(config, workers, build_model, say, or_resume)
 
 
-def _start(config: Config, hosts: Hosts, build_model: BuildModel | None, say: Say, or_resume: bool) -> TrainingResult:
+def _start(
+    config: Config, workers: Workers, build_model: BuildModel | None, say: Say, or_resume: bool
+) -> TrainingResult:
     # All hosts find the same: the first one makes the folder after all have met.
     run = find_run(config, or_resume)
     if run is not None:
@@ -95,32 +97,32 @@ def _start(config: Config, hosts: Hosts, build_model: BuildModel | None, say: Sa
     def find_data(prepare: Callable[[Config, Say], PreparedData]) -> PreparedData:
         return prepare(config, say) if run is None else run.prepared(lambda: prepare(config, say))
 
-    if not hosts.are_several:
-        strategy = open_devices(config, hosts, say)
-        rows_per_replica(config, strategy.num_replicas_in_sync)
+    if not workers.are_several:
+        strategy = open_devices(config, workers, say)
+        examples_per_replica(config, strategy.num_replicas_in_sync)
         prepared = find_data(prepare)
         if run is not None:
             tell_of_changed_text(config, prepared, say, text_fingerprint)
         run = run or RunFolder.begin(config, prepared, build_model)
-        return train(run, hosts, strategy, prepared, build_model, say)
+        return train(run, workers, strategy, prepared, build_model, say)
 
     def make_or_open() -> RunFolder:
-        if hosts.is_chief and run is None:
+        if workers.is_chief and run is None:
             RunFolder.begin(config, prepared, build_model)
         return RunFolder.of(config)
 
-    rows_per_replica(config, count_replicas_of(hosts))
-    say = say if hosts.is_chief else _be_silent
-    with Meeting(hosts) as meeting:
+    examples_per_replica(config, count_replicas_of(workers))
+    say = say if workers.is_chief else _be_silent
+    with Meeting(workers) as meeting:
         meeting.agree(fingerprints(config, build_model))
-        # Hosts that share the folder find there what the first one prepared, and need no locks of their file system.
+        # Workers that share the folder find there what the first one prepared, and need no locks of their file system.
         prepared = meeting.in_turn(lambda: find_data(prepare_in_a_process_of_its_own))
         meeting.agree({"the prepared data": prepared.fingerprint})
-        if hosts.is_chief and run is not None:
+        if workers.is_chief and run is not None:
             tell_of_changed_text(config, prepared, say, functools.partial(call_in_new_process, text_fingerprint))
         opened = meeting.in_turn(make_or_open)
         meeting.agree(what_is_there(opened, None))
-    return _train_together(opened, hosts, prepared, build_model, say)
+    return _train_together(opened, workers, prepared, build_model, say)
 
 
 def resume(
@@ -138,43 +140,43 @@ def resume(
     say = print_line if say is print else say
     run_folder, step = run_and_step(run_folder, step)
     run = RunFolder(run_folder, overrides)
-    hosts = find_hosts(run.config.distribution)
-    with _held(run.path, hosts, say):
+    workers = find_workers(run.config.distribution)
+    with _held(run.path, workers, say):
         run = RunFolder(run_folder, overrides)  # As it is now that nobody else can change it.
         run.check_model(build_model)
-        if hosts.are_several:
-            say = say if hosts.is_chief else _be_silent
-            with Meeting(hosts) as meeting:
+        if workers.are_several:
+            say = say if workers.is_chief else _be_silent
+            with Meeting(workers) as meeting:
                 meeting.agree(fingerprints(run.config, build_model))
                 prepared = run.prepared()
                 meeting.agree(what_is_there(run, step))
-            return _train_together(run, hosts, prepared, build_model, say, step)
-        strategy = open_devices(run.config, hosts, say)
-        return train(run, hosts, strategy, run.prepared(), build_model, say, step)
+            return _train_together(run, workers, prepared, build_model, say, step)
+        strategy = open_devices(run.config, workers, say)
+        return train(run, workers, strategy, run.prepared(), build_model, say, step)
 
 
-def _held(folder: Location, hosts: Hosts, say: Say) -> contextlib.AbstractContextManager[None]:
+def _held(folder: Location, workers: Workers, say: Say) -> contextlib.AbstractContextManager[None]:
     """Holds the run's folder for its first host, from before it is made until the last checkpoint is written."""
-    return only_run_in(folder, say) if hosts.is_chief else contextlib.nullcontext()
+    return only_run_in(folder, say) if workers.is_chief else contextlib.nullcontext()
 
 
 def _train_together(
     run: RunFolder,
-    hosts: Hosts,
+    workers: Workers,
     prepared: PreparedData,
     build_model: BuildModel | None,
     say: Say,
     step: Step | None = None,
 ) -> TrainingResult:
-    with _telling_of_lost_workers(run, hosts):
-        return train(run, hosts, open_devices(run.config, hosts, say), prepared, build_model, say, step)
+    with _telling_of_lost_workers(run, workers):
+        return train(run, workers, open_devices(run.config, workers, say), prepared, build_model, say, step)
 
 
-def open_devices(config: Config, hosts: Hosts, say: Say) -> tf.distribute.Strategy:
+def open_devices(config: Config, workers: Workers, say: Say) -> tf.distribute.Strategy:
     """Returns the strategy of a run, and says on what it computes. Call it before TensorFlow computes anything."""
-    share_cores(config, hosts)
+    share_cores(config, workers)
     strategy = make_strategy(config.distribution)
-    for line in describe_devices(strategy, config.distribution, hosts):
+    for line in describe_devices(strategy, config.distribution, workers):
         say(line)
     return strategy
 
@@ -189,7 +191,7 @@ def fingerprints(config: Config, build_model: BuildModel | None) -> dict[str, st
         "the version of trainer": __version__,
         "the version of TensorFlow": tf.__version__,
         "the version of Keras": keras.__version__,
-        "what each computes on": devices_of_this_host(),
+        "what each computes on": devices_of_this_worker(),
         "the function that builds the model": "trainer's own" if build_model is None else _name_of(build_model),
     } | settings
 
@@ -237,12 +239,12 @@ def _be_silent(_: str) -> None:
 
 
 @contextlib.contextmanager
-def _telling_of_lost_workers(run: RunFolder, hosts: Hosts) -> Iterator[None]:
+def _telling_of_lost_workers(run: RunFolder, workers: Workers) -> Iterator[None]:
     """Says which worker was lost, if that is what an error of TensorFlow tells."""
     try:
         yield
     except tf.errors.OpError as error:
-        loss = describe_loss(error.message, hosts)
+        loss = describe_loss(error.message, workers)
         if loss is None:
             raise
         advice = f"Then start all workers again with: trainer train --resume {quoted(run.path)}"
@@ -265,7 +267,7 @@ def _telling_of_memory(run: RunFolder) -> Iterator[None]:
 
 def train(
     run: RunFolder,
-    hosts: Hosts,
+    workers: Workers,
     strategy: tf.distribute.Strategy,
     prepared: PreparedData,
     build_model: BuildModel | None,
@@ -286,10 +288,10 @@ def train(
             model = make_model(build_model, config, prepared.vocabulary_size, prepared.bos_id)
         step_function = TrainingStep(config, total_steps, model, strategy)
         if config.train.micro_batch_size == "auto":
-            config = settle_micro_batch(run, hosts, step_function, say)
+            config = settle_micro_batch(run, workers, step_function, say)
         checkpoints = run.checkpoints(say)
         step = restore(step_function, run.checkpoint(checkpoints, from_step))
-        if hosts.is_chief:
+        if workers.is_chief:
             run.write_config_file()
             run.keep_place_of(prepared)
             run.check_first_batch(hash_of_first_batch(prepared, config, total_steps), say)
@@ -313,7 +315,7 @@ def train(
         ):
             say(f"warning: {remark}")
         at_peak = find_peak(config, model, prepared.vocabulary_size, strategy, say)
-        monitor = make_monitor(run, prepared, step, at_peak, say) if hosts.is_chief else Silence()
+        monitor = make_monitor(run, prepared, step, at_peak, say) if workers.is_chief else Silence()
         batches = iter(
             # Endless, though nobody reads that far: else hosts would ask each other before every step whether there is
             # another batch.
@@ -323,10 +325,10 @@ def train(
 
     def is_asked_to_stop() -> bool:
         # Several hosts have to agree on the last step, and do so within it.
-        return not hosts.are_several and bool(step_function.stop_requested.numpy())
+        return not workers.are_several and bool(step_function.stop_requested.numpy())
 
     def save_now(step: int) -> None:
-        if hosts.is_chief:
+        if workers.is_chief:
             with spent.on("checkpoint"), monitor.doing(step, "saving"):
                 save(checkpoints, step_function, run)
 
@@ -337,7 +339,7 @@ def train(
         if score is None:
             return False
         monitor.evaluation(step, score)
-        return keep_score(run, hosts, step, score.loss, scores, monitor.say)
+        return keep_score(run, workers, step, score.loss, scores, monitor.say)
 
     ends = (total_steps, *config.profile.ends())
     cadences = (
@@ -378,7 +380,7 @@ def train(
                     is_best = evaluate(step)
                     if is_best and not is_saved:
                         save_now(step)
-                if is_due(step, config.samples.every_steps) and step < total_steps and hosts.is_chief:
+                if is_due(step, config.samples.every_steps) and step < total_steps and workers.is_chief:
                     with spent.on("sample"), monitor.doing(step, "sampling"):
                         samples = write_samples(generator, config.samples, monitor.say, is_asked_to_stop)
                         monitor.samples(step, samples)
@@ -408,23 +410,23 @@ def train(
         if (num_batches := config.evaluation.num_batches) is not None:
             with spent.on("evaluate"):  # The scores so far are of a sample of the text: compare with the same.
                 of_sample = evaluator(num_batches)
-        keep_score(run, hosts, step, of_sample.loss, scores, monitor.say)
+        keep_score(run, workers, step, of_sample.loss, scores, monitor.say)
         with spent.on("sample"), monitor.doing(step, "sampling"):
-            samples = write_samples(generator, config.samples, monitor.say) if hosts.is_chief else {}
+            samples = write_samples(generator, config.samples, monitor.say) if workers.is_chief else {}
         monitor.samples(step, samples)
-        if hosts.is_chief:
+        if workers.is_chief:
             run.keep_result(step, evaluation, samples, say)
     say(f"Time: {spent}")
     best_step = checkpoints.best_step()
     return TrainingResult(str(run.path), config.data.is_storybook(), model, step, False, evaluation, samples, best_step)
 
 
-def keep_score(run: RunFolder, hosts: Hosts, step: int, loss: float, scores: dict[int, float], say: Say) -> bool:
+def keep_score(run: RunFolder, workers: Workers, step: int, loss: float, scores: dict[int, float], say: Say) -> bool:
     """Keeps a validation loss in the run's folder; returns whether it is the best so far, and says if it is not.
 
     Args:
         run: the run.
-        hosts: of which the first writes.
+        workers: the workers, of which the chief writes.
         step: steps taken so far.
         loss: nats per token.
         scores: the losses so far by step, which this one is added to.
@@ -440,7 +442,7 @@ def keep_score(run: RunFolder, hosts: Hosts, step: int, loss: float, scores: dic
             f"step {step}: the validation loss has risen above its best, {scores[best]:.4f} at step {best}. That "
             f"checkpoint is kept: trainer generate {quoted(run.path)} --step best"
         )
-    if hosts.is_chief:
+    if workers.is_chief:
         try:
             run.keep_scores(scores)
         except UserError as error:
@@ -459,13 +461,13 @@ def steps_until_due(step: int, ends: Sequence[int], cadences: Sequence[int | Non
     return min(left + [every - step % every for every in cadences if every is not None])
 
 
-def settle_micro_batch(run: RunFolder, hosts: Hosts, step_function: TrainingStep, say: Say) -> Config:
+def settle_micro_batch(run: RunFolder, workers: Workers, step_function: TrainingStep, say: Say) -> Config:
     """Finds the micro-batch that the devices have memory for; returns the run's config with it, and keeps it there."""
     fit_micro_batch(step_function, say)
     size = step_function.micro_batch_size
     say(f"train.micro_batch_size='auto' comes to {size} of a replica's {step_function.rows_per_replica} examples.")
     run.config = run.config.with_micro_batch_size(size)
-    if hosts.is_chief:
+    if workers.is_chief:
         run.keep_micro_batch_size(size)
     return run.config
 
