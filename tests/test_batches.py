@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import MIXTURE_EXAMPLES, UserError, make_config
+from trainer.config import MIXTURE_EXAMPLES
+from trainer.config_file import make_config
 from trainer.data.batches import (
     Share,
     Window,
@@ -23,6 +24,7 @@ from trainer.data.batches import (
 )
 from trainer.data.prepare import prepare
 from trainer.data.shards import num_examples
+from trainer.errors import UserError
 
 WORDS = ["sun", "moon", "star", "tree", "river", "stone", "bird", "fish", "wolf", "bear"]
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from trainer.cli import main
-from trainer.config import Config, UserError, make_config
+from trainer.config import Config
+from trainer.config_file import make_config
 from trainer.data import beam
 from trainer.data.beam import prepare_with_beam
 from trainer.data.prepare import prepare
+from trainer.errors import UserError
 from trainer.system.storage import locate
 from trainer.version import __version__
 
@@ -245,7 +247,7 @@ def test_a_worker_process_that_is_killed_ends_the_pipeline(handler, tmp_path):
         "prepare_with_beam(config_for(Path(sys.argv[1]), 'byte'), ['--direct_num_workers=2'])"
     )
     assert run_python(program, tmp_path).stderr.strip().split("\n")[-1] == (
-        "trainer.config.UserError: Apache Beam: Worker subprocess exited with return code 137. If that was for want of "
+        "trainer.errors.UserError: Apache Beam: Worker subprocess exited with return code 137. If that was for want of "
         "memory, have fewer: -- --direct_num_workers=1"
     )
     assert list((tmp_path / "prepared").iterdir()) == []

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import UserError
+from trainer.errors import UserError
 from trainer.system.storage import sealed
 from trainer.training import checkpoint as module
 from trainer.training.checkpoint import FORMAT, Checkpoint, Checkpoints, assign

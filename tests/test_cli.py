@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trainer.cli import main
-from trainer.config import make_config
+from trainer.config_file import make_config
 from trainer.system.storage import sealed
 from trainer.training.run_folder import FORMAT
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-import trainer.config
-from trainer.config import Config, Section, UserError, json_schema, load_config, make_config, setting_names
+import trainer.config_file
+from trainer.config import Config, Section
+from trainer.config_file import json_schema, load_config, make_config, setting_names
+from trainer.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"run_folder": "runs/x", "train": {"precision": "float32", "total_steps": 10}}
@@ -760,18 +762,18 @@ def _is_section(kind: type, section: str) -> bool:
         kind is Config
         if not section
         else section in kind.__name__.lower()
-        or (section == "tokenizer" and kind in trainer.config._sections(trainer.config.TokenizerConfig))
+        or (section == "tokenizer" and kind in trainer.config_file._sections(trainer.config_file.TokenizerConfig))
     )
 
 
 def test_config_is_read_without_tensorflow():
-    program = "import sys, trainer, trainer.config; trainer.load_config('configs/quickstart.toml'); print(*sys.modules)"
+    program = "import sys, trainer; trainer.load_config('configs/quickstart.toml'); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"tensorflow", "keras", "numpy"} & set(loaded.stdout.split())
 
 
 def test_shipped_schema_is_current():
-    command = "python -c 'import trainer.config as c; print(c.json_schema(), end=\"\")' > configs/schema.json"
+    command = "python -c 'import trainer.config_file as c; print(c.json_schema(), end=\"\")' > configs/schema.json"
     assert (ROOT / "configs/schema.json").read_text(encoding="utf-8") == json_schema(), f"write it anew: {command}"
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from trainer.config import DataConfig, UserError
+from trainer.config import DataConfig
 from trainer.data.text import open_source
+from trainer.errors import UserError
 
 
 def documents(**settings):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import UserError
+from trainer.errors import UserError
 from trainer.hardware import devices
 from trainer.hardware.devices import (
     GPUS,

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from trainer import execution
-from trainer.config import make_config
+from trainer.config_file import make_config
 from trainer.data.batches import evaluation_batches
 from trainer.data.coverage import TextBytes
 from trainer.data.prepare import prepare

@@ -6,11 +6,12 @@ import secrets
 
 import pytest
 
-from trainer.config import DataConfig, UserError
+from trainer.config import DataConfig
 from trainer.data import files, text
 from trainer.data.files import parts_of, read_documents
 from trainer.data.formats import is_json_lines
 from trainer.data.text import open_source
+from trainer.errors import UserError
 from trainer.system.storage import locate
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import ModelConfig, SamplesConfig, UserError
+from trainer.config import ModelConfig, SamplesConfig
 from trainer.data.tokenizer import ByteTokenizer, CharTokenizer, WordPieceTokenizer
 from trainer.data.vocabulary import SPECIAL_TOKENS
 from trainer.decoding.decoder import DECODERS, Decoder
 from trainer.decoding.generate import Generator
+from trainer.errors import UserError
 from trainer.model import cpu
 from trainer.model.gpt import GPT
 

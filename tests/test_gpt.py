@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import ModelConfig, load_config
+from trainer.config import ModelConfig
+from trainer.config_file import load_config
 from trainer.model.gpt import GPT, DropoutDraw, document_starts, dropout
 from trainer.model.normalization import NORM_EPSILON
 

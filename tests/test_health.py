@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import UserError
+from trainer.errors import UserError
 from trainer.system.signals import EXIT_STOPPED
 from trainer.training import health
 from trainer.training.health import (

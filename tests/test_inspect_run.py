@@ -12,7 +12,8 @@ import pytest
 
 from trainer.cli import main
 from trainer.commands.inspect_run import document
-from trainer.config import Config, make_config
+from trainer.config import Config
+from trainer.config_file import make_config
 from trainer.data.coverage import Lengths, lengths_of
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData

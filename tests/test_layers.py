@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "trainer"
 # From the bottom up: modules, or packages that stand for all their modules.
 ROOMS = (
     "trainer.version",
+    "trainer.errors",
     "trainer.config",
     "trainer.config_file",
     "trainer.system",
@@ -73,7 +74,6 @@ KNOWN = {
     "trainer.planning.compile_hlo -> jaxlib.mlir",
     "trainer.planning.compile_hlo -> numpy",
     "trainer.planning.plan -> trainer.data.shards",
-    "trainer.system.fork -> trainer.config",
     "trainer.system.signals -> multiprocessing",
     "trainer.system.terminal -> trainer.hardware.devices",
     "trainer.training.loop -> trainer.planning.plan",

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from trainer.config import UserError, make_config
+from trainer.config_file import make_config
+from trainer.errors import UserError
 from trainer.planning.lower import lower_step, main
 
 CONFIG = """

@@ -15,8 +15,9 @@ import tensorflow as tf
 
 import trainer
 import trainer.training.step as step_module
-from trainer.config import UserError, load_config, make_config
+from trainer.config_file import load_config, make_config
 from trainer.distributed.strategy import make_strategy
+from trainer.errors import UserError
 from trainer.model.gpt import GPT
 from trainer.training import loop
 from trainer.training.micro_batch import first_that_fits, fit_micro_batch
@@ -29,7 +30,7 @@ RUN = """
 import json, os, sys
 import test_memory
 import trainer.training.step as step_module
-from trainer.config import make_config
+from trainer.config_file import make_config
 from trainer.training import loop
 step_module.forward_backward = test_memory.limited(int(os.environ["LIMIT"]))
 loop.start(make_config(json.loads(sys.argv[1])))

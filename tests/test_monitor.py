@@ -13,7 +13,9 @@ import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
-from trainer.config import ProfileConfig, SamplesConfig, UserError, make_config
+from trainer.config import ProfileConfig, SamplesConfig
+from trainer.config_file import make_config
+from trainer.errors import UserError
 from trainer.system.terminal import printable
 from trainer.training.evaluation import Evaluation
 from trainer.training.monitor import EventLog, Interval, Meter, Monitor, literal

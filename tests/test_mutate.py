@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-import trainer.config
-from trainer.config import UserError
+import trainer.config_file
+from trainer.errors import UserError
 
 SAMPLE_SECS = 20
 PROGRAM = Path(__file__).parents[1] / "scripts" / "mutate"
@@ -91,7 +91,7 @@ def test_what_trainer_should_not_do_is_a_fault(
         lab.trainer("plan", "config.toml", statuses=(0, 2))
         return True
 
-    monkeypatch.setattr(trainer.config, "load_config", what_trainer_does)
+    monkeypatch.setattr(trainer.config_file, "load_config", what_trainer_does)
     monkeypatch.setitem(mutate.KINDS, "planted", case)
     monkeypatch.setattr(mutate, "HANG_SECS", 0.5 if fault.startswith("Hang") else 60.0)
     with capfd.disabled():

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
-from trainer.config import Config, UserError, load_config, make_config
+from trainer.config import Config
+from trainer.config_file import load_config, make_config
 from trainer.data.prepare import prepare
 from trainer.distributed.strategy import make_strategy
+from trainer.errors import UserError
 from trainer.execution import execution_of
 from trainer.hardware.devices import Device, Target, cpu, parse_target
 from trainer.model.attention import BLOCK, RECOMPUTED_BLOCK

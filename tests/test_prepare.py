@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.config import Config, UserError, load_config, make_config
+from trainer.config import Config
+from trainer.config_file import load_config, make_config
 from trainer.data.batches import total_steps
 from trainer.data.prepare import prepare
 from trainer.data.shards import (
@@ -25,6 +26,7 @@ from trainer.data.shards import (
 )
 from trainer.data.text import is_held_out
 from trainer.data.tokenizer import CharTokenizer
+from trainer.errors import UserError
 
 LINES = [f"line {i}" + " of text" * (i % 7) for i in range(500)]
 
@@ -635,7 +637,7 @@ def test_a_full_disk_is_an_error_naming_the_folder_and_leaves_nothing(tmp_path):
     config_for(tmp_path, "some text\n" * 30_000 + "\n".join(LINES))
     child = run_python(program, str(tmp_path))
     assert child.stderr.strip().split("\n")[-1] == (
-        f"trainer.config.UserError: data.prepared_folder='{tmp_path}/prepared': cannot be written: File too large. "
+        f"trainer.errors.UserError: data.prepared_folder='{tmp_path}/prepared': cannot be written: File too large. "
         "Raise the limit on a file's size (ulimit -f), or use a file system that takes larger files, or name another "
         "folder; nothing half-written is left."
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import trainer
-from trainer.config import UserError
+from trainer.errors import UserError
 from trainer.system.fork import check_not_forked
 from trainer.system.process import call_in_new_process, describe_end
 

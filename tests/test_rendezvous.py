@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from trainer.config import UserError
 from trainer.distributed import rendezvous as meeting
 from trainer.distributed.rendezvous import Meeting, meeting_secs
 from trainer.distributed.workers import Workers, split_address
+from trainer.errors import UserError
 
 
 def meet(workers, number, facts, timeout_secs=10.0):

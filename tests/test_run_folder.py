@@ -17,10 +17,12 @@ import pytest
 import trainer
 from trainer.cli import _how_to_go_on as how_to_go_on
 from trainer.cli import main
-from trainer.config import Config, UserError, load_config, make_config
+from trainer.config import Config
+from trainer.config_file import load_config, make_config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.data.tokenizer import CharTokenizer
+from trainer.errors import UserError
 from trainer.system.storage import locate
 from trainer.training.evaluation import Evaluation
 from trainer.training.run_folder import RunFolder, build_gpt, check_is_free, find_run, model_name, run_and_step
@@ -764,7 +766,7 @@ START = """
 import os, sys
 from pathlib import Path
 import keras, tensorflow
-from trainer.config import UserError
+from trainer.errors import UserError
 sys.path.insert(0, sys.argv[1])
 import test_run
 from trainer.data.prepare import prepare

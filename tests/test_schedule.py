@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 
-from trainer.config import OptimizerConfig, UserError, make_config
+from trainer.config import OptimizerConfig
+from trainer.config_file import make_config
+from trainer.errors import UserError
 from trainer.training.schedule import learning_rate
 
 

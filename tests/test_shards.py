@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.config import UserError, make_config
+from trainer.config_file import make_config
 from trainer.data.prepare import prepare
 from trainer.data.shards import (
     PreparedData,
@@ -20,6 +20,7 @@ from trainer.data.shards import (
     token_dtype,
 )
 from trainer.data.tokenizer import CharTokenizer
+from trainer.errors import UserError
 
 
 def prepared_lines(folder: Path, name: str = "text.txt") -> PreparedData:

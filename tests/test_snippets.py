@@ -23,9 +23,10 @@ import pytest
 import tomli_w
 
 import trainer
-import trainer.config
+import trainer.config_file
 from trainer import cli
-from trainer.config import load_config, make_config, setting_names
+from trainer.config import examples_per_replica
+from trainer.config_file import load_config, make_config, setting_names
 from trainer.data.text import open_source
 from trainer.hardware.devices import parse_target
 
@@ -161,7 +162,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (simplebooks / name).touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(trainer.config, "SHIPPED_CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(trainer.config_file, "SHIPPED_CONFIGS", tmp_path / "configs")
     return tmp_path
 
 
@@ -176,7 +177,7 @@ def check_trainer(words: list[str]) -> None:
     if run is not None:
         # What `train --resume RUN x=y` reads as a config is an override, too.
         overrides += [word for word in [getattr(options, "config", None)] if word]
-        trainer.config.check_resumable(overrides)
+        trainer.config_file.check_resumable(overrides)
         make_config(SMALLEST, overrides)
     elif getattr(options, "config", None) is not None:
         config = load_config(options.config, overrides)
@@ -221,7 +222,7 @@ def check_launch(words: list[str]) -> None:
     assert words[0] == "-n" and words[2] == "trainer"
     check_trainer(words[3:])
     config = load_config(words[4], words[5:])
-    trainer.config.examples_per_replica(config, int(words[1]))
+    examples_per_replica(config, int(words[1]))
 
 
 def check_kubernetes(words: list[str]) -> None:

@@ -9,8 +9,10 @@ import pytest
 import tensorflow as tf
 from tensorflow.python.eager import context
 
-from trainer.config import UserError, examples_per_replica, make_config
+from trainer.config import examples_per_replica
+from trainer.config_file import make_config
 from trainer.distributed.strategy import make_strategy
+from trainer.errors import UserError
 from trainer.model.gpt import GPT, DropoutDraw
 from trainer.training.step import (
     LossScale,

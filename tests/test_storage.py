@@ -12,9 +12,10 @@ import pytest
 import tensorflow as tf
 
 import trainer
-from trainer.config import UserError, make_config
+from trainer.config_file import make_config
 from trainer.data.batches import evaluation_batches, training_batches
 from trainer.data.prepare import fetch, prepare
+from trainer.errors import UserError
 from trainer.system.storage import Url, copy_folder, locate, on_disk, place_on_disk, remove_folder
 from trainer.training import loop
 from trainer.training.run_folder import RunFolder

@@ -7,7 +7,8 @@ import textwrap
 import pytest
 import tensorflow as tf
 
-from trainer.config import DistributionConfig, UserError, load_config, make_config
+from trainer.config import DistributionConfig
+from trainer.config_file import load_config, make_config
 from trainer.distributed import strategy as distribution
 from trainer.distributed.strategy import (
     describe_devices,
@@ -18,6 +19,7 @@ from trainer.distributed.strategy import (
     share_cores,
 )
 from trainer.distributed.workers import Workers
+from trainer.errors import UserError
 from trainer.execution import micro_batches
 from trainer.hardware.devices import describe_cpu, parse_target
 
@@ -127,7 +129,7 @@ def test_two_parts_at_once_share_the_cores_of_a_cpu(settings, num_workers, threa
 def test_a_process_that_has_used_tensorflow_keeps_its_threads():
     program = """
         import tensorflow as tf
-        from trainer.config import make_config
+        from trainer.config_file import make_config
         from trainer.distributed.strategy import make_strategy, share_cores
         from trainer.distributed.workers import Workers
         config = make_config({

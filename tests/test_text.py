@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import SHIPPED_CONFIGS, DataConfig, UserError, load_config, make_config
+from trainer.config import DataConfig
+from trainer.config_file import SHIPPED_CONFIGS, load_config, make_config
 from trainer.data import files
 from trainer.data.files import SIMPLEBOOKS_URL, find_files, parts_of
 from trainer.data.text import is_held_out, open_source
+from trainer.errors import UserError
 
 CHUNK = files._READ_BYTES
 

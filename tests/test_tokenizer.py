@@ -11,15 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from trainer.config import (
-    BpeConfig,
-    BpeFileConfig,
-    ByteConfig,
-    CharConfig,
-    UserError,
-    WordPieceConfig,
-    WordPieceFileConfig,
-)
+from trainer.config import BpeConfig, BpeFileConfig, ByteConfig, CharConfig, WordPieceConfig, WordPieceFileConfig
 from trainer.data.files import read_documents
 from trainer.data.tokenizer import (
     _WORDS,
@@ -37,6 +29,7 @@ from trainer.data.vocabulary import (
     WORDPIECE_BREAKS,
     cut,
 )
+from trainer.errors import UserError
 
 # A little of everything the pretokenizer treats in its own way: ideographs, half and full width, signs that fold into
 # several characters, combining marks, no-break and ideographic spaces, format characters, emoji, text without spaces.
@@ -134,7 +127,8 @@ def test_any_word_of_seen_characters_has_tokens(every_kind):
 @pytest.mark.slow
 def test_the_vocabulary_is_the_same_in_another_process(every_kind, bpe):
     program = (
-        "import sys; from trainer.config import *; from trainer.data.tokenizer import train_tokenizer;"
+        "import sys; from trainer.config import *;"
+        "from trainer.data.tokenizer import train_tokenizer;"
         "text = sys.stdin.buffer.read().decode().split('\\n');"
         "wordpiece = train_tokenizer(WordPieceConfig(kind='wordpiece', vocabulary_size=1000), text);"
         "bpe = train_tokenizer(BpeConfig(kind='bpe', vocabulary_size=1000), text * 3);"

@@ -12,10 +12,12 @@ import tensorflow as tf
 from tensorflow.python.tpu.topology import Topology
 from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
 
-from trainer.config import DistributionConfig, UserError, make_config
+from trainer.config import DistributionConfig
+from trainer.config_file import make_config
 from trainer.distributed import strategy as distribution
 from trainer.distributed.strategy import device_kind, make_strategy
 from trainer.distributed.tpu_install import check_tpu_install
+from trainer.errors import UserError
 from trainer.execution import micro_batches
 from trainer.model.gpt import GPT
 from trainer.training.step import TrainingStep

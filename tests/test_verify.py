@@ -5,7 +5,9 @@ import pytest
 
 from trainer.commands import verify as verify_module
 from trainer.commands.verify import Trace, difference, distribution_of, names_not_finite, verify
-from trainer.config import DistributionConfig, UserError, load_config, make_config
+from trainer.config import DistributionConfig
+from trainer.config_file import load_config, make_config
+from trainer.errors import UserError
 
 
 def config_of(tmp_path, **train):

@@ -7,7 +7,8 @@ import tomllib
 import numpy as np
 import pytest
 
-from trainer.config import SHIPPED_CONFIGS, BpeConfig, UserError, WordPieceConfig, load_config, make_config
+from trainer.config import BpeConfig, WordPieceConfig
+from trainer.config_file import SHIPPED_CONFIGS, load_config, make_config
 from trainer.data.tokenizer import train_tokenizer
 from trainer.data.vocabulary import (
     BPE_BREAKS,
@@ -18,6 +19,7 @@ from trainer.data.vocabulary import (
     cut_document,
     train_wordpiece,
 )
+from trainer.errors import UserError
 
 
 def test_the_vocabulary_has_the_size_asked_for_where_the_text_offers_enough():

@@ -5,8 +5,9 @@ import os
 
 import pytest
 
-from trainer.config import DistributionConfig, UserError
+from trainer.config import DistributionConfig
 from trainer.distributed.workers import Workers, describe_loss, find_workers, read_tf_config, split_address
+from trainer.errors import UserError
 
 
 def tf_config(workers=("a:1", "b:2"), kind="worker", index=1, **more):
@@ -165,7 +166,9 @@ def test_an_error_of_the_collectives_tells_which_worker_was_lost_and_why():
 def test_gpus_of_one_machine_are_not_ignored_by_several(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", tf_config())
     for kind in ("auto", "multi_worker"):
-        with pytest.raises(UserError, match=r"distribution\.gpus=\[0, 1\] cannot be used with the 2 workers of TF_CONFIG"):
+        with pytest.raises(
+            UserError, match=r"distribution\.gpus=\[0, 1\] cannot be used with the 2 workers of TF_CONFIG"
+        ):
             find_workers(DistributionConfig(kind=kind, gpus=(0, 1)))
     # Named for this machine alone, which `make_strategy` sees to.
     assert find_workers(DistributionConfig(kind="gpu", gpus=(0, 1))) == Workers()

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from trainer.errors import UserError
 from trainer.system.fork import check_not_forked
 from trainer.system.terminal import lasting_output, quiet_import, warn
 from trainer.version import __version__
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     import keras
     import tensorflow as tf
 
-    from trainer.config import Config, UserError, load_config, make_config
+    from trainer.config import Config
+    from trainer.config_file import load_config, make_config
     from trainer.training.evaluation import Evaluation
     from trainer.training.loop import TrainingResult
 
@@ -42,10 +44,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The command watches for signals from its first instruction on, and this package is imported before that.
-    if name in ("Config", "UserError", "load_config", "make_config"):
-        from trainer import config
+    if name in ("Config", "load_config", "make_config"):
+        from trainer import config_file
 
-        return getattr(config, name)
+        return getattr(config_file, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from trainer.errors import UserError
 from trainer.system.signals import EXIT_STOPPED, STOPPING, Ending, ended_by
+from trainer.system.storage import REMEDIES, Url, locate, reason_and_remedy
 from trainer.system.terminal import (
     discard,
     lasting_errors,
@@ -65,7 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str], ending: Ending) -> int:
-    from trainer.config import UserError
 
     try:
         try:
@@ -83,8 +84,6 @@ def _run(words: list[str], ending: Ending) -> int:
         discard(sys.stdout)
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        from trainer.system.storage import REMEDIES, reason_and_remedy
-
         if error.errno not in REMEDIES:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
@@ -239,14 +238,12 @@ def _add_step(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _read_config(options: argparse.Namespace) -> "Config":
-    from trainer.config import load_config
+    from trainer.config_file import load_config
 
     return load_config(options.config, options.overrides)
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from trainer.config import UserError
-
     if options.beam_options and options.runner != "beam":
         raise UserError(
             f"-- {' '.join(options.beam_options)}: options of Apache Beam; add --runner beam before the --."
@@ -267,8 +264,6 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from trainer.config import UserError
-
     if options.resume is None and options.config is None:
         raise UserError("train needs a config, such as quickstart or your own TOML file, or --resume RUN.")
     if options.resume is not None:
@@ -322,7 +317,6 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _how_to_go_on(config: "Config") -> str:
-    from trainer.system.storage import Url, locate
     from trainer.training.run_folder import RECORD
 
     folder = locate(config.run_folder)
@@ -353,7 +347,6 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from trainer.config import UserError
     from trainer.training.run_folder import RunFolder
 
     for override in options.overrides:
@@ -388,7 +381,6 @@ def _run_of(options: argparse.Namespace) -> "tuple[str, Step | None]":
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from trainer.config import UserError
     from trainer.decoding.decoder import Decoder
     from trainer.training.run_folder import RunFolder
 
@@ -424,7 +416,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from trainer.config import UserError, whole_number
+    from trainer.config_file import whole_number
 
     config = _read_config(options)
     numbers = [whole_number(text) or 0 for text in options.replicas.split(",")]

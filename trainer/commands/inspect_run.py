@@ -13,9 +13,9 @@ import rich.console
 import rich.table
 import rich.text
 
-from trainer.config import UserError
 from trainer.data.coverage import lengths_of
 from trainer.data.shards import MANIFEST, PreparedData, Split, faults_of_files, prepared_in
+from trainer.errors import UserError
 from trainer.system.storage import Location, Url, locate, on_disk
 from trainer.system.terminal import warn
 from trainer.training.run_folder import RECORD, RunFolder, run_and_step

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, DistributionConfig, UserError, examples_per_replica
+from trainer.config import Config, DistributionConfig, examples_per_replica
 from trainer.data.batches import training_batches
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.distributed.strategy import distributed, make_strategy
+from trainer.errors import UserError
 from trainer.system.process import call_in_new_process
 from trainer.training.run_folder import build_gpt
 from trainer.training.step import TrainingStep

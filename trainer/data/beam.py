@@ -22,11 +22,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, UserError
+from trainer.config import Config
 from trainer.data.prepare import Findings, Say, Writers, encode_documents, prepare
 from trainer.data.shards import SHARD_TOKENS, PreparedData, SplitWriter, split_of
 from trainer.data.text import File, Mixture, Source, Tally
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.errors import UserError
 from trainer.system.storage import Location, Url, copy_folder, locate, on_disk, remove_folder, write_whole
 from trainer.version import __version__
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.config import Config, UserError
+from trainer.config import Config
 from trainer.data.shards import PreparedData, Shard, Split, num_examples
+from trainer.errors import UserError
 
 # A larger share of the tokens left out by lines mode is an error; the tutorial's recipe leaves out 40% of its books.
 MOST_LEFT_OUT = 0.5

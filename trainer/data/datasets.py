@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from trainer.config import UserError
+from trainer.errors import UserError
 
 PREFIX = "tfds:"
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
-from trainer.config import UserError, is_utf8, quoted
+from trainer.config_file import is_utf8
 from trainer.data.formats import (
     GZIP_MARK,
     SAMPLE_BYTES,
@@ -33,6 +33,7 @@ from trainer.data.formats import (
     fault_of_start,
     is_gzip_name,
 )
+from trainer.errors import UserError, quoted
 from trainer.system.storage import Location, Url, locate
 
 Item = TypeVar("Item")

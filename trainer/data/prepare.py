@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import BpeFileConfig, Config, DataConfig, UserError, WordPieceFileConfig
+from trainer.config import BpeFileConfig, Config, DataConfig, WordPieceFileConfig
 from trainer.data.coverage import notes_on_examples
 from trainer.data.files import Document
 from trainer.data.shards import (
@@ -42,6 +42,7 @@ from trainer.data.shards import (
 from trainer.data.text import Mixture, Source, open_source, peek
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file, train_tokenizer
 from trainer.data.vocabulary import cut_document
+from trainer.errors import UserError
 from trainer.system.storage import (
     Url,
     copy_file,

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import Config, UserError
+from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.errors import UserError
 from trainer.system.storage import Location, sync
 
 MANIFEST = "manifest.json"

@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 
-from trainer.config import DataConfig, UserError
+from trainer.config import DataConfig
 from trainer.data.datasets import Dataset, is_dataset
 from trainer.data.files import (
     LONG_CHARS,
@@ -27,6 +27,7 @@ from trainer.data.files import (
     read_records,
 )
 from trainer.data.formats import is_json_lines
+from trainer.errors import UserError
 from trainer.system.storage import Location
 
 File = Location | Dataset

@@ -24,7 +24,6 @@ from trainer.config import (
     ByteConfig,
     CharConfig,
     TokenizerConfig,
-    UserError,
     WordPieceConfig,
     WordPieceFileConfig,
 )
@@ -41,6 +40,7 @@ from trainer.data.vocabulary import (
     train_bpe,
     train_wordpiece,
 )
+from trainer.errors import UserError
 from trainer.system.storage import locate
 
 # What vocabularies call padding, and the token before a document; the end of one text is the start of the next.

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from trainer.config import MIN_BPE_TOKENS, BpeConfig, UserError, WordPieceConfig
+from trainer.config import MIN_BPE_TOKENS, BpeConfig, WordPieceConfig
 from trainer.data.files import Document, parts_of
+from trainer.errors import UserError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[BOS]")
 # Bytes can spell everything.

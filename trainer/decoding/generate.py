@@ -13,10 +13,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import UserError
 from trainer.data.tokenizer import Tokenizer
 from trainer.decoding.decoder import Decoder, is_count
 from trainer.decoding.sampling import best_beams, draw_top_k, draw_top_p, most_likely
+from trainer.errors import UserError
 from trainer.model.attention import Cache
 from trainer.model.cpu import operations_on_cpu, operations_one_by_one
 from trainer.model.gpt import GPT

@@ -29,8 +29,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from trainer.config import UserError
 from trainer.distributed.workers import Workers, split_address
+from trainer.errors import UserError
 
 TIMEOUT_SECS = 45.0
 TIMEOUT_VARIABLE = "TRAINER_MEETING_SECS"

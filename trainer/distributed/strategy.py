@@ -9,10 +9,11 @@ from concurrent.futures import Future
 
 import tensorflow as tf
 
-from trainer.config import Config, DistributionConfig, UserError
+from trainer.config import Config, DistributionConfig
 from trainer.data.batches import ALL, Share
 from trainer.distributed.tpu_install import check_tpu_install
 from trainer.distributed.workers import Workers, find_workers
+from trainer.errors import UserError
 from trainer.execution import execution_of
 from trainer.hardware.devices import Target, describe_cpu, find_gpu, num_cores, parse_target, unused_gpu, unused_tpu
 

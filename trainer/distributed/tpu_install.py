@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from importlib import metadata
 
-from trainer.config import UserError
+from trainer.errors import UserError
 
 # tensorflow-tpu 2.20 loads these; 0.0.32 and later end the process.
 LIBTPU_VERSIONS = ("0.0.17", "0.0.24", "0.0.29")

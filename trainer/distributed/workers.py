@@ -6,7 +6,8 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from trainer.config import DistributionConfig, UserError
+from trainer.config import DistributionConfig
+from trainer.errors import UserError
 
 # Below the ports that Linux gives to outgoing connections.
 _SLURM_FIRST_PORT = 10_000

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.config import UserError, whole_number
+from trainer.config_file import whole_number
+from trainer.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

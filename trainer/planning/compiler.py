@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.config import Config, UserError
+from trainer.config import Config
+from trainer.errors import UserError
 from trainer.hardware.devices import Target, compiler_settings
 
 PACKAGES = {

@@ -6,8 +6,10 @@ from pathlib import Path
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
-from trainer.config import Config, UserError, examples_per_replica, load_config
+from trainer.config import Config, examples_per_replica
+from trainer.config_file import load_config
 from trainer.distributed.strategy import make_strategy
+from trainer.errors import UserError
 from trainer.training.run_folder import build_gpt
 from trainer.training.step import TrainingStep
 

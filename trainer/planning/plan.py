@@ -13,7 +13,8 @@ import rich.box
 import rich.console
 import rich.table
 
-from trainer.config import CharConfig, Config, ModelConfig, UserError, examples_per_replica
+from trainer.config import CharConfig, Config, ModelConfig, examples_per_replica
+from trainer.errors import UserError
 from trainer.execution import execution_of
 from trainer.hardware.devices import Target, cpu, known_targets
 from trainer.planning.compiler import DoesNotFit, compile_step, largest_that_fits

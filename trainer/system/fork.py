@@ -6,6 +6,8 @@ The package imports this module, so it imports next to nothing.
 import os
 import sys
 
+from trainer.errors import UserError
+
 # Whether TensorFlow had threads at the last fork that this process made, and at the one that made it.
 _runs_tensorflow = False
 _was_forked_from_tensorflow = False
@@ -16,8 +18,6 @@ def check_not_forked() -> None:
     the first operation waits for them for ever.
     """
     if _was_forked_from_tensorflow:
-        from trainer.config import UserError
-
         raise UserError(
             "This process was forked from one that had used TensorFlow, which hangs in it. Start it anew instead: with "
             "multiprocessing.get_context('spawn'), or before TensorFlow is used."

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import IO, Any, TypeVar, cast
 
-from trainer.config import UserError
+from trainer.errors import UserError
 from trainer.system.terminal import quiet_import
 
 # The module that is run is not imported there once more, as multiprocessing would do: in a script without

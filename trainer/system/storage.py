@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.config import UserError
+from trainer.errors import UserError
 
 # Linux's limits, less what trainer itself adds to a path.
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 3900

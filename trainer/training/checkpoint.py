@@ -22,7 +22,7 @@ import numpy as np
 import safetensors.numpy
 import tensorflow as tf
 
-from trainer.config import UserError
+from trainer.errors import UserError
 from trainer.model.gpt import GPT
 from trainer.system.storage import (
     DamagedError,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config import UserError
+from trainer.errors import UserError
 from trainer.system.signals import STOPPING, watched
 from trainer.system.storage import Location, Url, make_folder, reason_and_remedy
 from trainer.training.run_folder import RECORD

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, SamplesConfig, UserError, examples_per_replica, quoted
+from trainer.config import Config, SamplesConfig, examples_per_replica
 from trainer.data.batches import num_examples, training_batches
 from trainer.data.batches import total_steps as count_steps
 from trainer.data.coverage import TextBytes
@@ -36,6 +36,7 @@ from trainer.distributed.strategy import (
     share_cores,
 )
 from trainer.distributed.workers import Workers, describe_loss, find_workers
+from trainer.errors import UserError, quoted
 from trainer.model.gpt import GPT
 from trainer.planning.plan import tokens_per_sec_at_peak
 from trainer.system.process import call_in_new_process

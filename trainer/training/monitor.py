@@ -20,7 +20,8 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from trainer.config import Config, UserError
+from trainer.config import Config
+from trainer.errors import UserError
 from trainer.system.storage import Location, reason_and_remedy
 from trainer.system.terminal import Say, console, printable
 from trainer.training.evaluation import Evaluation

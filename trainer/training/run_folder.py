@@ -18,18 +18,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from trainer.config import (
-    Config,
-    UserError,
+from trainer.config import Config
+from trainer.config_file import (
     check_resumable,
     check_same_run,
     differing_settings,
     make_config,
     parse_config,
-    quoted,
     shortened,
     whole_number,
 )
+from trainer.errors import UserError, quoted
 from trainer.system.storage import (
     DamagedError,
     Location,

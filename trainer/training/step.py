@@ -9,8 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, UserError
+from trainer.config import Config
 from trainer.distributed.strategy import device_kind
+from trainer.errors import UserError
 from trainer.execution import Execution, execution_of
 from trainer.model.cpu import operations_on_cpu
 from trainer.model.gpt import GPT, DropoutDraw, Recompute
