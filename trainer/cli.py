@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from trainer.distributed.tpu_install import check_tpu_install
 from trainer.errors import UserError
 from trainer.system.signals import EXIT_STOPPED, STOPPING, Ending, ended_by
 from trainer.system.storage import REMEDIES, Url, locate, reason_and_remedy
@@ -284,7 +285,6 @@ def _train(options: argparse.Namespace) -> int:
     else:
         if options.step is not None:
             raise UserError(f"--step {options.step} goes with --resume RUN; a new run begins at step 0. Leave it out.")
-        from trainer.distributed.tpu_install import check_tpu_install
         from trainer.distributed.workers import find_workers
         from trainer.training.run_folder import find_run
 
