@@ -18,7 +18,8 @@ import tensorflow as tf
 import trainer.training.step as step_module
 from trainer.config_file import make_config
 from trainer.distributed.strategy import distributed, make_strategy
-from trainer.model.gpt import GPT, DropoutDraw
+from trainer.model.dropout import DropoutDraw
+from trainer.model.gpt import GPT
 
 VOCABULARY, NUM_STEPS, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH = 29, 5, 96, 8
 

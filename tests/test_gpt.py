@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from trainer.config import ModelConfig
 from trainer.config_file import load_config
-from trainer.model.gpt import GPT, DropoutDraw, document_starts, dropout
+from trainer.model.dropout import DropoutDraw, dropout
+from trainer.model.gpt import GPT, document_starts
 from trainer.model.normalization import NORM_EPSILON
 
 SHAPES = [

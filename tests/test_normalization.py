@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 
 from trainer.model.cpu import operations_on_cpu
-from trainer.model.normalization import NORM_EPSILON, Norm
+from trainer.model.layers import Norm
+from trainer.model.normalization import NORM_EPSILON
 
 
 def with_gradients(layer, x, upstream, is_traced):

@@ -13,7 +13,8 @@ from trainer.config import examples_per_replica
 from trainer.config_file import make_config
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
-from trainer.model.gpt import GPT, DropoutDraw
+from trainer.model.dropout import DropoutDraw
+from trainer.model.gpt import GPT
 from trainer.training.step import (
     LossScale,
     TrainingStep,

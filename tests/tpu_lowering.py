@@ -13,7 +13,8 @@ import keras
 import tensorflow as tf
 
 from trainer.config_file import make_config
-from trainer.model.gpt import GPT, DropoutDraw
+from trainer.model.dropout import DropoutDraw
+from trainer.model.gpt import GPT
 from trainer.training.step import (
     accumulate,
     batch_hash,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from trainer.model.cpu import in_one_pass
-from trainer.model.loss import accumulation_dtype
+from trainer.model.precision import accumulation_dtype
 
 Activation = Callable[[tf.Tensor], tf.Tensor]
 

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from trainer.model.loss import accumulation_dtype
+from trainer.model.precision import accumulation_dtype
 
 # Queries at a time, in sequences of at least two such blocks: shorter ones are faster whole, and fewer queries leave
 # matrix units idle.

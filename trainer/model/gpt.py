@@ -3,12 +3,8 @@
 Weights are ordinary Keras variables; run the model inside `keras.StatelessScope` to give it tensors instead.
 """
 
-import functools
-import hashlib
-import itertools
-import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import keras
 import tensorflow as tf
@@ -16,65 +12,14 @@ import tensorflow as tf
 from trainer.config import ModelConfig
 from trainer.model.activations import Activation, gelu, swiglu
 from trainer.model.attention import Cache, cached_attention, causal_attention, rotate, unforeseen_zero
-from trainer.model.cpu import add_bias, fast_dtype, write_at
+from trainer.model.cpu import fast_dtype, write_at
+from trainer.model.dropout import DropoutDraw, dropout
+from trainer.model.initial import Initializers
+from trainer.model.layers import Dense, Norm, Unembedding
 from trainer.model.loss import next_token_loss, next_token_loss_without_gradient
-from trainer.model.normalization import Norm, with_axes_of
-
-# GPT-2's spread of initial weights (Radford et al. 2019).
-KERNEL_STDDEV = 0.02
-
-# Wider than GPT-2's: at 0.02 what the first blocks add drowns the tokens, and small models learn late to copy a name.
-# Tied embeddings are as wide as the logits allow.
-EMBEDDING_STDDEV = 0.1
-
-# Of the logits of a new model: they add half of its square to the loss of guessing, which is ln V.
-LOGIT_STDDEV = 0.4
-
-# Of Keras's "uniform", which the tutorial's embeddings start from.
-TUTORIAL_EMBEDDING_LIMIT = 0.05
-
+from trainer.model.normalization import with_axes_of
 
 Recompute = Literal["nothing", "attention", "blocks"]
-
-
-class DropoutDraw(NamedTuple):
-    """What a dropout mask is a function of, apart from the layer; never a generator's state.
-
-    seed and step: int64 scalars. first_row: int64 scalar, the place of the batch's first row in the global batch, so
-    that a row is masked alike however the batch is spread over replicas and micro-batches.
-    """
-
-    seed: tf.Tensor
-    step: tf.Tensor
-    first_row: tf.Tensor
-
-
-def dropout(x: tf.Tensor, rate: float, layer: int, draw: DropoutDraw | None) -> tf.Tensor:
-    """Drops a share of activations and scales the rest up by 1 / (1 - rate).
-
-    Args:
-        x: float [rows, ...], static but for rows.
-        rate: share to drop.
-        layer: number of the dropout layer in the model.
-        draw: what the mask depends on; None leaves x as it is.
-
-    Returns:
-        A tensor like x. The bits are of Philox 4x32 with the seed as key and (row, layer and step) as counter (Salmon
-        et al. 2011), compared as integers: random floats would differ under XLA.
-    """
-    if draw is None or rate == 0.0:
-        return x
-    row_size = x.shape[1:].num_elements()
-    # The counter advances once for four words of 32 bits.
-    blocks_per_row = -(-row_size // 4)
-    key = tf.reshape(tf.cast(draw.seed, tf.uint64), [1])
-    low = tf.cast(draw.first_row, tf.uint64) * tf.constant(blocks_per_row, tf.uint64)
-    high = tf.cast(draw.step, tf.uint64) * tf.constant(2**16, tf.uint64) + tf.constant(layer, tf.uint64)
-    bits = tf.raw_ops.StatelessRandomUniformFullIntV2(
-        shape=[tf.shape(x)[0], 4 * blocks_per_row], key=key, counter=tf.stack([low, high]), alg=1, dtype=tf.uint32
-    )
-    keep = tf.reshape(bits[:, :row_size], tf.shape(x)) >= tf.constant(round(rate * 2**32), tf.uint32)
-    return tf.where(keep, x * tf.constant(1 / (1 - rate), x.dtype), tf.zeros([], x.dtype))
 
 
 def document_starts(tokens: tf.Tensor, bos_id: int) -> tf.Tensor:
@@ -125,7 +70,7 @@ class GPT(keras.Model):
         self.vocabulary_size = vocabulary_size
         self.sequence_length = sequence_length
         self.bos_id = bos_id
-        initial = _Initializers(seed, config)
+        initial = Initializers(seed, config)
         num_logits = config.num_logits(vocabulary_size)
         self.token_embedding = keras.layers.Embedding(
             num_logits, config.hidden_dim, initial.embedding(), name="token_embedding", dtype=dtype
@@ -264,7 +209,7 @@ class Block(keras.layers.Layer):
         initial: makers of initial weights.
     """
 
-    def __init__(self, config: ModelConfig, index: int, initial: "_Initializers", dtype: str, name: str) -> None:
+    def __init__(self, config: ModelConfig, index: int, initial: Initializers, dtype: str, name: str) -> None:
         # Of a mixed policy Keras would cast what is read of a part but not by its call, without autocast too.
         dtype = keras.DTypePolicy(dtype).variable_dtype
         super().__init__(name=name, dtype=dtype, autocast=False)
@@ -413,158 +358,6 @@ class Block(keras.layers.Layer):
             rows = self.output_dense.project_activated(self.intermediate.affine(x), self.intermediate.activation)
             return with_axes_of(x, rows)
         return self.output_dense(self.intermediate(x))
-
-
-class Dense(keras.layers.Dense):
-    """Keras's dense layer, as one product of matrices: TensorFlow fuses that with the bias and the activation.
-
-    Where XLA compiles it other forms cost less: a product may have any layout there, which a reshape would spoil.
-    """
-
-    def call(self, x: tf.Tensor) -> tf.Tensor:
-        """Maps float [..., width] to [..., units], or to half as many by swiglu."""
-        return with_axes_of(x, self.activation(self.affine(x)))
-
-    def affine(self, x: tf.Tensor) -> tf.Tensor:
-        """Maps float [..., width] to [rows, units], without the activation."""
-        return self._with_bias(tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), tf.cast(self.kernel, x.dtype)))
-
-    def project_activated(self, rows: tf.Tensor, activation: Activation) -> tf.Tensor:
-        """Maps activation([rows, ...]) to [rows, units]; the gradient keeps but the rows, and activates them again."""
-
-        @tf.custom_gradient
-        def project(rows: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, object]:
-            def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-                again = rows + unforeseen_zero(upstream, rows.dtype)
-                with tf.GradientTape() as tape:
-                    tape.watch(again)
-                    activated = activation(again)
-                d_x = tape.gradient(activated, again, tf.matmul(upstream, kernel, transpose_b=True))
-                return d_x, tf.matmul(activated, upstream, transpose_a=True)
-
-            return tf.matmul(activation(rows), kernel), gradient
-
-        return self._with_bias(project(rows, tf.cast(self.kernel, rows.dtype)))
-
-    def split_heads(self, x: tf.Tensor, heads: Sequence[int]) -> list[tf.Tensor]:
-        """Maps float [batch, sequence, width] to parts of so many heads each, [batch, heads, sequence, head_dim]."""
-        kernel = tf.reshape(tf.cast(self.kernel, x.dtype), [x.shape[-1], sum(heads), -1])
-        parts = [tf.einsum("btc,chd->bhtd", x, part) for part in tf.split(kernel, heads, axis=1)]
-        if self.bias is None:
-            return parts
-        bias = tf.reshape(tf.cast(self.bias, x.dtype), [sum(heads), 1, -1])
-        return [part + of_part for part, of_part in zip(parts, tf.split(bias, heads), strict=True)]
-
-    def join_heads(self, x: tf.Tensor) -> tf.Tensor:
-        """Maps float [batch, heads, sequence, head_dim] to [batch, sequence, units]."""
-        kernel = tf.reshape(tf.cast(self.kernel, x.dtype), [x.shape[1], x.shape[3], self.units])
-        return self._with_bias(tf.einsum("bhtd,hdc->btc", x, kernel))
-
-    def _with_bias(self, x: tf.Tensor) -> tf.Tensor:
-        return x if self.bias is None else add_bias(x, tf.cast(self.bias, x.dtype))
-
-
-class Unembedding(keras.layers.Layer):
-    """Weights of the output projection: kernel [num_logits, hidden_dim] and, unless left out, bias [num_logits].
-
-    It holds them and does not apply them: the loss reads them a chunk of rows at a time.
-    """
-
-    def __init__(self, num_logits: int, use_bias: bool, initializer: keras.Initializer, dtype: str) -> None:
-        super().__init__(name="unembedding", dtype=dtype)
-        self.num_logits = num_logits
-        self.use_bias = use_bias
-        self.initializer = initializer
-        self.bias = None
-
-    def build(self, input_shape: tuple) -> None:
-        """Creates the variables for hidden states of shape [..., hidden_dim]."""
-        self.kernel = self.add_weight((self.num_logits, input_shape[-1]), self.initializer, name="kernel")
-        if self.use_bias:
-            self.bias = self.add_weight((self.num_logits,), "zeros", name="bias")
-
-
-class _Initializers:
-    """Makes initializers, each with a seed of its own that depends on nothing but the order of creation.
-
-    Without pre_norm they are those of the tutorial's KerasNLP layers, so that the same model also starts alike; with
-    it, GPT-2's. Apart from what makes logits, which with both of these can be far from small: a new model knows
-    nothing, and a loss that begins above that of guessing is learning time lost.
-    """
-
-    def __init__(self, seed: int, config: ModelConfig) -> None:
-        self._seeds = map(functools.partial(_seed_of_weight, seed), itertools.count())
-        self._config = config
-
-    def embedding(self) -> keras.Initializer:
-        tied = self._config.tied_embeddings
-        if self._config.pre_norm:
-            return self._normal(self._logit_stddev() if tied else EMBEDDING_STDDEV)
-        # The limit of a uniform distribution is as many times its spread as the root.
-        widest = math.sqrt(3) * self._logit_stddev() if tied else math.inf
-        return self._uniform(min(TUTORIAL_EMBEDDING_LIMIT, widest))
-
-    def unembedding(self, num_logits: int) -> keras.Initializer:
-        return self._kernel(self._logit_stddev(), self._config.hidden_dim + num_logits)
-
-    def last_scales(self) -> keras.Initializer | str:
-        """Makes the scales of the normalization that the output projection reads."""
-        return _Alternating() if self._config.tied_embeddings else "ones"
-
-    def query_key_value(self) -> keras.Initializer:
-        # The fans of each of the three, as where they are kernels of their own; with fewer key heads, the queries'.
-        return self._kernel(KERNEL_STDDEV, self._config.hidden_dim + self._attention_dim())
-
-    def attention_output(self) -> keras.Initializer:
-        return self._kernel(self._residual_stddev(), self._config.hidden_dim + self._attention_dim())
-
-    def intermediate(self) -> keras.Initializer:
-        return self._kernel(KERNEL_STDDEV, self._config.hidden_dim + self._config.intermediate_dim)
-
-    def output(self) -> keras.Initializer:
-        return self._kernel(self._residual_stddev(), self._config.hidden_dim + self._config.intermediate_dim)
-
-    def _attention_dim(self) -> int:
-        return self._config.num_heads * self._config.head_dim()
-
-    def _logit_stddev(self) -> float:
-        # What the projection reads has hidden_dim numbers of variance 1.
-        return LOGIT_STDDEV / math.sqrt(self._config.hidden_dim)
-
-    def _residual_stddev(self) -> float:
-        # Every block adds to the residual stream twice: so its variance at the end does not grow with depth.
-        return KERNEL_STDDEV / math.sqrt(2 * self._config.num_layers)
-
-    def _kernel(self, stddev: float, fans: int) -> keras.Initializer:
-        """Source of the uniform: Glorot and Bengio 2010, equation 16."""
-        return self._normal(stddev) if self._config.pre_norm else self._uniform(math.sqrt(6 / fans))
-
-    def _normal(self, stddev: float) -> keras.Initializer:
-        return keras.initializers.RandomNormal(0.0, stddev, seed=next(self._seeds))
-
-    def _uniform(self, limit: float) -> keras.Initializer:
-        return keras.initializers.RandomUniform(-limit, limit, seed=next(self._seeds))
-
-
-class _Alternating(keras.initializers.Initializer):
-    """Makes 1 and -1 in turn: for the last scales of a model with tied embeddings.
-
-    What the residual stream holds of a token's embedding meets the same embedding in the output projection: with scales
-    of 1 a new model is sure that every token comes again. Of products with both signs that sum is nearly 0, as it is
-    for any other token.
-    """
-
-    def __call__(self, shape: Sequence[int], dtype: str | None = None) -> tf.Tensor:
-        return tf.cast(1 - 2 * (tf.range(shape[-1]) % 2), dtype or keras.config.floatx())
-
-
-def _seed_of_weight(seed: int, number: int) -> int:
-    """Returns the seed of a model's weight by its number, below what Keras takes its seeds modulo."""
-    if seed < 2**15:
-        return seed * 2**16 + number
-    # Products of larger ones would come to the same remainders: 2**31 to those of 2.
-    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") % (2**31 - 2)
 
 
 def _norm(config: ModelConfig, name: str, dtype: str, scales: keras.Initializer | str = "ones") -> keras.layers.Layer:

@@ -9,14 +9,10 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from trainer.model.cpu import made_again, subtract_at
+from trainer.model.precision import accumulation_dtype
 
 # Rows of logits that exist at a time. Fewer rows mean less memory, more rows fuller matrix products.
 CHUNK_ROWS = 512
-
-
-def accumulation_dtype(dtype: tf.DType) -> tf.DType:
-    """Returns the dtype to sum losses and gradients in: float64 for float64, else float32."""
-    return tf.float64 if dtype == tf.float64 else tf.float32
 
 
 def next_token_loss(

@@ -1,33 +1,10 @@
 """Normalization of each row of numbers, with a gradient by hand that keeps what went in, and two numbers a row."""
 
-from typing import Any
-
-import keras
 import tensorflow as tf
 
 from trainer.model.cpu import in_one_pass, mean_of_rows
-from trainer.model.loss import accumulation_dtype
 
 NORM_EPSILON = 1e-5
-
-
-class Norm(keras.layers.LayerNormalization):
-    """Keras's layer normalization over the last axis, in the accumulation dtype.
-
-    Args:
-        kind: "layer", or "rms" for the root mean square in place of mean and variance.
-        settings: of Keras's layer.
-    """
-
-    def __init__(self, kind: str, **settings: Any) -> None:
-        super().__init__(epsilon=NORM_EPSILON, **settings)
-        self.kind = kind
-
-    def call(self, x: tf.Tensor) -> tf.Tensor:
-        """Normalizes float [..., width]."""
-        dtype = accumulation_dtype(x.dtype)
-        scales = (tf.cast(scale, dtype) for scale in (self.gamma, self.beta) if scale is not None)
-        return normalize(x, *scales) if self.kind == "layer" else normalize_rms(x, *scales)
 
 
 @tf.custom_gradient

@@ -14,8 +14,10 @@ from trainer.distributed.strategy import device_kind
 from trainer.errors import UserError
 from trainer.execution import Execution, execution_of
 from trainer.model.cpu import operations_on_cpu
-from trainer.model.gpt import GPT, DropoutDraw, Recompute
-from trainer.model.loss import accumulation_dtype, next_token_loss_from_logits
+from trainer.model.dropout import DropoutDraw
+from trainer.model.gpt import GPT, Recompute
+from trainer.model.loss import next_token_loss_from_logits
+from trainer.model.precision import accumulation_dtype
 from trainer.training.checkpoint import named_variables
 from trainer.training.optimizer import AdamW
 from trainer.training.schedule import learning_rate
