@@ -1,5 +1,5 @@
-"""Laws of the benchmarks in scripts/: what they count is right on both sides, and they end with all figures. How fast
-anything was is no test.
+"""Laws of the benchmarks in scripts/benchmarks/: what they count is right on both sides, and they end with all figures.
+No test looks at how fast anything was.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import pytest
 import rich.console
 import tensorflow as tf
 
-from trainer.benchmark import Training
+from harness import Training
 from trainer.config_file import load_config
 from trainer.data.batches import training_batches
 from trainer.data.vocabulary import SPECIAL_TOKENS
@@ -26,13 +26,14 @@ from trainer.planning.plan import count_parameters
 from trainer.training.run_folder import build_gpt
 
 ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "scripts" / "benchmarks"
 ROUNDS = 5
 
 
-def run(script, folder, *arguments):
+def run(name, folder, *arguments):
     """Runs a benchmark in quick mode on the storybook; returns what it wrote and what it printed."""
     out = folder / "figures.json"
-    command = [sys.executable, str(ROOT / "scripts" / script), "--quick", "--json", str(out), *arguments]
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--json", str(out), *arguments]
     (folder / "tmp").mkdir()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp"), "COLUMNS": "120"}
     environment.pop("TRAINER_TEST_DATA", None)
@@ -42,8 +43,8 @@ def run(script, folder, *arguments):
     return json.loads(out.read_text()), process.stdout
 
 
-def functions_of(script):
-    return runpy.run_path(str(ROOT / "scripts" / script))
+def functions_of(name):
+    return runpy.run_path(str(BENCHMARKS / f"{name}.py"))
 
 
 def write_lines(path, num_lines):
@@ -51,7 +52,7 @@ def write_lines(path, num_lines):
 
 
 def test_a_text_is_read_from_one_shard_and_from_several_and_prepared_data_as_it_is(tmp_path):
-    bench = functions_of("bench_input")
+    bench = functions_of("input")
     write_lines(tmp_path / "text.txt", 300)
     options = argparse.Namespace(data=str(tmp_path / "text.txt"), shards=4)
     data = bench["find_data"](options, tmp_path)
@@ -72,7 +73,7 @@ def test_a_text_is_read_from_one_shard_and_from_several_and_prepared_data_as_it_
 
 
 def test_what_is_lost_of_a_text_is_a_fault(tmp_path):
-    bench = functions_of("bench_prepare")
+    bench = functions_of("prepare")
     exact = bench["Case"]("exact", write=None)
     stories = exact._replace(is_exact=False)
     counts = bench["Counts"](num_documents=3, num_tokens=20, num_bytes=60)
@@ -87,7 +88,7 @@ def test_what_is_lost_of_a_text_is_a_fault(tmp_path):
 
 
 def test_texts_grow_threefold_to_the_largest_and_hold_what_is_said_of_them(tmp_path):
-    bench = functions_of("bench_prepare")
+    bench = functions_of("prepare")
     options = argparse.Namespace(max_mb=150.0, documents=1500, long_mb=0.01)
     stories, nasty = [], []
     for case in bench["cases"](options):
@@ -106,7 +107,7 @@ def test_texts_grow_threefold_to_the_largest_and_hold_what_is_said_of_them(tmp_p
 
 
 def test_a_speed_is_compared_round_by_round_with_trainer_at_its_better_precision():
-    compare = functions_of("bench_step")["compare"]
+    compare = functions_of("step")["compare"]
 
     def row(each, **more):
         return {"precision": "", "step_secs": statistics.median(each), "each_step_secs": each, **more}
@@ -123,7 +124,7 @@ def test_a_speed_is_compared_round_by_round_with_trainer_at_its_better_precision
 
 
 def test_each_precision_of_trainer_is_compared_with_the_best_of_each_other():
-    bench = functions_of("bench_step")
+    bench = functions_of("step")
 
     def row(name, precision, *each, **more):
         figures = {"name": name, "precision": precision, "each_step_secs": each, "step_secs": statistics.median(each)}
@@ -146,7 +147,7 @@ def test_each_precision_of_trainer_is_compared_with_the_best_of_each_other():
 
 
 def test_contestants_train_on_the_rows_of_trainers_batches(tmp_path):
-    bench = functions_of("bench_step")
+    bench = functions_of("step")
     config, prepared = bench["make_data"]("tutorial", True, tmp_path)
     rows = bench["rows_of"](prepared, config.train.sequence_length)
     assert rows.shape[1] == config.train.sequence_length + 1
@@ -161,7 +162,7 @@ def test_contestants_train_on_the_rows_of_trainers_batches(tmp_path):
 
 
 def test_steps_alone_leave_the_training_as_it_was(tmp_path):
-    bench = functions_of("bench_step")
+    bench = functions_of("step")
     config, prepared = bench["make_data"]("tutorial", True, tmp_path)
     training, plain = (Training(config, prepared, sys.maxsize) for _ in range(2))
     # It takes the first batch for itself.
@@ -178,7 +179,7 @@ def test_steps_alone_leave_the_training_as_it_was(tmp_path):
 
 
 def test_larger_size_has_as_many_weights_as_gpt2():
-    bench = functions_of("bench_step")
+    bench = functions_of("step")
     overrides = [*bench["SIZES"]["4x512"], *bench["QUICK"]]
     config = load_config(ROOT / "configs" / "minigpt.toml", ["samples.num_tokens=none", *overrides])
     assert build_gpt(config, 5000, bos_id=2).count_params() == bench["gpt2_model"](config, 5000).count_params()
@@ -186,7 +187,7 @@ def test_larger_size_has_as_many_weights_as_gpt2():
 
 @pytest.mark.slow
 def test_a_contestant_that_ends_says_why(tmp_path):
-    bench = functions_of("bench_step")
+    bench = functions_of("step")
     job = {"program": "trainer", "config": {"train": {"precision": "float32", "global_batch_size": 1}}}
     job["config"]["train"]["sequence_length"] = 1
     with pytest.raises(SystemExit, match=r"trainer, float32 ended:\n[\s\S]*train.sequence_length=1"):
@@ -207,7 +208,7 @@ print(json.dumps([training.take(1)[1] for _ in range(4)]))
 
 
 def torch_weights(model):
-    """Returns our model's weights under the names that scripts/torch_gpt gives them, and in PyTorch's layout."""
+    """Returns our model's weights under the names that torch_gpt.py gives them, and in PyTorch's layout."""
     weights = {}
     for variable in model.variables:
         name = variable.path.removeprefix("gpt/").replace("block_", "blocks.").replace("/", ".")
@@ -223,8 +224,8 @@ def torch_weights(model):
 def test_pytorch_takes_the_steps_that_trainer_takes(tmp_path, size):
     python = ROOT / ".venv-torch" / "bin" / "python"
     if not python.is_file():
-        pytest.skip("scripts/bench_step has not made .venv-torch")
-    config, prepared = functions_of("bench_step")["make_data"](size, True, tmp_path)
+        pytest.skip("scripts/benchmarks/step.py has not made .venv-torch")
+    config, prepared = functions_of("step")["make_data"](size, True, tmp_path)
     # The one thing in which they differ: PyTorch adds it after the correction of the mean square, and ours before.
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"epsilon": 1e-12})})
     training = Training(config, prepared, 100)
@@ -245,7 +246,7 @@ def test_pytorch_takes_the_steps_that_trainer_takes(tmp_path, size):
 
     job = {"config": config.model_dump(mode="json"), "vocabulary_size": 5000, "is_compiled": False}
     job |= {"rows": str(tmp_path / "rows"), "weights": weights}
-    command = [str(python), "-c", TORCH_STEPS, str(ROOT / "scripts" / "torch_gpt")]
+    command = [str(python), "-c", TORCH_STEPS, str(BENCHMARKS / "torch_gpt.py")]
     process = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     assert losses[-1] < losses[0] - 0.01
@@ -255,7 +256,7 @@ def test_pytorch_takes_the_steps_that_trainer_takes(tmp_path, size):
 @pytest.mark.slow
 def test_step_benchmark_ends_with_all_figures(tmp_path):
     which = ["--sizes", "tutorial", "--peers", "fit", "gpt2", "--precisions", "float32"]
-    figures, printed = run("bench_step", tmp_path, *which)
+    figures, printed = run("step", tmp_path, *which)
     (size,) = figures["sizes"]
     assert (size["size"], size["num_tokens"]) == ("tutorial", 4 * 32)
     ours, *others = size["contestants"]
@@ -274,7 +275,7 @@ def test_step_benchmark_ends_with_all_figures(tmp_path):
 
 @pytest.mark.slow
 def test_input_benchmark_ends_with_all_figures(tmp_path):
-    figures, printed = run("bench_input", tmp_path)
+    figures, printed = run("input", tmp_path)
     rows = figures["pipelines"]
     assert len(rows) == 2 * 2 * 2
     for row in rows:
@@ -293,7 +294,7 @@ def test_input_benchmark_ends_with_all_figures(tmp_path):
 
 @pytest.mark.slow
 def test_tokenizers_of_the_speed_benchmark_make_the_same_number_of_tokens(tmp_path):
-    figures, printed = run("bench_prepare", tmp_path, "--only", "speed")
+    figures, printed = run("prepare", tmp_path, "--only", "speed")
     assert figures["text"] == "storybook"
     assert [comparison["kind"] for comparison in figures["speed"]] == ["wordpiece", "bpe"]
     for comparison in figures["speed"]:
@@ -310,7 +311,7 @@ def test_tokenizers_of_the_speed_benchmark_make_the_same_number_of_tokens(tmp_pa
 
 @pytest.mark.slow
 def test_vocabularies_of_one_text_are_compared_by_what_a_model_learns(tmp_path):
-    figures, printed = run("bench_prepare", tmp_path, "--only", "vocabulary")
+    figures, printed = run("prepare", tmp_path, "--only", "vocabulary")
     ours, theirs = figures["vocabulary"]
     assert (ours["name"], theirs["name"]) == ("trainer", "TensorFlow Text")
     for row in (ours, theirs):
@@ -324,7 +325,7 @@ def test_vocabularies_of_one_text_are_compared_by_what_a_model_learns(tmp_path):
 
 @pytest.mark.slow
 def test_nothing_is_lost_of_nasty_texts(tmp_path):
-    figures, printed = run("bench_prepare", tmp_path, "--only", "scale", "--max-mb", "1", "--documents", "2000")
+    figures, printed = run("prepare", tmp_path, "--only", "scale", "--max-mb", "1", "--documents", "2000")
     rows = {row["text"]: row for row in figures["scale"]}
     assert len(rows) == 6
     for row in rows.values():
@@ -345,7 +346,7 @@ def test_nothing_is_lost_of_nasty_texts(tmp_path):
 
 @pytest.mark.slow
 def test_both_write_with_models_of_the_same_size_as_many_tokens(tmp_path):
-    bench = functions_of("bench_decoding")
+    bench = functions_of("decoding")
     sizes = bench["QUICK"]
     ours = bench["make_ours"](sizes, bench["make_tokenizer"](sizes.vocabulary_size))
     theirs = bench["make_theirs"](sizes)
@@ -357,51 +358,55 @@ def test_both_write_with_models_of_the_same_size_as_many_tokens(tmp_path):
 
 
 def test_texts_of_another_length_end_the_decoding_benchmark():
-    bench = functions_of("bench_decoding")
+    bench = functions_of("decoding")
     with pytest.raises(AssertionError, match="slow wrote 3 tokens instead of 4"):
         bench["compete"]({"fast": lambda: 4, "slow": lambda: 3}, 4)
 
 
 def write_benchmarks(folder, **bodies):
     for name, body in bodies.items():
-        (folder / name).write_text(
+        (folder / f"{name}.py").write_text(
             f"import json, pathlib, sys\n*arguments, out = sys.argv[1:]\nprint('this is', {name!r}, flush=True)\n{body}"
         )
 
 
 def test_all_benchmarks_run_though_one_fails(tmp_path, capfd):
-    bench = functions_of("bench")
+    bench = functions_of("all")
     write = "pathlib.Path(out).write_text(json.dumps(arguments))\n"
-    write_benchmarks(
-        tmp_path, bench_a="sys.exit(3)", bench_b=write, bench_gpu=write, bench_prepare=write + "sys.exit(1)"
-    )
-    scripts = bench["find_scripts"](tmp_path)
-    assert [script.name for script in scripts] == ["bench_a", "bench_b", "bench_prepare"]
-    failures = bench["run_all"](scripts, ["--quick"], tmp_path / "out.json")
-    assert failures == ["bench_a failed: exit status 3", "bench_prepare failed: exit status 1"]
+    write_benchmarks(tmp_path, a="sys.exit(3)", b=write, prepare=write + "sys.exit(1)")
+    names = ["a", "b", "prepare"]
+    failures = bench["run_all"](names, ["--quick"], tmp_path / "out.json", tmp_path)
+    assert failures == ["a failed: exit status 3", "prepare failed: exit status 1"]
     printed = capfd.readouterr().out.splitlines()
-    assert printed == [line for script in scripts for line in (f"== {script.name}", f"this is {script.name}")]
+    assert printed == [line for name in names for line in (f"== {name}", f"this is {name}")]
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["failures"] == failures
     assert figures["benchmarks"] == {
-        "bench_b": ["--quick", "--json"],
-        "bench_prepare": ["--only", "speed", "vocabulary", "--quick", "--json"],
+        "b": ["--quick", "--json"],
+        "prepare": ["--only", "speed", "vocabulary", "--quick", "--json"],
     }
 
 
+def test_every_benchmark_is_among_all_or_left_out_for_a_reason():
+    no_benchmarks = {"all", "torch_gpt", "harness"}
+    need_something = {"gpu", "tutorial"}
+    found = {path.stem for path in BENCHMARKS.glob("*.py")}
+    assert found - no_benchmarks - need_something == set(functions_of("all")["NAMES"])
+
+
 def test_all_benchmarks_take_what_is_given_to_all():
-    for script in functions_of("bench")["find_scripts"](ROOT / "scripts"):
-        text = script.read_text()
+    for name in functions_of("all")["NAMES"]:
+        text = (BENCHMARKS / f"{name}.py").read_text()
         assert '"--quick"' in text
         assert '"--json"' in text
 
 
 @pytest.mark.slow
 def test_the_benchmark_of_all_ends_with_the_figures_of_each(tmp_path):
-    figures, printed = run("bench", tmp_path, "--only", "bench_decoding")
+    figures, printed = run("all", tmp_path, "--only", "decoding")
     assert figures["failures"] == []
-    assert printed.startswith("== bench_decoding\n")
-    cases = figures["benchmarks"]["bench_decoding"]["decoding"]
+    assert printed.startswith("== decoding\n")
+    cases = figures["benchmarks"]["decoding"]["decoding"]
     assert [(case["sampler"], case["batch_size"]) for case in cases] == [
         ("greedy", 1),
         ("greedy", 16),
@@ -423,7 +428,7 @@ def test_the_benchmark_of_all_ends_with_the_figures_of_each(tmp_path):
 
 @pytest.mark.slow
 def test_run_benchmark_ends_with_all_figures(tmp_path):
-    figures, printed = run("bench_run", tmp_path)
+    figures, printed = run("run", tmp_path)
     start = figures["start"]
     assert len(start["each_secs"]) == 3
     assert start["secs"] == statistics.median(start["each_secs"]) > 0
@@ -441,14 +446,14 @@ def test_run_benchmark_ends_with_all_figures(tmp_path):
 
 
 def test_a_training_that_does_not_start_says_why(tmp_path):
-    bench = functions_of("bench_run")
+    bench = functions_of("run")
     with pytest.raises(SystemExit, match=r"train\.sed is not a setting[\s\S]*ended before its first step"):
         bench["secs_to_first_step"](["train.sed=1"], tmp_path)
 
 
 @pytest.mark.slow
 def test_gpu_benchmark_is_skipped_where_there_is_none(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "bench_gpu"), "--quick"]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--quick"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (process.returncode, process.stdout) == (0, "no GPU is seen by TensorFlow: skipped\n")
@@ -456,7 +461,7 @@ def test_gpu_benchmark_is_skipped_where_there_is_none(tmp_path):
 
 @pytest.mark.slow
 def test_training_of_the_gpu_benchmark_works_without_one_too(tmp_path):
-    bench = functions_of("bench_gpu")
+    bench = functions_of("gpu")
     small = [*bench["QUICK"], "train.global_batch_size=4", "train.micro_batch_size=2", "data.storybook_stories=300"]
     config = bench["config_of"](tmp_path, [*small, "distribution.kind=cpu", "distribution.gpus=none"])
     figures = bench["measure"](config, 2, rich.console.Console())
@@ -469,7 +474,7 @@ def test_training_of_the_gpu_benchmark_works_without_one_too(tmp_path):
 
 
 def test_gpu_benchmark_trains_gpt2():
-    bench = functions_of("bench_gpu")
+    bench = functions_of("gpu")
     config = bench["config_of"](Path("none"), bench["ON_GPU"])
     assert 124e6 < count_parameters(config, 258) < 125e6
     assert (config.train.precision, config.distribution.gpus) == ("mixed_bfloat16", (0,))

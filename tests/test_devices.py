@@ -199,7 +199,7 @@ def test_a_tpu_that_auto_leaves_alone_is_said_with_the_setting_that_takes_it(tmp
     said = unused_tpu(tmp_path)
     assert (said is not None) == is_there
     if said is not None:
-        assert "distribution.kind=tpu" in said and "scripts/install_tpu" in said
+        assert "distribution.kind=tpu" in said and "scripts/launch/install_tpu" in said
 
 
 def test_libraries_that_are_there_and_of_no_use_are_not_installed_again(

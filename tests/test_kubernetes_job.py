@@ -1,4 +1,4 @@
-"""Laws of scripts/kubernetes_job: what it prints is read as Kubernetes reads it."""
+"""Laws of scripts/launch/kubernetes_job.py: what it prints is read as Kubernetes reads it."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from trainer.distributed import rendezvous as meeting
 from trainer.distributed.rendezvous import meeting_secs
 from trainer.distributed.workers import read_tf_config
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "kubernetes_job"
+SCRIPT = Path(__file__).parent.parent / "scripts" / "launch" / "kubernetes_job.py"
 TRAIN = ["trainer", "train", "configs/quickstart.toml", "--or-resume", "run_folder=/runs/gpt"]
 
 

@@ -1,4 +1,4 @@
-"""Laws of scripts/launch_local, with small programs in place of a training."""
+"""Laws of scripts/launch/local.py, with small programs in place of a training."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-LAUNCH = Path(__file__).parent.parent / "scripts" / "launch_local"
+LAUNCH = Path(__file__).parent.parent / "scripts" / "launch" / "local.py"
 WHO = "import json, os; config = json.loads(os.environ['TF_CONFIG']); index = config['task']['index']; "
 
 
@@ -94,7 +94,7 @@ def test_a_worker_that_is_killed_is_named_with_the_signal_though_the_others_end_
     )
     status, _, errors = finish(launch(3, program))
     assert status == 128 + signal.SIGKILL
-    assert errors == "launch_local: worker 1 was killed by SIGKILL; worker 0 ended with 2; worker 2 ended with 2.\n"
+    assert errors == "local.py: worker 1 was killed by SIGKILL; worker 0 ended with 2; worker 2 ended with 2.\n"
 
 
 def test_a_worker_that_is_stopped_is_named_and_ended():
@@ -105,7 +105,7 @@ def test_a_worker_that_is_stopped_is_named_and_ended():
     status, _, errors = finish(launch(2, program, "-c", IMPATIENT))
     assert status == 2
     if hasattr(os, "waitid"):
-        assert errors == "launch_local: worker 1 is stopped by SIGSTOP; worker 0 ended with 2; stopping the others.\n"
+        assert errors == "local.py: worker 1 is stopped by SIGSTOP; worker 0 ended with 2; stopping the others.\n"
     assert time.monotonic() - begin < 20
 
 

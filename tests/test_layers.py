@@ -29,7 +29,6 @@ ROOMS = (
     "trainer.planning",
     "trainer.commands",
     "trainer",
-    "trainer.benchmark",
     "trainer.cli",
     "trainer.__main__",
 )

@@ -6,42 +6,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import mutate  # type: ignore[import-not-found]  # pytest has this folder on its path
 import pytest
 
 import trainer.config_file
 from trainer.errors import UserError
 
 SAMPLE_SECS = 20
-PROGRAM = Path(__file__).parents[1] / "scripts" / "mutate"
-
-
-@pytest.fixture(scope="module")
-def mutate() -> ModuleType:
-    loader = SourceFileLoader("mutate", str(PROGRAM))
-    spec = spec_from_loader("mutate", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    sys.modules["mutate"] = module  # Where NamedTuple looks for the names in its annotations.
-    loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow
 def test_mutations_of_every_kind_of_input_are_taken_or_refused_properly():
     done = subprocess.run(
-        [sys.executable, PROGRAM, "--secs", str(SAMPLE_SECS), "--number", "400"], capture_output=True, text=True
+        [sys.executable, mutate.__file__, "--secs", str(SAMPLE_SECS), "--number", "400"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == "" and sum(map(int, re.findall(r"(\d+) tried", done.stdout))) > 0
 
 
-def test_the_same_seed_makes_the_same_mutations(mutate: ModuleType):
+def test_the_same_seed_makes_the_same_mutations():
     def some(seed: int) -> list[bytes]:
         rng = random.Random(seed)
         return [mutate.mutated_json(rng, b'{"a": [1, {"b": "c"}]}', b"other") for _ in range(50)]
@@ -80,7 +66,6 @@ def printed(text: str, error: Exception | None = None) -> Callable[..., Any]:
     ],
 )
 def test_what_trainer_should_not_do_is_a_fault(
-    mutate: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -99,7 +84,7 @@ def test_what_trainer_should_not_do_is_a_fault(
     assert verdict.result == "fault" and re.match(fault, verdict.fault), verdict.fault
 
 
-def test_what_is_left_behind_is_a_fault(mutate: ModuleType, tmp_path: Path):
+def test_what_is_left_behind_is_a_fault(tmp_path: Path):
     (tmp_path / "prepared").mkdir()
     mutate._expect_no_leftovers(tmp_path)
     (tmp_path / "prepared" / ".partial-text-0").mkdir()
@@ -107,7 +92,7 @@ def test_what_is_left_behind_is_a_fault(mutate: ModuleType, tmp_path: Path):
         mutate._expect_no_leftovers(tmp_path)
 
 
-def test_a_setting_read_as_another_is_a_fault(mutate: ModuleType):
+def test_a_setting_read_as_another_is_a_fault():
     mutate._expect_values({"data": {"train": "a", "min_bytes": 1}}, {"data": {"train": ["a"], "min_bytes": 1}})
     for given, taken in (("a", ["b"]), (True, 1), (1, 2), ([1], [1, 2])):
         with pytest.raises(mutate.Fault, match=r"data\.x=.* is read as"):
@@ -115,7 +100,7 @@ def test_a_setting_read_as_another_is_a_fault(mutate: ModuleType):
 
 
 def test_a_case_that_kills_its_process_is_a_fault_and_the_next_ones_are_run(
-    mutate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # In Python's place: the first process dies in the second case, the other one goes on from the third.
     killed = tmp_path / "python"

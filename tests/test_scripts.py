@@ -35,13 +35,13 @@ class Checkout:
     def __init__(self, folder: Path) -> None:
         self.root = folder / "checkout"
         self.bin = folder / "bin"
-        for name in ("scripts", ".ci", "configs", "trainer", "tests"):
+        for name in ("scripts/launch", ".ci", "configs", "trainer", "tests"):
             (self.root / name).mkdir(parents=True)
         for name in (
             "scripts/environment.sh",
             "scripts/quickstart",
-            "scripts/slurm_train",
             "scripts/test",
+            "scripts/launch/slurm",
             ".ci/run",
             "setup.cfg",
             "pyproject.toml",
@@ -313,7 +313,7 @@ def test_slurm_job_goes_on_with_its_run_and_queues_itself_again_where_it_was_int
     )
     # SLURM runs a copy of the script, in the folder it was submitted from.
     spooled = checkout.root.parent / "slurm_script"
-    shutil.copy(checkout.root / "scripts/slurm_train", spooled)
+    shutil.copy(checkout.root / "scripts/launch/slurm", spooled)
     job = {"SLURM_JOB_ID": "12", "SLURM_CPUS_PER_TASK": "16"}
     done = checkout.run(BASH, str(spooled), "configs/x.toml", "data.train=a b", env=job)
     assert done.returncode == status
@@ -328,107 +328,131 @@ def test_slurm_job_goes_on_with_its_run_and_queues_itself_again_where_it_was_int
 
 
 def test_slurm_script_asks_for_a_signal_that_stops_a_run_and_says_how_to_submit_it(checkout: Checkout) -> None:
-    asked = re.findall(r"(?m)^#SBATCH --(.*)$", (REPOSITORY / "scripts/slurm_train").read_text())
+    asked = re.findall(r"(?m)^#SBATCH --(.*)$", (REPOSITORY / "scripts/launch/slurm").read_text())
     assert {"ntasks-per-node=1", "requeue", "signal=INT@300"} <= set(asked)
-    usage = checkout.run("scripts/slurm_train", "--help")
+    usage = checkout.run("scripts/launch/slurm", "--help")
     assert usage.returncode == 0
-    assert "sbatch -N 2 scripts/slurm_train configs/quickstart.toml" in usage.stdout and "SBATCH" not in usage.stdout
-    alone = checkout.run("scripts/slurm_train", "configs/x.toml")
+    assert "sbatch -N 2 scripts/launch/slurm configs/quickstart.toml" in usage.stdout and "SBATCH" not in usage.stdout
+    alone = checkout.run("scripts/launch/slurm", "configs/x.toml")
     assert alone.returncode == 2
-    assert "this is no SLURM job; submit it: sbatch -N 2 scripts/slurm_train configs/x.toml" in alone.stdout
+    assert "this is not a SLURM job; submit it: sbatch -N 2 scripts/launch/slurm configs/x.toml" in alone.stdout
 
 
-def test_test_script_checks_every_python_program_then_runs_the_tests(checkout: Checkout) -> None:
+def test_test_script_checks_the_programs_then_runs_the_tests(checkout: Checkout) -> None:
     checkout.stub_environment()
     for tool in ("ruff", "mypy", "pytest"):
         program = f"#!{BASH}\necho {tool} $@\nif [[ {tool} == $FAILING ]]; then exit 3; fi\n"
         checkout.program(checkout.root / ".venv/bin" / tool, program)
-    checkout.program(checkout.root / "scripts/compare", "#!/usr/bin/env python3\n")
+    checkout.program(checkout.bin / "shellcheck", f"#!{BASH}\necho shellcheck $@\n")
     result = checkout.run("scripts/test", "--fast", "-k", "two words", env={"FAILING": ""})
     assert result.returncode == 0
     assert result.stdout.splitlines() == [
         "install test",
         "== format",
-        "ruff format --check trainer tests scripts/compare",
+        "ruff format --check trainer tests scripts",
         "== lint",
-        "ruff check trainer tests scripts/compare",
+        "ruff check trainer tests scripts",
         "== types",
-        "mypy --scripts-are-modules trainer tests scripts/compare",
-        "== shellcheck: skipped, it is not installed",
+        "mypy",
+        "== shellcheck",
+        "shellcheck --external-sources scripts/environment.sh .ci/run scripts/quickstart scripts/test "
+        "scripts/launch/slurm",
         "== tests",
         "pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m not slow -k two words",
     ]
+    (checkout.bin / "shellcheck").unlink()
+    assert "== shellcheck: skipped, it is not installed" in checkout.run("scripts/test", env={"FAILING": ""}).stdout
     failed = checkout.run("scripts/test", env={"FAILING": "mypy"})
     assert failed.returncode == 3
     assert "== tests" not in failed.stdout
 
 
-PROGRAMS = sorted(path.name for path in (REPOSITORY / "scripts").iterdir() if os.access(path, os.X_OK))
+PROGRAMS = sorted(
+    str(path.relative_to(REPOSITORY))
+    for path in [*(REPOSITORY / "scripts").rglob("*"), *(REPOSITORY / "tests").glob("*")]
+    if path.is_file() and os.access(path, os.X_OK)
+)
 
 
-def imports_of(script: str) -> set[str]:
+def first_line(program: str) -> str:
+    return (REPOSITORY / program).read_text(encoding="utf-8").split("\n")[0]
+
+
+def imports_of(program: str) -> set[str]:
     """The packages that a Python program needs."""
-    nodes = list(ast.walk(ast.parse((REPOSITORY / "scripts" / script).read_text(encoding="utf-8"))))
+    nodes = list(ast.walk(ast.parse((REPOSITORY / program).read_text(encoding="utf-8"))))
     plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     plain += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     return {name.split(".")[0] for name in plain} - sys.stdlib_module_names
 
 
-def is_python(script: str) -> bool:
-    return "python" in (REPOSITORY / "scripts" / script).read_text(encoding="utf-8").split("\n")[0]
+def is_python(program: str) -> bool:
+    return "python" in first_line(program)
 
 
-# scripts/torch_gpt runs in an environment that scripts/bench_step makes for it; scripts/bench starts the others.
-OF_VENV = [name for name in PROGRAMS if is_python(name) and imports_of(name) and name != "torch_gpt"] + ["bench"]
+def test_programs_in_python_end_in_py_and_programs_in_bash_have_no_suffix() -> None:
+    assert PROGRAMS
+    for program in PROGRAMS:
+        assert Path(program).suffix == (".py" if is_python(program) else ""), program
+        assert is_python(program) or "bash" in first_line(program), program
+
+
+# torch_gpt.py runs in an environment that step.py makes for it; all.py starts the other benchmarks.
+OF_VENV = [
+    name for name in PROGRAMS if is_python(name) and imports_of(name) and name != "scripts/benchmarks/torch_gpt.py"
+] + ["scripts/benchmarks/all.py"]
 
 
 @pytest.fixture
 def programs(checkout: Checkout) -> Checkout:
     for name in PROGRAMS:
-        shutil.copy(REPOSITORY / "scripts" / name, checkout.root / "scripts" / name)
+        (checkout.root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / name, checkout.root / name)
     for tool, found in (("sh", shutil.which("sh")), ("python3", sys.executable), ("python", sys.executable)):
         (checkout.bin / tool).symlink_to(str(found))
     return checkout
 
 
-@pytest.mark.parametrize("script", [name for name in PROGRAMS if name not in OF_VENV])
-def test_a_script_explains_itself_and_refuses_what_it_does_not_know_before_it_does_anything(
-    programs: Checkout, script: str
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in OF_VENV])
+def test_a_program_explains_itself_and_refuses_what_it_does_not_know_before_it_does_anything(
+    programs: Checkout, program: str
 ) -> None:
     before = sorted(programs.root.rglob("*"))
     for option in ("-h", "--help"):
-        asked = programs.run(f"scripts/{script}", option)
+        asked = programs.run(program, option)
         assert asked.returncode == 0
-        assert f"scripts/{script} " in asked.stdout or f"usage: {script} " in asked.stdout
-    # What follows is pytest's or a program's to judge.
-    if script not in ("test", "venv_python"):
-        wrong = programs.run(f"scripts/{script}", "--nonsense")
+        assert f"{program} " in asked.stdout or f"usage: {Path(program).name} " in asked.stdout
+    # pytest, or the program after it, judges what follows these two.
+    if program not in ("scripts/test", "scripts/venv_python"):
+        wrong = programs.run(program, "--nonsense")
         assert wrong.returncode in (1, 2)
-        assert "--nonsense" in wrong.stdout or f"scripts/{script} " in wrong.stdout or "required: " in wrong.stdout
+        assert "--nonsense" in wrong.stdout or f"{program} " in wrong.stdout or "required: " in wrong.stdout
         assert "Traceback" not in wrong.stdout
     assert sorted(programs.root.rglob("*")) == before
 
 
-@pytest.mark.parametrize("script", OF_VENV)
+@pytest.mark.parametrize("program", OF_VENV)
 def test_a_program_that_needs_what_is_installed_finds_the_environment_by_itself(
-    programs: Checkout, script: str
+    programs: Checkout, program: str
 ) -> None:
-    missing = programs.run(f"scripts/{script}", "--help")
+    missing = programs.run(program, "--help")
     assert missing.returncode == 2
-    assert f"{script}: {programs.root}/.venv is not there yet; make it with scripts/quickstart" in missing.stdout
+    name = Path(program).name
+    assert f"{name}: {programs.root}/.venv is not there yet; make it with scripts/quickstart" in missing.stdout
     programs.program(programs.root / ".venv/bin/python", f'#!{BASH}\necho "venv: $*"\n')
     # Also from another folder, whose name has a blank.
     elsewhere = programs.root / "else where"
     elsewhere.mkdir()
-    found = programs.run(BASH, "-c", f"cd 'else where' && ../scripts/{script} --sizes 'a b'")
-    assert found.stdout == f"venv: ../scripts/{script} --sizes a b\n"
+    found = programs.run(BASH, "-c", f"cd 'else where' && ../{program} --sizes 'a b'")
+    assert found.stdout == f"venv: ../{program} --sizes a b\n"
 
 
 def test_quickstart_and_install_tpu_take_no_option_for_a_folder_or_a_setting(programs: Checkout) -> None:
-    for words in (["install_tpu", "-x"], ["install_tpu", "a", "b"], ["quickstart", "--steps"], ["quickstart", "a"]):
-        refused = programs.run(f"scripts/{words[0]}", *words[1:])
+    install, quickstart = "scripts/launch/install_tpu", "scripts/quickstart"
+    for program, *words in ([install, "-x"], [install, "a", "b"], [quickstart, "--steps"], [quickstart, "a"]):
+        refused = programs.run(program, *words)
         assert refused.returncode == 2
-        assert f"  scripts/{words[0]} [" in refused.stdout
+        assert f"  {program} [" in refused.stdout
     asked = programs.run("scripts/quickstart", "train.total_steps=2", "--help")
     assert asked.returncode == 0 and "scripts/quickstart [section.key=value ...]" in asked.stdout
     assert not list(programs.root.glob(".venv*")) and not (programs.root / "-x").exists()

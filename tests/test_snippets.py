@@ -33,7 +33,7 @@ from trainer.hardware.devices import parse_target
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docker/README.md", "docs/performance.md")
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
-PROGRAMS = ("trainer", ".venv", "scripts", "docker", "sbatch", "pip", "mkdir", "curl", "gcloud", "python")
+PROGRAMS = ("trainer", ".venv", "scripts", "tests", "docker", "sbatch", "pip", "mkdir", "curl", "gcloud", "python")
 
 # What is printed in blocks and is no snippet: output, and diagrams.
 NO_SNIPPETS = ("step 2100/2166", "text -> documents", "trainer/config.py ")
@@ -104,7 +104,7 @@ def inline_commands(name: str) -> list[str]:
     """The commands within the prose of a document that have arguments."""
     text = " ".join((ROOT / name).read_text(encoding="utf-8").split("\n"))
     # Of one word after the program, as in `trainer plan`, a verb's name is meant.
-    spans = re.findall(r"`((?:trainer|scripts/|\.venv/)[^` ]* [^` ]+ [^`]*|scripts/\w+ -[^`]*)`", text)
+    spans = re.findall(r"`((?:trainer|scripts/|tests/|\.venv/)[^` ]* [^` ]+ [^`]*|scripts/[\w/.]+ -[^`]*)`", text)
     return [re.sub(r"\s+", " ", span) for span in spans]
 
 
@@ -214,7 +214,7 @@ DOCKERFILE = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
 
 
 def check_slurm(words: list[str]) -> None:
-    script = words.index("scripts/slurm_train")
+    script = words.index("scripts/launch/slurm")
     check_trainer(["train", "--or-resume", *words[script + 1 :]])
 
 
@@ -227,14 +227,14 @@ def check_launch(words: list[str]) -> None:
 
 def check_kubernetes(words: list[str]) -> None:
     words = words[: words.index("|")]
-    printed = subprocess.run(["scripts/kubernetes_job", *words], capture_output=True, text=True, check=True)
+    printed = subprocess.run(["scripts/launch/kubernetes_job.py", *words], capture_output=True, text=True, check=True)
     assert json.loads(printed.stdout)["items"]
     check_trainer(words[words.index("trainer") + 1 :])
 
 
 def check_tpu(words: list[str]) -> None:
     # It takes git's files along, so it runs where they are.
-    command = [str(ROOT / "scripts/tpu"), *words, *(["--dry-run"] if words != ["-h"] else [])]
+    command = [str(ROOT / "scripts/launch/tpu"), *words, *(["--dry-run"] if words != ["-h"] else [])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert words == ["-h"] or "gcloud compute tpus tpu-vm" in done.stdout
@@ -267,17 +267,23 @@ DRY: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "scripts/test": (check_tests, "is what runs this"),
     "docker": (check_docker, "needs Docker"),
     "sbatch": (check_slurm, "needs SLURM; tests/test_scripts.py runs the script with a fake one"),
-    "scripts/launch_local": (check_launch, "takes three trainings; tests/test_replicas.py has such"),
-    "scripts/kubernetes_job": (check_kubernetes, "needs a cluster to start what it prints"),
-    "scripts/tpu": (check_tpu, "needs Google Cloud; run with --dry-run"),
+    "scripts/launch/local.py": (check_launch, "takes three trainings; tests/test_replicas.py has such"),
+    "scripts/launch/kubernetes_job.py": (check_kubernetes, "needs a cluster to start what it prints"),
+    "scripts/launch/tpu": (check_tpu, "needs Google Cloud; run with --dry-run"),
     "pip": (check_pip, "installs"),
     "python": (check_python, "installs"),
     "gcloud": (check_program, "needs Google Cloud"),
     "mkdir": (check_program, "makes folders for Docker"),
     "curl": (check_program, "needs the internet"),
 }
-for path in (ROOT / "scripts").iterdir():
-    DRY.setdefault(f"scripts/{path.name}", (check_program, "takes long, or installs; the tests of scripts have each"))
+SCRIPTS = sorted(
+    path
+    for path in [*(ROOT / "scripts").rglob("*"), *(ROOT / "tests").glob("*")]
+    if path.is_file() and os.access(path, os.X_OK)
+)
+for path in SCRIPTS:
+    why = "takes long, or installs; the tests of scripts have each"
+    DRY.setdefault(str(path.relative_to(ROOT)), (check_program, why))
 
 # The verbs of `trainer` that are only parsed here.
 DRY_VERBS = {
@@ -289,13 +295,13 @@ DRY_VERBS = {
 def check_or_run(command: str, run_verbs: bool = False) -> None:
     """Runs a command, or checks it where it is listed above or needs what is not here."""
     # What follows so many blanks describes it.
-    command = re.split(r" {8,}|    TYPE:" if command.startswith("scripts/tpu ") else r" {3,}", command)[0]
+    command = re.split(r" {8,}|    TYPE:" if command.startswith("scripts/launch/tpu ") else r" {3,}", command)[0]
     words = shlex.split(filled_in(command))
     program, words = words[0].removeprefix(".venv/bin/").replace("tensorboard", ".venv/bin/tensorboard"), words[1:]
     if program != "trainer":
         assert program in DRY or Path(program).is_file(), command
-        if program.startswith("scripts/"):
-            assert os.access(program, os.X_OK), command
+        if program.startswith(("scripts/", "tests/")):
+            assert os.access(ROOT / program, os.X_OK), command
         DRY[program][0](words)
         return
     check_trainer(words)
@@ -387,9 +393,6 @@ def script_commands(path: Path) -> list[str]:
         found += [line.strip() for line in lines if line.startswith("    .venv/bin/t")]
     found = [re.sub(r"\[[^]]*\]", "", line).replace(".venv-tpu/", ".venv/") for line in found]
     return [line for line in found if line.split()[0].split("/")[0] in PROGRAMS]
-
-
-SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if os.access(path, os.X_OK))
 
 
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if script_commands(path)], ids=lambda path: path.name)

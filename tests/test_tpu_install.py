@@ -98,7 +98,9 @@ def test_the_step_is_built_for_every_core_of_a_slice():
 )
 def test_step_and_decoding_are_lowered_by_the_tpu_s_own_tensorflow():
     environment = ROOT / ".venv-tpu"
-    install = subprocess.run([str(ROOT / "scripts" / "install_tpu")], capture_output=True, text=True, check=False)
+    install = subprocess.run(
+        [str(ROOT / "scripts" / "launch" / "install_tpu")], capture_output=True, text=True, check=False
+    )
     if "The package index cannot be reached" in install.stderr:
         pytest.skip("no package index to take tensorflow-tpu from")
     assert install.returncode == 0, install.stderr[-3000:]
@@ -125,7 +127,7 @@ def test_an_install_that_cannot_reach_a_tpu_is_refused_with_the_remedy(versions,
     with pytest.raises(UserError) as error:
         check_tpu_install(versions.get)
     assert problem in str(error.value)
-    assert "Run scripts/install_tpu" in str(error.value)
+    assert "Run scripts/launch/install_tpu" in str(error.value)
     check_tpu_install({"tensorflow-tpu": "2.20.0", "libtpu": "0.0.17"}.get)
 
 

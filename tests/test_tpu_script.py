@@ -1,4 +1,4 @@
-"""Laws of scripts/tpu, with a gcloud that runs nothing in a cloud: it notes its arguments, and is the host itself."""
+"""Laws of scripts/launch/tpu, with a gcloud that runs nothing in a cloud: it notes its arguments, and is the host."""
 
 import os
 import platform
@@ -47,7 +47,7 @@ while :; do sleep 0.1; done
 """
 FAKE_INSTALL = f"""#!{BASH}
 echo "$TRAINER_PYTHON" >>"$HOME/installed_with"
-cp -R "$HOME/made_by_install" "$(dirname "$0")/../.venv-tpu"
+cp -R "$HOME/made_by_install" "$(dirname "$0")/../../.venv-tpu"
 """
 # In place of twenty seconds of tail: until the command is at work or has ended.
 FAKE_TIMEOUT = f"""#!{BASH}
@@ -72,12 +72,12 @@ only_linux = pytest.mark.skipif(platform.system() != "Linux", reason="a TPU's ho
 
 
 class Bench:
-    """A checkout with scripts/tpu, and a PATH that holds a few tools and a fake gcloud."""
+    """A checkout with scripts/launch/tpu, and a PATH that holds a few tools and a fake gcloud."""
 
     def __init__(self, folder: Path) -> None:
         self.root, self.bin, self.host = folder / "checkout", folder / "bin", folder / "host"
         self.calls_file = folder / "calls"
-        for name in ("scripts/tpu", "scripts/environment.sh", "setup.cfg", CONFIG):
+        for name in ("scripts/launch/tpu", "scripts/environment.sh", "setup.cfg", CONFIG):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, self.root / name)
         self.bin.mkdir()
@@ -105,14 +105,14 @@ class Bench:
         self.program(self.host / "uv", FAKE_UV)
         self.program(self.bin / "python3", FAKE_PIP)
         self.program(self.bin / "curl", f"#!{BASH}\n[[ $* == */worker-network-endpoints ]] && echo {addresses}\n")
-        self.program(self.root / "scripts/install_tpu", FAKE_INSTALL)
+        self.program(self.root / "scripts/launch/install_tpu", FAKE_INSTALL)
 
     def track(self) -> None:
         for arguments in (("init", "--quiet"), ("add", "--all")):
             subprocess.run(["git", *arguments], cwd=self.root, check=True)
 
     def run(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return self.bash(str(self.root / "scripts/tpu"), *arguments, env=env)
+        return self.bash(str(self.root / "scripts/launch/tpu"), *arguments, env=env)
 
     def bash(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         variables = {"PATH": str(self.bin), "HOST": str(self.host), "CALLS": str(self.calls_file), "LANG": "C.UTF-8"}
@@ -263,7 +263,7 @@ def test_usage_is_the_header(bench: Bench, arguments: list[str]) -> None:
     result = bench.run(*arguments)
     assert result.returncode == 0
     for verb in ("create", "install", "train", "resume", "log", "stop", "delete"):
-        assert f"\n  scripts/tpu {verb} " in result.stdout
+        assert f"\n  scripts/launch/tpu {verb} " in result.stdout
     assert "Not yet run against Google Cloud" in result.stdout
     assert "set -euo" not in result.stdout
 
@@ -338,7 +338,7 @@ def test_training_before_install_is_said(bench: Bench) -> None:
     for verb, word in (("train", CONFIG), ("resume", "runs/x")):
         result = bench.run(verb, *WHERE, word)
         assert result.returncode == 1
-        assert "trainer is not installed here; run scripts/tpu install first." in result.stderr
+        assert "trainer is not installed here; run scripts/launch/tpu install first." in result.stderr
 
 
 @only_linux

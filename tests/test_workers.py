@@ -58,7 +58,7 @@ def test_a_tf_config_that_is_not_right_says_what_is_wrong(text, message):
     with pytest.raises(UserError) as error:
         read_tf_config(text)
     assert message in str(error.value)
-    assert "scripts/launch_local" in str(error.value)
+    assert "scripts/launch/local.py" in str(error.value)
     assert len(str(error.value)) < 1000
 
 
@@ -257,7 +257,7 @@ def test_a_slurm_environment_that_is_not_right_names_the_variable(slurm_task, mo
     with pytest.raises(UserError) as error:
         find_workers(DistributionConfig())
     assert message in str(error.value)
-    assert "Start the workers with srun, as scripts/slurm_train does, or set TF_CONFIG on each." in str(error.value)
+    assert "Start the workers with srun, as scripts/launch/slurm does, or set TF_CONFIG on each." in str(error.value)
     assert "TF_CONFIG" not in os.environ
 
 

@@ -1,7 +1,7 @@
 """Lowers the step and cached decoding for a TPU with tensorflow-tpu, and prints what it finds. Run by test_tpu.py.
 
-In an environment that scripts/install_tpu made, on a machine without a TPU: only tensorflow-tpu's registry knows which
-operations a TPU has. Weights are arguments, as variables would have to live on one.
+In an environment that scripts/launch/install_tpu made, on a machine without a TPU: only tensorflow-tpu's registry lists
+the operations that a TPU has. Weights are arguments, as variables would have to live on one.
 """
 
 import os

@@ -32,6 +32,6 @@ def check_tpu_install(version_of: Callable[[str], str | None] = installed_versio
     else:
         return
     raise UserError(
-        f"distribution.kind='tpu': {problem}. Run scripts/install_tpu on the TPU VM, and use .venv-tpu/bin/trainer; or "
-        "set distribution.kind='cpu'."
+        f"distribution.kind='tpu': {problem}. Run scripts/launch/install_tpu on the TPU VM, and use "
+        ".venv-tpu/bin/trainer; or set distribution.kind='cpu'."
     )

@@ -13,7 +13,7 @@ from trainer.errors import UserError
 _SLURM_FIRST_PORT = 10_000
 _SLURM_NUM_SLOTS = 200
 _SLURM_PORTS_PER_SLOT = 100
-_SLURM_ADVICE = "Start the workers with srun, as scripts/slurm_train does, or set TF_CONFIG on each."
+_SLURM_ADVICE = "Start the workers with srun, as scripts/launch/slurm does, or set TF_CONFIG on each."
 
 
 # What errors of TensorFlow's collectives call other workers, and the reasons that they give.
@@ -24,7 +24,8 @@ _REASON = re.compile(r"aborted by: (?!Collective ops)([^\n\\\"]+)")
 
 _TF_CONFIG_ADVICE = (
     'Set it on every worker, as in {"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", '
-    '"index": 0}}, or start the workers with scripts/launch_local, scripts/slurm_train or scripts/kubernetes_job.'
+    '"index": 0}}, or start the workers with scripts/launch/local.py, scripts/launch/slurm or '
+    "scripts/launch/kubernetes_job.py."
 )
 
 

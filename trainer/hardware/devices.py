@@ -262,8 +262,8 @@ def unused_tpu(root: Path = Path("/")) -> str | None:
     if not on_bus and not list((root / "dev").glob("accel[0-9]*")):
         return None
     return (
-        "This machine's TPU is not used: distribution.kind='auto' never takes one. Install with scripts/install_tpu, "
-        "and train with: .venv-tpu/bin/trainer train CONFIG distribution.kind=tpu"
+        "This machine's TPU is not used: distribution.kind='auto' never takes one. Install with "
+        "scripts/launch/install_tpu, and train with: .venv-tpu/bin/trainer train CONFIG distribution.kind=tpu"
     )
 
 

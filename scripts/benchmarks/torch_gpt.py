@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Trains a GPT of the shape that trainer's has with PyTorch, some steps at a time, for scripts/bench_step.
+"""Trains a GPT of the shape that trainer's has with PyTorch, some steps at a time, for scripts/benchmarks/step.py.
 
-    .venv-torch/bin/python scripts/torch_gpt JOB.json
+    .venv-torch/bin/python scripts/benchmarks/torch_gpt.py JOB.json
 
-Run by scripts/bench_step in an environment that has PyTorch and nothing of trainer's. Each line of standard input is a
-number of steps to take; the answer, a line of JSON, says how long one of them took.
+scripts/benchmarks/step.py runs it in an environment that has PyTorch and nothing of trainer's. Each line of standard
+input is a number of steps to take; the answer, a line of JSON, has the seconds that one of them took.
 """
 
 import json

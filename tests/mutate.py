@@ -1,8 +1,8 @@
-#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/venv_python" "$0" "$@"'
+#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../scripts/venv_python" "$0" "$@"'
 """Mutates what users give to trainer, thousands of times, and checks that each mutation is taken or refused properly.
 
-    scripts/mutate [KIND ...] [--number 2000] [--seed 0] [--secs SECS]
-    scripts/mutate --case KIND/NUMBER [--seed 0]
+    tests/mutate.py [KIND ...] [--number 2000] [--seed 0] [--secs SECS]
+    tests/mutate.py --case KIND/NUMBER [--seed 0]
 
 A mutation is refused properly with exit status 2 (or 1, if data was to be verified) and a short message: no traceback,
 no warning of a library, no hang, no process killed. It is accepted properly if what comes out is what the mutated input
@@ -720,8 +720,8 @@ def _records_of(data: bytes) -> list[str]:
 
 def _documents_in(folder: Path, split_name: str) -> list[str]:
     """Returns the documents of a split of prepared data."""
-    from trainer.data.shards import load_prepared
     from trainer.commands.inspect_run import document
+    from trainer.data.shards import load_prepared
 
     prepared = load_prepared(folder)
     tokenizer, split = prepared.tokenizer(), prepared.split(split_name)
@@ -929,8 +929,8 @@ def prompt(lab: Lab, rng: random.Random) -> bool:
     kind = rng.choice(ANY_TOKENIZER)
     text = _as_argument(mutated_text(rng, rng.choice(("The cat", "고양이", "", "🙂", ENGLISH))))
     if rng.random() < 0.8:
-        from trainer.errors import UserError
         from trainer.decoding.decoder import Decoder
+        from trainer.errors import UserError
 
         stop = None if rng.random() < 0.7 else _as_argument(mutated_text(rng, rng.choice(TEXTS)[:5]))
         number, seed = (rng.choice((3, nasty(rng))) for _ in range(2))
@@ -962,9 +962,9 @@ def prompt(lab: Lab, rng: random.Random) -> bool:
 def tf_config(lab: Lab, rng: random.Random) -> bool:
     """TF_CONFIG, and the variables that SLURM sets."""
     from trainer.config import DistributionConfig
-    from trainer.errors import UserError
     from trainer.distributed import rendezvous as meeting
     from trainer.distributed import workers
+    from trainer.errors import UserError
 
     _start()
     tree: dict[str, Any] = {

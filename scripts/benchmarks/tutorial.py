@@ -1,7 +1,7 @@
-#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/venv_python" "$0" "$@"'
+#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../venv_python" "$0" "$@"'
 """Trains the tutorial's model with the tutorial's own Keras code and with trainer, side by side, and compares.
 
-    scripts/compare_with_tutorial [--quick] [--train FILE --validation FILE]
+    scripts/benchmarks/tutorial.py [--quick] [--train FILE --validation FILE]
 
 Same text, same vocabulary, same sizes. Speed: alternating blocks of steps of Keras fit without XLA, Keras fit with XLA,
 and trainer; the ratio is ours to the better of the two, per round. Quality: both scored by trainer's evaluation after
@@ -23,7 +23,7 @@ import keras_nlp
 import numpy as np
 import tensorflow as tf
 
-from trainer.benchmark import Training, tutorial_model
+from harness import Training, tutorial_model
 from trainer.config import Config
 from trainer.config_file import load_config
 from trainer.data.prepare import prepare
@@ -31,7 +31,7 @@ from trainer.data.shards import PreparedData
 from trainer.data.tokenizer import WordPieceTokenizer
 from trainer.training.evaluation import Evaluation, Evaluator
 
-MINIGPT = Path(__file__).resolve().parents[1] / "configs" / "minigpt.toml"
+MINIGPT = Path(__file__).resolve().parents[2] / "configs" / "minigpt.toml"
 WARMUP_STEPS = 3
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs a command as several workers on this machine, as several hosts would: a rehearsal, or one worker per GPU group.
 
-    scripts/launch_local -n 3 trainer train configs/quickstart.toml train.global_batch_size=33
+    scripts/launch/local.py -n 3 trainer train configs/quickstart.toml train.global_batch_size=33
 
 Each worker gets a TF_CONFIG of its own, and all get a TRAINER_MEETING_SECRET; a worker's lines are prefixed with its
 number. When one fails, all are stopped, and this prints how each ended and exits as the first one that failed. SIGINT,
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 # Where scripts/quickstart and scripts/test install.
-VENV_PROGRAMS = Path(__file__).resolve().parents[1] / ".venv" / "bin"
+VENV_PROGRAMS = Path(__file__).resolve().parents[2] / ".venv" / "bin"
 
 GRACE_SECS = 30.0
 TOGETHER_SECS = 5.0
@@ -119,7 +119,7 @@ def report(workers: list[Worker]) -> None:
     lines = [line for line in lines if not line.endswith((" is still running", " ended with 0"))]
     if None in statuses:
         lines.append("stopping the others")
-    print(f"launch_local: {'; '.join(lines)}.", file=sys.stderr)
+    print(f"local.py: {'; '.join(lines)}.", file=sys.stderr)
 
 
 def stop(workers: list[Worker]) -> None:
@@ -135,9 +135,7 @@ def stop(workers: list[Worker]) -> None:
         except subprocess.TimeoutExpired:
             worker.process.kill()
             worker.process.wait()
-            print(
-                f"launch_local: worker {worker.index} did not end within {GRACE_SECS:.0f} s: killed.", file=sys.stderr
-            )
+            print(f"local.py: worker {worker.index} did not end within {GRACE_SECS:.0f} s: killed.", file=sys.stderr)
         worker.reader.join(10.0)
 
 

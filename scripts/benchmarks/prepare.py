@@ -1,7 +1,7 @@
-#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/venv_python" "$0" "$@"'
+#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../venv_python" "$0" "$@"'
 """Measures preparing text: its speed and its vocabulary beside those of others, its memory, and texts that are nasty.
 
-    scripts/bench_prepare [--only speed vocabulary scale] [--quick] [--text FILE] [--json OUT]
+    scripts/benchmarks/prepare.py [--only speed vocabulary scale] [--quick] [--text FILE] [--json OUT]
 
 speed: all of `prepare` but the training of a vocabulary, in turn with keras_nlp's tokenizer in a bare tf.data map and
 with encode_batch_fast of tokenizers alone, each in two settings, of which the better counts. vocabulary: trainer's
@@ -38,18 +38,18 @@ import rich.console
 import tensorflow as tf
 import tokenizers
 
-from trainer.benchmark import Training, about, table_of
+from harness import Training, about, table_of
 from trainer.config import BpeConfig, Config, WordPieceConfig
 from trainer.config_file import make_config
-from trainer.errors import UserError
 from trainer.data.files import parts_of, read_documents
 from trainer.data.prepare import prepare
 from trainer.data.shards import load_prepared
-from trainer.storybook.storybook import story
 from trainer.data.vocabulary import SPECIAL_TOKENS, train_bpe, train_wordpiece
+from trainer.errors import UserError
+from trainer.storybook.storybook import story
 from trainer.training.evaluation import Evaluator
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("speed", "vocabulary", "scale")
 ROUNDS = 5
 WORDPIECE = WordPieceConfig(kind="wordpiece")

@@ -1,7 +1,7 @@
-#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/venv_python" "$0" "$@"'
+#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../venv_python" "$0" "$@"'
 """Measures how fast texts are written with a key-value cache, in turn with KerasNLP's GPT-2 of the same sizes.
 
-    scripts/bench_decoding [--quick] [--batches 1 16] [--json OUT]
+    scripts/benchmarks/decoding.py [--quick] [--batches 1 16] [--json OUT]
 
 Both have random weights in float32, write as many tokens after prompts of the same length, and draw them with the same
 samplers. KerasNLP's is compiled with XLA and without, and the faster of the two counts; it is given tokens and returns
@@ -28,7 +28,7 @@ import keras_nlp
 import numpy as np
 import rich.console
 
-from trainer.benchmark import about, table_of
+from harness import about, table_of
 from trainer.config import ModelConfig
 from trainer.data.tokenizer import Tokenizer, WordPieceTokenizer
 from trainer.data.vocabulary import SPECIAL_TOKENS

@@ -1,13 +1,13 @@
-#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/venv_python" "$0" "$@"'
+#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../venv_python" "$0" "$@"'
 """Measures what a run adds to its steps: how long it takes to the first of them, and what a checkpoint costs.
 
-    scripts/bench_run [--only start checkpoint] [--quick] [--json OUT]
+    scripts/benchmarks/run.py [--only start checkpoint] [--quick] [--json OUT]
 
 start: from the start of a process, trainer train on configs/quickstart.toml, to the end of its first step, with the
 text prepared. checkpoint: steps with a save before them, which is written beside them, in turn with as many steps
 without, for the quickstart's model and for one of GPT-2's width and vocabulary. What the steps with it take longer, the
 wait for what is not written by their end included, is what it costs. What the loop and its input add to a step is in
-scripts/bench_step.
+scripts/benchmarks/step.py.
 """
 
 import argparse
@@ -27,15 +27,15 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Of this process and those it starts.
 
 import rich.console
 
-from trainer.benchmark import Training, about, table_of
+from harness import Training, about, table_of
 from trainer.config import Config
 from trainer.config_file import load_config
-from trainer.errors import UserError
 from trainer.data.prepare import prepare
-from trainer.training.run_folder import RunFolder
+from trainer.errors import UserError
 from trainer.training.loop import save
+from trainer.training.run_folder import RunFolder
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 PARTS = ("start", "checkpoint")
 ROUNDS = 5

@@ -1,7 +1,7 @@
-#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/venv_python" "$0" "$@"'
+#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../venv_python" "$0" "$@"'
 """Measures the training of GPT-2 124M on one GPU: tokens per second, model FLOPs utilisation and memory.
 
-    scripts/bench_gpu [--batch-size 64] [--micro-batch-size 16] [--quick] [--json OUT]
+    scripts/benchmarks/gpu.py [--batch-size 64] [--micro-batch-size 16] [--quick] [--json OUT]
 
 The model and training of configs/gpt2_124m_8gpu.toml on the first GPU, in mixed_bfloat16 and compiled by XLA, with the
 storybook's bytes in place of its text: the logits are as many. Without a GPU it says so, and its exit status is 0.
@@ -22,15 +22,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import rich.console
 import tensorflow as tf
 
-from trainer.benchmark import Training, about, table_of
+from harness import Training, about, table_of
 from trainer.config import Config
 from trainer.config_file import load_config
-from trainer.errors import UserError
 from trainer.data.prepare import prepare
-from trainer.planning.plan import tokens_per_sec_at_peak
 from trainer.distributed.strategy import device_kind, device_names, find_devices, unseen_gpu
+from trainer.errors import UserError
+from trainer.planning.plan import tokens_per_sec_at_peak
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "gpt2_124m_8gpu.toml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "gpt2_124m_8gpu.toml"
 ROUNDS = 5
 WARMUP_STEPS = 3
 ON_GPU = ("distribution.kind=gpu", "distribution.gpus=[0]")

@@ -1,14 +1,14 @@
-#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/venv_python" "$0" "$@"'
+#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../venv_python" "$0" "$@"'
 """Measures the speed of a training step on the CPU, in turn with others at the same sizes and with the same update.
 
-    scripts/bench_step [--sizes tutorial 4x512] [--peers fit gpt2 torch] [--quick] [--json OUT]
+    scripts/benchmarks/step.py [--sizes tutorial 4x512] [--peers fit gpt2 torch] [--quick] [--json OUT]
 
 trainer has its own loop and input pipeline, in calls of train.steps_per_call steps. fit: the KerasNLP tutorial's model
 under Keras fit, with XLA and without. gpt2: KerasNLP's GPT2Backbone with tied logits, in trainer's loop. torch: a GPT
-of the shape that trainer's has, in scripts/torch_gpt, eager and through torch.compile; the newest PyTorch is installed
-for it into .venv-torch, once. All in float32, and in bfloat16 with float32 weights; all with AdamW, weight decay and
-clipping. The tutorial's model is post-norm with ReLU and an output layer of its own at all sizes, GPT2Backbone pre-norm
-with GELU and tied; trainer's is as the former at size tutorial, and as the latter at 4x512.
+of the shape that trainer's has, in torch_gpt.py beside this file, eager and through torch.compile; the newest PyTorch
+is installed for it into .venv-torch, once. All in float32, and in bfloat16 with float32 weights; all with AdamW, weight
+decay and clipping. The tutorial's model is post-norm with ReLU and an output layer of its own at all sizes,
+GPT2Backbone pre-norm with GELU and tied; trainer's is as the former at size tutorial, and as the latter at 4x512.
 
 All train on the same random tokens, in processes of their own that wait while another has its turn, on the cores that
 this program may use; taskset narrows these. They are in memory at the same time: fewer with --peers and --precisions. A
@@ -45,15 +45,15 @@ import rich.live
 import rich.table
 import tensorflow as tf
 
-from trainer.benchmark import Training, about, table_of, tutorial_model
+from harness import Training, about, table_of, tutorial_model
 from trainer.config import Config
 from trainer.config_file import load_config, make_config
-from trainer.errors import UserError
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData, load_prepared
 from trainer.data.vocabulary import SPECIAL_TOKENS
+from trainer.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TORCH = ROOT / ".venv-torch"
 ROUNDS = 5
 WARMUP_STEPS = 2
@@ -219,7 +219,7 @@ class Contestant:
         (folder / f"{stem}.json").write_text(json.dumps(job))
         program = [sys.executable, __file__, "--job"]
         if job["program"] == "torch":
-            program = [str(TORCH / "bin" / "python"), str(ROOT / "scripts" / "torch_gpt")]
+            program = [str(TORCH / "bin" / "python"), str(Path(__file__).with_name("torch_gpt.py"))]
         # It is killed in the end, and cannot clear up.
         environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(TORCH / "compiled")

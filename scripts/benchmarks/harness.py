@@ -1,4 +1,4 @@
-"""What the benchmarks in scripts/ have in common: a training to time, the tutorial's model, how figures are shown."""
+"""What the benchmarks have in common: a training to time, the tutorial's model, how figures are shown."""
 
 import sys
 import time

@@ -1,7 +1,7 @@
-#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/venv_python" "$0" "$@"'
+#!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../venv_python" "$0" "$@"'
 """Measures how fast batches come out of the input pipeline, without a model, and how long a training waits for them.
 
-    scripts/bench_input [--quick] [--data PATH] [--json OUT]
+    scripts/benchmarks/input.py [--quick] [--data PATH] [--json OUT]
 
 Packed and shuffled, in two shapes, from one shard and from several, in full and in windows. Each round times all
 pipelines of a shape in turn; a ratio is to the first of them, in the same round. PATH is text, or a prepared folder,
@@ -25,16 +25,16 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 import trainer
-from trainer.benchmark import about, table_of
+from harness import about, table_of
 from trainer.config import Config
 from trainer.config_file import load_config, make_config
-from trainer.errors import UserError
 from trainer.data.batches import BLOCK_BYTES, training_batches
 from trainer.data.prepare import prepare
 from trainer.data.shards import MANIFEST, PreparedData, load_prepared
 from trainer.distributed.strategy import distributed, make_strategy
+from trainer.errors import UserError
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.toml"
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.toml"
 ROUNDS = 5
 TARGET_INPUT_SHARE = 0.01
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 r"""Prints a Kubernetes job that runs a command as several workers, one a pod; kubectl starts it.
 
-    scripts/kubernetes_job -n 4 --name gpt --image IMAGE --gpus 8 --claim CLAIM --mount /runs \
+    scripts/launch/kubernetes_job.py -n 4 --name gpt --image IMAGE --gpus 8 --claim CLAIM --mount /runs \
         trainer train quickstart --or-resume run_folder=/runs/gpt | kubectl apply -f -
 
 Each worker gets a TF_CONFIG of its own, and all get a secret by which they know each other. The run's folder has to be
