@@ -43,6 +43,7 @@ from trainer.data.text import Mixture, Source, open_source, peek
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file, train_tokenizer
 from trainer.data.vocabulary import cut_document
 from trainer.errors import UserError
+from trainer.storybook import storybook
 from trainer.system.storage import (
     Url,
     copy_file,
@@ -400,8 +401,6 @@ def _encoded(
 
 
 def _with_nats(documents: Iterator[tuple[str, Document]], nats: list[float]) -> Iterator[tuple[str, Document]]:
-    from trainer.storybook import storybook
-
     for split, story in documents:
         assert isinstance(story, str)
         if split == "validation":

@@ -28,6 +28,7 @@ from trainer.data.files import (
 )
 from trainer.data.formats import is_json_lines
 from trainer.errors import UserError
+from trainer.storybook import storybook
 from trainer.system.storage import Location
 
 File = Location | Dataset
@@ -117,12 +118,7 @@ class Source:
         of_train: dict[bytes, File] = {}
         digests = hashlib.sha256()
         if self.data.is_storybook():
-            from trainer.storybook import grammar as storybook_grammar
-            from trainer.storybook import storybook
-
-            seed, num_stories = self.data.storybook_seed, self.data.storybook_stories
-            # The grammar, and one story in case the way of drawing from it changes.
-            recipe = [storybook_grammar.GRAMMAR_TEXT, *storybook.stories(seed, 1), seed, num_stories]
+            recipe = storybook.recipe(self.data.storybook_seed, self.data.storybook_stories)
             digests.update(json.dumps(recipe).encode())
         for files in (self.train_files, self.validation_files):
             digests.update(len(files).to_bytes(8, "little"))
@@ -246,8 +242,6 @@ class Source:
     def _unsplit(self, tally: Tally) -> Iterator[tuple[str, File | None, int, Document]]:
         """Yields (setting, file, number in that file from 1 on, document)."""
         if self.data.is_storybook():
-            from trainer.storybook import storybook
-
             stories = storybook.stories(self.data.storybook_seed, self.data.storybook_stories)
             yield from (("train", None, number, story) for number, story in enumerate(stories, start=1))
         for setting, files in (("train", self.train_files), ("validation", self.validation_files)):

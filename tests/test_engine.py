@@ -1,0 +1,71 @@
+"""Laws of the engine: texts are drawn as often as their probability states, and read back to the choices made."""
+
+import itertools
+import math
+import random
+
+import pytest
+from toy_grammar import toy, toy_counts  # type: ignore[import-not-found]  # pytest has this folder on its path
+
+from trainer.storybook import storybook
+from trainer.storybook.engine import Grammar
+
+
+def test_probabilities_of_all_texts_sum_to_one():
+    # A sum of 1 also shows that sampling has met every text.
+    assert math.fsum(math.exp(toy().log_probability(text)) for text in toy_counts()) == pytest.approx(1, abs=1e-12)
+
+
+def test_texts_are_drawn_as_often_as_their_probability_states():
+    num_texts = toy_counts().total()
+    for text, count in toy_counts().items():
+        probability = math.exp(toy().log_probability(text))
+        assert abs(count / num_texts - probability) < 4.5 * math.sqrt(probability * (1 - probability) / num_texts), text
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_parser_recovers_the_one_derivation_that_was_drawn(seed):
+    grammar = storybook.built_in_grammar()
+    for index in range(500):
+        text = storybook.story(seed, index)
+        drawn = grammar.sample_derivation(random.Random(f"{seed}/{index}"))
+        assert list(grammar.derivations(text)) == [drawn]
+        assert grammar.parse(text) == drawn
+        assert grammar.render(drawn) == text
+
+
+def test_a_story_depends_on_its_seed_and_index_only():
+    assert storybook.story(0, 7) == list(storybook.stories(0, 8))[7]
+    assert list(storybook.stories(0, 0)) == []
+    assert len({storybook.story(seed, index) for seed, index in itertools.product(range(10), range(10))}) == 100
+
+
+def test_a_changed_word_is_not_a_story_and_is_named():
+    source = random.Random(1)
+    for text in storybook.stories(0, 200):
+        words = text.split()
+        position = source.randrange(len(words))
+        words[position] = "zebra"
+        with pytest.raises(ValueError, match=rf"^not a text of the grammar: token {position} is 'zebra', after '"):
+            storybook.log_probability(" ".join(words))
+
+
+def test_a_story_that_stops_early_or_goes_on_is_not_a_story():
+    text = storybook.story(0, 0)
+    num_tokens = len(text.split())
+    with pytest.raises(ValueError, match=f"it stops at {num_tokens - 1}, after "):
+        storybook.log_probability(text.removesuffix(" ."))
+    with pytest.raises(ValueError, match=f"token {num_tokens} is 'the', after "):
+        storybook.log_probability(f"{text} the")
+    with pytest.raises(ValueError, match="token 0 is '', after ''"):
+        storybook.log_probability("")
+    with pytest.raises(ValueError, match=f"token {num_tokens} is '', after "):
+        storybook.log_probability(f"{text} ")
+
+
+def test_two_derivations_of_a_text_are_found_and_refused():
+    grammar = Grammar("story\n    <one> <two>\none\n    x\n    x y\ntwo\n    y z\n    z")
+    assert len(list(grammar.derivations("x y z"))) == 2
+    with pytest.raises(ValueError, match="the text 'x y z' is ambiguous"):
+        grammar.log_probability("x y z")
+    assert grammar.log_probability("x z") == pytest.approx(math.log(1 / 4))
