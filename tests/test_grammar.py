@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from trainer.errors import UserError
 from trainer.storybook.engine import Grammar
 from trainer.storybook.grammar import read_rules
 from trainer.storybook.storybook import GRAMMAR_FILE
@@ -28,7 +29,7 @@ from trainer.storybook.storybook import GRAMMAR_FILE
     ],
 )
 def test_a_line_that_cannot_be_read_is_named(text, line, message):
-    with pytest.raises(ValueError, match=f"^stories.txt:{line}: {re.escape(message)}"):
+    with pytest.raises(UserError, match=f"^stories.txt:{line}: {re.escape(message)}"):
         read_rules(text, "stories.txt")
 
 

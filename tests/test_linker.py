@@ -2,6 +2,7 @@
 
 import pytest
 
+from trainer.errors import UserError
 from trainer.storybook.engine import Grammar
 
 
@@ -47,5 +48,5 @@ def grammar_text(rules):
     ],
 )
 def test_a_fault_is_named_by_file_and_line(rules, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         Grammar(grammar_text(rules), "a.txt")

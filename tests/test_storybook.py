@@ -28,7 +28,7 @@ def words_of(symbol):
 
 def test_stories_are_the_same_on_every_machine():
     digest = hashlib.sha256("\n".join(some_stories()).encode()).hexdigest()
-    # A changed grammar changes this, and with it every number measured on stories: say so in CHANGELOG.md.
+    # A changed grammar changes this, and with it every number measured on stories: add a line to CHANGELOG.md.
     assert digest == "066ca9d19ae257feaabf770252ab4ed4f26e5824559fbdf67a9ec0d71983d979"
 
 

@@ -1,1 +1,1 @@
-"""The built-in text: a grammar of children's stories, and the exact entropy of what it tells."""
+"""The built-in text: a grammar of children's stories, and the exact probability and entropy of its stories."""

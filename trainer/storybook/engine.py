@@ -29,7 +29,7 @@ class Grammar:
         rules: the rule of each symbol, after the rules of the symbols that it contains.
 
     Raises:
-        ValueError: as `read_rules` and `link`.
+        UserError: as `read_rules` and `link`.
     """
 
     def __init__(self, text: str, file: object = "grammar", start: str = "story"):
@@ -135,7 +135,7 @@ def keep(one: Alternative, part: Expand, bindings: Bindings) -> Bindings:
 
 
 def fixed_words(part: Words | Recall, bindings: Bindings) -> tuple[str, ...]:
-    """Returns the words of a part that is no choice."""
+    """Returns the words of a part that is not a choice."""
     return part.words if isinstance(part, Words) else bindings[part.variable].attributes[part.attribute]
 
 

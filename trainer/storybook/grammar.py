@@ -1,4 +1,4 @@
-"""The notation of a grammar: from its text to rules, each line checked by itself.
+"""The notation of a grammar: from its text to rules, with a check of each line.
 
 The head of grammar.txt explains the notation. What lines mean together is checked by linker.py.
 """
@@ -11,6 +11,8 @@ from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from trainer.errors import UserError
 
 # Only words that lower-casing and splitting at white space and punctuation leave as they are: one token each.
 _WORD = re.compile(r'[a-z]+|[.,!?"]')
@@ -77,7 +79,7 @@ class Alternative:
         template: the line without weight and attributes.
         weight: how likely it is, relative to the symbol's other alternatives.
         parts: what the template is made of.
-        attributes: its own and those of all alternatives of its symbol.
+        attributes: the attributes of its line, and of its symbol's.
     """
 
     place: str
@@ -98,7 +100,7 @@ class Rule:
         log_probabilities: the log-probability of each alternative.
 
     Raises:
-        ValueError: an alternative is there twice.
+        UserError: an alternative is there twice.
     """
 
     def __init__(self, symbol: str, place: str, alternatives: Sequence[Alternative]):
@@ -106,7 +108,7 @@ class Rule:
         seen: set[str] = set()
         for one in alternatives:
             if one.template in seen:
-                raise ValueError(
+                raise UserError(
                     f"{one.place}: symbol {symbol!r} has the alternative {one.template!r} twice; give one more weight."
                 )
             seen.add(one.template)
@@ -134,7 +136,7 @@ def read_rules(text: str, file: object) -> dict[str, Rule]:
         The rule of each symbol, in the order of the text.
 
     Raises:
-        ValueError: a line cannot be read, an alternative has no symbol above it, or a symbol or an alternative is there
+        UserError: a line cannot be read, an alternative has no symbol above it, or a symbol or an alternative is there
             twice; the message names the file, the line and what is allowed.
     """
     heads: dict[str, tuple[str, Attributes, list[Alternative]]] = {}
@@ -146,23 +148,23 @@ def read_rules(text: str, file: object) -> dict[str, Rule]:
         if content == line.rstrip():
             symbol, shared = _read_head(content, place)
             if symbol in heads:
-                raise ValueError(f"{place}: symbol {symbol!r} is defined twice; put its alternatives together.")
+                raise UserError(f"{place}: symbol {symbol!r} is defined twice; put its alternatives together.")
             heads[symbol] = place, shared, []
         elif symbol is None:
-            raise ValueError(f"{place}: the alternative {content!r} has no symbol above it; write one.")
+            raise UserError(f"{place}: the alternative {content!r} has no symbol above it; write one.")
         else:
             _, shared, alternatives = heads[symbol]
             alternatives.append(_read_alternative(content, symbol, shared, place))
     for symbol, (place, _, alternatives) in heads.items():
         if not alternatives:
-            raise ValueError(f"{place}: symbol {symbol!r} has no alternatives; give it one, indented, below it.")
+            raise UserError(f"{place}: symbol {symbol!r} has no alternatives; give it one, indented, below it.")
     return {symbol: Rule(symbol, place, alternatives) for symbol, (place, _, alternatives) in heads.items()}
 
 
 def _read_head(line: str, place: str) -> tuple[str, Attributes]:
     match = _HEAD.fullmatch(line)
     if not match:
-        raise ValueError(
+        raise UserError(
             f"{place}: cannot read the symbol {line!r}; write letters and _, at most one /, then ` | name=words`."
         )
     return match[1], _read_attributes(match[2], place)
@@ -171,7 +173,7 @@ def _read_head(line: str, place: str) -> tuple[str, Attributes]:
 def _read_alternative(line: str, symbol: str, shared: Attributes, place: str) -> Alternative:
     match = _ALTERNATIVE.fullmatch(line)
     if not match or not match[2] or match[2].startswith("|"):
-        raise ValueError(f"{place}: symbol {symbol!r} has an empty alternative, which no text shows; write words.")
+        raise UserError(f"{place}: symbol {symbol!r} has an empty alternative, which no text shows; write words.")
     weight, template, own = match.groups()
     parts: list[Part] = []
     words: list[str] = []
@@ -193,7 +195,7 @@ def _read_part(token: str, place: str) -> Recall | Expand:
     if match := _EXPAND.fullmatch(token):
         variable, whole, prefix, selecting_variable, attribute = match.groups()
         return Expand(whole or prefix, Recall(selecting_variable, attribute) if prefix else None, variable)
-    raise ValueError(
+    raise UserError(
         f'{place}: cannot read {token!r}; write a lower-case word, one of . , ! ? ", <symbol>, <variable:symbol>, '
         "<symbol/$variable.attribute>, $variable or $variable.attribute, one space between."
     )
@@ -204,6 +206,6 @@ def _read_attributes(text: str | None, place: str) -> Attributes:
     for item in text.split(", ") if text else []:
         match = _ATTRIBUTE.fullmatch(item)
         if not match:
-            raise ValueError(f"{place}: cannot read the attribute {item!r}; write name=words, and `, ` between two.")
+            raise UserError(f"{place}: cannot read the attribute {item!r}; write name=words, and `, ` between two.")
         attributes[match[1]] = tuple(match[2].split(" "))
     return attributes

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from graphlib import CycleError, TopologicalSorter
 
+from trainer.errors import UserError
 from trainer.storybook.grammar import ITSELF, Alternative, Attributes, Expand, Part, Recall, Rule, Words
 
 # The values that each variable may have, for the variables that have one in every text.
@@ -25,7 +26,7 @@ def link(rules: Mapping[str, Rule], start: str) -> dict[str, Rule]:
         The rules, each after the rules of the symbols that it contains.
 
     Raises:
-        ValueError: a symbol is undefined, unused or contains itself; a variable is read before every text keeps it, or
+        UserError: a symbol is undefined, unused or contains itself; a variable is read before every text keeps it, or
             kept twice; a value lacks an attribute that is read; or a kept symbol may read a variable or be two equal
             texts. The message names the file and the line.
     """
@@ -36,7 +37,7 @@ def link(rules: Mapping[str, Rule], start: str) -> dict[str, Rule]:
     used |= {symbol for symbol, _ in met}
     for symbol, rule in rules.items():
         if symbol not in used:
-            raise ValueError(f"{rule.place}: nothing uses symbol {symbol!r}; use or remove it.")
+            raise UserError(f"{rule.place}: nothing uses symbol {symbol!r}; use or remove it.")
     return linked
 
 
@@ -61,7 +62,7 @@ def all_parts(rule: Rule) -> list[Part]:
 def _sorted_bottom_up(rules: Mapping[str, Rule], start: str) -> dict[str, Rule]:
     """Returns the rules, each after the rules of the symbols that it contains."""
     if start not in rules:
-        raise ValueError(f"symbol {start!r}, which every text is derived from, is undefined; define it.")
+        raise UserError(f"symbol {start!r}, which every text is derived from, is undefined; define it.")
     graph: dict[str, set[str]] = {symbol: set() for symbol in rules}
     for symbol, rule in rules.items():
         for one in rule.alternatives:
@@ -69,12 +70,12 @@ def _sorted_bottom_up(rules: Mapping[str, Rule], start: str) -> dict[str, Rule]:
                 if isinstance(part, Expand):
                     graph[symbol] |= candidates(part, rules)
             for missing in sorted(graph[symbol] - set(rules)):
-                raise ValueError(f"{one.place}: symbol {missing!r} is undefined; define it or correct the name.")
+                raise UserError(f"{one.place}: symbol {missing!r} is undefined; define it or correct the name.")
     try:
         return {symbol: rules[symbol] for symbol in TopologicalSorter(graph).static_order()}
     except CycleError as error:
         cycle = error.args[1]
-        raise ValueError(
+        raise UserError(
             f"{rules[cycle[0]].place}: a symbol may not contain itself: {' in '.join(cycle)}; break the circle."
         ) from None
 
@@ -108,7 +109,7 @@ def _values(
                 values = [(p, words + part.words, of) for p, words, of in values]
                 continue
             if isinstance(part, Recall) or part.selector or part.variable:
-                raise ValueError(
+                raise UserError(
                     f"{one.place}: symbol {rule.symbol!r} is kept in a variable, so {one.template!r} may read or keep "
                     "none; write words and <symbol> only."
                 )
@@ -123,7 +124,7 @@ def _follow(rules: Mapping[str, Rule], part: Expand, possible: _Possible, met: d
 
     Args:
         rules: all rules.
-        part: where the text stands.
+        part: the next part of the text.
         possible: the values that variables may have before the part.
         met: the symbols met, each with the values before and after it; the part's are added.
 
@@ -152,7 +153,7 @@ def _follow_parts(
             _check_recall(recall, possible, one)
         if isinstance(part, Expand):
             if part.variable in possible:
-                raise ValueError(f"{one.place}: variable ${part.variable} is kept again; rename one of the two.")
+                raise UserError(f"{one.place}: variable ${part.variable} is kept again; rename one of the two.")
             possible = _follow(rules, part, possible, met)
     return possible
 
@@ -167,7 +168,7 @@ def _ways(rules: Mapping[str, Rule], part: Expand, possible: _Possible) -> dict[
         values.setdefault(selected(part, value), set()).add(value)
     for symbol in sorted(set(values) - set(rules)):
         place = min(value.place for value in values[symbol])
-        raise ValueError(f"{place}: symbol {symbol!r}, which ${variable} can select, is undefined; define it.")
+        raise UserError(f"{place}: symbol {symbol!r}, which ${variable} can select, is undefined; define it.")
     return {symbol: {**possible, variable: frozenset(values[symbol])} for symbol in values}
 
 
@@ -179,13 +180,13 @@ def _common(ways: Sequence[_Possible]) -> _Possible:
 
 def _check_recall(recall: Recall, possible: _Possible, reader: Alternative) -> None:
     if recall.variable not in possible:
-        raise ValueError(
+        raise UserError(
             f"{reader.place}: {reader.template!r} reads the variable ${recall.variable}, which not every text has kept "
             "by then; keep it before."
         )
     lacking = [value for value in possible[recall.variable] if recall.attribute not in value.attributes]
     for value in sorted(lacking, key=lambda value: value.place):
-        raise ValueError(
+        raise UserError(
             f"{value.place}: {value.template!r} has no attribute {recall.attribute!r}, which {reader.template!r} "
             f"({reader.place}) reads; add it."
         )

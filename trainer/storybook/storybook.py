@@ -16,7 +16,7 @@ def built_in_grammar() -> Grammar:
     """Returns the grammar of grammar.txt, read when it is first needed.
 
     Raises:
-        ValueError: as `Grammar`.
+        UserError: as `Grammar`.
     """
     return Grammar(GRAMMAR_FILE.read_text("utf-8"), GRAMMAR_FILE)
 
