@@ -79,7 +79,6 @@ KNOWN = {
     "trainer.training.run_folder -> trainer.data.prepare",
     "trainer.training.run_folder -> trainer.data.shards",
     "trainer.training.run_folder -> trainer.data.tokenizer",
-    "trainer.training.run_folder -> trainer.training.health",
 }
 
 

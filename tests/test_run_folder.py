@@ -26,6 +26,7 @@ from trainer.errors import UserError
 from trainer.system.storage import locate
 from trainer.training.evaluation import Evaluation
 from trainer.training.run_folder import RunFolder, build_gpt, check_is_free, find_run, model_name, run_and_step
+from trainer.training.run_lock import only_run_in
 
 
 def quiet(line: str) -> None:
@@ -72,6 +73,12 @@ def save_checkpoint(run: RunFolder, step: int, config: Config | None = None) -> 
     checkpoints.save(step, {"weights": weights}, {})
     checkpoints.wait()
     return weights
+
+
+def create_alone(config: Config, prepared: PreparedData) -> RunFolder:
+    """Makes a run's folder as `trainer.train` does, while no other process can."""
+    with only_run_in(locate(config.run_folder)):
+        return RunFolder.create(config, prepared)
 
 
 def test_run_comes_back_as_it_was_created(run: RunFolder, tmp_path: Path):
@@ -185,18 +192,18 @@ def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patched:
         patched.setattr("trainer.training.run_folder._write_record", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            RunFolder.create(tiny(tmp_path), prepared)
+            create_alone(tiny(tmp_path), prepared)
     assert not (tmp_path / "run").exists()
-    RunFolder.create(tiny(tmp_path), prepared)
+    create_alone(tiny(tmp_path), prepared)
 
 
 def test_run_folder_that_cannot_be_written_is_refused_and_nothing_left(tmp_path: Path):
     prepared = prepared_text(tmp_path)
     with pytest.raises(UserError, match=r"a.txt/run cannot be written: Not a directory\. "):
-        RunFolder.create(tiny(tmp_path, f"run_folder={tmp_path}/a.txt/run"), prepared)
+        create_alone(tiny(tmp_path, f"run_folder={tmp_path}/a.txt/run"), prepared)
     shutil.rmtree(prepared.folder / "tokenizer")
     with pytest.raises(UserError, match=r"run_folder='.*run' cannot be written: "):
-        RunFolder.create(tiny(tmp_path), prepared)
+        create_alone(tiny(tmp_path), prepared)
     assert not (tmp_path / "run").exists()
 
 
@@ -768,9 +775,11 @@ from pathlib import Path
 import keras, tensorflow
 from trainer.errors import UserError
 sys.path.insert(0, sys.argv[1])
-import test_run
+import test_run_folder as test_run
 from trainer.data.prepare import prepare
+from trainer.system.storage import locate
 from trainer.training.run_folder import RunFolder
+from trainer.training.run_lock import only_run_in
 folder = Path(sys.argv[2])
 prepared = prepare(test_run.tiny(folder), test_run.quiet)
 for pair in range(int(sys.argv[3])):
@@ -783,7 +792,9 @@ for pair in range(int(sys.argv[3])):
             os.close(writer)
             os.read(reader, 1)  # Both go at once, when the last writer closes.
             try:
-                RunFolder.create(test_run.tiny(folder, f"run_folder={path}", f"train.seed={seed}"), prepared)
+                config = test_run.tiny(folder, f"run_folder={path}", f"train.seed={seed}")
+                with only_run_in(locate(path)):
+                    RunFolder.create(config, prepared)
                 os._exit(seed)
             except UserError as error:
                 os._exit(10 if "another process" in str(error) or "already holds" in str(error) else 11)
@@ -813,9 +824,9 @@ def test_a_start_that_fails_removes_what_it_made_and_nothing_else(tmp_path: Path
 
     monkeypatch.setattr("trainer.training.run_folder._write_record", fail)
     with pytest.raises(UserError, match=r"run' cannot be written: No space left on device\. Make room, or choose an"):
-        RunFolder.create(tiny(tmp_path), prepared)
+        create_alone(tiny(tmp_path), prepared)
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="Make room"):
-        RunFolder.create(tiny(tmp_path), prepared)
+        create_alone(tiny(tmp_path), prepared)
     assert list((tmp_path / "run").iterdir()) == []

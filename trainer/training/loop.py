@@ -40,15 +40,17 @@ from trainer.errors import UserError, quoted
 from trainer.model.gpt import GPT
 from trainer.planning.plan import tokens_per_sec_at_peak
 from trainer.system.process import call_in_new_process
+from trainer.system.signals import stop_on_signals
 from trainer.system.storage import Location, locate
 from trainer.system.terminal import Say
 from trainer.system.terminal import say as print_line
 from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
 from trainer.training.evaluation import Evaluation, Evaluator
-from trainer.training.health import check_is_learning, only_run_in, report_skipped, stop_on_signals
+from trainer.training.health import check_is_learning, report_skipped
 from trainer.training.micro_batch import fit_micro_batch
 from trainer.training.monitor import Meter, Monitor, Silence
 from trainer.training.run_folder import BuildModel, RunFolder, Step, find_run, make_model, run_and_step
+from trainer.training.run_lock import only_run_in
 from trainer.training.schedule import learning_rate
 from trainer.training.step import TrainingStep
 from trainer.version import __version__
@@ -104,12 +106,12 @@ def _start(
         prepared = find_data(prepare)
         if run is not None:
             tell_of_changed_text(config, prepared, say, text_fingerprint)
-        run = run or RunFolder.begin(config, prepared, build_model)
+        run = run or RunFolder.create(config, prepared, build_model)
         return train(run, workers, strategy, prepared, build_model, say)
 
     def make_or_open() -> RunFolder:
         if workers.is_chief and run is None:
-            RunFolder.begin(config, prepared, build_model)
+            RunFolder.create(config, prepared, build_model)
         return RunFolder.of(config)
 
     examples_per_replica(config, count_replicas_of(workers))

@@ -35,6 +35,7 @@ from trainer.system.storage import (
     Url,
     copy_folder,
     locate,
+    make_folder,
     on_disk,
     reason_and_remedy,
     remove_folder,
@@ -112,20 +113,11 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: Config, prepared: "PreparedData", build_model: BuildModel | None = None) -> Self:
-        """Makes the folder of a new run, while no other process can.
+        """Makes the folder of a new run. If other processes could do so too, call it under `run_lock.only_run_in`.
 
         Raises:
-            UserError: it is there already and not empty, another process trains in it, or it cannot be written.
+            UserError: the folder is there already and not empty, or cannot be written.
         """
-        from trainer.training.health import only_run_in
-
-        check_is_free(config)
-        with only_run_in(locate(config.run_folder)):
-            return cls.begin(config, prepared, build_model)
-
-    @classmethod
-    def begin(cls, config: Config, prepared: "PreparedData", build_model: BuildModel | None = None) -> Self:
-        """Does what `create` does, for a process that holds the folder already, by `only_run_in`."""
         import keras
         import tensorflow as tf
 
@@ -142,7 +134,7 @@ class RunFolder:
             **_place_of(prepared, path),
         }
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             copy_folder(prepared.folder / "tokenizer", path / "tokenizer")
             if isinstance(path, Path):
                 for copied in (*(path / "tokenizer").iterdir(), path / "tokenizer"):
@@ -163,7 +155,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def undone_if_it_fails(self) -> Iterator[None]:
-        """Removes what `begin` made if the block, which takes no step, raises an error, for the next try."""
+        """Removes what `create` made if the block, which takes no step, raises an error, for the next try."""
         try:
             yield
         except Exception:
