@@ -13,7 +13,6 @@ from trainer.model.cpu import (
     fast_dtype,
     in_one_pass,
     mean_of_rows,
-    multiplies_bfloat16,
     operations_on_cpu,
     operations_one_by_one,
     subtract_at,
@@ -105,23 +104,6 @@ def test_losses_are_the_same_whatever_runs_them_also_where_probabilities_vanish(
     with operations_on_cpu(is_on_cpu):
         for ours, exact in zip(run(), [expected, *tape.gradient(expected, wide)], strict=True):
             np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5 * scale)
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "multiplies"),
-    [
-        ("vendor_id : GenuineIntel\nflags\t\t: avx512f avx512_bf16 amx_bf16 amx_tile", True),
-        ("vendor_id : GenuineIntel\nflags\t\t: avx512f avx512_bf16 avx512_fp16", False),
-        ("vendor_id : AuthenticAMD\nflags\t\t: avx512f avx512_bf16", True),
-        ("vendor_id : AuthenticAMD\nflags\t\t: avx2 fma", False),
-        ("CPU implementer : 0x41\nFeatures : fp asimd bf16", False),
-        (None, False),
-    ],
-)
-def test_a_cpu_says_whether_it_multiplies_bfloat16(cpuinfo, multiplies, tmp_path):
-    if cpuinfo is not None:
-        (tmp_path / "cpuinfo").write_text(cpuinfo)
-    assert multiplies_bfloat16(tmp_path / "cpuinfo") is multiplies
 
 
 @pytest.fixture(params=[True, False])

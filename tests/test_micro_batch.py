@@ -28,11 +28,11 @@ VOCABULARY = 17
 # A run in a process of its own, on devices with memory for LIMIT examples at a time.
 RUN = """
 import json, os, sys
-import test_memory
+import test_micro_batch
 import trainer.training.step as step_module
 from trainer.config_file import make_config
 from trainer.training import loop
-step_module.forward_backward = test_memory.limited(int(os.environ["LIMIT"]))
+step_module.forward_backward = test_micro_batch.limited(int(os.environ["LIMIT"]))
 loop.start(make_config(json.loads(sys.argv[1])))
 """
 
@@ -101,7 +101,7 @@ def test_the_largest_micro_batch_with_memory_is_taken_and_nothing_else_changes(m
     step = make_step(precision=precision, micro_batch_size="auto")
     before, lines = all_bits(step), []
     fit_micro_batch(step, lines.append)
-    assert step.micro_batch_size == expected
+    assert step.execution.micro_batch_size == expected
     assert all_bits(step) == before
     assert all("of a replica's 12 examples at a time do not fit." in line for line in lines)
     assert bool(lines) == (limit < 12)
@@ -112,7 +112,7 @@ def test_a_real_allocation_that_fails_is_survived(monkeypatch):
     monkeypatch.setattr(step_module, "forward_backward", limited(6, too_large))
     step = make_step(micro_batch_size="auto")
     fit_micro_batch(step, lambda line: None)
-    assert step.micro_batch_size == 6
+    assert step.execution.micro_batch_size == 6
 
 
 def test_the_random_state_of_a_foreign_model_stays(monkeypatch):
@@ -122,7 +122,7 @@ def test_the_random_state_of_a_foreign_model_stays(monkeypatch):
     assert step.model.non_trainable_variables
     before = all_bits(step)
     fit_micro_batch(step, lambda line: None)
-    assert step.micro_batch_size == 2
+    assert step.execution.micro_batch_size == 2
     assert all_bits(step) == before
 
 
@@ -130,7 +130,7 @@ def test_a_cpu_takes_what_it_takes_unasked():
     sizes = {"global_batch_size": 32, "sequence_length": 64}
     step = make_step(**sizes, micro_batch_size="auto")
     fit_micro_batch(step, lambda line: None)
-    assert step.micro_batch_size == make_step(**sizes).micro_batch_size == 16
+    assert step.execution.micro_batch_size == make_step(**sizes).execution.micro_batch_size == 16
 
 
 def test_a_device_without_memory_for_one_example_is_an_error(monkeypatch):

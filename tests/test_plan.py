@@ -16,8 +16,9 @@ from trainer.config_file import load_config, make_config
 from trainer.data.prepare import prepare
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
-from trainer.execution import execution_of
+from trainer.execution import resolve
 from trainer.hardware.devices import Device, Target, cpu, parse_target
+from trainer.hardware.processor import processor
 from trainer.model.attention import BLOCK, RECOMPUTED_BLOCK
 from trainer.model.gpt import GPT
 from trainer.model.loss import CHUNK_ROWS
@@ -185,7 +186,7 @@ def test_micro_batches_keep_less_and_need_a_sum_of_gradients():
 
 def summed_bytes_of(step: TrainingStep) -> int:
     """How many bytes a weight a traced step keeps beside the gradients of the rows under way."""
-    shape = [step.rows_per_replica, step.config.train.sequence_length]
+    shape = [step.execution.examples, step.config.train.sequence_length]
 
     @tf.function(autograph=False)
     def gradients(*batch: tf.Tensor) -> list[tf.Tensor]:
@@ -242,8 +243,8 @@ def test_planned_gradients_are_those_that_the_step_keeps(batch: int, sequence: i
     strategy = make_strategy(config.distribution)
     with strategy.scope():
         step = TrainingStep(config, 1, GPT(config.model, 13, sequence, dtype=precision), strategy)
-    execution = execution_of(config, 1, is_cpu=True)
-    assert step.micro_batch_size == execution.micro_batch_size
+    execution = resolve(config, processor("CPU"), 1)
+    assert step.execution.micro_batch_size == execution.micro_batch_size
     assert summed_bytes_of(step) == execution.summed_bytes == planned_bytes(config, cpu())
 
 
@@ -258,8 +259,8 @@ def test_planned_gradients_of_several_replicas_and_of_accelerators_are_those_of_
         (64, None, "float32", 8, 0),
     ):
         config = step_config(batch, 256, micro, precision, replicas=4)
-        assert planned_bytes(config, cpu(4)) == execution_of(config, 4, is_cpu=True).summed_bytes == on_cpus
-        assert planned_bytes(config, v5e_4) == execution_of(config, 4, is_cpu=False).summed_bytes == on_tpu
+        assert planned_bytes(config, cpu(4)) == resolve(config, processor("CPU"), 4).summed_bytes == on_cpus
+        assert planned_bytes(config, v5e_4) == resolve(config, processor("TPU"), 4).summed_bytes == on_tpu
 
 
 def test_plan_says_how_many_rows_a_cpu_takes_at_a_time(capsys: pytest.CaptureFixture[str]):

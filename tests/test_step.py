@@ -201,7 +201,7 @@ def test_gradients_of_two_micro_batches_at_once_are_summed_each_by_itself():
         model={"tied_embeddings": True}, train={"precision": "float32", "global_batch_size": 8, "sequence_length": 256}
     )
     step = make_step(config)
-    assert step.micro_batch_size == 4
+    assert step.execution.micro_batch_size == 4
     with context.collect_graphs(optimized=True) as graphs:
         take(step, batches(config), 2)
     nodes = [node for graph in graphs for function in graph.library.function for node in function.node_def]

@@ -20,7 +20,6 @@ from trainer.distributed.strategy import (
 )
 from trainer.distributed.workers import Workers
 from trainer.errors import UserError
-from trainer.execution import micro_batches
 from trainer.hardware.devices import describe_cpu, parse_target
 
 NUM_GPUS = len(tf.config.list_physical_devices("GPU"))
@@ -89,13 +88,6 @@ def test_a_run_says_on_what_it_computes_and_warns_of_a_gpu_that_it_leaves_alone(
         assert describe_devices(strategy, config, Workers()) == [devices]
     of_several = describe_devices(strategy, DistributionConfig(kind="cpu"), Workers(("a:1", "b:1"), 1))
     assert of_several == [f"Devices: 2 workers; worker 1: {describe_cpu()}"]
-
-
-def test_a_cpu_takes_a_large_batch_in_two_halves_at_once_unless_told_otherwise():
-    assert micro_batches(None, 32, 118, is_cpu=True) == (16, 2)
-    assert micro_batches(None, 12, 64, is_cpu=True) == (12, 2)
-    assert micro_batches(None, 33, 118, is_cpu=True) == (33, 2)
-    assert micro_batches(8, 32, 118, is_cpu=True) == (8, 2)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from trainer.distributed import strategy as distribution
 from trainer.distributed.strategy import device_kind, make_strategy
 from trainer.distributed.tpu_install import check_tpu_install
 from trainer.errors import UserError
-from trainer.execution import micro_batches
 from trainer.model.gpt import GPT
 from trainer.training.step import TrainingStep
 
@@ -69,7 +68,6 @@ def test_the_step_is_built_for_every_core_of_a_slice():
     with tf.Graph().as_default() as graph:
         strategy = tf.distribute.TPUStrategy(FakeResolver())
         assert device_kind(strategy) == "TPU"
-        assert micro_batches(None, 64, 1024, is_cpu=False) == (64, 1)
         with strategy.scope():
             model = GPT(config.model, 32, 8, dtype=config.train.precision)
         step = TrainingStep(config, 10, model, strategy)

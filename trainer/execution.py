@@ -1,79 +1,194 @@
-"""How a step works through its batch, as one pure answer for all who need it: the step, and the plan of it.
+"""What a config means on a kind of device: the one answer that the step, evaluation, decoding, plan and lowering read.
 
-It imports no TensorFlow, so that a plan needs none.
+Pure functions of settings and device. They import no TensorFlow, so that `trainer plan` answers fast.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from trainer.config import Config, examples_per_replica
+from trainer.hardware.processor import Processor
 
-# In smaller batches adding up the gradients costs more than two halves at once gain: measured on two cores, 12 x 64
-# tokens are a fifth slower in halves, 32 x 118 a sixth faster.
+Ops = Literal["plain", "cpu", "xla"]
+Recompute = Literal["nothing", "attention", "blocks"]
+Use = Literal["training", "evaluation", "decoding"]
+
+# Below this many tokens a CPU loses more by adding up the gradients of two halves than it gains by computing them side
+# by side: measured on two cores, 12 x 64 tokens are a fifth slower in halves, 32 x 118 tokens a sixth faster.
 HALVED_FROM_TOKENS = 2048
+
+# Attention takes this many queries at a time. Fewer leave matrix units idle.
+QUERY_BLOCK = 128
+# The same if the gradient computes the probabilities again: each block then reads all keys before it once more.
+RECOMPUTED_QUERY_BLOCK = 2 * QUERY_BLOCK
+# Shorter sequences are faster as a whole.
+BLOCKS_FROM_QUERIES = 2 * QUERY_BLOCK
+
+# The loss takes this many tokens at a time, with one row of logits each. Fewer rows need less memory, more rows make
+# fuller matrix products.
+LOGIT_ROWS = 512
+
+# The dtype that a policy computes in, and the dtype of its weights.
+COMPUTE_DTYPES = {
+    "float32": "float32",
+    "float64": "float64",
+    "mixed_bfloat16": "bfloat16",
+    "mixed_float16": "float16",
+}
+WEIGHT_DTYPES = {"float32": "float32", "float64": "float64", "mixed_bfloat16": "float32", "mixed_float16": "float32"}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 class Execution(NamedTuple):
-    """How a replica computes the gradients of its rows.
+    """How one replica computes its share of a batch.
 
     Attributes:
-        rows: of a replica's batch.
-        micro_batch_size: rows at a time; divides rows.
+        examples: the replica's share of the global batch.
+        micro_batch_size: examples at a time; divides examples.
         at_once: micro-batches that may be under way at the same time.
-        sum_bytes: of each number in the sum of gradients.
-        weight_bytes: of each weight, and of each gradient by it.
+        num_micro_batches: the micro-batches of all replicas.
+        is_compiled: whether we compile forward and backward pass with XLA. A TPU's strategy compiles the whole step
+            anyway.
+        ops: the way of computing: "cpu" for operations one by one on a CPU, "plain" for operations one by one on
+            another device, "xla" for a function that XLA compiles as a whole.
+        recompute: what the backward pass computes again.
+        query_block: queries that attention takes at a time, in sequences that are not attended to as a whole.
+        keeps_probabilities: whether the backward pass reads the probabilities of attention from memory.
+        logit_rows: tokens that the loss takes at a time, with one row of logits each.
+        compute_dtype: the dtype of activations.
+        weight_dtype: the dtype of weights, of their gradients after the sum over replicas, and of losses.
+        sum_dtype: the dtype in which gradients are added up over micro-batches and replicas.
     """
 
-    rows: int
+    examples: int
     micro_batch_size: int
     at_once: int
-    sum_bytes: int
-    weight_bytes: int
+    num_micro_batches: int
+    is_compiled: bool
+    ops: Ops
+    recompute: Recompute
+    query_block: int
+    keeps_probabilities: bool
+    logit_rows: int
+    compute_dtype: str
+    weight_dtype: str
+    sum_dtype: str
+
+    @property
+    def examples_at_once(self) -> int:
+        """Examples that are under way at the same time, in all micro-batches."""
+        return min(self.at_once * self.micro_batch_size, self.examples)
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of an activation."""
+        return DTYPE_BYTES[self.compute_dtype]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight, and of its gradient in one micro-batch."""
+        return DTYPE_BYTES[self.weight_dtype]
+
+    @property
+    def sum_bytes(self) -> int:
+        """Bytes of a number in the sum of gradients."""
+        return DTYPE_BYTES[self.sum_dtype]
 
     @property
     def summed_bytes(self) -> int:
-        """Bytes a weight of what a replica keeps beside the gradients of the rows under way: their sum over several
-        micro-batches; of a single one a copy, if replicas add up in a wider dtype; otherwise nothing.
+        """Bytes per weight that a replica keeps beside the gradients of the examples under way: their sum over several
+        micro-batches; with a single micro-batch a copy, if replicas add up in a wider dtype; otherwise nothing.
         """
-        return self.sum_bytes if self.micro_batch_size < self.rows or self.sum_bytes > self.weight_bytes else 0
+        return self.sum_bytes if self.micro_batch_size < self.examples or self.sum_bytes > self.weight_bytes else 0
 
 
-def execution_of(config: Config, num_replicas: int, is_cpu: bool, micro_batch_size: int | None = None) -> Execution:
-    """Returns how each of num_replicas replicas computes a step's gradients.
+def resolve(
+    config: Config,
+    device: Processor,
+    num_replicas: int,
+    micro_batch_size: int | None = None,
+    use: Use = "training",
+) -> Execution:
+    """Returns how each of num_replicas replicas computes its share of a batch.
 
     Args:
-        config: of the run.
-        num_replicas: that share the global batch.
-        is_cpu: whether replicas are on CPUs.
-        micro_batch_size: in place of the config's own.
+        config: the run's configuration.
+        device: the kind of device that every replica is on.
+        num_replicas: replicas that share the global batch.
+        micro_batch_size: replaces the config's own.
+        use: "training"; or "evaluation" or "decoding", which compute no gradients and are not compiled with XLA, except
+            that a TPU's strategy compiles an evaluation.
 
     Raises:
         UserError: the batch cannot be spread evenly over the replicas.
     """
-    train = config.train
-    rows = examples_per_replica(config, num_replicas)
-    asked = micro_batch_size or train.fixed_micro_batch_size()
-    size, at_once = micro_batches(asked, rows, train.sequence_length, is_cpu)
-    weight_bytes = 8 if train.precision == "float64" else 4
+    train, is_cpu = config.train, device.kind == "CPU"
+    examples = examples_per_replica(config, num_replicas)
+    asked = (micro_batch_size or train.fixed_micro_batch_size()) if use == "training" else None
+    size = asked or _examples_at_a_time(examples, train.sequence_length, device)
+    is_compiled = use == "training" and (train.xla == "on" or (train.xla == "auto" and device.kind == "GPU"))
+    ops = ops_of(device, is_compiled, use)
+    recompute = _recompute(config, device) if use == "training" else "nothing"
+    weight_dtype = WEIGHT_DTYPES[train.precision]
+    num_micro_batches = train.global_batch_size // size
     # In float64 a sum of float32 gradients does not depend on the order of its terms, so a CPU makes the same bits of
-    # the same micro-batches on any number of replicas; two terms have but one order. Accelerators are slow in float64,
+    # the same micro-batches on any number of replicas. Two terms have one order only. Accelerators are slow in float64,
     # or lack it.
-    is_wide = is_cpu and train.global_batch_size // size > 2
-    return Execution(rows, size, at_once, 8 if is_wide else weight_bytes, weight_bytes)
+    is_wide = is_cpu and num_micro_batches > 2
+    return Execution(
+        examples=examples,
+        micro_batch_size=size,
+        # On a CPU two micro-batches run side by side: the cores that the sums and softmaxes of one leave idle compute
+        # the matrix products of the other. One micro-batch fills any other device.
+        at_once=2 if is_cpu else 1,
+        num_micro_batches=num_micro_batches,
+        is_compiled=is_compiled,
+        ops=ops,
+        recompute=recompute,
+        query_block=QUERY_BLOCK if recompute == "nothing" else RECOMPUTED_QUERY_BLOCK,
+        keeps_probabilities=recompute == "nothing" or train.sequence_length < BLOCKS_FROM_QUERIES,
+        logit_rows=LOGIT_ROWS,
+        compute_dtype=compute_dtype_of(train.precision, device, ops),
+        weight_dtype=weight_dtype,
+        sum_dtype="float64" if is_wide else weight_dtype,
+    )
 
 
-def micro_batches(asked: int | None, rows: int, sequence: int, is_cpu: bool) -> tuple[int, int]:
-    """Returns how many rows of its batch a replica works through at a time, and how many such parts at once.
+def ops_of(device: Processor, is_compiled: bool = False, use: Use = "training") -> Ops:
+    """Returns the way of computing on a device; see `Execution.ops`."""
+    if is_compiled or (device.kind == "TPU" and use != "decoding"):
+        return "xla"
+    return "cpu" if device.kind == "CPU" else "plain"
 
-    On a CPU two halves run side by side: the cores that one's sums and softmaxes leave idle do the other's matrix
-    products. Anywhere else one part at a time fills the device, and a second would only need memory.
+
+def compute_dtype_of(precision: str, device: Processor, ops: Ops) -> str:
+    """Returns the dtype that a Keras policy computes in. On a CPU that is slow in 16 bits it is a wider dtype, which
+    holds all the numbers of the narrow one.
+    """
+    dtype = COMPUTE_DTYPES[precision]
+    is_slow = dtype == "float16" or (dtype == "bfloat16" and not device.multiplies_bfloat16)
+    return "float32" if is_slow and ops == "cpu" else dtype
+
+
+def query_blocks(sequence: int, block: int) -> list[tuple[int, int]]:
+    """Returns [first, end) of each block of queries that attention takes at a time.
 
     Args:
-        asked: train.micro_batch_size, where it is a number.
-        rows: of a replica's batch.
-        sequence: tokens in a row.
-        is_cpu: whether the replica is on a CPU.
+        sequence: number of queries.
+        block: queries at a time, as `Execution.query_block`.
     """
-    if not is_cpu:
-        return asked or rows, 1
-    halves = rows % 2 == 0 and rows * sequence >= HALVED_FROM_TOKENS
-    return asked or (rows // 2 if halves else rows), 2
+    if sequence < BLOCKS_FROM_QUERIES:
+        return [(0, sequence)]
+    return [(first, min(first + block, sequence)) for first in range(0, sequence, block)]
+
+
+def _examples_at_a_time(examples: int, sequence: int, device: Processor) -> int:
+    """Returns the micro-batch of a share whose config leaves it open: all of it, or on a CPU half of a large one."""
+    is_halved = device.kind == "CPU" and examples % 2 == 0 and examples * sequence >= HALVED_FROM_TOKENS
+    return examples // 2 if is_halved else examples
+
+
+def _recompute(config: Config, device: Processor) -> Recompute:
+    if config.train.recompute != "auto":
+        return config.train.recompute
+    # A CPU has memory, and multiplies matrices no faster than it reads them.
+    return "nothing" if device.kind == "CPU" else "attention"

@@ -14,8 +14,9 @@ from trainer.data.batches import ALL, Share
 from trainer.distributed.tpu_install import check_tpu_install
 from trainer.distributed.workers import Workers, find_workers
 from trainer.errors import UserError
-from trainer.execution import execution_of
+from trainer.execution import resolve
 from trainer.hardware.devices import Target, describe_cpu, find_gpu, num_cores, parse_target, unused_gpu, unused_tpu
+from trainer.hardware.processor import Processor, processor
 
 TPU_TIMEOUT_SECS = 50.0
 
@@ -38,13 +39,13 @@ def share_cores(config: Config, workers: Workers) -> None:
     Raises:
         UserError: the batch cannot be spread evenly over the replicas.
     """
-    train, distribution = config.train, config.distribution
-    # XLA compiles a step as one operation.
-    if distribution.kind == "tpu" or _wants_gpus(distribution) or train.xla == "on":
+    distribution = config.distribution
+    if distribution.kind == "tpu" or _wants_gpus(distribution):
         return
     num_replicas = len(workers.addresses) if workers.are_several else distribution.logical_devices
-    size = execution_of(config, num_replicas, is_cpu=True).micro_batch_size
-    if size == train.global_batch_size or "TF_NUM_INTRAOP_THREADS" in os.environ:
+    execution = resolve(config, processor("CPU"), num_replicas)
+    # XLA compiles a step as one operation.
+    if execution.ops == "xla" or execution.num_micro_batches == 1 or "TF_NUM_INTRAOP_THREADS" in os.environ:
         return
     with contextlib.suppress(RuntimeError):  # This process has used TensorFlow already.
         tf.config.threading.set_intra_op_parallelism_threads(max(1, num_cores() // 2))
@@ -103,6 +104,11 @@ def distributed(
 def device_kind(strategy: tf.distribute.Strategy) -> str:
     """Returns "CPU", "GPU" or "TPU"."""
     return str(tf.DeviceSpec.from_string(strategy.extended.worker_devices[0]).device_type)
+
+
+def processor_of(strategy: tf.distribute.Strategy) -> Processor:
+    """Returns the kind of device that the replicas of a strategy are on."""
+    return processor(device_kind(strategy))
 
 
 def device_names(strategy: tf.distribute.Strategy) -> set[str]:

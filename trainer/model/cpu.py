@@ -5,14 +5,14 @@ Only within `operations_on_cpu`: where XLA compiles a step as a whole, as for ac
 
 import contextlib
 import functools
-import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from importlib import metadata
-from pathlib import Path
 
 import keras
 import tensorflow as tf
+
+from trainer.hardware.processor import multiplies_bfloat16
 
 _is_on_cpu: ContextVar[bool] = ContextVar("is_on_cpu", default=False)
 _is_compiled: ContextVar[bool] = ContextVar("is_compiled", default=True)
@@ -117,22 +117,6 @@ def fast_dtype(dtype: tf.DType) -> tf.DType:
     """
     is_slow = dtype == tf.float16 or (dtype == tf.bfloat16 and not multiplies_bfloat16())
     return tf.float32 if is_slow and _is_on_cpu.get() else dtype
-
-
-@functools.cache
-def multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32, by what it says of itself. Never measured: every start
-    of a run has to find the same.
-
-    Intel's does with tiles (AMX); by vectors alone it takes twice as long as in float32. AMD's does with vectors.
-    """
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return False  # Not Linux.
-    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    flags = found[1].split() if found else []
-    return "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in text)
 
 
 @functools.cache

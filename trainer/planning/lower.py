@@ -10,6 +10,8 @@ from trainer.config import Config, examples_per_replica
 from trainer.config_file import load_config
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
+from trainer.execution import resolve
+from trainer.hardware.processor import Processor
 from trainer.training.run_folder import build_gpt
 from trainer.training.step import TrainingStep
 
@@ -33,18 +35,15 @@ def lower_step(config: Config, vocabulary_size: int, num_replicas: int) -> bytes
             "train.micro_batch_size='auto' is found on the device itself; give the number to compile for, such as "
             f"train.micro_batch_size={rows}."
         )
-    # As on the device: what is left open would otherwise be chosen for the CPU that lowers it.
-    recompute = "attention" if train.recompute == "auto" else train.recompute
-    asked: dict[str, object] = {"global_batch_size": rows, "micro_batch_size": train.micro_batch_size or rows}
-    asked |= {"recompute": recompute, "xla": "on"}
+    compiled = config.model_copy(update={"train": train.model_copy(update={"xla": "on"})})
+    # As on the device, and not as on the CPU that lowers it.
+    execution = resolve(compiled, Processor("TPU"), num_replicas)
     distribution = config.distribution.model_copy(update={"kind": "cpu", "gpus": None})
-    one = config.model_copy(update={"train": train.model_copy(update=asked), "distribution": distribution})
-
     strategy = make_strategy(distribution)
     with strategy.scope():
         # Which token [BOS] is makes no difference to what the program costs.
-        model = build_gpt(one, vocabulary_size, bos_id=0)
-    step = _StepOfMany(one, train.total_steps or 1, model, strategy)
+        model = build_gpt(config, vocabulary_size, bos_id=0)
+    step = _StepOfMany(config, train.total_steps or 1, model, strategy, execution)
     step.num_replicas = num_replicas
 
     @tf.function(autograph=False, jit_compile=True)
@@ -67,9 +66,6 @@ class _StepOfMany(TrainingStep):
             return summands
         groups = tf.constant([[*range(self.num_replicas)]], tf.int32)
         return [gen_xla_ops.xla_all_reduce(x, groups, "Add", "CrossReplica") for x in summands]
-
-    def _sum_dtype(self) -> tf.DType:
-        return self._accumulation_dtype()  # As on the device, which is no CPU.
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ import rich.table
 
 from trainer.config import CharConfig, Config, ModelConfig, examples_per_replica
 from trainer.errors import UserError
-from trainer.execution import execution_of
+from trainer.execution import COMPUTE_DTYPES, resolve
 from trainer.hardware.devices import Target, cpu, known_targets
+from trainer.hardware.processor import Processor, processor
 from trainer.planning.compiler import DoesNotFit, compile_step, largest_that_fits
 from trainer.system.storage import locate
 from trainer.system.terminal import say
@@ -34,12 +35,6 @@ LOGIT_ROWS_AT_A_TIME = 512
 # What well-made trainings reach on the devices they were made for, and nobody has measured of this one.
 ASSUMED_UTILISATION = 0.4
 
-COMPUTE_DTYPES = {
-    "float32": "float32",
-    "float64": "float64",
-    "mixed_bfloat16": "bfloat16",
-    "mixed_float16": "float16",
-}
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
@@ -182,8 +177,8 @@ def estimate_memory(
         UserError: the batch cannot be spread over that many devices.
     """
     train, model = config.train, config.model
-    execution = execution_of(config, target.num_devices, _is_cpu(target), micro_batch_size)
-    micro = min(execution.at_once * execution.micro_batch_size, execution.rows)
+    execution = resolve(config, _processor(target), target.num_devices, micro_batch_size)
+    micro = execution.examples_at_once
     is_tpu = target.device.num_axes > 0
     recompute = _recomputed(config, target)
     dtype_bytes = DTYPE_BYTES[COMPUTE_DTYPES[train.precision]]
@@ -222,6 +217,10 @@ def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> 
     traffic = 7 * weights_bytes + rows // micro * (2 * kept + matrices_bytes + 2 * weights_bytes)
     tokens = train.global_batch_size * train.sequence_length
     return max(tokens / at_peak, traffic / target.device.bytes_per_sec)
+
+
+def _processor(target: Target) -> Processor:
+    return processor("CPU" if _is_cpu(target) else "TPU" if target.device.num_axes else "GPU")
 
 
 def _is_cpu(target: Target) -> bool:
@@ -380,7 +379,7 @@ def _data_lines(config: Config) -> Iterator[str]:
 
 def _memory_lines(config: Config, vocabulary_size: int, target: Target) -> Iterator[str]:
     rows, train = examples_per_replica(config, target.num_devices), config.train
-    own = execution_of(config, target.num_devices, _is_cpu(target)).micro_batch_size
+    own = resolve(config, _processor(target), target.num_devices).micro_batch_size
     there_is = target.device.memory_bytes
 
     def total(micro_batch_size: int) -> float:

@@ -8,12 +8,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, examples_per_replica
+from trainer.config import Config
 from trainer.data.batches import evaluation_batches
 from trainer.data.coverage import TextBytes, coverage_of
 from trainer.data.shards import PreparedData, Split
-from trainer.distributed.strategy import device_kind, distributed
-from trainer.execution import micro_batches
+from trainer.distributed.strategy import distributed, processor_of
+from trainer.execution import resolve
 from trainer.model.cpu import operations_on_cpu
 from trainer.model.gpt import GPT
 from trainer.model.loss import next_token_loss_from_logits
@@ -83,7 +83,7 @@ class Evaluator:
         self.strategy = strategy
         self.prepared = prepared
         self.config = config
-        self._rows = examples_per_replica(config, strategy.num_replicas_in_sync)
+        self._execution = resolve(config, processor_of(strategy), strategy.num_replicas_in_sync, use="evaluation")
         text_bytes = TextBytes(prepared)
         parts = prepared.parts("validation")
         self._bytes_of_token = text_bytes.of_token
@@ -146,11 +146,11 @@ class Evaluator:
         """Returns (sum of the losses, number of tokens scored, bytes that these decode to)."""
 
         def score(batch: tuple[tf.Tensor, ...]) -> list[tf.Tensor]:
-            # Across hosts TensorFlow forgets how many rows there are.
-            shape = [self._rows, self.config.train.sequence_length]
+            # Across workers TensorFlow forgets how many examples there are.
+            shape = [self._execution.examples, self.config.train.sequence_length]
             inputs, targets, weights = (tf.ensure_shape(part, shape) for part in batch)
-            size, at_once = micro_batches(None, shape[0], shape[1], device_kind(self.strategy) == "CPU")
-            if size == self._rows:
+            size = self._execution.micro_batch_size
+            if size == self._execution.examples:
                 sums = self._score_part((inputs, targets, weights))
             else:
                 # As in a step: a CPU works through two halves at once, and shares its cores between them.
@@ -159,7 +159,7 @@ class Evaluator:
                 of_parts = tf.map_fn(
                     lambda part: tf.stack([tf.cast(each, tf.float64) for each in self._score_part(part)]),
                     parts,
-                    parallel_iterations=at_once,
+                    parallel_iterations=self._execution.at_once,
                     fn_output_signature=tf.TensorSpec([3], tf.float64),
                 )
                 sums = tuple(tf.unstack(tf.reduce_sum(of_parts, axis=0)))
@@ -171,7 +171,7 @@ class Evaluator:
 
     def _score_part(self, part: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, ...]:
         inputs, targets, weights = part
-        with operations_on_cpu(device_kind(self.strategy) == "CPU"):
+        with operations_on_cpu(self._execution.ops == "cpu"):
             if isinstance(self.model, GPT):
                 loss_sum, num_tokens = self.model.evaluation_loss(inputs, targets, weights)
             else:

@@ -467,8 +467,8 @@ def steps_until_due(step: int, ends: Sequence[int], cadences: Sequence[int | Non
 def settle_micro_batch(run: RunFolder, workers: Workers, step_function: TrainingStep, say: Say) -> Config:
     """Finds the micro-batch that the devices have memory for; returns the run's config with it, and keeps it there."""
     fit_micro_batch(step_function, say)
-    size = step_function.micro_batch_size
-    say(f"train.micro_batch_size='auto' comes to {size} of a replica's {step_function.rows_per_replica} examples.")
+    size = step_function.execution.micro_batch_size
+    say(f"train.micro_batch_size='auto' comes to {size} of a replica's {step_function.execution.examples} examples.")
     run.config = run.config.with_micro_batch_size(size)
     if workers.is_chief:
         run.keep_micro_batch_size(size)

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from trainer.distributed.strategy import processor_of
 from trainer.errors import UserError
+from trainer.execution import resolve
 from trainer.training.step import TrainingStep
 
 
@@ -19,14 +21,18 @@ def fit_micro_batch(step: TrainingStep, say: Callable[[str], None]) -> None:
     Raises:
         UserError: one example at a time does not fit either.
     """
-    rows = step.rows_per_replica
-    sizes = [size for size in range(step.micro_batch_size, 0, -1) if rows % size == 0]
+    examples = step.execution.examples
+    sizes = [size for size in range(step.execution.micro_batch_size, 0, -1) if examples % size == 0]
+
+    def set_size(size: int) -> None:
+        strategy = step.strategy
+        step.execution = resolve(step.config, processor_of(strategy), strategy.num_replicas_in_sync, size)
 
     def fits(size: int) -> bool:
-        step.micro_batch_size = size
+        set_size(size)
         is_enough = _has_memory(step)
         if not is_enough:
-            say(f"train.micro_batch_size='auto': {size} of a replica's {rows} examples at a time do not fit.")
+            say(f"train.micro_batch_size='auto': {size} of a replica's {examples} examples at a time do not fit.")
         return is_enough
 
     best = first_that_fits(sizes, fits)
@@ -36,7 +42,7 @@ def fit_micro_batch(step: TrainingStep, say: Callable[[str], None]) -> None:
             f"train.sequence_length={step.config.train.sequence_length}, make the model smaller, or use a device with "
             "more memory."
         )
-    step.micro_batch_size = best
+    set_size(best)
 
 
 def first_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -52,7 +58,7 @@ def first_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | 
 
 def _has_memory(step: TrainingStep) -> bool:
     strategy = step.strategy
-    shape = [step.rows_per_replica, step.config.train.sequence_length]
+    shape = [step.execution.examples, step.config.train.sequence_length]
 
     # The batch is an argument: what follows from a constant would be computed once and kept.
     @tf.function(autograph=False)

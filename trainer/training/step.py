@@ -10,12 +10,12 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config import Config
-from trainer.distributed.strategy import device_kind
+from trainer.distributed.strategy import processor_of
 from trainer.errors import UserError
-from trainer.execution import Execution, execution_of
+from trainer.execution import Execution, Recompute, resolve
 from trainer.model.cpu import operations_on_cpu
 from trainer.model.dropout import DropoutDraw
-from trainer.model.gpt import GPT, Recompute
+from trainer.model.gpt import GPT
 from trainer.model.loss import next_token_loss_from_logits
 from trainer.model.precision import accumulation_dtype
 from trainer.training.checkpoint import named_variables
@@ -246,21 +246,29 @@ class TrainingStep:
         total_steps: of the run; the schedule ends there.
         model: built under the strategy's scope.
         strategy: of the run.
+        execution: how to compute; None: as the config says for the strategy's devices.
+
+    Attributes:
+        execution: lowered by `fit_micro_batch` if the devices have no memory for its micro-batch.
 
     Raises:
         UserError: the batch cannot be spread evenly over the replicas, the model cannot be trained by several, or it is
             no GPT and train.recompute asks for what only that has.
     """
 
-    def __init__(self, config: Config, total_steps: int, model: keras.Model, strategy: tf.distribute.Strategy) -> None:
+    def __init__(
+        self,
+        config: Config,
+        total_steps: int,
+        model: keras.Model,
+        strategy: tf.distribute.Strategy,
+        execution: Execution | None = None,
+    ) -> None:
         self.config = config
         self.total_steps = total_steps
         self.model = model
         self.strategy = strategy
-        execution = self._execution()
-        self.rows_per_replica, self._at_once = execution.rows, execution.at_once
-        # Lowered by `fit_micro_batch` if the device has no memory for it.
-        self.micro_batch_size = execution.micro_batch_size
+        self.execution = execution or resolve(config, processor_of(strategy), strategy.num_replicas_in_sync)
         if model.non_trainable_variables and strategy.num_replicas_in_sync > 1:
             names = ", ".join(variable.path for variable in model.non_trainable_variables[:3])
             raise UserError(
@@ -287,9 +295,9 @@ class TrainingStep:
             self.stop_requested = tf.Variable(False, trainable=False, name="stop_requested")
         self.run_steps = tf.function(self._run_steps, autograph=False)
         self._forward_backward: Callable[..., Gradients] = functools.partial(
-            forward_backward, model, recompute=self._recompute(), z_loss=config.train.z_loss
+            forward_backward, model, recompute=self.execution.recompute, z_loss=config.train.z_loss
         )
-        if self._uses_xla():
+        if self.execution.is_compiled:
             self._forward_backward = tf.function(self._forward_backward, autograph=False, jit_compile=True)
 
     def state(self) -> dict[str, tf.Variable]:
@@ -340,13 +348,13 @@ class TrainingStep:
             `CallMetrics` of this step but for input_secs; the same on every replica.
         """
         config, model = self.config, self.model
-        # Across hosts TensorFlow forgets how many rows there are.
-        shape = [self.rows_per_replica, config.train.sequence_length]
+        # Across workers TensorFlow forgets how many examples there are.
+        shape = [self.execution.examples, config.train.sequence_length]
         inputs, targets, target_weights = (tf.ensure_shape(part, shape) for part in batch)
         batch = (inputs, targets, target_weights)
         replica = tf.distribute.get_replica_context()
-        first_row = tf.cast(replica.replica_id_in_sync_group, tf.int64) * self.rows_per_replica
-        sum_dtype = self._sum_dtype()
+        first_row = tf.cast(replica.replica_id_in_sync_group, tf.int64) * self.execution.examples
+        sum_dtype = tf.as_dtype(self.execution.sum_dtype)
         scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
         local = self._sums_on_replica(batch, first_row, scale)
 
@@ -355,7 +363,7 @@ class TrainingStep:
         local_hash = tf.cast(hash_to_floats(batch_hash(batch, first_row)), sum_dtype)
         summands = [*local.weights, local.loss_sum, local.num_targets, local_hash, tf.cast(stop, sum_dtype)]
         sums = self.sum_over_replicas(replica, summands)
-        dtype = self._accumulation_dtype()
+        dtype = tf.as_dtype(self.execution.weight_dtype)
         *gradients, loss_sum, num_targets, hash_sum, stop_votes = (tf.cast(total, dtype) for total in sums)
         clipped, grad_norm = mean_and_clip(gradients, num_targets, config.optimizer.clip_norm, scale)
         finite = tf.math.is_finite(grad_norm) & tf.math.is_finite(loss_sum)
@@ -405,7 +413,7 @@ class TrainingStep:
         joined = tf.concat([tf.reshape(summand, [-1]) for summand in summands], axis=0)
         parts = tf.split(joined, [summand.shape.num_elements() for summand in summands])
         sums = [tf.reshape(part, summand.shape) for part, summand in zip(parts, summands, strict=True)]
-        *gradients, loss_sum, num_targets = (tf.cast(total, self._accumulation_dtype()) for total in sums)
+        *gradients, loss_sum, num_targets = (tf.cast(total, self.execution.weight_dtype) for total in sums)
         clipped, _ = mean_and_clip(gradients, num_targets, self.config.optimizer.clip_norm, scale)
         return tf.linalg.global_norm([*clipped, loss_sum])
 
@@ -421,9 +429,10 @@ class TrainingStep:
         ) -> Gradients:
             return self._forward_backward(weights, state, batch, DropoutDraw(seed, number, first_row), scale)
 
-        how = (self.micro_batch_size, self._at_once, self._sum_dtype())
+        execution = self.execution
+        how = (execution.micro_batch_size, execution.at_once, tf.as_dtype(execution.sum_dtype))
         # Here and not around the whole step: each replica has a thread of its own.
-        with operations_on_cpu(device_kind(self.strategy) == "CPU" and not self._uses_xla()):
+        with operations_on_cpu(execution.ops == "cpu"):
             return accumulate(gradients_of, weights, state, batch, first_row, *how)
 
     def sum_over_replicas(self, replica: tf.distribute.ReplicaContext, summands: list[tf.Tensor]) -> list[tf.Tensor]:
@@ -431,30 +440,8 @@ class TrainingStep:
         sums: list[tf.Tensor] = replica.all_reduce(tf.distribute.ReduceOp.SUM, summands)
         return sums
 
-    def _uses_xla(self) -> bool:
-        asked = self.config.train.xla
-        return asked == "on" or (asked == "auto" and device_kind(self.strategy) == "GPU")
-
-    def _recompute(self) -> Recompute:
-        if self.config.train.recompute == "auto":
-            # A CPU has memory, and multiplies matrices no faster than it reads them.
-            return "nothing" if device_kind(self.strategy) == "CPU" else "attention"
-        return self.config.train.recompute
-
-    def _accumulation_dtype(self) -> tf.DType:
-        return tf.float64 if self.config.train.precision == "float64" else tf.float32
-
-    def _sum_dtype(self) -> tf.DType:
-        return tf.float64 if self._execution(self.micro_batch_size).sum_bytes == 8 else tf.float32
-
-    def _execution(self, micro_batch_size: int | None = None) -> Execution:
-        strategy = self.strategy
-        return execution_of(
-            self.config, strategy.num_replicas_in_sync, device_kind(strategy) == "CPU", micro_batch_size
-        )
-
     def _no_metrics(self) -> CallMetrics:
-        zero, none = tf.zeros([], tf.int64), tf.zeros([], self._accumulation_dtype())
+        zero, none = tf.zeros([], tf.int64), tf.zeros([], self.execution.weight_dtype)
         secs = tf.zeros([], tf.float64)
         return CallMetrics(zero, zero, none, none, secs, zero, none, secs)
 
