@@ -17,7 +17,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.errors import UserError
-from trainer.system.storage import sealed
+from trainer.system.manifest import sealed
 from trainer.training import checkpoint as module
 from trainer.training.checkpoint import FORMAT, Checkpoint, Checkpoints, assign
 
@@ -527,10 +527,10 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_no_reason_to_stop(
 def test_an_error_of_the_disk_comes_with_what_mends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
 ):
-    def fail(path: object) -> None:
+    def fail(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(module, "sync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     checkpoints = Checkpoints(tmp_path, say=lambda line: None)
     checkpoints.save(1, groups(1), {})
     with pytest.raises(UserError) as error:
@@ -569,7 +569,7 @@ def test_a_sync_that_fails_after_the_rename_says_that_the_checkpoint_is_whole(
 
 
 def test_a_reader_beside_a_training_that_keeps_one_always_finds_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "sync", lambda path: None)  # As fast as can be.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # As fast as can be.
     save(Checkpoints(tmp_path), 0)
     training = threading.Thread(target=lambda: save(Checkpoints(tmp_path), *range(1, 300)))
     training.start()

@@ -11,7 +11,7 @@ import pytest
 
 from trainer.cli import main
 from trainer.config_file import make_config
-from trainer.system.storage import sealed
+from trainer.system.manifest import sealed
 from trainer.training.run_folder import FORMAT
 
 ROOT = Path(__file__).parent.parent

@@ -187,7 +187,7 @@ def test_a_manifest_damaged_in_the_store_is_an_error_though_the_copy_is_whole(st
     tf.io.gfile.remove(str(manifest))  # ram:// would append.
     manifest.write_bytes(content[:-1])
     with pytest.raises(
-        UserError, match=rf"{prepared.stored_in}: manifest.json was changed: its SHA-256 does not match"
+        UserError, match=rf"{prepared.stored_in}: manifest.json is damaged: its SHA-256 is not the one it states"
     ):
         prepare(config_in(store), quiet)
 

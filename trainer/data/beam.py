@@ -28,7 +28,8 @@ from trainer.data.shards import SHARD_TOKENS, PreparedData, SplitWriter, split_o
 from trainer.data.text import File, Mixture, Source, Tally
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import UserError
-from trainer.system.storage import Location, Url, copy_folder, locate, on_disk, remove_folder, write_whole
+from trainer.system.storage import Location, Url, copy_folder, locate, on_disk, remove_folder
+from trainer.system.whole import write_whole
 from trainer.version import __version__
 
 # DirectRunner would rather be Prism, a program that it gets from the network and that has one Python process, unless

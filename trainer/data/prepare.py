@@ -10,7 +10,6 @@ import datetime
 import fcntl
 import glob
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -44,19 +43,9 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_fil
 from trainer.data.vocabulary import cut_document
 from trainer.errors import UserError
 from trainer.storybook import storybook
-from trainer.system.storage import (
-    Url,
-    copy_file,
-    copy_folder,
-    locate,
-    make_folder,
-    place_on_disk,
-    reason_and_remedy,
-    sealed,
-    sync,
-    unsealed,
-    write_whole,
-)
+from trainer.system.manifest import unsealed, write_sealed
+from trainer.system.storage import Url, copy_folder, locate, place_on_disk, reason_and_remedy
+from trainer.system.whole import copy_whole_folder, make_folder, rename_unless_there, sync, sync_tree
 
 _BATCH_BYTES = 1 << 20
 _PROGRESS_SECS = 5.0
@@ -132,8 +121,7 @@ def _prepare(config: Config, say: Say, shard_tokens: int, encode: Encode | None)
         copy = place_on_disk(stored)
         _prepare_on_disk(copy, config, source, fingerprint, say, shard_tokens, encode)
         say(f"{stored}: copying it there")
-        for path in sorted(copy.iterdir(), key=lambda path: path.name == MANIFEST):  # What makes it whole goes last.
-            copy_folder(path, stored / path.name) if path.is_dir() else copy_file(path, stored / path.name)
+        copy_whole_folder(copy, stored, MANIFEST)
     prepared = fetch(stored, say)
     say(f"{stored}: prepared, and on this host's disk as {prepared.folder}; {_describe(prepared)}")
     return prepared
@@ -251,8 +239,7 @@ def _write(
         for _ in encode_documents(config.data, documents, tokenizer, writers, findings):
             if time.monotonic() - saved >= _SAVE_SECS:
                 progress = {split: writer.progress() for split, writer in writers.items()}
-                saved_as = sealed({"shard_tokens": shard_tokens, "splits": progress})
-                write_whole(folder / _PROGRESS, json.dumps(saved_as))
+                write_sealed(folder / _PROGRESS, {"shard_tokens": shard_tokens, "splits": progress})
                 saved = time.monotonic()
     else:
         findings = encode(source, tokenizer, folder, writers, say)
@@ -448,11 +435,9 @@ def _written_whole(folder: Path, say: Say) -> Iterator[Path]:
         with contextlib.ExitStack() as stack:
             partial = _lock_partial(folder, stack, say)
             yield partial
-            for path in partial.rglob("*"):
-                if path != partial / _LOCK:  # To close a file gives up this process's locks of it.
-                    sync(path)
-            sync(partial)
-            if _rename_unless_there(partial, folder):
+            # To close a file gives up this process's locks of it.
+            sync_tree(partial, except_for=partial / _LOCK)
+            if rename_unless_there(partial, folder):
                 (folder / _LOCK).unlink(missing_ok=True)
             sync(folder.parent)
     except KeyboardInterrupt:
@@ -470,19 +455,6 @@ def _written_whole(folder: Path, say: Say) -> Iterator[Path]:
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def _rename_unless_there(partial: Path, folder: Path) -> bool:
-    """Gives the partial folder its name; returns False if another process prepared the same text meanwhile, to the same
-    bytes.
-    """
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        return False
-    return True
 
 
 def _lock_partial(folder: Path, stack: contextlib.ExitStack, say: Say) -> Path:

@@ -21,7 +21,9 @@ import numpy as np
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import UserError
-from trainer.system.storage import Location, sync
+from trainer.system.manifest import DamagedError, unsealed, unverified, write_sealed
+from trainer.system.storage import Location
+from trainer.system.whole import sync
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -165,7 +167,8 @@ def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
     """
     files = sorted((folder / "tokenizer").iterdir())
     hashes = {"tokenizer_files": {path.name: _sha256(path) for path in files}}
-    (folder / MANIFEST).write_bytes(_sealed({"format_version": FORMAT_VERSION, **entries, **hashes}))
+    content = {"format_version": FORMAT_VERSION, **entries, **hashes}
+    write_sealed(folder / MANIFEST, {**content, "fingerprint": _fingerprint(content)})
 
 
 def read_manifest(folder: Location) -> dict[str, Any]:
@@ -176,18 +179,15 @@ def read_manifest(folder: Location) -> dict[str, Any]:
     """
     try:
         content = (folder / MANIFEST).read_bytes()
-        entries = dict(json.loads(content.decode()))
-        expected = _sealed(entries)
+        if unverified(content, MANIFEST).get("format_version") != FORMAT_VERSION:
+            raise _damaged(folder, f"{MANIFEST} is not of version {FORMAT_VERSION} of the format")
+        return unsealed(content, MANIFEST, to_the_byte=True)
     except FileNotFoundError:
         raise _damaged(folder, f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except OSError as error:
         raise _damaged(folder, f"{MANIFEST} cannot be read: {error}") from None
-    if entries.get("format_version") != FORMAT_VERSION:
-        raise _damaged(folder, f"{MANIFEST} is not of version {FORMAT_VERSION} of the format")
-    # Byte for byte, because a change that JSON does not see is a damaged disk as well.
-    if content != expected:
-        raise _damaged(folder, f"{MANIFEST} was changed: its SHA-256 does not match")
-    return entries
+    except DamagedError as error:
+        raise _damaged(folder, str(error).removesuffix(".")) from None
 
 
 def load_prepared(folder: str | Path, check_hashes: bool = True) -> PreparedData:
@@ -257,14 +257,6 @@ def _faults(folder: Path, name: str, num_bytes: int | None, sha256: str | None) 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sealed(entries: dict[str, Any]) -> bytes:
-    """Returns manifest.json: the entries, their fingerprint, and the SHA-256 of both."""
-    content = {key: value for key, value in entries.items() if key not in ("fingerprint", "sha256")}
-    content["fingerprint"] = _fingerprint(content)
-    content["sha256"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _fingerprint(entries: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.hardware.devices import Target, compiler_settings
+from trainer.system.whole import write_whole
 
 PACKAGES = {
     "tpu": ("jax==0.10.2", "libtpu==0.0.52", "numpy"),
@@ -121,7 +122,7 @@ def _compiler_environment(kind: str, say: Say) -> Path:
             raise UserError(
                 f"{folder}: the compiler cannot be installed there: {problem}. Mend that, then run this again."
             )
-    stamp.write_text(" ".join(packages))
+    write_whole(stamp, " ".join(packages))
     return python
 
 

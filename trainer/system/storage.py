@@ -9,12 +9,11 @@ import contextlib
 import errno
 import getpass
 import hashlib
-import json
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,64 +157,6 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 120 else f"{text[:60]}...{text[-60:]}"
 
 
-def write_whole(file: Location, text: str) -> None:
-    """Writes a text file that nobody ever sees half of, not even after a loss of power."""
-    if isinstance(file, Url):
-        file.write_text(text)
-        return
-    temporary = file.with_name(f"{file.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.rename(file)
-    sync(file.parent)
-
-
-def make_folder(folder: Location) -> None:
-    """Makes a folder, and those above it that are missing, so that they outlive a loss of power."""
-    if isinstance(folder, Url):
-        folder.mkdir()
-        return
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in reversed(missing):
-        sync(path.parent)
-
-
-class DamagedError(UserError):
-    """A file is not what was written."""
-
-
-def sealed(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries of a JSON file with their own SHA-256 as the entry `sha256`, by which damage is noticed."""
-    content = {key: value for key, value in entries.items() if key != "sha256"}
-    return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
-
-
-def unsealed(content: bytes, path: object) -> dict[str, Any]:
-    """Returns the entries of a JSON file that `sealed` was written into.
-
-    Args:
-        content: of the file.
-        path: where it is, for the message.
-
-    Raises:
-        DamagedError: it is not what was written.
-    """
-    try:
-        entries = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        reason = f"{error}" if content else "it has 0 bytes"
-        raise DamagedError(f"{path} is damaged: {reason}.") from None
-    if isinstance(entries, dict) and "sha256" not in entries:
-        raise DamagedError(
-            f"{path} is damaged: it states no SHA-256 of its own. If an earlier release of trainer wrote it, go on "
-            "with that release."
-        )
-    if not isinstance(entries, dict) or entries != sealed(entries):
-        raise DamagedError(f"{path} is damaged: its SHA-256 is not the one it states.")
-    return entries
-
-
 # What can be done about an error of the file system; for the others, see what the system calls them.
 REMEDIES = {
     errno.ENOSPC: "Make room",
@@ -265,8 +206,38 @@ def remove_folder(folder: Location) -> None:
     """Removes a folder and all in it, as far as that can be done."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
-    elif folder.is_dir():
+    else:
+        remove_tree(folder)
+
+
+def remove_tree(folder: Location) -> None:
+    """Removes a folder and all in it, if it is there.
+
+    Raises:
+        OSError: something in it cannot be removed.
+        UserError: the store does not allow it.
+    """
+    if not folder.is_dir():
+        return
+    if isinstance(folder, Path):
+        shutil.rmtree(folder)
+        return
+    with _telling_of_errors(folder):
         _gfile().rmtree(str(folder))
+
+
+def remove_file(file: Location) -> None:
+    """Removes a file, if it is there.
+
+    Raises:
+        OSError: it cannot be removed.
+        UserError: the store does not allow it.
+    """
+    if isinstance(file, Path):
+        file.unlink(missing_ok=True)
+    elif file.is_file():
+        with _telling_of_errors(file):
+            _gfile().remove(str(file))
 
 
 @contextlib.contextmanager
@@ -326,21 +297,6 @@ def _user_name() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # As in a container that runs under a number.
         return str(os.geteuid())
-
-
-def sync(path: str | os.PathLike[str]) -> None:
-    """Makes a file or folder of a disk outlive a loss of power; in a store they always do."""
-    if is_url(path):
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network and FUSE file systems cannot sync a folder; nothing more can be done there.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not Path(path).is_dir():
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _gfile() -> Any:

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,17 +23,16 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.model.gpt import GPT
+from trainer.system.manifest import DamagedError, sealed, unsealed
 from trainer.system.storage import (
-    DamagedError,
     Location,
     Url,
     locate,
-    make_folder,
     reason_and_remedy,
-    sealed,
-    sync,
-    unsealed,
+    remove_file,
+    remove_tree,
 )
+from trainer.system.whole import sync, write_whole_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -282,24 +280,8 @@ class Checkpoints:
             return False
 
     def _write_folder(self, final: Location, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
-        # One name for all steps, so that what a killed process left is cleared away by the next one.
-        written = final if isinstance(final, Url) else self.folder / ".partial"
-        try:
-            with _saying(f"Cannot write the checkpoint {final}"):
-                _remove_tree(written)
-                make_folder(self.folder)
-                written.mkdir()
-                for name, data in files.items():
-                    _write_file(written / name, data)
-                _write_file(written / MANIFEST, json.dumps(manifest, indent=2).encode())
-                if not isinstance(written, Url) and not isinstance(final, Url):
-                    sync(written)
-                    _remove_tree(final)
-                    written.rename(final)
-        except UserError:
-            with contextlib.suppress(OSError, UserError, tf.errors.OpError):  # Half of one counts as none anyway.
-                _remove_tree(written)
-            raise
+        with _saying(f"Cannot write the checkpoint {final}"):
+            write_whole_folder(final, {**files, MANIFEST: json.dumps(manifest, indent=2).encode()})
 
     def _forget_before(self, step: int) -> None:
         """Removes what is neither among the newest nor the best; what cannot be removed is tried again next time."""
@@ -317,8 +299,8 @@ class Checkpoints:
             try:
                 # The manifest goes first: a tree is not removed at once, and half of one must not look like a
                 # checkpoint.
-                _remove_file(folder / MANIFEST)
-                _remove_tree(folder)
+                remove_file(folder / MANIFEST)
+                remove_tree(folder)
             except (OSError, UserError, tf.errors.OpError) as error:
                 self.say(
                     f"The old checkpoint {folder} cannot be removed and stays for now: {reason_and_remedy(error)}."
@@ -418,30 +400,3 @@ def _verified_bytes(folder: Location, name: str, manifest: Mapping[str, Any]) ->
 
 def _identity(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _write_file(path: Location, data: bytes) -> None:
-    path.write_bytes(data)
-    if isinstance(path, Url):
-        # gfile does not tell of every short write.
-        if path.stat().st_size != len(data):
-            raise OSError(f"{path} was cut short")
-    else:
-        sync(path)
-
-
-def _remove_file(path: Location) -> None:
-    if isinstance(path, Url):
-        if path.is_file():
-            tf.io.gfile.remove(str(path))
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _remove_tree(folder: Location) -> None:
-    if not folder.is_dir():
-        return
-    if isinstance(folder, Url):
-        tf.io.gfile.rmtree(str(folder))
-    else:
-        shutil.rmtree(folder)

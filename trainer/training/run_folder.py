@@ -11,7 +11,6 @@ result.json   the last evaluation and samples, once the run is over
 
 import contextlib
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -29,21 +28,18 @@ from trainer.config_file import (
     whole_number,
 )
 from trainer.errors import UserError, quoted
+from trainer.system.manifest import DamagedError, unsealed, write_sealed
 from trainer.system.storage import (
-    DamagedError,
     Location,
     Url,
     copy_folder,
     locate,
-    make_folder,
     on_disk,
     reason_and_remedy,
+    remove_file,
     remove_folder,
-    sealed,
-    sync,
-    unsealed,
-    write_whole,
 )
+from trainer.system.whole import make_folder, sync_tree, write_whole
 
 if TYPE_CHECKING:
     import keras
@@ -137,8 +133,7 @@ class RunFolder:
             make_folder(path)
             copy_folder(prepared.folder / "tokenizer", path / "tokenizer")
             if isinstance(path, Path):
-                for copied in (*(path / "tokenizer").iterdir(), path / "tokenizer"):
-                    sync(copied)
+                sync_tree(path / "tokenizer")
             _write_record(path, facts)  # A folder with a record is a run: the rest can be made from it.
             write_whole(path / CONFIG, config.to_toml())
         except BaseException as error:
@@ -416,7 +411,7 @@ class RunFolder:
         """Writes what came of the run after its last step; says so if it cannot be written, as all else is."""
         result = {"step": step, "evaluation": evaluation._asdict(), "samples": samples}
         try:
-            _write_sealed(self.path / RESULT, result)
+            write_sealed(self.path / RESULT, result)
         except (OSError, UserError) as error:
             say(f"{self.path / RESULT} cannot be written: {reason_and_remedy(error)}. The checkpoint is whole.")
 
@@ -468,7 +463,7 @@ class RunFolder:
         """
         file = self.path / SCORES
         try:
-            _write_sealed(file, {"losses": {str(step): loss for step, loss in scores.items()}})
+            write_sealed(file, {"losses": {str(step): loss for step, loss in scores.items()}})
         except OSError as error:
             raise UserError(f"{file} cannot be written: {reason_and_remedy(error)}.") from None
 
@@ -695,17 +690,13 @@ def _undo(path: Location) -> None:
     for name in ("logs", "checkpoints"):
         remove_folder(path / name)
     for name in (CONFIG, f"{CONFIG}.partial", RECORD, f"{RECORD}.partial"):
-        _remove(path / name)
+        remove_file(path / name)
     # Last: this much can be there before a run begins.
     remove_folder(path / "tokenizer")
 
 
 def _write_record(path: Location, facts: dict[str, Any]) -> None:
-    _write_sealed(path / RECORD, facts)
-
-
-def _write_sealed(file: Location, entries: dict[str, Any]) -> None:
-    write_whole(file, json.dumps(sealed(entries), indent=2) + "\n")
+    write_sealed(path / RECORD, facts)
 
 
 def _place_of(prepared: "PreparedData", path: Location) -> dict[str, str]:
@@ -716,13 +707,6 @@ def _place_of(prepared: "PreparedData", path: Location) -> dict[str, str]:
     if isinstance(path, Path):
         place["prepared_folder_from_run"] = os.path.relpath(prepared.folder.resolve(), path.resolve())
     return place
-
-
-def _remove(file: Location) -> None:
-    if isinstance(file, Path):
-        file.unlink(missing_ok=True)
-    elif file.is_file():
-        remove_folder(file)
 
 
 def _runs_beside(path: Location) -> str:

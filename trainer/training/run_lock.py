@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trainer.errors import UserError
-from trainer.system.storage import Location, Url, make_folder, reason_and_remedy
+from trainer.system.storage import Location, Url, reason_and_remedy
+from trainer.system.whole import make_folder
 from trainer.training.run_folder import RECORD
 
 LOCK_TRIES = 100

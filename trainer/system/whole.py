@@ -1,0 +1,115 @@
+"""Files and folders that are there whole or not at all, also after a process was killed or the power was lost.
+
+There is one way for each kind of place:
+
+- On a disk, what is written gets another name at first. It is synced, and then renamed to its own name.
+- An object store cannot rename a folder, but a file there is whole or not there. So the files of a folder are written
+  one after the other, and the folder counts once the last of them, its manifest, is there.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from trainer.errors import UserError
+from trainer.system.storage import Location, Url, copy_file, copy_folder, is_url, remove_tree
+
+# One name beside all folders of a kind: what a killed process left there is cleared away by the next one.
+_PARTIAL_FOLDER = ".partial"
+
+
+def write_whole(file: Location, text: str) -> None:
+    """Writes a text file, in place of the one that is there."""
+    if isinstance(file, Url):
+        file.write_text(text)
+        return
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.rename(file)
+    sync(file.parent)
+
+
+def write_whole_folder(folder: Location, files: Mapping[str, bytes]) -> None:
+    """Writes a folder of files, in place of the one that is there; the parent is the caller's to sync.
+
+    Args:
+        folder: the folder; its parent is made if it is missing. One process at a time may write below that parent.
+        files: the content of each file by its name. The last one is the manifest: a folder without it does not count.
+
+    Raises:
+        OSError: the disk cannot be written, or the store kept less than was written. Nothing half-written is left.
+        UserError: the store cannot be written. What is left there has no manifest.
+    """
+    written = folder if isinstance(folder, Url) else folder.parent / _PARTIAL_FOLDER
+    try:
+        remove_tree(written)
+        if not isinstance(folder, Url):
+            make_folder(folder.parent)
+        written.mkdir()
+        for name, content in files.items():
+            (written / name).write_bytes(content)
+            # gfile does not report every short write.
+            if isinstance(written, Url) and (written / name).stat().st_size != len(content):
+                raise OSError(f"{written / name} was cut short")
+        if not isinstance(folder, Url) and not isinstance(written, Url):
+            sync_tree(written)
+            remove_tree(folder)
+            written.rename(folder)
+    except (OSError, UserError):
+        with contextlib.suppress(OSError, UserError):
+            remove_tree(written)
+        raise
+
+
+def copy_whole_folder(source: Path, target: Url, manifest: str) -> None:
+    """Copies a folder into a store, its manifest last."""
+    for path in sorted(source.iterdir(), key=lambda path: path.name == manifest):
+        copy_folder(path, target / path.name) if path.is_dir() else copy_file(path, target / path.name)
+
+
+def rename_unless_there(partial: Path, folder: Path) -> bool:
+    """Gives a folder that was written and synced its own name; returns False if another process did so before."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        return False
+    return True
+
+
+def make_folder(folder: Location) -> None:
+    """Makes a folder, and those above it that are missing, so that they outlive a loss of power."""
+    if isinstance(folder, Url):
+        folder.mkdir()
+        return
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync(path.parent)
+
+
+def sync_tree(folder: Path, except_for: Path | None = None) -> None:
+    """Makes a folder and all in it, except for one path, outlive a loss of power."""
+    for path in folder.rglob("*"):
+        if path != except_for:
+            sync(path)
+    sync(folder)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Makes a file or folder of a disk outlive a loss of power; in a store they always do."""
+    if is_url(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems cannot sync a folder; nothing more can be done there.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not Path(path).is_dir():
+            raise
+    finally:
+        os.close(descriptor)
