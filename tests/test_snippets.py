@@ -1,9 +1,9 @@
 """Laws of what a newcomer copies: the commands and programs in README, docs, help texts, docstrings and the headers of
 configs work as they are printed, in the order in which they are printed, in a checkout after scripts/quickstart.
 
-Words in capitals, such as YOUR.txt, are the reader's to fill in, and so are they here. The checkout is a copy whose
-configs describe tiny models. What needs other hardware, a service or an installation is not run: it is parsed by what
-would read it, and DRY says why.
+Words in capitals, such as YOUR.txt, are the reader's to fill in, and this module fills them in. The checkout is a copy
+whose configs describe tiny models. A command that needs other hardware, a service or an installation is not run: it is
+parsed by what would read it, and DRY and DRY_WORDS give the reason. A command that this module does not know fails.
 """
 
 import ast
@@ -28,15 +28,25 @@ from trainer import cli
 from trainer.config import examples_per_replica
 from trainer.config_file import load_config, make_config, setting_names
 from trainer.data.text import open_source
+from trainer.errors import UserError
 from trainer.hardware.devices import parse_target
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docker/README.md", "docs/performance.md")
+PAGES = (
+    "README.md",
+    "README.ko.md",
+    "CONTRIBUTING.md",
+    "docker/README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
+)
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
-PROGRAMS = ("trainer", ".venv", "scripts", "tests", "docker", "sbatch", "pip", "mkdir", "curl", "gcloud", "python")
+PROGRAMS = (
+    *("trainer", ".venv", "scripts", "tests", "docker", "sbatch", "kubectl"),
+    *("pip", "uv", "mkdir", "curl", "gcloud", "python"),
+)
 
-# What is printed in blocks and is no snippet: output, and diagrams.
-NO_SNIPPETS = ("step 2100/2166", "text -> documents", "trainer/config.py ")
+# What a fenced block of a page can hold: commands, programs and settings; output and pictures are not run.
+LANGUAGES = ("sh", "python", "toml", "text", "mermaid")
 
 # What the reader puts in the place of words in capitals.
 FILLED_IN = {
@@ -48,6 +58,9 @@ FILLED_IN = {
     "/text/texts": "texts",
     "CONFIG": "configs/quickstart.toml",
     "RUN": "runs/quickstart",
+    "PROMPT": "once upon a time",
+    # The last step of the tiny quickstart.
+    "step_000001000": "step_000000025",
     "IMAGE": "gpt-trainer",
     "CLAIM": "runs",
     "HOST": "master",
@@ -61,7 +74,7 @@ FILLED_IN = {
 
 
 def blocks(text: str) -> Iterator[str]:
-    """Yields the indented blocks of a text in Markdown, or of a docstring."""
+    """Yields the indented blocks of a docstring."""
     block: list[str] = []
     before = ""
     for line in [*text.split("\n"), "end"]:
@@ -75,37 +88,38 @@ def blocks(text: str) -> Iterator[str]:
         before = line
 
 
-def kind_of(block: str) -> str:
-    """Returns what a block is: shell, python, toml or none."""
-    first = block.split("\n")[0]
-    if block.startswith(NO_SNIPPETS):
-        return "none"
-    if re.match(r"(import|def|from|model = |model\.)", first):
-        return "python"
-    if first.startswith("["):
-        return "toml"
-    assert first.split()[0].split("/")[0] in PROGRAMS, f"what is this? {block}"
-    return "shell"
+def fenced_blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Yields the language and the text of each fenced block of a page; a block that could hide a command fails."""
+    language, block = None, []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.startswith("```"):
+            assert language is not None or not line.startswith("    "), f"line {number}: indented, not fenced: {line}"
+            block.append(line)
+        elif language is None:
+            language, block = line.removeprefix("```"), []
+            assert language in LANGUAGES, f"line {number}: {language!r} is not one of {LANGUAGES}"
+        else:
+            assert line == "```", f"line {number}: {line}"
+            yield language, "\n".join(block)
+            language = None
+    assert language is None, f"a block of {language} has no end"
+
+
+def blocks_of_page(name: str) -> Iterator[tuple[str, str]]:
+    return fenced_blocks((ROOT / name).read_text(encoding="utf-8"))
 
 
 def commands_of(block: str) -> list[str]:
     return [line for line in re.sub(r"\\\n *", "", block).split("\n") if line.strip()]
 
 
-def snippets(kind: str, *names: str) -> list[str]:
-    found = []
-    for name in names:
-        text = (ROOT / name).read_text(encoding="utf-8")
-        found += [block for block in blocks(text) if kind_of(block) == kind]
-    return found
-
-
 def inline_commands(name: str) -> list[str]:
-    """The commands within the prose of a document that have arguments."""
-    text = " ".join((ROOT / name).read_text(encoding="utf-8").split("\n"))
-    # Of one word after the program, as in `trainer plan`, a verb's name is meant.
-    spans = re.findall(r"`((?:trainer|scripts/|tests/|\.venv/)[^` ]* [^` ]+ [^`]*|scripts/[\w/.]+ -[^`]*)`", text)
-    return [re.sub(r"\s+", " ", span) for span in spans]
+    """The commands within the prose of a page that have arguments."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
+    spans = [re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", text)]
+    # One word after the program, as in `trainer plan`, is the name of a verb.
+    program = rf"(\w+=\S+ )*({'|'.join(map(re.escape, PROGRAMS))})(/\S*)?"
+    return [span for span in spans if re.match(rf"{program} (\S+ \S|-)", span)]
 
 
 def header_commands(path: Path) -> list[str]:
@@ -128,7 +142,7 @@ def filled_in(command: str) -> str:
 def shrink(path: Path) -> None:
     """Makes a config a tiny one."""
     settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    settings["model"] |= {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8}
+    settings.setdefault("model", {}).update(num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=8)
     settings["train"] |= {"global_batch_size": 8, "steps_per_call": 20}
     settings["train"].pop("micro_batch_size", None)
     if "total_steps" in settings["train"]:
@@ -139,7 +153,7 @@ def shrink(path: Path) -> None:
     for section in ("evaluation", "samples"):
         settings.get(section, {}).pop("every_steps", None)
         settings.get(section, {}).pop("num_batches", None)
-    settings["optimizer"]["warmup_steps"] = 2
+    settings.setdefault("optimizer", {})["warmup_steps"] = 2
     path.write_text(tomli_w.dumps(settings), encoding="utf-8")
 
 
@@ -171,7 +185,10 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def check_trainer(words: list[str]) -> None:
     """Has the real parsers read what follows `trainer`: its options, the config, the overrides and the text's place."""
-    options = cli._parse(words)
+    try:
+        options = cli._parse(words)
+    except SystemExit:
+        raise AssertionError(f"trainer does not take {words}") from None
     run = getattr(options, "resume", None) or getattr(options, "run_folder", None)
     overrides = [word for word in getattr(options, "overrides", []) if word]
     if run is not None:
@@ -202,6 +219,8 @@ def check_tests(words: list[str]) -> None:
 
 
 def check_docker(words: list[str]) -> None:
+    if words[0] == "stop":
+        return
     if words[0] == "build":
         assert Path(words[words.index("--file") + 1]).is_file()
         return
@@ -257,6 +276,11 @@ def check_python(words: list[str]) -> None:
     check_pip(words[2:])
 
 
+def check_uv(words: list[str]) -> None:
+    assert words[0] == "pip"
+    check_pip(words[1:])
+
+
 # Programs that are not run here, what is checked in their place, and why.
 DRY: dict[str, tuple[Callable[[list[str]], None], str]] = {
     ".venv/bin/tensorboard": (check_tensorboard, "serves until it is stopped"),
@@ -272,6 +296,7 @@ DRY: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "scripts/launch/tpu": (check_tpu, "needs Google Cloud; run with --dry-run"),
     "pip": (check_pip, "installs"),
     "python": (check_python, "installs"),
+    "uv": (check_uv, "installs"),
     "gcloud": (check_program, "needs Google Cloud"),
     "mkdir": (check_program, "makes folders for Docker"),
     "curl": (check_program, "needs the internet"),
@@ -285,59 +310,123 @@ for path in SCRIPTS:
     why = "takes long, or installs; the tests of scripts have each"
     DRY.setdefault(str(path.relative_to(ROOT)), (check_program, why))
 
-# The verbs of `trainer` that are only parsed here.
-DRY_VERBS = {
+# The runs that a page's commands and programs make: at least these.
+MAKES = {
+    "README.md": ("quickstart", "mine", "python"),
+    "README.ko.md": ("quickstart", "mine", "korean"),
+    "docs/python.md": ("python", "own_model"),
+}
+
+# Words that make a command of `trainer` one that is only parsed here, and why.
+DRY_WORDS = {
     "verify": "splits the CPU, which a process can do only before it uses TensorFlow; tests/test_verify.py",
-    "prepare": "is a part of train",
+    "distribution.logical_devices": "splits the CPU, too; tests/test_loop.py",
+    "distribution.gpus": "needs GPUs",
+    "gs://": "needs an object store; tests/test_storage.py",
+    "--compile": "installs a compiler; tests/test_compile.py",
+    "--runner": "needs a cluster; tests/test_beam.py",
 }
 
 
 def check_or_run(command: str, run_verbs: bool = False) -> None:
-    """Runs a command, or checks it where it is listed above or needs what is not here."""
-    # What follows so many blanks describes it.
+    """Runs a command, or checks it if it is listed above; a program that is not listed fails."""
+    # In the lists of a script's header, what follows this many blanks describes the command; elsewhere a comment does.
     command = re.split(r" {8,}|    TYPE:" if command.startswith("scripts/launch/tpu ") else r" {3,}", command)[0]
-    words = shlex.split(filled_in(command))
+    words = shlex.split(filled_in(command), comments=True)
+    while re.match(r"\w+=", words[0]):  # A variable of the environment.
+        del words[0]
     program, words = words[0].removeprefix(".venv/bin/").replace("tensorboard", ".venv/bin/tensorboard"), words[1:]
     if program != "trainer":
-        assert program in DRY or Path(program).is_file(), command
+        assert program in DRY, f"no test knows how to check {command!r}"
         if program.startswith(("scripts/", "tests/")):
             assert os.access(ROOT / program, os.X_OK), command
         DRY[program][0](words)
         return
     check_trainer(words)
-    needs_more = any("gs://" in word for word in words) or "--compile" in words or "--runner" in words
-    if run_verbs and words[0] not in DRY_VERBS and not needs_more:
+    if run_verbs and not any(dry in word for dry in DRY_WORDS for word in words):
         assert cli.main(words) == 0, command
 
 
+def check_toml(block: str) -> None:
+    """Loads a block of settings; one whose first line is the name of a file is a whole config, and is written there."""
+    name = re.match(r"# (\S+\.toml)\n", block)
+    if name is None:
+        make_config(SMALLEST | tomllib.loads(block))
+        return
+    path = Path(name[1])
+    path.write_text(filled_in(block), encoding="utf-8")
+    open_source(load_config(path).data)
+    shrink(path)
+
+
 @pytest.mark.slow
-def test_readme_works_as_printed_from_top_to_bottom(checkout: Path, capsys: pytest.CaptureFixture[str]):
-    # What scripts/quickstart does once it has installed.
-    assert cli.main(["train", "configs/quickstart.toml"]) == 0
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_works_as_printed_from_top_to_bottom(checkout: Path, name: str, capsys: pytest.CaptureFixture[str]):
+    if "runs/quickstart" in filled_in((ROOT / name).read_text(encoding="utf-8")):
+        # What scripts/quickstart does once it has installed.
+        assert cli.main(["train", "configs/quickstart.toml"]) == 0
     namespace: dict[str, Any] = {}
-    for block in blocks((ROOT / "README.md").read_text(encoding="utf-8")):
-        kind = kind_of(block)
-        if kind == "python":
+    for language, block in blocks_of_page(name):
+        if language == "python":
             exec(block, namespace)
-        elif kind == "toml":
-            make_config(SMALLEST | tomllib.loads(block))
-        elif kind == "shell":
+        elif language == "toml":
+            check_toml(block)
+        elif language == "sh":
             for command in commands_of(block):
                 check_or_run(command, run_verbs=True)
-    for command in inline_commands("README.md"):
-        check_or_run(command)
-    # One each for the quickstart, the reader's own text, and the two trainings from Python.
-    assert {"quickstart", "mine", "python", "own_model"} <= {path.name for path in (checkout / "runs").iterdir()}
-    assert "once upon a time" in capsys.readouterr().out
+    assert all((checkout / "runs" / run / "result.json").exists() for run in MAKES.get(name, ()))
+    assert name not in MAKES or "once upon a time" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_documents_commands_are_read_by_what_would_run_them(checkout: Path, name: str):
-    for block in snippets("shell", name):
-        for command in commands_of(block):
-            check_or_run(command)
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_of_a_page_are_read_by_what_would_run_them(checkout: Path, name: str):
+    for language, block in blocks_of_page(name):
+        if language == "toml":
+            check_toml(block)
+        elif language == "python":
+            compile(block, name, "exec")
+        elif language == "sh":
+            for command in commands_of(block):
+                check_or_run(command)
     for command in inline_commands(name):
         check_or_run(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "trian train configs/quickstart.toml",
+        "scripts/quikstart",
+        "trainer trian configs/quickstart.toml",
+        "trainer generate runs/quickstart --smapler top-p",
+        "scripts/test tests/test_nothing.py",
+        'pip install -e ".[cude]"',
+    ],
+)
+def test_a_command_with_a_slip_is_seen(checkout: Path, command: str):
+    with pytest.raises(AssertionError):
+        check_or_run(command)
+
+
+def test_a_slip_in_a_command_s_settings_is_seen(checkout: Path):
+    with pytest.raises(UserError, match=r"train\.total_stepz"):
+        check_or_run("trainer train configs/quickstart.toml train.total_stepz=3")
+    with pytest.raises(UserError, match=r"model\.num_layer "):
+        check_toml("[model]\nnum_layer = 3")
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("```bash\ntrainer\n```", "'bash' is not one of"),
+        ("```\ntrainer\n```", "'' is not one of"),
+        ("text\n\n    trainer train\n", "indented, not fenced"),
+        ("```sh\ntrainer\n", "has no end"),
+    ],
+)
+def test_a_block_of_a_page_that_could_hide_a_command_is_seen(page: str, message: str):
+    with pytest.raises(AssertionError, match=message):
+        list(fenced_blocks(page))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
