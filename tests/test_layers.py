@@ -71,7 +71,6 @@ KNOWN = {
     "trainer.planning.compile_hlo -> numpy",
     "trainer.planning.plan -> trainer.data.shards",
     "trainer.system.signals -> multiprocessing",
-    "trainer.system.terminal -> trainer.hardware.devices",
     "trainer.training.loop -> trainer.planning.plan",
     "trainer.training.run_folder -> trainer.data.prepare",
     "trainer.training.run_folder -> trainer.data.shards",

@@ -20,7 +20,8 @@ from trainer.distributed.strategy import (
 )
 from trainer.distributed.workers import Workers
 from trainer.errors import UserError
-from trainer.hardware.devices import describe_cpu, parse_target
+from trainer.hardware.devices import parse_target
+from trainer.system.machine import describe_cpu
 
 NUM_GPUS = len(tf.config.list_physical_devices("GPU"))
 HAS_GPU = NUM_GPUS > 0

@@ -17,7 +17,7 @@ from trainer.data.batches import training_batches
 from trainer.data.shards import PreparedData
 from trainer.distributed.strategy import distributed, make_strategy, share_cores
 from trainer.distributed.workers import Workers
-from trainer.hardware.devices import num_cores
+from trainer.system.machine import num_cores
 from trainer.training.run_folder import BuildModel, make_model
 from trainer.training.step import TrainingStep
 

@@ -28,6 +28,7 @@ from trainer.data.shards import SHARD_TOKENS, PreparedData, SplitWriter, split_o
 from trainer.data.text import File, Mixture, Source, Tally
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import UserError
+from trainer.system.machine import num_cores
 from trainer.system.storage import Location, Url, copy_folder, locate, on_disk, remove_folder
 from trainer.system.whole import write_whole
 from trainer.version import __version__
@@ -38,7 +39,7 @@ _ALL_CORES = (
     "--runner=DirectRunner",
     "--allow_unsafe_triggers",
     "--direct_running_mode=multi_processing",
-    f"--direct_num_workers={os.cpu_count() or 1}",
+    f"--direct_num_workers={num_cores()}",
     "--default_sdk_harness_log_level=ERROR",
 )
 _PROGRESS_SECS = 10.0  # Each is a listing, which a store may charge for.

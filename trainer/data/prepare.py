@@ -43,6 +43,7 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_fil
 from trainer.data.vocabulary import cut_document
 from trainer.errors import UserError
 from trainer.storybook import storybook
+from trainer.system.machine import num_cores
 from trainer.system.manifest import unsealed, write_sealed
 from trainer.system.storage import Url, copy_folder, locate, place_on_disk, reason_and_remedy
 from trainer.system.whole import copy_whole_folder, make_folder, rename_unless_there, sync, sync_tree
@@ -375,7 +376,7 @@ def _encoded(
 ) -> Iterator[tuple[_Batch, np.ndarray, np.ndarray]]:
     """Encodes batches on all cores, and yields each with its tokens and its pieces' lengths, in order."""
     num_written = {split: writer.num_pieces for split, writer in writers.items()}
-    num_threads = os.cpu_count() or 1
+    num_threads = num_cores()
     waiting: collections.deque[Any] = collections.deque()
     with ThreadPoolExecutor(num_threads) as pool:
         for batch in _batches(documents, tokenizer.breaks, num_written):

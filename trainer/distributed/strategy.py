@@ -15,8 +15,9 @@ from trainer.distributed.tpu_install import check_tpu_install
 from trainer.distributed.workers import Workers, find_workers
 from trainer.errors import UserError
 from trainer.execution import resolve
-from trainer.hardware.devices import Target, describe_cpu, find_gpu, num_cores, parse_target, unused_gpu, unused_tpu
+from trainer.hardware.devices import Target, find_gpu, parse_target
 from trainer.hardware.processor import Processor, processor
+from trainer.system.machine import describe_cpu, num_cores, unused_gpu, unused_tpu
 
 TPU_TIMEOUT_SECS = 50.0
 

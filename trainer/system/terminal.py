@@ -13,6 +13,8 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
+from trainer.system.machine import has_nvidia_gpu
+
 if TYPE_CHECKING:
     import rich.console
 
@@ -149,8 +151,6 @@ def quiet_import() -> Iterator[None]:
     if "tensorflow" in sys.modules:
         yield
         return
-    from trainer.hardware.devices import has_nvidia_gpu
-
     # Without a GPU TensorFlow's warnings, too, are about GPUs; with one they say why it is not used.
     has_gpu = has_nvidia_gpu()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if has_gpu else "3")
