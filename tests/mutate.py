@@ -292,11 +292,13 @@ class Lab:
         """Returns the Generator of a run, which compiles its decoders once."""
         if kind not in self._generators:
             from trainer.decoding.generate import Generator
+            from trainer.training.run_checkpoints import load_model
+            from trainer.training.run_data import load_tokenizer_of
             from trainer.training.run_folder import RunFolder
 
             run = RunFolder(str(self.seed(kind) / "run"))
-            model, _ = run.load_model()
-            self._generators[kind] = Generator(model, run.tokenizer(), run.config.train.sequence_length)
+            model, _ = load_model(run)
+            self._generators[kind] = Generator(model, load_tokenizer_of(run), run.config.train.sequence_length)
         return self._generators[kind]
 
     @contextlib.contextmanager
@@ -422,7 +424,10 @@ def _plant(lab: Lab, kind: str) -> None:
     """
     from trainer.config_file import load_config
     from trainer.data.prepare import prepare
-    from trainer.training.run_folder import RunFolder, build_gpt
+    from trainer.model.build import build_gpt
+    from trainer.training.run_checkpoints import open_checkpoints
+    from trainer.training.run_data import load_tokenizer_of
+    from trainer.training.run_folder import RunFolder
 
     def silent(_: str) -> None:
         pass
@@ -437,9 +442,9 @@ def _plant(lab: Lab, kind: str) -> None:
         shutil.rmtree("run/logs")
     else:
         run = RunFolder.create(config, prepared)
-        tokenizer = run.tokenizer()
+        tokenizer = load_tokenizer_of(run)
         model = build_gpt(config, tokenizer.vocabulary_size, tokenizer.bos_id)
-        checkpoints = run.checkpoints(silent)
+        checkpoints = open_checkpoints(run, silent)
         for step in (1, 2):
             arrays = {variable.path: variable.numpy() + step for variable in model.variables}
             checkpoints.save(step, {"weights": arrays}, {})
@@ -863,18 +868,20 @@ def _resumable() -> tuple[str, ...]:
 
 def _opened(path: Path) -> dict[str, Any]:
     """Opens a run in every way there is; returns what was found."""
+    from trainer.training.run_checkpoints import load_model
+    from trainer.training.run_data import find_prepared, load_tokenizer_of
     from trainer.training.run_folder import RunFolder
 
     run = RunFolder(str(path))
-    run.prepared()
-    model, checkpoint = run.load_model(say=lambda _: None)
+    find_prepared(run)
+    model, checkpoint = load_model(run, say=lambda _: None)
     return {
         "config": {
             f"{section}.{name}": value
             for section, settings in run.config.model_dump(mode="json", exclude={"run_folder"}).items()
             for name, value in settings.items()
         },
-        "tokenizer": run.tokenizer().fingerprint,
+        "tokenizer": load_tokenizer_of(run).fingerprint,
         "step": checkpoint.step,
         "weights": {variable.path: variable.numpy().tobytes() for variable in model.variables},
     }

@@ -22,8 +22,8 @@ from harness import Training
 from trainer.config_file import load_config
 from trainer.data.batches import training_batches
 from trainer.data.vocabulary import SPECIAL_TOKENS
+from trainer.model.build import build_gpt
 from trainer.planning.plan import count_parameters
-from trainer.training.run_folder import build_gpt
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "scripts" / "benchmarks"

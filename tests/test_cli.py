@@ -157,7 +157,7 @@ def test_a_step_is_a_number_or_best_and_goes_with_a_run(tmp_path: Path, capsys: 
     folder = f"{run}/checkpoints/step_000000010"
     for verb in (["evaluate"], ["generate"], ["train", "--resume"]):
         refused = refusal([*verb, str(run), "--step", "bset"], capsys)
-        assert "step='bset' is not a checkpoint's; give a number of steps, or 'best'." in refused
+        assert "step='bset' is not a step of a checkpoint; give a number of steps, or 'best'." in refused
         assert f"{folder} and step='best' are two" in refusal([*verb, folder, "--step", "best"], capsys)
 
 

@@ -14,10 +14,10 @@ from trainer.data.batches import evaluation_batches
 from trainer.data.coverage import TextBytes
 from trainer.data.prepare import prepare
 from trainer.distributed.strategy import make_strategy
+from trainer.model.build import build_gpt
 from trainer.model.gpt import GPT
 from trainer.storybook import storybook
 from trainer.training.evaluation import Evaluation, Evaluator
-from trainer.training.run_folder import build_gpt
 
 
 @pytest.fixture(scope="module")

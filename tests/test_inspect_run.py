@@ -245,7 +245,7 @@ def test_what_is_no_prepared_data_is_refused_and_data_near_it_named(prepared, ca
     for path in (prepared.parent, prepared.parent / "nothing"):
         assert main(["inspect", str(path)]) == 2
         assert capsys.readouterr().err == (
-            f"trainer: {path} is no prepared data, which has a manifest.json, and no run folder, which has a "
+            f"trainer: {path} is neither prepared data, which has a manifest.json, nor a run folder, which has a "
             f"run.json. Prepared data near it: {prepared}.\n"
         )
 

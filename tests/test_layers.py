@@ -50,6 +50,7 @@ LATE = {
     "trainer.data.datasets": SLOW,
     "trainer.data.tokenizer": SLOW,
     "trainer.data.vocabulary": SLOW,
+    "trainer.model.build": SLOW,
     "trainer.distributed.workers": SLOW,
     "trainer.training.run_folder": SLOW,
     "trainer.planning.plan": SLOW,
@@ -72,9 +73,6 @@ KNOWN = {
     "trainer.planning.plan -> trainer.data.shards",
     "trainer.system.signals -> multiprocessing",
     "trainer.training.loop -> trainer.planning.plan",
-    "trainer.training.run_folder -> trainer.data.prepare",
-    "trainer.training.run_folder -> trainer.data.shards",
-    "trainer.training.run_folder -> trainer.data.tokenizer",
 }
 
 

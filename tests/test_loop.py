@@ -23,10 +23,13 @@ from trainer.cli import main
 from trainer.data.prepare import prepare
 from trainer.distributed.strategy import make_strategy
 from trainer.distributed.workers import Workers
+from trainer.model.build import make_model
 from trainer.model.gpt import GPT
-from trainer.training import checkpoint, loop
+from trainer.training import checkpoint, loop, results
 from trainer.training.loop import is_due, steps_until_due
-from trainer.training.run_folder import RunFolder, make_model
+from trainer.training.results import read_scores, write_scores
+from trainer.training.run_checkpoints import open_checkpoints, restore
+from trainer.training.run_folder import RunFolder
 from trainer.training.step import LossScale, TrainingStep
 
 SETTINGS = {
@@ -128,8 +131,8 @@ def assert_bit_identical(one, two):
 
 def assert_same_best(one, two):
     one, two = RunFolder(one), RunFolder(two)
-    assert one.scores() == two.scores() and set(one.scores()) == {15, 30, 40}
-    assert one.checkpoints().best_step() == two.checkpoints().best_step() is not None
+    assert read_scores(one) == read_scores(two) and set(read_scores(one)) == {15, 30, 40}
+    assert open_checkpoints(one).best_step() == open_checkpoints(two).best_step() is not None
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +310,7 @@ def test_checkpoints_of_before_skipped_steps_were_counted_begin_the_count_at_0(t
     arrays = {group: {name: value.numpy() for name, value in values.items()} for group, values in arrays.items()}
     del arrays["optimizer"]["skipped_in_a_row"]
     step.skipped_in_a_row.assign(3)
-    assert loop.restore(step, SimpleNamespace(arrays=arrays.get, folder="older", step=7)) == 7
+    assert restore(step, SimpleNamespace(arrays=arrays.get, folder="older", step=7)) == 7
     assert (step.skipped_in_a_row.numpy(), step.step.numpy()) == (0, 7)
 
 
@@ -416,8 +419,8 @@ def test_run_leaves_all_that_is_needed_and_a_finished_run_reports_again(trained,
     assert set(result.samples) == {"greedy", "beam", "top-k", "top-p"}
     assert {path.name for path in run.iterdir()} >= {"config.toml", "run.json", "tokenizer", "checkpoints", "logs"}
     # 30 is where it was scored, and the best until then.
-    assert RunFolder(run).checkpoints().steps() == [20, 30, 40, 60]
-    scores = RunFolder(run).scores()
+    assert open_checkpoints(RunFolder(run)).steps() == [20, 30, 40, 60]
+    scores = read_scores(RunFolder(run))
     assert (
         set(scores) == {30, 60}
         and scores[60] == result.evaluation.loss
@@ -640,13 +643,13 @@ def copy_of_trained(trained, tmp_path, monkeypatch):
 
 def test_a_score_that_a_killed_process_did_not_keep_is_made_up_for_and_the_best_is_the_same(copy_of_trained):
     run = RunFolder(copy_of_trained)
-    scores = run.scores()
+    scores = read_scores(run)
     for step in (40, 60):
         shutil.rmtree(run.path / "checkpoints" / f"step_0000000{step}")
-    run.keep_scores({60: 0.0})  # After the checkpoint; it is scored anew.
+    write_scores(run, {60: 0.0})  # After the checkpoint; it is scored anew.
     lines = []
     result = trainer.resume(str(run.path), say=lines.append)
-    assert RunFolder(run.path).scores() == scores
+    assert read_scores(RunFolder(run.path)) == scores
     assert result.best_step == 60 and "steps 30 to 60" in " ".join(lines)
 
 
@@ -682,7 +685,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(copy_of_tra
     result = trainer.resume(str(copy_of_trained), say=lines.append)
     assert result.is_stopped and result.step == 60 and result.evaluation is None
     assert "Stopped at step 60 of 60, saved." in lines[-1]
-    assert RunFolder(copy_of_trained).checkpoints().steps()[-1] == 60
+    assert open_checkpoints(RunFolder(copy_of_trained)).steps()[-1] == 60
 
 
 def test_a_checkpoint_that_is_left_out_is_said_once_and_not_among_what_the_model_writes(copy_of_trained, capsys):
@@ -698,7 +701,7 @@ def test_a_checkpoint_that_is_left_out_is_said_once_and_not_among_what_the_model
 
 
 def test_a_run_that_went_on_from_an_earlier_step_keeps_the_scores_of_later_checkpoints(copy_of_trained):
-    scores = RunFolder(copy_of_trained).scores()
+    scores = read_scores(RunFolder(copy_of_trained))
     lines = []
 
     def stop_after_the_score(line):
@@ -710,8 +713,8 @@ def test_a_run_that_went_on_from_an_earlier_step_keeps_the_scores_of_later_check
     assert result.is_stopped and 32 <= result.step < 60
     # Saved though a later step is known to be better: it is the best of those that this process has come to.
     assert not any("has risen above" in line for line in lines)
-    assert RunFolder(copy_of_trained).scores() == scores
-    assert RunFolder(copy_of_trained).checkpoints().best_step() == result.best_step == min(scores, key=scores.get)
+    assert read_scores(RunFolder(copy_of_trained)) == scores
+    assert open_checkpoints(RunFolder(copy_of_trained)).best_step() == result.best_step == min(scores, key=scores.get)
     # The newest is of the process before.
     assert lines[-1].endswith(f" Go on with: trainer train --resume {copy_of_trained} --step {result.step}")
 
@@ -721,14 +724,14 @@ def test_a_validation_loss_that_rises_is_said_with_where_the_best_is_kept(copy_o
     lines = []
     scores = {10: 2.5}
     assert [
-        loop.keep_score(run, Workers(), step, loss, scores, lines.append)
+        results.keep_score(run, Workers(), step, loss, scores, lines.append)
         for step, loss in ((20, 2.0), (30, 2.125), (40, 2.0), (50, float("nan")), (60, 1.0))
     ] == [True, False, False, False, True]
     assert len(lines) == 2 and lines[0] == (
         "step 30: the validation loss has risen above its best, 2.0000 at step 20. That checkpoint is kept: trainer "
         f"generate {run.path} --step best"
     )
-    assert run.scores() == scores == {10: 2.5, 20: 2.0, 30: 2.125, 40: 2.0, 60: 1.0}
+    assert read_scores(run) == scores == {10: 2.5, 20: 2.0, 30: 2.125, 40: 2.0, 60: 1.0}
 
 
 @pytest.mark.usefixtures("short_retries")
@@ -749,7 +752,7 @@ def test_a_run_ends_at_once_when_it_is_set_to_end_at_a_checkpoint_that_cannot_be
     ):
         trainer.resume(str(copy_of_trained), say=put_something_in_the_way, overrides=overrides)
     assert not (copy_of_trained / "lock").exists()
-    assert RunFolder(copy_of_trained).checkpoints().steps()[-1] == 40
+    assert open_checkpoints(RunFolder(copy_of_trained)).steps()[-1] == 40
 
     # Without that setting it trains on, says so each time, and saves again once that is possible.
     def clear_the_way_after_a_while(line):
@@ -759,7 +762,7 @@ def test_a_run_ends_at_once_when_it_is_set_to_end_at_a_checkpoint_that_cannot_be
 
     lines.clear()
     result = trainer.resume(str(copy_of_trained), say=clear_the_way_after_a_while, overrides=overrides[:2])
-    assert result.step == RunFolder(copy_of_trained).checkpoints().steps()[-1] == 60
+    assert result.step == open_checkpoints(RunFolder(copy_of_trained)).steps()[-1] == 60
 
 
 @pytest.fixture

@@ -23,9 +23,15 @@ from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.data.tokenizer import CharTokenizer
 from trainer.errors import UserError
+from trainer.model.build import build_gpt, model_name
 from trainer.system.storage import locate
+from trainer.training import run_checkpoints
 from trainer.training.evaluation import Evaluation
-from trainer.training.run_folder import RunFolder, build_gpt, check_is_free, find_run, model_name, run_and_step
+from trainer.training.first_batch import check_first_batch
+from trainer.training.results import read_scores, write_result, write_scores
+from trainer.training.run_checkpoints import facts_of, find_checkpoint, load_model, open_checkpoints
+from trainer.training.run_data import find_prepared, keep_place_of, load_tokenizer_of
+from trainer.training.run_folder import RunFolder, check_is_free, find_run, run_and_step
 from trainer.training.run_lock import only_run_in
 
 
@@ -66,10 +72,10 @@ def folder_of(run: RunFolder) -> Path:
 
 
 def save_checkpoint(run: RunFolder, step: int, config: Config | None = None) -> dict[str, np.ndarray]:
-    tokenizer = run.tokenizer()
+    tokenizer = load_tokenizer_of(run)
     model = build_gpt(config or run.config, tokenizer.vocabulary_size, tokenizer.bos_id)
     weights = {variable.path: variable.numpy() + 1 for variable in model.variables}
-    checkpoints = run.checkpoints()
+    checkpoints = open_checkpoints(run)
     checkpoints.save(step, {"weights": weights}, {})
     checkpoints.wait()
     return weights
@@ -85,9 +91,9 @@ def test_run_comes_back_as_it_was_created(run: RunFolder, tmp_path: Path):
     again = RunFolder(str(run.path))
     assert again.config == run.config == tiny(tmp_path)
     assert again.facts == run.facts
-    prepared = again.prepared()
+    prepared = find_prepared(again)
     assert prepared.fingerprint == run.facts["data_fingerprint"]
-    assert again.tokenizer().fingerprint == prepared.tokenizer_fingerprint
+    assert load_tokenizer_of(again).fingerprint == prepared.tokenizer_fingerprint
     assert load_config(str(run.path / "config.toml")) == run.config
     assert sorted(path.name for path in run.path.iterdir()) == ["config.toml", "run.json", "tokenizer"]
 
@@ -118,7 +124,7 @@ def test_every_path_of_a_run_may_begin_at_the_home_folder_and_hold_brackets_blan
     trainer.train(config, say=quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == [home.name, "vocab.txt"]
     assert {path.name for path in home.iterdir()} == {f"{name}.txt", "prepared", "run"}
-    assert RunFolder(config.run_folder).checkpoints().latest() is not None
+    assert open_checkpoints(RunFolder(config.run_folder)).latest() is not None
     with pytest.raises(UserError, match="already holds a run"):
         check_is_free(config)
     assert main(["inspect", config.run_folder]) == 0
@@ -141,7 +147,7 @@ def test_the_commands_that_messages_show_work_in_a_shell_whatever_the_folder_s_n
         load_config(str(run.path))
     assert shlex.split(str(error.value).rpartition(": ")[2]) == ["trainer", "train", "--resume", str(run.path)]
     with pytest.raises(UserError) as error:
-        run.load_model()
+        load_model(run)
     assert shlex.split(str(error.value).rpartition(": ")[2]) == ["trainer", "train", "--resume", str(run.path)]
 
 
@@ -158,7 +164,7 @@ def test_empty_folder_is_free_for_a_run(tmp_path: Path):
 
 
 def test_folder_of_another_run_is_refused(run: RunFolder, tmp_path: Path):
-    for refuse in (lambda: check_is_free(run.config), lambda: RunFolder.create(run.config, run.prepared())):
+    for refuse in (lambda: check_is_free(run.config), lambda: RunFolder.create(run.config, find_prepared(run))):
         with pytest.raises(UserError) as error:
             refuse()
         assert str(error.value) == (
@@ -172,13 +178,13 @@ def test_folder_or_file_that_is_no_run_is_refused_and_left_alone(tmp_path: Path)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a").write_text("mine")
     for path in (tmp_path / "notes", tmp_path / "notes/a"):
-        with pytest.raises(UserError, match=r"is there already and is no run; choose another folder\."):
+        with pytest.raises(UserError, match=r"is there already and is not a run; choose another folder\."):
             RunFolder.create(tiny(tmp_path, f"run_folder={path}"), prepared)
     assert (tmp_path / "notes/a").read_text() == "mine"
     # Not even under a name that trainer itself uses.
     (tmp_path / "run/tokenizer").mkdir(parents=True)
     (tmp_path / "run/tokenizer/tokenizer.json").write_text("mine")
-    with pytest.raises(UserError, match=r"is there already and is no run; choose another folder\."):
+    with pytest.raises(UserError, match=r"is there already and is not a run; choose another folder\."):
         RunFolder.create(tiny(tmp_path), prepared)
     assert (tmp_path / "run/tokenizer/tokenizer.json").read_text() == "mine"
 
@@ -234,18 +240,18 @@ def test_data_that_is_gone_is_an_error_that_says_how_to_get_it_back(run: RunFold
     with pytest.raises(
         UserError, match=r"was started on the prepared data .*, which is gone. Prepare the same text"
     ) as e:
-        run.prepared()
+        find_prepared(run)
     assert f"(trainer prepare {run.path / 'config.toml'})" in str(e.value)
     prepare(load_config(str(run.path / "config.toml")), quiet)
-    run.prepared()
+    find_prepared(run)
 
 
 def test_data_that_is_gone_can_be_prepared_again_if_it_comes_out_the_same(run: RunFolder, tmp_path: Path):
     shutil.rmtree(tmp_path / "prepared")
-    assert run.prepared(lambda: prepared_text(tmp_path)).fingerprint == run.facts["data_fingerprint"]
+    assert find_prepared(run, lambda: prepared_text(tmp_path)).fingerprint == run.facts["data_fingerprint"]
     shutil.rmtree(tmp_path / "prepared")
     with pytest.raises(UserError, match=r"is not the data .*run was started on; start a new run for other data\."):
-        run.prepared(lambda: prepared_text(tmp_path, "another text about a dog\n" * 30))
+        find_prepared(run, lambda: prepared_text(tmp_path, "another text about a dog\n" * 30))
 
 
 def test_a_run_is_found_again_with_what_may_change_as_the_config_now_has_it(run: RunFolder, tmp_path: Path):
@@ -298,7 +304,7 @@ def test_a_folder_that_is_no_run_is_not_gone_on_with(tmp_path: Path):
     (tmp_path / "run").mkdir()
     assert find_run(tiny(tmp_path), or_resume=True) is None
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="is there already and is no run"):
+    with pytest.raises(UserError, match="is there already and is not a run"):
         find_run(tiny(tmp_path), or_resume=True)
 
 
@@ -357,7 +363,7 @@ def test_text_changed_after_prepare_is_prepared_anew_by_train_which_says_so(tmp_
     def listen(line: str) -> None:
         said.append(line)
         if "parameters" in line:
-            used.append(RunFolder(str(tmp_path / "run")).prepared())
+            used.append(find_prepared(RunFolder(str(tmp_path / "run"))))
             raise Begun
 
     old = prepared_text(tmp_path)
@@ -385,40 +391,40 @@ def test_text_changed_after_the_start_of_a_run_changes_nothing_in_it(tmp_path: P
 
 def test_other_data_is_refused(run: RunFolder, tmp_path: Path):
     other = prepared_text(tmp_path, "another text about a dog\n" * 30)
-    shutil.rmtree(run.prepared().folder)
+    shutil.rmtree(find_prepared(run).folder)
     run.keep(prepared_folder=str(other.folder))
     with pytest.raises(UserError, match=r"is not the data .*run was started on; start a new run for other data\."):
-        RunFolder(run.path).prepared()
+        find_prepared(RunFolder(run.path))
 
 
 def test_other_tokenizer_is_refused(run: RunFolder, tmp_path: Path):
     other = prepared_text(tmp_path, "another text about a dog\n" * 30)
     shutil.copytree(other.folder / "tokenizer", tmp_path / "run/tokenizer", dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"run/tokenizer is not the tokenizer this run was started with\."):
-        run.tokenizer()
+        load_tokenizer_of(run)
 
 
 def test_a_damaged_tokenizer_of_a_run_is_copied_again_as_the_error_says(run: RunFolder):
     for file in (folder_of(run) / "tokenizer").iterdir():
         file.write_bytes(b"")
     with pytest.raises(UserError) as error:
-        run.tokenizer()
+        load_tokenizer_of(run)
     reason, _, data = str(error.value).partition(". Copy it again from the data of the run, whose folder has the same ")
     assert reason.startswith(f"{run.path}/tokenizer: not a whole tokenizer") and data.startswith("tokenizer/: ")
     shutil.copytree(f"{data.removeprefix('tokenizer/: ')}/tokenizer", folder_of(run) / "tokenizer", dirs_exist_ok=True)
-    assert run.tokenizer().fingerprint == run.facts["tokenizer_fingerprint"]
+    assert load_tokenizer_of(run).fingerprint == run.facts["tokenizer_fingerprint"]
 
 
 def test_run_is_usable_without_its_data(run: RunFolder, tmp_path: Path):
     save_checkpoint(run, 1)
     shutil.rmtree(tmp_path / "prepared")
-    run.load_model()
+    load_model(run)
 
 
 def test_model_comes_back_with_the_newest_weights(run: RunFolder):
     save_checkpoint(run, 1)
     weights = save_checkpoint(run, 2)
-    model, checkpoint = run.load_model()
+    model, checkpoint = load_model(run)
     assert checkpoint.step == 2
     for variable in model.variables:
         np.testing.assert_array_equal(variable.numpy(), weights[variable.path])
@@ -426,13 +432,13 @@ def test_model_comes_back_with_the_newest_weights(run: RunFolder):
 
 def test_model_that_comes_back_knows_bos(run: RunFolder):
     save_checkpoint(run, 1)
-    model, _ = run.load_model()
-    assert model.bos_id == run.tokenizer().bos_id == run.prepared().bos_id
+    model, _ = load_model(run)
+    assert model.bos_id == load_tokenizer_of(run).bos_id == find_prepared(run).bos_id
 
 
 def test_run_without_a_checkpoint_has_no_model(run: RunFolder):
     with pytest.raises(UserError) as error:
-        run.load_model()
+        load_model(run)
     assert str(error.value) == f"{run.path} has no checkpoint yet; train on with: trainer train --resume {run.path}"
 
 
@@ -441,10 +447,10 @@ def test_checkpoint_of_another_model_is_refused(run: RunFolder, tmp_path: Path):
     with pytest.raises(
         UserError, match=r"step_000000001 does not hold this model: it lacks nothing and has \['gpt/block_1"
     ):
-        run.load_model()
+        load_model(run)
     save_checkpoint(run, 2, tiny(tmp_path, "model.hidden_dim=8"))
     with pytest.raises(UserError, match=r"step_000000002 has gpt/.* as float32\[.*\], the model as float32\["):
-        run.load_model()
+        load_model(run)
 
 
 def test_a_folder_that_a_killed_process_began_to_make_is_free(tmp_path: Path):
@@ -454,7 +460,7 @@ def test_a_folder_that_a_killed_process_began_to_make_is_free(tmp_path: Path):
     config = make_config({"run_folder": str(tmp_path / "run"), "train": {"precision": "float32", "total_steps": 1}})
     check_is_free(config)
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="is there already and is no run"):
+    with pytest.raises(UserError, match="is there already and is not a run"):
         check_is_free(config)
 
 
@@ -577,62 +583,68 @@ def test_all_of_a_new_run_is_synced_before_it_counts(tmp_path: Path, monkeypatch
 
 
 def test_checkpoints_of_another_run_are_not_gone_on_with(run: RunFolder, tmp_path: Path):
-    other = RunFolder.create(tiny(tmp_path, f"run_folder={tmp_path}/other", "train.seed=7"), run.prepared())
-    checkpoints = other.checkpoints()
-    checkpoints.save(5, {"weights": {}}, other.checkpoint_facts())
+    other = RunFolder.create(tiny(tmp_path, f"run_folder={tmp_path}/other", "train.seed=7"), find_prepared(run))
+    checkpoints = open_checkpoints(other)
+    checkpoints.save(5, {"weights": {}}, facts_of(other))
     checkpoints.wait()
     shutil.copytree(folder_of(other) / "checkpoints", folder_of(run) / "checkpoints")
     with pytest.raises(UserError, match=r"step 5: it is of another run: train\.seed=0 \(was 7\)"):
-        run.load_model()
+        load_model(run)
     # Another micro-batch, or place of the data, makes no other run.
     same = RunFolder(run.path, ["train.micro_batch_size=1", "log.every_steps=3"])
-    checkpoints = same.checkpoints()
-    checkpoints.save(6, {"weights": {}}, same.checkpoint_facts())
+    checkpoints = open_checkpoints(same)
+    checkpoints.save(6, {"weights": {}}, facts_of(same))
     checkpoints.wait()
     said: list[str] = []
-    newest = run.checkpoint(run.checkpoints(said.append))
+    newest = find_checkpoint(run, open_checkpoints(run, said.append))
     assert newest is not None and newest.step == 6
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(run: RunFolder):
-    assert run.checkpoint(run.checkpoints()) is None
+    assert find_checkpoint(run, open_checkpoints(run)) is None
     save_checkpoint(run, 1)
     shutil.rmtree(folder_of(run) / "checkpoints")
     with pytest.raises(UserError) as error:
-        run.checkpoint(RunFolder(run.path).checkpoints())
+        find_checkpoint(run, open_checkpoints(RunFolder(run.path)))
     assert str(error.value) == (
         f"{run.path}/checkpoints is empty, though this run has saved checkpoints. Bring them back (is a disk not "
         f"mounted?), or begin again in another folder: trainer train {run.path}/config.toml run_folder={run.path}-2"
     )
-    again = RunFolder.create(load_config(folder_of(run) / "config.toml", [f"run_folder={run.path}-2"]), run.prepared())
-    assert again.checkpoint(again.checkpoints()) is None
+    again = RunFolder.create(
+        load_config(folder_of(run) / "config.toml", [f"run_folder={run.path}-2"]), find_prepared(run)
+    )
+    assert find_checkpoint(again, open_checkpoints(again)) is None
 
 
 def test_a_checkpoint_is_found_by_its_step_by_best_and_by_its_folder(run: RunFolder):
     for step in (1, 2, 3):
         save_checkpoint(run, step)
-    with pytest.raises(UserError, match=r"no checkpoint was scored on the validation text, so none is known to be"):
-        run.load_model(step="best")
-    run.keep_scores({1: 2.5, 2: 2.25, 3: 2.75})
-    assert [run.load_model(step=step)[1].step for step in (None, 1, "best")] == [3, 1, 2]
+    with pytest.raises(
+        UserError, match=r"no checkpoint was scored on the validation text, so the best one is not known"
+    ):
+        load_model(run, step="best")
+    write_scores(run, {1: 2.5, 2: 2.25, 3: 2.75})
+    assert [load_model(run, step=step)[1].step for step in (None, 1, "best")] == [3, 1, 2]
     with pytest.raises(UserError, match=r"run has no checkpoint of step 7; it has: 1, 2, 3\."):
-        run.load_model(step=7)
+        load_model(run, step=7)
     folder = f"{run.path}/checkpoints/step_000000002"
     assert run_and_step(folder) == run_and_step(f"{folder}/") == run_and_step(folder, 2) == (str(run.path), 2)
     assert run_and_step("checkpoints/step_000000002") == (".", 2)
     assert run_and_step(Path(folder)) == (str(run.path), 2) and run_and_step(run.path) == (str(run.path), None)  # type: ignore[arg-type]
     assert run_and_step("RUN", "best") == ("RUN", "best") and run_and_step("RUN", "010") == ("RUN", 10)
     for text in ("bset", "-1", "1.5", "", "9" * 5_000):
-        with pytest.raises(UserError, match=r"is not a checkpoint's; give a number of steps, or 'best'\."):
+        with pytest.raises(UserError, match=r"is not a step of a checkpoint; give a number of steps, or 'best'\."):
             run_and_step("RUN", text)
-    with pytest.raises(UserError, match=r"step_000000002 and step='best' are two checkpoints; leave out one of them\."):
+    with pytest.raises(
+        UserError, match=r"step_000000002 and step='best' are two different checkpoints; leave out one of them\."
+    ):
         run_and_step(folder, "best")
 
 
 def test_a_result_that_a_store_does_not_take_is_said_and_no_error(run: RunFolder):
     said: list[str] = []
     run.path = locate("s3://bucket/run")
-    run.keep_result(2, Evaluation(1.0, 1, 1.0, False, None), {}, said.append)
+    write_result(run, 2, Evaluation(1.0, 1, 1.0, False, None), {}, said.append)
     assert len(said) == 1 and said[0].startswith("s3://bucket/run/result.json cannot be written: s3://bucket/run/res")
 
 
@@ -643,34 +655,34 @@ def test_a_signal_s_advice_is_to_resume_wherever_there_is_a_run(run: RunFolder, 
 
 
 def test_damaged_scores_are_an_error_that_names_them(run: RunFolder):
-    run.keep_scores({10: 1.5})
-    assert run.scores() == {10: 1.5}
+    write_scores(run, {10: 1.5})
+    assert read_scores(run) == {10: 1.5}
     for damage in (
         lambda: damage_one_bit(folder_of(run) / "scores.json"),
         lambda: shutil.copy(folder_of(run) / "run.json", folder_of(run) / "scores.json"),
     ):
         damage()
         with pytest.raises(UserError, match=r"scores\.json is damaged: .* or delete it: the best checkpoint is then"):
-            run.checkpoints()
+            open_checkpoints(run)
     (folder_of(run) / "scores.json").unlink()
-    assert run.scores() == {}
+    assert read_scores(run) == {}
 
 
 def test_a_reader_goes_on_to_the_checkpoint_that_took_the_place_of_the_one_it_found(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ):
     save_checkpoint(run, 1)
-    verified = RunFolder.checkpoint
+    verified = run_checkpoints.find_checkpoint
 
-    def then_replaced(self: RunFolder, *arguments: Any) -> Any:
-        found: Any = verified(self, *arguments)
+    def then_replaced(run: RunFolder, *arguments: Any) -> Any:
+        found: Any = verified(run, *arguments)
         if found.step == 1:
             save_checkpoint(run, 2)
             shutil.rmtree(found.folder)
         return found
 
-    monkeypatch.setattr(RunFolder, "checkpoint", then_replaced)
-    assert run.load_model()[1].step == 2
+    monkeypatch.setattr(run_checkpoints, "find_checkpoint", then_replaced)
+    assert load_model(run)[1].step == 2
 
 
 # Data that is elsewhere.
@@ -682,7 +694,7 @@ def test_a_moved_project_finds_its_data_by_fingerprint(tmp_path: Path, monkeypat
     prepared = prepared_text(project)
     run = RunFolder.create(tiny(project, f"run_folder={project}/runs/a"), prepared)
     project.rename(moved)
-    found = RunFolder(moved / "runs/a").prepared()
+    found = find_prepared(RunFolder(moved / "runs/a"))
     assert found.folder == moved / "prepared" / prepared.folder.name
     # Where the old place has other data now, too.
     project.mkdir()
@@ -690,28 +702,28 @@ def test_a_moved_project_finds_its_data_by_fingerprint(tmp_path: Path, monkeypat
     (project / "prepared").rename(project / "other")
     (project / "prepared").mkdir()
     (next((project / "other").iterdir())).rename(project / "prepared" / prepared.folder.name)
-    assert RunFolder(moved / "runs/a").prepared().folder == found.folder
+    assert find_prepared(RunFolder(moved / "runs/a")).folder == found.folder
     # Beside the run, under another name.
     shutil.rmtree(project)
     found.folder.rename(moved / "runs" / "text")
     run = RunFolder(moved / "runs/a")
-    assert run.prepared().folder == moved / "runs" / "text"
-    run.keep_place_of(run.prepared())
+    assert find_prepared(run).folder == moved / "runs" / "text"
+    keep_place_of(run, find_prepared(run))
     assert RunFolder(moved / "runs/a").facts["prepared_folder"] == str(moved / "runs" / "text")
     # And in a folder that is named.
     (tmp_path / "mounted").mkdir()
     (moved / "runs/text").rename(tmp_path / "mounted" / "text")
     with pytest.raises(UserError, match=r"bring the folder text back into one of .* data\.prepared_folder=FOLDER"):
-        run.prepared()
+        find_prepared(run)
     for place in ("mounted", "mounted/text"):
         named = RunFolder(moved / "runs/a", [f"data.prepared_folder={tmp_path}/{place}"])
-        assert named.prepared().fingerprint == prepared.fingerprint
+        assert find_prepared(named).fingerprint == prepared.fingerprint
 
 
 def test_a_config_that_names_another_place_of_the_data_is_of_the_same_run(run: RunFolder, tmp_path: Path):
     (tmp_path / "prepared").rename(tmp_path / "elsewhere")
     found = find_run(tiny(tmp_path, f"data.prepared_folder={tmp_path}/elsewhere"), or_resume=True)
-    assert found is not None and found.prepared().folder.parent == tmp_path / "elsewhere"
+    assert found is not None and find_prepared(found).folder.parent == tmp_path / "elsewhere"
 
 
 # A model that is not the GPT.
@@ -729,7 +741,7 @@ def test_a_run_remembers_that_its_model_is_foreign(tmp_path: Path):
         lambda: trainer.resume(str(own.path), say=refuse),
         lambda: trainer.generate(str(own.path)),
         lambda: trainer.score(str(own.path)),
-        lambda: own.load_model(),
+        lambda: load_model(own),
     ):
         with pytest.raises(UserError) as error:
             use()
@@ -754,14 +766,14 @@ class Building:
 
 
 def test_another_order_of_the_batches_is_refused_and_another_release_said(run: RunFolder):
-    run.check_first_batch("abc", refuse)
+    check_first_batch(run, "abc", refuse)
     run = RunFolder(run.path)
-    run.check_first_batch("abc", refuse)
+    check_first_batch(run, "abc", refuse)
     with pytest.raises(UserError, match=r"the batches of this run come in another order here\. It was started with Te"):
-        run.check_first_batch("abd", refuse)
+        check_first_batch(run, "abd", refuse)
     run.keep(tensorflow="2.20.0")
     said: list[str] = []
-    run.check_first_batch("abc", said.append)
+    check_first_batch(run, "abc", said.append)
     assert len(said) == 1 and "was started with TensorFlow 2.20.0 and Keras" in said[0]
     assert "The batches are the same" in said[0]
 
@@ -778,6 +790,7 @@ sys.path.insert(0, sys.argv[1])
 import test_run_folder as test_run
 from trainer.data.prepare import prepare
 from trainer.system.storage import locate
+from trainer.training.run_data import load_tokenizer_of
 from trainer.training.run_folder import RunFolder
 from trainer.training.run_lock import only_run_in
 folder = Path(sys.argv[2])
@@ -805,7 +818,8 @@ for pair in range(int(sys.argv[3])):
     assert ends in ([1, 10], [2, 10]), ends
     run = RunFolder(path)
     assert run.config.train.seed == ends[0], (run.config.train.seed, ends)
-    assert run.tokenizer() and {path.name for path in run.path.iterdir()} == {"config.toml", "run.json", "tokenizer"}
+    assert load_tokenizer_of(run)
+    assert {path.name for path in run.path.iterdir()} == {"config.toml", "run.json", "tokenizer"}
 """
 
 

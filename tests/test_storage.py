@@ -18,6 +18,7 @@ from trainer.data.prepare import fetch, prepare
 from trainer.errors import UserError
 from trainer.system.storage import Url, copy_folder, locate, on_disk, place_on_disk, remove_folder
 from trainer.training import loop
+from trainer.training.run_checkpoints import load_model
 from trainer.training.run_folder import RunFolder
 
 
@@ -210,7 +211,7 @@ def test_a_run_in_a_store_is_that_on_a_disk(store, tmp_path, monkeypatch):
     assert result.samples == on_a_disk.samples
     run = RunFolder(config.run_folder)
     assert run.config == config
-    assert run.load_model(say=quiet)[1].step == 4
+    assert load_model(run, say=quiet)[1].step == 4
     assert trainer.generate(config.run_folder, "once") == trainer.generate(str(tmp_path / "run"), "once")
     assert [entry.name for entry in run.path.iterdir()] == [
         "checkpoints",

@@ -172,8 +172,10 @@ def generate(
     decoder = Decoder.from_options(sampler, samples, k=k, p=p, num_beams=num_beams, temperature=temperature, seed=seed)
     with quiet_import():
         from trainer.decoding.generate import Generator
-    model, _ = run.load_model(build_model, warn, step)
-    generator = Generator(model, run.tokenizer(), run.config.train.sequence_length)
+        from trainer.training.run_checkpoints import load_model
+        from trainer.training.run_data import load_tokenizer_of
+    model, _ = load_model(run, build_model, warn, step)
+    generator = Generator(model, load_tokenizer_of(run), run.config.train.sequence_length)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     num_tokens = samples.num_tokens if num_tokens is None else num_tokens
     stop = samples.stop if stop is None else stop
@@ -211,10 +213,12 @@ def score(
     with quiet_import():
         from trainer.distributed.strategy import make_strategy
         from trainer.training.evaluation import Evaluator
+        from trainer.training.run_checkpoints import load_model
+        from trainer.training.run_data import find_prepared
     strategy = make_strategy(run.config.distribution, alone=True)
-    prepared = run.prepared()
+    prepared = find_prepared(run)
     with strategy.scope():
-        model, checkpoint = run.load_model(build_model, say, step)
+        model, checkpoint = load_model(run, build_model, say, step)
     evaluation = Evaluator(model, strategy, prepared, run.config)()
     say(f"step {checkpoint.step}: {evaluation}")
     return evaluation

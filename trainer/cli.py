@@ -361,13 +361,15 @@ def _evaluate(options: argparse.Namespace) -> None:
         from trainer.distributed.strategy import describe_devices, make_strategy
         from trainer.distributed.workers import Workers
         from trainer.training.evaluation import Evaluator
+        from trainer.training.run_checkpoints import load_model
+        from trainer.training.run_data import find_prepared
 
     strategy = make_strategy(run.config.distribution, alone=True)
     for line in describe_devices(strategy, run.config.distribution, Workers()):
         warn(line)
-    prepared = run.prepared()
+    prepared = find_prepared(run)
     with strategy.scope():
-        model, checkpoint = run.load_model(say=warn, step=step)
+        model, checkpoint = load_model(run, say=warn, step=step)
     say(f"step {checkpoint.step}: {Evaluator(model, strategy, prepared, run.config)()}")
 
 

@@ -17,8 +17,8 @@ from trainer.data.batches import training_batches
 from trainer.data.shards import PreparedData
 from trainer.distributed.strategy import distributed, make_strategy, share_cores
 from trainer.distributed.workers import Workers
+from trainer.model.build import BuildModel, make_model
 from trainer.system.machine import num_cores
-from trainer.training.run_folder import BuildModel, make_model
 from trainer.training.step import TrainingStep
 
 

@@ -32,7 +32,7 @@ from trainer.config import Config
 from trainer.config_file import load_config
 from trainer.data.prepare import prepare
 from trainer.errors import UserError
-from trainer.training.loop import save
+from trainer.training.run_checkpoints import open_checkpoints, save
 from trainer.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +130,7 @@ def measure_checkpoints(name: str, config: Config) -> Figures:
     """Trains a model some steps at a time, with a checkpoint beside them and without."""
     prepared = prepare(config, lambda _: None)
     run = RunFolder.create(config, prepared)
-    checkpoints = run.checkpoints(lambda _: None)
+    checkpoints = open_checkpoints(run, lambda _: None)
     training = Training(config, prepared, TOTAL_STEPS)
 
     def write_alone() -> float:

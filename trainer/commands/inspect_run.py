@@ -18,6 +18,7 @@ from trainer.data.shards import MANIFEST, PreparedData, Split, faults_of_files, 
 from trainer.errors import UserError
 from trainer.system.storage import Location, Url, locate, on_disk
 from trainer.system.terminal import warn
+from trainer.training.run_data import find_data_folder
 from trainer.training.run_folder import RECORD, RunFolder, run_and_step
 
 _BAR_WIDTH = 30
@@ -87,10 +88,10 @@ def _data_of(path: str) -> tuple[Location, RunFolder | None]:
         location = locate(run_folder)  # The path is of one of its checkpoints.
     if (location / RECORD).is_file():
         run = RunFolder(location)
-        return run.data_folder(), run
+        return find_data_folder(run), run
     if not (location / MANIFEST).is_file() and not _has_shards(location):
         raise UserError(
-            f"{location} is no prepared data, which has a {MANIFEST}, and no run folder, which has a {RECORD}."
+            f"{location} is neither prepared data, which has a {MANIFEST}, nor a run folder, which has a {RECORD}."
             f"{_data_near(location)}"
         )
     return location, None

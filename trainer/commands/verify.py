@@ -13,8 +13,8 @@ from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.distributed.strategy import distributed, make_strategy
 from trainer.errors import UserError
+from trainer.model.build import build_gpt
 from trainer.system.process import call_in_new_process
-from trainer.training.run_folder import build_gpt
 from trainer.training.step import TrainingStep
 
 # Largest |a - b| / |a| that rounding explains: with another number of replicas, sums are made in another order.

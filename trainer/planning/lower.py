@@ -12,7 +12,7 @@ from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.execution import resolve
 from trainer.hardware.processor import Processor
-from trainer.training.run_folder import build_gpt
+from trainer.model.build import build_gpt
 from trainer.training.step import TrainingStep
 
 

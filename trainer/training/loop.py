@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import time
@@ -12,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from trainer.config import Config, SamplesConfig, examples_per_replica
@@ -37,6 +35,7 @@ from trainer.distributed.strategy import (
 )
 from trainer.distributed.workers import Workers, describe_loss, find_workers
 from trainer.errors import UserError, quoted
+from trainer.model.build import BuildModel, make_model
 from trainer.model.gpt import GPT
 from trainer.planning.plan import tokens_per_sec_at_peak
 from trainer.system.process import call_in_new_process
@@ -44,12 +43,15 @@ from trainer.system.signals import stop_on_signals
 from trainer.system.storage import Location, locate
 from trainer.system.terminal import Say
 from trainer.system.terminal import say as print_line
-from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
 from trainer.training.evaluation import Evaluation, Evaluator
+from trainer.training.first_batch import check_first_batch, hash_of_first_batch
 from trainer.training.health import check_is_learning, report_skipped
 from trainer.training.micro_batch import fit_micro_batch
 from trainer.training.monitor import Meter, Monitor, Silence
-from trainer.training.run_folder import BuildModel, RunFolder, Step, find_run, make_model, run_and_step
+from trainer.training.results import keep_score, read_result, write_result
+from trainer.training.run_checkpoints import find_checkpoint, open_checkpoints, restore, save
+from trainer.training.run_data import find_prepared, keep_place_of, load_tokenizer_of
+from trainer.training.run_folder import RunFolder, Step, find_run, run_and_step
 from trainer.training.run_lock import only_run_in
 from trainer.training.schedule import learning_rate
 from trainer.training.step import TrainingStep
@@ -98,7 +100,7 @@ def _start(
         run.check_model(build_model)
 
     def find_data(prepare: Callable[[Config, Say], PreparedData]) -> PreparedData:
-        return prepare(config, say) if run is None else run.prepared(lambda: prepare(config, say))
+        return prepare(config, say) if run is None else find_prepared(run, lambda: prepare(config, say))
 
     if not workers.are_several:
         strategy = open_devices(config, workers, say)
@@ -151,11 +153,11 @@ def resume(
             say = say if workers.is_chief else _be_silent
             with Meeting(workers) as meeting:
                 meeting.agree(fingerprints(run.config, build_model))
-                prepared = run.prepared()
+                prepared = find_prepared(run)
                 meeting.agree(what_is_there(run, step))
             return _train_together(run, workers, prepared, build_model, say, step)
         strategy = open_devices(run.config, workers, say)
-        return train(run, workers, strategy, run.prepared(), build_model, say, step)
+        return train(run, workers, strategy, find_prepared(run), build_model, say, step)
 
 
 def _held(folder: Location, workers: Workers, say: Say) -> contextlib.AbstractContextManager[None]:
@@ -201,8 +203,8 @@ def fingerprints(config: Config, build_model: BuildModel | None) -> dict[str, st
 
 def what_is_there(run: RunFolder, step: Step | None) -> dict[str, str]:
     """Returns what all workers of a run must find in its folder."""
-    checkpoints = run.checkpoints(_be_silent)  # `train` looks again, and says what it leaves out.
-    checkpoint = run.checkpoint(checkpoints, step)
+    checkpoints = open_checkpoints(run, _be_silent)  # `train` looks again, and says what it leaves out.
+    checkpoint = find_checkpoint(run, checkpoints, step)
     return {
         f"the data of {run.path}": run.facts["data_fingerprint"],
         f"the checkpoint to go on from in {run.path}": "none" if checkpoint is None else checkpoint.manifest["sha256"],
@@ -292,13 +294,13 @@ def train(
         step_function = TrainingStep(config, total_steps, model, strategy)
         if config.train.micro_batch_size == "auto":
             config = settle_micro_batch(run, workers, step_function, say)
-        checkpoints = run.checkpoints(say)
-        step = restore(step_function, run.checkpoint(checkpoints, from_step))
+        checkpoints = open_checkpoints(run, say)
+        step = restore(step_function, find_checkpoint(run, checkpoints, from_step))
         if workers.is_chief:
             run.write_config_file()
-            run.keep_place_of(prepared)
-            run.check_first_batch(hash_of_first_batch(prepared, config, total_steps), say)
-        if step == total_steps and (result := run.result(step)) is not None:
+            keep_place_of(run, prepared)
+            check_first_batch(run, hash_of_first_batch(prepared, config, total_steps), say)
+        if step == total_steps and (result := read_result(run, step)) is not None:
             say(f"{run.path}: all {total_steps} steps are taken, and this is what came of them.")
             best_step = checkpoints.best_step()
             return TrainingResult(str(run.path), config.data.is_storybook(), model, step, False, *result, best_step)
@@ -310,7 +312,7 @@ def train(
 
         # What looks at it.
         evaluator = Evaluator(model, strategy, prepared, config)
-        tokenizer = run.tokenizer()
+        tokenizer = load_tokenizer_of(run)
         generator = Generator(model, tokenizer, config.train.sequence_length)
         # What does not fit is better known now than in an hour.
         for remark in generator.remarks(
@@ -418,39 +420,10 @@ def train(
             samples = write_samples(generator, config.samples, monitor.say) if workers.is_chief else {}
         monitor.samples(step, samples)
         if workers.is_chief:
-            run.keep_result(step, evaluation, samples, say)
+            write_result(run, step, evaluation, samples, say)
     say(f"Time: {spent}")
     best_step = checkpoints.best_step()
     return TrainingResult(str(run.path), config.data.is_storybook(), model, step, False, evaluation, samples, best_step)
-
-
-def keep_score(run: RunFolder, workers: Workers, step: int, loss: float, scores: dict[int, float], say: Say) -> bool:
-    """Keeps a validation loss in the run's folder; returns whether it is the best so far, and says if it is not.
-
-    Args:
-        run: the run.
-        workers: the workers, of which the chief writes.
-        step: steps taken so far.
-        loss: nats per token.
-        scores: the losses so far by step, which this one is added to.
-        say: prints a line.
-    """
-    # Of a run that goes on from an earlier checkpoint than its last, later scores are known.
-    best = min((at for at in scores if at <= step), key=lambda at: (scores[at], at), default=None)
-    is_best = math.isfinite(loss) and (best is None or loss < scores[best] or best == step)
-    if math.isfinite(loss):
-        scores[step] = loss
-    if best is not None and not loss <= scores[best]:
-        say(
-            f"step {step}: the validation loss has risen above its best, {scores[best]:.4f} at step {best}. That "
-            f"checkpoint is kept: trainer generate {quoted(run.path)} --step best"
-        )
-    if workers.is_chief:
-        try:
-            run.keep_scores(scores)
-        except UserError as error:
-            say(f"{error} It is tried again with the next score.")
-    return is_best
 
 
 def is_due(step: int, every_steps: int | None) -> bool:
@@ -473,33 +446,6 @@ def settle_micro_batch(run: RunFolder, workers: Workers, step_function: Training
     if workers.is_chief:
         run.keep_micro_batch_size(size)
     return run.config
-
-
-def restore(step_function: TrainingStep, checkpoint: Checkpoint | None) -> int:
-    """Gives model, optimizer and step the values of a checkpoint; returns the step."""
-    if checkpoint is None:
-        return 0
-    assign(step_function.named_variables, checkpoint.arrays("weights"), checkpoint.folder)
-    # Runs of older releases did not count them.
-    state = {"skipped_in_a_row": np.zeros([], np.int64), **checkpoint.arrays("optimizer")}
-    assign(step_function.state(), state, checkpoint.folder)
-    step_function.step.assign(checkpoint.step)
-    return checkpoint.step
-
-
-def save(checkpoints: Checkpoints, step_function: TrainingStep, run: RunFolder) -> None:
-    """Saves everything that a step changes."""
-    groups = {
-        "weights": _snapshot(step_function.named_variables),
-        "optimizer": _snapshot(step_function.state()),
-    }
-    checkpoints.save(int(step_function.step.numpy()), groups, run.checkpoint_facts())
-
-
-def hash_of_first_batch(prepared: PreparedData, config: Config, total_steps: int) -> str:
-    """Returns the SHA-256 of the first batch of a run."""
-    batch = next(iter(training_batches(prepared, config, 0, total_steps)))
-    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in batch)).hexdigest()
 
 
 def write_samples(
@@ -599,8 +545,3 @@ class Stopwatch:
 
     def __str__(self) -> str:
         return ", ".join(f"{what} {secs:.1f} s" for what, secs in self._secs.items())
-
-
-def _snapshot(variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    # A copy: on a CPU numpy() can be the memory that the next step writes to.
-    return {name: np.array(variable.numpy()) for name, variable in variables.items()}

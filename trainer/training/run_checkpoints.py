@@ -1,0 +1,170 @@
+"""The checkpoints of a run: which there are, which one is meant, and how a model or a step gets its values."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from trainer.config_file import differing_settings, make_config, shortened
+from trainer.errors import UserError, quoted
+from trainer.model.build import BuildModel, make_model
+from trainer.training.checkpoint import Checkpoint, Checkpoints, assign, named_variables
+from trainer.training.results import read_scores
+from trainer.training.run_data import load_tokenizer_of
+from trainer.training.run_folder import CONFIG, RunFolder, Step
+from trainer.training.step import TrainingStep
+
+# The facts of a run's record that the manifest of each checkpoint repeats.
+_FACTS = ("data_fingerprint", "tokenizer_fingerprint", "model")
+
+
+def open_checkpoints(run: RunFolder, say: Callable[[str], None] = print) -> Checkpoints:
+    """Returns the checkpoints of a run, with the validation losses so far.
+
+    Raises:
+        UserError: the file of the losses is damaged.
+    """
+    config = run.config.checkpoint
+
+    def note_saved() -> None:
+        if not run.facts.get("has_saved"):
+            run.keep(has_saved=True)
+
+    return Checkpoints(
+        run.path / "checkpoints",
+        keep_last=config.keep_last,
+        say=say,
+        max_failures=config.max_failures,
+        scores=read_scores(run),
+        fault_of=lambda manifest: _fault_of(run, manifest),
+        on_saved=note_saved,
+    )
+
+
+def find_checkpoint(run: RunFolder, checkpoints: Checkpoints, step: Step | None = None) -> Checkpoint | None:
+    """Returns a checkpoint of a run.
+
+    Args:
+        run: the run.
+        checkpoints: the run's checkpoints.
+        step: the checkpoint's step, or "best" for the one with the lowest validation loss; None: the newest.
+
+    Returns:
+        The checkpoint. None if step is None and the run has never saved a checkpoint.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged; or the run has saved checkpoints, and all are gone.
+    """
+    if step is None:
+        newest = checkpoints.latest()
+        if newest is None and run.facts.get("has_saved"):
+            raise UserError(
+                f"{checkpoints.folder} is empty, though this run has saved checkpoints. Bring them back (is a disk "
+                f"not mounted?), or begin again in another folder: trainer train {quoted(run.path / CONFIG)} "
+                f"{quoted(f'run_folder={run.path}-2')}"
+            )
+        return newest
+    if step == "best":
+        step = checkpoints.best_step()
+        if step is None:
+            raise UserError(
+                f"{run.path}: no checkpoint was scored on the validation text, so the best one is not known; a run "
+                "with evaluation.every_steps scores its checkpoints as it trains."
+            )
+    if step not in checkpoints.steps():
+        there = ", ".join(map(str, checkpoints.steps())) or "none"
+        raise UserError(f"{run.path} has no checkpoint of step {step}; it has: {there}.")
+    try:
+        return checkpoints.of_step(step)
+    except UserError as error:
+        raise UserError(f"{run.path}: the checkpoint of step {step} cannot be used: {error}") from None
+
+
+def load_model(
+    run: RunFolder,
+    build_model: BuildModel | None = None,
+    say: Callable[[str], None] = print,
+    step: Step | None = None,
+) -> tuple[keras.Model, Checkpoint]:
+    """Builds the model of a run with the weights of a checkpoint.
+
+    Args:
+        run: the run, in which another process may be training.
+        build_model: the function that was given to `trainer.train`.
+        say: prints a line.
+        step: the checkpoint's step, or "best" for the one with the lowest validation loss; None: the newest.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or it is of another model.
+    """
+    run.check_model(build_model)
+    while True:
+        checkpoints = open_checkpoints(run, say)
+        seen = checkpoints.steps(), checkpoints.scores
+        try:
+            checkpoint = find_checkpoint(run, checkpoints, step)
+            if checkpoint is None:
+                raise UserError(
+                    f"{run.path} has no checkpoint yet; train on with: trainer train --resume {quoted(run.path)}"
+                )
+            weights = checkpoint.arrays("weights")
+            break
+        except UserError:
+            # The process that trains may have replaced it by a newer or a better one since it was listed.
+            if seen == (checkpoints.steps(), read_scores(run)):
+                raise
+    tokenizer = load_tokenizer_of(run)
+    model = make_model(build_model, run.config, tokenizer.vocabulary_size, tokenizer.bos_id)
+    assign(named_variables(model), weights, checkpoint.folder)
+    return model, checkpoint
+
+
+def restore(step_function: TrainingStep, checkpoint: Checkpoint | None) -> int:
+    """Gives the model, the optimizer and the step counter the values of a checkpoint.
+
+    Returns:
+        The step to go on from: the checkpoint's, or 0 if there is none.
+    """
+    if checkpoint is None:
+        return 0
+    assign(step_function.named_variables, checkpoint.arrays("weights"), checkpoint.folder)
+    # Runs of older releases did not count the steps that were skipped in a row.
+    state = {"skipped_in_a_row": np.zeros([], np.int64), **checkpoint.arrays("optimizer")}
+    assign(step_function.state(), state, checkpoint.folder)
+    step_function.step.assign(checkpoint.step)
+    return checkpoint.step
+
+
+def save(checkpoints: Checkpoints, step_function: TrainingStep, run: RunFolder) -> None:
+    """Saves everything that a step changes."""
+    groups = {
+        "weights": _snapshot(step_function.named_variables),
+        "optimizer": _snapshot(step_function.state()),
+    }
+    checkpoints.save(int(step_function.step.numpy()), groups, facts_of(run))
+
+
+def facts_of(run: RunFolder) -> dict[str, Any]:
+    """Returns the facts about a run that the manifest of each checkpoint repeats."""
+    return {key: run.facts[key] for key in _FACTS} | {"config": run.config.model_dump(mode="json")}
+
+
+def _fault_of(run: RunFolder, manifest: dict[str, Any]) -> str | None:
+    """Returns how a checkpoint's manifest shows that it belongs to another run; None if it does not."""
+    differing = [
+        f"{key}={manifest[key]!r} (this run's is {run.facts[key]!r})"
+        for key in _FACTS
+        if manifest.get(key, run.facts[key]) != run.facts[key]
+    ]
+    if "config" in manifest:
+        try:
+            differing += differing_settings(make_config(run.facts["config"]), make_config(manifest["config"]))
+        except UserError as error:
+            return f"it was saved with settings that this release does not know: {error}"
+    return f"it is of another run: {shortened(differing)}." if differing else None
+
+
+def _snapshot(variables: dict[str, Any]) -> dict[str, np.ndarray]:
+    # A copy: on a CPU numpy() can be the memory that the next step writes to.
+    return {name: np.array(variable.numpy()) for name, variable in variables.items()}
