@@ -10,8 +10,9 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import ModelConfig, SamplesConfig
-from trainer.data.tokenizer import ByteTokenizer, CharTokenizer, WordPieceTokenizer
+from trainer.data.characters import ByteTokenizer, CharTokenizer
 from trainer.data.vocabulary import SPECIAL_TOKENS
+from trainer.data.wordpiece import WordPieceTokenizer
 from trainer.decoding.decoder import DECODERS, Decoder
 from trainer.decoding.generate import Generator
 from trainer.errors import UserError

@@ -48,7 +48,7 @@ LATE = {
     "trainer.system.storage": SLOW,
     "trainer.data.beam": SLOW,
     "trainer.data.datasets": SLOW,
-    "trainer.data.tokenizer": SLOW,
+    "trainer.data.tokenizer_files": SLOW,
     "trainer.data.vocabulary": SLOW,
     "trainer.model.build": SLOW,
     "trainer.distributed.workers": SLOW,
@@ -60,8 +60,6 @@ LATE = {
 KNOWN = {
     "trainer.cli -> trainer",
     "trainer.cli -> trainer.storybook.storybook",
-    "trainer.data.tokenizer -> tokenizers",
-    "trainer.data.vocabulary -> tokenizers",
     "trainer.planning.compile_hlo -> jax",
     "trainer.planning.compile_hlo -> jax._src",
     "trainer.planning.compile_hlo -> jax._src.interpreters",

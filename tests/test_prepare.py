@@ -11,12 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras_nlp
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from trainer.config import Config
 from trainer.config_file import load_config, make_config
 from trainer.data.batches import total_steps
+from trainer.data.characters import CharTokenizer
 from trainer.data.prepare import prepare
 from trainer.data.shards import (
     PreparedData,
@@ -25,7 +28,6 @@ from trainer.data.shards import (
     load_prepared,
 )
 from trainer.data.text import is_held_out
-from trainer.data.tokenizer import CharTokenizer
 from trainer.errors import UserError
 
 LINES = [f"line {i}" + " of text" * (i % 7) for i in range(500)]
@@ -139,9 +141,8 @@ def test_a_huge_document_has_the_wordpiece_tokens_of_the_whole(tmp_path):
         tmp_path, text, data={"documents": "file"}, tokenizer={"kind": "wordpiece", "vocabulary_size": 200}
     )
     prepared = prepare(config, quiet)
-    import tensorflow as tf
-
-    layer = prepared.tokenizer().keras_tokenizer
+    vocabulary = (prepared.folder / "tokenizer" / "vocab.txt").read_text("utf-8").split("\n")[:-1]
+    layer = keras_nlp.tokenizers.WordPieceTokenizer(vocabulary, lowercase=True)
     whole = tf.function(layer.tokenize, autograph=False)(tf.constant([text[: int(len(text) * 0.9)]])).values.numpy()
     shard = prepared.split("train").shards[0]
     assert np.fromfile(prepared.folder / shard.tokens_file, "<u2").tolist() == [2, *whole, 2]

@@ -19,9 +19,9 @@ from trainer.cli import _how_to_go_on as how_to_go_on
 from trainer.cli import main
 from trainer.config import Config
 from trainer.config_file import load_config, make_config
+from trainer.data.characters import CharTokenizer
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
-from trainer.data.tokenizer import CharTokenizer
 from trainer.errors import UserError
 from trainer.model.build import build_gpt, model_name
 from trainer.system.storage import locate

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from trainer.config_file import make_config
+from trainer.data.characters import CharTokenizer
 from trainer.data.prepare import prepare
 from trainer.data.shards import (
     PreparedData,
@@ -19,7 +20,6 @@ from trainer.data.shards import (
     read_manifest,
     token_dtype,
 )
-from trainer.data.tokenizer import CharTokenizer
 from trainer.errors import UserError
 
 

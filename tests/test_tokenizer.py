@@ -6,29 +6,21 @@ import re
 import subprocess
 import sys
 
+import keras_nlp
 import numpy as np
 import pytest
+import tensorflow as tf
 import tokenizers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from trainer.config import BpeConfig, BpeFileConfig, ByteConfig, CharConfig, WordPieceConfig, WordPieceFileConfig
+from trainer.data.bpe import _WORDS, BpeTokenizer
+from trainer.data.characters import ByteTokenizer, CharTokenizer
+from trainer.data.cutting import BPE_BREAKS, WORDPIECE_BREAKS, cut
 from trainer.data.files import read_documents
-from trainer.data.tokenizer import (
-    _WORDS,
-    BpeTokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    WordPieceTokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
-from trainer.data.vocabulary import (
-    BPE_BREAKS,
-    BYTE_SPECIAL_TOKENS,
-    SPECIAL_TOKENS,
-    WORDPIECE_BREAKS,
-    cut,
-)
+from trainer.data.tokenizer_files import load_tokenizer, train_tokenizer
+from trainer.data.vocabulary import BYTE_SPECIAL_TOKENS, SPECIAL_TOKENS
+from trainer.data.wordpiece import WordPieceTokenizer
 from trainer.errors import UserError
 
 # A little of everything the pretokenizer treats in its own way: ideographs, half and full width, signs that fold into
@@ -85,9 +77,6 @@ def nasty_texts(count: int) -> list[str]:
 
 def plain_keras_tokens(tokenizer: WordPieceTokenizer, texts: list[str]) -> list[list[int]]:
     """What keras_nlp's own layer gives in a graph, as in the tutorial's tf.data pipeline."""
-    import keras_nlp
-    import tensorflow as tf
-
     layer = keras_nlp.tokenizers.WordPieceTokenizer(tokenizer.vocabulary, lowercase=tokenizer.lowercase)
     return tf.function(layer.tokenize, autograph=False)(tf.constant(texts)).to_list()
 
@@ -128,7 +117,7 @@ def test_any_word_of_seen_characters_has_tokens(every_kind):
 def test_the_vocabulary_is_the_same_in_another_process(every_kind, bpe):
     program = (
         "import sys; from trainer.config import *;"
-        "from trainer.data.tokenizer import train_tokenizer;"
+        "from trainer.data.tokenizer_files import train_tokenizer;"
         "text = sys.stdin.buffer.read().decode().split('\\n');"
         "wordpiece = train_tokenizer(WordPieceConfig(kind='wordpiece', vocabulary_size=1000), text);"
         "bpe = train_tokenizer(BpeConfig(kind='bpe', vocabulary_size=1000), text * 3);"
@@ -240,10 +229,11 @@ def test_words_are_put_together_as_by_keras_nlp():
         "###",
     ]
     tokenizer = WordPieceTokenizer(vocabulary, lowercase=False)
+    layer = keras_nlp.tokenizers.WordPieceTokenizer(vocabulary)
     draw = np.random.default_rng(0)
     for length in draw.integers(1, 6, 300):
         tokens = draw.choice([1, *range(3, len(vocabulary))], length).astype(np.int32)
-        assert tokenizer.decode(tokens) == tokenizer.keras_tokenizer.detokenize(tokens)
+        assert tokenizer.decode(tokens) == layer.detokenize(tokens)
 
 
 def test_padding_and_bos_are_left_out_of_the_text(every_kind):
@@ -272,7 +262,6 @@ def test_a_token_of_blanks_comes_back(tmp_path):
 
 
 def test_keras_nlp_reads_the_vocabulary_file(tmp_path):
-    import keras_nlp
     from keras.src.saving import serialization_lib
 
     text = "The quick café, 다람쥐 ´ ㅋㅋ"
@@ -673,7 +662,7 @@ def test_a_vocabulary_in_another_encoding_is_refused_with_the_command_that_mends
 def test_a_vocabulary_that_can_be_read_only_once_or_without_end_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (str(tmp_path / "pipe"), "/dev/zero"):
-        with pytest.raises(UserError, match=r"tokenizer\.path=.* is no file; write what it holds into one"):
+        with pytest.raises(UserError, match=r"tokenizer\.path=.* is not a file; write its content into one"):
             train_tokenizer(WordPieceFileConfig(kind="wordpiece", path=path), [])
 
 
@@ -696,9 +685,9 @@ def test_words_that_go_on_after_a_space_are_refused(gpt2_file):
         ("\n".join(BERT).replace("[PAD]", "pad"), "no token named [PAD] or <pad>"),
         ("\n".join(BERT).replace("[CLS]", "cls"), "no token named [BOS] or [CLS]"),
         ("\n".join([*BERT, "the"]), "'the' is in it twice"),
-        ("\n".join([*BERT, "", "x"]), f"line {len(BERT) + 1}, '', is no token: it is empty or has a tab"),
+        ("\n".join([*BERT, "", "x"]), f"line {len(BERT) + 1}, '', is not a token: it is empty, or holds a tab"),
         ("a text of\nsomething", "no token named [PAD]"),
-        ("\n".join([*BERT, "x\ty"]), f"line {len(BERT) + 1}, 'x\\ty', is no token: it is empty or has a tab"),
+        ("\n".join([*BERT, "x\ty"]), f"line {len(BERT) + 1}, 'x\\ty', is not a token: it is empty, or holds a tab"),
         ("\r".join(BERT), "line 1, '"),
         ("\n".join(f"{token}\t{-id / 3}" for id, token in enumerate(BERT)), f"what follows its {len(BERT)} tokens"),
         (

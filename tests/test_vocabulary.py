@@ -9,16 +9,9 @@ import pytest
 
 from trainer.config import BpeConfig, WordPieceConfig
 from trainer.config_file import SHIPPED_CONFIGS, load_config, make_config
-from trainer.data.tokenizer import train_tokenizer
-from trainer.data.vocabulary import (
-    BPE_BREAKS,
-    SPECIAL_TOKENS,
-    WORDPIECE_BREAKS,
-    _Sample,
-    cut,
-    cut_document,
-    train_wordpiece,
-)
+from trainer.data.cutting import BPE_BREAKS, WORDPIECE_BREAKS, cut, cut_document
+from trainer.data.tokenizer_files import train_tokenizer
+from trainer.data.vocabulary import SPECIAL_TOKENS, _Sample, train_wordpiece
 from trainer.errors import UserError
 
 

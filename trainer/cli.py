@@ -256,8 +256,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
         check_sources(config)  # First: a misspelt path should not wait for TensorFlow, which WordPiece takes.
         if config.tokenizer.kind == "wordpiece":
-            import keras_nlp  # noqa: F401
-            import tensorflow_text  # noqa: F401
+            import trainer.data.wordpiece  # noqa: F401
     if options.runner == "beam":
         prepare_with_beam(config, options.beam_options, say)
     else:

@@ -30,8 +30,9 @@ import rich.console
 
 from harness import about, table_of
 from trainer.config import ModelConfig
-from trainer.data.tokenizer import Tokenizer, WordPieceTokenizer
+from trainer.data.tokenizer import Tokenizer
 from trainer.data.vocabulary import SPECIAL_TOKENS
+from trainer.data.wordpiece import WordPieceTokenizer
 from trainer.decoding.decoder import Decoder
 from trainer.decoding.generate import Generator
 from trainer.model.gpt import GPT

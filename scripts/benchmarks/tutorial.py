@@ -28,7 +28,7 @@ from trainer.config import Config
 from trainer.config_file import load_config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
-from trainer.data.tokenizer import WordPieceTokenizer
+from trainer.data.wordpiece import WordPieceTokenizer
 from trainer.training.evaluation import Evaluation, Evaluator
 
 MINIGPT = Path(__file__).resolve().parents[2] / "configs" / "minigpt.toml"

@@ -26,7 +26,8 @@ from trainer.config import Config
 from trainer.data.prepare import Findings, Say, Writers, encode_documents, prepare
 from trainer.data.shards import SHARD_TOKENS, PreparedData, SplitWriter, split_of
 from trainer.data.text import File, Mixture, Source, Tally
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_files import load_tokenizer
 from trainer.errors import UserError
 from trainer.system.machine import num_cores
 from trainer.system.storage import Location, Url, copy_folder, locate, on_disk, remove_folder

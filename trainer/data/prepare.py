@@ -27,6 +27,7 @@ import numpy as np
 
 from trainer.config import BpeFileConfig, Config, DataConfig, WordPieceFileConfig
 from trainer.data.coverage import notes_on_examples
+from trainer.data.cutting import cut_document
 from trainer.data.files import Document
 from trainer.data.shards import (
     MANIFEST,
@@ -39,8 +40,8 @@ from trainer.data.shards import (
     write_manifest,
 )
 from trainer.data.text import Mixture, Source, open_source, peek
-from trainer.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file, train_tokenizer
-from trainer.data.vocabulary import cut_document
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_files import load_tokenizer, read_tokenizer_file, train_tokenizer
 from trainer.errors import UserError
 from trainer.storybook import storybook
 from trainer.system.machine import num_cores

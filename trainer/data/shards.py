@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from trainer.config import Config
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_files import load_tokenizer
 from trainer.errors import UserError
 from trainer.system.manifest import DamagedError, unsealed, unverified, write_sealed
 from trainer.system.storage import Location

@@ -1,7 +1,7 @@
-"""Training WordPiece and byte-level BPE vocabularies, with all the knowledge of where words end.
+"""Training WordPiece and byte-level BPE vocabularies.
 
-Hugging Face's trainer does the counting. For WordPiece, where it is tens of times faster than keras_nlp's, it is fed
-words that went through keras_nlp's own pretokenizer, because the two split and normalize differently.
+Hugging Face's trainer does the counting. For WordPiece it is tens of times faster than keras_nlp's, and gets words that
+`split_into_words` has split, because it would split and normalize texts in another way itself.
 """
 
 import hashlib
@@ -13,98 +13,43 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trainer.config import MIN_BPE_TOKENS, BpeConfig, WordPieceConfig
-from trainer.data.files import Document, parts_of
+from trainer.data.cutting import BPE_BREAKS, LONE_CHARACTER, WORDPIECE_BREAKS, cut, cut_document
+from trainer.data.files import Document
 from trainer.errors import UserError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[BOS]")
 # Bytes can spell everything.
 BYTE_SPECIAL_TOKENS = ("[PAD]", "[BOS]")
 
-# keras_nlp makes each of these, and all other Unicode punctuation, a word of its own.
-LONE_CHARACTER = (
-    "[!-/:-@\\[-`{-~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
-)
-# A match ends where a word ends whatever surrounds it, so that a cut there changes no token.
-WORDPIECE_BREAKS = re.compile(r"[ \t\n\r\f!-/:-@\[-`{-~\u3400-\u4dbf\u4e00-\u9fff]")
-# Spaces belong to the word after them. Letters are spelled out, and few, because what is one changes with Unicode's
-# version, which Python and the encoder need not share.
-BPE_BREAKS = re.compile(
-    r"\S(?= )|[A-Za-z\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3](?=[\n,.!?、。，！？])"
-)
-ANYWHERE = re.compile(r"[\s\S]")
-# Longer texts are handled in pieces of about this many characters, which bounds memory.
-_PIECE_CHARS = 1 << 16
 _BATCH_BYTES = 1 << 20
-# How many times as many tokens are merged as are kept.
+# This many times as many tokens are merged as are kept.
 _CANDIDATES = 1.2
-# BPE makes no token that the text has less often: a model could not learn it, and others spell what it stands for.
-# By this the vocabulary follows the amount of text: 20 kB of a play make 528 tokens, 1.1 MB of it 4,700.
+# BPE makes no token that the text has less often: a model could not learn it, and other tokens spell the same text.
+# So the vocabulary grows with the text: 20 kB of a play make 528 tokens, 1.1 MB of it 4,700.
 MIN_BPE_COUNT = 10
-# So many different ones are held at a time.
+# This many different chunks are held at a time.
 _MAX_CHUNKS = 200_000
-# keras_nlp refuses tokens of over 256 bytes.
+# tensorflow_text refuses tokens of over 256 bytes.
 _MAX_TOKEN_CHARS = 64
-# Longer words are learned from in parts: the time that takes grows with the square of their length.
+# Longer words are cut into parts for the training, whose time grows with the square of a word's length.
 _MAX_WORD_CHARS = 100
 
-# Splits texts into normalized words: all of them, some empty, and how many each text has.
-Pretokenize = Callable[[list[bytes]], tuple[list[str], np.ndarray]]
-
-
-def cut(text: str, breaks: re.Pattern[str], num_chars: int = _PIECE_CHARS) -> Iterator[str]:
-    """Yields a text in pieces whose tokens, joined, are the tokens of the whole; at least one piece.
-
-    Only where nothing breaks a word for num_chars characters is the word itself cut, as if it ended there.
-
-    Args:
-        text: the text.
-        breaks: matches of at least one character, at whose ends the text may be cut: a tokenizer's.
-        num_chars: a piece has this many characters or a few more, and at most twice as many.
-    """
-    start = 0
-    while len(text) - start > num_chars:
-        found = breaks.search(text, start + num_chars - 1, start + 2 * num_chars)
-        end = found.end() if found else start + 2 * num_chars
-        yield text[start:end]
-        start = end
-    if start < len(text) or not text:
-        yield text[start:]
-
-
-def cut_document(document: Document, breaks: re.Pattern[str], num_chars: int = _PIECE_CHARS) -> Iterable[str]:
-    """Returns the pieces that `cut` makes of a whole document, of which no more than a part is there at a time."""
-    if isinstance(document, str) and len(document) <= num_chars:
-        return (document,)
-    return _cut_parts(document, breaks, num_chars)
-
-
-def _cut_parts(document: Document, breaks: re.Pattern[str], num_chars: int) -> Iterator[str]:
-    rest, is_cut = "", False
-    for part in parts_of(document):
-        rest = rest + part if rest else part
-        start = 0
-        # What follows the next 2 * num_chars characters has no say in where the next cut is.
-        while len(rest) - start >= 2 * num_chars:
-            found = breaks.search(rest, start + num_chars - 1, start + 2 * num_chars)
-            end = found.end() if found else start + 2 * num_chars
-            yield rest[start:end]
-            start, is_cut = end, True
-        rest = rest[start:] if start else rest
-    if rest or not is_cut:
-        yield from cut(rest, breaks, num_chars)
+# Splits texts into normalized words: returns the words of all texts, some empty, and how many each text has.
+SplitIntoWords = Callable[[list[bytes]], tuple[list[str], np.ndarray]]
 
 
 def train_wordpiece(config: WordPieceConfig, documents: Iterable[Document]) -> list[str]:
-    """Trains a vocabulary on documents, read once: special tokens, every character of the text, then the trained ones.
+    """Trains a vocabulary on documents, read once: special tokens, all characters of the text, then the trained tokens.
 
     Raises:
-        UserError: the vocabulary is too small for the characters of the text, or none of these can be seen.
+        UserError: the vocabulary is too small for the characters of the text, or the text has only characters that
+            cannot be seen.
     """
-    pretokenize = _pretokenizer(config.lowercase)
-    sample, alphabet = _Sample(config.sample_bytes), _Alphabet(pretokenize, config.lowercase)
+    split = _word_splitter(config.lowercase)
+    sample, alphabet = _Sample(config.sample_bytes), _Alphabet(split, config.lowercase)
     for document in documents:
         for piece in cut_document(document, WORDPIECE_BREAKS):
             sample.add(piece)
@@ -117,7 +62,7 @@ def train_wordpiece(config: WordPieceConfig, documents: Iterable[Document]) -> l
         )
     num_needed = len(SPECIAL_TOKENS) + len(forms)
     if config.vocabulary_size < num_needed:
-        # What the file sets for WordPiece goes on to be read for BPE.
+        # The vocabulary_size of the config file would count for BPE too.
         bpe = "tokenizer.kind=bpe"
         if config.vocabulary_size < MIN_BPE_TOKENS:
             bpe = f"{bpe} with tokenizer.vocabulary_size=none"
@@ -127,16 +72,14 @@ def train_wordpiece(config: WordPieceConfig, documents: Iterable[Document]) -> l
             f"Set tokenizer.vocabulary_size={2 * num_needed}, or {bpe}, which spells everything, or "
             "tokenizer.kind=char."
         )
-    return _merge(config.vocabulary_size, forms, _counted_words(sample, pretokenize))
+    return _merge(config.vocabulary_size, forms, _counted_words(sample, split))
 
 
 def train_bpe(config: BpeConfig, documents: Iterable[Document]) -> str:
-    """Trains a byte-level BPE vocabulary on documents, read once; returns it as Hugging Face's tokenizer.json.
+    """Trains a byte-level BPE vocabulary on documents, read once, and returns it as Hugging Face's tokenizer.json.
 
     The special tokens come first, then the bytes, then the trained tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     sample = _Sample(config.sample_bytes)
     for document in documents:
         for piece in cut_document(document, BPE_BREAKS):
@@ -160,17 +103,15 @@ def train_bpe(config: BpeConfig, documents: Iterable[Document]) -> str:
 
 
 def _merge(size: int, forms: list[str], counts: Mapping[str, int]) -> list[str]:
-    """Returns the special tokens, the forms, and of the candidates that merging finds those that encoding uses most.
+    """Returns the special tokens, the forms, and the merged tokens that encoding uses most.
 
-    Many a merge is but a step to a longer token, and WordPiece, which takes the longest token there is, passes over it.
+    Many merges are only steps to a longer token. WordPiece, which takes the longest token that fits, passes over them.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
     # A WordPiece trainer is a BPE trainer with ##, but does not let us bound a token's length.
     model = Tokenizer(models.BPE(continuing_subword_prefix="##"))
     model.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("\n")
-    # The alphabet goes in as special tokens because those are numbered in this order. Other characters would be in the
-    # order of a hash table, and numbers decide between pairs of equal count.
+    # The alphabet is passed as special tokens because they are numbered in this order. Other characters would be
+    # numbered in the order of a hash table, and the numbers decide between pairs of equal count.
     always = [*SPECIAL_TOKENS, *forms]
     trainer = trainers.BpeTrainer(
         vocab_size=len(always) + int(_CANDIDATES * (size - len(always))),
@@ -192,21 +133,19 @@ def _merge(size: int, forms: list[str], counts: Mapping[str, int]) -> list[str]:
     return [token for token in sorted(ids, key=ids.__getitem__) if ids[token] in kept]
 
 
-def _pretokenizer(lowercase: bool) -> Pretokenize:
-    """Returns keras_nlp's own splitting of texts into normalized words."""
-    import tensorflow as tf
-    from keras_hub.src.tokenizers import word_piece_tokenizer
+def _word_splitter(lowercase: bool) -> SplitIntoWords:
+    # Here and not at the top: only WordPiece needs TensorFlow, which takes seconds to load.
+    from trainer.data.wordpiece import split_into_words
 
-    def pretokenize(texts: list[bytes]) -> tuple[list[str], np.ndarray]:
-        texts = tf.constant(texts, tf.string)
-        words = word_piece_tokenizer.pretokenize(texts, lowercase=lowercase, strip_accents=False)
+    def split(texts: list[bytes]) -> tuple[list[str], np.ndarray]:
+        words = split_into_words(texts, lowercase)
         return [word.decode() for word in words.values.numpy()], words.row_lengths().numpy()
 
-    return pretokenize
+    return split
 
 
 class _Sample:
-    """Pieces of text from all over a corpus of unknown size: those of the smallest hashes, up to a number of bytes."""
+    """A sample of a text of unknown size: the pieces with the smallest hashes, up to a number of bytes."""
 
     def __init__(self, max_bytes: int):
         self._max_bytes, self._num_bytes = max_bytes, 0
@@ -225,20 +164,20 @@ class _Sample:
             self._bound, self._num_bytes = -negative_key, self._num_bytes - len(dropped)
 
     def texts(self) -> Iterator[bytes]:
-        """Yields the pieces, in an order that depends on nothing but them."""
+        """Yields the pieces in the order of their hashes, whatever the order in which they were added."""
         for _, text in sorted(self._pieces):
             yield text
 
 
-def _counted_words(sample: _Sample, pretokenize: Pretokenize) -> Counter[str]:
+def _counted_words(sample: _Sample, split: SplitIntoWords) -> Counter[str]:
     """Returns how often a sample has each word."""
     counts: Counter[str] = Counter()
-    # Each chunk once, because the pretokenizer is slow; it, too, ends a word wherever bytes.split() does.
+    # Each chunk is split once, because that is slow. Words end wherever bytes.split() splits.
     chunks: Counter[bytes] = Counter()
 
     def count_words_of_chunks() -> None:
         for batch in _batches(chunks):
-            words, num_words = pretokenize(batch)
+            words, num_words = split(batch)
             word_counts = np.repeat([chunks[chunk] for chunk in batch], num_words)
             for word, count in zip(words, word_counts.tolist(), strict=True):
                 for start in range(0, len(word), _MAX_WORD_CHARS):
@@ -267,7 +206,7 @@ def _batches(chunks: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 def _repeated(counts: Mapping[str, int]) -> Iterator[str]:
-    """Yields each word as often as it is counted, in strings of about a thousand: the trainer holds many at a time."""
+    """Yields each word as often as it is counted, about 1,000 in a string: the trainer holds many strings at a time."""
     lines, num_lines = [], 0
     for word, count in counts.items():
         for start in range(0, count, 1000):
@@ -281,27 +220,27 @@ def _repeated(counts: Mapping[str, int]) -> Iterator[str]:
 
 
 class _Alphabet:
-    """All characters of a text after normalization, in the forms in which a word of such characters may need them."""
+    """The characters of a text after normalization, in the forms in which a word may need them."""
 
-    def __init__(self, pretokenize: Pretokenize, lowercase: bool):
-        self._pretokenize, self._lowercase = pretokenize, lowercase
+    def __init__(self, split: SplitIntoWords, lowercase: bool):
+        self._split, self._lowercase = split, lowercase
         self._characters: set[str] = set()
-        self._inner: set[str] = set()  # Those seen after the first character of a word.
+        self._inner: set[str] = set()  # Characters seen after the first one of a word.
         self._ascii: set[str] = set()
-        self._seen = b""  # The same, as bytes.
+        self._seen = b""  # The ASCII characters as bytes.
         self._known: set[bytes] = set()
         self._waiting: set[bytes] = set()
         self._num_waiting_bytes = 0
 
     def add(self, piece: str) -> None:
         if piece.isascii():
-            # What is left without the characters that were seen: found ten times as fast as all its characters are.
+            # Deleting the characters that were seen is ten times as fast as collecting all of them.
             if new := piece.encode().translate(None, self._seen):
                 self._ascii.update(new.decode())
                 self._seen = "".join(self._ascii).encode()
             return
         self._ascii.update(filter(str.isascii, piece))
-        # Only what is not ASCII, and each such chunk once, goes through the slow pretokenizer.
+        # Splitting is slow: only chunks that are not ASCII are split, and each once.
         chunks = {chunk for chunk in piece.encode().split() if not chunk.isascii()} - self._known - self._waiting
         self._waiting |= chunks
         self._num_waiting_bytes += sum(map(len, chunks))
@@ -309,7 +248,7 @@ class _Alphabet:
             self._read_waiting()
 
     def _read_waiting(self) -> None:
-        words, _ = self._pretokenize(sorted(self._waiting))
+        words, _ = self._split(sorted(self._waiting))
         self._characters.update(*words)
         self._inner.update(*(word[1:] for word in words))
         if len(self._known) > _MAX_CHUNKS:
@@ -318,10 +257,10 @@ class _Alphabet:
         self._waiting, self._num_waiting_bytes = set(), 0
 
     def forms(self) -> list[str]:
-        """Returns each character as a token, and with ## where it can follow another one in a word, sorted.
+        """Returns each character as a token, and with ## if it can follow another character in a word, sorted.
 
-        A letter gets both even where the text has it in one place only: for one missing form WordPiece makes a whole
-        word [UNK].
+        A letter gets both forms even if the text has it in one place only: WordPiece makes a whole word [UNK] if one
+        form is missing.
         """
         self._read_waiting()
         seen = {character for character in self._ascii if "!" <= character <= "~"}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from trainer.data.prepare import fetch
 from trainer.data.shards import MANIFEST, PreparedData, load_prepared, read_manifest
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_files import load_tokenizer
 from trainer.errors import UserError, quoted
 from trainer.system.storage import Location, Url, locate, on_disk
 from trainer.training.run_folder import CONFIG, RunFolder, place_of
