@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "trainer"
 ROOMS = (
     "trainer.version",
     "trainer.errors",
+    "trainer.exit_status",
     "trainer.config",
     "trainer.config_file",
     "trainer.system",
@@ -29,6 +30,7 @@ ROOMS = (
     "trainer.planning",
     "trainer.commands",
     "trainer",
+    "trainer.verbs",
     "trainer.cli",
     "trainer.__main__",
 )
@@ -44,6 +46,7 @@ SLOW_TO_WATCH = SLOW | {"numpy", "pydantic", "rich"}
 LATE = {
     "trainer": SLOW_TO_WATCH,
     "trainer.cli": SLOW_TO_WATCH,
+    "trainer.verbs": SLOW,
     "trainer.system.terminal": SLOW_TO_WATCH,
     "trainer.system.storage": SLOW,
     "trainer.data.beam": SLOW,
@@ -58,8 +61,6 @@ LATE = {
 
 # Imports that still break the law, each "importer -> imported". Shrink this list; never add to it.
 KNOWN = {
-    "trainer.cli -> trainer",
-    "trainer.cli -> trainer.storybook.storybook",
     "trainer.planning.compile_hlo -> jax",
     "trainer.planning.compile_hlo -> jax._src",
     "trainer.planning.compile_hlo -> jax._src.interpreters",

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 import trainer
-from trainer.cli import _how_to_go_on as how_to_go_on
 from trainer.cli import main
 from trainer.config import Config
 from trainer.config_file import load_config, make_config
@@ -33,6 +32,7 @@ from trainer.training.run_checkpoints import facts_of, find_checkpoint, load_mod
 from trainer.training.run_data import find_prepared, keep_place_of, load_tokenizer_of
 from trainer.training.run_folder import RunFolder, check_is_free, find_run, run_and_step
 from trainer.training.run_lock import only_run_in
+from trainer.verbs import how_to_resume
 
 
 def quiet(line: str) -> None:
@@ -650,8 +650,8 @@ def test_a_result_that_a_store_does_not_take_is_said_and_no_error(run: RunFolder
 
 def test_a_signal_s_advice_is_to_resume_wherever_there_is_a_run(run: RunFolder, tmp_path: Path):
     (folder_of(run) / "config.toml").unlink()  # It is written again from the record.
-    assert how_to_go_on(run.config) == f"Go on with: trainer train --resume {run.path}"
-    assert how_to_go_on(tiny(tmp_path, f"run_folder={tmp_path}/none")).startswith("There is no run yet.")
+    assert how_to_resume(run.config) == f"Go on with: trainer train --resume {run.path}"
+    assert how_to_resume(tiny(tmp_path, f"run_folder={tmp_path}/none")).startswith("There is no run yet.")
 
 
 def test_damaged_scores_are_an_error_that_names_them(run: RunFolder):

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from trainer.exit_status import ExitStatus
 from trainer.system import signals
-from trainer.system.signals import EXIT_STOPPED, stop_on_signals, watched
+from trainer.system.signals import stop_on_signals, watched
 
 ROOT = Path(__file__).parent.parent
 
 # The command, whose verb catches whatever is raised, as imports do, and never ends.
 STUBBORN = """
 import sys, time
-from trainer import cli
+from trainer import cli, verbs
 def stubborn(options):
     print("in", flush=True)
     while True:
@@ -25,7 +26,7 @@ def stubborn(options):
             time.sleep(60)
         except BaseException:
             pass
-cli._train = cli._generate = stubborn
+verbs.train = verbs.generate = stubborn
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -113,7 +114,8 @@ def test_a_forked_child_has_its_signals_to_itself():
 LOOP = """
 import signal, sys, threading, time
 import tensorflow as tf
-from trainer.system.signals import EXIT_STOPPED, stop_on_signals
+from trainer.exit_status import ExitStatus
+from trainer.system.signals import stop_on_signals
 
 stop_requested = tf.Variable(False)
 reached = tf.Variable(0, dtype=tf.int64)
@@ -136,7 +138,7 @@ with stop_on_signals(lambda: stop_requested.assign(True)):
     print("stopped", flush=True)
     time.sleep(float(sys.argv[1]))
 assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == before
-sys.exit(EXIT_STOPPED)
+sys.exit(ExitStatus.STOPPED)
 """
 
 
@@ -177,7 +179,7 @@ def test_signal_from_outside_stops_a_compiled_loop_and_a_second_one_the_process(
             _, errors = process.communicate(timeout=20)
         finally:
             process.kill()
-    assert process.returncode == (-signal.SIGINT if is_second_sent else EXIT_STOPPED), errors
+    assert process.returncode == (-signal.SIGINT if is_second_sent else ExitStatus.STOPPED), errors
     assert ("KeyboardInterrupt" in errors) == is_second_sent
 
 

@@ -465,7 +465,7 @@ def test_help_s_examples_are_taken(
     for target in re.findall(r"\b(?:gpu|tpu):[\w-]+", text):
         parse_target(target)
     if verb == "prepare":
-        (options,) = re.findall(r"as in: -- (.*?)\. Workers", text)
+        (options,) = re.findall(r"for example: -- (.*?)\. Every", text)
         check_trainer(["prepare", "quickstart", "--runner", "beam", "--", *filled_in(options).split()])
 
 

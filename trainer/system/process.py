@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import IO, Any, TypeVar, cast
 
 from trainer.errors import UserError
+from trainer.exit_status import ExitStatus
 from trainer.system.terminal import quiet_import
 
 # The module that is run is not imported there once more, as multiprocessing would do: in a script without
@@ -129,7 +130,7 @@ def _serve(descriptor: int) -> None:
             is_done.set()
             send("result", result)
         except KeyboardInterrupt:
-            sys.exit(130)
+            sys.exit(ExitStatus.INTERRUPTED)
         except Exception as error:
             is_done.set()
             where = traceback.format_exc()

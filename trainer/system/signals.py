@@ -18,9 +18,6 @@ from typing import Any
 # Ctrl-C; what schedulers and `kill` send; what a terminal sends when it is closed.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# EX_TEMPFAIL of sysexits.h, "run it again": schedulers can be configured to retry on it.
-EXIT_STOPPED = 75
-
 # Signals that follow the first within this time belong to the same event.
 SAME_EVENT_SECS = 1.0
 

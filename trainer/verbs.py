@@ -1,0 +1,224 @@
+"""What each verb of the command does with its options.
+
+TensorFlow, and all that loads it, is imported only after everything that can be refused without it: a mistake is
+reported at once.
+"""
+
+import argparse
+import shlex
+import signal
+
+import trainer
+from trainer.commands.inspect_run import inspect as inspect_data
+from trainer.config import Config
+from trainer.config_file import load_config, whole_number
+from trainer.data.beam import prepare_with_beam
+from trainer.data.prepare import check_sources
+from trainer.data.prepare import prepare as prepare_text
+from trainer.decoding.decoder import Decoder
+from trainer.distributed.tpu_install import check_tpu_install
+from trainer.distributed.workers import Workers, find_workers
+from trainer.errors import UserError
+from trainer.exit_status import ExitStatus
+from trainer.hardware.devices import parse_target
+from trainer.planning.plan import print_compiled, print_plan
+from trainer.storybook.storybook import log_probability
+from trainer.system.signals import Ending, ended_by
+from trainer.system.storage import Url, locate
+from trainer.system.terminal import lasting_output, quiet_import, say, warn
+from trainer.training.run_data import find_prepared
+from trainer.training.run_folder import RECORD, RunFolder, Step, find_run, run_and_step
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Prepares the text of a config."""
+    if options.beam_options and options.runner != "beam":
+        raise UserError(
+            f"-- {' '.join(options.beam_options)}: these are options of Apache Beam; add --runner beam before the --."
+        )
+    config = load_config(options.config, options.overrides)
+    # Here Ctrl-C ends the process at once: an import may catch KeyboardInterrupt.
+    with ended_by([signal.SIGINT], Ending()), quiet_import():
+        check_sources(config)
+        if config.tokenizer.kind == "wordpiece":
+            import trainer.data.wordpiece  # noqa: F401
+    if options.runner == "beam":
+        prepare_with_beam(config, options.beam_options, say)
+    else:
+        prepare_text(config, say)
+
+
+def train(options: argparse.Namespace) -> ExitStatus:
+    """Trains a new run, or resumes one."""
+    if options.resume is not None:
+        run_folder, step, overrides, config = _check_resumed(options)
+    else:
+        config = _check_started(options)
+    with quiet_import():
+        from trainer.training import loop
+
+    with lasting_output():
+        if options.resume is not None:
+            result = loop.resume(run_folder, overrides=overrides, step=step)
+        else:
+            result = loop.start(config, or_resume=options.or_resume)
+        if result.is_stopped:
+            return ExitStatus.STOPPED
+        for name, text in result.samples.items():
+            say(f"\n{name}{story_verdict(text) if config.data.is_storybook() else ''}:\n{text}")
+        say(f"\nvalidation: {result.evaluation}")
+    return ExitStatus.DONE
+
+
+def _check_resumed(options: argparse.Namespace) -> tuple[str, Step | None, list[str], Config]:
+    """Returns the run's folder, the step to resume from, the overrides, and the run's config with them."""
+    if options.or_resume:
+        raise UserError(f"--resume {options.resume} and --or-resume: --or-resume goes with a config; leave out one.")
+    # The first word after the options takes the place of a config.
+    overrides = [word for word in (options.config, *options.overrides) if word is not None]
+    if files := [word for word in overrides if "=" not in word]:
+        raise UserError(
+            f"--resume {options.resume} uses the config that the run was started with; leave out {files[0]!r}, or "
+            "start a new run with it."
+        )
+    run_folder, step = run_and_step(options.resume, options.step)
+    run = RunFolder(run_folder, overrides)
+    run.check_model(None)
+    options.ending.advice = lambda: _resume_command(run_folder)
+    return run_folder, step, overrides, run.config
+
+
+def _check_started(options: argparse.Namespace) -> Config:
+    """Returns the config of a run to be started, or resumed with --or-resume."""
+    if options.config is None:
+        raise UserError("train needs a config, such as quickstart or your own TOML file, or --resume RUN.")
+    if options.step is not None:
+        raise UserError(f"--step {options.step} goes with --resume RUN; a new run begins at step 0. Leave it out.")
+    config = load_config(options.config, options.overrides)
+    if config.distribution.kind == "tpu":
+        check_tpu_install()
+    is_new = find_run(config, options.or_resume) is None
+    options.ending.advice = lambda: how_to_resume(config)
+    with quiet_import():
+        if is_new:
+            check_sources(config)
+        find_workers(config.distribution)  # Loads TensorFlow if SLURM started this process.
+    return config
+
+
+def how_to_resume(config: Config) -> str:
+    """Returns what to do after a signal has stopped `train` with this config."""
+    folder = locate(config.run_folder)
+    if isinstance(folder, Url):  # A store may not answer in time.
+        return "Go on with the same command and --or-resume."
+    if (folder / RECORD).is_file():
+        return _resume_command(str(folder))
+    return "There is no run yet. Start it again with the same command."
+
+
+def _resume_command(run_folder: str) -> str:
+    return f"Go on with: trainer train --resume {shlex.quote(run_folder)}"
+
+
+def story_verdict(text: str) -> str:
+    """Returns a remark: a sample is a whole story of the storybook's grammar, or where it leaves the grammar."""
+    try:
+        log_probability(text)
+    except ValueError as error:
+        return f" (leaves the storybook's grammar: {str(error).split(': ', 1)[1].split(', after', 1)[0]})"
+    return " (a story of the storybook's grammar)"
+
+
+def inspect(options: argparse.Namespace) -> ExitStatus:
+    """Verifies prepared data and shows what is in it."""
+    # Around all of it: TensorFlow is loaded on the way, and only for WordPiece and object stores.
+    with quiet_import():
+        is_whole = inspect_data(options.path, options.split, options.examples, options.sequence_length)
+    return ExitStatus.DONE if is_whole else ExitStatus.FAILED
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Scores a checkpoint."""
+    for override in options.overrides:
+        if not override.startswith(("distribution.", "data.prepared_folder=")):
+            raise UserError(
+                f"{override}: evaluate changes only the devices of a run, distribution.*, and the place of its data, "
+                "data.prepared_folder; leave it out."
+            )
+    run_folder, step = _run_of(options)
+    run = RunFolder(run_folder, options.overrides)
+    with quiet_import():
+        from trainer.distributed.strategy import describe_devices, make_strategy
+        from trainer.training.evaluation import Evaluator
+        from trainer.training.run_checkpoints import load_model
+
+    strategy = make_strategy(run.config.distribution, alone=True)
+    for line in describe_devices(strategy, run.config.distribution, Workers()):
+        warn(line)
+    prepared = find_prepared(run)
+    with strategy.scope():
+        model, checkpoint = load_model(run, say=warn, step=step)
+    say(f"step {checkpoint.step}: {Evaluator(model, strategy, prepared, run.config)()}")
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Writes text with a checkpoint."""
+    if options.text is not None and options.prompt is not None:
+        raise UserError(f"{options.text!r} and --prompt {options.prompt!r} are two prompts; leave out one.")
+    if options.num_samples < 1:
+        raise UserError(f"--num-samples {options.num_samples} must be at least 1.")
+    run_folder, step = _run_of(options)
+    given = {name: getattr(options, name) for name in ("k", "p", "num_beams", "temperature", "seed")}
+    decoder = Decoder.from_options(options.sampler, RunFolder(run_folder).config.samples, **given)
+    if options.num_samples > 1 and not decoder.is_random:
+        with_k = " with k=1" if decoder.name == "top-k" else ""
+        raise UserError(
+            f"--num-samples {options.num_samples}: {decoder.name}{with_k} always writes the same text; ask for 1."
+        )
+    with quiet_import():
+        from trainer.distributed.strategy import unseen_gpu
+
+    if warning := unseen_gpu():
+        warn(f"warning: {warning}")
+    texts = trainer.generate(
+        run_folder,
+        [options.prompt or options.text or ""] * options.num_samples,
+        options.sampler,
+        options.num_tokens,
+        stop=options.stop,
+        step=step,
+        **given,
+    )
+    say("\n\n".join(texts))
+
+
+def _run_of(options: argparse.Namespace) -> tuple[str, Step | None]:
+    """Returns the folder and the step of the checkpoint that the options name."""
+    run_folder, step = run_and_step(options.run_folder, options.step)
+    RunFolder(run_folder).check_model(None)
+    return run_folder, step
+
+
+def verify(options: argparse.Namespace) -> ExitStatus:
+    """Compares the first steps of a config on several numbers of replicas."""
+    config = load_config(options.config, options.overrides)
+    numbers = [whole_number(text) or 0 for text in options.replicas.split(",")]
+    if not all(numbers) or len(numbers) < 2:
+        raise UserError(f"--replicas {options.replicas} must be at least two numbers, such as 1,2,4.")
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"--replicas {options.replicas} names a number twice; leave out the second one.")
+    if options.steps < 1:
+        raise UserError(f"--steps {options.steps} must be at least 1.")
+    with quiet_import():
+        from trainer.commands.verify import verify as compare
+    return ExitStatus.DONE if compare(config, numbers, options.steps) else ExitStatus.FAILED
+
+
+def plan(options: argparse.Namespace) -> ExitStatus:
+    """Prints what a config costs."""
+    config = load_config(options.config, options.overrides)
+    target = None if options.target is None else parse_target(options.target)
+    print_plan(config, options.vocabulary_size, target, options.utilisation, options.weights)
+    if options.compile and not print_compiled(config, options.vocabulary_size, target):
+        return ExitStatus.FAILED
+    return ExitStatus.DONE
