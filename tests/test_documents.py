@@ -51,8 +51,10 @@ def anchors(path: Path) -> set[str]:
 
 
 def modules_of(room: str) -> set[str]:
-    """The names of a room's modules; '' is the package itself."""
-    return {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__"}
+    """The names of a room's modules, such as `loop`, or `ops/cpu` in a folder; '' is the package itself."""
+    paths = (PACKAGE / room).rglob("*.py") if room else PACKAGE.glob("*.py")
+    names = {str(path.relative_to(PACKAGE / room).with_suffix("")) for path in paths}
+    return {name for name in names if not name.endswith("__init__")}
 
 
 ROOMS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
