@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer import verbs
 from trainer.cli import main
 from trainer.config import Config
 from trainer.config_file import make_config
@@ -287,14 +288,15 @@ def test_options_of_beam_without_beam_are_refused(tmp_path, capsys):
     config.write_text("run_folder = 'x'\ntrain = {precision = 'float32', total_steps = 1}")
     assert main(["prepare", str(config), "--", "--direct_num_workers=2"]) == 2
     assert (
-        "-- --direct_num_workers=2: options of Apache Beam; add --runner beam before the --." in capsys.readouterr().err
+        "-- --direct_num_workers=2: these are options of Apache Beam; add --runner beam before the --."
+        in capsys.readouterr().err
     )
 
 
 def test_what_follows_two_dashes_goes_to_beam(tmp_path, monkeypatch):
     heard = []
     monkeypatch.setattr(
-        beam, "prepare_with_beam", lambda config, options, say: heard.append((config.data.min_bytes, options))
+        verbs, "prepare_with_beam", lambda config, options, say: heard.append((config.data.min_bytes, options))
     )
     config = tmp_path / "config.toml"
     config.write_text("run_folder = 'x'\ntrain = {precision = 'float32', total_steps = 1}")
