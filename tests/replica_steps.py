@@ -64,13 +64,15 @@ def global_batches():
 
 
 def elements(share):
-    """The part of the batches that a host feeds to its replicas."""
+    """The part of the batches that a worker feeds to its replicas."""
     parts = [tf.constant(part) for part in global_batches()]
 
     def element(number):
-        batch, rows = share.of_element(number, GLOBAL_BATCH_SIZE)
+        batch, places = share.of_element(number, GLOBAL_BATCH_SIZE)
         return tuple(
-            tf.ensure_shape(tf.gather(part[batch], rows), [GLOBAL_BATCH_SIZE // share.total_replicas, SEQUENCE_LENGTH])
+            tf.ensure_shape(
+                tf.gather(part[batch], places), [GLOBAL_BATCH_SIZE // share.total_replicas, SEQUENCE_LENGTH]
+            )
             for part in parts
         )
 

@@ -1,4 +1,4 @@
-"""Laws of the batches: what the tutorial feeds, in an order that is a function of seed and step alone."""
+"""Laws of the batches: what the tutorial feeds, in an order that is a function of seed and step only."""
 
 import itertools
 from pathlib import Path
@@ -58,14 +58,16 @@ def silently(config, shard_tokens=2**27):
     return prepare(config, lambda _: None, shard_tokens)
 
 
-def rows_of(data):
-    """All rows of a data set, as tuples of (inputs, targets, weights)."""
+def examples_of(data):
+    """All examples of a data set, as tuples of (inputs, targets, weights)."""
     return [
-        row for batch in data.as_numpy_iterator() for row in zip(*(map(tuple, part) for part in batch), strict=True)
+        example
+        for batch in data.as_numpy_iterator()
+        for example in zip(*(map(tuple, part) for part in batch), strict=True)
     ]
 
 
-def tutorial_rows(config, tokenizer):
+def tutorial_examples(config, tokenizer):
     """What the tutorial's preprocess function makes of each line."""
     length = config.train.sequence_length
     encode = keras_nlp.tokenizers.WordPieceTokenizer(tokenizer.vocabulary, sequence_length=length, lowercase=True)
@@ -82,11 +84,11 @@ def test_lines_are_exactly_what_the_tutorials_preprocess_gives(tmp_path, shard_t
     config = config_of(tmp_path, predict_end=False, train={"total_steps": None, "num_epochs": 1})
     prepared = silently(config, shard_tokens)
     assert (len(prepared.split("train").shards) > 1) == (shard_tokens == 40)
-    tutorial = tutorial_rows(config, prepared.tokenizer())
-    validation = [row for row in rows_of(evaluation_batches(prepared, config)) if any(row[2])]
+    tutorial = tutorial_examples(config, prepared.tokenizer())
+    validation = [example for example in examples_of(evaluation_batches(prepared, config)) if any(example[2])]
     assert sorted(validation) == tutorial
     steps = total_steps(prepared, config)
-    epoch = rows_of(training_batches(prepared, config, 0, steps))[: len(tutorial)]
+    epoch = examples_of(training_batches(prepared, config, 0, steps))[: len(tutorial)]
     assert sorted(epoch) == tutorial
 
 
@@ -96,10 +98,10 @@ def test_the_end_of_each_line_that_fits_is_a_target(tmp_path, shard_tokens):
     config = config_of(tmp_path)
     prepared = silently(config, shard_tokens)
     tokenizer, bos = prepared.tokenizer(), prepared.bos_id
-    rows = [row for row in rows_of(evaluation_batches(prepared, config)) if any(row[2])]
+    examples = [example for example in examples_of(evaluation_batches(prepared, config)) if any(example[2])]
     lengths = set()
     for line, (inputs, targets, weights) in zip(
-        Path(config.data.train[0]).read_text(encoding="utf-8").splitlines(), rows, strict=True
+        Path(config.data.train[0]).read_text(encoding="utf-8").splitlines(), examples, strict=True
     ):
         tokens = tokenizer.encode(line).tolist()
         scored = [*tokens, bos][:6]
@@ -118,17 +120,17 @@ def test_packed_windows_use_every_token_as_target_once_an_epoch(tmp_path, shard_
     for shard in prepared.split("train").shards:
         stream = np.fromfile(prepared.folder / shard.tokens_file, prepared.dtype)
         expected.extend(stream[1:])
-    rows = rows_of(evaluation_batches(prepared, config))
-    targets = [token for row in rows for token, weight in zip(row[1], row[2], strict=True) if weight]
+    examples = examples_of(evaluation_batches(prepared, config))
+    targets = [token for example in examples for token, weight in zip(example[1], example[2], strict=True) if weight]
     assert targets == expected
-    for inputs, row_targets, weights in rows:
+    for inputs, its_targets, weights in examples:
         used = int(sum(weights))
         # Padding is only at the end, and what is read is what came before what is predicted.
         assert weights == (1.0,) * used + (0.0,) * (6 - used)
-        assert inputs[1:used] == row_targets[: used - 1] if used else True
+        assert inputs[1:used] == its_targets[: used - 1] if used else True
     steps = -(-num_examples(prepared.split("train"), config) // 4)
-    epoch = rows_of(training_batches(prepared, config, 0, steps))[: num_examples(prepared.split("train"), config)]
-    real = [row for row in rows if any(row[2])]
+    epoch = examples_of(training_batches(prepared, config, 0, steps))[: num_examples(prepared.split("train"), config)]
+    real = [example for example in examples if any(example[2])]
     assert sorted(epoch) == sorted(real)
 
 
@@ -146,8 +148,8 @@ def test_an_epoch_of_packed_training_has_every_place_but_a_shards_first_as_targe
     config = config_of(tmp_path, "packed", train={"total_steps": None, "num_epochs": 1})
     prepared = silently(config, shard_tokens)
     begins = number_tokens(prepared, "train")
-    rows = rows_of(training_batches(prepared, config, 0, total_steps(prepared, config)))
-    epoch = rows[: num_examples(prepared.split("train"), config)]
+    examples = examples_of(training_batches(prepared, config, 0, total_steps(prepared, config)))
+    epoch = examples[: num_examples(prepared.split("train"), config)]
     inputs, targets, weights = (np.array(part) for part in zip(*epoch, strict=True))
     times = np.bincount(targets[weights == 1], minlength=begins[-1])
     expected = np.ones_like(times)
@@ -164,47 +166,49 @@ def test_an_epoch_of_packed_training_has_every_place_but_a_shards_first_as_targe
 
 
 @pytest.mark.parametrize("mode", ["lines", "packed"])
-@pytest.mark.parametrize(("num_hosts", "replicas_per_host"), [(1, 2), (2, 1), (3, 2)])
-def test_hosts_share_the_batches_that_one_would_make_and_each_example_is_seen_once(
-    tmp_path, mode, num_hosts, replicas_per_host
+@pytest.mark.parametrize(("num_workers", "replicas_per_worker"), [(1, 2), (2, 1), (3, 2)])
+def test_workers_share_the_batches_that_one_would_make_and_each_example_is_seen_once(
+    tmp_path, mode, num_workers, replicas_per_worker
 ):
     config = config_of(tmp_path, mode, train={"total_steps": None, "num_epochs": 1, "global_batch_size": 12})
     prepared = silently(config, 80)
     assert len(prepared.split("train").shards) > 1
-    num_replicas = num_hosts * replicas_per_host
-    shares = [Share(first, replicas_per_host, num_replicas) for first in range(0, num_replicas, replicas_per_host)]
+    num_replicas = num_workers * replicas_per_worker
+    shares = [Share(first, replicas_per_worker, num_replicas) for first in range(0, num_replicas, replicas_per_worker)]
     steps = total_steps(prepared, config)
     for split, batches_of in (
         ("train", lambda *share: training_batches(prepared, config, 0, steps, *share)),
         ("validation", lambda *share: evaluation_batches(prepared, config, None, *share)),
     ):
         number_tokens(prepared, split)
-        whole = rows_of(batches_of())
+        whole = examples_of(batches_of())
         count = num_examples(prepared.split(split), config)
         assert len({inputs[0] for inputs, _, _ in whole[:count]}) == count
-        # Side by side, what the hosts make is that and nothing else.
-        hosts = [rows_of(batches_of(share)) for share in shares]
-        rows = 12 // num_replicas * replicas_per_host
-        assert {len(host) for host in hosts} == {len(whole) // num_hosts}
-        assert [row for i in range(0, len(hosts[0]), rows) for host in hosts for row in host[i : i + rows]] == whole
+        # Side by side, what the workers make is the whole, and nothing else.
+        workers = [examples_of(batches_of(share)) for share in shares]
+        each = 12 // num_replicas * replicas_per_worker
+        assert {len(worker) for worker in workers} == {len(whole) // num_workers}
+        assert [
+            example for i in range(0, len(workers[0]), each) for worker in workers for example in worker[i : i + each]
+        ] == whole
 
 
 @pytest.mark.parametrize("mode", ["lines", "packed"])
 def test_a_batch_is_a_function_of_seed_and_step(tmp_path, mode):
     config = config_of(tmp_path, mode)
     prepared = silently(config)
-    whole = rows_of(training_batches(prepared, config, 0, 20))
+    whole = examples_of(training_batches(prepared, config, 0, 20))
     for first in (1, 7, 19):
-        assert rows_of(training_batches(prepared, config, first, 20)) == whole[4 * first :]
+        assert examples_of(training_batches(prepared, config, first, 20)) == whole[4 * first :]
     other = config_of(tmp_path, mode, train={"seed": 1})
-    assert rows_of(training_batches(prepared, other, 0, 20)) != whole
+    assert examples_of(training_batches(prepared, other, 0, 20)) != whole
 
 
-def test_batches_cross_epochs_and_each_epoch_has_an_order_of_its_own(tmp_path):
+def test_batches_cross_epochs_and_each_epoch_has_another_order(tmp_path):
     config = config_of(tmp_path)
     prepared = silently(config)
-    rows = rows_of(training_batches(prepared, config, 0, 23))  # 23 steps of 4 are 4 epochs of 23
-    epochs = [rows[i : i + 23] for i in range(0, 92, 23)]
+    examples = examples_of(training_batches(prepared, config, 0, 23))  # 23 steps of 4 are 4 epochs of 23
+    epochs = [examples[i : i + 23] for i in range(0, 92, 23)]
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
@@ -247,9 +251,9 @@ def test_large_seeds_order_the_examples_too(seed):
 def test_a_window_reads_from_few_blocks_at_a_time():
     order = order_of(10_000, 5, Window(500, 4))
     for start in range(0, 10_000, 2000):
-        rows = np.sort(order[start : start + 2000])
-        # Four blocks that follow each other nowhere; one may go around the end of the ring.
-        assert np.count_nonzero(np.diff(rows) > 1) <= 5
+        examples = np.sort(order[start : start + 2000])
+        # Four blocks, none next to another; one may go around the end of the ring.
+        assert np.count_nonzero(np.diff(examples) > 1) <= 5
         assert abs(np.corrcoef(np.arange(2000), order[start : start + 2000])[0, 1]) < 0.11  # five standard errors
 
 
@@ -300,7 +304,7 @@ def mixture_of(tmp_path, **data):
     return config_of(tmp_path, data={**sources, "prepared_folder": str(tmp_path / "prepared"), **data})
 
 
-def test_sources_are_mixed_by_weight_and_hosts_share_the_mixture(tmp_path):
+def test_sources_are_mixed_by_weight_and_workers_share_the_mixture(tmp_path):
     valid = [str(tmp_path / "sun_valid.txt"), str(tmp_path / "moon_valid.txt")]
     config = mixture_of(tmp_path, validation=valid)
     prepared = silently(config)
@@ -308,15 +312,15 @@ def test_sources_are_mixed_by_weight_and_hosts_share_the_mixture(tmp_path):
     assert [part.num_documents for part in prepared.parts("train")] == [40, 200]
     assert prepared.split("train").num_documents == 240
     sun = prepared.tokenizer().encode("sun")[0]
-    rows = rows_of(training_batches(prepared, config, 0, 256))
-    assert sum(row[1][0] == sun for row in rows) == 768
-    halves = [rows_of(training_batches(prepared, config, 0, 256, Share(i, 1, 2))) for i in (0, 1)]
-    assert sorted(halves[0] + halves[1]) == sorted(rows)
+    examples = examples_of(training_batches(prepared, config, 0, 256))
+    assert sum(example[1][0] == sun for example in examples) == 768
+    halves = [examples_of(training_batches(prepared, config, 0, 256, Share(i, 1, 2))) for i in (0, 1)]
+    assert sorted(halves[0] + halves[1]) == sorted(examples)
     # Other weights, the same shards.
     assert silently(mixture_of(tmp_path, validation=valid, weights=[1, 1])) == prepared
 
 
-def test_each_source_holds_out_a_part_of_its_own(tmp_path):
+def test_each_source_holds_out_its_own_part(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i}\n" for i in range(300)))
     data = {"train": [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], "weights": [1, 1], "held_out_fraction": 0.1}
@@ -331,8 +335,8 @@ def test_the_last_evaluation_batch_is_filled_up_without_weight(tmp_path):
     prepared = silently(config)
     sizes = [batch[0].shape for batch in evaluation_batches(prepared, config).as_numpy_iterator()]
     assert sizes == [(4, 6)] * 6  # 23 lines
-    rows = rows_of(evaluation_batches(prepared, config))
-    assert [any(row[2]) for row in rows] == [True] * 23 + [False]
+    examples = examples_of(evaluation_batches(prepared, config))
+    assert [any(example[2]) for example in examples] == [True] * 23 + [False]
 
 
 @pytest.mark.parametrize("mode", ["lines", "packed"])
@@ -341,23 +345,23 @@ def test_some_evaluation_batches_are_a_fixed_sample_of_the_whole_text(tmp_path, 
     prepared = silently(config, 150)
     split = prepared.split("validation")
     number_tokens(prepared, "validation")
-    whole = [row for row in rows_of(evaluation_batches(prepared, config)) if any(row[2])]
+    whole = [example for example in examples_of(evaluation_batches(prepared, config)) if any(example[2])]
     count = num_examples(split, config)
     assert len(whole) == count
     for num_batches in (1, 3, -(-count // 4) - 1):
-        sample = rows_of(evaluation_batches(prepared, config, num_batches))
-        places = [whole.index(row) for row in sample]
+        sample = examples_of(evaluation_batches(prepared, config, num_batches))
+        places = [whole.index(example) for example in sample]
         assert len(places) == 4 * num_batches
-        # At equal distances, but for rounding, and as far from the start as from the end.
+        # At equal distances, except for rounding, and as far from the start as from the end.
         steps = set(np.diff(places).tolist())
         assert steps <= {count // len(places), count // len(places) + 1}
         assert abs(places[0] - (count - 1 - places[-1])) <= 1
-    hosts = [rows_of(evaluation_batches(prepared, config, 3, Share(i, 1, 2))) for i in (0, 1)]
-    sample = rows_of(evaluation_batches(prepared, config, 3))
-    assert [row for i in range(0, 6, 2) for host in hosts for row in host[i : i + 2]] == sample
+    workers = [examples_of(evaluation_batches(prepared, config, 3, Share(i, 1, 2))) for i in (0, 1)]
+    sample = examples_of(evaluation_batches(prepared, config, 3))
+    assert [example for i in range(0, 6, 2) for worker in workers for example in worker[i : i + 2]] == sample
     for num_batches in (-(-count // 4), 10 * count):
-        rows = rows_of(evaluation_batches(prepared, config, num_batches))
-        assert [row for row in rows if any(row[2])] == whole
+        examples = examples_of(evaluation_batches(prepared, config, num_batches))
+        assert [example for example in examples if any(example[2])] == whole
 
 
 def test_epochs_are_counted_in_steps_rounded_up(tmp_path):

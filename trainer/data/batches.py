@@ -1,6 +1,6 @@
 """From token shards to batches: a pure function of the prepared data, the seed and the step.
 
-TensorFlow operations only, and no iterator state: to resume at a step is to start there.
+Everything is TensorFlow operations, and no iterator has a state: a run resumes at a step by starting there.
 """
 
 import functools
@@ -15,19 +15,23 @@ from trainer.config import MIXTURE_EXAMPLES, Config
 from trainer.data.shards import MANIFEST, PreparedData, Split, examples_per_shard, num_examples
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
-# For each shard its tokens, and in lines mode where its documents begin: files, read where they are touched.
+# For each shard its tokens, and in lines mode its documents' offsets: mapped files, read page by page when touched.
 Shards = tuple[tuple[tf.Tensor, ...], ...]
 
-# So many tokens are read by one call of the pipeline's function, and split into elements after that: small batches
-# would spend their time on starting operations.
+# One call of the pipeline's function reads this many tokens, which are split into elements after that: with small
+# batches, the time would go into starting operations.
 TOKENS_PER_READ = 1 << 16
-# Large enough that a disk reads it as fast as it reads at all.
+# Large enough that a disk reads a block at its full speed.
 BLOCK_BYTES = 8_000_000
 
 
 class Share(NamedTuple):
-    """Which part of every global batch a pipeline makes: that of num_replicas replicas from first_replica on, of
-    total_replicas.
+    """The part of every global batch that a pipeline makes: the examples of some of the replicas.
+
+    Attributes:
+        first_replica: the first replica whose examples are made.
+        num_replicas: the number of replicas, from the first on, whose examples are made.
+        total_replicas: the number of replicas among which a batch is divided.
     """
 
     first_replica: int = 0
@@ -35,12 +39,20 @@ class Share(NamedTuple):
     total_replicas: int = 1
 
     def of_element(self, element: tf.Tensor, global_batch_size: int) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns, for elements of the pipeline by number, int64 [...], the number of the global batch of each, int64
-        [...], and which rows of that it holds, int64 [..., rows]. An element is the rows of one replica.
+        """Finds what an element of the pipeline holds: the examples of one replica.
+
+        Args:
+            element: int64 [...], numbers of elements.
+            global_batch_size: examples in a batch.
+
+        Returns:
+            (batch, examples): the number of the global batch, int64 [...], and the places in it of the element's
+            examples, int64 [..., examples].
         """
-        rows = global_batch_size // self.total_replicas
+        num_examples = global_batch_size // self.total_replicas
         replica = self.first_replica + element % self.num_replicas
-        return element // self.num_replicas, replica[..., tf.newaxis] * rows + tf.range(rows, dtype=tf.int64)
+        places = replica[..., tf.newaxis] * num_examples + tf.range(num_examples, dtype=tf.int64)
+        return element // self.num_replicas, places
 
 
 ALL = Share()
@@ -51,19 +63,19 @@ def training_batches(
 ) -> tf.data.Dataset:
     """Returns the batches of steps first_step to total_steps - 1, in order.
 
-    Example n of the run is example permute(seed, epoch, n % N) of the data with epoch = n // N: a batch may hold the
-    end of one epoch and the start of the next, so nothing is dropped, and every epoch has an order of its own.
+    Example n of the run is example permute(seed, epoch, n % N) of the data with epoch = n // N. Each epoch has another
+    order, and no example is dropped: a batch may hold the end of one epoch and the start of the next.
 
     Args:
         prepared: the data.
-        config: data.mode and train's sequence_length, global_batch_size and seed count.
-        first_step: the first batch to make; making it costs nothing for those before.
-        total_steps: of the run.
-        share: the part of each batch to make, and nothing else is read; left out, all of it.
+        config: the settings: data.mode and train's sequence_length, global_batch_size and seed count.
+        first_step: the first batch to make; earlier batches cost nothing.
+        total_steps: the length of the run.
+        share: the part of each batch to make, which is all that is read; by default all of it.
 
     Returns:
-        A data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length], or of
-        the rows of one replica after the other; a weight is 0 where the target is padding.
+        A data set of (inputs int32, targets int32, weights float32), each [examples, sequence_length]. An element
+        holds the examples of one replica; by default, all of the global batch. A weight is 0 if its target is padding.
     """
     split = prepared.split("train")
     seed, weights = config.train.seed, config.data.weights
@@ -72,12 +84,12 @@ def training_batches(
     window = _window(prepared, split, config)
     counts = [num_examples(part, config) for part in prepared.parts("train")]
 
-    def rows_at(n: tf.Tensor, shards: Shards) -> Batch:
+    def examples_at(n: tf.Tensor, shards: Shards) -> Batch:
         if weights is not None:
             return read(mixed(n, counts, weights, seed), shards)
         return read(shuffled(n % count, n // count, count, seed, window), shards)
 
-    return _pipeline(prepared, split, config, share, first_step, total_steps, rows_at)
+    return _pipeline(prepared, split, config, share, first_step, total_steps, examples_at)
 
 
 def evaluation_batches(
@@ -91,11 +103,11 @@ def evaluation_batches(
 
     Args:
         prepared: the data.
-        config: data.mode, train.sequence_length and train.global_batch_size count.
-        num_batches: how many batches at most; None for all. Fewer than all hold examples from the whole split at equal
-            distances, the same each time, so that they stand for all of a text that is sorted.
+        config: the settings: data.mode, train.sequence_length and train.global_batch_size count.
+        num_batches: the most batches to make; None for all. If some are left out, the examples lie at equal distances
+            in the whole split, the same each time, so that they represent a sorted text as well.
         share: the part of each batch to make.
-        split: of the data; left out, all that is to validate on.
+        split: the split to read; by default the whole validation text.
     """
     split = split or prepared.split("validation")
     batch_size = config.train.global_batch_size
@@ -104,21 +116,21 @@ def evaluation_batches(
 
     num_scored = min(count, (num_batches or count) * batch_size)
 
-    def rows_at(n: tf.Tensor, shards: Shards) -> Batch:
-        # The middle of each of num_scored equal parts; example n itself where all are scored.
+    def examples_at(n: tf.Tensor, shards: Shards) -> Batch:
+        # The middle of each of num_scored equal parts; example n itself if all are scored.
         examples = (2 * tf.minimum(n, num_scored - 1) + 1) * count // (2 * num_scored)
         inputs, targets, weights = read(examples, shards)
         return inputs, targets, weights * tf.cast(n < num_scored, tf.float32)[:, tf.newaxis]
 
     end = -(-num_scored // batch_size)
-    return _pipeline(prepared, split, config, share, 0, end, rows_at)
+    return _pipeline(prepared, split, config, share, 0, end, examples_at)
 
 
 def total_steps(prepared: PreparedData, config: Config) -> int:
-    """Returns the length of the run in steps: train.total_steps, or what num_epochs epochs take, rounded up.
+    """Returns the length of the run in steps: train.total_steps, or the steps of num_epochs epochs, rounded up.
 
     Raises:
-        UserError: a setting does not fit into what num_epochs epochs take.
+        UserError: a setting does not fit into the steps of num_epochs epochs.
     """
     steps = config.train.steps_for(num_examples(prepared.split("train"), config))
     if config.train.total_steps is None:
@@ -127,11 +139,14 @@ def total_steps(prepared: PreparedData, config: Config) -> int:
 
 
 class Window(NamedTuple):
-    """How far apart examples that come near each other may lie: block_rows examples that follow each other are a block,
-    and those of num_blocks blocks are shuffled together.
+    """The bounds of a shuffle of data that no memory holds.
+
+    Attributes:
+        block_examples: this many examples that follow each other in the data are a block.
+        num_blocks: the examples of this many blocks are shuffled together.
     """
 
-    block_rows: int
+    block_examples: int
     num_blocks: int
 
 
@@ -140,18 +155,18 @@ def shuffled(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int, window: 
 
     Args:
         index: the positions.
-        epoch: of each, int64 [n].
+        epoch: the epoch of each position, int64 [n].
         count: examples in an epoch.
-        seed: of the order.
-        window: None: any example may come anywhere. Else the blocks are read in a shuffled order, some of them at a
+        seed: the order's seed.
+        window: None if any example may come anywhere. Otherwise the blocks are read in a shuffled order, a few at a
             time, so that data which no memory holds is not read at random places. Blocks begin elsewhere each epoch.
     """
-    if window is None or count <= window.block_rows * window.num_blocks:
+    if window is None or count <= window.block_examples * window.num_blocks:
         return permuted(index, epoch, count, seed)
-    # The examples are a ring, cut into blocks at another place each epoch; the last rows, less than a block, and the
-    # blocks that fill no window are shuffled among themselves.
-    num_blocks = count // window.block_rows
-    in_blocks, per_window = num_blocks * window.block_rows, window.block_rows * window.num_blocks
+    # The examples are a ring, cut into blocks at another place each epoch. The last blocks, too few for a window, are
+    # shuffled among themselves, and so are the last examples, too few for a block.
+    num_blocks = count // window.block_examples
+    in_blocks, per_window = num_blocks * window.block_examples, window.block_examples * window.num_blocks
     whole = num_blocks // window.num_blocks * per_window
     number = index // per_window
     start = number * per_window
@@ -159,14 +174,14 @@ def shuffled(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int, window: 
     size = tf.cast(size, tf.int64)
     start = tf.where(index < in_blocks, start, in_blocks)
     place = start + _permuted_below(index - start, epoch, size, (seed + 1) % 2**63, number)
-    block = _permuted_once(tf.minimum(place // window.block_rows, num_blocks - 1), epoch, num_blocks, seed)
-    row = tf.where(place < in_blocks, block * window.block_rows + place % window.block_rows, place)
+    block = _permuted_once(tf.minimum(place // window.block_examples, num_blocks - 1), epoch, num_blocks, seed)
+    example = tf.where(place < in_blocks, block * window.block_examples + place % window.block_examples, place)
     shift = _permuted_once(tf.zeros_like(epoch), epoch, count, seed)
-    return (row + shift) % count
+    return (example + shift) % count
 
 
 def _permuted_once(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:
-    """Does what `permuted` does, each index of an epoch once: below a small count one takes up to a millisecond."""
+    """Does what `permuted` does, but only once for each (epoch, index): with a small count, one takes up to 1 ms."""
     each, which = tf.unique(epoch * count + index)
     return tf.gather(permuted(each % count, each // count, count, seed), which)
 
@@ -174,14 +189,14 @@ def _permuted_once(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) ->
 def mixed(n: tf.Tensor, counts: Sequence[int], weights: Sequence[float], seed: int) -> tf.Tensor:
     """Maps positions in a run to examples of several sources, which are numbered one source after the other.
 
-    Of MIXTURE_EXAMPLES examples in a row each source has exactly its share, at places that differ each time; and each
-    source's examples come in an order of its own, all of them before any comes again.
+    Among MIXTURE_EXAMPLES successive examples each source has exactly its share, at places that differ each time. Each
+    source is shuffled separately, and all its examples come before any of them comes again.
 
     Args:
         n: int64 [n], positions in the run.
-        counts: examples of each source.
-        weights: of each source.
-        seed: of the order.
+        counts: the number of examples of each source.
+        weights: the weight of each source.
+        seed: the order's seed.
     """
     shares = shares_of(weights)
     begins = tf.constant(np.cumsum([0, *shares])[:-1], tf.int64)
@@ -195,8 +210,8 @@ def mixed(n: tf.Tensor, counts: Sequence[int], weights: Sequence[float], seed: i
 
 
 def shares_of(weights: Sequence[float]) -> list[int]:
-    """Returns how many of MIXTURE_EXAMPLES examples each source has: by weight, and what is left over by rounding to
-    those that lost most.
+    """Returns how many of MIXTURE_EXAMPLES examples each source has: its weight's part, rounded down; the sources that
+    lose most by rounding get the examples that are left over.
     """
     exact = np.array(weights) / sum(weights) * MIXTURE_EXAMPLES
     shares = np.floor(exact).astype(int)
@@ -207,16 +222,17 @@ def shares_of(weights: Sequence[float]) -> list[int]:
 def permuted(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:
     """Maps positions in an epoch to examples, one to one and at random: int64 [n] below count to the same.
 
-    Source: a cipher over the index (Simon, Beaulieu et al. 2013) walked until it lands below count, so that any
-    position is found without making the others.
+    Source: a cipher over the index (Simon, Beaulieu et al. 2013), repeated until the result is below count: the example
+    at a position is found without the others.
     """
     return _permuted_below(index, epoch, tf.constant(count, tf.int64), seed, tf.zeros_like(epoch))
 
 
 def _permuted_below(index: tf.Tensor, epoch: tf.Tensor, count: tf.Tensor, seed: int, number: tf.Tensor) -> tf.Tensor:
     """Permutes index, int64 [n], below count, int64 [] or [n]; in another way for each epoch and number, int64 [n]."""
-    # Of three keys the cipher takes no more bits than half an index has, 8 where there are few examples: so they are
-    # hashed first, with the constants of SplitMix64 (Steele et al. 2014), and each key gets a third of that.
+    # The cipher uses only the lower bits of its three keys, half as many as an index has: 8 if there are few examples.
+    # So seed, epoch and number are hashed first, with the constants of SplitMix64 (Steele et al. 2014), and each key
+    # gets a third of the hash.
     factors = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
     x = sum(
         tf.cast(part, tf.uint64) * tf.constant(factor, tf.uint64)
@@ -237,8 +253,8 @@ def _window(prepared: PreparedData, split: Split, config: Config) -> Window | No
     if asked is None:
         return None
     num_bytes = sum(shard.stream_length() for shard in split.shards) * tf.as_dtype(prepared.dtype).size
-    block_rows = max(1, BLOCK_BYTES * num_examples(split, config) // num_bytes)
-    return Window(block_rows, max(1, asked * 10**6 // BLOCK_BYTES))
+    block_examples = max(1, BLOCK_BYTES * num_examples(split, config) // num_bytes)
+    return Window(block_examples, max(1, asked * 10**6 // BLOCK_BYTES))
 
 
 def _pipeline(
@@ -248,29 +264,29 @@ def _pipeline(
     share: Share,
     first_batch: int,
     end_batch: int,
-    rows_at: Callable[[tf.Tensor, Shards], Batch],
+    examples_at: Callable[[tf.Tensor, Shards], Batch],
 ) -> tf.data.Dataset:
-    """Returns the elements of a range of batches; rows_at gives the rows of the run with numbers int64 [n]."""
+    """Returns the elements of a range of batches; examples_at reads the run's examples by their numbers, int64 [n]."""
     batch_size, width = config.train.global_batch_size, config.train.sequence_length
-    rows_per_element = batch_size // share.total_replicas
+    examples_per_element = batch_size // share.total_replicas
 
     def elements_at(numbers: tf.Tensor, shards: Shards) -> Batch:
-        batch, rows = share.of_element(numbers, batch_size)
-        inputs, targets, weights = rows_at(tf.reshape(batch[:, tf.newaxis] * batch_size + rows, [-1]), shards)
-        shape = [-1, rows_per_element, width]
+        batch, places = share.of_element(numbers, batch_size)
+        inputs, targets, weights = examples_at(tf.reshape(batch[:, tf.newaxis] * batch_size + places, [-1]), shards)
+        shape = [-1, examples_per_element, width]
         return tf.reshape(inputs, shape), tf.reshape(targets, shape), tf.reshape(weights, shape)
 
     first, end = first_batch * share.num_replicas, end_batch * share.num_replicas
-    numbers = tf.data.Dataset.range(first, end).batch(max(1, TOKENS_PER_READ // (rows_per_element * width)))
-    # Mapped once: to do so for each read costs more than the read, a page of memory at a time.
+    numbers = tf.data.Dataset.range(first, end).batch(max(1, TOKENS_PER_READ // (examples_per_element * width)))
+    # cache(): mapping the files again for each read would cost more than the read itself.
     reads = tf.data.Dataset.zip(numbers, _shards(prepared, split, config).cache().repeat())
     elements = reads.map(elements_at, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).unbatch()
-    # Keras fit and a progress bar ask how many there are, which unbatch() cannot tell.
+    # Keras fit and a progress bar need the number of elements, which unbatch() leaves unknown.
     return elements.apply(tf.data.experimental.assert_cardinality(end - first)).prefetch(tf.data.AUTOTUNE)
 
 
 def _shards(prepared: PreparedData, split: Split, config: Config) -> tf.data.Dataset:
-    """Returns a data set of one element, the `Shards` of a split; before that, they are on the host that makes it."""
+    """Returns a data set of one element, the `Shards` of a split; the host that makes it copies missing files first."""
 
     def mapped() -> Shards:
         shards = []
@@ -288,14 +304,14 @@ def _shards(prepared: PreparedData, split: Split, config: Config) -> tf.data.Dat
 
     if prepared.stored_in is None:
         return tf.data.Dataset.from_tensors(0).map(lambda _: mapped())
-    # On a TPU slice the other hosts run TensorFlow's server and none of our Python: only operations reach their disks.
+    # On a TPU slice the other hosts run TensorFlow's server, without our Python: only operations reach their disks.
     return tf.data.Dataset.from_tensors(prepared.stored_in).map(copied_and_mapped)
 
 
 def _copy_unless_there(prepared: PreparedData, source: tf.Tensor) -> tf.Tensor:
     shards = [shard for split in prepared.splits.values() for shard in split.shards]
     names = [name for shard in shards for name in (shard.tokens_file, shard.offsets_file)]
-    # The manifest last: where it is, all is.
+    # The manifest is copied last: if it is there, all files are.
     names += [*(f"tokenizer/{name}" for name in prepared.tokenizer_files), MANIFEST]
 
     def copy() -> tf.Tensor:
@@ -316,7 +332,7 @@ def _reader(prepared: PreparedData, split: Split, config: Config) -> Callable[[t
     if config.data.mode == "lines":
         read_shard = functools.partial(_read_documents, num_ends=int(config.data.predict_end))
 
-    def rows_of(examples: tf.Tensor, shards: Shards) -> tuple[tf.Tensor, tf.Tensor]:
+    def tokens_of(examples: tf.Tensor, shards: Shards) -> tuple[tf.Tensor, tf.Tensor]:
         if len(shards) == 1:
             return read_shard(examples, config.train.sequence_length, *shards[0])
         number = tf.searchsorted(tf.constant(ends, tf.int64), examples, side="right")
@@ -326,16 +342,16 @@ def _reader(prepared: PreparedData, split: Split, config: Config) -> Callable[[t
         read = [
             read_shard(part, config.train.sequence_length, *shard) for part, shard in zip(parts, shards, strict=True)
         ]
-        rows, lengths = zip(*read, strict=True)
-        return tf.dynamic_stitch(places, rows), tf.dynamic_stitch(places, lengths)
+        tokens, lengths = zip(*read, strict=True)
+        return tf.dynamic_stitch(places, tokens), tf.dynamic_stitch(places, lengths)
 
     def read(examples: tf.Tensor, shards: Shards) -> Batch:
         width = config.train.sequence_length
-        rows, lengths = rows_of(examples, shards)
-        rows = tf.ensure_shape(rows, [None, width + 1])
+        tokens, lengths = tokens_of(examples, shards)
+        tokens = tf.ensure_shape(tokens, [None, width + 1])
         used = tf.range(width + 1, dtype=tf.int64) < lengths[:, tf.newaxis]
-        rows = tf.where(used, rows, prepared.pad_id)
-        return rows[:, :-1], rows[:, 1:], tf.cast(used[:, 1:], tf.float32)
+        tokens = tf.where(used, tokens, prepared.pad_id)
+        return tokens[:, :-1], tokens[:, 1:], tf.cast(used[:, 1:], tf.float32)
 
     return read
 
@@ -348,13 +364,13 @@ def _read_documents(
     Args:
         examples: int64 [n], the documents' numbers in the shard.
         width: tokens in an example.
-        tokens: of the shard.
-        offsets: of the shard.
+        tokens: the shard's tokens.
+        offsets: the shard's offsets.
         num_ends: 1 to count the [BOS] after a document as its last token, 0 to leave it out.
 
     Returns:
-        (int32 [n, width + 1], tokens from each document's [BOS] on; int64 [n], how many of these belong to the
-        document).
+        (tokens, lengths): the tokens from each document's [BOS] on, int32 [n, width + 1], and how many of them belong
+        to the document, int64 [n].
     """
     starts = tf.gather(offsets, examples)
     lengths = tf.minimum(tf.gather(offsets, examples + 1) - starts + num_ends, width + 1)
@@ -362,22 +378,24 @@ def _read_documents(
 
 
 def _read_windows(examples: tf.Tensor, width: int, tokens: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns what `_read_documents` does, of windows that each begin with the last target of the one before."""
+    """Reads windows of one shard, as `_read_documents` reads documents; a window begins with the last target of the
+    window before.
+    """
     starts, length = examples * width, tokens.shape[0]
-    num_full = (length - 1) // width  # The one after these is part empty, if there is one.
+    num_full = (length - 1) // width  # A window after these, if there is one, is partly empty.
 
     def copy_windows() -> tf.Tensor:
         windows = tf.gather(tf.reshape(tokens[: num_full * width], [num_full, width]), examples)
         last = tf.gather(tokens, starts + width)[:, tf.newaxis]
         return tf.cast(tf.concat([windows, last], axis=1), tf.int32)
 
-    # A window in one piece takes a tenth of the time of its tokens one by one.
-    rows = tf.cond(tf.reduce_all(examples < num_full), copy_windows, lambda: _gather_from(tokens, starts, width + 1))
-    return rows, tf.minimum(length - starts, width + 1)
+    # Copying a window takes a tenth of the time of gathering its tokens.
+    read = tf.cond(tf.reduce_all(examples < num_full), copy_windows, lambda: _gather_from(tokens, starts, width + 1))
+    return read, tf.minimum(length - starts, width + 1)
 
 
 def _gather_from(tokens: tf.Tensor, starts: tf.Tensor, count: int) -> tf.Tensor:
-    """Returns count tokens from each start on, int32 [n, count]; beyond the end, the last one."""
+    """Returns count tokens from each start on, int32 [n, count]; beyond the end, the last token again."""
     places = starts[:, tf.newaxis] + tf.range(count, dtype=tf.int64)
     return tf.cast(tf.gather(tokens, tf.minimum(places, tokens.shape[0] - 1)), tf.int32)
 
