@@ -21,10 +21,10 @@ from trainer.config_file import load_config, make_config
 from trainer.data.batches import total_steps
 from trainer.data.characters import CharTokenizer
 from trainer.data.prepare import prepare
+from trainer.data.shard_writer import SplitWriter
 from trainer.data.shards import (
     PreparedData,
     Split,
-    SplitWriter,
     load_prepared,
 )
 from trainer.data.text import is_held_out

@@ -24,7 +24,8 @@ from typing import Any
 
 from trainer.config import Config
 from trainer.data.prepare import Findings, Say, Writers, encode_documents, prepare
-from trainer.data.shards import SHARD_TOKENS, PreparedData, SplitWriter, split_of
+from trainer.data.shard_writer import SplitWriter
+from trainer.data.shards import SHARD_TOKENS, PreparedData, split_of
 from trainer.data.text import File, Mixture, Source, Tally
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokenizer_files import load_tokenizer

@@ -29,11 +29,11 @@ from trainer.config import BpeFileConfig, Config, DataConfig, WordPieceFileConfi
 from trainer.data.coverage import notes_on_examples
 from trainer.data.cutting import cut_document
 from trainer.data.files import Document
+from trainer.data.shard_writer import SplitWriter
 from trainer.data.shards import (
     MANIFEST,
     SHARD_TOKENS,
     PreparedData,
-    SplitWriter,
     load_prepared,
     read_manifest,
     token_dtype,
