@@ -23,7 +23,7 @@ from trainer.config_file import load_config
 from trainer.data.batches import training_batches
 from trainer.data.vocabulary import SPECIAL_TOKENS
 from trainer.model.build import build_gpt
-from trainer.planning.plan import count_parameters
+from trainer.model.size import count_parameters
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "scripts" / "benchmarks"

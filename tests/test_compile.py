@@ -17,7 +17,8 @@ from trainer.config_file import load_config
 from trainer.errors import UserError
 from trainer.hardware.devices import parse_target
 from trainer.planning.compiler import compile_step, largest_that_fits
-from trainer.planning.plan import estimate_memory, find_vocabulary_size
+from trainer.planning.estimate import estimate_memory
+from trainer.planning.plan import find_vocabulary_size
 
 ROOT = Path(__file__).parent.parent
 FIGURES = Path(__file__).with_name("compiled_steps.json")

@@ -56,7 +56,6 @@ LATE = {
     "trainer.model.build": SLOW,
     "trainer.distributed.workers": SLOW,
     "trainer.training.run_folder": SLOW,
-    "trainer.planning.plan": SLOW,
 }
 
 # Imports that still break the law, each "importer -> imported". Shrink this list; never add to it.
@@ -69,9 +68,7 @@ KNOWN = {
     "trainer.planning.compile_hlo -> jaxlib",
     "trainer.planning.compile_hlo -> jaxlib.mlir",
     "trainer.planning.compile_hlo -> numpy",
-    "trainer.planning.plan -> trainer.data.shards",
     "trainer.system.signals -> multiprocessing",
-    "trainer.training.loop -> trainer.planning.plan",
 }
 
 

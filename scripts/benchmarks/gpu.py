@@ -28,7 +28,7 @@ from trainer.config_file import load_config
 from trainer.data.prepare import prepare
 from trainer.distributed.strategy import device_kind, device_names, find_devices, unseen_gpu
 from trainer.errors import UserError
-from trainer.planning.plan import tokens_per_sec_at_peak
+from trainer.model.size import tokens_per_sec_at_peak
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "gpt2_124m_8gpu.toml"
 ROUNDS = 5

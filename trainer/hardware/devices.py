@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from trainer.config_file import whole_number
 from trainer.errors import UserError
+from trainer.hardware.processor import Processor, processor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,12 @@ class Target(NamedTuple):
         if self.device.num_axes:
             return f"tpu:{name}-{self.num_devices * self.device.num_cores}"
         return "cpu" if name == "cpu" else f"gpu:{name}x{self.num_devices}"
+
+    def processor(self) -> Processor:
+        """Returns the kind of device that each replica is on."""
+        if self.device.name == "cpu":
+            return processor("CPU")
+        return processor("TPU" if self.device.num_axes else "GPU")
 
     def topology(self) -> str:
         """Returns how a TPU's chips are arranged, as its compiler wants to know it: v5e:2x4."""

@@ -37,7 +37,7 @@ from trainer.distributed.workers import Workers, describe_loss, find_workers
 from trainer.errors import UserError, quoted
 from trainer.model.build import BuildModel, make_model
 from trainer.model.gpt import GPT
-from trainer.planning.plan import tokens_per_sec_at_peak
+from trainer.model.size import tokens_per_sec_at_peak
 from trainer.system.process import call_in_new_process
 from trainer.system.signals import stop_on_signals
 from trainer.system.storage import Location, locate

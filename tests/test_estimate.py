@@ -1,0 +1,81 @@
+"""Laws of what a step is estimated to need of its device."""
+
+from pathlib import Path
+
+import pytest
+
+from trainer.config_file import load_config, make_config
+from trainer.execution import resolve
+from trainer.hardware.devices import Device, Target, parse_target
+from trainer.hardware.processor import Processor
+from trainer.model.size import count_parameters, matrix_parameters, tokens_per_sec_at_peak
+from trainer.planning.estimate import estimate_memory, kept_bytes, smallest_step_secs
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SETTINGS = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 1}}
+GPT2 = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml")
+V5E_8 = parse_target("tpu:v5e-8")
+
+
+def test_roofline_is_of_the_memory_where_that_is_slow():
+    fast = smallest_step_secs(GPT2, 50257, V5E_8)
+    at_peak = tokens_per_sec_at_peak(GPT2, 50257, V5E_8)
+    assert fast is not None and at_peak is not None
+    assert fast == pytest.approx(512 * 1024 / at_peak)
+    device = V5E_8.device
+    slow = Device("slow", device.flops, device.memory_bytes, bytes_per_sec=1e9, num_axes=2)
+    slower = Device("slower", device.flops, device.memory_bytes, bytes_per_sec=5e8, num_axes=2)
+    of_slow, of_slower = (smallest_step_secs(GPT2, 50257, Target(each, 8)) for each in (slow, slower))
+    assert of_slow is not None and of_slow > fast
+    assert of_slower == pytest.approx(2 * of_slow)
+
+
+def test_memory_of_weights_and_moments_is_exact():
+    parts = estimate_memory(make_config(SETTINGS), 5000, V5E_8)
+    assert (parts["weights"], parts["optimizer"]) == (3_387_266 * 4, 2 * 3_387_266 * 4)
+    bf16 = estimate_memory(make_config(SETTINGS, ["train.precision=mixed_bfloat16"]), 5000, V5E_8)
+    assert bf16["weights"] - parts["weights"] == 2 * matrix_parameters(make_config(SETTINGS), 5000)
+
+
+def test_micro_batches_keep_less_and_need_a_sum_of_gradients():
+    config = make_config(SETTINGS, ["train.global_batch_size=64"])
+    whole, halves, quarters = (estimate_memory(config, 5000, V5E_8, size) for size in (8, 4, 2))
+    assert whole["activations"] == 2 * halves["activations"] == 4 * quarters["activations"]
+    assert halves["gradients"] - whole["gradients"] == 3_387_266 * 4
+
+
+def test_where_little_is_kept_the_end_of_the_backward_pass_is_the_worst_instant():
+    parts = estimate_memory(make_config(SETTINGS, ["train.sequence_length=2"]), 5000, V5E_8, 1)
+    assert parts["gradients"] == 2 * 4 * count_parameters(make_config(SETTINGS, ["train.sequence_length=2"]), 5000)
+    assert parts["activations"] == 0
+
+
+@pytest.mark.parametrize(
+    ("sequence", "recompute", "scores"),
+    [
+        (255, "nothing", 255 * 255),
+        (255, "attention", 255 * 255),
+        (256, "nothing", 128 * 128 + 128 * 256),
+        (300, "nothing", 128 * 128 + 128 * 256 + 44 * 300),
+        (256, "attention", 0),
+        (300, "attention", 0),
+    ],
+)
+def test_probabilities_are_kept_of_each_block_of_queries_up_to_its_end(sequence: int, recompute: str, scores: int):
+    overrides = [f"train.sequence_length={sequence}", f"train.recompute={recompute}", "train.global_batch_size=2"]
+    config = make_config(SETTINGS, overrides)
+    execution = resolve(config, Processor("TPU"), 1)
+    without = kept_bytes(config, execution._replace(keeps_probabilities=False), copies_operands=False)
+    of_one_score = 4 * config.model.num_layers * config.model.num_heads
+    assert kept_bytes(config, execution, copies_operands=False) - without == 2 * scores * of_one_score
+
+
+def test_blocks_made_again_keep_their_inputs_and_one_block():
+    def kept(num_layers: int, recompute: str) -> float:
+        overrides = [f"model.num_layers={num_layers}", f"train.recompute={recompute}", "train.global_batch_size=2"]
+        config = make_config(SETTINGS, [*overrides, "train.sequence_length=512"])
+        return kept_bytes(config, resolve(config, Processor("TPU"), 1), copies_operands=False)
+
+    one_input = 2 * 512 * 256 * 4
+    assert kept(1, "blocks") == kept(1, "attention") + one_input
+    assert kept(7, "blocks") - kept(1, "blocks") == 6 * one_input

@@ -1,0 +1,85 @@
+"""How large a GPT is by its config alone: its weights, the operations of a token, and the speed that a device allows.
+
+Arithmetic without TensorFlow, so that `trainer plan` answers fast.
+"""
+
+import math
+from collections.abc import Iterator
+
+from trainer.config import Config, ModelConfig
+from trainer.execution import COMPUTE_DTYPES
+from trainer.hardware.devices import Target
+
+Shape = tuple[int, ...]
+
+
+def parameter_shapes(model: ModelConfig, vocabulary_size: int, sequence_length: int) -> Iterator[tuple[str, Shape]]:
+    """Yields the path and shape of every weight of the GPT, without building it."""
+    width, attention_dim = model.hidden_dim, model.num_heads * model.head_dim()
+    num_logits = model.num_logits(vocabulary_size)
+    yield "gpt/token_embedding/embeddings", (num_logits, width)
+    if model.positions == "learned":
+        yield "gpt/position_embedding/embeddings", (sequence_length, width)
+    for i in range(model.num_layers):
+        block = f"gpt/block_{i}"
+        yield from _projection(f"{block}/query_key_value", (width, model.query_key_value_dim()), model.use_bias)
+        yield from _projection(f"{block}/attention_output", (attention_dim, width), model.use_bias)
+        yield from _norm(f"{block}/attention_norm", model)
+        yield from _projection(f"{block}/intermediate", (width, model.intermediate_projection_dim()), model.use_bias)
+        yield from _projection(f"{block}/output", (model.intermediate_dim, width), model.use_bias)
+        yield from _norm(f"{block}/feedforward_norm", model)
+    if model.pre_norm:
+        yield from _norm("gpt/final_norm", model)
+    if not model.tied_embeddings:
+        yield "gpt/unembedding/kernel", (num_logits, width)
+        if model.use_bias:
+            yield "gpt/unembedding/bias", (num_logits,)
+
+
+def count_parameters(config: Config, vocabulary_size: int) -> int:
+    """Returns how many numbers a model learns."""
+    shapes = parameter_shapes(config.model, vocabulary_size, config.train.sequence_length)
+    return sum(math.prod(shape) for _, shape in shapes)
+
+
+def matrix_parameters(config: Config, vocabulary_size: int) -> int:
+    """Returns how many weights every token is multiplied by: the matrices of the blocks and of the output projection,
+    which may be the token embedding. Embeddings that are looked up, biases and normalizations do not count.
+    """
+    shapes = parameter_shapes(config.model, vocabulary_size, config.train.sequence_length)
+    tied = "gpt/token_embedding/embeddings" if config.model.tied_embeddings else ""
+    return sum(math.prod(shape) for path, shape in shapes if path.endswith("/kernel") or path == tied)
+
+
+def flops_per_token(config: Config, vocabulary_size: int) -> float:
+    """Returns the operations that a token costs in training: 6 N + 12 layers heads head_dim sequence_length.
+
+    N is `matrix_parameters`. Each weight costs a multiplication and an addition forward, and twice that backward. So do
+    the scores of a query with all sequence_length keys, and the mix of their values. The causal mask makes half of
+    these needless, and is ignored, as is usual. What the backward pass computes again is not counted again.
+
+    Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    """
+    model = config.model
+    attention = model.num_layers * model.num_heads * model.head_dim() * config.train.sequence_length
+    return 6.0 * matrix_parameters(config, vocabulary_size) + 12.0 * attention
+
+
+def tokens_per_sec_at_peak(config: Config, vocabulary_size: int, target: Target) -> float | None:
+    """Returns the tokens per second at a model FLOPs utilisation of 1, which no training comes near. The utilisation of
+    a training is its own tokens per second divided by these. None if the peak is not known, as for a CPU or float64.
+    """
+    peak = target.device.flops.get(COMPUTE_DTYPES[config.train.precision])
+    return None if peak is None else target.num_devices * peak / flops_per_token(config, vocabulary_size)
+
+
+def _projection(path: str, shape: Shape, use_bias: bool) -> Iterator[tuple[str, Shape]]:
+    yield f"{path}/kernel", shape
+    if use_bias:
+        yield f"{path}/bias", shape[-1:]
+
+
+def _norm(path: str, model: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    yield f"{path}/gamma", (model.hidden_dim,)
+    if model.use_bias:
+        yield f"{path}/beta", (model.hidden_dim,)

@@ -1,0 +1,109 @@
+"""What a step needs of its device by arithmetic: memory by part, and the least time it can take."""
+
+from trainer.config import Config
+from trainer.execution import Execution, query_blocks, resolve
+from trainer.hardware.devices import Target
+from trainer.model.size import count_parameters, matrix_parameters, tokens_per_sec_at_peak
+
+
+def estimate_memory(
+    config: Config, vocabulary_size: int, target: Target, micro_batch_size: int | None = None
+) -> dict[str, float]:
+    """Estimates what a replica's step needs of its device, in bytes by part, at the worst instant.
+
+    Two instants compete. Right after the loss, everything that the backward pass will read is there, with the gradient
+    of the output projection and a chunk of logits with its gradient. At the end of the backward pass none of that is
+    there, but the gradients of all weights are. At both instants there are the sum over micro-batches, if there are
+    several, the weights with a copy of their matrices in the compute dtype, and AdamW's two moments.
+
+    Args:
+        config: the run's configuration.
+        vocabulary_size: number of tokens.
+        target: the devices that the run uses.
+        micro_batch_size: replaces the config's own.
+
+    Raises:
+        UserError: the batch cannot be spread over that many devices.
+    """
+    execution = resolve(config, target.processor(), target.num_devices, micro_batch_size)
+    compute_bytes, weight_bytes = execution.compute_bytes, execution.weight_bytes
+    num_weights = count_parameters(config, vocabulary_size)
+    num_logits = config.model.num_logits(vocabulary_size)
+    copies = matrix_parameters(config, vocabulary_size) * compute_bytes if compute_bytes < weight_bytes else 0
+    sums = num_weights * execution.summed_bytes
+    always = {"weights": float(num_weights * weight_bytes + copies), "optimizer": 2.0 * num_weights * weight_bytes}
+    logit_rows = min(execution.logit_rows, execution.examples_at_once * config.train.sequence_length)
+    after_loss = {
+        "gradients": sums + num_logits * config.model.hidden_dim * float(weight_bytes),
+        "activations": kept_bytes(config, execution, copies_operands=target.processor().kind != "TPU"),
+        "logits": logit_rows * float(num_logits * (weight_bytes + compute_bytes)),
+    }
+    at_end = {"gradients": sums + num_weights * float(weight_bytes), "activations": 0.0, "logits": 0.0}
+    return always | max(after_loss, at_end, key=lambda parts: sum(parts.values()))
+
+
+def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> float:
+    """Estimates what the forward pass of the examples under way keeps for the backward pass.
+
+    A block keeps, in the compute dtype and for each token:
+
+        the residual stream before attention and before the feed-forward layer, from which norms are made again
+        queries, keys and values by head
+        what attention returns, by head and by token
+        the feed-forward layer before its activation
+        two dropout masks, in bytes
+        and unless they are computed again, the probabilities, for each block of queries and the keys up to its end;
+        queries, keys and values as the projection made them; and the feed-forward layer after its activation
+
+    For a GPU, XLA multiplies matrices that are arrays in memory; for a TPU it makes the operands of a product on the
+    way. Their buffer assignments show both. So with copies_operands a block keeps the outputs of its norms too; the
+    queries, keys and values that each block of queries meets, by themselves, in place of all queries, keys and values;
+    and if the compute dtype is narrower than float32, one residual stream in float32.
+
+    Args:
+        config: the run's configuration.
+        execution: how the replica computes.
+        copies_operands: whether matrix products read all operands from memory, as they do on a GPU.
+    """
+    model, sequence, compute_bytes = config.model, config.train.sequence_length, execution.compute_bytes
+    examples, recompute = execution.examples_at_once, execution.recompute
+    tokens, width, attention = examples * sequence, model.hidden_dim, model.num_heads * model.head_dim()
+    blocks = query_blocks(sequence, execution.query_block)
+    scores = examples * model.num_heads * sum((end - first) * end for first, end in blocks)
+    scores *= execution.keeps_probabilities
+    feedforward = model.intermediate_projection_dim() + model.intermediate_dim * (recompute == "nothing")
+    numbers = tokens * (2 * width + feedforward + 2 * attention) + scores
+    floats = 0
+    if not copies_operands:
+        numbers += tokens * model.query_key_value_dim() * (2 if recompute == "nothing" else 1)
+    else:
+        numbers += tokens * (2 * width + attention) + 2 * examples * attention * sum(end for _, end in blocks)
+        if compute_bytes < 4:
+            numbers -= tokens * width
+            floats = tokens * width
+    block = numbers * compute_bytes + floats * 4 + (2 * tokens * width if model.dropout else 0)
+    ends = 2 * tokens * width * compute_bytes  # What the loss reads, and its gradient.
+    if recompute == "blocks":
+        return model.num_layers * tokens * width * compute_bytes + block + ends
+    return model.num_layers * block + ends
+
+
+def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> float | None:
+    """Returns the time of a step at the roofline: the longer of its operations at the device's peak and of its traffic
+    at the peak of the device's memory. None if a peak is not known.
+
+    The traffic is the least possible: AdamW reads weights, moments and gradients and writes the first two; a
+    micro-batch writes what it keeps and reads it again, reads its matrices forward and backward and adds to the sum of
+    gradients.
+    """
+    at_peak, train = tokens_per_sec_at_peak(config, vocabulary_size, target), config.train
+    if at_peak is None or target.device.bytes_per_sec is None:
+        return None
+    execution = resolve(config, target.processor(), target.num_devices)
+    weights_bytes = float(execution.weight_bytes) * count_parameters(config, vocabulary_size)
+    kept = kept_bytes(config, execution, copies_operands=False)
+    matrices_bytes = 2.0 * matrix_parameters(config, vocabulary_size) * execution.compute_bytes
+    num_micro_batches = execution.examples // execution.micro_batch_size
+    traffic = 7 * weights_bytes + num_micro_batches * (2 * kept + matrices_bytes + 2 * weights_bytes)
+    tokens = train.global_batch_size * train.sequence_length
+    return max(tokens / at_peak, traffic / target.device.bytes_per_sec)
