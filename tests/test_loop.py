@@ -21,11 +21,12 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 import trainer
 from trainer.cli import main
 from trainer.data.prepare import prepare
+from trainer.decoding import samples
 from trainer.distributed.strategy import make_strategy
 from trainer.distributed.workers import Workers
 from trainer.model.build import make_model
 from trainer.model.gpt import GPT
-from trainer.training import checkpoint, loop, results
+from trainer.training import checkpoint, launch, results
 from trainer.training.loop import is_due, steps_until_due
 from trainer.training.results import read_scores, write_scores
 from trainer.training.run_checkpoints import open_checkpoints, restore
@@ -57,8 +58,9 @@ SOME_DECODERS = ("greedy", "top-p")
 RUN = f"""
 import json, os, sys, time
 import trainer
-import trainer.training.loop as loop
-loop.DECODERS = {SOME_DECODERS}
+from trainer.decoding import samples
+from trainer.training import launch, loop
+samples.DECODERS = {SOME_DECODERS}
 pause = float(os.environ["PAUSE"])
 if pause:
     due = loop.steps_until_due
@@ -66,7 +68,7 @@ if pause:
 if sys.argv[1] == "train":
     result = trainer.train(trainer.make_config(json.loads(sys.argv[2])))
 elif sys.argv[1] == "train or resume":
-    result = loop.start(trainer.make_config(json.loads(sys.argv[2])), or_resume=True)
+    result = launch.start(trainer.make_config(json.loads(sys.argv[2])), or_resume=True)
 else:
     result = trainer.resume(sys.argv[2], overrides=sys.argv[3:])
 sys.exit(75 if result.is_stopped else 0)
@@ -276,13 +278,13 @@ def test_workers_that_train_or_resume_start_then_go_on_and_a_difference_is_an_er
 
 @pytest.mark.slow
 def test_train_or_resume_starts_then_goes_on_and_at_last_reports_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
+    monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
     lines = []
     settings = settings_of(tmp_path)
     # Made, and killed before the first checkpoint.
     config = trainer.make_config(settings)
     RunFolder.create(config, prepare(config, lines.append))
-    result = loop.start(config, say=lines.append, or_resume=True)
+    result = launch.start(config, say=lines.append, or_resume=True)
     assert (result.step, "steps 0 to 40" in " ".join(lines)) == (40, True)
 
     run = Path(result.run_folder)
@@ -291,14 +293,14 @@ def test_train_or_resume_starts_then_goes_on_and_at_last_reports_again(tmp_path,
     lines.clear()
     # The cadence of today's config applies, not the one it was started with.
     config = trainer.make_config(settings_of(tmp_path, checkpoint__every_steps=5))
-    again = loop.start(config, say=lines.append, or_resume=True)
+    again = launch.start(config, say=lines.append, or_resume=True)
     assert "steps 30 to 40" in " ".join(lines)
     assert (run / "checkpoints" / "step_000000035").is_dir()
     assert again.evaluation == result.evaluation
-    finished = loop.start(config, say=lines.append, or_resume=True)
+    finished = launch.start(config, say=lines.append, or_resume=True)
     assert (finished.step, finished.evaluation, finished.samples) == (40, result.evaluation, result.samples)
     with pytest.raises(trainer.UserError, match=r"train.seed=7 \(was 0\)"):
-        loop.start(trainer.make_config(settings_of(tmp_path, train__seed=7)), say=lines.append, or_resume=True)
+        launch.start(trainer.make_config(settings_of(tmp_path, train__seed=7)), say=lines.append, or_resume=True)
 
 
 def test_checkpoints_of_before_skipped_steps_were_counted_begin_the_count_at_0(tmp_path):
@@ -316,7 +318,7 @@ def test_checkpoints_of_before_skipped_steps_were_counted_begin_the_count_at_0(t
 
 @pytest.mark.slow
 def test_a_routine_overflow_alone_in_its_interval_ends_no_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "DECODERS", ("greedy",))
+    monkeypatch.setattr(samples, "DECODERS", ("greedy",))
     # Doubled after each step, the scale overflows again and again, each time in a step that is reported by itself.
     monkeypatch.setattr(LossScale, "STEPS_TO_DOUBLE", 1)
     settings = settings_of(
@@ -426,7 +428,7 @@ def test_run_leaves_all_that_is_needed_and_a_finished_run_reports_again(trained,
         and scores[60] == result.evaluation.loss
         and result.best_step == min(scores, key=scores.get)
     )
-    monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
+    monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
     logs = {path: path.stat().st_size for path in run.rglob("*tfevents*")}
     again = trainer.resume(str(run), say=lambda _: None)
     assert again.evaluation == result.evaluation
@@ -471,7 +473,7 @@ def subclassed(config, vocabulary_size):
 
 @pytest.mark.parametrize("build", [sequential, functional, subclassed])
 def test_a_foreign_keras_model_of_any_style_trains_resumes_and_writes(tmp_path, monkeypatch, build):
-    monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
+    monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
     settings = settings_of(tmp_path, model__dropout=0.0, evaluation__every_steps=None, samples__every_steps=None)
     config = trainer.make_config(settings)
     said, said_again = [], []
@@ -510,7 +512,7 @@ def test_a_foreign_model_that_returns_no_logits_is_refused(build, message):
 
 
 def test_a_run_that_fails_before_its_first_step_leaves_its_folder_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
+    monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
 
     def build_wrongly(config, vocabulary_size):
         raise KeyError("a slip in a first draft")
@@ -619,7 +621,7 @@ def test_cadences_meet_at_their_multiples():
 @pytest.mark.slow
 @pytest.mark.parametrize("data", [{}, {"mode": "lines"}])
 def test_models_of_short_documents_end_them_by_themselves(tmp_path, monkeypatch, data):
-    monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
+    monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
     names = [one + two for one in ("ka", "mi", "lo", "an", "er") for two in ("ra", "na", "li", "so")]
     (tmp_path / "text.txt").write_text("\n".join(names * 20) + "\n")
     settings = settings_of(tmp_path, train__total_steps=150, train__sequence_length=16, train__global_batch_size=16)
@@ -637,7 +639,7 @@ def test_models_of_short_documents_end_them_by_themselves(tmp_path, monkeypatch,
 @pytest.fixture
 def copy_of_trained(trained, tmp_path, monkeypatch):
     """A run of 60 steps, scored after 30 and 60 of them, which may be changed."""
-    monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
+    monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
     return shutil.copytree(trained[1].run_folder, tmp_path / "run")
 
 
@@ -691,7 +693,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(copy_of_tra
 def test_a_checkpoint_that_is_left_out_is_said_once_and_not_among_what_the_model_writes(copy_of_trained, capsys):
     weights = copy_of_trained / "checkpoints/step_000000060/weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    facts = loop.what_is_there(RunFolder(copy_of_trained), None)
+    facts = launch.contents(RunFolder(copy_of_trained), None)
     assert facts[f"the checkpoint to go on from in {copy_of_trained}"] != "none"
     assert capsys.readouterr() == ("", "")  # `train`, which comes next, says it.
     for words in (["generate", "--sampler", "greedy", "--num-tokens", "2"], ["evaluate", "distribution.kind=cpu"]):
@@ -772,7 +774,7 @@ def short_retries(monkeypatch):
 
 
 def test_grown_text_is_said_when_a_run_goes_on_without_it(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "DECODERS", SOME_DECODERS)
+    monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
     config, result = trained
     text = Path(config.data.train[0])
     whole = text.read_text()
@@ -780,7 +782,7 @@ def test_grown_text_is_said_when_a_run_goes_on_without_it(trained, tmp_path, mon
         for content, said in ((whole, False), (whole + "more\n", True), (None, True)):
             text.write_text(content) if content else text.unlink()
             lines = []
-            assert loop.start(config, say=lines.append, or_resume=True).evaluation == result.evaluation
+            assert launch.start(config, say=lines.append, or_resume=True).evaluation == result.evaluation
             told = [line for line in lines if "the run goes on with the text of then" in line]
             assert len(told) == said, lines
         assert "cannot be compared" in told[0]

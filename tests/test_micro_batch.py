@@ -19,7 +19,7 @@ from trainer.config_file import load_config, make_config
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.model.gpt import GPT
-from trainer.training import loop
+from trainer.training import launch
 from trainer.training.micro_batch import first_that_fits, fit_micro_batch
 from trainer.training.step import TrainingStep
 
@@ -31,9 +31,9 @@ import json, os, sys
 import test_micro_batch
 import trainer.training.step as step_module
 from trainer.config_file import make_config
-from trainer.training import loop
+from trainer.training import launch
 step_module.forward_backward = test_micro_batch.limited(int(os.environ["LIMIT"]))
-loop.start(make_config(json.loads(sys.argv[1])))
+launch.start(make_config(json.loads(sys.argv[1])))
 """
 
 
@@ -193,7 +193,7 @@ def test_a_run_that_tried_it_out_is_bit_for_bit_the_run_with_that_number_and_is_
     lines.clear()
     for go_on in (
         lambda: trainer.resume(run, say=lines.append),
-        lambda: loop.start(config, say=lines.append, or_resume=True),
+        lambda: launch.start(config, say=lines.append, or_resume=True),
     ):
         for file in (Path(run) / "checkpoints/step_000000004").iterdir():
             file.unlink()

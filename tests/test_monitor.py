@@ -18,7 +18,8 @@ from trainer.config_file import make_config
 from trainer.errors import UserError
 from trainer.system.terminal import printable
 from trainer.training.evaluation import Evaluation
-from trainer.training.monitor import EventLog, Interval, Meter, Monitor, literal
+from trainer.training.event_log import EventLog, literal
+from trainer.training.monitor import Interval, Meter, Monitor
 from trainer.training.step import CallMetrics
 
 CONFIG = make_config({"run_folder": "r", "train": {"precision": "float32", "total_steps": 30}})

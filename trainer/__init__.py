@@ -70,10 +70,10 @@ def train(
     """
     check_not_forked()
     with quiet_import():
-        from trainer.training import loop
+        from trainer.training import launch
 
     with lasting_output():
-        return loop.start(config, build_model, say)
+        return launch.start(config, build_model, say)
 
 
 def resume(
@@ -98,10 +98,10 @@ def resume(
     """
     check_not_forked()
     with quiet_import():
-        from trainer.training import loop
+        from trainer.training import launch
 
     with lasting_output():
-        return loop.resume(run_folder, build_model, say, overrides, step)
+        return launch.resume(run_folder, build_model, say, overrides, step)
 
 
 def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = print) -> tf.data.Dataset:

@@ -55,13 +55,13 @@ def train(options: argparse.Namespace) -> ExitStatus:
     else:
         config = _check_started(options)
     with quiet_import():
-        from trainer.training import loop
+        from trainer.training import launch
 
     with lasting_output():
         if options.resume is not None:
-            result = loop.resume(run_folder, overrides=overrides, step=step)
+            result = launch.resume(run_folder, overrides=overrides, step=step)
         else:
-            result = loop.start(config, or_resume=options.or_resume)
+            result = launch.start(config, or_resume=options.or_resume)
         if result.is_stopped:
             return ExitStatus.STOPPED
         for name, text in result.samples.items():

@@ -96,14 +96,16 @@ class Evaluator:
         self._sum_batch = tf.function(self._score_batch, autograph=False)
 
     def __call__(self, num_batches: int | None = None) -> Evaluation:
-        """Scores num_batches batches of each source, or all."""
-        evaluation = self.unless_stopped(lambda: False, num_batches)
+        """Scores num_batches batches of each source, or all batches if that is None."""
+        evaluation = self.until_stopped(lambda: False, num_batches)
         assert evaluation is not None
         return evaluation
 
-    def unless_stopped(self, should_stop: Callable[[], bool], num_batches: int | None) -> Evaluation | None:
-        """Scores num_batches batches of each source, or all; gives up and returns None once should_stop, asked after
-        each batch, says so.
+    def until_stopped(self, stop_requested: Callable[[], bool], num_batches: int | None) -> Evaluation | None:
+        """Scores num_batches batches of each source, or all batches if that is None.
+
+        Returns:
+            The score. None if stop_requested, which is called after each batch, has returned True.
         """
         splits = self.prepared.parts("validation")
         sums = np.zeros([len(splits), 3])
@@ -113,7 +115,7 @@ class Evaluator:
                     # By name: TensorFlow warns when call after call traces the same code, as in run after run.
                     self._sum_batch.get_concrete_function(batch)
                 sums[i] += [float(each) for each in self._sum_batch(batch)]
-                if should_stop():
+                if stop_requested():
                     return None
         loss_sum, num_tokens, _ = sums.sum(axis=0)
         num_bytes = float(sums[:, 2] @ self._scales)

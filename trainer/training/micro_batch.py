@@ -1,14 +1,50 @@
 """How many examples at a time the devices have memory for: tried out on them before the first step."""
 
 import bisect
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow as tf
 
+from trainer.config import Config
 from trainer.distributed.strategy import processor_of
-from trainer.errors import UserError
+from trainer.distributed.workers import Workers
+from trainer.errors import UserError, quoted
 from trainer.execution import resolve
+from trainer.training.run_folder import RunFolder
 from trainer.training.step import TrainingStep
+
+
+def settle_micro_batch(run: RunFolder, workers: Workers, step: TrainingStep, say: Callable[[str], None]) -> Config:
+    """Finds the largest micro-batch that fits, and keeps it in the run's config, which the chief writes.
+
+    Returns:
+        The run's config with that micro-batch.
+
+    Raises:
+        UserError: one example at a time does not fit either.
+    """
+    fit_micro_batch(step, say)
+    size = step.execution.micro_batch_size
+    say(f"train.micro_batch_size='auto' comes to {size} of a replica's {step.execution.examples} examples.")
+    run.config = run.config.with_micro_batch_size(size)
+    if workers.is_chief:
+        run.keep_micro_batch_size(size)
+    return run.config
+
+
+@contextlib.contextmanager
+def advising_on_memory(run: RunFolder) -> Iterator[None]:
+    """Turns the error that a device has too little memory for a step into a UserError that advises what to do."""
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        size = run.config.train.micro_batch_size
+        raise UserError(
+            f"A step does not fit the device's memory with train.micro_batch_size={size}: "
+            f"{error.message.splitlines()[0][:300]}. Go on with the largest that fits: "
+            f"trainer train --resume {quoted(run.path)} train.micro_batch_size=auto"
+        ) from error
 
 
 def fit_micro_batch(step: TrainingStep, say: Callable[[str], None]) -> None:

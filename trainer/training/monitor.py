@@ -2,29 +2,29 @@
 
 import contextlib
 import math
-import os
-import re
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
-import numpy as np
+import keras
 import rich.progress
 import tensorflow as tf
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.scalar.summary_v2 import scalar_pb
-from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from trainer.config import Config
-from trainer.errors import UserError
-from trainer.system.storage import Location, reason_and_remedy
+from trainer.data.batches import num_examples
+from trainer.data.batches import total_steps as count_steps
+from trainer.data.coverage import TextBytes
+from trainer.data.shards import PreparedData
+from trainer.distributed.strategy import device_kind, device_names, find_devices
+from trainer.model.gpt import GPT
+from trainer.model.size import tokens_per_sec_at_peak
+from trainer.system.storage import Location
 from trainer.system.terminal import Say, console, printable
+from trainer.system.terminal import say as print_line
 from trainer.training.evaluation import Evaluation
+from trainer.training.event_log import EventLog, literal
+from trainer.training.run_folder import RunFolder
 from trainer.training.step import CallMetrics
 
 # Columns of a terminal on which the bar has room for both speeds; on fewer it shows the overall one.
@@ -304,123 +304,8 @@ class Silence:
     advance = interval = evaluation = samples = say
 
 
-_EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
-
-
-class EventLog:
-    """A file for TensorBoard, that begins by making void what earlier ones in its folder have after first_step.
-
-    A killed run may have logged past its checkpoint. TensorBoard reads the files of a folder in the order of their
-    names, which begin with the time; where a clock was set back, the name and the times of events go on from the newest
-    ones that are there.
-
-    What cannot be written later on, because the disk is full for example, is kept in memory and written into another
-    file once that can be done: curves are no reason to end a run.
-
-    Args:
-        folder: for the file.
-        first_step: what earlier files have up to here stays.
-        say: prints a line, when the file cannot be written, and when it can be again.
-
-    Raises:
-        UserError: it cannot be written from the start.
-    """
-
-    def __init__(self, folder: Location, first_step: int, say: Say = print) -> None:
-        self.folder = folder
-        self._say = say
-        self._unwritten: list[bytes] = []
-        self._wall_time = 0.0
-        try:
-            self._writer: RecordWriter | None = self._open()
-            self._write_event(first_step + 1, {"session_log": SessionLog(status=SessionLog.START)})
-            self._write_all(self._writer)
-        except (OSError, tf.errors.OpError) as error:
-            raise UserError(f"Cannot write to {folder}: {reason_and_remedy(error)}, then resume the run.") from error
-
-    def _open(self) -> RecordWriter:
-        tf.io.gfile.makedirs(str(self.folder))
-        names = sorted(name for name in tf.io.gfile.listdir(str(self.folder)) if _EVENT_FILE.match(name))
-        second = int(time.time())
-        if names:
-            second = max(second, int(_EVENT_FILE.match(names[-1])[1]) + 1)  # type: ignore[index]
-        if names and not self._wall_time:
-            events = LegacyEventFileLoader(f"{self.folder}/{names[-1]}").Load()
-            self._wall_time = max((event.wall_time for event in events), default=0.0)
-        self._path = f"{self.folder}/events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.0"
-        writer = RecordWriter(tf.io.gfile.GFile(self._path, "wb"))
-        writer.write(Event(wall_time=self._wall_time, file_version="brain.Event:2").SerializeToString())
-        return writer
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a point of each curve."""
-        limits = np.finfo(np.float32)  # All that TensorBoard keeps, and a perplexity can be more.
-        summaries = [scalar_pb(name, np.clip(value, limits.min, limits.max)) for name, value in values.items()]
-        self._write(step, [{"summary": summary} for summary in summaries])
-
-    def texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Writes texts, in Markdown."""
-        self._write(step, [{"summary": text_pb(name, text)} for name, text in texts.items()])
-
-    def close(self) -> None:
-        """Closes the file, and says if not everything could be written."""
-        if self._unwritten:
-            self._write(0, [])
-        if self._unwritten:
-            self._say(f"{self.folder} lacks its last {len(self._unwritten)} points and texts: they cannot be written.")
-        self._close()
-
-    def _close(self) -> None:
-        with contextlib.suppress(OSError, tf.errors.OpError):
-            if self._writer is not None:
-                self._writer.close()
-        self._writer = None
-
-    def _write(self, step: int, events: list[dict[str, str | SessionLog | Summary]]) -> None:
-        was_failing = self._writer is None
-        for event in events:
-            self._write_event(step, event)
-        try:
-            # Another file, as the end of the one before may be half a record.
-            self._writer = self._writer or self._open()
-            self._write_all(self._writer)
-        except (OSError, tf.errors.OpError) as error:
-            self._close()
-            if was_failing:
-                with contextlib.suppress(OSError, tf.errors.OpError):
-                    tf.io.gfile.remove(self._path)  # One of no use for each try would be many.
-            else:
-                self._say(
-                    f"Cannot write to {self.folder}: {reason_and_remedy(error)}. Training goes on, and the curves are "
-                    "written once that can be done."
-                )
-            return
-        if was_failing:
-            self._say(f"{self.folder} can be written again.")
-
-    def _write_event(self, step: int, event: dict[str, Any]) -> None:
-        self._wall_time = max(self._wall_time, time.time())
-        self._unwritten.append(Event(step=step, wall_time=self._wall_time, **event).SerializeToString())
-
-    def _write_all(self, writer: RecordWriter) -> None:
-        for event in self._unwritten:
-            writer.write(event)
-        writer.flush()
-        self._unwritten.clear()
-
-
 def _bits_tag(is_lossy: bool) -> str:
     return "bits_per_byte_lossy" if is_lossy else "bits_per_byte"
-
-
-def literal(text: str) -> str:
-    """Returns Markdown that shows a text as it is: nothing in it formats, links or fetches."""
-    lines = (
-        # An entity is neither Markdown's nor HTML's to read; a space that counts is one that neither drops.
-        re.sub(r"[!#&*+<=>\[\\\]_`{|}~-]|(?<=\d)[.)]", lambda found: f"&#{ord(found[0])};", line)
-        for line in printable(text).expandtabs(4).split("\n")
-    )
-    return "  \n".join(re.sub("^ |(?<= ) | $|^$", "&nbsp;", line) for line in lines)
 
 
 def _perplexity(loss: float) -> float:
@@ -431,3 +316,58 @@ def _clock(secs: float) -> str:
     minutes, seconds = divmod(round(secs), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def make_monitor(
+    run: RunFolder,
+    prepared: PreparedData,
+    model: keras.Model,
+    strategy: tf.distribute.Strategy,
+    first_step: int,
+    say: Say,
+) -> Monitor:
+    """Returns the monitor of a run that goes on from first_step."""
+    config, split = run.config, prepared.split("train")
+    text_bytes, parts = TextBytes(prepared), prepared.parts("train")
+    is_cut = config.data.mode == "lines" and split.max_tokens > config.train.sequence_length
+    has_epochs = config.data.weights is None  # The sources of a mixture end at different times.
+    return Monitor(
+        run.path / "logs",
+        config,
+        first_step=first_step,
+        total_steps=count_steps(prepared, config),
+        bits_per_token_byte=1 / (text_bytes.of_target(config) * math.log(2)),
+        is_lossy=is_cut or any(map(text_bytes.is_lossy, parts)),
+        say=None if say is print_line else say,
+        steps_per_epoch=num_examples(split, config) / config.train.global_batch_size if has_epochs else None,
+        tokens_per_sec_at_peak=find_peak(config, model, prepared.vocabulary_size, strategy, say),
+    )
+
+
+def find_peak(
+    config: Config, model: keras.Model, vocabulary_size: int, strategy: tf.distribute.Strategy, say: Say
+) -> float | None:
+    """Returns the tokens per second at a model FLOPs utilisation of 1; None if that is not known. A line then names the
+    accelerator whose peak is not known.
+    """
+    kind = device_kind(strategy)
+    if kind == "CPU" or not isinstance(model, GPT):
+        return None
+    names = device_names(strategy)
+    devices = find_devices(kind, names, strategy.num_replicas_in_sync)
+    at_peak = None if devices is None else tokens_per_sec_at_peak(config, vocabulary_size, devices)
+    if at_peak is None:
+        name = " and ".join(sorted(names)) or f"this {kind}"
+        say(f"The peak of {name} in train.precision={config.train.precision!r} is not known: no utilisation is shown.")
+    return at_peak
+
+
+def describe_run(run: RunFolder, prepared: PreparedData, model: keras.Model, step: int, total_steps: int) -> str:
+    """Returns a line about a run that goes on from a step."""
+    train = run.config.train
+    tokens = train.global_batch_size * train.sequence_length
+    text = prepared.split("train")
+    return (
+        f"{run.path}: {model.count_params():,} parameters, {train.precision}; {text.num_tokens:,} tokens of text; "
+        f"steps {step} to {total_steps} of {train.global_batch_size} x {train.sequence_length} = {tokens:,} tokens."
+    )

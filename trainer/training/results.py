@@ -8,8 +8,9 @@ from trainer.distributed.workers import Workers
 from trainer.errors import UserError, quoted
 from trainer.system.manifest import DamagedError, unsealed, write_sealed
 from trainer.system.storage import reason_and_remedy
+from trainer.training.checkpoint import Checkpoints
 from trainer.training.evaluation import Evaluation
-from trainer.training.run_folder import RESULT, SCORES, RunFolder
+from trainer.training.run_folder import RESULT, SCORES, RunFolder, Step
 
 
 def read_scores(run: RunFolder) -> dict[int, float]:
@@ -46,6 +47,21 @@ def write_scores(run: RunFolder, scores: dict[int, float]) -> None:
         write_sealed(file, {"losses": {str(step): loss for step, loss in scores.items()}})
     except OSError as error:
         raise UserError(f"{file} cannot be written: {reason_and_remedy(error)}.") from None
+
+
+def scores_to_keep(checkpoints: Checkpoints, step: int, from_step: Step | None) -> dict[int, float]:
+    """Returns the validation losses that a process which goes on from a step has to keep.
+
+    A process that was killed may have scored steps after its last checkpoint: they are taken and scored again. But if
+    the user has chosen an earlier checkpoint, the losses of the later checkpoints are kept.
+
+    Args:
+        checkpoints: the run's checkpoints, with the losses so far.
+        step: the step of the checkpoint to go on from; 0 if there is none.
+        from_step: the checkpoint that the user has chosen; None: the newest.
+    """
+    later = () if from_step is None else checkpoints.steps()
+    return {at: loss for at, loss in checkpoints.scores.items() if at <= step or at in later}
 
 
 def keep_score(

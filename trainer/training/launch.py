@@ -1,0 +1,252 @@
+"""Starts and resumes runs: everything before the story that loop.py tells.
+
+`start` takes a config, `resume` the folder of a run. Both, on every worker:
+1. find out which worker this process is: the only one, or one of the several that TF_CONFIG or SLURM name;
+2. lock the run's folder until the run is over, if this worker is the chief;
+3. get the prepared data, make or open the folder, and open the devices. A single worker does just that (`_launch_one`).
+   Several workers meet before they open the devices, and compare what they have (`_launch_several`): TensorFlow waits
+   for a missing worker for ever, and workers with different settings would spoil the model;
+4. call `loop.train`.
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from trainer.config import Config, examples_per_replica
+from trainer.data.prepare import prepare, text_fingerprint
+from trainer.data.shards import PreparedData
+from trainer.distributed.rendezvous import Meeting
+from trainer.distributed.strategy import (
+    count_replicas_of,
+    describe_devices,
+    devices_of_this_worker,
+    make_strategy,
+    share_cores,
+)
+from trainer.distributed.workers import Workers, describe_loss, find_workers
+from trainer.errors import UserError, quoted
+from trainer.model.build import BuildModel
+from trainer.system.process import call_in_new_process
+from trainer.system.storage import Location, locate
+from trainer.system.terminal import Say
+from trainer.system.terminal import say as print_line
+from trainer.training.loop import TrainingResult, train
+from trainer.training.run_checkpoints import find_checkpoint, open_checkpoints
+from trainer.training.run_data import find_prepared
+from trainer.training.run_folder import RunFolder, Step, find_run, run_and_step
+from trainer.training.run_lock import only_run_in
+from trainer.version import __version__
+
+
+class Request(NamedTuple):
+    """What is to be trained.
+
+    Attributes:
+        config: the run's configuration.
+        run: the run to go on with; None: a new one.
+        open_run: opens the run's folder, once it is there.
+        build_model: builds the model; None: the GPT that config describes.
+        may_prepare: whether the text is prepared if its prepared data is missing.
+        step: the checkpoint to go on from: a step, or "best"; None: the newest.
+    """
+
+    config: Config
+    run: RunFolder | None
+    open_run: Callable[[], RunFolder]
+    build_model: BuildModel | None
+    may_prepare: bool
+    step: Step | None = None
+
+
+def start(
+    config: Config, build_model: BuildModel | None = None, say: Say = print, or_resume: bool = False
+) -> TrainingResult:
+    """Prepares the text if that is still to be done, makes the run's folder, and trains.
+
+    Args:
+        config: the run's configuration.
+        build_model: builds a Keras model from the config and the vocabulary size; None: the GPT that config describes.
+        say: prints a line.
+        or_resume: whether to go on with the run that is in the folder, if there is one.
+
+    Raises:
+        UserError: a setting, the text or the folder is not right, or the workers do not agree.
+    """
+    say = print_line if say is print else say
+    workers = find_workers(config.distribution)
+    find_run(config, or_resume)  # Before the lock: if the run is refused, not even a lock file was there for a moment.
+    with _locked_by_chief(locate(config.run_folder), workers, say):
+        # Again: before the lock, another process could change the folder.
+        run = find_run(config, or_resume)
+        request = Request(config, run, lambda: RunFolder.of(config), build_model, may_prepare=True)
+        return _launch(request, workers, say)
+
+
+def resume(
+    run_folder: str,
+    build_model: BuildModel | None = None,
+    say: Say = print,
+    overrides: Sequence[str] = (),
+    step: Step | None = None,
+) -> TrainingResult:
+    """Goes on with a run from a checkpoint, with the configuration that the run was started with.
+
+    Args:
+        run_folder: the run's folder, or the folder of one of its checkpoints.
+        build_model: the function that was given to `start`.
+        say: prints a line.
+        overrides: `section.key=value` strings for the settings that a resumed run may change.
+        step: the checkpoint's step, or "best"; None: the newest checkpoint.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or its data is gone, or the workers do not agree.
+    """
+    say = print_line if say is print else say
+    run_folder, step = run_and_step(run_folder, step)
+    run = RunFolder(run_folder, overrides)  # Before the lock: only the chief locks, and the config names the workers.
+    workers = find_workers(run.config.distribution)
+    with _locked_by_chief(run.path, workers, say):
+        # Again: before the lock, another process could change the folder.
+        run = RunFolder(run_folder, overrides)
+        request = Request(run.config, run, lambda: RunFolder(run_folder, overrides), build_model, False, step)
+        return _launch(request, workers, say)
+
+
+def _locked_by_chief(folder: Location, workers: Workers, say: Say) -> contextlib.AbstractContextManager[None]:
+    return only_run_in(folder, say) if workers.is_chief else contextlib.nullcontext()
+
+
+def _launch(request: Request, workers: Workers, say: Say) -> TrainingResult:
+    if request.run is not None:
+        request.run.check_model(request.build_model)
+    if workers.are_several:
+        return _launch_several(request, workers, say if workers.is_chief else _be_silent)
+    return _launch_one(request, workers, say)
+
+
+def _launch_one(request: Request, workers: Workers, say: Say) -> TrainingResult:
+    """Trains as the only worker. Devices come first: if they cannot be used, no text has to be prepared to find out."""
+    config = request.config
+    strategy = open_devices(config, workers, say)
+    examples_per_replica(config, strategy.num_replicas_in_sync)
+    prepared = _prepared(request, prepare, say)
+    if request.run is not None and request.may_prepare:
+        report_changed_text(config, prepared, say, text_fingerprint)
+    run = request.run or RunFolder.create(config, prepared, request.build_model)
+    return train(run, workers, strategy, prepared, request.build_model, say, request.step)
+
+
+def _launch_several(request: Request, workers: Workers, say: Say) -> TrainingResult:
+    """Trains as one of several workers. Devices come last: TensorFlow joins the workers when it opens the devices, and
+    can do so only before it computes anything. So text is prepared in another process.
+    """
+    config = request.config
+    examples_per_replica(config, count_replicas_of(workers))
+    prepare_elsewhere = functools.partial(call_in_new_process, prepare)
+
+    def make_or_open() -> RunFolder:
+        if workers.is_chief and request.run is None:
+            RunFolder.create(config, prepared, request.build_model)
+        return request.open_run()  # All workers, in the state that the chief's lock keeps.
+
+    with Meeting(workers) as meeting:
+        meeting.agree(fingerprints(config, request.build_model))
+        # The chief prepares, and the others find the data: a shared folder needs no locks.
+        prepared = meeting.in_turn(lambda: _prepared(request, prepare_elsewhere, say))
+        meeting.agree({"the prepared data": prepared.fingerprint})
+        if workers.is_chief and request.run is not None and request.may_prepare:
+            report_changed_text(config, prepared, say, functools.partial(call_in_new_process, text_fingerprint))
+        run = meeting.in_turn(make_or_open)
+        meeting.agree(contents(run, request.step))
+    with _reporting_lost_workers(run, workers):
+        strategy = open_devices(run.config, workers, say)
+        return train(run, workers, strategy, prepared, request.build_model, say, request.step)
+
+
+def _be_silent(_: str) -> None:
+    pass
+
+
+def _prepared(request: Request, prepare: Callable[..., PreparedData], say: Say) -> PreparedData:
+    def prepare_now() -> PreparedData:
+        return prepare(request.config, say=say)
+
+    if request.run is None:
+        return prepare_now()
+    return find_prepared(request.run, prepare_now if request.may_prepare else None)
+
+
+def open_devices(config: Config, workers: Workers, say: Say) -> tf.distribute.Strategy:
+    """Returns the strategy of a run and prints its devices. Call it before TensorFlow computes anything."""
+    share_cores(config, workers)
+    strategy = make_strategy(config.distribution)
+    for line in describe_devices(strategy, config.distribution, workers):
+        say(line)
+    return strategy
+
+
+def report_changed_text(
+    config: Config, prepared: PreparedData, say: Say, text_fingerprint: Callable[[Config], str]
+) -> None:
+    """Prints a line if the text has changed since the run was started: the run goes on with the text of then."""
+    try:
+        if text_fingerprint(config) == prepared.source_fingerprint:
+            return
+        what = "The text, or the file of tokenizer.path, has changed since this run was started"
+    except UserError as error:
+        what = f"The text cannot be compared with what it was when this run was started ({str(error).rstrip('.')})"
+    say(
+        f"{what}: the run goes on with the text of then, as it was prepared in "
+        f"{prepared.stored_in or prepared.folder}. To train on the text of now, start a new run: "
+        f"{quoted(f'run_folder={config.run_folder}-2')}"
+    )
+
+
+def fingerprints(config: Config, build_model: BuildModel | None) -> dict[str, str]:
+    """Returns what must be equal on all workers before any text is read."""
+    settings = {}
+    for name, value in config.model_dump(mode="json").items():
+        section = {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+        settings.update({key: json.dumps(each) for key, each in section.items()})
+    return {
+        "the version of trainer": __version__,
+        "the version of TensorFlow": tf.__version__,
+        "the version of Keras": keras.__version__,
+        "what each computes on": devices_of_this_worker(),
+        "the function that builds the model": "trainer's own" if build_model is None else _name_of(build_model),
+    } | settings
+
+
+def contents(run: RunFolder, step: Step | None) -> dict[str, str]:
+    """Returns what all workers must find in the run's folder."""
+    checkpoints = open_checkpoints(run, _be_silent)  # `train` looks again, and prints which checkpoints it skips.
+    checkpoint = find_checkpoint(run, checkpoints, step)
+    return {
+        f"the data of {run.path}": run.facts["data_fingerprint"],
+        f"the checkpoint to go on from in {run.path}": "none" if checkpoint is None else checkpoint.manifest["sha256"],
+        f"the validation losses so far in {run.path}": str(sorted(checkpoints.scores.items())),
+    }
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    # Without the module: it is __main__ in the script that was started, and has a name in a script that was imported.
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+@contextlib.contextmanager
+def _reporting_lost_workers(run: RunFolder, workers: Workers) -> Iterator[None]:
+    """Turns an error of TensorFlow about a lost worker into a UserError that names the worker."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        loss = describe_loss(error.message, workers)
+        if loss is None:
+            raise
+        advice = f"Then start all workers again with: trainer train --resume {quoted(run.path)}"
+        raise UserError(f"{loss} {advice}") from error
