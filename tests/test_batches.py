@@ -375,7 +375,10 @@ def test_epochs_are_counted_in_steps_rounded_up(tmp_path):
         train={"total_steps": None, "num_epochs": 2},
         optimizer={"warmup_steps": 12, "schedule": "cosine"},
     )
-    with pytest.raises(UserError, match=r"warmup_steps=12 the last step of the 12 steps that train.num_epochs=2 takes"):
+    with pytest.raises(
+        UserError,
+        match=r"warmup_steps=12 the rate reaches its peak at the last step of the 12 steps that train.num_epochs=2 takes",
+    ):
         total_steps(silently(all_warm), all_warm)
     profile = {"at_step": 7, "num_steps": 6}
     late = config_of(tmp_path, train={"total_steps": None, "num_epochs": 2}, profile=profile)

@@ -179,7 +179,7 @@ def test_resume_ignores_no_config_or_override_silently(capsys: pytest.CaptureFix
     error = refusal(["train", MINIGPT, "--resume", "RUN", "train.xla=on"], capsys)
     assert f"uses the config that the run was started with; leave out {MINIGPT!r}, or start a new run" in error
     error = refusal(["train", "--resume", "RUN", "train.seed=1"], capsys)
-    assert "train.seed=1: a run goes on with the config it was started with; only distribution." in error
+    assert "train.seed=1: a resumed run keeps the config that it was started with; only distribution.*, train." in error
     # What leaves the result alone is allowed, and then there has to be a run.
     error = refusal(["train", "--resume", "RUN", "distribution.logical_devices=2"], capsys)
     assert "RUN is not a run folder" in error

@@ -58,13 +58,13 @@ def test_config_is_frozen():
         ("train.lerning_rate=1", "train.lerning_rate is not a setting. Did you mean optimizer.learning_rate?"),
         ("total_steps=1", "total_steps is not a setting. Did you mean train.total_steps?"),
         ("distribution.num_gpus=2", "distribution.num_gpus is not a setting. Did you mean distribution.gpus?"),
-        ("optimizer.lr=1", "There are: learning_rate, schedule, warmup_steps"),
-        ("xyzzy=1", "xyzzy is not a setting. There are: run_folder, data, tokenizer, model, train"),
+        ("optimizer.lr=1", "Known settings: learning_rate, schedule, warmup_steps"),
+        ("xyzzy=1", "xyzzy is not a setting. Known sections: run_folder, data, tokenizer, model, train"),
         # Dropping a misspelt key must not pass for done, nor a key be taken for the kind of tokenizer.
         ("train.sed=none", "train.sed is not a setting. Did you mean train.seed?"),
-        ("train.char=1", "train.char is not a setting. There are: precision"),
+        ("train.char=1", "train.char is not a setting. Known settings: precision"),
         ("tra\x1b[31min.seed=1", r"'tra\x1b[31min' is not a setting. Did you mean train?"),
-        ("'' = 1", "\"''\" is not a setting. There are: run_folder, data"),
+        ("'' = 1", "\"''\" is not a setting. Known sections: run_folder, data"),
         ("a" * 5_000 + "=1", "'" + "a" * 199 + "... is not a setting."),
     ],
 )
@@ -96,7 +96,7 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
         ),
         (
             ["train.micro_batch_size=24"],
-            "train.global_batch_size=64 is not a multiple of train.micro_batch_size=24; change either.",
+            "train.global_batch_size=64 is not a multiple of train.micro_batch_size=24; change one of the two.",
         ),
         (
             ["train.micro_batch_size=0"],
@@ -124,16 +124,16 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
         ),
         (
             ["model.num_heads=4", "model.num_key_value_heads=3"],
-            "model.num_heads=4 is not a multiple of model.num_key_value_heads=3, of which each serves as many; change",
+            "model.num_heads=4 is not a multiple of model.num_key_value_heads=3; each of these must",
         ),
         (
             ["model.num_key_value_heads=6"],
-            "model.num_heads=3 is not a multiple of model.num_key_value_heads=6, of which each serves as many; change",
+            "model.num_heads=3 is not a multiple of model.num_key_value_heads=6; each of these must",
         ),
         (
             ["model.positions=rope"],
-            "model.positions='rope' turns pairs of a head's numbers, of which model.hidden_dim=256 // "
-            "model.num_heads=3 leaves 85; change either for an even number.",
+            "model.positions='rope' rotates the numbers of a head in pairs, but model.hidden_dim=256 // "
+            "model.num_heads=3 is 85, an odd width; change one of the two.",
         ),
         (
             ["model.rope_theta=5e5"],
@@ -164,11 +164,11 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
         (["tokenizer={kind='byte',path='a.json'}"], "tokenizer.path is not a setting of tokenizer.kind='byte'; leave"),
         (
             ["tokenizer={kind='bpe',path='a.json',vocabulary_size=999}"],
-            "tokenizer.vocabulary_size does not go with tokenizer.path, whose file decides; leave out one of the two.",
+            "tokenizer.vocabulary_size cannot be set with tokenizer.path, because that file decides it; leave",
         ),
         (
             ["tokenizer={kind='wordpiece',path='vocab.txt',sample_bytes=999}"],
-            "tokenizer.sample_bytes does not go with tokenizer.path, whose file decides; leave out one of the two.",
+            "tokenizer.sample_bytes cannot be set with tokenizer.path, because that file decides it; leave",
         ),
         (["tokenizer={kind='bpe',path=''}"], "tokenizer.path='': string should have at least 1 character."),
         (["data.train="], "data.train is empty; give a file, a glob or 'storybook'."),
@@ -193,12 +193,12 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
         (
             ["optimizer.warmup_steps=10", "optimizer.schedule=cosine"],
             "optimizer.schedule='cosine' ends at optimizer.final_learning_rate, but with optimizer.warmup_steps=10 the "
-            "last step of train.total_steps=10 is the one at the peak; train longer, lower optimizer.warmup_steps, or "
-            "choose optimizer.schedule='constant'.",
+            "rate reaches its peak at the last step of train.total_steps=10; train longer, lower "
+            "optimizer.warmup_steps, or choose optimizer.schedule='constant'.",
         ),
         (
             ["train.total_steps=1", "optimizer.schedule=linear"],
-            "with optimizer.warmup_steps=0 the last step of train.total_steps=1 is the one at the peak; train longer",
+            "with optimizer.warmup_steps=0 the rate reaches its peak at the last step of train.total_steps=1; train",
         ),
         (
             ["samples.num_tokens=129"],
@@ -381,7 +381,7 @@ def test_text_that_is_not_utf8_is_refused_by_its_key_and_nothing_more():
         "data.prepared_folder",
     ):
         message = refusal(f"{key}={half}")
-        assert message.startswith(f"{key}") and " holds bytes that are not UTF-8; write it in UTF-8" in message
+        assert message.startswith(f"{key}") and " holds bytes that are not UTF-8; set the terminal" in message
         assert len(message) < 200
     assert "holds bytes that are not UTF-8" in refusal(f"samples.{half}=1")
     with pytest.raises(UserError, match=r"^samples\.prompt='\\ud83d' holds bytes that are not UTF-8"):
@@ -578,19 +578,17 @@ def test_unreadable_file_is_refused(tmp_path: Path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"bad.toml: not a readable TOML file: "):
             load_config(path)
-    with pytest.raises(UserError, match=rf"a folder and no config file; .*: trainer train --resume {tmp_path}$"):
+    with pytest.raises(UserError, match=rf" is a folder, not a config file; .*: trainer train --resume {tmp_path}$"):
         load_config(tmp_path)
 
 
 def test_missing_file_lists_the_configs_that_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match=r"quickstat.toml: no such config file. Here are: .*configs/quickstart.toml"):
+    with pytest.raises(UserError, match=r"quickstat.toml: no such config file. In configs/: .*configs/quickstart.toml"):
         load_config("configs/quickstat.toml")
     monkeypatch.chdir(tmp_path)
     for path in ("x.toml", "configs/quickstart.toml", "quickstat"):
-        with pytest.raises(
-            UserError, match=rf"^{path}: no such config file. By name there are: .*minigpt, .*quickstart"
-        ):
+        with pytest.raises(UserError, match=rf"^{path}: no such config file. Shipped configs: .*minigpt, .*quickstart"):
             load_config(path)
 
 
@@ -603,7 +601,7 @@ def test_a_shipped_config_is_found_by_its_name_in_any_folder(monkeypatch: pytest
     Path("quickstart").mkdir()
     assert load_config("quickstart") == shipped
     Path("quickstart/config.toml").touch()
-    with pytest.raises(UserError, match=r"a folder and no config file; .*: trainer train --resume quickstart$"):
+    with pytest.raises(UserError, match=r" is a folder, not a config file; .*: trainer train --resume quickstart$"):
         load_config("quickstart")
     # A file goes first.
     Path("minigpt.toml").write_text('[train]\nprecision = "float32"\ntotal_steps = 3\n', encoding="utf-8")
@@ -806,12 +804,12 @@ def test_schema_lets_an_editor_know_what_a_setting_means():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.weights=[1]"], r"data\.weights=\[1\.0\] are 1, and data\.train names 2 sources; give as many"),
-        (["data.weights=[1,2]", "data.validation=v"], r"are 2, and data\.validation names 1 sources; give as many"),
-        (["data.weights=[1,2000]"], r"data\.weights=\[1\.0, 2000\.0\]: the smallest must be at least a 1024th of"),
+        (["data.weights=[1]"], r"data\.weights=\[1\.0\] must have a weight for each source of data\.train: 2, not 1"),
+        (["data.weights=[1,2]", "data.validation=v"], r"for each source of data\.validation: 1, not 2\. Or leave"),
+        (["data.weights=[1,2000]"], r"data\.weights=\[1\.0, 2000\.0\]: the smallest weight must be at least 1/1024 of"),
         (["data.weights=[1,0]"], r"data\.weights\.1=0: input should be greater than 0"),
-        (["data.weights=[1,2]", "data.shuffle_window_mb=8"], r"data\.shuffle_window_mb does not go with data\.weights"),
-        (["data.weights=[1,2]", "train.total_steps=none", "train.num_epochs=1"], r"train\.num_epochs does not go with"),
+        (["data.weights=[1,2]", "data.shuffle_window_mb=8"], r"data\.shuffle_window_mb and data\.weights cannot be"),
+        (["data.weights=[1,2]", "train.total_steps=none", "train.num_epochs=1"], r"train\.num_epochs cannot be used"),
     ],
 )
 def test_weights_that_make_no_mixture_are_refused(overrides, message):

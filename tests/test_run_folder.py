@@ -153,7 +153,9 @@ def test_the_commands_that_messages_show_work_in_a_shell_whatever_the_folder_s_n
 
 def test_a_run_may_go_on_on_other_devices_and_never_with_another_model(run: RunFolder):
     assert RunFolder(run.path, ["distribution.gpus=[0,1]"]).config.distribution.gpus == (0, 1)
-    with pytest.raises(UserError, match=r"model\.vocabulary_multiple=8: a run goes on with the config it was started"):
+    with pytest.raises(
+        UserError, match=r"model\.vocabulary_multiple=8: a resumed run keeps the config that it was started"
+    ):
         RunFolder(run.path, ["model.vocabulary_multiple=8"])
 
 
@@ -292,7 +294,7 @@ def test_a_run_with_other_settings_is_not_gone_on_with(run: RunFolder, tmp_path:
         find_run(tiny(tmp_path, *others), or_resume=True)
     assert str(error.value).startswith(
         f"run_folder='{run.path}' holds a run that was started with other settings: model.dropout=0.5 (was 0.0); "
-        "train.seed=7 (was 0); optimizer.clip_norm=1.0 (was None); and 1 more. Go on with the settings it was started "
+        "train.seed=7 (was 0); optimizer.clip_norm=1.0 (was None); and 1 more. Go on with the settings that it was "
     )
     with pytest.raises(UserError, match=r"tokenizer.kind='wordpiece' \(was 'char'\)"):
         find_run(tiny(tmp_path, "tokenizer={kind='wordpiece'}"), or_resume=True)

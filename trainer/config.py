@@ -18,17 +18,18 @@ from pydantic_core import PydanticCustomError
 
 from trainer.errors import UserError
 
-# Of so many examples in a row, each source of data.weights has exactly its share.
+# Among this many consecutive examples, each source of data.weights has exactly its share.
 MIXTURE_EXAMPLES = 1024
 STORYBOOK_SOURCE = "storybook"
-# One for each byte, for padding and for what begins a document.
+# One for each byte, one for padding, and one for the beginning of a document.
 MIN_BPE_TOKENS = 258
-# Below it the likeliest token is certain, above it all are as likely, and float32 comes to its ends.
+# Below the first the likeliest token is certain, above the second all tokens are equally likely, and float32 reaches
+# its limits.
 TEMPERATURES = (1e-6, 1e6)
 _MAX_STEM_BYTES = 100
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-# The largest number below 1 that 32 bits hold: what is nearer to 1 would be read as 1.
+# The largest number below 1 that 32 bits hold: training would read a number closer to 1 as 1.
 BelowOne = Annotated[float, Field(ge=0, le=1 - 2.0**-24)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -41,7 +42,7 @@ class Section(pydantic.BaseModel):
     @pydantic.field_validator("*")
     @classmethod
     def _check_size_of_numbers(cls, value: Any) -> Any:
-        """Refuses numbers that the training would read as others: 1e39 as infinite, 1e-50 as 0."""
+        """Refuses numbers that training would read as others: 1e39 as infinity, 1e-50 as 0."""
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and abs(number) >= 2**63:
                 raise PydanticCustomError("size", "input should be less than 2**63, to fit 64 bits")
@@ -51,47 +52,49 @@ class Section(pydantic.BaseModel):
 
 
 class DataConfig(Section):
-    """Where the text comes from and how it is cut into training examples."""
+    """Where the text comes from, and how it is cut into training examples."""
 
     train: tuple[str, ...] = (STORYBOOK_SOURCE,)
-    """Files or globs of UTF-8 text or JSON Lines (.jsonl, .ndjson, .jsonlines or .json), plain or packed with gzip, on
-    a disk or in an object store (gs://...); splits of tensorflow-datasets, as tfds:imdb_reviews:train[:90%]; or
-    "storybook", the built-in source."""
+    """The training text: "storybook", which is built in; files or globs of UTF-8 text or JSON Lines (.jsonl, .ndjson,
+    .jsonlines or .json), plain or packed with gzip, on a disk or in an object store (gs://...); or splits of
+    tensorflow-datasets, such as tfds:imdb_reviews:train[:90%]."""
     validation: tuple[str, ...] | None = None
-    """Like train. Left out, part of the training text is held out."""
+    """The validation text, given like train. By default part of the training text is held out."""
     documents: Literal["line", "paragraph", "file", "auto"] = "line"
-    """What one document is in a text file: a line, a block between blank lines, or the whole file; auto: a block if the
-    first text file has a blank line for every 20 lines or more often, otherwise a line. A record of JSON Lines
-    or of tensorflow-datasets is one; setting this is refused if no source is a text file, except to auto."""
+    """What one document of a text file is. line: a line. paragraph: a block between blank lines. file: the whole file.
+    auto: a paragraph if the first text file has a blank line for every 20 lines or more often, otherwise a line. A
+    record of JSON Lines or of tensorflow-datasets is always one document; if no source is a text file, only auto may be
+    set."""
     text_field: Annotated[str, Field(min_length=1)] = "text"
-    """The field of JSON Lines, or the feature of a tensorflow-datasets split, that holds a document; refused if no
-    source is one of these."""
+    """The field of JSON Lines, or the feature of a tensorflow-datasets split, that holds a document. It may be set only
+    if a source is one of these."""
     max_broken_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the documents that may be broken (not UTF-8, not JSON, without the text) and is left out; with 0 the
-    first one is an error."""
+    """The share of the documents that may be broken (not UTF-8, not JSON, or without the text); broken documents are
+    left out. With 0 the first one is an error."""
     min_bytes: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Only documents of more UTF-8 bytes than this are used."""
     held_out_fraction: Fraction = 0.01
-    """Share of the text held out when validation is left out: documents picked by their hash, or the tail of each file
-    where a document is a file."""
+    """The share of the text that is held out if validation is left out: documents chosen by their hash, or the tail of
+    each file if a document is a whole file."""
     mode: Literal["lines", "packed"] = "packed"
     """packed: documents are joined by [BOS] and cut into full windows, so that every token is used. lines: each example
     is one document, cut or padded to train.sequence_length."""
     predict_end: bool = True
-    """With data.mode="lines": the model also learns where a document ends, from the [BOS] after each document that fits
-    into train.sequence_length. false is the tutorial's recipe, whose models do not stop at the end of a document."""
+    """With data.mode="lines": the model also learns where a document ends, from a [BOS] after each document that fits
+    into train.sequence_length. false is the tutorial's recipe; its models do not stop at the end of a document."""
     weights: tuple[PositiveFloat, ...] | None = None
-    """How often an example comes from each of data.train, relative to the others; data.validation, where it is given,
-    names one source for each of them, and each is scored by itself as well. Left out, data.train is one text."""
+    """How often an example comes from each source of data.train, relative to the others. data.validation, if it is
+    given, names one source for each of them, and each is also scored by itself. By default all of data.train is one
+    text."""
     shuffle_window_mb: PositiveInt | None = None
-    """For data that no host's memory holds: blocks of 8 MB are read in a shuffled order, and the examples of so many
-    megabytes of them are shuffled together. Left out, every example may come anywhere in an epoch."""
+    """For data larger than the memory of any host: blocks of 8 MB are read in a shuffled order, and the examples of
+    this many megabytes of blocks are shuffled together. By default every example can be at any place of an epoch."""
     storybook_stories: PositiveInt = 40_000
-    """How many stories the built-in source tells, held-out ones included."""
+    """The number of stories that the built-in source tells, held-out ones included."""
     storybook_seed: Seed = 0
-    """Other seed, other stories."""
+    """The seed of the stories; another seed tells other stories."""
     prepared_folder: Annotated[str, Field(min_length=1)] = "prepared"
-    """Folder that keeps prepared data sets, each in a folder of its own."""
+    """The folder that holds all prepared data sets, each in a folder of its own."""
 
     @pydantic.field_validator("train", "validation", mode="before", json_schema_input_type=str | tuple[str, ...] | None)
     @classmethod
@@ -127,18 +130,18 @@ class DataConfig(Section):
             sources = getattr(self, key)
             if sources is not None and len(sources) != len(weights):
                 raise ValueError(
-                    f"data.weights={list(weights)} are {len(weights)}, and data.{key} names {len(sources)} sources; "
-                    "give as many, or leave out data.weights."
+                    f"data.weights={list(weights)} must have a weight for each source of data.{key}: {len(sources)}, "
+                    f"not {len(weights)}. Or leave out data.weights."
                 )
         if min(weights) * MIXTURE_EXAMPLES < sum(weights):
             raise ValueError(
-                f"data.weights={list(weights)}: the smallest must be at least a {MIXTURE_EXAMPLES}th of their sum."
+                f"data.weights={list(weights)}: the smallest weight must be at least 1/{MIXTURE_EXAMPLES} of their sum."
             )
         if self.shuffle_window_mb is not None:
-            raise ValueError("data.shuffle_window_mb does not go with data.weights; leave out one of them.")
+            raise ValueError("data.shuffle_window_mb and data.weights cannot be used together; leave out one of them.")
 
     def sources(self) -> "tuple[DataConfig, ...]":
-        """Returns the settings of each source that is mixed by data.weights; without these, of the only one."""
+        """Returns the settings of each source that data.weights mixes; without weights, of the only source."""
         if self.weights is None:
             return (self,)
         validation = [None] * len(self.train) if self.validation is None else [(each,) for each in self.validation]
@@ -148,7 +151,7 @@ class DataConfig(Section):
         )
 
     def is_storybook(self) -> bool:
-        """Whether the text is the built-in storybook's."""
+        """Whether the text is the built-in storybook."""
         return self.train == (STORYBOOK_SOURCE,)
 
 
@@ -157,37 +160,38 @@ class WordPieceConfig(Section):
 
     kind: Literal["wordpiece"]
     vocabulary_size: Annotated[int, Field(ge=4)] = 5000
-    """Tokens in the vocabulary, the special ones included; fewer where the text has no more to offer."""
+    """The number of tokens, special ones included. A text with too few words makes fewer."""
     lowercase: bool = True
-    """Fold case before splitting words."""
+    """Whether the case of letters is folded before the text is split into words."""
     sample_bytes: PositiveInt = 20_000_000
-    """How much text the vocabulary is trained on at most. Every character of the text gets a token all the same."""
+    """The most text that the vocabulary is trained on. Every character of the whole text still gets a token."""
 
 
 class WordPieceFileConfig(Section):
-    """A WordPiece vocabulary that is there already, such as BERT's."""
+    """A WordPiece vocabulary that already exists, such as BERT's."""
 
     kind: Literal["wordpiece"]
     path: Annotated[str, Field(min_length=1)]
-    """A vocab.txt, or the tokenizer.json of Hugging Face; words are split with the tutorial's settings all the same."""
+    """A vocab.txt, or a tokenizer.json of Hugging Face. Words are split with the tutorial's settings in both cases."""
     lowercase: bool = True
-    """Fold case before splitting words; as the vocabulary was made."""
+    """Whether the case of letters is folded before the text is split into words; set it as it was when the vocabulary
+    was made."""
 
 
 class BpeConfig(Section):
-    """A byte-level BPE vocabulary trained on the text, which is split into words as GPT-2's."""
+    """A byte-level BPE vocabulary trained on the text, which is split into words as by GPT-2."""
 
     kind: Literal["bpe"]
-    # Twice as many make Korean 9% and English 4% shorter.
+    # Twice as many make Korean text 9% and English text 4% shorter, in tokens.
     vocabulary_size: Annotated[int, Field(ge=MIN_BPE_TOKENS)] = 16_384
-    """Tokens in the vocabulary at most, the special ones and one for each byte included. A small text makes fewer: only
-    what comes several times in it becomes a token."""
+    """The most tokens in the vocabulary, the special ones and one for each byte included. A small text makes fewer:
+    only a sequence that occurs several times becomes a token."""
     sample_bytes: PositiveInt = 20_000_000
-    """How much text the vocabulary is trained on at most."""
+    """The most text that the vocabulary is trained on."""
 
 
 class BpeFileConfig(Section):
-    """A byte-level BPE vocabulary that is there already, such as GPT-2's."""
+    """A byte-level BPE vocabulary that already exists, such as GPT-2's."""
 
     kind: Literal["bpe"]
     path: Annotated[str, Field(min_length=1)]
@@ -204,15 +208,15 @@ class ByteConfig(Section):
     """One token per UTF-8 byte."""
 
     kind: Literal["byte"]
-    vocabulary_size: ClassVar[int] = 256 + 2  # Padding and what begins a document.
+    vocabulary_size: ClassVar[int] = 256 + 2  # Padding, and the beginning of a document.
 
 
 def tokenizer_tag(settings: Any) -> str | None:
-    """Returns which member of the union below a tokenizer's settings are: as read, or as a section to be written."""
+    """Returns the tag of the section below that a tokenizer's settings belong to: settings as read, or a section."""
     if isinstance(settings, Section):
         settings = {name: getattr(settings, name) for name in type(settings).model_fields}
     if not isinstance(settings, dict):
-        return "wordpiece"  # Which refuses what is no section.
+        return "wordpiece"  # WordPieceConfig refuses what is not a section.
     kind = settings.get("kind")
     if not isinstance(kind, str):
         return None
@@ -234,57 +238,59 @@ class ModelConfig(Section):
     """The shape of the GPT; the defaults are the tutorial's model."""
 
     num_layers: Annotated[int, Field(ge=1, le=10_000)] = 2
-    """Transformer blocks."""
+    """The number of transformer blocks."""
     num_heads: PositiveInt = 3
-    """Attention heads per block; each is hidden_dim // num_heads wide."""
+    """The attention heads of each block; the width of a head is hidden_dim // num_heads."""
     num_key_value_heads: PositiveInt | None = None
-    """Heads that keys and values have, each for as many attention heads: fewer make a smaller cache to write text with.
-    Left out, num_heads."""
+    """The heads of the keys and values; each serves the same number of attention heads. Fewer of them make the cache
+    smaller that text is written with. By default num_heads."""
     hidden_dim: PositiveInt = 256
-    """Width of the embeddings and of every block."""
+    """The width of the embeddings and of every block."""
     intermediate_dim: PositiveInt = 256
-    """Width of the feed-forward layer."""
+    """The width of the feed-forward layer."""
     activation: Literal["relu", "gelu", "swiglu"] = "relu"
-    """Of the feed-forward layer; gelu is the exact one, with the error function. swiglu multiplies the layer by a gate,
-    which takes half as many weights again for the same intermediate_dim."""
+    """The activation of the feed-forward layer. gelu is the exact one, with the error function. swiglu multiplies the
+    layer by a gate, which needs half as many weights again for the same intermediate_dim."""
     norm: Literal["layer", "rms"] = "layer"
-    """Normalize by mean and variance, or by the root mean square alone."""
+    """layer: normalize by mean and variance. rms: normalize by the root mean square only."""
     positions: Literal["learned", "rope"] = "learned"
-    """An embedding of each position, or queries and keys turned by an angle that grows with it."""
+    """learned: an embedding of each position. rope: queries and keys are rotated by an angle that grows with the
+    position."""
     rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
-    """Of rope: the larger, the slower the slowest turns; long sequences want more."""
+    """With rope: the base of the rotary frequencies. Raise it for long sequences."""
     pre_norm: bool = False
-    """Normalize before attention and feed-forward, and once at the end, rather than after each sum."""
+    """Normalize before attention and before the feed-forward layer, and once at the end, instead of after each sum."""
     tied_embeddings: bool = False
-    """Use the token embedding as output projection too, without a bias."""
+    """Use the token embedding as the output projection too, without a bias."""
     use_bias: bool = True
-    """Biases in projections and normalizations."""
+    """Whether projections and normalizations have biases."""
     dropout: BelowOne = 0.0
-    """Share of activations dropped after attention, feed-forward and, with pre_norm, the embeddings."""
+    """The share of activations that is dropped after attention, after the feed-forward layer and, with pre_norm, after
+    the embeddings."""
     vocabulary_multiple: PositiveInt = 1
-    """Rows of the embedding and of the logits are rounded up to a multiple of this; 128 fills a TPU's tiles. The rows
-    beyond the vocabulary are trained as tokens that never come, and never written."""
+    """The rows of the embedding and of the logits are rounded up to a multiple of this; 128 fills the tiles of a TPU.
+    The rows beyond the vocabulary are trained as tokens that never occur, and are never written."""
     document_mask: bool = False
-    """With packed data: a token attends to those of its own document alone, and positions count from its start."""
+    """With packed data: a token attends only to tokens of its own document, and positions count from its start."""
 
     def head_dim(self) -> int:
         """Returns the width of one attention head."""
         return self.hidden_dim // self.num_heads
 
     def key_value_heads(self) -> int:
-        """Returns how many heads keys and values have."""
+        """Returns the number of heads of the keys and values."""
         return self.num_key_value_heads or self.num_heads
 
     def query_key_value_dim(self) -> int:
-        """Returns the width of queries, keys and values of all heads together."""
+        """Returns the width of the queries, keys and values of all heads together."""
         return (self.num_heads + 2 * self.key_value_heads()) * self.head_dim()
 
     def intermediate_projection_dim(self) -> int:
-        """Returns the width that the feed-forward layer is projected to: swiglu's gate is made along with it."""
+        """Returns the width of the first projection of the feed-forward layer, which includes the gate of swiglu."""
         return 2 * self.intermediate_dim if self.activation == "swiglu" else self.intermediate_dim
 
     def num_logits(self, vocabulary_size: int) -> int:
-        """Returns the rows of the embedding and of the logits for so many tokens."""
+        """Returns the rows of the embedding and of the logits for a vocabulary of this size."""
         return -(-vocabulary_size // self.vocabulary_multiple) * self.vocabulary_multiple
 
     @pydantic.model_validator(mode="after")
@@ -297,13 +303,13 @@ class ModelConfig(Section):
         if self.num_heads % self.key_value_heads():
             raise ValueError(
                 f"model.num_heads={self.num_heads} is not a multiple of model.num_key_value_heads="
-                f"{self.num_key_value_heads}, of which each serves as many; change either."
+                f"{self.num_key_value_heads}; each of these must serve the same number of heads. Change one of the two."
             )
         if self.positions == "rope" and self.head_dim() % 2:
             raise ValueError(
-                "model.positions='rope' turns pairs of a head's numbers, of which model.hidden_dim="
-                f"{self.hidden_dim} // model.num_heads={self.num_heads} leaves {self.head_dim()}; change either for an "
-                "even number."
+                "model.positions='rope' rotates the numbers of a head in pairs, but model.hidden_dim="
+                f"{self.hidden_dim} // model.num_heads={self.num_heads} is {self.head_dim()}, an odd width; change one "
+                "of the two."
             )
         if self.positions != "rope" and self.rope_theta != type(self).model_fields["rope_theta"].default:
             raise ValueError(
@@ -314,45 +320,46 @@ class ModelConfig(Section):
 
 
 class TrainConfig(Section):
-    """Batches, length and arithmetic of the training."""
+    """The batches, length and arithmetic of training."""
 
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16", "float64"]
-    """A Keras dtype policy. Both mixed ones keep float32 weights. mixed_bfloat16 is fast on TPUs, on GPUs since Ampere
-    and on CPUs that multiply bfloat16 (Intel's with AMX, AMD's since Zen 4); on other CPUs the GPT trains in float32
-    instead, unless XLA compiles the step: from embeddings that are rounded, and as fast as in float32. mixed_float16,
-    with a loss scale, is for older GPUs."""
+    """A Keras dtype policy. Under the mixed ones weights stay float32. mixed_bfloat16 is fast on TPUs, on GPUs since
+    Ampere, and on CPUs that multiply bfloat16 (Intel with AMX, AMD since Zen 4). On other CPUs the GPT computes in
+    float32 instead, unless XLA compiles the step: its embeddings are rounded to bfloat16, and it is as fast as with
+    float32. mixed_float16, with a loss scale, is for older GPUs."""
     total_steps: PositiveInt | None = None
-    """Optimizer steps to train for; this or num_epochs."""
+    """The number of optimizer steps; set this or num_epochs."""
     num_epochs: PositiveInt | None = None
-    """Passes over the training examples; this or total_steps."""
+    """The number of passes over the training examples; set this or total_steps."""
     global_batch_size: PositiveInt = 64
-    """Examples per step over all replicas."""
+    """The number of examples per step, over all replicas."""
     micro_batch_size: PositiveInt | Literal["auto"] | None = None
-    """Examples a replica works through at a time: fewer need less memory, and a step's gradients are added up before
-    the optimizer sees them. Left out, all of its share at once, or on a CPU in two halves; auto: that, or the largest
-    part that fits the device, which is tried out and written into the run's own config."""
+    """The number of examples that a replica computes at a time. Fewer need less memory; the gradients of a step are
+    summed before the optimizer uses them. By default a replica computes its whole share at once, or on a CPU in two
+    halves. auto: the same, or the largest micro-batch that fits the device: it is tried out before the first step and
+    written into the run's own config."""
     sequence_length: Annotated[int, Field(ge=2)] = 128
-    """Tokens per example."""
+    """The number of tokens per example."""
     steps_per_call: PositiveInt = 50
-    """Steps that run in one call of the compiled loop, without coming back to Python."""
+    """The number of steps in one call of the compiled loop, without a return to Python."""
     xla: Literal["auto", "on", "off"] = "auto"
-    """Compile each replica's forward and backward pass with XLA; auto: on GPUs, where it pays. Where a CPU is all there
-    is, normalizations and activations but relu are compiled in any case."""
+    """Compile the forward and backward pass of each replica with XLA. auto: on GPUs only. On a machine with
+    only a CPU, normalizations and the activations other than relu are compiled in any case."""
     recompute: Literal["auto", "nothing", "attention", "blocks"] = "auto"
-    """What the backward pass computes again instead of keeping it: the probabilities of attention, for a sixth of its
-    products more, and what activations return; or all of a transformer block but its input, for the whole forward pass
-    once more. auto: on accelerators attention, on a CPU nothing."""
+    """What the backward pass computes again instead of keeping it in memory. attention: the probabilities of attention,
+    for a sixth more of its matrix products, and the outputs of activations. blocks: all of a transformer block except
+    its input, for one more forward pass. auto: attention on accelerators, nothing on a CPU."""
     z_loss: NonNegativeFloat = 0.0
-    """Trains for this times log(sum(exp(logits)))**2 of each target as well, which keeps logits from drifting. The loss
-    that is reported stays without it."""
+    """Also minimize this times log(sum(exp(logits)))**2 of each target, which keeps the logits from drifting. The
+    reported loss is without it."""
     seed: Seed = 0
-    """Of the initial weights, the order of the examples and the dropout masks."""
+    """The seed of the initial weights, of the order of the examples and of the dropout masks."""
 
     def steps_for(self, num_examples: int) -> int:
-        """Returns the steps of the run: total_steps, or what num_epochs take of so many examples, rounded up."""
+        """Returns the steps of the run: total_steps, or num_epochs passes over this many examples, rounded up."""
         if self.total_steps is not None:
             return self.total_steps
-        assert self.num_epochs is not None  # The check below sees to it that one of the two is set.
+        assert self.num_epochs is not None  # The check below ensures that one of the two is set.
         return -(-num_examples * self.num_epochs // self.global_batch_size)
 
     @pydantic.model_validator(mode="after")
@@ -365,12 +372,12 @@ class TrainConfig(Section):
         if self.global_batch_size % (self.fixed_micro_batch_size() or 1):
             raise ValueError(
                 f"train.global_batch_size={self.global_batch_size} is not a multiple of train.micro_batch_size="
-                f"{self.micro_batch_size}; change either."
+                f"{self.micro_batch_size}; change one of the two."
             )
         return self
 
     def fixed_micro_batch_size(self) -> int | None:
-        """Returns micro_batch_size where it is a number; None where the device decides."""
+        """Returns micro_batch_size if it is a number; None if the device decides."""
         return None if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
@@ -378,23 +385,23 @@ class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule; the defaults are the tutorial's Adam."""
 
     learning_rate: PositiveFloat = 1e-3
-    """The peak, reached after warmup_steps."""
+    """The peak of the learning rate, reached after warmup_steps."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the rate goes from learning_rate to final_learning_rate at the last step."""
+    """constant, or how the learning rate falls from learning_rate to final_learning_rate at the last step."""
     warmup_steps: NonNegativeInt = 0
-    """Steps over which the rate rises linearly to learning_rate."""
+    """The number of steps over which the learning rate rises linearly to learning_rate."""
     final_learning_rate: NonNegativeFloat = 0.0
-    """The rate at the last step; not used by a constant schedule."""
+    """The learning rate at the last step; a constant schedule does not use it."""
     beta_1: BelowOne = 0.9
-    """Decay of the mean of the gradients."""
+    """The decay of the mean of the gradients."""
     beta_2: BelowOne = 0.999
-    """Decay of the mean of their squares."""
+    """The decay of the mean of the squared gradients."""
     epsilon: PositiveFloat = 1e-7
-    """Added to the root of the mean square."""
+    """Added to the root of the mean of the squared gradients."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled decay of matrices and embeddings; biases and normalizations are left alone."""
+    """The decoupled decay of matrices and embeddings; biases and normalizations do not decay."""
     clip_norm: PositiveFloat | None = None
-    """Largest global norm of the gradient; left out, it is not clipped."""
+    """The largest global norm of the gradient; a longer gradient is shortened to it. By default it is not clipped."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
@@ -412,69 +419,70 @@ class OptimizerConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """When the validation text is scored; it always is at the end."""
+    """When the validation text is scored. It is always scored at the end."""
 
     every_steps: PositiveInt | None = None
-    """Left out, only at the end."""
+    """The number of steps between two evaluations. By default only the end is scored."""
     num_batches: PositiveInt | None = None
-    """Score only that many batches during training; left out, all. The last evaluation always scores all."""
+    """Score only this many batches during training. By default all are scored, as they always are at the end."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
         if self.num_batches is not None and self.every_steps is None:
             raise ValueError(
                 f"evaluation.num_batches={self.num_batches} has no effect without evaluation.every_steps, because the "
-                "evaluation at the end scores all; set that too, or leave num_batches out."
+                "evaluation at the end scores all batches; set evaluation.every_steps too, or leave num_batches out."
             )
         return self
 
 
 class SamplesConfig(Section):
-    """What the model is asked to write for TensorBoard and at the end of a run."""
+    """The text that the model writes for TensorBoard, and at the end of a run."""
 
     every_steps: PositiveInt | None = None
-    """Left out, only at the end."""
+    """The number of steps between two sets of samples. By default only the end has samples."""
     prompt: str = ""
-    """Text to continue."""
+    """The text to continue."""
     num_tokens: PositiveInt | None = None
-    """Tokens to write after the prompt; left out, up to the model's last position."""
+    """The most tokens to write after the prompt. By default as many as the model has positions left."""
     stop: Annotated[str, Field(min_length=1)] | None = None
-    """Text that ends a sample."""
+    """A text that ends a sample."""
     num_beams: PositiveInt = 10
-    """Of beam search."""
+    """The number of beams of beam search."""
     top_k: PositiveInt = 10
-    """Of top-k sampling."""
+    """The number of tokens that top-k sampling draws from, the likeliest ones."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Of top-p sampling."""
+    """Top-p sampling draws from the fewest tokens that together have this probability."""
     temperature: Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])] = 1.0
     """Divides the logits of top-k and top-p sampling."""
 
 
 class CheckpointConfig(Section):
-    """When weights and optimizer state are written; they always are at the end."""
+    """When weights and optimizer state are saved. They are always saved at the end."""
 
     every_steps: PositiveInt = 500
-    """Steps between two checkpoints."""
+    """The number of steps between two checkpoints."""
     keep_last: PositiveInt = 3
-    """How many of the newest are kept. The one with the lowest validation loss is kept besides."""
+    """The number of newest checkpoints that are kept. The one with the lowest validation loss is kept as well."""
     max_failures: PositiveInt | None = None
-    """End the run once writing has failed this many times in a row; left out, it trains on, says so and tries again."""
+    """Stop the run after this many failures in a row to write a checkpoint. By default it reports each failure, trains
+    on and tries again."""
 
 
 class LogConfig(Section):
     """When progress is reported."""
 
     every_steps: PositiveInt = 50
-    """Steps between two points of the curves in TensorBoard and two lines on the terminal."""
+    """The number of steps between two points of the curves in TensorBoard, and between two lines on the terminal."""
 
 
 class ProfileConfig(Section):
     """Which steps are profiled, for TensorBoard."""
 
     at_step: PositiveInt | None = None
-    """Steps taken before the profile begins; left out, there is none."""
+    """The number of steps before the profile begins. By default there is no profile."""
     num_steps: PositiveInt = 5
-    """Steps in the profile, each in a call of its own, so that they can be told apart."""
+    """The number of steps in the profile, each in a call of its own, so that they can be told apart."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
@@ -486,27 +494,27 @@ class ProfileConfig(Section):
         return self
 
     def ends(self) -> range:
-        """Returns after which steps the loop comes back for the profile: before its first step, and after each."""
+        """Returns the steps after which the loop returns to Python for the profile."""
         return range(0) if self.at_step is None else range(self.at_step, self.at_step + self.num_steps + 1)
 
 
 class DistributionConfig(Section):
-    """The devices the run uses. The model comes out the same whatever they are."""
+    """The devices that the run uses. The model is the same whatever they are."""
 
     kind: Literal["auto", "cpu", "gpu", "multi_worker", "tpu"] = "auto"
-    """auto: several workers where TF_CONFIG or SLURM names them, else every GPU that TensorFlow sees, else the CPU. A
-    TPU is never taken unasked."""
+    """auto: several workers if TF_CONFIG or SLURM names them, otherwise every GPU that TensorFlow sees, otherwise the
+    CPU. auto never takes a TPU; choose tpu."""
     gpus: tuple[NonNegativeInt, ...] | None = None
-    """Which GPUs of this machine to use, by the numbers that TensorFlow gives them from 0 on; left out, all. Of several
-    workers each uses all that it sees, which CUDA_VISIBLE_DEVICES narrows."""
+    """The GPUs of this machine to use, by their numbers in TensorFlow, which begin at 0. By default all. Each of
+    several workers uses all that it sees; CUDA_VISIBLE_DEVICES restricts these."""
     logical_devices: PositiveInt = 1
-    """Splits the CPU into this many replicas, to rehearse what a run on as many accelerators would do."""
+    """Split the CPU into this many replicas, to rehearse a run on as many accelerators."""
     tpu_name: Annotated[str, Field(min_length=1)] = "local"
-    """Of the TPU: local on a TPU VM, or the name of one in Google Cloud."""
+    """The TPU: local on a TPU VM, or the name of a TPU in Google Cloud."""
     tpu_zone: str | None = None
-    """Of a TPU with a name, such as us-central1-a; left out, that of this machine."""
+    """The zone of a named TPU, such as us-central1-a. By default the zone of this machine."""
     tpu_project: str | None = None
-    """Google Cloud project of a TPU with a name; left out, that of this machine."""
+    """The Google Cloud project of a named TPU. By default the project of this machine."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
@@ -543,7 +551,7 @@ class Config(Section):
     """Everything that defines a run."""
 
     run_folder: Annotated[str, Field(min_length=1)]
-    """Folder of this run: config, tokenizer, checkpoints and logs."""
+    """The folder of this run: its config, tokenizer, checkpoints and logs."""
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = WordPieceConfig(kind="wordpiece")
     model: ModelConfig = ModelConfig()
@@ -567,7 +575,7 @@ class Config(Section):
             )
         if self.data.weights is not None and self.train.total_steps is None:
             raise ValueError(
-                "train.num_epochs does not go with data.weights, by which the sources end at different times; set "
+                "train.num_epochs cannot be used with data.weights, because the sources end at different times; set "
                 "train.total_steps."
             )
         if self.model.document_mask and self.data.mode != "packed":
@@ -578,14 +586,14 @@ class Config(Section):
         return self
 
     def check_total_steps(self, total_steps: int, what: str) -> None:
-        """Checks what has to fit into a run of this length.
+        """Checks that warm-up, schedule and profile fit into a run of this length.
 
         Args:
-            total_steps: of the run.
-            what: the setting that it follows from, for messages.
+            total_steps: the number of steps of the run.
+            what: the setting that decides this number, for messages.
 
         Raises:
-            UserError: the warm-up, what the schedule does after it, or the profile does not fit.
+            UserError: the warm-up, the fall of the learning rate after it, or the profile does not fit.
         """
         warmup, schedule, profile = self.optimizer.warmup_steps, self.optimizer.schedule, self.profile
         if warmup > total_steps:
@@ -597,8 +605,8 @@ class Config(Section):
         if schedule != "constant" and peak >= total_steps:
             raise UserError(
                 f"optimizer.schedule={schedule!r} ends at optimizer.final_learning_rate, but with "
-                f"optimizer.warmup_steps={warmup} the last step of {what} is the one at the peak; train longer, lower "
-                "optimizer.warmup_steps, or choose optimizer.schedule='constant'."
+                f"optimizer.warmup_steps={warmup} the rate reaches its peak at the last step of {what}; train longer, "
+                "lower optimizer.warmup_steps, or choose optimizer.schedule='constant'."
             )
         if max(profile.ends(), default=0) > total_steps:
             raise UserError(
@@ -607,7 +615,7 @@ class Config(Section):
             )
 
     def prepared_name(self) -> str:
-        """Returns the name of this config's prepared data: one for all configs that prepare the same way."""
+        """Returns the name of this config's prepared data: the same for all configs that prepare text the same way."""
         what = {
             "data": self.data.model_dump(
                 exclude={"prepared_folder", "mode", "predict_end", "shuffle_window_mb", "weights"}
@@ -619,21 +627,21 @@ class Config(Section):
         if self.data.validation is not None:
             del what["data"]["held_out_fraction"]
         if self.data.weights is not None:
-            what["data"]["is_mixture"] = True  # Whatever the weights, the shards are the same.
+            what["data"]["is_mixture"] = True  # The shards do not depend on the weights.
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
         stem = re.sub(r"[^\w-]+", "_", Path(self.data.train[0]).name.split(".")[0])
-        # File systems count a name in bytes, and prepare adds to this one.
+        # File systems limit the bytes of a name, and prepare appends to this one.
         stem = stem.encode()[:_MAX_STEM_BYTES].decode(errors="ignore").strip("_") or "text"
         return f"{stem}-{digest}"
 
     def vocabulary_size(self) -> int | None:
-        """Returns how many tokens there are at most; None where only the text or a file tells."""
+        """Returns the most tokens that there can be; None if only the text or a file decides."""
         if isinstance(self.tokenizer, CharConfig | WordPieceFileConfig | BpeFileConfig):
             return None
         return self.tokenizer.vocabulary_size
 
     def with_micro_batch_size(self, size: int | Literal["auto"]) -> Self:
-        """Returns the same config but for train.micro_batch_size."""
+        """Returns the same config with another train.micro_batch_size."""
         return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch_size": size})})
 
     def to_toml(self) -> str:
@@ -642,18 +650,18 @@ class Config(Section):
 
 
 def examples_per_replica(config: Config, num_replicas: int) -> int:
-    """Returns how many examples of a batch each replica gets.
+    """Returns how many examples of a batch each replica gets: its share.
 
     Raises:
-        UserError: that is not a whole number, or not one of micro-batches.
+        UserError: the global batch cannot be divided into equal shares of whole micro-batches.
     """
     train = config.train
-    rows, rest = divmod(train.global_batch_size, num_replicas)
+    share, rest = divmod(train.global_batch_size, num_replicas)
     size = train.fixed_micro_batch_size()
-    if rest or rows % (size or 1):
+    if rest or share % (size or 1):
         micro = f" x train.micro_batch_size={size}" if size else ""
         raise UserError(
             f"train.global_batch_size={train.global_batch_size} is not a multiple of {num_replicas} replicas{micro}; "
             "change one of them."
         )
-    return rows
+    return share

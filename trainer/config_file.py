@@ -1,7 +1,7 @@
 """Reads a run's settings: a TOML file plus `section.key=value` overrides, into the models of config.py.
 
-A setting that is unknown or impossible is refused by its name, with the nearest known one or with what is allowed. Also
-here: what a resumed run may change, and the JSON schema by which editors complete and check a file.
+An unknown or impossible setting is refused; the message names it, and the nearest known setting or what is allowed.
+This module also decides what a resumed run may change, and makes the JSON schema that editors complete and check by.
 """
 
 import copy
@@ -36,13 +36,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML file, applies overrides and checks the result.
 
     Args:
-        path: the TOML file, or the name of a config that ships with trainer, such as quickstart; a file of that name
-            goes first. A run_folder that the file does not set becomes `runs/` and the file's stem.
-        overrides: `section.key=value` strings. The value is read by the setting's own type: text is taken as it is
-            (in quotation marks: as TOML reads it), a list is [a,b] with or without quotation marks, a number may be
-            .5, 1. or 1e4, and true and false may have capitals. `none` drops the key. train.total_steps replaces the
-            file's train.num_epochs, and the other way round; tokenizer.kind and tokenizer.path replace what the file
-            sets for another kind of tokenizer.
+        path: the TOML file, or the name of a config that ships with trainer, such as quickstart. A file of that name
+            has precedence. If the file does not set run_folder, it is `runs/` and the file's stem.
+        overrides: `section.key=value` strings. The value is read by the type of the setting: a text as it stands (in
+            quotation marks: as in TOML), a list as [a,b] with or without quotation marks, a number also as .5, 1. or
+            1e4, true and false also with capitals. `none` removes the key. train.total_steps replaces the file's
+            train.num_epochs, and the other way round. tokenizer.kind and tokenizer.path replace the settings of
+            another kind of tokenizer.
 
     Raises:
         UserError: the file cannot be read, or a setting is unknown or impossible.
@@ -55,8 +55,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: no such config file.{_known_configs()}") from None
     except IsADirectoryError:
         raise UserError(
-            f"{path}: a folder and no config file; to go on with a run that is there: "
-            f"trainer train --resume {quoted(path)}"
+            f"{path} is a folder, not a config file; to resume a run in it: trainer train --resume {quoted(path)}"
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(
@@ -78,15 +77,15 @@ def _read_toml_file(path: Path) -> str:
 
 
 def _find_config(path: Path) -> Path:
-    """Returns the shipped config's path if a bare name means one, and otherwise the path itself."""
+    """Returns the path of the shipped config if a bare name means one, otherwise the path itself."""
     shipped = SHIPPED_CONFIGS / f"{path.name.removesuffix('.toml')}.toml"
-    # A run's folder of that name is more likely meant to be resumed, so it is refused as any folder is.
+    # A run's folder of that name is probably meant to be resumed, so it is refused like any other folder.
     is_taken = path.is_file() or (path / "config.toml").is_file()
     return shipped if len(path.parts) == 1 and shipped.is_file() and not is_taken else path
 
 
 def parse_config(text: str, path: str, overrides: Sequence[str] = ()) -> Config:
-    """Does what `load_config` does with the text of a file at that path."""
+    """Does what `load_config` does, for a text that was read from the file at that path."""
     try:
         settings = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -103,7 +102,7 @@ def whole_number(text: str) -> int | None:
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
-# What a resumed run may change: where it runs, and what it costs, and nothing of what comes out.
+# What a resumed run may change: where it runs and what that costs, but not the model that comes out.
 RESUMABLE = (
     "distribution.",
     "train.micro_batch_size",
@@ -115,35 +114,39 @@ RESUMABLE = (
     "checkpoint.",
     "data.prepared_folder",
 )
+_RESUMABLE_TEXT = ", ".join(f"{key}*" if key.endswith(".") else key for key in RESUMABLE)
 
 
 def check_resumable(overrides: Iterable[str]) -> None:
-    """Raises UserError where an override would make a resumed run another run."""
+    """Raises UserError if an override would make a resumed run another run."""
     for override in overrides:
         if not override.startswith(RESUMABLE):
             raise UserError(
-                f"{override}: a run goes on with the config it was started with; only {', '.join(RESUMABLE)} can be "
-                "changed when it is resumed. Start a new run for anything else."
+                f"{override}: a resumed run keeps the config that it was started with; only {_RESUMABLE_TEXT} can "
+                "change. Start a new run for anything else."
             )
 
 
 def check_same_run(config: Config, started: Config) -> None:
-    """Raises UserError where a config would make a run another one than the config it was started with."""
+    """Raises UserError if a config differs from the one that a run was started with, in more than a run may change."""
     if differing := differing_settings(config, started):
         raise UserError(
             f"run_folder={config.run_folder!r} holds a run that was started with other settings: {shortened(differing)}"
-            f". Go on with the settings it was started with, of which only {', '.join(RESUMABLE)} can change; or "
-            "choose another run_folder for a new run."
+            f". Go on with the settings that it was started with (only {_RESUMABLE_TEXT} can change), or choose "
+            "another run_folder for a new run."
         )
 
 
 def differing_settings(config: Config, started: Config, resumable: bool = False) -> list[str]:
-    """Returns the settings that make another run than the config it was started with, as `key=value (was value)`.
+    """Returns the settings in which a config differs from the one that a run was started with.
 
     Args:
-        config: as it is now.
-        started: as it was.
-        resumable: whether to return, instead, those that a resumed run may change.
+        config: the config as it is now.
+        started: the config as it was.
+        resumable: whether to return the settings that a resumed run may change, or all others.
+
+    Returns:
+        One `key=value (was value)` for each setting.
     """
     now, before = _flat(config), _flat(started)
     return [
@@ -154,7 +157,7 @@ def differing_settings(config: Config, started: Config, resumable: bool = False)
 
 
 def shortened(differing: Sequence[str]) -> str:
-    """Returns the first of these differences, and how many more there are."""
+    """Returns the first three of these differences, and the number of the others."""
     more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
     return "; ".join(differing[:3]) + more
 
@@ -168,7 +171,7 @@ def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> C
     """Builds a checked config from nested settings, as `tomllib` returns them, and overrides.
 
     Raises:
-        UserError: a setting is unknown or impossible; one line for each.
+        UserError: a setting is unknown or impossible; the message has a line for each.
     """
     merged = copy.deepcopy(dict(settings))
     overrides = list(overrides)
@@ -180,7 +183,7 @@ def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> C
     if problems:
         raise UserError("\n".join(problems))
     try:
-        # Through JSON, where strict refuses "3" and true for a number but takes a list for a tuple.
+        # From JSON strict mode refuses "3" and true as numbers, but accepts a list as a tuple.
         config = Config.model_validate_json(json.dumps(merged), strict=True)
     except pydantic.ValidationError as error:
         raise UserError("\n".join(_explain(problem) for problem in error.errors())) from None
@@ -189,8 +192,8 @@ def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> C
 
 
 def _check_effect(data: DataConfig, overrides: Iterable[str]) -> None:
-    """Raises UserError if an override is of a setting that the rest of the config leaves without effect; in a file,
-    which may be meant for several texts, that is none."""
+    """Raises UserError if an override has no effect with the rest of the config. In a file that is allowed: the file
+    may be meant for several texts."""
     in_vain = {} if data.is_storybook() else dict.fromkeys(_OF_STORYBOOK, f"data.train={list(data.train)}")
     if data.validation is not None:
         in_vain["data.held_out_fraction"] = f"data.validation={list(data.validation)}"
@@ -201,7 +204,7 @@ def _check_effect(data: DataConfig, overrides: Iterable[str]) -> None:
 
 
 def _unwritable(value: Any, key: str) -> Iterator[str]:
-    """Yields what is wrong with values that neither JSON nor a run's config.toml could hold."""
+    """Yields a message for each value that neither JSON nor a run's config.toml could hold."""
     if key.count(".") > _MAX_NESTING:
         yield f"{_shown_key(key)}: nested too deeply to be a setting."
     elif isinstance(value, Mapping | list | tuple):
@@ -211,8 +214,8 @@ def _unwritable(value: Any, key: str) -> Iterator[str]:
     elif isinstance(value, str):
         if not is_utf8(key + value):
             yield (
-                f"{_shown_key(key)}={_shown(value)} holds bytes that are not UTF-8; write it in UTF-8, which the "
-                "terminal or the script that it comes from has to use."
+                f"{_shown_key(key)}={_shown(value)} holds bytes that are not UTF-8; set the terminal, or the script "
+                "that it comes from, to UTF-8."
             )
     elif not isinstance(value, bool | int | float | None):
         shown = _shown_key(key)
@@ -220,7 +223,7 @@ def _unwritable(value: Any, key: str) -> Iterator[str]:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written in UTF-8: it holds no half of a character."""
+    """Whether a text can be written in UTF-8: a lone surrogate, half of a character, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -234,12 +237,12 @@ def _shown(value: Any) -> str:
 
 
 def _shown_key(key: str) -> str:
-    """Returns a key as it can be shown: what nobody would write without quotation marks in them, and not too long."""
+    """Returns a key for a message: shortened, and in quotation marks if it holds unusual characters."""
     return key if re.fullmatch(rf"[\w.-]{{1,{_SHOWN_CHARS}}}", key) else _shown(key)
 
 
 def _drop_replaced_length(settings: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Drops train.num_epochs if an override sets train.total_steps in its place, or the other way round."""
+    """Drops train.num_epochs if an override sets train.total_steps instead, or the other way round."""
     values = {key.strip(): value.strip().lower() for key, _, value in (each.partition("=") for each in overrides)}
     for given, replaced in (("total_steps", "num_epochs"), ("num_epochs", "total_steps")):
         # If both are given, the check of the two refuses them.
@@ -249,7 +252,7 @@ def _drop_replaced_length(settings: dict[str, Any], overrides: Sequence[str]) ->
 
 
 def _drop_replaced_tokenizer(settings: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Drops what the file sets for another kind of tokenizer than the overrides choose."""
+    """Drops the file's settings of a tokenizer if the overrides choose a tokenizer of another kind."""
     of_file = settings.get("tokenizer")
     given = {key.strip(): value for key, _, value in (each.partition("=") for each in overrides)}
     chosen = {
@@ -261,7 +264,7 @@ def _drop_replaced_tokenizer(settings: dict[str, Any], overrides: Sequence[str])
         return
     before, after = tokenizer_tag(of_file), tokenizer_tag({**of_file, **chosen})
     if "kind" in chosen and chosen["kind"] != of_file.get("kind"):
-        after = tokenizer_tag(chosen)  # A file of another kind's vocabulary goes, too.
+        after = tokenizer_tag(chosen)  # The path of another kind's vocabulary is dropped, too.
     allowed = next((kind.model_fields for kind, tag in _tokenizer_sections() if tag == after), None)
     if before == after or allowed is None:
         return
@@ -282,7 +285,7 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise UserError(f"{_shown(override)} is not an override; write section.key=value.")
     if key != key.rstrip():
-        text = text.lstrip()  # The blanks of "key = value" are no part of the value.
+        text = text.lstrip()  # The blanks of "key = value" do not belong to the value.
     key = key.strip()
     *sections, name = key.split(".")
     if len(sections) > _MAX_NESTING:
@@ -291,7 +294,7 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
         settings = settings.setdefault(section, {})
         if not isinstance(settings, dict):
             raise UserError(f"{_shown(override)}: {section} is a setting, not a section.")
-    # A misspelt key goes on to be refused.
+    # A misspelt key is refused below.
     if text.strip().lower() == "none" and key in {*setting_names(), *Config.model_fields}:
         settings.pop(name, None)
         return
@@ -314,7 +317,7 @@ def _annotations(key: str) -> list[Any]:
 
 
 def _plain_types(annotation: Any) -> Iterator[Any]:
-    """Yields the types that a setting can have, without their bounds: for a Literal those of its values."""
+    """Yields the types that a setting can have, without their bounds: for a Literal the types of its values."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         yield from _plain_types(arguments[0])
@@ -327,14 +330,14 @@ def _plain_types(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-# Numbers that TOML does not read: .5 and 1. and, for whole ones, 1e4.
+# Numbers that TOML does not read: .5 and 1. and, as whole numbers, 1e4.
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _WHOLE = re.compile(r"[+-]?[0-9]{1,40}(\.[0-9]{1,40})?[eE]\+?[0-9]{1,2}")
 
 
 def _read_override(text: str, kinds: Sequence[Any]) -> Any:
-    """Reads the text of an override by the types that its setting can have; what fits none of them stays text, which
-    the setting refuses."""
+    """Reads the text of an override by the types that its setting can have. A text that fits none of them stays text,
+    and the setting refuses it."""
     bare = text.strip()
     value = _read_toml(bare)
     for kind in kinds:
@@ -352,31 +355,31 @@ def _read_override(text: str, kinds: Sequence[Any]) -> Any:
             return _read_list(bare, value, list(_plain_types(typing.get_args(kind)[0])))
         if any(_sections(kind)) and isinstance(value, dict):
             return value
-    # In brackets a comment of TOML takes the last one along: "Hi" # said he, is no text in quotation marks.
+    # In brackets a TOML comment swallows the closing one, so `"Hi" # said he` does not count as a quoted text.
     return value if isinstance(value, str) and _read_toml(f"[{bare}]") is not None else text
 
 
 def _read_list(bare: str, value: Any, kinds: Sequence[Any]) -> list[Any]:
     if str in kinds and isinstance(value, list) and all(isinstance(each, str) for each in value):
         return value
-    # The shell takes quotation marks away: ["a","b"] arrives as [a,b].
+    # The shell removes quotation marks: ["a","b"] arrives as [a,b].
     items = bare[1:-1].split(",")
     if not items[-1].strip():
-        del items[-1]  # Of [], and what follows the last comma.
+        del items[-1]  # The empty item of [], or after a last comma.
     return [_read_override(item.strip(), kinds) for item in items]
 
 
 def _read_toml(text: str) -> Any:
-    """Returns the value that a text is in TOML, or None."""
+    """Returns the value that a text has in TOML, or None."""
     try:
         read = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):  # Not only TOMLDecodeError: Python refuses numbers of too many digits.
+    except (ValueError, RecursionError):  # Not only TOMLDecodeError: Python refuses numbers with too many digits.
         return None
-    return read["value"] if len(read) == 1 else None  # More are in it after a line's end.
+    return read["value"] if len(read) == 1 else None  # After a line's end there can be more keys.
 
 
 def _toml_advice(text: str, error: str) -> str:
-    """Returns how the line that an error names is written in TOML, if that can be told; begins with a blank."""
+    """Returns how to write the line that an error names in TOML, as a sentence to append; "" if that is unclear."""
     place = re.search(r"at line (\d+)", error)
     line = text.split("\n")[int(place[1]) - 1] if place else ""
     assignment = re.fullmatch(r"\s*([\w.-]+)\s*=\s*([^#]*?)\s*(#.*)?", line)
@@ -394,10 +397,10 @@ def _toml_advice(text: str, error: str) -> str:
 def _explain(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     if location[:1] == ["tokenizer"]:
-        # A tagged union puts its tag into the location: tokenizer.wordpiece.size is written tokenizer.size by a user.
+        # A tagged union puts its tag into the location: a user writes tokenizer.size for tokenizer.wordpiece.size.
         del location[1:2]
     if ".".join(location[:-1]) in setting_names() and isinstance(problem["loc"][-1], str):
-        del location[-1]  # Of the types that a setting can have, the one whose problem this is.
+        del location[-1]  # The last part is one of the types that the setting can have.
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         if "." in location[0]:
@@ -405,7 +408,9 @@ def _explain(problem: Any) -> str:
         if key in setting_names():
             kind, _, is_file = problem["loc"][1].partition(" ")
             if is_file and key != "tokenizer.lowercase":
-                return f"{key} does not go with tokenizer.path, whose file decides; leave out one of the two."
+                return (
+                    f"{key} cannot be set with tokenizer.path, because that file decides it; leave out one of the two."
+                )
             return f"{key} is not a setting of tokenizer.kind={kind!r}; leave it out."
         return f"{_shown_key(key)} is not a setting.{_nearest(location)}"
     if problem["type"] == "missing":
@@ -427,7 +432,7 @@ def _explain(problem: Any) -> str:
 def _nearest(location: list[str]) -> str:
     known = list(dict.fromkeys(setting_names()))
     section, name = ".".join(location[:-1]), location[-1]
-    # A good key in the wrong section is as common a slip as a misspelt one.
+    # A correct key in the wrong section is as common as a misspelt key.
     namesakes = [key for key in known if key.rpartition(".")[2] == name]
     if namesakes:
         nearest = difflib.get_close_matches(".".join(location), namesakes, n=1, cutoff=0.0)[0]
@@ -435,15 +440,15 @@ def _nearest(location: list[str]) -> str:
     siblings = [key.rpartition(".")[2] for key in known if section and key.startswith(f"{section}.")]
     matches = difflib.get_close_matches(name, siblings or Config.model_fields, n=1)
     if matches:
-        # batch_size is as near to global_batch_size as to micro_batch_size.
+        # batch_size is equally near to global_batch_size and to micro_batch_size.
         alike = [sibling for sibling in siblings if name in sibling] if name in matches[0] else matches
         return f" Did you mean {' or '.join('.'.join([*location[:-1], match]) for match in alike)}?"
-    # Misspelt, and in the wrong section.
+    # The key may be misspelt and in the wrong section.
     elsewhere = {key.rpartition(".")[2]: key for key in reversed(known) if "." in key}
     matches = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8)
     if matches:
         return f" Did you mean {elsewhere[matches[0]]}?"
-    return f" There are: {', '.join(siblings or Config.model_fields)}."
+    return f" Known {'settings' if siblings else 'sections'}: {', '.join(siblings or Config.model_fields)}."
 
 
 def _choices(location: list[str]) -> str:
@@ -466,7 +471,7 @@ def setting_names(section: Any = Config, prefix: str = "") -> Iterable[str]:
 
 
 def _sections(annotation: Any) -> Iterable[type[Section]]:
-    """Yields the sections that a setting can be, of a union all."""
+    """Yields the sections that a setting can be: all members of a union."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for part in typing.get_args(annotation):
@@ -474,9 +479,9 @@ def _sections(annotation: Any) -> Iterable[type[Section]]:
 
 
 def json_schema() -> str:
-    """Returns the JSON schema of a config file, by which editors complete and check it: configs/schema.json."""
+    """Returns the JSON schema by which editors complete and check a config file: configs/schema.json."""
     schema = Config.model_json_schema()
-    # `load_config` makes up the one that is left out.
+    # `load_config` chooses a run_folder if the file has none.
     schema["required"].remove("run_folder")
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
@@ -484,4 +489,4 @@ def json_schema() -> str:
 def _known_configs() -> str:
     here = sorted(str(path) for path in Path("configs").glob("*.toml"))
     shipped = sorted(path.stem for path in SHIPPED_CONFIGS.glob("*.toml"))
-    return (f" Here are: {', '.join(here)}." if here else "") + f" By name there are: {', '.join(shipped)}."
+    return (f" In configs/: {', '.join(here)}." if here else "") + f" Shipped configs: {', '.join(shipped)}."
