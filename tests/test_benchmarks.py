@@ -134,6 +134,7 @@ def test_each_precision_of_trainer_is_compared_with_the_best_of_each_other():
         row("trainer", "float32", 1.0, 2.0, 3.0, each_alone_secs=[1.0, 2.0, 3.0]),
         row("trainer", "mixed_bfloat16", 2.0, 2.0, 2.0, each_alone_secs=[2.0, 2.0, 2.0]),
         row("Keras fit", "mixed_bfloat16", 9.0, 9.0, 9.0),
+        row("trainer of the other checkout", "float32", 1.0, 1.998, 3.0),
         row("Keras fit, XLA", "float32", 3.0, 4.0, 6.0),
     ]
     figures = {"size": "tutorial", "contestants": bench["compare"](rows), "idle_cores": 0.0}
@@ -141,6 +142,8 @@ def test_each_precision_of_trainer_is_compared_with_the_best_of_each_other():
         bench["print_figures"](rich.console.Console(file=printed, width=200), figures)
         lines = printed.getvalue().splitlines()
     assert [line for line in lines if "times as fast" in line] == [
+        "trainer in float32 is 1.000 times as fast as trainer of the other checkout in float32, "
+        "median of 1.000, 0.999, 1.000",
         "trainer in float32 is 2.00 times as fast as Keras fit, XLA in float32, median of 3.00, 2.00, 2.00",
         "trainer in mixed_bfloat16 is 2.00 times as fast as Keras fit, XLA in float32, median of 1.50, 2.00, 3.00",
     ]
@@ -166,7 +169,7 @@ def test_steps_alone_leave_the_training_as_it_was(tmp_path):
     config, prepared = bench["make_data"]("tutorial", True, tmp_path)
     training, plain = (Training(config, prepared, sys.maxsize) for _ in range(2))
     # It takes the first batch for itself.
-    take, _ = bench["alone"](training), next(plain.batches)
+    take, _ = functions_of("contestant")["alone"](training), next(plain.batches)
     for _ in range(2):
         training.take(2), plain.take(2)
         secs, loss = take(3)
@@ -182,13 +185,25 @@ def test_larger_size_has_as_many_weights_as_gpt2():
     bench = functions_of("step")
     overrides = [*bench["SIZES"]["4x512"], *bench["QUICK"]]
     config = load_config(ROOT / "configs" / "minigpt.toml", ["samples.num_tokens=none", *overrides])
-    assert build_gpt(config, 5000, bos_id=2).count_params() == bench["gpt2_model"](config, 5000).count_params()
+    gpt2 = functions_of("contestant")["gpt2_model"](config, 5000)
+    assert build_gpt(config, 5000, bos_id=2).count_params() == gpt2.count_params()
+
+
+def test_another_checkout_has_to_have_the_benchmark(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["step.py", "--against", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        functions_of("step")["main"]()
+    assert f"--against {tmp_path} has no scripts/benchmarks/contestant.py" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_contestant_that_ends_says_why(tmp_path):
     bench = functions_of("step")
-    job = {"program": "trainer", "config": {"train": {"precision": "float32", "global_batch_size": 1}}}
+    job = {
+        "program": "trainer",
+        "checkout": str(ROOT),
+        "config": {"train": {"precision": "float32", "global_batch_size": 1}},
+    }
     job["config"]["train"]["sequence_length"] = 1
     with pytest.raises(SystemExit, match=r"trainer, float32 ended:\n[\s\S]*train.sequence_length=1"):
         bench["Contestant"]("trainer", job, tmp_path)
@@ -255,12 +270,13 @@ def test_pytorch_takes_the_steps_that_trainer_takes(tmp_path, size):
 
 @pytest.mark.slow
 def test_step_benchmark_ends_with_all_figures(tmp_path):
-    which = ["--sizes", "tutorial", "--peers", "fit", "gpt2", "--precisions", "float32"]
+    which = ["--sizes", "tutorial", "--peers", "fit", "gpt2", "--precisions", "float32", "--against", str(ROOT)]
     figures, printed = run("step", tmp_path, *which)
     (size,) = figures["sizes"]
     assert (size["size"], size["num_tokens"]) == ("tutorial", 4 * 32)
     ours, *others = size["contestants"]
-    assert [row["name"] for row in others] == ["Keras fit", "Keras fit, XLA", "GPT2Backbone in trainer"]
+    names = ["trainer of the other checkout", "Keras fit", "Keras fit, XLA", "GPT2Backbone in trainer"]
+    assert [row["name"] for row in others] == names
     for row in (ours, *others):
         assert len(row["each_step_secs"]) == len(row["each_ratio"]) == ROUNDS
         assert row["step_secs"] == statistics.median(row["each_step_secs"]) > 0
@@ -269,8 +285,8 @@ def test_step_benchmark_ends_with_all_figures(tmp_path):
         assert f"{row['tokens_per_sec']:,.0f}" in printed
     assert ours["ratio"] == 1
     assert len(ours["each_alone_secs"]) == ROUNDS
-    assert {row["num_parameters"] for row in others[:2]} == {ours["num_parameters"]}
-    assert "trainer in float32 is" in printed
+    assert {row["num_parameters"] for row in others[:3]} == {ours["num_parameters"]}
+    assert "trainer in float32 is" in printed and "as fast as trainer of the other checkout in float32" in printed
 
 
 @pytest.mark.slow
@@ -388,7 +404,7 @@ def test_all_benchmarks_run_though_one_fails(tmp_path, capfd):
 
 
 def test_every_benchmark_is_among_all_or_left_out_for_a_reason():
-    no_benchmarks = {"all", "torch_gpt", "harness"}
+    no_benchmarks = {"all", "contestant", "torch_gpt", "harness"}
     need_something = {"gpu", "tutorial"}
     found = {path.stem for path in BENCHMARKS.glob("*.py")}
     assert found - no_benchmarks - need_something == set(functions_of("all")["NAMES"])
