@@ -118,7 +118,7 @@ def test_documents_do_not_cross_shards_and_a_full_shard_gets_no_more(tmp_path, s
 
 
 def test_many_threads_and_batches_keep_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.data.prepare._BATCH_BYTES", 50)
+    monkeypatch.setattr("trainer.data.encoding._BATCH_BYTES", 50)
     prepared = prepare(config_for(tmp_path, "\n".join(LINES)), quiet, shard_tokens=2000)
     train = documents(prepared, "train")
     assert [line for line in LINES if line in set(train)] == train
@@ -217,7 +217,7 @@ def test_the_same_text_gives_the_same_bytes(tmp_path, tokenizer, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         if name == "two":
-            monkeypatch.setattr("trainer.data.prepare._BATCH_BYTES", 50)
+            monkeypatch.setattr("trainer.data.encoding._BATCH_BYTES", 50)
         prepared = prepare(config_for(tmp_path / name, "\n".join(LINES), tokenizer=tokenizer), quiet)
         contents.append(file_contents(prepared.folder))
         manifest = json.loads(contents[-1].pop("manifest.json"))
@@ -271,7 +271,7 @@ def test_a_summary_is_said_at_the_end(tmp_path):
 
 
 def test_the_ten_commonest_unknown_characters_are_said_wherever_they_stand(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.data.prepare._SAMPLE_DOCUMENTS", 3)
+    monkeypatch.setattr("trainer.data.encoding._SAMPLE_DOCUMENTS", 3)
     said: list[str] = []
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[BOS]\na\n##a\nb\n")
     text = "".join(f"a{chr(0x3B1 + i)}a " * (i + 1) for i in range(12)) + "\n" + "a a aa " * 9
@@ -522,8 +522,8 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch, error,
 
 
 KILLED = (
-    "import os, signal, sys; from pathlib import Path; from test_prepare import *; import trainer.data.prepare as p;"
-    "p._SAVE_SECS = 0.0; p._BATCH_BYTES = 100; left = int(sys.argv[2]); write = SplitWriter.write;\n"
+    "import os, signal, sys; from pathlib import Path; from test_prepare import *;"
+    "from trainer.data import encoding, prepare as p; p._SAVE_SECS = 0.0; encoding._BATCH_BYTES = 100; left = int(sys.argv[2]); write = SplitWriter.write;\n"
     "def write_some(self, *arguments):\n"
     "    global left\n"
     "    left -= 1\n"
@@ -556,7 +556,7 @@ def test_a_killed_preparation_leaves_nothing_usable_and_the_next_one_goes_on(tmp
 
 
 def pieces_encoded(monkeypatch) -> list[str]:
-    """A list that every piece will be in that is encoded."""
+    """A list that gets every piece that is encoded."""
     pieces: list[str] = []
     encode = CharTokenizer.encode_pieces
 
@@ -596,7 +596,7 @@ def test_what_a_killed_preparation_left_damaged_is_begun_anew(tmp_path):
 
 def test_ctrl_c_keeps_what_there_is_to_go_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.data.prepare._SAVE_SECS", 0.0)
-    monkeypatch.setattr("trainer.data.prepare._BATCH_BYTES", 100)
+    monkeypatch.setattr("trainer.data.encoding._BATCH_BYTES", 100)
     config = config_for(tmp_path, "\n".join(LINES))
     write, left = SplitWriter.write, iter(range(9))
 
@@ -650,7 +650,7 @@ def test_a_sync_that_fails_after_the_rename_says_that_the_data_is_whole(tmp_path
         if path == tmp_path / "prepared":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("trainer.data.prepare.sync", fail)
+    monkeypatch.setattr("trainer.data.partial_folder.sync", fail)
     config = config_for(tmp_path, "\n".join(LINES))
     with pytest.raises(UserError, match=r"Input/output error\. The disk.* is whole, but a loss of power could still"):
         prepare(config, quiet)

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Config
-from trainer.data.prepare import Findings, Say, Writers, encode_documents, prepare
+from trainer.data.encoding import Findings, Writers, encode_documents
+from trainer.data.prepare import Say, prepare
 from trainer.data.shard_writer import SplitWriter
 from trainer.data.shards import SHARD_TOKENS, PreparedData, split_of
 from trainer.data.text import File, Mixture, Source, Tally
