@@ -28,10 +28,11 @@ from trainer.model.build import make_model
 from trainer.model.gpt import GPT
 from trainer.training import checkpoint, launch, results
 from trainer.training.loop import is_due, steps_until_due
+from trainer.training.loss_scale import LossScale
 from trainer.training.results import read_scores, write_scores
 from trainer.training.run_checkpoints import open_checkpoints, restore
 from trainer.training.run_folder import RunFolder
-from trainer.training.step import LossScale, TrainingStep
+from trainer.training.step import TrainingStep
 
 SETTINGS = {
     "data": {"mode": "packed", "documents": "file", "held_out_fraction": 0.2},

@@ -1,7 +1,6 @@
 """Laws of the training step."""
 
 import functools
-import itertools
 
 import keras
 import numpy as np
@@ -15,16 +14,8 @@ from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.model.dropout import DropoutDraw
 from trainer.model.gpt import GPT
-from trainer.training.step import (
-    LossScale,
-    TrainingStep,
-    accumulate,
-    batch_hash,
-    forward_backward,
-    hash_from_floats,
-    hash_to_floats,
-    mean_and_clip,
-)
+from trainer.training.loss_scale import LossScale
+from trainer.training.step import TrainingStep, accumulate, forward_backward, mean_and_clip
 
 VOCABULARY = 17
 
@@ -267,65 +258,6 @@ def test_steps_that_lower_the_loss_scale_are_not_counted_as_skipped_until_it_is_
     step.model.variables[0].assign(good)
     take(step, batches(step.config), 1)
     assert step.skipped_in_a_row.numpy() == 0
-
-
-def test_the_loss_scale_doubles_after_a_while_without_overflow():
-    scale = LossScale(num_targets=1000)
-    assert scale.value.numpy() == 2.0**5  # as 2**15 would be for the mean
-    scale.good_steps.assign(LossScale.STEPS_TO_DOUBLE - 2)
-    scale.adapt(tf.constant(True))
-    assert scale.value.numpy() == 2.0**5
-    scale.adapt(tf.constant(True))
-    assert scale.value.numpy() == 2.0**6
-    assert scale.good_steps.numpy() == 0
-
-
-def hash_of(inputs, targets, weights, first_row=0):
-    words = batch_hash((inputs, targets, weights), tf.constant(first_row, tf.int64))
-    return int(hash_from_floats(hash_to_floats(words)))
-
-
-def test_the_hash_of_a_batch_sees_every_single_change():
-    config = tiny_config()
-    batch = [np.array(part) for part in next(iter(batches(config)))]
-    unchanged = hash_of(*batch)
-    hashes = {unchanged}
-    num_changes = 0
-    for part, values in enumerate(((1, 2, 3, 4, 2**20), (1, 2, 3, 4, 2**20), (1.0, 2.0, -1.0))):
-        for row, place, value in itertools.product(range(4), range(6), values):
-            changed = [each.copy() for each in batch]
-            changed[part][row, place] += value
-            hashes.add(hash_of(*changed))
-            num_changes += 1
-    # Not even the same 48 bits, high or low: 2**-48 of chance for each pair.
-    assert (
-        len(hashes) == len({each >> 16 for each in hashes}) == len({each % 2**48 for each in hashes}) == 1 + num_changes
-    )
-
-
-def test_the_hash_of_a_batch_sees_where_its_rows_are_and_not_how_they_are_spread():
-    config = tiny_config()
-    batch = next(iter(batches(config)))
-    for order in ([1, 0, 2, 3], [0, 1, 3, 2], [3, 2, 1, 0]):
-        assert hash_of(*(tf.gather(part, order) for part in batch)) != hash_of(*batch)
-    twice = [tf.gather(part, [0, 0, 2, 3]) for part in batch], [tf.gather(part, [1, 1, 2, 3]) for part in batch]
-    assert hash_of(*twice[0]) != hash_of(*twice[1])
-    for size in (1, 2):
-        floats = [
-            hash_to_floats(batch_hash([part[i : i + size] for part in batch], tf.constant(i, tf.int64)))
-            for i in range(0, 4, size)
-        ]
-        assert int(hash_from_floats(sum(floats))) == hash_of(*batch)
-    compiled = tf.function(lambda *batch: hash_to_floats(batch_hash(batch, tf.constant(0, tf.int64))), jit_compile=True)
-    assert int(hash_from_floats(compiled(*batch))) == hash_of(*batch)
-
-
-def test_the_hash_of_a_batch_is_summed_exactly_over_many_replicas():
-    word = tf.constant([-1, -2], tf.int32)
-    num_replicas = 2**16
-    sums = tf.reduce_sum(tf.tile(hash_to_floats(word)[tf.newaxis], [num_replicas, 1]), axis=0)
-    expected = [each * num_replicas % 2**32 for each in (2**32 - 1, 2**32 - 2)]
-    assert int(hash_from_floats(sums)) % 2**64 == (expected[0] << 32) + expected[1]
 
 
 def test_the_chain_of_hashes_sees_a_changed_token_and_the_order(new_step):

@@ -15,14 +15,8 @@ import tensorflow as tf
 from trainer.config_file import make_config
 from trainer.model.dropout import DropoutDraw
 from trainer.model.gpt import GPT
-from trainer.training.step import (
-    accumulate,
-    batch_hash,
-    forward_backward,
-    hash_from_floats,
-    hash_to_floats,
-    mean_and_clip,
-)
+from trainer.training.batch_hash import batch_hash, hash_from_floats, hash_to_floats
+from trainer.training.step import accumulate, forward_backward, mean_and_clip
 
 ROWS, LENGTH, VOCABULARY = 8, 64, 256
 

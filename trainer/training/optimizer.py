@@ -1,4 +1,4 @@
-"""AdamW with state of our own naming, applied in the replica after gradients were summed and clipped."""
+"""AdamW, applied on each replica to gradients that were summed and clipped. We name its state ourselves."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from trainer.config import OptimizerConfig
 
-# How Keras's own layers name what is added or multiplied number by number, and custom layers mostly do: query_bias.
+# Endings of the names that Keras's layers, and most custom layers, give to weights that are added or that multiply
+# number by number: query_bias.
 NAMES_WITHOUT_DECAY = ("bias", "gamma", "beta", "scale")
 
 
@@ -18,7 +19,7 @@ class AdamW(tf.Module):
 
     Args:
         config: betas, epsilon and weight decay.
-        variables: the model's trainable variables by name. Create the optimizer under the same strategy scope as these.
+        variables: the model's trainable variables by name. Create the optimizer under the strategy scope of these.
 
     Source: Kingma and Ba 2015, algorithm 1 in the form of the last paragraph of section 2; Loshchilov and Hutter 2019,
     algorithm 2.
@@ -29,13 +30,12 @@ class AdamW(tf.Module):
         self.config = config
         self.names = list(variables)
         self.variables_to_train = list(variables.values())
-        none = tf.VariableAggregation.NONE
-        self.num_updates = tf.Variable(0, dtype=tf.int64, trainable=False, aggregation=none, name="num_updates")
+        self.num_updates = counter("num_updates")
         self.first_moments = [_slot(variable) for variable in self.variables_to_train]
         self.second_moments = [_slot(variable) for variable in self.variables_to_train]
 
     def state(self) -> dict[str, tf.Variable]:
-        """Returns every variable of the optimizer by a name that follows its weight's."""
+        """Returns every variable of the optimizer by a name that begins with its weight's name."""
         named = {"num_updates": self.num_updates}
         for name, first, second in zip(self.names, self.first_moments, self.second_moments, strict=True):
             named[f"{name}/first_moment"] = first
@@ -46,7 +46,7 @@ class AdamW(tf.Module):
         """Updates all weights and moments once.
 
         Args:
-            gradients: of the mean loss, dense, one per variable and of its shape and dtype.
+            gradients: gradients of the mean loss, one per variable, dense, of the variable's shape and dtype.
             learning_rate: scalar.
         """
         config = self.config
@@ -59,7 +59,7 @@ class AdamW(tf.Module):
             weight, dtype = variable.value, gradient.dtype
             if config.weight_decay and decays(variable):
                 decay = tf.cast(learning_rate * config.weight_decay, dtype)
-                # The raw operation: assign_sub would average over replicas, which all compute the same.
+                # The raw operation, as assign_sub would average over replicas, which all compute the same.
                 tf.raw_ops.AssignSubVariableOp(resource=weight.handle, value=tf.convert_to_tensor(weight) * decay)
             # One kernel, one pass over weight and moments.
             tf.raw_ops.ResourceApplyAdam(
@@ -83,6 +83,12 @@ def decays(variable: keras.Variable) -> bool:
     and so do the scales of a normalization over several axes.
     """
     return len(variable.shape) > 1 and not variable.name.endswith(NAMES_WITHOUT_DECAY)
+
+
+def counter(name: str) -> tf.Variable:
+    """Returns a new int64 variable, 0 at first, that every replica counts up alike."""
+    # Every replica computes the same value, so there is nothing to aggregate.
+    return tf.Variable(0, dtype=tf.int64, trainable=False, aggregation=tf.VariableAggregation.NONE, name=name)
 
 
 def _slot(variable: keras.Variable) -> tf.Variable:

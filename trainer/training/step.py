@@ -1,12 +1,10 @@
 """The training step: batch -> gradients -> one all-reduce -> clip -> AdamW, and many steps in one call."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from trainer.config import Config
@@ -18,12 +16,13 @@ from trainer.model.dropout import DropoutDraw
 from trainer.model.gpt import GPT
 from trainer.model.loss import next_token_loss_from_logits
 from trainer.model.precision import accumulation_dtype
+from trainer.training.batch_hash import batch_hash, hash_from_floats, hash_to_floats
 from trainer.training.checkpoint import named_variables
-from trainer.training.optimizer import AdamW
+from trainer.training.loss_scale import LossScale
+from trainer.training.optimizer import AdamW, counter
 from trainer.training.schedule import learning_rate
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
-NONE = tf.VariableAggregation.NONE
 
 
 class Gradients(NamedTuple):
@@ -157,67 +156,6 @@ def _cast_sums(sums: Gradients, dtype: tf.DType) -> Gradients:
     return Gradients(weights, tf.cast(sums.loss_sum, dtype), tf.cast(sums.num_targets, dtype), sums.state)
 
 
-def batch_hash(batch: Batch, first_row: tf.Tensor) -> tf.Tensor:
-    """Returns a hash of a batch, to be summed over replicas: the sum depends on every number of every row and on its
-    place in the global batch, and not on how the rows are spread.
-
-    Two sums of 32 bits, as an accelerator has no integers of 64. Any change of one number in a row changes both:
-    multiplication by an odd factor and each step of the mixing are one to one, and a sum with one different term is
-    another sum. Two batches that differ in more have equal hashes once in 2**64.
-
-    Args:
-        batch: inputs int32, targets int32 and weights float32, each [batch, sequence].
-        first_row: int64 scalar, the place of the batch's first row in the global batch.
-
-    Returns:
-        int32 [2], to be added modulo 2**32; `hash_to_floats` has them travel with the gradients.
-
-    Source: of the mixing, Appleby's MurmurHash3 (fmix32).
-    """
-    inputs, targets, weights = batch
-    rows = tf.cast(first_row, tf.int32) + tf.range(targets.shape[0])
-    parts = (inputs, targets, tf.bitcast(weights, tf.int32))
-    # RandomState draws the same numbers in every release of NumPy. Powers of one factor would not do: modulo 2**32 some
-    # long sequences collide for all of them.
-    factors = np.random.RandomState(0).randint(0, 2**32, (2, 1 + len(parts), targets.shape[1]), dtype=np.uint32) | 1
-    words = []
-    for of_rows, *of_parts in factors.view(np.int32):
-        sums = [tf.reduce_sum(part * each, axis=1) for part, each in zip(parts, of_parts, strict=True)]
-        words.append(tf.reduce_sum(_mixed(tf.reduce_sum([rows * of_rows[0], *sums], axis=0))))
-    return tf.stack(words)
-
-
-def _mixed(x: tf.Tensor) -> tf.Tensor:
-    """Spreads the bits of int32 [n], one to one. Without it a sum over rows would not depend on their order."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = _shifted_in(x, shift) * tf.constant(np.uint32(factor).view(np.int32))
-    return _shifted_in(x, 16)
-
-
-def _shifted_in(x: tf.Tensor, shift: int) -> tf.Tensor:
-    shifted = tf.bitwise.right_shift(tf.bitcast(x, tf.uint32), tf.constant(shift, tf.uint32))
-    return tf.bitwise.bitwise_xor(x, tf.bitcast(shifted, tf.int32))
-
-
-# A sum over up to 2**16 replicas of numbers of 8 bits is exact in float32, which counts to 2**24.
-_HASH_SHIFTS = np.arange(0, 32, 8, dtype=np.uint32)
-
-
-def hash_to_floats(words: tf.Tensor) -> tf.Tensor:
-    """Splits int32 [2] into bytes, float32 [8], as one operation sums all that a step reduces in one dtype."""
-    words = tf.bitcast(words, tf.uint32)[:, tf.newaxis]
-    parts = tf.bitwise.bitwise_and(tf.bitwise.right_shift(words, _HASH_SHIFTS), tf.constant(255, tf.uint32))
-    return tf.reshape(tf.cast(tf.bitcast(parts, tf.int32), tf.float32), [-1])
-
-
-def hash_from_floats(sums: tf.Tensor) -> tf.Tensor:
-    """Joins what `hash_to_floats` made, summed over replicas, to one int64 scalar."""
-    parts = tf.reshape(tf.cast(sums, tf.int64), [2, -1])
-    words = tf.reduce_sum(parts * (1 << _HASH_SHIFTS.astype(np.int64)), axis=1) % 2**32
-    # No sum: the chain's would become one of three, which TensorFlow makes in a buffer of its own.
-    return tf.bitwise.bitwise_or(words[0] * 2**32, words[1])
-
-
 def mean_and_clip(
     gradients: Sequence[tf.Tensor],
     num_targets: tf.Tensor,
@@ -285,9 +223,9 @@ class TrainingStep:
         trainable = {name_of[id(variable)]: variable for variable in model.trainable_variables}
         with strategy.scope():
             self.optimizer = AdamW(config.optimizer, trainable)
-            self.step = _counter("step")
-            self.batches_hash = _counter("batches_hash")
-            self.skipped_in_a_row = _counter("skipped_in_a_row")
+            self.step = counter("step")
+            self.batches_hash = counter("batches_hash")
+            self.skipped_in_a_row = counter("skipped_in_a_row")
             num_targets = config.train.global_batch_size * config.train.sequence_length
             self.loss_scale = LossScale(num_targets) if config.train.precision == "mixed_float16" else None
         # Read by the compiled loop before each step and set by another thread: how a signal stops a long call.
@@ -444,51 +382,3 @@ class TrainingStep:
         zero, none = tf.zeros([], tf.int64), tf.zeros([], self.execution.weight_dtype)
         secs = tf.zeros([], tf.float64)
         return CallMetrics(zero, zero, none, none, secs, zero, none, secs)
-
-
-class LossScale(tf.Module):
-    """The factor that keeps float16 gradients from vanishing: halved when they overflow, doubled after a while without.
-
-    Args:
-        num_targets: tokens of a global batch, whose losses are summed.
-
-    Attributes:
-        smallest: where halving ends. Gradients that overflow even there are not those of a model that can learn.
-
-    Source: Micikevicius et al. 2018, section 3.2.
-    """
-
-    STEPS_TO_DOUBLE = 2000
-    NUM_HALVINGS = 24
-
-    def __init__(self, num_targets: int) -> None:
-        super().__init__(name="loss_scale")
-        # 2**15 is what a mean loss usually begins with; gradients of a sum are larger by the number of its terms.
-        first = 2.0 ** (15 - round(math.log2(num_targets)))
-        self.smallest = first / 2**self.NUM_HALVINGS
-        self.value = tf.Variable(first, dtype=tf.float32, trainable=False, aggregation=NONE, name="loss_scale")
-        self.good_steps = _counter("good_steps")
-
-    def state(self) -> dict[str, tf.Variable]:
-        """Returns its variables by name."""
-        return {"loss_scale": self.value, "good_steps": self.good_steps}
-
-    def adapt(self, is_finite: tf.Tensor) -> tf.Tensor:
-        """Takes note of a step; returns whether that has lowered the scale, a bool scalar.
-
-        Args:
-            is_finite: bool scalar, the same on every replica, as it is of the reduced gradients.
-        """
-        good = tf.where(is_finite, self.good_steps + 1, tf.zeros([], tf.int64))
-        doubles = good >= self.STEPS_TO_DOUBLE
-        grown = tf.where(doubles, self.value * 2, self.value)
-        before = tf.identity(self.value)
-        new = tf.where(is_finite, grown, tf.maximum(before / 2, self.smallest))
-        self.value.assign(new)
-        self.good_steps.assign(tf.where(doubles, tf.zeros([], tf.int64), good))
-        return new < before
-
-
-def _counter(name: str) -> tf.Variable:
-    # Every replica computes the same value, so there is nothing to aggregate.
-    return tf.Variable(0, dtype=tf.int64, trainable=False, aggregation=NONE, name=name)
