@@ -791,6 +791,6 @@ def test_a_file_system_without_locks_takes_no_more_than_one_folder(tmp_path, lef
     assert left_behind(tmp_path) == sorted([left_by_a_killed_one.name, prepared.folder.name])
     assert file_contents(left_by_a_killed_one) == before
     assert said[0] == (
-        f"warning: {left_by_a_killed_one} stays, as it cannot be locked: {os.strerror(number)}; if nobody prepares, "
+        f"warning: {left_by_a_killed_one} stays, as it cannot be locked: {os.strerror(number)}; if no process prepares, "
         "delete it"
     )
