@@ -1,9 +1,9 @@
-"""Every config for a TPU or GPU compiles with that device's own compiler, fits its memory as `plan` says it does, and
-costs no more than it did, on any machine.
+"""Every config for a TPU or GPU compiles with that device's own compiler on any machine, fits the device's memory as
+`plan` estimates, and costs no more than before.
 
     scripts/test tests/test_compile.py --write-figures
 
-compiles and writes tests/compiled_steps.json anew, where the step has changed on purpose.
+compiles and writes tests/compiled_steps.json again, after the step was changed on purpose.
 """
 
 import json
@@ -27,7 +27,7 @@ TARGETS = {
     "gpt2_124m_tpu_v5e_8": "tpu:v5e-8",
     "gpt2_350m_tpu_v4_32": "tpu:v4-32",
 }
-# All that a compiler says but how long it took.
+# All that a compiler reports, except how long it took.
 STORED = (
     "arguments_bytes",
     "temporaries_bytes",
@@ -56,7 +56,7 @@ def test_the_config_compiles_and_needs_what_it_did_and_what_is_planned(name: str
             pytest.skip("no package index to take the compiler from")
         raise
     assert step.memory_bytes() <= target.device.memory_bytes
-    # A mask that is folded into the program, for one, is a hundred times that.
+    # For example, a mask that constant folding puts into the program is a hundred times as large.
     assert step.largest_constant_bytes < 1e6
     planned = sum(estimate_memory(config, vocabulary_size, target).values())
     assert planned == pytest.approx(step.memory_bytes(), rel=0.15)
@@ -66,7 +66,7 @@ def test_the_config_compiles_and_needs_what_it_did_and_what_is_planned(name: str
     if request.config.getoption("--write-figures"):
         FIGURES.write_text(json.dumps(stored | {name: figures}, indent=2) + "\n")
     else:
-        # More room than versions of TensorFlow take up, and less than what a mistake in the step costs.
+        # More than versions of TensorFlow differ by, and less than a mistake in the step costs.
         assert figures == pytest.approx(stored[name], rel=0.03)
 
 
@@ -84,7 +84,7 @@ def test_the_largest_that_fits_is_found_in_few_tries(largest: int):
 
 
 @pytest.mark.slow
-def test_a_compiler_that_cannot_be_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_compiler_that_cannot_be_installed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     config = load_config(ROOT / "configs" / "gpt2_124m_8gpu.toml")

@@ -6,7 +6,10 @@ import pytest
 
 from trainer.config_file import make_config
 from trainer.errors import UserError
+from trainer.hardware.devices import parse_target
 from trainer.planning.lower import lower_step, main
+
+GPU = parse_target("gpu:H100")
 
 CONFIG = """
 model = {{num_layers = 1, num_heads = 1, hidden_dim = 8, intermediate_dim = 8, vocabulary_multiple = {multiple}}}
@@ -25,23 +28,23 @@ def config_of(**train):
 
 
 def test_a_program_of_several_replicas_sums_each_gradient_once_over_them():
-    assert b"all-reduce" not in lower_step(config_of(), 13, 1)
+    assert b"all-reduce" not in lower_step(config_of(), 13, GPU)
     for micro_batch_size in (2, 1):
-        of_four = lower_step(config_of(micro_batch_size=micro_batch_size), 13, 4)
+        of_four = lower_step(config_of(micro_batch_size=micro_batch_size), 13, GPU._replace(num_devices=4))
         # 16 weights, and the loss, the count, the hash and the votes: for the compiler to make one operation of.
         assert of_four.count(b"all-reduce") == 16 + 4
 
 
-def test_a_batch_that_replicas_cannot_share_is_said():
+def test_a_batch_that_replicas_cannot_share_is_refused():
     with pytest.raises(UserError, match=r"train.global_batch_size=8 is not a multiple of 3 replicas"):
-        lower_step(config_of(), 13, 3)
+        lower_step(config_of(), 13, GPU._replace(num_devices=3))
 
 
-def test_a_program_is_of_a_number_of_examples():
+def test_a_program_takes_a_number_of_examples():
     with pytest.raises(
         UserError, match=r"'auto' is found on the device itself; .*, such as train.micro_batch_size=4\.$"
     ):
-        lower_step(config_of(micro_batch_size="auto"), 13, 2)
+        lower_step(config_of(micro_batch_size="auto"), 13, GPU._replace(num_devices=2))
 
 
 def has_matrix(hlo, num_rows, num_columns):
@@ -53,6 +56,6 @@ def test_a_step_lowered_without_text_has_the_rows_of_the_padded_vocabulary(tmp_p
     for multiple, num_rows, other in (1, 50, 64), (64, 64, 50):
         config, out = tmp_path / f"{num_rows}.toml", tmp_path / f"{num_rows}.hlo"
         config.write_text(CONFIG.format(multiple=multiple))
-        monkeypatch.setattr(sys, "argv", ["lowering", str(config), "50", "2", str(out)])
+        monkeypatch.setattr(sys, "argv", ["lower", str(config), "50", "gpu:H100x2", str(out)])
         main()
         assert has_matrix(out.read_bytes(), num_rows, 8) and not has_matrix(out.read_bytes(), other, 8)

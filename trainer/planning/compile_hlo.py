@@ -1,6 +1,6 @@
-"""Compiles a serialized HloModuleProto for a TPU or GPU that is not there, and prints what came of it as JSON.
+"""Compiles a serialized HloModuleProto for a TPU or GPU that this machine lacks, and prints the result as JSON.
 
-trainer/planning/compiler.py runs it as a program, in an environment with JAX and the compiler and without trainer:
+trainer/planning/compiler.py runs this program in an environment that has JAX and the compiler but not trainer:
 
     python -I compile_hlo.py SETTINGS_JSON step.hlo
 """
@@ -14,15 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Without these libtpu asks the cloud's metadata server who it is, and waits for an answer.
+# Without these libtpu asks the cloud's metadata server for its identity, and waits for an answer.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-# To compile takes no TPU that another process could hold.
+# Compiling uses no TPU, so another process that uses libtpu is no obstacle.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-# Of those that are not four bytes long.
+# The sizes of the types that are not four bytes long.
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s64": 8, "u64": 8, "f64": 8}
 
 
@@ -34,7 +34,7 @@ def find_devices(settings: dict[str, Any]) -> list[Any]:
         devices: list[Any] = topologies.get_topology_desc(platform="tpu", topology_name=settings["topology"]).devices
         assert len(devices) == settings["num_devices"], (settings, len(devices))
         return devices
-    import jax_plugins.xla_cuda12  # noqa: F401  Registers the platform; to compile takes no driver.
+    import jax_plugins.xla_cuda12  # noqa: F401  Registers the platform; compiling needs no driver.
 
     config = {"target_config": settings["target_config"], "topology": "1x1x1"}
     device = topologies.get_topology_desc(platform="cuda", topology_name="gpu", **config).devices[0]
@@ -42,7 +42,7 @@ def find_devices(settings: dict[str, Any]) -> list[Any]:
 
 
 def compile_for(devices: list[Any], hlo: bytes) -> Any:
-    """Compiles the program that every one of these devices runs; returns the executable."""
+    """Compiles the program that each of these devices runs; returns the executable."""
     import numpy as np
     from jax._src import compiler
     from jax._src.interpreters import mlir
@@ -53,7 +53,7 @@ def compile_for(devices: list[Any], hlo: bytes) -> Any:
         text = _jax.mlir.xla_computation_to_mlir_module(xla_client.XlaComputation(hlo))
         if isinstance(text, bytes):
             text = str(ir.Module.parse(text))
-        # A copy has no form in StableHLO; to convert to the same type is one.
+        # StableHLO has no copy; a conversion to the same type is one.
         text = re.sub(r"mhlo\.copy (%\S+) : (tensor<[^>]*>)", r"stablehlo.convert \1 : (\2) -> \2", text)
         options = compiler.get_compile_options(num_replicas=len(devices), num_partitions=1)
         options.device_assignment = xla_client.DeviceAssignment.create(np.array([[each.id] for each in devices]))
@@ -61,14 +61,14 @@ def compile_for(devices: list[Any], hlo: bytes) -> Any:
 
 
 def figures(executable: Any, is_tpu: bool) -> dict[str, float]:
-    """Returns what is known of a compiled program: see CompiledStep in trainer/planning/compiler.py."""
+    """Returns the figures of a compiled program that CompiledStep in trainer/planning/compiler.py describes."""
     import jax
     from jaxlib import _jax
 
     memory = executable.get_compiled_memory_stats()
     (module,) = executable.hlo_modules()
     text = module.to_string()
-    # The GPU's compiler does not count; XLA's CPU client does, whatever the program is for.
+    # The GPU's compiler does not count operations. XLA's CPU client does, for a program of any device.
     cost = executable.cost_analysis() if is_tpu else _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
     constants = re.findall(r"= (\w+)\[([\d,]*)\]\S* constant\(", text)
     sizes = (BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in constants)
@@ -83,7 +83,7 @@ def figures(executable: Any, is_tpu: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the figures, or why the program does not fit the device."""
+    """Prints the figures, or the reason why the program does not fit the device."""
     settings, hlo = json.loads(sys.argv[1]), Path(sys.argv[2]).read_bytes()
     devices = find_devices(settings)
     begin = time.monotonic()

@@ -1,7 +1,7 @@
-"""The real compilers of TPUs and NVIDIA GPUs, on a machine that has neither: what a config's step needs on them.
+"""The real compilers of TPUs and NVIDIA GPUs, on a machine that has neither: what a config's step needs on a device.
 
-The step is lowered by TensorFlow in a process of its own, and compiled in an environment of its own, made on first use:
-the compilers come with JAX, which wants other versions of what TensorFlow needs.
+TensorFlow lowers the step in a process of its own. The compiler runs in an environment of its own, which is made on
+first use: the compilers come with JAX, which needs other versions of TensorFlow's dependencies.
 """
 
 import json
@@ -31,11 +31,16 @@ Say = Callable[[str], None]
 
 
 class CompiledStep(NamedTuple):
-    """What a compiler says of a step on one device.
+    """What a compiler reports about a step on one device.
 
-    arguments_bytes: weights, moments and batch. temporaries_bytes: what else there is at the worst instant. flops and
-    accessed_bytes: of one micro-batch and one update, as loops count once. num_all_reduces: operations that sum over
-    replicas. largest_constant_bytes: in the program.
+    Attributes:
+        arguments_bytes: memory of weights, moments and batch.
+        temporaries_bytes: memory of everything else at the worst instant.
+        flops: operations of one micro-batch and one update: the compiler counts the body of a loop once.
+        accessed_bytes: bytes read and written by one micro-batch and one update.
+        num_all_reduces: operations that sum over replicas.
+        largest_constant_bytes: size of the largest constant in the program.
+        compile_secs: time that the compiler took.
     """
 
     arguments_bytes: int
@@ -47,36 +52,35 @@ class CompiledStep(NamedTuple):
     compile_secs: float
 
     def memory_bytes(self) -> int:
-        """Returns what the step needs in all."""
+        """Returns all memory that the step needs."""
         return self.arguments_bytes + self.temporaries_bytes
 
 
 class DoesNotFit(Exception):
-    """The compiler finds no way to run the step in the device's memory; the message is its own."""
+    """The compiler finds no way to run the step in the device's memory; the message is the compiler's."""
 
 
 def compile_step(config: Config, vocabulary_size: int, target: Target, say: Say = print) -> CompiledStep:
     """Compiles one replica's whole step for a target.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         vocabulary_size: number of tokens.
-        target: TPU or GPUs.
-        say: gets a line where the compiler has to be installed first.
+        target: a TPU or GPUs.
+        say: prints a line; called if the compiler has to be installed first.
 
     Raises:
         UserError: the batch cannot be spread over the devices, or the compiler cannot be installed.
-        DoesNotFit: the compiler says so.
+        DoesNotFit: the step does not fit the device's memory.
     """
-    kind = "tpu" if target.device.num_axes else "gpu"
+    kind = target.processor().kind.lower()
     python = _compiler_environment(kind, say)
     settings = {**compiler_settings(target), "num_devices": target.num_devices}
     with tempfile.TemporaryDirectory() as folder:
         toml, hlo = Path(folder) / "config.toml", Path(folder) / "step.hlo"
         toml.write_text(config.to_toml(), encoding="utf-8")
-        numbers = [str(vocabulary_size), str(target.num_devices)]
-        _run([sys.executable, "-m", "trainer.planning.lower", str(toml), *numbers, str(hlo)])
-        # -I: else the modules beside the program would stand in for Python's own of the same name.
+        _run([sys.executable, "-m", "trainer.planning.lower", str(toml), str(vocabulary_size), str(target), str(hlo)])
+        # -I: otherwise a module beside the program would hide Python's own module of the same name.
         program = str(Path(__file__).with_name("compile_hlo.py"))
         answer = json.loads(_run([str(python), "-I", program, json.dumps(settings), str(hlo)]).splitlines()[-1])
     if "does_not_fit" in answer:
@@ -85,8 +89,8 @@ def compile_step(config: Config, vocabulary_size: int, target: Target, say: Say 
 
 
 def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """Returns the largest of rising sizes that fits, or None, where every size fits that is below one that does."""
-    low, high = 0, len(sizes)  # All below low fit, none from high on does.
+    """Returns the largest of rising sizes that fits, or None. Below a size that fits, every size does."""
+    low, high = 0, len(sizes)  # All sizes below low fit, and none from high on.
     while low < high:
         middle = (low + high) // 2
         if fits(sizes[middle]):
@@ -97,28 +101,26 @@ def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int 
 
 
 def _compiler_environment(kind: str, say: Say) -> Path:
-    """Returns the Python that has the compiler, in an environment inside the one that runs."""
+    """Returns the Python of the environment that has the compiler; the environment lies inside the running one."""
     folder = Path(sys.prefix) / f"compile-{kind}"
     python, stamp = folder / "bin" / "python", folder / "trainer.installed"
     packages = PACKAGES[kind]
     if stamp.is_file() and stamp.read_text() == " ".join(packages):
         return python
     if sys.platform != "linux":
-        raise UserError(
-            "--compile: there are compilers for TPUs and GPUs on Linux alone; leave it out for an estimate."
-        )
+        raise UserError("--compile: the compilers for TPUs and GPUs run on Linux only; leave it out for an estimate.")
     say(f"Installing the compiler into {folder} (about 1 GB).")
     shutil.rmtree(folder, ignore_errors=True)
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-    # A pip.conf may ask for --user, which fails in an environment; and what goes wrong is looked for in English.
+    # A pip.conf may ask for --user, which fails in an environment. LC_ALL, as NO_NETWORK matches English messages.
     variables = {**os.environ, "PIP_USER": "0", "LC_ALL": "C"}
     for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, *packages]):
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=variables
         )
         if done.returncode:
-            heard = done.stdout + done.stderr
-            problem = "the package index cannot be reached" if NO_NETWORK.search(heard) else heard.strip()[-600:]
+            printed = done.stdout + done.stderr
+            problem = "the package index cannot be reached" if NO_NETWORK.search(printed) else printed.strip()[-600:]
             raise UserError(
                 f"{folder}: the compiler cannot be installed there: {problem}. Mend that, then run this again."
             )

@@ -1,4 +1,4 @@
-"""Lowers a config's training step to the program that a TPU's or GPU's compiler reads, with no such device at hand."""
+"""Lowers a config's training step to the program that a TPU's or GPU's compiler reads, on any machine."""
 
 import sys
 from pathlib import Path
@@ -6,58 +6,57 @@ from pathlib import Path
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
-from trainer.config import Config, examples_per_replica
+from trainer.config import Config
 from trainer.config_file import load_config
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.execution import resolve
-from trainer.hardware.processor import Processor
+from trainer.hardware.devices import Target, parse_target
 from trainer.model.build import build_gpt
 from trainer.training.step import TrainingStep
 
 
-def lower_step(config: Config, vocabulary_size: int, num_replicas: int) -> bytes:
+def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
     """Returns one replica's whole step (forward, backward, clip and AdamW) as a serialized XLA HloModuleProto.
 
-    One replica of several, which the sum over replicas in it joins.
+    The program sums over all replicas of the target.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         vocabulary_size: number of tokens.
-        num_replicas: that share the global batch.
+        target: the devices to lower for, with one replica on each.
 
     Raises:
-        UserError: the batch cannot be spread over that many replicas, or the size of a micro-batch is not a number.
+        UserError: the batch cannot be spread over that many replicas, or train.micro_batch_size is not a number.
     """
-    train, rows = config.train, examples_per_replica(config, num_replicas)
+    train = config.train
+    # XLA compiles the whole step here, whatever the config asks for on the device.
+    compiled = config.model_copy(update={"train": train.model_copy(update={"xla": "on"})})
+    execution = resolve(compiled, target.processor(), target.num_devices)
     if train.micro_batch_size == "auto":
         raise UserError(
             "train.micro_batch_size='auto' is found on the device itself; give the number to compile for, such as "
-            f"train.micro_batch_size={rows}."
+            f"train.micro_batch_size={execution.examples}."
         )
-    compiled = config.model_copy(update={"train": train.model_copy(update={"xla": "on"})})
-    # As on the device, and not as on the CPU that lowers it.
-    execution = resolve(compiled, Processor("TPU"), num_replicas)
-    distribution = config.distribution.model_copy(update={"kind": "cpu", "gpus": None})
-    strategy = make_strategy(distribution)
+    strategy = make_strategy(config.distribution.model_copy(update={"kind": "cpu", "gpus": None}))
     with strategy.scope():
-        # Which token [BOS] is makes no difference to what the program costs.
+        # The number of the [BOS] token makes no difference to what the program costs.
         model = build_gpt(config, vocabulary_size, bos_id=0)
     step = _StepOfMany(config, train.total_steps or 1, model, strategy, execution)
-    step.num_replicas = num_replicas
+    step.num_replicas = target.num_devices
 
     @tf.function(autograph=False, jit_compile=True)
     def take_step(inputs: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, ...]:
         return step.take_on_replica((inputs, targets, weights), tf.constant(False))
 
-    shape = [rows, train.sequence_length]
+    shape = [execution.examples, train.sequence_length]
     specs = [tf.TensorSpec(shape, dtype) for dtype in (tf.int32, tf.int32, tf.float32)]
     hlo: bytes = take_step.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
     return hlo
 
 
 class _StepOfMany(TrainingStep):
-    """The step as the compiler of several devices sees it, where the strategy has one."""
+    """The step of one replica of several, although the strategy that lowers it has one replica only."""
 
     num_replicas = 1
 
@@ -69,10 +68,10 @@ class _StepOfMany(TrainingStep):
 
 
 def main() -> None:
-    """Writes what `lower_step` returns: python -m trainer.planning.lower CONFIG VOCABULARY_SIZE NUM_REPLICAS OUT."""
-    path, vocabulary_size, num_replicas, out = sys.argv[1:]
+    """Writes what `lower_step` returns: python -m trainer.planning.lower CONFIG VOCABULARY_SIZE TARGET OUT."""
+    path, vocabulary_size, target, out = sys.argv[1:]
     try:
-        hlo = lower_step(load_config(path), int(vocabulary_size), int(num_replicas))
+        hlo = lower_step(load_config(path), int(vocabulary_size), parse_target(target))
     except UserError as error:
         sys.exit(f"trainer: {error}")
     Path(out).write_bytes(hlo)
