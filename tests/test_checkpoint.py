@@ -164,7 +164,7 @@ def test_a_file_changed_after_it_was_verified_is_noticed(folder: str):
     checkpoint = checkpoints.latest()
     assert checkpoint is not None
     rewrite(f"{folder}/step_000000003/weights.safetensors", flip_a_bit)
-    with pytest.raises(UserError, match=r"weights.safetensors is damaged: its length or SHA-256 is not the manifest's"):
+    with pytest.raises(UserError, match=r"weights.safetensors is damaged: its length or its SHA-256 differs"):
         checkpoint.arrays("weights")
     tf.io.gfile.remove(f"{folder}/step_000000003/weights.safetensors")
     with pytest.raises(UserError, match=r"weights.safetensors is missing"):
@@ -346,11 +346,11 @@ def test_assign_gives_variables_their_values():
     [
         (
             {},
-            "here does not hold this model: it lacks ['a'] and has nothing besides. Use the config, or the build_model",
+            "here does not hold this model: it lacks ['a'] and has nothing in addition. Use the config, or the build_model",
         ),
         (
             {"a": np.zeros(2), "b": np.zeros(2)},
-            "here does not hold this model: it lacks nothing and has ['b'] besides.",
+            "here does not hold this model: it lacks nothing and has ['b'] in addition.",
         ),
         ({"a": np.zeros(3)}, "here has a as float64[3], the model as float64[2]. Use the config it was trained with."),
         ({"a": np.zeros([])}, "here has a as float64[], the model as float64[2]."),
@@ -375,7 +375,7 @@ def test_checkpoints_of_which_none_verifies_are_an_error_that_names_each(folder:
         checkpoints.latest()
     assert str(error.value) == (
         f"{folder}: none of the 2 checkpoints there can be used. step 10: {folder}/step_000000010/weights.safetensors "
-        f"is damaged: its length or SHA-256 is not the manifest's. step 20: {folder}/step_000000020/"
+        f"is damaged: its length or its SHA-256 differs from the manifest. step 20: {folder}/step_000000020/"
         "optimizer.safetensors is missing. Bring one back from a copy; training does not begin again at step 0 over "
         "them."
     )

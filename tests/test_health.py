@@ -25,7 +25,7 @@ def test_a_run_ends_where_too_many_steps_in_a_row_were_skipped_or_all():
     check_is_learning(99, 100, most - 1, 0)
     told = (
         " had a loss or gradient that was not finite and were skipped. Lower optimizer.learning_rate, set "
-        "optimizer.clip_norm (1.0 is common) or raise optimizer.warmup_steps. Skipped steps leave the weights alone: "
+        "optimizer.clip_norm (1.0 is common) or raise optimizer.warmup_steps. Skipped steps do not change the weights: "
         "the newest checkpoint is finite."
     )
     with pytest.raises(UserError) as error:

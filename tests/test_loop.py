@@ -485,9 +485,7 @@ def test_a_foreign_keras_model_of_any_style_trains_resumes_and_writes(tmp_path, 
     assert again.evaluation == result.evaluation
     assert trainer.generate(result.run_folder, "the ", "greedy", num_tokens=3, build_model=build)[0].startswith("the ")
     assert trainer.score(result.run_folder, build, say=lambda _: None) == result.evaluation
-    with pytest.raises(
-        trainer.UserError, match=r"trains a model of its own, which test_loop\.\w+ built, and not the GPT"
-    ):
+    with pytest.raises(trainer.UserError, match=r"trains a foreign model, which test_loop\.\w+ built, and not the GPT"):
         trainer.resume(result.run_folder, say=lambda _: None)
 
 

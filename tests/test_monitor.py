@@ -96,7 +96,7 @@ def test_training_goes_on_where_there_can_be_no_profile(tmp_path: Path):
             pass
     finally:
         tf.profiler.experimental.stop()
-    assert said.getvalue() == "profile.at_step: no profile, as somebody else profiles this process already.\n"
+    assert said.getvalue() == "profile.at_step: no profile: this process is already being profiled.\n"
     (tmp_path / "logs/train/plugins").write_text("in the way")
     with watched.running(), watched.profiled(3):
         pass

@@ -219,7 +219,7 @@ def test_workers_need_the_same_secret_and_the_same_cluster(free_addresses, monke
         come(1, workers)
     assert "refused worker 1: both need the same cluster in TF_CONFIG and the same TRAINER_MEETING_SECRET" in found[1]
     assert f"worker 1 ({workers[1]}) did not come within 2 s" in found[0]
-    assert "connections were refused, as they did not prove to be a missing worker" in found[0]
+    assert "connections were refused: they did not prove to be a missing worker" in found[0]
     with in_the_background(come, 0, workers):
         come(1, [workers[0], "127.0.0.1:1"])
     assert "refused worker 1" in found[1]
@@ -260,7 +260,7 @@ def test_the_first_to_come_stays_and_one_that_ends_frees_its_place(free_addresse
             assert (answer, connection.recv(10)) == (b"taken\n", b"")
             connection.close()
             (error,) = verdicts(workers, {1: dict}, timeout_secs=1.0).values()
-            assert f"worker 0 ({workers[0]}) says that another process came as worker 1 first" in str(error)
+            assert f"worker 0 ({workers[0]}) refused worker 1: another process came as worker 1 first" in str(error)
             found.update(verdicts(workers, {2: dict}))
     assert found == dict.fromkeys(range(3))
 

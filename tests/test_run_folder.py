@@ -748,7 +748,7 @@ def test_a_run_remembers_that_its_model_is_foreign(tmp_path: Path):
         with pytest.raises(UserError) as error:
             use()
         assert str(error.value) == (
-            f"{own.path} trains a model of its own, which {__name__}.build_own built, and not the GPT of its config. "
+            f"{own.path} trains a foreign model, which {__name__}.build_own built, and not the GPT of its config. "
             f"Go on from Python, with that function: trainer.resume('{own.path}', build_model); trainer.generate and "
             "trainer.score take build_model, too."
         )

@@ -118,7 +118,7 @@ def test_step_and_decoding_are_lowered_by_the_tpu_s_own_tensorflow():
             {"tensorflow-tpu": "2.20.0", "tensorflow": "2.20.0", "libtpu": "0.0.17"},
             "plain tensorflow is installed over",
         ),
-        ({"tensorflow-tpu": "2.20.0", "libtpu": "0.0.52"}, "libtpu is 0.0.52, and tensorflow-tpu loads 0.0.17"),
+        ({"tensorflow-tpu": "2.20.0", "libtpu": "0.0.52"}, "libtpu is 0.0.52, and tensorflow-tpu loads only 0.0.17"),
     ],
 )
 def test_an_install_that_cannot_reach_a_tpu_is_refused_with_the_remedy(versions, problem):

@@ -1,4 +1,4 @@
-"""Proves on this machine that a config gives the same model on any number of replicas."""
+"""Verifies on this machine that a config gives the same model on any number of replicas."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,13 +17,17 @@ from trainer.model.build import build_gpt
 from trainer.system.process import call_in_new_process
 from trainer.training.step import TrainingStep
 
-# Largest |a - b| / |a| that rounding explains: with another number of replicas, sums are made in another order.
+# The largest |a - b| / |a| that rounding explains: with other numbers of replicas, sums are made in another order.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "mixed_bfloat16": 1e-2, "mixed_float16": 1e-2}
 
 
 class Trace(NamedTuple):
-    """What some steps led to: loss and gradient norm of each that was not skipped, and all weights after the last, as
-    one vector.
+    """What some steps computed.
+
+    Attributes:
+        losses: the loss of each step that was not skipped.
+        grad_norms: the norm of its gradients.
+        weights: all weights after the last step, as one vector.
     """
 
     losses: np.ndarray
@@ -32,7 +36,13 @@ class Trace(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The largest relative differences of one trace from another."""
+    """The largest relative differences between two traces.
+
+    Attributes:
+        loss: between their losses.
+        grad_norm: between their gradient norms.
+        weights: between their weights.
+    """
 
     loss: float
     grad_norm: float
@@ -40,23 +50,23 @@ class Difference(NamedTuple):
 
 
 def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Callable[[str], None] = print) -> bool:
-    """Trains the first steps of a config on each number of replicas, and compares.
+    """Trains the first steps of a config on each number of replicas, and compares the results.
 
-    Replicas are GPUs where distribution.kind is "gpu" or distribution.gpus names them, else parts of the CPU. Each
-    number has a process of its own. All take the same micro-batches, with "auto" those of a config that leaves the size
-    out: on a CPU that makes the same bits, however many steps there are.
+    The replicas are GPUs if distribution.kind is "gpu" or distribution.gpus names some, otherwise parts of the CPU.
+    Each number is trained in a new process. All use the same micro-batches, so on a CPU they make the same bits after
+    any number of steps. "auto" counts as no setting.
 
     Args:
-        config: whose data, model and precision are used as they are.
-        replicas: the numbers to try; the first is what others are compared with.
-        num_steps: how many steps.
+        config: the configuration, whose data, model and precision are used.
+        replicas: the numbers of replicas; the others are compared with the first.
+        num_steps: the number of steps to train.
         say: prints a line.
 
     Returns:
-        Whether all differences are within what rounding explains.
+        Whether rounding explains all differences.
 
     Raises:
-        UserError: there is nothing to compare, a batch cannot be spread over that many replicas, too few GPUs are
+        UserError: fewer than two numbers are given, a batch cannot be spread over that many replicas, too few GPUs are
             named, or the text cannot be used.
     """
     if len(replicas) < 2:
@@ -96,10 +106,10 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
 
 
 def distribution_of(config: DistributionConfig, num_replicas: int) -> DistributionConfig:
-    """Returns the first so many of the GPUs that config uses, or so many parts of the CPU.
+    """Returns the settings for this many replicas: the first GPUs that config uses, or parts of the CPU.
 
     Raises:
-        UserError: it names fewer.
+        UserError: the config names fewer GPUs.
     """
     if config.kind != "gpu" and config.gpus is None:
         return DistributionConfig(kind="cpu", logical_devices=num_replicas)
@@ -107,7 +117,7 @@ def distribution_of(config: DistributionConfig, num_replicas: int) -> Distributi
     if num_replicas > len(gpus):
         raise UserError(
             f"--replicas {num_replicas} is more than the GPUs of distribution.gpus={list(gpus)}; name more, or leave "
-            "it out for the first of all."
+            "it out to use the first GPUs of the machine."
         )
     return DistributionConfig(kind="gpu", gpus=gpus[:num_replicas])
 
@@ -121,7 +131,7 @@ def take_steps(config: Config, prepared: PreparedData, distribution: Distributio
     data = distributed(strategy, lambda share: training_batches(prepared, config, 0, num_steps, share))
     batches, one = iter(data), tf.constant(1, tf.int64)
     metrics = [step.run_steps(batches, one) for _ in range(num_steps)]
-    # A float16 run begins with steps that overflow, until the loss scale has come down.
+    # The first steps of a float16 run overflow and are skipped, until the loss scale is low enough.
     metrics = [each for each in metrics if not int(each.num_skipped)]
     if not metrics:
         raise UserError(f"--steps {num_steps}: the loss or gradient of every step was not finite; take more steps.")
@@ -133,13 +143,13 @@ def take_steps(config: Config, prepared: PreparedData, distribution: Distributio
 
 
 def names_not_finite(trace: Trace) -> list[str]:
-    """Returns which fields of a trace hold a number that is NaN or infinite."""
+    """Returns the fields of a trace that hold a number that is NaN or infinite."""
     return [name for name, values in trace._asdict().items() if not np.isfinite(values).all()]
 
 
 def difference(trace: Trace, reference: Trace) -> Difference:
-    """Compares two traces. A difference is infinite when a number that it depends on is NaN or infinite in either of
-    them, and when the two skipped different numbers of steps: neither can be called equal to anything.
+    """Compares two traces. A difference is infinite if a number that it depends on is NaN or infinite, or if the two
+    have skipped different numbers of steps: such traces are never equal.
     """
     if trace.losses.shape != reference.losses.shape:
         return Difference(math.inf, math.inf, math.inf)
@@ -158,7 +168,7 @@ def _relative(size: Callable[[np.ndarray], Any], found: np.ndarray, expected: np
     found, expected = found.astype(np.float64), expected.astype(np.float64)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         apart = size(found - expected)
-        # Equal numbers differ by 0, even if both are 0, where a division would make NaN of it.
+        # If both numbers are 0 they differ by 0; a division would return NaN.
         relative = np.divide(apart, size(expected), out=np.zeros_like(apart), where=apart != 0)
     largest = float(np.max(relative))
     return math.inf if math.isnan(largest) else largest

@@ -1,1 +1,1 @@
-"""How several devices and several hosts take one step together."""
+"""How several devices and several workers take one step together."""

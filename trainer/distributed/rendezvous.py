@@ -1,12 +1,13 @@
-"""The meeting of the workers of a run, in which they agree before TensorFlow joins them.
+"""The meeting of the workers of a run: they compare what they have before TensorFlow joins them.
 
-TensorFlow waits for a missing worker for ever, and a worker with another config would hang or corrupt the others. So
-they first talk in plain TCP: the first worker listens at its own address of TF_CONFIG, and the others report to it.
+TensorFlow waits for a missing worker for ever, and a worker with another config would hang the others or spoil the
+model. So the workers first connect by plain TCP: the chief listens at its own address of TF_CONFIG, and the others
+connect to it.
 
-Anybody may connect to that address. So each side first proves that it knows the run's secret, without sending it: it
-hashes the secret together with a random challenge of the other side. Until then the first worker reads one short line
-from a connection, for a few seconds, and parses nothing. What follows is neither encrypted nor signed, as TensorFlow's
-own connections are not either: they need a network that only trusted machines can use.
+Any process may connect to that address. So each side first proves that it has the run's secret, without sending it: it
+hashes the secret together with a random challenge of the other side. Until then the chief reads only one short line
+from a connection, for a few seconds, and parses nothing. The messages after that are neither encrypted nor signed, and
+TensorFlow's own connections are not either: both need a network that only trusted machines can use.
 """
 
 import collections
@@ -37,7 +38,7 @@ TIMEOUT_VARIABLE = "TRAINER_MEETING_SECS"
 SECRET_VARIABLE = "TRAINER_MEETING_SECRET"
 
 _RETRY_SECS = 0.2
-# A worker sends its greeting at once, and a sign of life this often; after this long a silence it counts as lost.
+# A worker sends its greeting at once, and then a sign of life at this interval; after SILENCE_SECS it counts as lost.
 _GREETING_SECS = 5.0
 _SIGN_OF_LIFE_SECS = 5.0
 _SIGN_OF_LIFE = b"{}"
@@ -47,7 +48,7 @@ SILENCE_SECS = 60.0
 _MAX_GREETING_BYTES = 256
 # A config may list many thousands of files.
 _MAX_MESSAGE_BYTES = 256 << 20
-# Connections that have not proven anything yet; when more come, the oldest are closed.
+# The most connections that have not proven anything yet; if there are more, the oldest are closed.
 _MAX_STRANGERS = 64
 _MAX_SHOWN_CHARS = 300
 
@@ -60,10 +61,10 @@ T = TypeVar("T")
 
 
 def meeting_secs() -> float:
-    """Returns how long workers wait for each other; longer if TRAINER_MEETING_SECS says that they come far apart.
+    """Returns how many seconds the workers wait for each other. TRAINER_MEETING_SECS gives them longer.
 
     Raises:
-        UserError: that is not a number of seconds.
+        UserError: the variable is not a number of seconds.
     """
     text = os.environ.get(TIMEOUT_VARIABLE)
     if text is not None and not re.fullmatch("[1-9][0-9]{0,6}", text):
@@ -72,20 +73,20 @@ def meeting_secs() -> float:
 
 
 class Meeting:
-    """Brings the workers of a run together, and lets them compare what they have.
+    """Connects the workers of a run, and lets them compare what they have.
 
         with Meeting(workers) as meeting:
             meeting.agree({"the config": ...})
 
-    Until the block is left, a worker that ends, fails or is silent for SILENCE_SECS is an error on all of the others,
-    in their next `agree`; what a worker does between two of them may take any time.
+    If a worker ends, fails or is silent for SILENCE_SECS before it leaves the block, the next `agree` of every other
+    worker raises an error. Between two calls of `agree` a worker may take any time.
 
     Args:
-        workers: all workers, and which of them this is.
-        timeout_secs: how long to wait until all are there; left out, `meeting_secs`.
+        workers: all workers, and which of them this process is.
+        timeout_secs: how many seconds to wait until all workers are there; None: `meeting_secs`.
 
     Raises:
-        UserError: on entering, on each worker that is there: another one does not come.
+        UserError: on entering the block, on all workers that are there: a worker is missing.
     """
 
     def __init__(self, workers: Workers, timeout_secs: float | None = None) -> None:
@@ -94,7 +95,7 @@ class Meeting:
         # All workers hash the same key only if they have the same secret and the same list of workers.
         key = json.dumps([os.environ.get(SECRET_VARIABLE, ""), *workers.addresses])
         self._key = hashlib.sha256(key.encode()).digest()
-        # To each of the others on the first worker, to the first one on the others.
+        # On the chief: the connections to all other workers. On the others: the connection to the chief.
         self._lines: dict[int, _Line] = {}
         self._is_over = threading.Event()
 
@@ -105,7 +106,7 @@ class Meeting:
                 problem = self._gather()
                 self._tell({"problem": problem})
             else:
-                self._find_first()
+                self._find_chief()
                 problem = self._verdict()
             if problem is not None:
                 raise UserError(problem)
@@ -127,13 +128,13 @@ class Meeting:
         _part(self._lines.values())
 
     def agree(self, facts: Facts) -> None:
-        """Returns once all workers have called this, with the same facts.
+        """Returns once all workers have called this with the same facts.
 
         Args:
-            facts: what must be the same on all, by name.
+            facts: what must be the same on all workers, by name.
 
         Raises:
-            UserError: a worker has other facts, or is lost or failed. Every worker that is there raises.
+            UserError: on all workers that are there: the facts of a worker differ, or it is lost, or it failed.
         """
         if self._workers.is_chief:
             problem = self._compare(facts)
@@ -145,7 +146,7 @@ class Meeting:
             raise UserError(problem)
 
     def in_turn(self, action: Callable[[], T]) -> T:
-        """Calls a function on the first worker and, once that has returned, on the others; returns what it returns."""
+        """Calls a function on the chief and, once it has returned there, on the others; returns its result."""
         if not self._workers.is_chief:
             self.agree({})
         result = action()
@@ -153,15 +154,15 @@ class Meeting:
             self.agree({})
         return result
 
-    # What the first worker does.
+    # What the chief does.
 
     def _gather(self) -> str | None:
-        """Waits for all others; returns what is wrong if they do not come."""
+        """Waits for all others; returns what is wrong if some do not come."""
         deadline = time.monotonic() + self._timeout_secs
         num_refused = 0
         with contextlib.ExitStack() as stack:
             listeners = [stack.enter_context(each) for each in _listeners(self._workers.addresses[0])]
-            strangers: dict[_Line, float] = {}  # With the time when each has to be done.
+            strangers: dict[_Line, float] = {}  # With the time until which each has to prove itself.
             stack.callback(lambda: _close_all(strangers))
             while len(self._lines) < len(self._workers.addresses) - 1:
                 now = time.monotonic()
@@ -185,7 +186,7 @@ class Meeting:
         return None
 
     def _greeted(self, line: "_Line") -> bool | None:
-        """Whether the other end has proven to be a worker and is let in now; None if its greeting is not whole yet."""
+        """Returns whether the other end has proven to be a worker, and lets it in; None: not known yet."""
         try:
             line.read()
             if not line.texts:
@@ -196,21 +197,21 @@ class Meeting:
                 expected = self._proof("worker", number, line.challenge, challenge)
                 if hmac.compare_digest(proof, expected) and 0 < number < len(self._workers.addresses):
                     if number in self._lines:
-                        line.send_line(b"taken")  # The first one to come stays.
+                        line.send_line(b"taken")  # The process that came first stays.
                     else:
-                        line.send_line(b"welcome " + self._proof("first", number, line.challenge, challenge).encode())
+                        line.send_line(b"welcome " + self._proof("chief", number, line.challenge, challenge).encode())
                         line.max_bytes = _MAX_MESSAGE_BYTES
                         self._lines[number] = line
                         return True
                 else:
                     line.send_line(b"refused")
         except (OSError, ValueError):
-            pass  # Whoever it was has gone or is no worker; closing the connection is all there is to do.
+            pass  # The other end has gone, or is not a worker: close the connection.
         line.close()
         return False
 
     def _forget_if_gone(self, line: "_Line") -> None:
-        """Frees the place of a worker that came and ended again, for another process of the same number."""
+        """Frees the place of a worker whose process has ended, for another process with the same number."""
         try:
             line.read()
             if all(text == _SIGN_OF_LIFE for text in line.texts):
@@ -229,19 +230,19 @@ class Meeting:
         )
         if num_refused:
             problem += (
-                f" {num_refused} connections were refused, as they did not prove to be a missing worker: all need the "
-                f"same cluster in TF_CONFIG and the same {SECRET_VARIABLE}."
+                f" {num_refused} connections were refused: they did not prove to be a missing worker. All workers need "
+                f"the same cluster in TF_CONFIG and the same {SECRET_VARIABLE}."
             )
         return problem
 
     def _compare(self, own: Facts) -> str | None:
-        """Waits for the facts of all others; returns what is wrong if they differ or do not come."""
+        """Waits for the facts of all others; returns what is wrong if some differ or do not come."""
         awaited = set(self._lines)
         while awaited:
             try:
                 number, message = self._next_message()
             except _LostError as lost:
-                return f"{self._workers.name(lost.number)} {lost.why} before the start; its own output says more."
+                return f"{self._workers.name(lost.number)} {lost.why} before the start; see its own output."
             facts = message.get("facts")
             if not isinstance(facts, dict):
                 return f"{self._workers.name(number)} failed: {_shown(str(message.get('error')))}"
@@ -258,8 +259,8 @@ class Meeting:
 
     # What the others do.
 
-    def _find_first(self) -> None:
-        """Connects to the first worker, and returns once each has proven who it is.
+    def _find_chief(self) -> None:
+        """Connects to the chief, and returns once both sides have proven that they have the secret.
 
         Raises:
             UserError: that takes too long.
@@ -276,7 +277,7 @@ class Meeting:
                     return
                 fault = refusal
             except (OSError, ValueError) as error:
-                # If it did answer before, that says more than that it is gone now.
+                # An answer that it gave before explains more than the error of the last try.
                 fault = refusal or f"could not be reached within {self._timeout_secs:.0f} s: {error}"
             if time.monotonic() >= deadline:
                 raise UserError(
@@ -286,7 +287,7 @@ class Meeting:
             time.sleep(_RETRY_SECS)
 
     def _refusal(self, line: "_Line", timeout_secs: float) -> str | None:
-        """Greets the first worker; returns why it does not let this one in."""
+        """Greets the chief; returns why the chief does not let this worker in, or None if it does."""
         deadline, number = time.monotonic() + timeout_secs, self._workers.number
         reason = "is not a worker of this run"
         try:
@@ -300,13 +301,13 @@ class Meeting:
                 answer = line.next_text(deadline)
                 welcome = _WELCOME.fullmatch(answer)
                 if welcome is not None and hmac.compare_digest(
-                    welcome[1].decode(), self._proof("first", number, theirs, ours)
+                    welcome[1].decode(), self._proof("chief", number, theirs, ours)
                 ):
                     line.max_bytes = _MAX_MESSAGE_BYTES
                     self._lines[0] = line
                     return None
                 if answer == b"taken":
-                    reason = f"says that another process came as worker {number} first"
+                    reason = f"refused worker {number}: another process came as worker {number} first"
                 elif answer == b"refused":
                     reason = (
                         f"refused worker {number}: both need the same cluster in TF_CONFIG and the same "
@@ -321,18 +322,18 @@ class Meeting:
         try:
             _, message = self._next_message()
         except _LostError as lost:
-            return f"{self._workers.name(0)} {lost.why} before the start; its own output says more."
+            return f"{self._workers.name(0)} {lost.why} before the start; see its own output."
         problem = message.get("problem")
         return None if problem is None else _shown(str(problem), 4 * _MAX_SHOWN_CHARS)
 
     # What all do.
 
-    def _proof(self, role: str, number: int, of_first: str, of_worker: str) -> str:
-        return hmac.new(self._key, f"{role} {number} {of_first} {of_worker}".encode(), "sha256").hexdigest()
+    def _proof(self, role: str, number: int, of_chief: str, of_worker: str) -> str:
+        return hmac.new(self._key, f"{role} {number} {of_chief} {of_worker}".encode(), "sha256").hexdigest()
 
     def _tell(self, message: Mapping[str, object]) -> None:
         for line in self._lines.values():
-            with contextlib.suppress(OSError):  # It is gone, and whoever awaits its answer finds out.
+            with contextlib.suppress(OSError):  # The worker is gone; waiting for its answer will raise the error.
                 line.send_line(json.dumps(message).encode())
 
     def _show_life(self) -> None:
@@ -347,7 +348,7 @@ class Meeting:
         Raises:
             _LostError: a worker is gone or silent.
         """
-        wait_secs = 0.0  # What came while this worker was busy counts first.
+        wait_secs = 0.0  # First read what has come while this worker was busy.
         while True:
             ready = _ready(self._lines.values(), wait_secs)
             for number, line in self._lines.items():
@@ -376,7 +377,7 @@ def _parsed(text: bytes, number: int) -> dict[str, Any]:
     except (ValueError, RecursionError):
         message = None
     if not isinstance(message, dict):
-        raise _LostError(number, "sent something else than a message")
+        raise _LostError(number, "sent something that is not a message")
     return message
 
 
@@ -384,10 +385,10 @@ class _Line:
     """A connection that carries lines of text.
 
     Attributes:
-        challenge: a random text, which the other end has to prove something with.
-        texts: lines that came and were not looked at yet.
-        heard_at: when something came last, by time.monotonic().
-        max_bytes: of a line that the other end may send.
+        challenge: a random text, which the other end has to hash together with the secret.
+        texts: the lines that have come and were not used yet.
+        heard_at: the time of the last bytes that came, by time.monotonic().
+        max_bytes: the longest line that the other end may send.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -405,12 +406,12 @@ class _Line:
         self._connection.close()
 
     def meets_itself(self) -> bool:
-        """Whether both ends are this one, as can happen if nobody listens yet and the port is one that the system gives
-        to outgoing connections.
+        """Returns whether this connection is connected to itself. That can happen if no process listens yet, and the
+        system gives the same port to the outgoing connection.
         """
         if self._connection.getsockname() != self._connection.getpeername():
             return False
-        # Closed at once: nobody could listen at a port that lingers.
+        # Close it without lingering: otherwise the chief could not listen at the port.
         self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         return True
 
@@ -423,11 +424,11 @@ class _Line:
             self._connection.sendall(text + b"\n")
 
     def read(self) -> None:
-        """Reads what has come; call it once there is something.
+        """Reads what has come. Call it once there is something to read.
 
         Raises:
             OSError: the other end has closed the connection.
-            ValueError: it sent too long a line.
+            ValueError: the other end sent a line that is too long.
         """
         came = self._connection.recv(1 << 20)
         if not came:
@@ -445,8 +446,8 @@ class _Line:
         """Returns the next line.
 
         Raises:
-            OSError: it does not come in time, or the connection was closed.
-            ValueError: it is too long.
+            OSError: the line does not come in time, or the connection was closed.
+            ValueError: the line is too long.
         """
         while not self.texts:
             if not _ready([self], max(0.0, deadline - time.monotonic())):
@@ -461,8 +462,8 @@ def _close_all(lines: Iterable["_Line"]) -> None:
 
 
 def _part(lines: Iterable["_Line"]) -> None:
-    """Closes connections once the other ends have read everything, or after a moment: what a closed connection still
-    gets resets it, and then the last message can be lost on its way.
+    """Closes connections once the other ends have closed theirs, or after _PARTING_SECS. If bytes arrive at a
+    connection that is already closed, it is reset, and the last message to the other end can be lost.
     """
     left, deadline = list(lines), time.monotonic() + _PARTING_SECS
     for line in left:
@@ -477,7 +478,7 @@ def _part(lines: Iterable["_Line"]) -> None:
 
 
 def _ready(files: Iterable[Any], timeout_secs: float) -> list[Any]:
-    """Returns which of these have something to read or accept, once one has or the time is over."""
+    """Returns the files that have something to read or accept, once there is one or the time is over."""
     with selectors.DefaultSelector() as selector:
         for file in files:
             selector.register(file, selectors.EVENT_READ, file)
@@ -485,10 +486,10 @@ def _ready(files: Iterable[Any], timeout_secs: float) -> list[Any]:
 
 
 def _listeners(address: str) -> list[socket.socket]:
-    """Listens where an address of TF_CONFIG says, and nowhere else if it means addresses of this host.
+    """Listens at an address of TF_CONFIG: only there if this host has the address, otherwise at all of its addresses.
 
     Raises:
-        UserError: something else listens there.
+        UserError: another process listens there.
     """
     host, port = split_address(address)
     found = []
@@ -500,7 +501,7 @@ def _listeners(address: str) -> list[socket.socket]:
                 if error.errno != errno.EADDRNOTAVAIL:
                     raise
         if not found:
-            # The others reach this host by an address that it does not have itself, as in a container.
+            # The other workers reach this host at an address that it does not have itself, as in a container.
             is_dual = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if is_dual else socket.AF_INET
             found.append(socket.create_server(("", port), family=family, dualstack_ipv6=is_dual))
@@ -514,14 +515,14 @@ def _listeners(address: str) -> list[socket.socket]:
 
 
 def _own_addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
-    """Returns what a name or address stands for; nothing if that is not what it stands for elsewhere."""
+    """Returns the addresses of a name; none if other hosts would find other addresses."""
     try:
         infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
         return []
     found = list(dict.fromkeys((socket.AddressFamily(family), str(address[0])) for family, *_, address in infos))
     is_name = host not in [address for _, address in found] and host != "localhost"
-    # Many systems let their own name stand for a loopback address, which it does not for others.
+    # On many systems the host's own name has a loopback address, which it does not have for other hosts.
     if is_name and any(ipaddress.ip_address(address).is_loopback for _, address in found):
         return []
     return found
@@ -531,13 +532,13 @@ def _accepted(listener: socket.socket) -> _Line | None:
     try:
         line = _Line(listener.accept()[0])
         line.send_line(f"trainer-meeting {line.challenge}".encode())
-    except OSError:  # It is gone again, or there are more connections than this process may have open.
+    except OSError:  # It is closed again, or this process has as many files open as it may have.
         return None
     return line
 
 
 def _apart(one: str, other: str) -> tuple[str, str]:
-    """Returns where two texts differ, as it can be shown."""
+    """Returns the parts of two texts around their first difference, short enough for a message."""
     start = 0
     if max(len(one), len(other)) > _MAX_SHOWN_CHARS:
         num_alike = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
@@ -547,6 +548,6 @@ def _apart(one: str, other: str) -> tuple[str, str]:
 
 
 def _shown(text: str, max_chars: int = _MAX_SHOWN_CHARS) -> str:
-    """Returns what another process sent as it may be printed: without control characters, and not too long."""
+    """Returns a text of another process without control characters, and short enough for a message."""
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:max_chars])
     return text if len(text) < max_chars else f"{text}..."

@@ -1,4 +1,4 @@
-"""Which devices a run uses. The only module that names a tf.distribute class."""
+"""Which devices a run uses, and the tf.distribute strategy for them."""
 
 import contextlib
 import os
@@ -21,20 +21,20 @@ from trainer.system.machine import describe_cpu, num_cores, unused_gpu, unused_t
 
 TPU_TIMEOUT_SECS = 50.0
 
-# Where a TPU VM says which TPU it has.
+# A TPU VM can read here which TPU it has.
 TPU_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/accelerator-type"
 
 
 def share_cores(config: Config, workers: Workers) -> None:
-    """Has each operation of a training on a CPU take half of its cores, where two parts of a batch are under way at
-    once: two operations that take all of them each are in each other's way.
+    """Gives each operation half of a CPU's cores if two micro-batches are computed at a time: two operations that each
+    use all cores slow each other down.
 
-    Call it before TensorFlow computes anything. Later it has no effect, nor where TF_NUM_INTRAOP_THREADS is set.
-    Whether it has one follows from the run's config, and not from how its micro-batches are spread over replicas: with
-    other numbers of threads the last bits of a product can be others.
+    Call it before TensorFlow computes anything; later it has no effect. It has none either if TF_NUM_INTRAOP_THREADS is
+    set. Whether the cores are shared depends on the run's config, and not on how its micro-batches are spread over
+    replicas: another number of threads can change the last bits of a product.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         workers: the workers of the run.
 
     Raises:
@@ -53,16 +53,16 @@ def share_cores(config: Config, workers: Workers) -> None:
 
 
 def make_strategy(config: DistributionConfig, alone: bool = False) -> tf.distribute.Strategy:
-    """Returns the strategy to build the model under and to run the step with.
+    """Returns the strategy under which the model is built and the step is run.
 
-    Call it before TensorFlow computes anything: the CPU can only be split, and workers only be joined, before that.
+    Call it before TensorFlow computes anything: after that, TensorFlow can neither split the CPU nor join workers.
 
     Args:
-        config: what to use.
-        alone: use no other workers, whatever config and TF_CONFIG say.
+        config: the devices to use.
+        alone: whether to use only this process, even if TF_CONFIG names several workers.
 
     Raises:
-        UserError: the devices asked for are not there.
+        UserError: the config names devices that are not there.
     """
     if not alone and find_workers(config).are_several:
         return tf.distribute.MultiWorkerMirroredStrategy()
@@ -72,33 +72,33 @@ def make_strategy(config: DistributionConfig, alone: bool = False) -> tf.distrib
 
 
 def count_replicas_of(workers: Workers) -> int:
-    """Returns how many replicas `make_strategy` will make of several workers alike, before it does."""
+    """Returns how many replicas `make_strategy` will make for several workers with equal devices, before it does."""
     return len(workers.addresses) * max(1, _num_gpus())
 
 
 def devices_of_this_worker() -> str:
-    """Returns what this worker has for `make_strategy` to use, if it is one of several: all of them need the same."""
+    """Returns the devices that `make_strategy` will use on this worker. Several workers need the same devices."""
     return f"{_num_gpus()} x GPU" if _num_gpus() else "the CPU"
 
 
 def distributed(
     strategy: tf.distribute.Strategy, batches_of: Callable[[Share], tf.data.Dataset]
 ) -> Iterable[tuple[tf.Tensor, ...]]:
-    """Returns batches as `strategy.run` takes them: every host makes its share, and every replica gets its own.
+    """Returns batches for `strategy.run`: every worker makes its share, and every replica gets its own share of that.
 
     Args:
-        strategy: of the run.
-        batches_of: makes the pipeline of a host's share.
+        strategy: the run's strategy.
+        batches_of: returns the pipeline of a worker's share.
     """
     if strategy.num_replicas_in_sync == 1 and device_kind(strategy) == "CPU":
-        # They are where they are read. TensorFlow would have two more threads hand each of them on.
+        # The batches are already where they are needed. A distributed dataset would pass each through two more threads.
         return batches_of(ALL)
 
-    def batches_of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        per_host = context.num_replicas_in_sync // context.num_input_pipelines
-        return batches_of(Share(context.input_pipeline_id * per_host, per_host, context.num_replicas_in_sync))
+    def batches_of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        per_worker = context.num_replicas_in_sync // context.num_input_pipelines
+        return batches_of(Share(context.input_pipeline_id * per_worker, per_worker, context.num_replicas_in_sync))
 
-    batches: Iterable[tuple[tf.Tensor, ...]] = strategy.distribute_datasets_from_function(batches_of_host)
+    batches: Iterable[tuple[tf.Tensor, ...]] = strategy.distribute_datasets_from_function(batches_of_worker)
     return batches
 
 
@@ -113,8 +113,8 @@ def processor_of(strategy: tf.distribute.Strategy) -> Processor:
 
 
 def device_names(strategy: tf.distribute.Strategy) -> set[str]:
-    """Returns what this host's devices are called: GPUs by their driver, a TPU by its accelerator type, such as
-    v5litepod-8; nothing where nobody says it, as of a CPU.
+    """Returns the names of this worker's devices: of GPUs the driver's name, of a TPU the accelerator type, such as
+    v5litepod-8. Empty if they have no known name, as CPUs.
     """
     kind = device_kind(strategy)
     if kind == "GPU":
@@ -127,12 +127,12 @@ def device_names(strategy: tf.distribute.Strategy) -> set[str]:
 
 
 def describe_devices(strategy: tf.distribute.Strategy, config: DistributionConfig, workers: Workers) -> list[str]:
-    """Returns a line that says what a run computes on, such as 2 CPU cores with AMX, or 2 x RTX 4090; and a warning, if
-    the machine has a GPU that the config would use and TensorFlow does not see, or a TPU.
+    """Returns a line that names the devices of a run, such as 2 CPU cores with AMX, or 2 x RTX 4090; and a warning if
+    the machine has a GPU or a TPU that the config would use and that TensorFlow does not see.
 
     Args:
-        strategy: of the run.
-        config: of the run.
+        strategy: the run's strategy.
+        config: the devices that the run's config asks for.
         workers: the workers of the run; if there are several, the line names this one.
     """
     num_replicas = strategy.num_replicas_in_sync // len(workers.addresses)
@@ -152,17 +152,17 @@ def describe_devices(strategy: tf.distribute.Strategy, config: DistributionConfi
 
 
 def unseen_gpu() -> str | None:
-    """Returns why TensorFlow sees no GPU, and what mends it, on a machine that has one; None anywhere else."""
+    """Returns why TensorFlow does not see this machine's GPU, and what to do. None if it does, or there is no GPU."""
     return None if _num_gpus() else unused_gpu(tf.test.is_built_with_cuda())
 
 
 def find_devices(kind: str, names: Collection[str], num_replicas: int) -> Target | None:
-    """Returns the devices of a run as the device table has them, or None where it does not.
+    """Returns the entry of the device table for the devices of a run; None if there is no entry.
 
     Args:
-        kind: as of `device_kind`.
-        names: as of `device_names`; a run on devices of several kinds has no peak.
-        num_replicas: of the run. Of a TPU the accelerator type says it.
+        kind: what `device_kind` returned.
+        names: what `device_names` returned; there is no entry for devices of several kinds.
+        num_replicas: the replicas of the run. A TPU's accelerator type includes their number.
     """
     if kind == "CPU" or len(names) != 1:
         return None
@@ -190,7 +190,7 @@ def _gpus(asked: tuple[int, ...] | None) -> tf.distribute.Strategy:
     numbers = gpu_numbers(asked, len(seen))
     used = [seen[number] for number in numbers]
     try:
-        # The others are hidden: TensorFlow would take their memory too, which another run may need.
+        # Hide the other GPUs: TensorFlow would take their memory, too, which another run may need.
         if tf.config.get_visible_devices("GPU") != used:
             tf.config.set_visible_devices(used, "GPU")
     except RuntimeError:
@@ -198,7 +198,7 @@ def _gpus(asked: tuple[int, ...] | None) -> tf.distribute.Strategy:
             f"distribution.gpus={numbers}: this process has used TensorFlow already, and GPUs can only be chosen "
             "before. Start a new process."
         ) from None
-    # TensorFlow numbers anew those that are not hidden.
+    # TensorFlow numbers the visible GPUs from 0.
     devices = [f"/gpu:{i}" for i in range(len(used))]
     return tf.distribute.OneDeviceStrategy(devices[0]) if len(used) == 1 else tf.distribute.MirroredStrategy(devices)
 
@@ -210,11 +210,11 @@ def gpu_numbers(asked: tuple[int, ...] | None, num_seen: int) -> list[int]:
     """Returns the numbers of the GPUs to use, in rising order.
 
     Args:
-        asked: distribution.gpus.
-        num_seen: how many GPUs TensorFlow sees.
+        asked: the setting distribution.gpus; None: all GPUs.
+        num_seen: the number of GPUs that TensorFlow sees.
 
     Raises:
-        UserError: it sees none, or not all that are asked for.
+        UserError: it sees none, or fewer than the setting names.
     """
     setting = "distribution.kind='gpu'" if asked is None else f"distribution.gpus={list(asked)}"
     if not num_seen:

@@ -1,4 +1,6 @@
-"""Whether what is installed can reach a TPU; asked before TensorFlow is imported, which a wrong libtpu would abort."""
+"""Checks that the installed packages can use a TPU. Call it before TensorFlow is imported: a wrong libtpu aborts the
+process.
+"""
 
 from collections.abc import Callable
 from importlib import metadata
@@ -18,17 +20,17 @@ def installed_version(package: str) -> str | None:
 
 
 def check_tpu_install(version_of: Callable[[str], str | None] = installed_version) -> None:
-    """Checks that TensorFlow is the one for TPUs and that its library loads.
+    """Checks that tensorflow-tpu is installed, with a version of libtpu that it can load.
 
     Raises:
-        UserError: it is not, with the command that puts it right.
+        UserError: it is not; the message names the command that installs it.
     """
     if version_of("tensorflow-tpu") is None:
         problem = "tensorflow-tpu is not installed"
     elif version_of("tensorflow") is not None:
         problem = "plain tensorflow is installed over tensorflow-tpu, and has replaced its files"
     elif version_of("libtpu") not in LIBTPU_VERSIONS:
-        problem = f"libtpu is {version_of('libtpu')}, and tensorflow-tpu loads {', '.join(LIBTPU_VERSIONS)} alone"
+        problem = f"libtpu is {version_of('libtpu')}, and tensorflow-tpu loads only {', '.join(LIBTPU_VERSIONS)}"
     else:
         return
     raise UserError(

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 from trainer.config import DistributionConfig
 from trainer.errors import UserError
 
-# Below the ports that Linux gives to outgoing connections.
+# Ports below those that Linux gives to outgoing connections.
 _SLURM_FIRST_PORT = 10_000
 _SLURM_NUM_SLOTS = 200
 _SLURM_PORTS_PER_SLOT = 100
 _SLURM_ADVICE = "Start the workers with srun, as scripts/launch/slurm does, or set TF_CONFIG on each."
 
 
-# What errors of TensorFlow's collectives call other workers, and the reasons that they give.
+# How errors of TensorFlow's collectives name other workers, and reasons.
 _TASK = re.compile(r"/job:worker/(?:replica:0/)?task:(\d+)")
 _REMOTE_TASK = re.compile(r"remote target /job:worker/replica:0/task:(\d+)")
 _TASK_DOWN = re.compile(r"/job:worker/replica:0/task:(\d+) is down")
@@ -30,7 +30,7 @@ _TF_CONFIG_ADVICE = (
 
 
 class Workers(NamedTuple):
-    """The processes of a run, and which of them this is.
+    """The workers of a run, and which of them this process is.
 
     Attributes:
         addresses: the host:port of each worker, if there are several; the chief comes first.
@@ -42,41 +42,39 @@ class Workers(NamedTuple):
 
     @property
     def is_chief(self) -> bool:
-        """Whether this one writes the logs, samples and checkpoints."""
+        """Whether this worker is the one that writes the logs, samples and checkpoints."""
         return self.number == 0
 
     @property
     def are_several(self) -> bool:
-        """Whether others have to take every step with this one."""
+        """Whether there are other workers, which have to take every step together with this one."""
         return len(self.addresses) > 1
 
     def name(self, number: int) -> str:
-        """Returns what messages call a worker."""
+        """Returns the name of a worker in messages."""
         return f"worker {number} ({self.addresses[number]})"
 
 
 def find_workers(config: DistributionConfig) -> Workers:
-    """Returns the processes of the run, by TF_CONFIG where several are meant.
+    """Returns the workers of a run. If there are several, TF_CONFIG names them.
 
-    In a SLURM step of several tasks TF_CONFIG is set here, where nobody has: TensorFlow reads it too.
+    In a SLURM step of several tasks this sets TF_CONFIG, if it is not set: TensorFlow reads it, too.
 
     Raises:
-        UserError: TF_CONFIG or a variable of SLURM's is missing or not right, or config names GPUs, which are one
-            machine's.
+        UserError: TF_CONFIG or a variable of SLURM is missing or not right, or the config names GPUs, which is only
+            possible on a single machine.
     """
     if config.kind not in ("auto", "multi_worker"):
         return Workers()
     if not os.environ.get("TF_CONFIG") and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         os.environ["TF_CONFIG"] = slurm_tf_config()
     text = os.environ.get("TF_CONFIG", "")
-    # Some platforms set a TF_CONFIG without a cluster for a process that is alone; TensorFlow reads it so, too.
+    # Some platforms set TF_CONFIG without a cluster for a single process; TensorFlow takes it the same way.
     if config.kind == "auto" and not (text and _parse(text).get("cluster")):
         return Workers()
     workers = read_tf_config(text)
     if "chief" in _parse(text)["cluster"]:
-        os.environ["TF_CONFIG"] = _tf_config_of(
-            workers
-        )  # TensorFlow would number its workers from 0 besides the chief.
+        os.environ["TF_CONFIG"] = _tf_config_of(workers)  # TensorFlow would number the other workers from 0, too.
     if workers.are_several and config.gpus is not None:
         raise UserError(
             f"distribution.gpus={list(config.gpus)} cannot be used with the {len(workers.addresses)} workers of "
@@ -87,7 +85,7 @@ def find_workers(config: DistributionConfig) -> Workers:
 
 
 def slurm_tf_config() -> str:
-    """Returns the TF_CONFIG of this task of a SLURM step; its tasks are the workers.
+    """Returns the TF_CONFIG of this task of a SLURM step, whose tasks are the workers.
 
     Raises:
         UserError: a variable that srun sets is missing or not right.
@@ -96,14 +94,14 @@ def slurm_tf_config() -> str:
 
     num_tasks, job, local_id = map(_slurm_number, ("SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID", "SLURM_LOCALID"))
     _slurm_number("SLURM_PROCID")
-    # Jobs that share a node need ports of their own, and a job's tasks have to know each other's before they can talk:
-    # ids of jobs that run together are close to each other, so they fall into different slots.
+    # Jobs that share a node need different ports, and the tasks of a job must agree on them before they can connect.
+    # The ids of jobs that run at the same time are close to each other, so the jobs get different slots of ports.
     port_base = _SLURM_FIRST_PORT + job % _SLURM_NUM_SLOTS * _SLURM_PORTS_PER_SLOT
     try:
         resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
             port_base=port_base,
-            # GPUs are SLURM's to share out. Left alone, the resolver would count them with nvidia-smi, fail where there
-            # are none or fewer than tasks, and write over the CUDA_VISIBLE_DEVICES that SLURM gave this task.
+            # SLURM assigns the GPUs. With its defaults the resolver would count them with nvidia-smi, fail if there are
+            # fewer GPUs than tasks, and overwrite the CUDA_VISIBLE_DEVICES that SLURM has set for this task.
             gpus_per_node=num_tasks,
             gpus_per_task=1,
             auto_set_gpu=False,
@@ -111,15 +109,16 @@ def slurm_tf_config() -> str:
         workers = resolver.cluster_spec().as_dict()["worker"]
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"{_slurm_values('SLURM_STEP_NUM_TASKS', 'SLURM_STEP_NODELIST', 'SLURM_STEP_TASKS_PER_NODE')} do not say "
-            f"where the tasks run: {error}. {_SLURM_ADVICE}"
+            f"{_slurm_values('SLURM_STEP_NUM_TASKS', 'SLURM_STEP_NODELIST', 'SLURM_STEP_TASKS_PER_NODE')} do not "
+            f"show where the tasks run: {error}. {_SLURM_ADVICE}"
         ) from None
-    # Not by SLURM_PROCID: the resolver sorts nodes as text, node10 before node9, and SLURM counts tasks as it likes.
+    # Do not use SLURM_PROCID: the resolver sorts nodes as text, node10 before node9, and SLURM may number tasks
+    # otherwise.
     own = f"{os.environ.get('SLURMD_NODENAME')}:{port_base + local_id}"
     if own not in workers:
         raise UserError(
-            f"{_slurm_values('SLURMD_NODENAME', 'SLURM_LOCALID')} is none of the tasks that SLURM_STEP_NODELIST and "
-            f"SLURM_STEP_TASKS_PER_NODE tell of, {', '.join(workers)}. {_SLURM_ADVICE}"
+            f"{_slurm_values('SLURMD_NODENAME', 'SLURM_LOCALID')} is not one of the tasks that SLURM_STEP_NODELIST and "
+            f"SLURM_STEP_TASKS_PER_NODE name, {', '.join(workers)}. {_SLURM_ADVICE}"
         )
     return _tf_config_of(Workers(tuple(workers), workers.index(own)))
 
@@ -138,7 +137,7 @@ def _slurm_values(*names: str) -> str:
 
 
 def read_tf_config(text: str | None) -> Workers:
-    """Reads TF_CONFIG, the environment variable that tells a worker who it is and where the others are.
+    """Reads TF_CONFIG, the environment variable with the addresses of all workers and the number of this one.
 
     Raises:
         UserError: it is missing or not right.
@@ -180,11 +179,11 @@ def _tf_config_of(workers: Workers) -> str:
 
 
 def describe_loss(message: str, workers: Workers) -> str | None:
-    """Returns which workers were lost, and why, by an error of TensorFlow's collectives; None if it tells of none.
+    """Returns which workers were lost, and why, from an error of TensorFlow's collectives; None if no worker was lost.
 
     Args:
-        message: of the error. A worker that learned of the loss from another one quotes that one's message, so what is
-            nested deepest, and comes last, is the origin.
+        message: the error's message. A worker quotes the message of the worker from which it learned of the loss, so
+            the innermost message, which comes last, names the lost worker.
         workers: the workers of the run.
     """
     if not workers.are_several:
@@ -192,7 +191,7 @@ def describe_loss(message: str, workers: Workers) -> str | None:
     _, is_listed, listed = message.rpartition("tasks are unhealthy")
     found = _TASK.findall(listed) if is_listed else _REMOTE_TASK.findall(message)[-1:] or _TASK_DOWN.findall(message)
     if not found and "coordination" in message.lower():
-        found = ["0"]  # The service that counts heartbeats runs in the first worker.
+        found = ["0"]  # The service that counts heartbeats runs in the chief.
     lost = sorted({int(number) for number in found if int(number) < len(workers.addresses)})
     if not lost and "Collective ops is aborted" not in message:
         return None
@@ -208,17 +207,17 @@ def describe_loss(message: str, workers: Workers) -> str | None:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Returns the host, in small letters and without the brackets of IPv6, and the port of host:port.
+    """Returns the host and the port of host:port. The host is in small letters and without the brackets of IPv6.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the address is not host:port.
     """
     host, _, port = address.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = str(ipaddress.IPv6Address(host[1:-1]))
     elif not host or not host.isascii() or set(host) & set(":/@[]") or not host.isprintable() or " " in host:
         raise ValueError(f"{address!r} has no host")
-    host.encode("idna")  # As the look-up of a name does; it refuses parts that are empty or too long.
+    host.encode("idna")  # Looking up the name does the same. It refuses parts that are empty or too long.
     if not (port.isascii() and port.isdecimal() and len(port) <= 5 and 1 <= int(port) <= 65535):
         raise ValueError(f"{address!r} has no port")
     return host.lower(), int(port)

@@ -1,7 +1,7 @@
-"""Checkpoints: named arrays and a manifest in a folder per step, whole or not there at all.
+"""Checkpoints: a folder per step, with named arrays and a manifest, that is there whole or not at all.
 
-On a disk a folder is written under another name and renamed. An object store cannot rename a tree, so there a folder
-counts once its manifest, written last, is there and agrees with the files.
+On a disk a folder is written under another name and renamed. An object store cannot rename a tree: there the manifest
+is written last, and a folder counts as a checkpoint once its manifest is there and agrees with its files.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ from trainer.system.whole import sync, write_whole_folder
 MANIFEST = "manifest.json"
 FORMAT = 1
 
-# Seconds to wait after each failure to write a checkpoint, the last of them again and again; and, once the run ends and
-# waits for it, how often to try and how long to wait in between.
+# Seconds to wait after each failure to write a checkpoint; the last number repeats. Once the run is over and waits for
+# the checkpoint: the number of tries, and the seconds between them.
 RETRY_SECS = (1.0, 5.0, 20.0, 60.0)
 LAST_TRIES, LAST_RETRY_SECS = 3, 1.0
 
@@ -49,8 +49,8 @@ class Checkpoint(NamedTuple):
     """A verified checkpoint.
 
     Attributes:
-        folder: where it is.
-        manifest: what it says of itself: step, files and the facts given to `save`.
+        folder: the checkpoint's folder.
+        manifest: the entries of its manifest: the step, the files, and the facts that were given to `save`.
     """
 
     folder: Location
@@ -65,7 +65,7 @@ class Checkpoint(NamedTuple):
         """Reads a group of arrays, such as `weights`, and verifies it again.
 
         Raises:
-            UserError: the file is not what the manifest says.
+            UserError: the file differs from its entry in the manifest.
         """
         return safetensors.numpy.load(_verified_bytes(self.folder, f"{group}.safetensors", self.manifest))
 
@@ -74,13 +74,14 @@ class Checkpoints:
     """The checkpoints of a run. As a context manager it waits at the end until everything is written.
 
     Args:
-        folder: holds a folder per step; a path, or a URL that tf.io.gfile understands.
-        keep_last: how many of the newest `save` keeps.
+        folder: the folder that holds a folder per step; a path, or a URL that tf.io.gfile reads.
+        keep_last: how many of the newest checkpoints `save` keeps.
         say: prints a line.
-        max_failures: how often in a row a checkpoint may fail to be written until that ends the run; None: any number.
-        scores: validation loss by step. The checkpoint with the lowest one is kept, too. The caller may add to it.
-        fault_of: returns why a checkpoint with this manifest is not one of this run, or None.
-        on_saved: called from another thread after each checkpoint that was written, before older ones are removed.
+        max_failures: how many failures in a row to write a checkpoint stop the run; None: no number of failures does.
+        scores: the validation losses by step. The checkpoint with the lowest loss is kept, too. The caller may add to
+            it.
+        fault_of: returns how a checkpoint's manifest shows that it belongs to another run; None if it does not.
+        on_saved: called from another thread after a checkpoint was written, before older ones are removed.
     """
 
     def __init__(
@@ -103,8 +104,8 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._num_failures = 0
-        # What the writer, waiting to try again, is told: that a newer checkpoint takes the place of its own, or that
-        # somebody waits for it.
+        # Read by the writer, which may be waiting to try again: a newer checkpoint replaces the one that it writes, or
+        # the run is over and waits for it. The event wakes the writer.
         self._is_superseded, self._is_awaited, self._told = False, False, threading.Event()
 
     def __enter__(self) -> Self:
@@ -118,39 +119,40 @@ class Checkpoints:
         except UserError as own:
             if error is None:
                 raise
-            self.say(str(own))  # What ended the run is the error to raise.
+            self.say(str(own))  # The error that stopped the run is the one to raise.
 
     def save(self, step: int, groups: Mapping[str, Arrays], facts: Mapping[str, Any]) -> None:
-        """Writes a checkpoint beside the training: returns at once, after waiting for the one before.
+        """Writes a checkpoint in another thread. Waits for the checkpoint before it, and then returns at once.
 
-        A checkpoint that cannot be written is tried again until it is, or until this is called for the next one.
+        A checkpoint that cannot be written is tried again until it is written, or until this is called for the next
+        one.
 
         Args:
-            step: steps taken so far.
-            groups: arrays by name, by group; not to be changed afterwards.
-            facts: what else the manifest says; JSON.
+            step: the steps taken so far.
+            groups: arrays by name, by group; the caller must not change them afterwards.
+            facts: more entries for the manifest; JSON.
 
         Raises:
-            UserError: it was `max_failures` times in a row that a checkpoint could not be written.
+            UserError: checkpoints could not be written `max_failures` times in a row.
         """
         self._is_superseded = True
         self._join()
         self._pending = self._writer.submit(self._write_or_try_again, step, groups, facts)
 
     def check(self) -> None:
-        """Returns at once.
+        """Raises the error of a checkpoint that could not be written, if there is one; does not wait.
 
         Raises:
-            UserError: it was `max_failures` times in a row that a checkpoint could not be written.
+            UserError: checkpoints could not be written `max_failures` times in a row.
         """
         if self._pending is not None and self._pending.done():
             self._join()
 
     def wait(self) -> None:
-        """Returns once everything is written.
+        """Waits until everything is written.
 
         Raises:
-            UserError: the last checkpoint could not be written, though it was tried several times.
+            UserError: the last checkpoint could not be written in several tries.
         """
         self._is_awaited = True
         self._join()
@@ -166,15 +168,16 @@ class Checkpoints:
             self._told.clear()
 
     def latest(self) -> Checkpoint | None:
-        """Returns the newest checkpoint that verifies, and says which newer ones did not and why.
+        """Returns the newest whole checkpoint, and prints which newer ones are damaged.
 
-        None if there is none: no folder of a step, or in an object store none that was written to the end.
+        Returns:
+            The checkpoint. None if there is no folder of a step; in an object store, if none was written to the end.
 
         Raises:
-            UserError: there are checkpoints and none verifies, or the disk or the store cannot be read.
+            UserError: there are checkpoints and all are damaged, or the disk or the store cannot be read.
         """
         steps: list[int] | None = None
-        # Listed again until nothing changes: a training beside it replaces old checkpoints by newer ones.
+        # List again until nothing changes: a process that trains in the run replaces old checkpoints by newer ones.
         while steps != (steps := self.steps()):
             faults: dict[int, _Fault] = {}
             for step in reversed(steps):
@@ -199,7 +202,7 @@ class Checkpoints:
         """Returns the checkpoint of a step.
 
         Raises:
-            UserError: it is not there, is damaged, or is another run's.
+            UserError: the checkpoint is not there, is damaged, or belongs to another run.
         """
         folder = self._folder_of(step)
         manifest = _verified_manifest(folder)
@@ -208,7 +211,7 @@ class Checkpoints:
         return Checkpoint(folder, manifest)
 
     def steps(self) -> list[int]:
-        """Returns the steps there is a folder for, oldest first.
+        """Returns the steps that have a folder, oldest first.
 
         Raises:
             UserError: the disk or the store cannot be read.
@@ -222,7 +225,7 @@ class Checkpoints:
             raise UserError(f"{self.folder} cannot be listed: {reason_and_remedy(error)}.") from None
 
     def best_step(self) -> int | None:
-        """Returns the step with the lowest validation loss of those that have a checkpoint; None if none was scored."""
+        """Returns the step of the checkpoint with the lowest validation loss; None if no checkpoint was scored."""
         steps = [step for step in self.steps() if np.isfinite(self.scores.get(step, np.inf))]
         return min(steps, key=lambda step: (self.scores[step], step), default=None)
 
@@ -240,7 +243,7 @@ class Checkpoints:
                 self._num_failures += 1
                 if self._num_failures == self.max_failures:
                     raise UserError(
-                        f"{error} The run ends, as that was failure {self._num_failures} in a row and "
+                        f"{error} The run stops: this was failure {self._num_failures} in a row and "
                         f"checkpoint.max_failures={self.max_failures}."
                     ) from error
                 if self._is_superseded:
@@ -251,7 +254,7 @@ class Checkpoints:
                     raise UserError(f"{error} What was saved before is still there.") from error
                 secs = LAST_RETRY_SECS if self._is_awaited else secs
                 self.say(f"{error} Trying again in {secs:.0f} s; what was saved before is still there.")
-            # Told that somebody waits, it tries again at once; told before, it pauses.
+            # The event interrupts the first wait when the run is over. After that, each try waits its full time.
             time.sleep(secs) if self._is_awaited else self._told.wait(secs)
             if self._is_superseded:
                 return
@@ -262,8 +265,8 @@ class Checkpoints:
         manifest = sealed(
             {"format": FORMAT, "step": step, **facts, "files": {n: _identity(d) for n, d in files.items()}}
         )
-        # A run that is stopped before its first step saves what it has just read, perhaps its only checkpoint:
-        # replacing a folder would leave a moment without it. Facts may differ, by an override of the resumed run.
+        # A resumed run that is stopped before its first step saves the checkpoint that it has just read, perhaps its
+        # only one. Replacing the folder would leave a moment without it. The facts may differ by an override.
         if not self._holds(step, manifest["files"]):
             self._write_folder(final, files, manifest)
         if not isinstance(self.folder, Url):
@@ -273,7 +276,7 @@ class Checkpoints:
         self._forget_before(step)
 
     def _holds(self, step: int, files: Mapping[str, Any]) -> bool:
-        """Whether there is a checkpoint of this step that can be used and has these very files."""
+        """Returns whether there is a whole checkpoint of this step with the same files."""
         try:
             return bool(self.of_step(step).manifest["files"] == files)
         except UserError:
@@ -284,10 +287,10 @@ class Checkpoints:
             write_whole_folder(final, {**files, MANIFEST: json.dumps(manifest, indent=2).encode()})
 
     def _forget_before(self, step: int) -> None:
-        """Removes what is neither among the newest nor the best; what cannot be removed is tried again next time."""
+        """Removes old checkpoints except the best one. If one cannot be removed, the next call tries again."""
         try:
             best = self.best_step()
-            # A later step than the one just saved is a checkpoint that did not verify, and takes nobody's place.
+            # A later step than the one just saved is a damaged checkpoint, and does not count as one of the newest.
             old_steps = [other for other in self.steps() if other <= step][: -self.keep_last]
         except UserError as error:
             self.say(f"Old checkpoints stay for now: {error}")
@@ -297,7 +300,7 @@ class Checkpoints:
             if old == best:
                 continue
             try:
-                # The manifest goes first: a tree is not removed at once, and half of one must not look like a
+                # The manifest first: a process can be killed while it removes a tree, and the rest must not look like a
                 # checkpoint.
                 remove_file(folder / MANIFEST)
                 remove_tree(folder)
@@ -308,16 +311,16 @@ class Checkpoints:
 
 
 class _Fault(UserError):
-    """A checkpoint cannot be used."""
+    """The checkpoint cannot be used."""
 
 
 class _Unfinished(_Fault):
-    """A checkpoint was not written to the end."""
+    """The checkpoint was not written to the end."""
 
 
 @contextlib.contextmanager
 def _saying(what: str) -> Iterator[None]:
-    """Turns an error of the disk or the store into a UserError that begins with these words."""
+    """Turns an error of the disk or the store into a UserError with this beginning."""
     try:
         yield
     except (OSError, UserError, tf.errors.OpError) as error:
@@ -345,7 +348,7 @@ def assign(variables: Mapping[str, Any], arrays: Arrays, source: str | Location)
     if missing or extra:
         raise UserError(
             f"{source} does not hold this model: it lacks {missing[:3] or 'nothing'} and has {extra[:3] or 'nothing'} "
-            "besides. Use the config, or the build_model function, that it was trained with."
+            "in addition. Use the config, or the build_model function, that it was trained with."
         )
     for name, variable in variables.items():
         array = arrays[name]
@@ -359,7 +362,7 @@ def assign(variables: Mapping[str, Any], arrays: Arrays, source: str | Location)
 
 
 def _serialized(arrays: Arrays) -> bytes:
-    # safetensors copies the memory of an array whatever its strides are, and knows no NumPy scalars.
+    # safetensors copies the memory of an array and ignores its strides, and does not take NumPy scalars.
     return safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()})
 
 
@@ -394,7 +397,7 @@ def _verified_bytes(folder: Location, name: str, manifest: Mapping[str, Any]) ->
     except OSError as error:
         raise _Fault(f"{path} cannot be read: {reason_and_remedy(error)}.") from None
     if _identity(data) != manifest["files"][name]:
-        raise _Fault(f"{path} is damaged: its length or SHA-256 is not the manifest's.")
+        raise _Fault(f"{path} is damaged: its length or its SHA-256 differs from the manifest.")
     return data
 
 

@@ -1,4 +1,4 @@
-"""Scores a model on the validation text, every token of it once and with the same weight."""
+"""Scores a model on the validation text: every token counts once and with the same weight."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -23,17 +23,17 @@ class Evaluation(NamedTuple):
     """How well a model predicts the validation text.
 
     Attributes:
-        loss: nats per scored token, the ends of documents included.
-        num_tokens: how many tokens that is the mean of.
-        bits_per_byte: all that was scored, in bits, over the bytes of the original text that it stands for. The end of
-            a document costs bits and is no byte: whichever way a text is cut into tokens, the same documents have the
-            same bytes. Of a part of the text, and of what is not cut, it is of the bytes of just that.
-        is_lossy: whether bits_per_byte is of less than the text: the tokenizer loses some of it, it holds [UNK], or
-            lines mode cuts it.
-        excess: nats per scored token above the text's own entropy, where that is known: of the storybook, when every
-            story was scored whole.
+        loss: nats per scored token. The ends of documents are scored, too.
+        num_tokens: the number of scored tokens.
+        bits_per_byte: the sum of the losses in bits, by the bytes of the original text that the scored tokens stand
+            for. The end of a document costs bits but has no bytes, so the same documents have the same bytes with every
+            tokenizer. If only a part of the text is scored, or lines mode cuts it, only the bytes of that part count.
+        is_lossy: whether bits_per_byte is about less than the text: the tokenizer loses some of it, it has [UNK]
+            tokens, or lines mode cuts it.
+        excess: nats per scored token above the text's own entropy. None if that is not known: it is known only for the
+            storybook, if every story was scored whole.
         losses: the loss of each source that data.weights mixes.
-        cut_share: share of the validation tokens that lines mode cuts off.
+        cut_share: the share of the validation tokens that lines mode cuts off.
     """
 
     loss: float
@@ -46,7 +46,7 @@ class Evaluation(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """Exp of the mean loss."""
+        """The exponential of the loss."""
         return math.exp(min(self.loss, 700.0))
 
     def __str__(self) -> str:
@@ -67,13 +67,13 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Scores the model of a run, at any time, without touching it.
+    """Scores the model of a run at any time. Scoring does not change the model.
 
     Args:
         model: a GPT, or any Keras model that returns logits.
-        strategy: the model was built under its scope.
-        prepared: the data, whose validation split is scored.
-        config: of the run.
+        strategy: the strategy under whose scope the model was built.
+        prepared: the data whose validation split is scored.
+        config: the run's configuration.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Evaluator:
         for i, split in enumerate(splits):
             for batch in self._batches(split, num_batches):
                 if not self._sum_batch.experimental_get_tracing_count():
-                    # By name: TensorFlow warns when call after call traces the same code, as in run after run.
+                    # Trace it here: TensorFlow warns if many calls trace the same code, as runs in one process do.
                     self._sum_batch.get_concrete_function(batch)
                 sums[i] += [float(each) for each in self._sum_batch(batch)]
                 if stop_requested():
@@ -131,9 +131,8 @@ class Evaluator:
 
     def _excess(self, loss_sum: float, num_tokens: int) -> float | None:
         split, data = self.prepared.split("validation"), self.config.data
-        # A story's end is certain after its closing sentence, so that source_nats is of the story and its end alike.
-        # Fewer tokens mean that a story was cut; packed windows begin in the middle of a story, which source_nats is
-        # not of.
+        # source_nats counts whole stories with their ends: after the closing sentence the end is certain. If fewer
+        # tokens were scored, a story was cut. In packed mode windows begin in the middle of a story.
         num_whole = split.num_tokens + (split.num_documents if data.predict_end else 0)
         if split.source_nats is None or data.mode != "lines" or num_tokens != num_whole:
             return None
@@ -145,7 +144,7 @@ class Evaluator:
         )
 
     def _score_batch(self, batch: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
-        """Returns (sum of the losses, number of tokens scored, bytes that these decode to)."""
+        """Returns the sum of the losses, the number of scored tokens, and the bytes that these tokens decode to."""
 
         def score(batch: tuple[tf.Tensor, ...]) -> list[tf.Tensor]:
             # Across workers TensorFlow forgets how many examples there are.
@@ -155,9 +154,9 @@ class Evaluator:
             if size == self._execution.examples:
                 sums = self._score_part((inputs, targets, weights))
             else:
-                # As in a step: a CPU works through two halves at once, and shares its cores between them.
+                # As in a step: a CPU computes two halves at a time, and its cores are shared between them.
                 parts = [tf.reshape(part, [-1, size, shape[1]]) for part in (inputs, targets, weights)]
-                # In float64, as nothing says what dtype the logits of a foreign model have.
+                # In float64: the logits of a foreign model can have any dtype.
                 of_parts = tf.map_fn(
                     lambda part: tf.stack([tf.cast(each, tf.float64) for each in self._score_part(part)]),
                     parts,
@@ -168,7 +167,7 @@ class Evaluator:
             replica = tf.distribute.get_replica_context()
             return replica.all_reduce(tf.distribute.ReduceOp.SUM, list(sums))
 
-        # Already summed over all replicas: any one's are the sums.
+        # Already summed over replicas: read any one of them.
         return tuple(self.strategy.experimental_local_results(each)[0] for each in self.strategy.run(score, (batch,)))
 
     def _score_part(self, part: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, ...]:
@@ -183,5 +182,5 @@ class Evaluator:
 
 
 def _ratio(total: float, count: float) -> float:
-    """Returns total / count; NaN for a sample of the text that holds nothing to score."""
+    """Returns total / count; NaN if the count is 0: a sample of the text can have no token to score."""
     return float(total / count) if count else math.nan

@@ -1,4 +1,4 @@
-"""Files for TensorBoard: curves and texts, that go on without a gap or a fold when a run is resumed."""
+"""Files for TensorBoard. When a run is resumed, its curves go on from the checkpoint, without points that are void."""
 
 import contextlib
 import os
@@ -25,22 +25,22 @@ _EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
 
 class EventLog:
-    """A file for TensorBoard, that begins by making void what earlier ones in its folder have after first_step.
+    """A file for TensorBoard. Its first event makes void what earlier files in the folder have after first_step: a run
+    that was killed may have logged steps after its last checkpoint.
 
-    A killed run may have logged past its checkpoint. TensorBoard reads the files of a folder in the order of their
-    names, which begin with the time; where a clock was set back, the name and the times of events go on from the newest
-    ones that are there.
+    TensorBoard reads the files of a folder in the order of their names, which begin with the time. If the clock was set
+    back, the name and the times of the events go on from the newest ones in the folder.
 
-    What cannot be written later on, because the disk is full for example, is kept in memory and written into another
-    file once that can be done: curves are no reason to end a run.
+    If the file cannot be written later on, for example because the disk is full, the events are kept in memory and are
+    written into another file once that is possible. Training goes on.
 
     Args:
-        folder: for the file.
-        first_step: what earlier files have up to here stays.
-        say: prints a line, when the file cannot be written, and when it can be again.
+        folder: the folder for the file.
+        first_step: the last step of which earlier files keep their events.
+        say: prints a line; called when the file cannot be written, and when it can be written again.
 
     Raises:
-        UserError: it cannot be written from the start.
+        UserError: the file cannot be written at the start.
     """
 
     def __init__(self, folder: Location, first_step: int, say: Say = print) -> None:
@@ -71,7 +71,7 @@ class EventLog:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a point of each curve."""
-        limits = np.finfo(np.float32)  # All that TensorBoard keeps, and a perplexity can be more.
+        limits = np.finfo(np.float32)  # TensorBoard keeps float32, and a perplexity can be larger.
         summaries = [scalar_pb(name, np.clip(value, limits.min, limits.max)) for name, value in values.items()]
         self._write(step, [{"summary": summary} for summary in summaries])
 
@@ -80,7 +80,7 @@ class EventLog:
         self._write(step, [{"summary": text_pb(name, text)} for name, text in texts.items()])
 
     def close(self) -> None:
-        """Closes the file, and says if not everything could be written."""
+        """Closes the file, and prints if not everything could be written."""
         if self._unwritten:
             self._write(0, [])
         if self._unwritten:
@@ -98,14 +98,14 @@ class EventLog:
         for event in events:
             self._write_event(step, event)
         try:
-            # Another file, as the end of the one before may be half a record.
+            # Another file: the one before may end with half a record.
             self._writer = self._writer or self._open()
             self._write_all(self._writer)
         except (OSError, tf.errors.OpError) as error:
             self._close()
             if was_failing:
                 with contextlib.suppress(OSError, tf.errors.OpError):
-                    tf.io.gfile.remove(self._path)  # One of no use for each try would be many.
+                    tf.io.gfile.remove(self._path)  # Otherwise each try would leave a useless file.
             else:
                 self._say(
                     f"Cannot write to {self.folder}: {reason_and_remedy(error)}. Training goes on, and the curves are "
@@ -127,9 +127,9 @@ class EventLog:
 
 
 def literal(text: str) -> str:
-    """Returns Markdown that shows a text as it is: nothing in it formats, links or fetches."""
+    """Returns Markdown that shows a text unchanged: it has no formats, no links and no images."""
     lines = (
-        # An entity is neither Markdown's nor HTML's to read; a space that counts is one that neither drops.
+        # Neither Markdown nor HTML interprets an entity. Both drop some spaces: these become &nbsp;.
         re.sub(r"[!#&*+<=>\[\\\]_`{|}~-]|(?<=\d)[.)]", lambda found: f"&#{ord(found[0])};", line)
         for line in printable(text).expandtabs(4).split("\n")
     )

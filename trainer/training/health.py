@@ -11,13 +11,13 @@ MAX_SKIPPED_IN_A_ROW = 20
 def report_skipped(
     step: int, num_steps: int, num_skipped: int, loss_scale: float | None, say: Callable[[str], None]
 ) -> None:
-    """Says how many steps were skipped because a loss or gradient was not finite, if any were.
+    """Prints how many steps were skipped because a loss or gradient was not finite; nothing if there were none.
 
     Args:
-        step: steps taken so far.
-        num_steps: how many of the last steps to report.
-        num_skipped: how many of these were skipped.
-        loss_scale: with train.precision='mixed_float16' its value now.
+        step: the steps taken so far.
+        num_steps: the number of the last steps, which are reported.
+        num_skipped: how many of them were skipped.
+        loss_scale: the loss scale now; None if train.precision is not 'mixed_float16'.
         say: prints a line.
     """
     if not num_skipped:
@@ -27,17 +27,18 @@ def report_skipped(
 
 
 def check_is_learning(step: int, total_steps: int, skipped_in_a_row: int, num_updates: int) -> None:
-    """Ends a run that learns nothing any more.
+    """Stops a run that no longer learns.
 
     Args:
-        step: steps taken so far.
-        total_steps: of the run.
-        skipped_in_a_row: steps that were skipped since the last applied one, except those that lowered a loss scale.
-        num_updates: steps applied so far.
+        step: the steps taken so far.
+        total_steps: the number of steps of the run.
+        skipped_in_a_row: the steps that were skipped since the last applied one, except steps that lowered a loss
+            scale.
+        num_updates: the steps that were applied so far.
 
     Raises:
-        UserError: too many steps were skipped one after the other, or the run is at its end, and none of its steps was
-            applied or none of the later half.
+        UserError: too many steps in a row were skipped; or the run is over, and no step was applied, or no step of its
+            second half.
     """
     is_over = step >= total_steps
     if is_over and not num_updates:
@@ -48,6 +49,6 @@ def check_is_learning(step: int, total_steps: int, skipped_in_a_row: int, num_up
         return
     raise UserError(
         f"{what} had a loss or gradient that was not finite and were skipped. Lower optimizer.learning_rate, set "
-        "optimizer.clip_norm (1.0 is common) or raise optimizer.warmup_steps. Skipped steps leave the weights alone: "
+        "optimizer.clip_norm (1.0 is common) or raise optimizer.warmup_steps. Skipped steps do not change the weights: "
         "the newest checkpoint is finite."
     )

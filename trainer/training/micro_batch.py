@@ -52,7 +52,7 @@ def fit_micro_batch(step: TrainingStep, say: Callable[[str], None]) -> None:
 
     Args:
         step: before it is compiled. Its variables, which hold the optimizer's memory, stay as they are.
-        say: is told of each size that does not fit.
+        say: prints a line; called for each size that does not fit.
 
     Raises:
         UserError: one example at a time does not fit either.

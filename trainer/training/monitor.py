@@ -1,4 +1,4 @@
-"""What a run shows while it learns: curves and samples in TensorBoard, progress on the terminal."""
+"""Shows how a run learns: curves and samples in TensorBoard, progress on the terminal."""
 
 import contextlib
 import math
@@ -27,26 +27,25 @@ from trainer.training.event_log import EventLog, literal
 from trainer.training.run_folder import RunFolder
 from trainer.training.step import CallMetrics
 
-# Columns of a terminal on which the bar has room for both speeds; on fewer it shows the overall one.
+# The columns of a terminal that the bar needs to show both speeds; with fewer it shows only the overall speed.
 _WIDE = 140
 
 
 class Interval(NamedTuple):
     """The steps since the last report.
 
-    Skipped steps count for num_steps, num_skipped and all times, and for nothing else.
+    Skipped steps count only in num_steps, in num_skipped and in all times.
 
     Attributes:
-        num_steps: steps taken.
-        num_skipped: those of them that were skipped.
-        loss: nats per token; None if no token was predicted by an applied step.
-        grad_norm: mean over steps, before clipping; None if no step was applied.
-        clip_rate: share of steps; None likewise.
-        input_share: share of the steps' time spent waiting for batches.
-        tokens_per_sec_in_steps: predicted tokens, padding not counted, by the time of the steps alone.
-        tokens_per_sec_overall: the same tokens by all the time since the last report: also that of saving, scoring and
-            samples.
-        learning_rate: of the last step.
+        num_steps: the steps that were taken.
+        num_skipped: how many of them were skipped.
+        loss: nats per token; None if no applied step has predicted a token.
+        grad_norm: the mean norm of the gradients before clipping; None if no step was applied.
+        clip_rate: the share of the steps whose gradients were clipped; None if no step was applied.
+        input_share: the share of the steps' time that was spent waiting for batches.
+        tokens_per_sec_in_steps: the predicted tokens, without padding, by the time of the steps.
+        tokens_per_sec_overall: the same tokens by all the time since the last report, with saving, scoring and samples.
+        learning_rate: the learning rate of the last step.
     """
 
     num_steps: int
@@ -82,7 +81,7 @@ class Meter:
         """Returns the sums as rates and means, and starts again."""
         sums, secs = CallMetrics(*self._sums), self._secs
         self._sums, self._secs = [0.0] * len(sums), 0.0
-        # Two clocks may differ by a little.
+        # The steps and the time since the last report are measured by two clocks, which may differ a little.
         overall_secs, self._reported = max(secs, self._clock() - self._reported), self._clock()
         applied = sums.num_steps - sums.num_skipped
         return Interval(
@@ -102,17 +101,17 @@ class Monitor:
     """Writes to TensorBoard and to the terminal.
 
     Args:
-        logs: folder for TensorBoard.
-        config: of the run, shown in TensorBoard.
-        first_step: where this process goes on; what an earlier one logged from there on is dropped from the curves.
-        total_steps: of the run.
-        bits_per_token_byte: factor from nats per target to bits per byte of the training text.
-        is_lossy: whether bits per byte are of less than the training text: its tokens do not say all of it, or it is
-            cut.
-        terminal: where lines and the progress bar go; None: to standard output.
-        say: gets the lines instead, and there is no bar.
-        steps_per_epoch: None: there are no epochs.
-        tokens_per_sec_at_peak: what would be a model FLOPs utilisation of 1; None: not known, and it has no curve.
+        logs: the folder for TensorBoard.
+        config: the run's configuration, which TensorBoard shows.
+        first_step: the step that this process goes on from; the curves lose what earlier processes logged after it.
+        total_steps: the number of steps of the run.
+        bits_per_token_byte: the factor from nats per target to bits per byte of the training text.
+        is_lossy: whether bits per byte are about less than the training text: its tokens do not hold all of it, or it
+            is cut.
+        terminal: the stream for lines and the progress bar; None: standard output.
+        say: prints a line in place of the terminal, without a progress bar; None: the terminal is used.
+        steps_per_epoch: the steps of an epoch; None: there are no epochs.
+        tokens_per_sec_at_peak: the speed at a model FLOPs utilisation of 1; None: not known, there is no such curve.
     """
 
     def __init__(
@@ -149,13 +148,13 @@ class Monitor:
         )
         self._first_step = first_step
         self._train = EventLog(logs / "train", first_step, self.say)
-        # A run that is over is resumed to be scored, which a process before may have begun to.
+        # A run that has taken all its steps is resumed to be scored, and an earlier process may have logged its score.
         self._validation = EventLog(logs / "validation", first_step - (first_step == total_steps), self.say)
         self._train.texts(first_step, {"config": f"```toml\n{config.to_toml()}\n```"})
         self._profile = config.profile
         self._is_profiling = False
         self._started = time.monotonic()
-        # The first call of the compiled loop takes as long as to compile it.
+        # The first call of the compiled loop also compiles it.
         self._task = self._progress.add_task("compiling", total=total_steps, completed=first_step, state="")
 
     @contextlib.contextmanager
@@ -168,21 +167,21 @@ class Monitor:
         finally:
             self._train.close()
             self._validation.close()
-            self._end_profile()  # Of a run that was stopped meanwhile.
+            self._end_profile()  # The run may have been stopped during the profiled steps.
 
     @contextlib.contextmanager
     def profiled(self, step: int) -> Iterator[None]:
-        """Profiles the call of the compiled loop in this block, where it is one of the steps to profile.
+        """Profiles the call of the compiled loop in this block, if it takes a step that is to be profiled.
 
         Args:
-            step: how many steps were taken before.
+            step: the steps taken so far.
         """
         if step == self._profile.at_step:
             self._begin_profile()
         if not self._is_profiling:
             yield
             return
-        # The name and argument by which TensorBoard knows a step.
+        # TensorBoard recognizes a step by this name and these arguments.
         with tf.profiler.experimental.Trace("train", step_num=step + 1, _r=1):
             yield
         if step + 1 == self._profile.ends()[-1]:
@@ -193,7 +192,7 @@ class Monitor:
             tf.profiler.experimental.start(str(self._train.folder))
             self._is_profiling = True
         except tf.errors.AlreadyExistsError:
-            self.say("profile.at_step: no profile, as somebody else profiles this process already.")
+            self.say("profile.at_step: no profile: this process is already being profiled.")
 
     def _end_profile(self) -> None:
         if not self._is_profiling:
@@ -206,7 +205,7 @@ class Monitor:
             self.say(f"profile.at_step: the profile could not be written into {self._train.folder}: {error}")
 
     def say(self, line: str) -> None:
-        """Prints a line, above the progress bar where there is one, which breaks it between words."""
+        """Prints a line. If there is a progress bar, the line is above it and is wrapped between words."""
         if self._say is not None:
             self._say(line)
         elif self._has_bar:
@@ -216,7 +215,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def doing(self, step: int, what: str) -> Iterator[None]:
-        """Says what takes the time of this block, after step steps: the bar does, or a line."""
+        """Shows what is done in this block, after step steps: in the progress bar, or as a line."""
         if not self._has_bar:
             self.say(f"{self._place_at(step)}  {what}")
         self._progress.update(self._task, description=what)
@@ -247,7 +246,7 @@ class Monitor:
             values["mfu_in_steps"] = in_steps / self._tokens_per_sec_at_peak
             values["mfu_overall"] = overall / self._tokens_per_sec_at_peak
             speed += f"  mfu {values['mfu_in_steps']:.1%} in steps, {values['mfu_overall']:.1%} overall"
-        # What nothing is known of has no point: a 0 would be drawn as the best loss of all.
+        # A value that is not known has no point: TensorBoard would draw 0 as the best loss.
         self._train.scalars(step, {name: value for name, value in values.items() if value is not None})
         shown = speed if self._console.width >= _WIDE else short
         self._progress.update(self._task, completed=step, state=f"{self._epoch_at(step)}{loss}  {shown}")
@@ -270,7 +269,7 @@ class Monitor:
         self.say(f"{self._place_at(step)}  validation: {evaluation}")
 
     def samples(self, step: int, samples: Mapping[str, str]) -> None:
-        """Reports what each decoder makes of the model."""
+        """Reports the samples, by the decoder that wrote them."""
         self._train.texts(step, {f"samples/{name}": literal(text) for name, text in samples.items()})
 
     def _place_at(self, step: int) -> str:
@@ -279,7 +278,7 @@ class Monitor:
     def _epoch_at(self, step: int) -> str:
         if self._steps_per_epoch is None:
             return ""
-        # A run's last step may begin the next epoch, to fill its batch.
+        # The batch of the last step may be filled with examples of the next epoch.
         done = min(step / self._steps_per_epoch, self._num_epochs)
         return f"epoch {done:.2f}/{self._num_epochs:g}  "
 
@@ -289,7 +288,7 @@ class Monitor:
 
 
 class Silence:
-    """A monitor that reports nothing: of a worker that is not the first."""
+    """A monitor that reports nothing, for the workers that are not the chief."""
 
     @contextlib.contextmanager
     def running(self, *_: object) -> Iterator[None]:

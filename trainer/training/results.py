@@ -1,4 +1,4 @@
-"""What a run has found out: scores.json, the validation losses so far; result.json, the last evaluation and samples."""
+"""The results of a run: scores.json has the validation losses so far, result.json the last evaluation and samples."""
 
 import math
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def scores_to_keep(checkpoints: Checkpoints, step: int, from_step: Step | None) 
 def keep_score(
     run: RunFolder, workers: Workers, step: int, loss: float, scores: dict[int, float], say: Callable[[str], None]
 ) -> bool:
-    """Adds a validation loss to the losses so far, which the chief writes; says if the loss has risen.
+    """Adds a validation loss to the losses so far, which the chief writes. Prints a line if the loss has risen.
 
     Args:
         run: the run.
@@ -93,14 +93,14 @@ def keep_score(
         try:
             write_scores(run, scores)
         except UserError as error:
-            say(f"{error} It is tried again with the next score.")
+            say(f"{error} The next score tries again.")
     return is_best
 
 
 def write_result(
     run: RunFolder, step: int, evaluation: Evaluation, samples: dict[str, str], say: Callable[[str], None] = print
 ) -> None:
-    """Writes the last evaluation and samples of a run that has taken its last step; says if they cannot be written."""
+    """Writes the last evaluation and samples of a finished run. Prints a line if they cannot be written."""
     try:
         write_sealed(run.path / RESULT, {"step": step, "evaluation": evaluation._asdict(), "samples": samples})
     except (OSError, UserError) as error:

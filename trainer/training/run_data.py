@@ -40,9 +40,9 @@ def find_prepared(run: RunFolder, prepare_again: Callable[[], PreparedData] | No
 def find_data_folder(run: RunFolder) -> Location:
     """Returns the folder of the data that a run was started on. The data is recognized by its fingerprint.
 
-    It is looked for where it was when the run was started; then, as a project may have been moved or mounted elsewhere,
-    in the same place relative to the run, in data.prepared_folder and beside the run. If it is in none of these, the
-    first place is returned, as long as there is a folder.
+    The first place is the one that the run's record names. A project may have been moved or mounted elsewhere: the next
+    places are the same place relative to the run, data.prepared_folder, and the folder beside the run. If the data is
+    in none of them, the first place is returned, if there is a folder.
 
     Raises:
         UserError: the data is gone.

@@ -253,9 +253,9 @@ class RunFolder:
         model = self.facts["model"]
         if model != GPT_MODEL and build_model is None:
             raise UserError(
-                f"{self.path} trains a model of its own, which {model} built, and not the GPT of its config. Go on "
-                f"from Python, with that function: trainer.resume({str(self.path)!r}, build_model); trainer.generate "
-                "and trainer.score take build_model, too."
+                f"{self.path} trains a foreign model, which {model} built, and not the GPT of its config. Go on from "
+                f"Python, with that function: trainer.resume({str(self.path)!r}, build_model); trainer.generate and "
+                "trainer.score take build_model, too."
             )
         if model == GPT_MODEL and build_model is not None:
             raise UserError(

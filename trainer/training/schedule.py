@@ -8,15 +8,15 @@ from trainer.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: tf.Tensor, total_steps: int) -> tf.Tensor:
-    """Returns the rate of one step, a float64 scalar.
+    """Returns the learning rate of a step, a float64 scalar.
 
-    It rises linearly over the warm-up, so that step warmup_steps - 1 is the first at the full rate, and then follows
-    the schedule down to final_learning_rate, which is the rate of step total_steps - 1.
+    It rises linearly during the warm-up: step warmup_steps - 1 is the first with the full rate. Then it follows the
+    schedule down to final_learning_rate, which is the rate of step total_steps - 1.
 
     Args:
-        config: peak, end, warm-up and shape.
-        step: integer scalar, from 0.
-        total_steps: of the whole run.
+        config: the rate's peak, end, warm-up and shape.
+        step: integer scalar; the first step is 0.
+        total_steps: the number of steps of the whole run.
     """
     step = tf.cast(step, tf.float64)
     peak, final = config.learning_rate, config.final_learning_rate
