@@ -377,7 +377,7 @@ def test_epochs_are_counted_in_steps_rounded_up(tmp_path):
     )
     with pytest.raises(
         UserError,
-        match=r"warmup_steps=12 the rate reaches its peak at the last step of the 12 steps that train.num_epochs=2 takes",
+        match=r"warmup_steps=12 the rate reaches its peak at the last step of the 12 steps that train.num_epochs=2",
     ):
         total_steps(silently(all_warm), all_warm)
     profile = {"at_step": 7, "num_steps": 6}

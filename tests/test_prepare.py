@@ -20,6 +20,7 @@ from trainer.config import Config
 from trainer.config_file import load_config, make_config
 from trainer.data.batches import total_steps
 from trainer.data.characters import CharTokenizer
+from trainer.data.held_out import is_held_out
 from trainer.data.prepare import prepare
 from trainer.data.shard_writer import SplitWriter
 from trainer.data.shards import (
@@ -27,7 +28,6 @@ from trainer.data.shards import (
     Split,
     load_prepared,
 )
-from trainer.data.text import is_held_out
 from trainer.errors import UserError
 
 LINES = [f"line {i}" + " of text" * (i % 7) for i in range(500)]
@@ -523,7 +523,8 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch, error,
 
 KILLED = (
     "import os, signal, sys; from pathlib import Path; from test_prepare import *;"
-    "from trainer.data import encoding, prepare as p; p._SAVE_SECS = 0.0; encoding._BATCH_BYTES = 100; left = int(sys.argv[2]); write = SplitWriter.write;\n"
+    "from trainer.data import encoding, prepare as p; p._SAVE_SECS = 0.0; encoding._BATCH_BYTES = 100;"
+    "left = int(sys.argv[2]); write = SplitWriter.write;\n"
     "def write_some(self, *arguments):\n"
     "    global left\n"
     "    left -= 1\n"
@@ -791,6 +792,6 @@ def test_a_file_system_without_locks_takes_no_more_than_one_folder(tmp_path, lef
     assert left_behind(tmp_path) == sorted([left_by_a_killed_one.name, prepared.folder.name])
     assert file_contents(left_by_a_killed_one) == before
     assert said[0] == (
-        f"warning: {left_by_a_killed_one} stays, as it cannot be locked: {os.strerror(number)}; if no process prepares, "
-        "delete it"
+        f"warning: {left_by_a_killed_one} stays, as it cannot be locked: {os.strerror(number)}; "
+        "if no process prepares, delete it"
     )

@@ -13,8 +13,8 @@ import numpy as np
 from trainer.config import DataConfig
 from trainer.data.cutting import cut_document
 from trainer.data.files import Document
+from trainer.data.held_out import peek
 from trainer.data.shard_writer import SplitWriter
-from trainer.data.text import peek
 from trainer.data.tokenizer import Tokenizer
 from trainer.storybook import storybook
 from trainer.system.machine import num_cores

@@ -1,25 +1,18 @@
-"""Files of text, on a disk or in an object store, and the documents in them.
+"""The documents in files of text, on a disk or in an object store.
 
-Plain text, JSON Lines, and either of them packed with gzip. Streams: of a document longer than LONG_CHARS no more than
-a part is in memory at a time.
+Reads plain text and JSON Lines, and both packed with gzip. Only a part of a document is in memory at a time if the
+document is longer than LONG_CHARS.
 """
 
 import codecs
-import collections
 import dataclasses
-import fnmatch
-import glob
 import gzip
 import hashlib
 import itertools
 import json
-import os
-import stat
-import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import BinaryIO, Literal
 
 from trainer.config_file import is_utf8
 from trainer.data.formats import (
@@ -29,186 +22,48 @@ from trainer.data.formats import (
     fault_of_bytes,
     fault_of_first_line,
     fault_of_gzip_name,
-    fault_of_name,
     fault_of_start,
     is_gzip_name,
 )
-from trainer.errors import UserError, quoted
-from trainer.system.storage import Location, Url, locate
+from trainer.errors import UserError
+from trainer.system.storage import Location
 
-Item = TypeVar("Item")
 Kind = Literal["line", "paragraph", "file"]  # "auto" is one of the first two, by has_paragraphs.
-# The text, or of a long one its parts, one after the other.
+# The text of a document; or the parts of a long document, one after the other.
 Document = str | Iterator[str]
-# A part of a document, and whether that ends with it.
+# A part of a document, and whether the document ends with it.
 Fragment = tuple[str, bool]
 
 LONG_CHARS = 1 << 22
-# A text of paragraphs has a blank line for this many lines or more often; a list with a few sections has not.
+# Text in paragraphs has at least one blank line for this many lines; a list with a few sections has fewer.
 LINES_PER_PARAGRAPH = 20
 _READ_BYTES = 1 << 20
-SIMPLEBOOKS_URL = "https://dldata-public.s3.us-east-2.amazonaws.com/simplebooks.zip"
-_TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
 @dataclasses.dataclass
 class Progress:
-    """How much of the files has been read: bytes, packed ones as they are."""
+    """How much of the files has been read.
+
+    Attributes:
+        done: the bytes that were read; of packed files, the packed bytes.
+        total: the bytes of all files.
+    """
 
     done: int = 0
     total: int = 0
 
 
-def find_files(sources: Iterable[str], setting: str) -> list[Location]:
-    """Expands file names and globs to files, in the order given, a glob's matches sorted, each file once, even if
-    several names or links lead to it.
-
-    Args:
-        sources: names of files, or globs, where ** matches any depth and ~ is the home folder; or URLs, or globs of
-            them, such as gs://bucket/*.jsonl.gz.
-        setting: the setting they come from, for the error.
-
-    Raises:
-        UserError: a source matches no file, is a directory, a pipe or a device, or is a table by its name; or a folder
-            cannot be listed.
-    """
-    files: list[Location] = []
-    for source in sources:
-        path = locate(source)
-        try:
-            if path.is_dir():
-                raise UserError(f"{setting}={source!r} is a directory; {_files_to_name(path, setting)}")
-            matches = path.glob() if isinstance(path, Url) else _matches(path)
-            if not matches:
-                raise UserError(f"{setting}={source!r}: {_nothing_there(source, setting)}")
-            for match in matches:
-                if (fault := _fault_of_file(match)) is not None:
-                    raise UserError(f"{setting}={source!r}: {fault}")
-                files.append(match)
-        except OSError as error:
-            where = error.filename or path
-            raise UserError(f"{setting}={source!r}: {where} cannot be read: {error.strerror or error}.") from None
-    return each_once(files)
-
-
-def each_once(files: Iterable[Item]) -> list[Item]:
-    """Returns files without those that were there before under another name, as links have it."""
-    found: dict[object, Item] = {}
-    for file in files:
-        found.setdefault(os.path.realpath(file) if isinstance(file, Path) else file, file)
-    return list(found.values())
-
-
-def _matches(path: Path) -> list[Path]:
-    # A name that exists is taken literally: book[1].txt is no glob, and of book[1]/*.txt only the end is one.
-    folder, patterns = path, list[str]()
-    while not _is_there(folder) and folder != folder.parent:
-        folder, patterns = folder.parent, [folder.name, *patterns]
-    return sorted(match for match in _expand(folder, patterns) if not match.is_dir()) if patterns else [path]
-
-
-def _expand(folder: Path, patterns: list[str]) -> Iterator[Path]:
-    """Yields what a glob in a folder matches; as the module glob does, but a folder that cannot be listed is an error,
-    and links that lead back to a folder above end there."""
-    if not patterns:
-        yield folder
-        return
-    first, *rest = patterns
-    if first == "**":
-        for each in _folders_in(folder):
-            yield from _expand(each, rest or ["*"])
-    elif not glob.has_magic(first):
-        if _is_there(folder / first):
-            yield from _expand(folder / first, rest)
-    elif folder.is_dir():
-        for name in fnmatch.filter([path.name for path in folder.iterdir()], first):
-            if not name.startswith(".") or first.startswith("."):
-                yield from _expand(folder / name, rest)
-
-
-def _is_there(path: Path) -> bool:
-    """Whether there is such a file or link; an OSError if nobody may know."""
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-def _folders_in(top: Path) -> Iterator[Path]:
-    """Yields a folder and all below it, hidden ones left out and each one once, whatever links there are."""
-    seen: set[str] = set()
-    for folder, names, _ in os.walk(top, onerror=_raise, followlinks=True):
-        names[:] = [] if os.path.realpath(folder) in seen else sorted(name for name in names if name[0] != ".")
-        if os.path.realpath(folder) not in seen:
-            seen.add(os.path.realpath(folder))
-            yield Path(folder)
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _fault_of_file(path: Location) -> str | None:
-    if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):
-        return f"{path} is a pipe, a device or a socket; text is read several times, so name a file that holds it."
-    return fault_of_name(path)
-
-
-def _files_to_name(folder: Location, setting: str) -> str:
-    """Returns what to write for the files in a folder."""
-    ends, pattern = [""], "*.txt"
-    if isinstance(folder, Path):
-        for below in _folders_in(folder):
-            files = [path for path in sorted(below.iterdir()) if path.is_file() and path.name[0] != "."]
-            ends = ["".join(path.suffixes[-2 if is_gzip_name(path) else -1 :]) for path in files]
-            if ends:
-                end = collections.Counter(ends).most_common(1)[0][0]
-                pattern = f"{'' if below == folder else '**/'}*{end}"
-                break
-        else:
-            return "name files; there are none in it."
-    return f"name its files, for example {quoted(f'{setting}={folder / pattern}')}."
-
-
-def _nothing_there(source: str, setting: str) -> str:
-    if "simplebooks" in source.lower():
-        # cache_dir, and a folder that is there: Keras looks at KERAS_HOME, and else would take one below /tmp.
-        get = f'import keras; keras.utils.get_file(origin="{SIMPLEBOOKS_URL}", extract=True, cache_dir="~/.keras")'
-        return (
-            "no such file. Get SimpleBooks with\n"
-            f"  mkdir -p ~/.keras && {quoted(sys.executable)} -c '{get}'\n"
-            "or train on your own text: data.train=PATH data.validation=PATH"
-        )
-    if "," in source:
-        several = quoted(f"{setting}=[{source.strip('[]')}]")
-        return f"no such file, seen from {Path.cwd()}. Several files are named so: {several}"
-    if Path(source).name == "tinyshakespeare.txt":
-        return (
-            f"no such file, seen from {Path.cwd()}. Get tiny Shakespeare with\n"
-            f"  curl -fLo tinyshakespeare.txt {_TINY_SHAKESPEARE_URL}\n"
-            "or train on your own text: data.train=PATH"
-        )
-    what = "no file matches" if glob.has_magic(source) else "no such file"
-    # Without it part of data.train is held out.
-    without = ", or leave it out with data.validation=none" if setting == "data.validation" else ""
-    return (
-        f"{what}, seen from {Path.cwd()}. Check the path, or give your own text: {setting}=PATH, a file or a glob in "
-        f"quotes, such as '{setting}=texts/*.txt'{without}."
-    )
-
-
 def read_documents(path: Location, kind: Kind, progress: Progress | None = None) -> Iterator[Document]:
     r"""Yields the documents of a text file in UTF-8, plain or packed with gzip, in order.
 
-    A line ends at \n or \r\n and nowhere else: not at U+2028 and its like, and a lone \r is a character of the text.
-    The end is no part of the line, and a \r\n inside a paragraph or a file becomes \n. A byte-order mark at the start
-    of a file is dropped, and so are documents of nothing but whitespace. What is not UTF-8 comes as lone surrogates.
+    A line ends only at \n or \r\n: U+2028 and a lone \r are characters of the text. The end is not part of the line,
+    and a \r\n inside a paragraph or a file becomes \n. A byte-order mark at the start of a file is dropped, and so are
+    documents of white space only. Bytes that are not UTF-8 become lone surrogates.
 
     Args:
         path: the file.
         kind: what one document is.
-        progress: counts the bytes that were read.
+        progress: counts the bytes that are read.
 
     Raises:
         UserError: the file cannot be read.
@@ -220,8 +75,8 @@ def read_documents(path: Location, kind: Kind, progress: Progress | None = None)
 
 
 def has_paragraphs(path: Location) -> bool:
-    """Whether blank lines divide a text file into paragraphs, by its first megabyte: at least one between two lines of
-    text for every LINES_PER_PARAGRAPH of these.
+    """Whether blank lines divide a text file into paragraphs: whether its first megabyte has at least one gap between
+    two lines of text for every LINES_PER_PARAGRAPH lines of text.
 
     Raises:
         UserError: the file cannot be read.
@@ -233,14 +88,16 @@ def has_paragraphs(path: Location) -> bool:
 
 
 def read_records(path: Location, field: str, progress: Progress | None = None) -> Iterator[str | ValueError]:
-    """Yields a field of each line of a JSON Lines file that is not blank; for a line without it what is wrong there, as
-    an error that is yielded and not raised, because the next line may be right: a UnicodeError if it is not UTF-8.
+    """Yields a field of each line of a JSON Lines file that is not blank.
+
+    A line without the field gives a ValueError that explains what is wrong, or a UnicodeError if the line is not UTF-8.
+    It is yielded and not raised, because the next line may be right.
 
     Raises:
         UserError: the file cannot be read, or is JSON over several lines or in an array.
     """
     for number, line in enumerate(_joined(_lines(_read_text(path, progress))), start=1):
-        # Files with a mark that were joined have one in the middle, too.
+        # Files that were joined may have a byte-order mark in the middle, too.
         line = line.removeprefix("\ufeff")
         if number == 1 and (fault := fault_of_first_line(path, line, _is_gzip(path))) is not None:
             raise UserError(fault)
@@ -280,17 +137,17 @@ def _field_of(line: str, field: str, number: int) -> str | ValueError:
 
 
 def parts_of(document: Document) -> Iterable[str]:
-    """Returns the parts of a document: of one that is not long, a single one."""
+    """Returns the parts of a document; a document that is not long is a single part."""
     return (document,) if isinstance(document, str) else document
 
 
 def count_characters(path: Location) -> int:
-    """Returns the length of a text file as `read_documents` gives it whole."""
+    """Returns the number of characters of a text file that is one document."""
     return sum(len(chunk) for chunk in _read_text(path, None))
 
 
 def first_fault(path: Location) -> str | None:
-    """Returns what is wrong with a text file, where it first is and what to do, or None."""
+    """Returns the first fault of a text file, its place and what to do, or None."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, before = 0, b""
     for chunk in _read_bytes(path, None):
@@ -311,7 +168,7 @@ def first_fault(path: Location) -> str | None:
 
 
 def _around(content: bytes, place: int) -> bytes:
-    """Returns bytes on both sides of a place, from the start of a line on if there is one."""
+    """Returns the bytes around a place, from the start of a line if there is one before it."""
     start = max(place - SAMPLE_BYTES // 2, 0)
     if start:
         start = content.find(b"\n", start, place) + 1 or start
@@ -346,10 +203,10 @@ def _read_text(path: Location, progress: Progress | None) -> Iterator[str]:
 
 
 def _read_bytes(path: Location, progress: Progress | None) -> Iterator[bytes]:
-    """Yields a file's bytes, unpacked if it is packed with gzip, whatever its name, and an empty chunk at the end.
+    """Yields a file's bytes, unpacked if they are packed with gzip, whatever the name, and an empty chunk at the end.
 
     Raises:
-        UserError: the file cannot be read, or is not text by its first bytes.
+        UserError: the file cannot be read, or its first bytes show that it is not text.
     """
     try:
         with _open(path) as packed:
@@ -363,7 +220,7 @@ def _read_bytes(path: Location, progress: Progress | None) -> Iterator[bytes]:
                     raise UserError(fault)
                 is_start = False
                 if progress is not None:
-                    # In a store, too, this is a number the client knows.
+                    # A place in the packed file: files in a store have one as well.
                     progress.done, before = progress.done + packed.tell() - before, packed.tell()
                 yield chunk
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -387,7 +244,7 @@ def _open(path: Location) -> BinaryIO:
 
 def _lines(chunks: Iterable[str]) -> Iterator[Fragment]:
     for chunk in chunks:
-        # Not splitlines(), which also splits at U+2028, \x0b, \x85 and others.
+        # Not splitlines(), which splits at U+2028, \x0b, \x85 and others, too.
         *lines, rest = chunk.split("\n")
         for line in lines:
             yield line, True
@@ -397,8 +254,8 @@ def _lines(chunks: Iterable[str]) -> Iterator[Fragment]:
 
 
 def _paragraphs(lines: Iterable[Fragment]) -> Iterator[Fragment]:
-    is_open = is_middle = False  # In a paragraph; in a line of it.
-    blank = ""  # The start of a line that has nothing but whitespace so far.
+    is_open = is_middle = False  # Whether in a paragraph, and in a line of it.
+    blank = ""  # The start of a line that has only white space so far.
     for text, is_end in lines:
         text = blank + text if blank else text
         blank = ""
@@ -415,7 +272,7 @@ def _paragraphs(lines: Iterable[Fragment]) -> Iterator[Fragment]:
 
 
 def _documents(fragments: Iterable[Fragment]) -> Iterator[Document]:
-    """Puts documents together, and leaves out those of nothing but whitespace."""
+    """Puts documents together, and leaves out documents of white space only."""
     fragments = iter(fragments)
     parts: list[str] = []
     num_chars = 0
@@ -431,7 +288,7 @@ def _documents(fragments: Iterable[Fragment]) -> Iterator[Document]:
         else:
             rest = _up_to_its_end(fragments)
             yield itertools.chain((start,), rest)
-            for _ in rest:  # Whatever was not read of it.
+            for _ in rest:  # Skips the parts that were not read.
                 pass
         parts, num_chars = [], 0
 

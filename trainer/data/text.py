@@ -1,7 +1,6 @@
-"""From the sources a config names to documents: reading, filtering and holding out.
+"""From the sources that a config names to documents: reads, filters and holds out.
 
-Streams: of a long document no more than a part is in memory at a time. Knows nothing of tokens, and imports no
-TensorFlow but for a source that needs it.
+Only a part of a long document is in memory at a time. Imports TensorFlow only for a source that needs it.
 """
 
 import collections
@@ -17,47 +16,39 @@ from trainer.data.files import (
     LONG_CHARS,
     Document,
     Progress,
-    count_characters,
     digest,
-    each_once,
-    find_files,
     first_fault,
     has_paragraphs,
     read_documents,
     read_records,
 )
+from trainer.data.find_files import each_once, find_files
 from trainer.data.formats import is_json_lines
+from trainer.data.held_out import is_held_out, peek, split_file
 from trainer.errors import UserError
 from trainer.storybook import storybook
 from trainer.system.storage import Location
 
 File = Location | Dataset
 
-# So many broken records are named one by one.
+# This many broken records are named one by one.
 _NUM_NAMED = 5
 _NO_BYTES = hashlib.sha256().digest()
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the validation split: a property of its text, so copies of it go the same way. Of a
-    long one, of its first LONG_CHARS characters."""
-    digest = hashlib.blake2b(text[:LONG_CHARS].encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
-
-
 @dataclasses.dataclass
 class Tally:
-    """What a reading came upon, as numbers and texts, so that those of several processes can be added up.
+    """The counts and faults of a reading, which can be added to the tallies of other processes.
 
     Attributes:
-        num_seen: how many documents, by the setting that names them.
-        num_used: how many of them are long enough, by setting.
-        num_bytes: of all documents, those of more than LONG_CHARS characters counted with as many bytes, by setting.
-        num_used_bytes: of those that are long enough, by setting.
-        longest_bytes: of the longest, by setting.
-        num_yielded: how many documents a split got.
-        num_broken: how many records were left out.
-        broken: the first of them.
+        num_seen: the number of documents, by the setting that names them.
+        num_used: the number of documents that are long enough, by setting.
+        num_bytes: the bytes of all documents, by setting; a document of over LONG_CHARS characters counts LONG_CHARS.
+        num_used_bytes: the bytes of the documents that are long enough, by setting.
+        longest_bytes: the bytes of the longest document, by setting.
+        num_yielded: the number of documents in each split.
+        num_broken: the number of records that were left out.
+        broken: a line on each of the first such records.
         advice: what is wrong with the first file that is not UTF-8, and what to do.
     """
 
@@ -72,7 +63,7 @@ class Tally:
     advice: str = ""
 
     def add(self, other: "Tally") -> None:
-        """Adds what a reading of the text that follows came upon."""
+        """Adds the tally of the text that follows."""
         self.num_seen.update(other.num_seen)
         self.num_used.update(other.num_used)
         self.num_bytes.update(other.num_bytes)
@@ -86,13 +77,13 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The text a config names, found and ready to be read as often as needed.
+    """The text that a config names, found and ready to be read as often as needed.
 
     Attributes:
         data: the settings; "auto" is decided.
-        train_files: files of data.train; none for the storybook.
-        validation_files: files of data.validation; none where part of the training text is held out.
-        suffix: what its splits' names end in.
+        train_files: the files of data.train; none for the storybook.
+        validation_files: the files of data.validation; none if part of the training text is held out.
+        suffix: the end of the splits' names.
         progress: how far the latest reading is.
     """
 
@@ -113,7 +104,7 @@ class Source:
         """Returns a SHA-256 of the files' contents in order, whatever their names, or of the storybook's recipe.
 
         Args:
-            say: gets a line about files that hold the same bytes.
+            say: prints a line about files that hold the same bytes.
         """
         of_train: dict[bytes, File] = {}
         digests = hashlib.sha256()
@@ -135,15 +126,15 @@ class Source:
             of_train = found
             if twins and say is not None:
                 more = f", and {len(twins) - 1} more" if len(twins) > 1 else ""
-                say(f"warning: of files that hold the same text each is used: {twins[0]}{more}; leave out all but one")
+                say(f"warning: files that hold the same text are all used: {twins[0]}{more}; leave out all except one")
         return digests.hexdigest()
 
     def documents(self, say: Callable[[str], None] | None = None) -> Iterator[tuple[str, Document]]:
-        """Yields (split, document), split being "train" or "validation" with the suffix, in the order of the sources.
-        The parts of a document have to be read before the next one is asked for.
+        """Yields (split, document) in the order of the sources; the split is "train" or "validation" with the suffix.
+        The parts of a document have to be read before the next document.
 
         Args:
-            say: gets a line about broken records that were left out.
+            say: prints a line about broken records that were left out.
 
         Raises:
             UserError: a file cannot be read; more records are broken than data.max_broken_fraction; or, at the end, a
@@ -156,7 +147,7 @@ class Source:
         self.finish(tally, say)
 
     def read(self, tally: Tally) -> Iterator[tuple[str, Document]]:
-        """Yields what `documents` yields, and counts.
+        """Yields what `documents` yields, and counts in a tally.
 
         Raises:
             UserError: a file cannot be read; or a record is broken, and data.max_broken_fraction is 0.
@@ -180,14 +171,14 @@ class Source:
                 continue
             tally.num_used[setting] += 1
             tally.num_used_bytes[setting] += num_bytes
-            # Not self.validation_files, of which a file apart has none.
+            # Not self.validation_files, which is empty in the sources that files_apart returns.
             is_whole = self.data.validation is not None
             for split, part in [(setting, document)] if is_whole else self._split(document, file):
                 tally.num_yielded[split] += 1
                 yield f"{split}{self.suffix}", part
 
     def finish(self, tally: Tally, say: Callable[[str], None] | None) -> None:
-        """Says how many records were broken of all that were read, and how much of the text data.min_bytes leaves out.
+        """Prints how many of the records were broken, and how much of the text data.min_bytes leaves out.
 
         Raises:
             UserError: more than data.max_broken_fraction; or a split is left without a document.
@@ -214,7 +205,7 @@ class Source:
                 )
 
     def documents_found(self) -> str | None:
-        """Returns a line on what data.documents="auto" came to; None if no file is a text file."""
+        """Returns a line on what data.documents="auto" decided; None if no file is a text file."""
         first = next(filter(_is_text, (*self.train_files, *self.validation_files)), None)
         if first is None:
             return None
@@ -225,7 +216,7 @@ class Source:
         )
 
     def files_apart(self) -> "list[Source]":
-        """Returns a source for each file, with the documents of this one if they are read one after the other; the
+        """Returns a source for each file. Read one after the other, they give the documents of this source. The
         storybook's stories stay together."""
         if self.data.is_storybook():
             return [self]
@@ -235,7 +226,7 @@ class Source:
         ]
 
     def num_bytes(self) -> int:
-        """Returns the size of all files, packed ones as they are."""
+        """Returns the size of all files, of packed files the packed size."""
         files = (file for file in (*self.train_files, *self.validation_files) if not isinstance(file, Dataset))
         return sum(file.stat().st_size for file in files)
 
@@ -274,7 +265,7 @@ class Source:
             tally.broken.append(f"{file}: {what}")
 
     def _records(self, file: File) -> Iterator[str | ValueError] | None:
-        """Returns the texts of a file whose records are documents, whatever data.documents says; None for others."""
+        """Returns the texts of a file whose records are documents, whatever data.documents is; None for other files."""
         if isinstance(file, Dataset):
             return file.records(self.data.text_field)
         return read_records(file, self.data.text_field, self.progress) if is_json_lines(file) else None
@@ -284,19 +275,7 @@ class Source:
         if self.data.documents != "file" or file is None or isinstance(file, Dataset) or is_json_lines(file):
             start, document = peek(document)
             return [("validation" if is_held_out(start, fraction) else "train", document)]
-        return self._split_file(document, file, fraction)
-
-    def _split_file(self, document: Document, file: Location, fraction: float) -> Iterator[tuple[str, Document]]:
-        # The cut of nanoGPT's data scripts, to the character.
-        if isinstance(document, str):
-            num_train = int(len(document) * (1 - fraction))
-            for split, text in (("train", document[:num_train]), ("validation", document[num_train:])):
-                if text and not text.isspace():
-                    yield split, text
-            return
-        rest = [""]
-        yield "train", _first_characters(document, int(count_characters(file) * (1 - fraction)), rest)
-        yield "validation", itertools.chain(rest, document)
+        return split_file(document, file, fraction)
 
     def _check_not_empty(self, tally: Tally) -> None:
         for setting in ("train", "validation") if self.validation_files else ("train",):
@@ -322,7 +301,7 @@ class Source:
     def _other_ways_to_hold_out(self, empty_split: str, num_documents: int) -> str:
         has_files = any(map(_is_text, self.train_files))
         ways = ["give more data.storybook_stories" if self.data.is_storybook() else "give more text, data.validation"]
-        # Documents are held out whole, so no fraction divides a single one; but the end of a file is held out.
+        # Documents are held out whole, so no fraction divides a single document, except a file, whose end is held out.
         if num_documents > 1 or self.data.is_storybook() or (has_files and self.data.documents == "file"):
             ways += [f"a {'smaller' if empty_split == 'train' else 'larger'} fraction"]
         if has_files and self.data.documents != "file":
@@ -342,7 +321,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Several sources, each with splits of its own: train-0, validation-0, train-1 and so on; otherwise as one."""
+    """Several sources, used like one. Each has its own splits: train-0, validation-0, train-1 and so on."""
 
     sources: tuple[Source, ...]
 
@@ -358,7 +337,7 @@ class Mixture:
 
     @property
     def progress(self) -> Progress:
-        """How far the latest reading of all is."""
+        """How far the latest reading of all sources is."""
         parts = [source.progress for source in self.sources]
         return Progress(sum(part.done for part in parts), sum(part.total for part in parts))
 
@@ -367,7 +346,7 @@ class Mixture:
         return {split: names for source in self.sources for split, names in source.names().items()}
 
     def fingerprint(self, say: Callable[[str], None] | None = None) -> str:
-        """Returns a SHA-256 of what all are made of, in order; see Source."""
+        """Returns a SHA-256 of the fingerprints of all sources, in order; see Source."""
         return hashlib.sha256("".join(source.fingerprint(say) for source in self.sources).encode()).hexdigest()
 
     def documents(self, say: Callable[[str], None] | None = None) -> Iterator[tuple[str, Document]]:
@@ -379,10 +358,10 @@ class Mixture:
 
 
 def open_source(data: DataConfig) -> Source | Mixture:
-    """Finds the files a config names.
+    """Finds the files that a config names.
 
     Raises:
-        UserError: as in find_files; or a data set of tensorflow-datasets is not right; or a setting has no effect on
+        UserError: as in find_files; or a data set of tensorflow-datasets cannot be used; or a setting has no effect on
             these files.
     """
     source: Source | Mixture
@@ -395,7 +374,7 @@ def open_source(data: DataConfig) -> Source | Mixture:
 
 
 def _check_effect(data: DataConfig, files: list[File]) -> None:
-    """Raises UserError if none of the files is of the kind that a setting is about."""
+    """Raises UserError if a setting has an effect on none of the files."""
     has_records = [isinstance(file, Dataset) or is_json_lines(file) for file in files]
     defaults = {name: field.default for name, field in DataConfig.model_fields.items()}
     if data.text_field != defaults["text_field"] and not any(has_records):
@@ -437,33 +416,14 @@ def _find(names: Iterable[str], setting: str) -> tuple[File, ...]:
     return tuple(each_once(files))
 
 
-def peek(document: Document) -> tuple[str, Document]:
-    """Returns the first part of a document, and the document."""
-    if isinstance(document, str):
-        return document, document
-    first = next(document)
-    return first, itertools.chain((first,), document)
-
-
-def _first_characters(parts: Iterator[str], num_chars: int, rest: list[str]) -> Iterator[str]:
-    """Yields so many characters, and leaves in rest[0] what the part that holds the last one has after it."""
-    for part in parts:
-        if len(part) > num_chars:
-            rest[0] = part[num_chars:]
-            yield part[:num_chars]
-            return
-        num_chars -= len(part)
-        yield part
-
-
 def _checked(document: Iterator[str], file: File | None) -> Iterator[str]:
-    """Passes on the parts of a long document; of one that is broken half is written already, so that is an error."""
+    """Yields the parts of a long document. A broken part is an error, because earlier parts are already written."""
     for part in document:
         try:
             is_right = part.isascii() or bool(part.encode())
         except UnicodeEncodeError:
             is_right = False
         if "\0" in part or not is_right:
-            assert isinstance(file, Location)  # Records come whole.
+            assert isinstance(file, Location)  # A record is not long.
             raise UserError(first_fault(file))
         yield part
