@@ -394,7 +394,7 @@ def test_what_a_store_has_of_a_checkpoint_whose_writer_was_killed_is_none(tmp_pa
 
 
 def test_a_store_that_does_not_answer_is_an_error_and_not_an_empty_folder():
-    with pytest.raises(UserError, match="nosuchscheme://bucket/checkpoints: the object store says: "):
+    with pytest.raises(UserError, match="nosuchscheme://bucket/checkpoints: the object store failed: "):
         Checkpoints("nosuchscheme://bucket/checkpoints").latest()
 
 
@@ -504,7 +504,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_no_reason_to_stop(
     save(checkpoints, 2)
     assert said == [
         f"The old checkpoint {tmp_path}/step_000000001 cannot be removed and stays for now: Input/output error. The "
-        "disk, or the connection to it, fails: see dmesg."
+        "disk, or the connection to it, is failing: see dmesg."
     ]
     assert_is_of(checkpoints.latest(), 2)
     monkeypatch.setattr(shutil, "rmtree", remove)
@@ -521,7 +521,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_no_reason_to_stop(
         (errno.EROFS, "mounted read-only"),
         (errno.EIO, "see dmesg"),
         (errno.EMFILE, "ulimit -n"),
-        (errno.EACCES, "Give this user the right"),
+        (errno.EACCES, "Give this user the permission"),
     ],
 )
 def test_an_error_of_the_disk_comes_with_what_mends_it(

@@ -71,7 +71,7 @@ def test_a_message_is_short_and_steers_no_terminal(capsys: pytest.CaptureFixture
         ]
         for message in said:
             assert "\x1b" not in message and max(map(len, message.split("\n"))) < 1_100
-    assert refusal(["generate", " "], capsys).startswith("trainer: ' ': a path of nothing but blanks")
+    assert refusal(["generate", " "], capsys).startswith("trainer: ' ': a path of blanks only")
     unknown = [f"x{i}=1" for i in range(500)]
     assert refusal(["prepare", MINIGPT, *unknown], capsys).count("\n") == 61
     # Of a long one, both what is wrong and what to do is left.
@@ -305,7 +305,10 @@ def test_training_goes_on_where_nobody_reads_its_output_any_more(tmp_path: Path)
         process.stdout.close()
         errors = process.stderr.read()
     assert process.returncode == 0, errors
-    assert errors == "trainer: standard output is gone (nobody reads it any more); training goes on without it.\n"
+    assert (
+        errors
+        == "trainer: standard output cannot be written (its reader has gone away); training continues without it.\n"
+    )
     assert (tmp_path / "runs/tiny/checkpoints/step_000000060/manifest.json").is_file()
     assert json.loads((tmp_path / "runs/tiny/result.json").read_text())["step"] == 60
 

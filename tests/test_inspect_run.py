@@ -135,7 +135,7 @@ def test_what_the_manifest_counts_is_shown_and_all_is_verified(pristine, capsys)
         (line,) = [line for line in shown.splitlines() if line.split()[:1] == [Path(shard.tokens_file).stem]]
         assert line.split()[1:] == [f"{shard.num_documents:,}", f"{shard.num_tokens:,}", f"{sum(sizes):,}"]
     num_files = sum(path.is_file() for path in pristine.folder.rglob("*"))
-    assert f"Verified: all {num_files} files are, to the last bit, what was written.\n" in shown
+    assert f"Verified: all {num_files} files are unchanged, to the last bit.\n" in shown
     num_documents, num_tokens = lengths_of(split, pristine.folder).cut_at(30)
     assert 0 < num_documents < split.num_documents
     words = " ".join(shown.split())
@@ -214,7 +214,7 @@ def test_a_run_whose_data_is_gone_or_replaced_is_told_of(prepared, pristine, tmp
     other = prepare(config_for(tmp_path / "other", tmp_path / "other/text.txt", CHAR), quiet)
     run.keep(prepared_folder=str(other.folder), data_fingerprint="of another")
     assert main(["inspect", str(run.path)]) == 1
-    assert capsys.readouterr().err == f"trainer: {other.folder} is not the data {run.path} was started on.\n"
+    assert capsys.readouterr().err == f"trainer: {other.folder} is not the data that {run.path} was started on.\n"
     shutil.rmtree(other.folder)
     assert main(["inspect", str(run.path)]) == 2
     assert f"{run.path} was started on the prepared data {other.folder}, which is gone." in capsys.readouterr().err

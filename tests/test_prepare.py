@@ -640,7 +640,7 @@ def test_a_full_disk_is_an_error_naming_the_folder_and_leaves_nothing(tmp_path):
     child = run_python(program, str(tmp_path))
     assert child.stderr.strip().split("\n")[-1] == (
         f"trainer.errors.UserError: data.prepared_folder='{tmp_path}/prepared': cannot be written: File too large. "
-        "Raise the limit on a file's size (ulimit -f), or use a file system that takes larger files, or name another "
+        "Raise the limit on a file's size (ulimit -f), or use a file system that allows larger files, or name another "
         "folder; nothing half-written is left."
     )
     assert left_behind(tmp_path) == []

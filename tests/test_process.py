@@ -63,7 +63,7 @@ def test_what_it_raises_is_raised_here_with_where_it_was_raised_there():
 
 
 def test_a_process_that_is_killed_is_an_error_that_names_the_signal():
-    with pytest.raises(UserError, match=r"the work of end was killed by SIGKILL\. If this machine was short of memory"):
+    with pytest.raises(UserError, match=r"The process of end was killed by SIGKILL\. If this machine was short of memory"):
         call_in_new_process(end, signal.SIGKILL)
     assert describe_end(3) == "ended with status 3"
     assert describe_end(-250) == "was killed by signal 250"
@@ -72,7 +72,7 @@ def test_a_process_that_is_killed_is_an_error_that_names_the_signal():
 def test_a_process_that_ends_before_it_has_read_what_to_do_is_the_same_error(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("true"))
     # More than a pipe holds, as a config is that lists very many files.
-    with pytest.raises(UserError, match="the work of add ended with status 0"):
+    with pytest.raises(UserError, match="The process of add ended with status 0"):
         call_in_new_process(add, "a" * 1_000_000, "b", say=print)
 
 

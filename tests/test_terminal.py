@@ -66,7 +66,7 @@ def test_output_that_nobody_reads_is_dropped_and_said_once(
         for _ in range(3):
             say("a line")
     assert capsys.readouterr().err == (
-        "trainer: standard output is gone (nobody reads it any more); training goes on without it.\n"
+        "trainer: standard output cannot be written (its reader has gone away); training continues without it.\n"
     )
     monkeypatch.setattr(sys, "stderr", Broken())
     with lasting_output():  # A script's own, where nothing else guards standard error.

@@ -43,7 +43,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The command watches for signals from its first instruction on, and this package is imported before that.
+    # This package is imported before the command watches for signals, so it must load fast: pydantic comes later.
     if name in ("Config", "load_config", "make_config"):
         from trainer import config_file
 
@@ -56,17 +56,20 @@ def train(
     build_model: Callable[[Config, int], keras.Model] | None = None,
     say: Callable[[str], None] = print,
 ) -> TrainingResult:
-    """Prepares the text where that is still to be done, and trains a model on it.
+    """Prepares the text unless it is prepared already, and trains a model on it.
 
     Args:
-        config: from `load_config` or `make_config`.
-        build_model: called under the strategy's scope with the config and the vocabulary size; returns a Keras model
-            from int32 [batch, sequence] to logits [batch, sequence, vocabulary]. Left out, the GPT that config
-            describes.
-        say: prints a line.
+        config: the settings, from `load_config` or `make_config`.
+        build_model: a function that is called in the strategy's scope with the config and the vocabulary size, and
+            returns a Keras model from int32 [batch, sequence] to logits [batch, sequence, vocabulary]. By default the
+            model is the GPT that config describes.
+        say: a function that prints a line.
+
+    Returns:
+        The run's folder, the trained model, its evaluation and its samples.
 
     Raises:
-        UserError: a setting, the text or the run folder is not right.
+        UserError: a setting, the text or the run folder is wrong.
     """
     check_not_forked()
     with quiet_import():
@@ -83,18 +86,21 @@ def resume(
     overrides: Sequence[str] = (),
     step: int | Literal["best"] | None = None,
 ) -> TrainingResult:
-    """Goes on with a run where its newest checkpoint left it.
+    """Resumes a run from its newest checkpoint, or from another one.
 
     Args:
-        run_folder: of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
-        build_model: as it was given to `train`.
-        say: prints a line.
-        overrides: `section.key=value` strings for what leaves the result alone, such as
+        run_folder: the folder of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
+        build_model: the function that was given to `train`.
+        say: a function that prints a line.
+        overrides: `section.key=value` strings for settings that do not change the model, such as
             `distribution.logical_devices=4`.
-        step: go on from the checkpoint of this step, or "best" for the one with the lowest validation loss.
+        step: the step of the checkpoint to resume from, or "best" for the one with the lowest validation loss.
+
+    Returns:
+        The run's folder, the trained model, its evaluation and its samples.
 
     Raises:
-        UserError: there is no such run, its data is gone, or an override would make it another run.
+        UserError: the run does not exist, its data is gone, or an override would make it another run.
     """
     check_not_forked()
     with quiet_import():
@@ -105,13 +111,12 @@ def resume(
 
 
 def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = print) -> tf.data.Dataset:
-    """Returns the training batches of a config, in the order in which `train` sees them; Keras fit takes them as they
-    are.
+    """Returns the training batches of a config in the order of `train`, in the form that Keras fit accepts.
 
     Args:
-        config: from `load_config` or `make_config`; its text is prepared where that is still to be done.
+        config: the settings, from `load_config` or `make_config`. The text is prepared unless it is prepared already.
         first_step: the step to begin at.
-        say: prints a line.
+        say: a function that prints a line.
 
     Returns:
         A data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length].
@@ -139,27 +144,29 @@ def generate(
     build_model: Callable[[Config, int], keras.Model] | None = None,
     step: int | Literal["best"] | None = None,
 ) -> list[str]:
-    """Continues prompts with the newest checkpoint of a run, or another one.
+    """Continues prompts with the newest checkpoint of a run, or with another one.
+
+    The defaults of num_tokens, stop, k, p, num_beams and temperature are the run's own `samples` settings.
 
     Args:
-        run_folder: of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
+        run_folder: the folder of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
         prompts: one text or several.
         sampler: "greedy", "beam", "top-k" or "top-p".
-        num_tokens: how many to write at most. This and what follows defaults to the run's own `samples` settings.
-        seed: of top-k and top-p; left out, 0.
-        stop: text that ends a continuation.
-        k: of top-k.
-        p: of top-p.
-        num_beams: of beam.
-        temperature: of top-k and top-p.
-        build_model: as it was given to `train`.
-        step: use the checkpoint of this step, or "best" for the one with the lowest validation loss.
+        num_tokens: the most tokens to write.
+        seed: the seed of top-k and top-p, by default 0.
+        stop: a text that ends a continuation.
+        k: the number of tokens that top-k draws from.
+        p: the probability of the tokens that top-p draws from.
+        num_beams: the number of beams of beam search.
+        temperature: divides the logits of top-k and top-p.
+        build_model: the function that was given to `train`.
+        step: the step of the checkpoint to use, or "best" for the one with the lowest validation loss.
 
     Returns:
         The prompts with their continuations.
 
     Raises:
-        UserError: there is no such run, it has no checkpoint, or a prompt or setting does not fit.
+        UserError: the run does not exist or has no checkpoint, or a prompt or setting cannot be used.
     """
     check_not_forked()
     from trainer.decoding.decoder import Decoder
@@ -168,7 +175,7 @@ def generate(
     run_folder, step = run_and_step(run_folder, step)
     run = RunFolder(run_folder)
     samples = run.config.samples
-    # First: a slip should not wait for TensorFlow and the model.
+    # Before TensorFlow and the model are loaded: a mistake is reported at once.
     decoder = Decoder.from_options(sampler, samples, k=k, p=p, num_beams=num_beams, temperature=temperature, seed=seed)
     with quiet_import():
         from trainer.decoding.generate import Generator
@@ -195,14 +202,17 @@ def score(
     """Scores the newest checkpoint of a run, or another one, on the whole validation text.
 
     Args:
-        run_folder: of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
-        build_model: as it was given to `train`.
-        step: use the checkpoint of this step, or "best" for the one with the lowest validation loss.
-        say: prints a line, which names the checkpoint.
+        run_folder: the folder of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
+        build_model: the function that was given to `train`.
+        step: the step of the checkpoint to use, or "best" for the one with the lowest validation loss.
+        say: a function that prints a line; the line names the checkpoint.
         overrides: `section.key=value` strings for other devices, or for `data.prepared_folder`.
 
+    Returns:
+        The loss and what follows from it.
+
     Raises:
-        UserError: there is no such run, it has no checkpoint, or its data is gone.
+        UserError: the run does not exist or has no checkpoint, or its data is gone.
     """
     check_not_forked()
     from trainer.training.run_folder import RunFolder, run_and_step

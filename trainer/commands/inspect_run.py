@@ -1,6 +1,6 @@
-"""What is in prepared data: its counts, the lengths of its documents and some of them, after every byte was verified.
+"""Verifies every byte of prepared data, and shows its counts, the lengths of its documents and some documents.
 
-Reads tokens and offsets where it needs them, so that data larger than memory can be looked at.
+It maps the files of tokens and offsets into memory and reads only what it needs, so the data may be larger than memory.
 """
 
 import itertools
@@ -22,26 +22,27 @@ from trainer.training.run_data import find_data_folder
 from trainer.training.run_folder import RECORD, RunFolder, run_and_step
 
 _BAR_WIDTH = 30
-# A character takes at most so many tokens, the bytes of UTF-8, where the vocabulary has none of its own for it.
+# A character takes at most this many tokens: its bytes in UTF-8, if the vocabulary has no token for it.
 _TOKENS_PER_CHARACTER = 4
 _NAMES_SHOWN = 5
 
 
 def inspect(path: str, split_name: str = "train", num_examples: int = 3, sequence_length: int | None = None) -> bool:
-    """Prints what is in prepared data, and whether every file of it is what was written.
+    """Prints what is in prepared data, and whether all its files are as they were written.
 
     Args:
-        path: the prepared folder, or a run's for the data it was started on; on a disk, or in an object store, of which
-            it reads a copy.
-        split_name: "train" or "validation", for lengths and examples.
-        num_examples: how many documents to show.
-        sequence_length: of lines mode, to say what it would cut.
+        path: a prepared folder, or a run's folder for the data that the run was started on. If it is in an object
+            store, a copy is read.
+        split_name: the split whose lengths and documents are shown: "train" or "validation".
+        num_examples: the number of documents to show.
+        sequence_length: a length; how much lines mode would cut at it is shown, too.
 
     Returns:
-        Whether it is. If not, the names of all damaged files go to stderr, and nothing is read from them.
+        Whether all files are as they were written. Otherwise the names of all damaged files are printed to stderr, and
+        none of them is read.
 
     Raises:
-        UserError: there is nothing of the kind at path, or a number is impossible.
+        UserError: path is neither of the two, or a number is impossible.
     """
     if num_examples < 0:
         raise UserError(f"--examples {num_examples} must be at least 0.")
@@ -53,16 +54,16 @@ def inspect(path: str, split_name: str = "train", num_examples: int = 3, sequenc
         try:
             prepared = prepared_in(folder)
         except UserError as error:
-            return _tell(str(error).replace(str(folder), str(stored)))
+            return _warn_of(str(error).replace(str(folder), str(stored)))
         if run is not None and prepared.fingerprint != run.facts["data_fingerprint"]:
-            return _tell(f"{stored} is not the data {run.path} was started on.")
+            return _warn_of(f"{stored} is not the data that {run.path} was started on.")
         console.print(_facts(prepared, stored), _counts(prepared))
         with console.status("reading all files"):
             faults = list(faults_of_files(prepared))
         if faults:
-            return _tell("\n  ".join([f"{stored} is damaged; delete it and prepare again:", *faults]))
+            return _warn_of("\n  ".join([f"{stored} is damaged; delete it and prepare again:", *faults]))
         num_files = 1 + len(prepared.tokenizer_files) + 2 * sum(len(each.shards) for each in prepared.splits.values())
-        console.print(f"Verified: all {num_files} files are, to the last bit, what was written.\n")
+        console.print(f"Verified: all {num_files} files are unchanged, to the last bit.\n")
         _print_lengths(console, prepared.split(split_name), folder, split_name, sequence_length)
         if num_examples:
             console.print()
@@ -71,7 +72,7 @@ def inspect(path: str, split_name: str = "train", num_examples: int = 3, sequenc
 
 
 def document(prepared: PreparedData, split: Split, number: int, max_tokens: int) -> tuple[int, np.ndarray]:
-    """Returns the length of a document in tokens, and the first max_tokens of these."""
+    """Returns the length of a document in tokens, and its first max_tokens tokens."""
     firsts = np.cumsum([0, *(shard.num_documents for shard in split.shards)])
     place = int(np.searchsorted(firsts, number, side="right")) - 1
     shard, index = split.shards[place], number - firsts[place]
@@ -81,11 +82,11 @@ def document(prepared: PreparedData, split: Split, number: int, max_tokens: int)
 
 
 def _data_of(path: str) -> tuple[Location, RunFolder | None]:
-    """Returns the folder of prepared data that path means, and the run that it belongs to if path is a run."""
+    """Returns the folder of prepared data that path names; and the run, if path is a run or one of its checkpoints."""
     location = locate(path)
     run_folder, step = run_and_step(path)
     if step is not None and (locate(run_folder) / RECORD).is_file():
-        location = locate(run_folder)  # The path is of one of its checkpoints.
+        location = locate(run_folder)  # The path names one of its checkpoints.
     if (location / RECORD).is_file():
         run = RunFolder(location)
         return find_data_folder(run), run
@@ -110,7 +111,7 @@ def _data_near(path: Location) -> str:
     return f" Prepared data near it: {', '.join(found[:_NAMES_SHOWN])}." if found else ""
 
 
-def _tell(fault: str) -> bool:
+def _warn_of(fault: str) -> bool:
     warn(f"trainer: {fault}")
     return False
 
@@ -183,7 +184,7 @@ def _print_lengths(
     if sequence_length is not None:
         num_documents, num_tokens = lengths.cut_at(sequence_length)
         console.print(
-            f"at sequence length {sequence_length:,} lines mode cuts {num_documents / split.num_documents:.2%} of the "
+            f"at sequence length {sequence_length:,}, lines mode cuts {num_documents / split.num_documents:.2%} of the "
             f"documents and leaves out {num_tokens / max(split.num_tokens, 1):.2%} of the tokens"
         )
 
@@ -206,5 +207,5 @@ def _examples(prepared: PreparedData, split: Split, name: str, num_examples: int
 
 
 def _visible(text: str) -> rich.text.Text:
-    """Escapes what would end a line or steer a terminal, and keeps rich from reading markup."""
+    """Escapes characters that would end the line or control the terminal, and keeps rich from reading markup."""
     return rich.text.Text(repr(text)[1:-1])

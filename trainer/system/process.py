@@ -1,4 +1,4 @@
-"""New Python processes, for what this process must not do itself."""
+"""Calls a function in a new Python process, for work that this process must not do itself."""
 
 import contextlib
 import os
@@ -15,13 +15,13 @@ from trainer.errors import UserError
 from trainer.exit_status import ExitStatus
 from trainer.system.terminal import quiet_import
 
-# The module that is run is not imported there once more, as multiprocessing would do: in a script without
-# `if __name__ == "__main__":` that starts everything over.
+# The main module is not imported again in the new process, as multiprocessing would do: a script without
+# `if __name__ == "__main__":` would start over.
 _CHILD = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
     "from trainer.system.process import _serve; _serve(int(sys.argv[1]))"
 )
-# For a child that was interrupted to clean up.
+# How long a child that got SIGINT may take to clean up.
 _GRACE_SECS = 10.0
 
 T = TypeVar("T")
@@ -31,13 +31,14 @@ def call_in_new_process(function: Callable[..., T], *arguments: object, say: Cal
     """Calls a function in a new Python process and returns what it returns.
 
     Args:
-        function: of a module, by whose name the new process finds it.
-        arguments: can be pickled, as can the result.
-        say: gets what the function passes to its own argument `say`; left out, the function has none.
+        function: a function that the new process can import by its module and name.
+        arguments: the arguments of the function. They and the result must be picklable.
+        say: a function that gets the lines that `function` passes to its own argument `say`. By default `function` is
+            called without that argument.
 
     Raises:
         UserError: the process was killed.
-        Exception: whatever the function raises.
+        Exception: the exception that the function raised.
     """
     reader, writer = os.pipe()
     command = [sys.executable, "-c", _CHILD, str(writer)]
@@ -50,7 +51,7 @@ def call_in_new_process(function: Callable[..., T], *arguments: object, say: Cal
         os.close(writer)
     assert child.stdin is not None
     try:
-        # Its stdin stays open until the end: once that closes, this process is gone, and the child ends too.
+        # The child's stdin stays open until the end: when it closes, this process has died, and the child ends too.
         with os.fdopen(reader, "rb") as answers, contextlib.closing(_Request(child.stdin)) as request:
             request.send(pickle.dumps(sys.path) + pickle.dumps((function, arguments, say is not None)))
             outcome, content = "", cast(Any, None)
@@ -61,8 +62,8 @@ def call_in_new_process(function: Callable[..., T], *arguments: object, say: Cal
                     say(content)
     except EOFError:
         raise UserError(
-            f"The process that does the work of {function.__name__} {describe_end(child.wait())}. If this machine was "
-            "short of memory, give it more or end other programs."
+            f"The process of {function.__name__} {describe_end(child.wait())}. If this machine was short of memory, "
+            "give it more or end other programs."
         ) from None
     except BaseException:
         child.send_signal(signal.SIGINT)
@@ -80,7 +81,7 @@ def call_in_new_process(function: Callable[..., T], *arguments: object, say: Cal
 
 
 class _Request:
-    """The way to a new process, which may have ended already: then no answer comes, and that is what tells of it."""
+    """The pipe to a new process. If that process has ended already, nothing is raised here: no answer arrives."""
 
     def __init__(self, pipe: IO[bytes]) -> None:
         self._pipe = pipe
@@ -96,7 +97,7 @@ class _Request:
 
 
 def describe_end(status: int) -> str:
-    """Returns how a process ended, by its status as of subprocess."""
+    """Returns how a process ended, given its return code of subprocess."""
     if status >= 0:
         return f"ended with status {status}"
     try:
@@ -106,9 +107,9 @@ def describe_end(status: int) -> str:
 
 
 def _serve(descriptor: int) -> None:
-    """Calls the function that comes at stdin, and writes pairs of a kind and what it is: line, result or error."""
+    """Calls the function that is read from stdin, and writes pairs of a kind (line, result or error) and its value."""
     with quiet_import():
-        function, arguments, is_told = pickle.load(sys.stdin.buffer)
+        function, arguments, has_say = pickle.load(sys.stdin.buffer)
     is_done = threading.Event()
 
     def end_with_the_parent() -> None:
@@ -126,7 +127,7 @@ def _serve(descriptor: int) -> None:
             answers.flush()
 
         try:
-            result = function(*arguments, **({"say": lambda line: send("line", line)} if is_told else {}))
+            result = function(*arguments, **({"say": lambda line: send("line", line)} if has_say else {}))
             is_done.set()
             send("result", result)
         except KeyboardInterrupt:
@@ -136,6 +137,6 @@ def _serve(descriptor: int) -> None:
             where = traceback.format_exc()
             try:
                 pickle.loads(pickle.dumps(error))
-            except Exception:  # Some exceptions cannot be pickled.
+            except Exception:  # Pickling an exception can raise anything.
                 error = RuntimeError(f"{type(error).__name__}: {error}")
             send("error", (error, where))

@@ -1,6 +1,6 @@
-"""What a program prints: lines that a terminal shows as they are, and streams that may go away.
+"""Printing: lines that cannot control the terminal, standard streams that may be closed, and quiet imports.
 
-Imports the standard library only, until a line is printed to a terminal.
+Imports the standard library only; rich is imported when a line is printed to a terminal.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-# Joiners that scripts and emoji are written with, and what sets lines.
+# Line breaks, tabs, and the joiners that some scripts and emoji need.
 _KEPT = frozenset("\n\t\u200c\u200d")
-# Control characters, marks that turn the direction of text, lone surrogates, separators that end a line.
+# Control characters, marks that change the direction of text, lone surrogates, and separators that end a line.
 _HIDDEN_KINDS = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 
 
 def printable(text: str) -> str:
-    r"""Returns a text with every character that steers a terminal written as its escape, such as \x1b."""
+    r"""Returns a text with its escape, such as \x1b, in place of every character that controls a terminal."""
     return "".join(
         repr(character)[1:-1]
         if character not in _KEPT and unicodedata.category(character) in _HIDDEN_KINDS
@@ -54,7 +54,7 @@ def _print(line: str, stream: TextIO) -> None:
 
 
 def console(stream: TextIO) -> "rich.console.Console":
-    """Returns what prints to a stream and reads nothing in a text but its words."""
+    """Returns a console that prints to a stream and interprets no markup in a text."""
     import rich.console
 
     return rich.console.Console(file=stream, highlight=False, markup=False, emoji=False)
@@ -62,34 +62,39 @@ def console(stream: TextIO) -> "rich.console.Console":
 
 @contextlib.contextmanager
 def lasting_errors() -> Iterator[None]:
-    """Lets a program go on where what it prints to standard error cannot be written; it is dropped."""
+    """Lets a program continue if standard error cannot be written; the lines are dropped."""
     with contextlib.redirect_stderr(_Lasting(sys.stderr, lambda _: None)):
         yield
 
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Lets a program go on where the reader of standard output goes away, or the disk is full that it is redirected to:
-    the rest of it is dropped, which is said once on standard error.
+    """Lets a program continue if standard output cannot be written any more: its reader has gone away, or the disk that
+    it is redirected to is full. The rest of the output is dropped, after one message on standard error.
     """
 
-    def tell(error: OSError) -> None:
-        reason = "nobody reads it any more" if error.errno == errno.EPIPE else error.strerror
+    def report(error: OSError) -> None:
+        reason = "its reader has gone away" if error.errno == errno.EPIPE else error.strerror
         with contextlib.suppress(OSError):  # Standard error may be the same pipe.
-            warn(f"trainer: standard output is gone ({reason}); training goes on without it.")
+            warn(f"trainer: standard output cannot be written ({reason}); training continues without it.")
 
-    with contextlib.redirect_stdout(_Lasting(sys.stdout, tell)):
+    with contextlib.redirect_stdout(_Lasting(sys.stdout, report)):
         yield
 
 
 class _Lasting:
-    """A stream for text whose failures are told once, and after that drops what is written. What its encoding lacks is
-    written as an escape.
+    """A text stream that reports its first failure and then drops what is written to it.
+
+    A character that its encoding lacks is written as an escape.
+
+    Args:
+        stream: the stream to write to.
+        report: a function that is called with the first failure.
     """
 
-    def __init__(self, stream: TextIO, tell: Callable[[OSError], None]) -> None:
+    def __init__(self, stream: TextIO, report: Callable[[OSError], None]) -> None:
         self._stream = stream
-        self._tell = tell
+        self._report = report
         self._is_gone = False
 
     def __getattr__(self, name: str) -> Any:
@@ -100,7 +105,7 @@ class _Lasting:
             with self._surviving():
                 try:
                     self._stream.write(text)
-                except UnicodeEncodeError as error:  # Of a script, whose streams are not made ready by `open_streams`.
+                except UnicodeEncodeError as error:  # A script's streams, which `open_streams` has not prepared.
                     self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         return len(text)
 
@@ -116,11 +121,11 @@ class _Lasting:
         except OSError as error:
             self._is_gone = True
             discard(self._stream)
-            self._tell(error)
+            self._report(error)
 
 
 def discard(stream: TextIO) -> None:
-    """Sends what a stream still holds, and all that is written to it from now on, nowhere."""
+    """Drops what a stream still holds, and all that is written to it from now on."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -128,8 +133,10 @@ def discard(stream: TextIO) -> None:
 
 
 def open_streams() -> None:
-    """Readies standard streams for the command: one that was closed at the start goes nowhere, lest the next file that
-    is opened takes its place; what the terminal's encoding lacks is written as an escape; and lines come out at once.
+    """Prepares the standard streams for the command.
+
+    A stream that was closed at the start is opened to the null device; otherwise the next file that is opened would
+    take its number. A character that the terminal's encoding lacks is written as an escape. Lines appear at once.
     """
     for number in range(3):
         try:
@@ -147,36 +154,36 @@ def open_streams() -> None:
 
 @contextlib.contextmanager
 def quiet_import() -> Iterator[None]:
-    """Keeps TensorFlow's greetings off the terminal, and nothing else: warnings and errors are passed on."""
+    """Keeps TensorFlow's greetings off the terminal; warnings and errors are printed."""
     if "tensorflow" in sys.modules:
         yield
         return
-    # Without a GPU TensorFlow's warnings, too, are about GPUs; with one they say why it is not used.
+    # Without a GPU even TensorFlow's warnings are about GPUs; with one they explain why it is not used.
     has_gpu = has_nvidia_gpu()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if has_gpu else "3")
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as heard:
-        os.dup2(heard.fileno(), 2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
         try:
             yield
         finally:
             sys.stderr.flush()
             os.dup2(kept, 2)
             os.close(kept)
-            heard.seek(0)
-            lines = heard.read().decode(errors="replace").splitlines()
+            caught.seek(0)
+            lines = caught.read().decode(errors="replace").splitlines()
             for line in lines:
                 if not is_greeting(line, has_gpu):
                     print(line, file=sys.stderr)
 
 
 def is_greeting(line: str, has_gpu: bool) -> bool:
-    """Whether a line of TensorFlow's log says nothing that its user has to know.
+    """Whether a line of TensorFlow's log is of no use to its user.
 
     Args:
-        line: of the log.
-        has_gpu: whether the machine has a GPU, which makes what TensorFlow notes about GPUs and CUDA worth reading.
+        line: a line of the log.
+        has_gpu: whether the machine has a GPU; then TensorFlow's notes about GPUs and CUDA are of use.
     """
     if has_gpu and re.search("gpu|cuda", line, re.IGNORECASE):
         return False

@@ -1,10 +1,10 @@
-"""Files and folders that are there whole or not at all, also after a process was killed or the power was lost.
+"""Files and folders that exist whole or not at all, even after a process was killed or the power was lost.
 
 There is one way for each kind of place:
 
-- On a disk, what is written gets another name at first. It is synced, and then renamed to its own name.
-- An object store cannot rename a folder, but a file there is whole or not there. So the files of a folder are written
-  one after the other, and the folder counts once the last of them, its manifest, is there.
+- On a disk a file or folder is written under another name, synced, and renamed.
+- An object store cannot rename a folder, but a file in it is whole or does not exist. The files of a folder are written
+  one after the other, and the folder counts once its last file, the manifest, exists.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from pathlib import Path
 from trainer.errors import UserError
 from trainer.system.storage import Location, Url, copy_file, copy_folder, is_url, remove_tree
 
-# One name beside all folders of a kind: what a killed process left there is cleared away by the next one.
+# One name for all folders below a parent: the next process clears away what a killed process left there.
 _PARTIAL_FOLDER = ".partial"
 
 
 def write_whole(file: Location, text: str) -> None:
-    """Writes a text file, in place of the one that is there."""
+    """Writes a text file, or replaces an existing one."""
     if isinstance(file, Url):
         file.write_text(text)
         return
@@ -33,10 +33,11 @@ def write_whole(file: Location, text: str) -> None:
 
 
 def write_whole_folder(folder: Location, files: Mapping[str, bytes]) -> None:
-    """Writes a folder of files, in place of the one that is there; the parent is the caller's to sync.
+    """Writes a folder of files, or replaces an existing one. The caller syncs the folder that it is in.
 
     Args:
-        folder: the folder; its parent is made if it is missing. One process at a time may write below that parent.
+        folder: the folder. The folder that it is in is made if it is missing; only one process may write there at a
+            time.
         files: the content of each file by its name. The last one is the manifest: a folder without it does not count.
 
     Raises:
@@ -65,13 +66,13 @@ def write_whole_folder(folder: Location, files: Mapping[str, bytes]) -> None:
 
 
 def copy_whole_folder(source: Path, target: Url, manifest: str) -> None:
-    """Copies a folder into a store, its manifest last."""
+    """Copies a folder from a disk into a store, the manifest last."""
     for path in sorted(source.iterdir(), key=lambda path: path.name == manifest):
         copy_folder(path, target / path.name) if path.is_dir() else copy_file(path, target / path.name)
 
 
 def rename_unless_there(partial: Path, folder: Path) -> bool:
-    """Gives a folder that was written and synced its own name; returns False if another process did so before."""
+    """Renames a folder that was written and synced; returns False if another process has already put one there."""
     try:
         partial.rename(folder)
     except OSError:
@@ -82,7 +83,7 @@ def rename_unless_there(partial: Path, folder: Path) -> bool:
 
 
 def make_folder(folder: Location) -> None:
-    """Makes a folder, and those above it that are missing, so that they outlive a loss of power."""
+    """Makes a folder and the missing folders above it, so that they survive a loss of power."""
     if isinstance(folder, Url):
         folder.mkdir()
         return
@@ -93,7 +94,7 @@ def make_folder(folder: Location) -> None:
 
 
 def sync_tree(folder: Path, except_for: Path | None = None) -> None:
-    """Makes a folder and all in it, except for one path, outlive a loss of power."""
+    """Makes a folder and its content, except one path, survive a loss of power."""
     for path in folder.rglob("*"):
         if path != except_for:
             sync(path)
@@ -101,14 +102,14 @@ def sync_tree(folder: Path, except_for: Path | None = None) -> None:
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Makes a file or folder of a disk outlive a loss of power; in a store they always do."""
+    """Makes a file or folder on a disk survive a loss of power; in a store it does so anyway."""
     if is_url(path):
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and FUSE file systems cannot sync a folder; nothing more can be done there.
+        # Some network and FUSE file systems cannot sync a folder; nothing can be done about that.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not Path(path).is_dir():
             raise
     finally:
