@@ -63,7 +63,7 @@ def test_what_it_raises_is_raised_here_with_where_it_was_raised_there():
 
 
 def test_a_process_that_is_killed_is_an_error_that_names_the_signal():
-    with pytest.raises(UserError, match=r"The process of end was killed by SIGKILL\. If this machine was short of memory"):
+    with pytest.raises(UserError, match=r"The process of end was killed by SIGKILL\. If this machine was short"):
         call_in_new_process(end, signal.SIGKILL)
     assert describe_end(3) == "ended with status 3"
     assert describe_end(-250) == "was killed by signal 250"

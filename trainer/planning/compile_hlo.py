@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 # Without these libtpu asks the cloud's metadata server for its identity, and waits for an answer.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -43,7 +45,6 @@ def find_devices(settings: dict[str, Any]) -> list[Any]:
 
 def compile_for(devices: list[Any], hlo: bytes) -> Any:
     """Compiles the program that each of these devices runs; returns the executable."""
-    import numpy as np
     from jax._src import compiler
     from jax._src.interpreters import mlir
     from jaxlib import _jax, xla_client

@@ -154,11 +154,10 @@ def ended_by(numbers: Iterable[int], ending: Ending) -> Iterator[None]:
             if os.isatty(1):
                 os.write(1, b"\x1b[?25h")  # A progress bar hides the cursor.
             os.write(stderr, f"trainer: stopped by {name}. {ending.advice()}".strip().encode(errors="replace") + b"\n")
-        if "multiprocessing" in sys.modules:
-            import multiprocessing
-
-            for child in multiprocessing.active_children():
-                child.kill()
+        # Not imported: a process that has not loaded it has no children of it, and this must not take long.
+        multiprocessing = sys.modules.get("multiprocessing")
+        for child in multiprocessing.active_children() if multiprocessing is not None else ():
+            child.kill()
         os._exit(128 + number if ending.status is None else ending.status)
 
     try:
