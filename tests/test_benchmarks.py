@@ -65,10 +65,10 @@ def test_a_text_is_read_from_one_shard_and_from_several_and_prepared_data_as_it_
     pipelines = [bench["Pipeline"](prepared, bench["Shape"](4, 8, 1.0), None, num_steps=10) for prepared in data]
     for pipeline in pipelines:
         assert pipeline.take() > 0
-        # All of 10 batches, but for what fills up the last window of a shard, which comes once in hundreds.
+        # All tokens of 10 batches, except the padding of a shard's last window, which comes once in hundreds.
         assert 10 * 4 * 8 - 4 * 8 < pipeline.num_tokens <= 10 * 4 * 8
 
-    with pytest.raises(SystemExit, match=r"--window-mb 16 holds all of the data, 0\.0 MB of tokens; take more text"):
+    with pytest.raises(SystemExit, match=r"--window-mb 16 holds all of the data, 0\.0 MB of tokens; give more text"):
         bench["check_window"](data[0], 16)
 
 
@@ -87,8 +87,8 @@ def test_what_is_lost_of_a_text_is_a_fault(tmp_path):
     assert bench["find_fault"](stories, counts, one_document_less) == f"{one_document_less} instead of {counts}"
 
 
-def test_texts_grow_threefold_to_the_largest_and_hold_what_is_said_of_them(tmp_path):
-    bench = functions_of("prepare")
+def test_texts_grow_threefold_to_the_largest_and_hold_what_their_counts_state(tmp_path):
+    bench = functions_of("texts")
     options = argparse.Namespace(max_mb=150.0, documents=1500, long_mb=0.01)
     stories, nasty = [], []
     for case in bench["cases"](options):
@@ -116,7 +116,7 @@ def test_a_speed_is_compared_round_by_round_with_trainer_at_its_better_precision
     fast = row([1.0, 2.0, 3.0], precision="fast", each_alone_secs=[1.0, 1.0, 2.0])
     rows = compare([slow, fast, row([4.0, 3.0, 3.0]), row([2.0, 1.0])])
     assert [each["compared_with"] for each in rows] == ["fast"] * 4
-    # Of the last there is no third round yet.
+    # The last contestant has not taken its third round yet.
     assert [each["ratio"] for each in rows] == [2.0, 1.0, 1.5, 1.25]
     assert rows[2]["each_ratio"] == [4.0, 1.5, 1.0]
     assert (rows[0]["overhead"], rows[0]["overhead_secs"]) == (0.0, 0.0)
@@ -209,7 +209,7 @@ def test_a_contestant_that_ends_says_why(tmp_path):
         bench["Contestant"]("trainer", job, tmp_path)
 
 
-# Takes steps with the weights that are given, in an environment that has PyTorch alone.
+# Takes steps with given weights, in an environment that has only PyTorch.
 TORCH_STEPS = """
 import json, runpy, sys, torch
 job = json.load(sys.stdin)
@@ -247,7 +247,7 @@ def test_pytorch_takes_the_steps_that_trainer_takes(tmp_path, size):
     for variable in training.model.variables:
         variable.assign(variable + np.random.default_rng(0).normal(0, 0.1, variable.shape))
     weights = torch_weights(training.model)
-    # Of a single row, so that it does not matter how batches are drawn.
+    # All examples are the same one, so that it does not matter how batches are drawn.
     row = np.random.default_rng(1).integers(0, 5000, config.train.sequence_length + 1).astype(np.int32)
     row.tofile(tmp_path / "rows")
     batch = np.tile(row, (config.train.global_batch_size, 1))
@@ -316,7 +316,7 @@ def test_tokenizers_of_the_speed_benchmark_make_the_same_number_of_tokens(tmp_pa
     for comparison in figures["speed"]:
         ours, *others = comparison["contestants"]
         assert (ours["name"], len(others)) == ("trainer", 2)
-        # Of plain English; they differ on words of over 100 bytes.
+        # Equal on plain English; they differ on words of over 100 bytes.
         assert {each["num_tokens"] for each in others} == {ours["num_tokens"]}
         assert all(
             len(each["each_secs"]) == ROUNDS and each["tokens_per_sec"] > 0 for each in comparison["contestants"]
@@ -404,7 +404,7 @@ def test_all_benchmarks_run_though_one_fails(tmp_path, capfd):
 
 
 def test_every_benchmark_is_among_all_or_left_out_for_a_reason():
-    no_benchmarks = {"all", "contestant", "torch_gpt", "harness"}
+    no_benchmarks = {"all", "contestant", "torch_gpt", "harness", "texts"}
     need_something = {"gpu", "tutorial"}
     found = {path.stem for path in BENCHMARKS.glob("*.py")}
     assert found - no_benchmarks - need_something == set(functions_of("all")["NAMES"])
@@ -472,7 +472,7 @@ def test_gpu_benchmark_is_skipped_where_there_is_none(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--quick"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert (process.returncode, process.stdout) == (0, "no GPU is seen by TensorFlow: skipped\n")
+    assert (process.returncode, process.stdout) == (0, "TensorFlow finds no GPU: skipped\n")
 
 
 @pytest.mark.slow
@@ -484,7 +484,7 @@ def test_training_of_the_gpu_benchmark_works_without_one_too(tmp_path):
     assert (figures["device"], figures["batch"], figures["micro_batch_size"]) == ("CPU", "4 x 32", 2)
     assert figures["tokens_per_sec"] == statistics.median(figures["each_tokens_per_sec"]) > 0
     assert len(figures["each_tokens_per_sec"]) == ROUNDS
-    # Nobody knows the peak of a CPU.
+    # The peak speed of a CPU is not in the table of devices.
     assert figures["mfu"] is figures["peak_bytes"] is None
     bench["print_figures"](rich.console.Console(), figures)
 

@@ -61,8 +61,8 @@ def answer(job: Figures) -> None:
 
 
 def alone(training: Training) -> Take:
-    """Returns the compiled step without loop and pipeline, on one batch. It puts the training's variables back after
-    its steps, because the loss of the training is compared with that of other programs.
+    """Returns the compiled step without loop and pipeline, on one batch. It restores the training's variables after its
+    steps, because the losses of all programs are compared too.
     """
     batch, step = next(training.batches), training.step
     stop = tf.constant(False)

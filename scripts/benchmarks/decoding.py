@@ -1,12 +1,12 @@
 #!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../venv_python" "$0" "$@"'
-"""Measures how fast texts are written with a key-value cache, in turn with KerasNLP's GPT-2 of the same sizes.
+"""Measures the speed of generating with a key-value cache, in turn with KerasNLP's GPT-2 of the same sizes.
 
     scripts/benchmarks/decoding.py [--quick] [--batches 1 16] [--json OUT]
 
-Both have random weights in float32, write as many tokens after prompts of the same length, and draw them with the same
-samplers. KerasNLP's is compiled with XLA and without, and the faster of the two counts; it is given tokens and returns
-tokens, while trainer's times also have the prompts encoded and the texts decoded. A ratio is of trainer's speed to
-theirs, in the same round.
+Both models have random weights in float32, write the same number of tokens after prompts of the same length, and use
+the same samplers. KerasNLP's model is compiled with XLA and without, and the faster variant counts. It takes tokens and
+returns tokens; trainer's times include encoding the prompts and decoding the texts. A ratio is trainer's speed divided
+by KerasNLP's, in the same round.
 """
 
 import argparse
@@ -43,12 +43,21 @@ SAMPLERS = ("greedy", "top-k")
 SEED = 0
 
 Figures = dict[str, Any]
-# Writes texts, and returns how many tokens of them are new.
+# Writes texts, and returns the number of new tokens.
 Contestant = Callable[[], int]
 
 
 class Sizes(NamedTuple):
-    """Of the models and of what they write."""
+    """The sizes of the models and of the texts.
+
+    Attributes:
+        num_layers: the number of transformer blocks.
+        num_heads: the number of attention heads.
+        hidden_dim: the width of the model.
+        vocabulary_size: the number of tokens in the vocabulary.
+        prompt_tokens: the number of tokens of a prompt, without [BOS].
+        num_tokens: the number of tokens to write.
+    """
 
     num_layers: int
     num_heads: int
@@ -58,7 +67,7 @@ class Sizes(NamedTuple):
     num_tokens: int
 
     def sequence_length(self) -> int:
-        """Returns the tokens of a whole text, [BOS] included."""
+        """Returns the number of tokens of a whole text, with [BOS]."""
         return 1 + self.prompt_tokens + self.num_tokens
 
 
@@ -67,14 +76,14 @@ QUICK = Sizes(num_layers=1, num_heads=2, hidden_dim=32, vocabulary_size=100, pro
 
 
 def make_tokenizer(vocabulary_size: int) -> Tokenizer:
-    """Returns a tokenizer to which every word of three letters that it knows is a token."""
+    """Returns a tokenizer in whose vocabulary each word of three letters is one token."""
     words = map("".join, itertools.product(string.ascii_lowercase, repeat=3))
     known = itertools.islice(words, vocabulary_size - len(SPECIAL_TOKENS))
     return WordPieceTokenizer([*SPECIAL_TOKENS, *known], lowercase=True)
 
 
 def make_ours(sizes: Sizes, tokenizer: Tokenizer) -> Generator:
-    """Returns trainer's writer with random weights, which ends no text early."""
+    """Returns trainer's generator with random weights, which ends no text early."""
     config = ModelConfig(
         num_layers=sizes.num_layers,
         num_heads=sizes.num_heads,
@@ -85,7 +94,7 @@ def make_ours(sizes: Sizes, tokenizer: Tokenizer) -> Generator:
         tied_embeddings=True,
     )
     model = GPT(config, tokenizer.vocabulary_size, sizes.sequence_length(), SEED, "float32", tokenizer.bos_id)
-    # A logit of 0 is never among the likeliest of that many.
+    # The logit of [BOS] becomes 0, which is never among the largest of this many.
     embeddings = model.token_embedding.embeddings
     is_other = np.arange(tokenizer.vocabulary_size) != tokenizer.bos_id
     embeddings.assign(embeddings * is_other[:, np.newaxis].astype(np.float32))
@@ -93,7 +102,7 @@ def make_ours(sizes: Sizes, tokenizer: Tokenizer) -> Generator:
 
 
 def make_theirs(sizes: Sizes) -> keras.Model:
-    """Returns KerasNLP's GPT-2 with random weights, without logits."""
+    """Returns KerasNLP's GPT-2 with random weights, up to the hidden states."""
     keras.utils.set_random_seed(SEED)
     return keras_nlp.models.GPT2Backbone(
         sizes.vocabulary_size,
@@ -108,7 +117,7 @@ def make_theirs(sizes: Sizes) -> keras.Model:
 
 
 def writing(generator: Generator, sizes: Sizes, sampler: str, batch_size: int) -> Contestant:
-    """Returns trainer's way to write a batch of texts."""
+    """Returns the function that writes a batch of texts with trainer."""
     words = generator.tokenizer.decode(np.arange(len(SPECIAL_TOKENS), len(SPECIAL_TOKENS) + sizes.prompt_tokens))
     decoder = Decoder(sampler, top_k=TOP_K)
 
@@ -120,7 +129,7 @@ def writing(generator: Generator, sizes: Sizes, sampler: str, batch_size: int) -
 
 
 def keras_writing(backbone: keras.Model, sizes: Sizes, sampler: str, batch_size: int, is_compiled: bool) -> Contestant:
-    """Returns KerasNLP's way to write a batch of texts, with XLA or without."""
+    """Returns the function that writes a batch of texts with KerasNLP, with XLA or without."""
     model = keras_nlp.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
     samplers = {
         "greedy": keras_nlp.samplers.GreedySampler(),
@@ -141,7 +150,7 @@ def keras_writing(backbone: keras.Model, sizes: Sizes, sampler: str, batch_size:
 
 
 def compete(contestants: dict[str, Contestant], num_tokens: int) -> Figures:
-    """Lets contestants write so many tokens in turn, and compares the first with the best of the others, round by
+    """Lets contestants write this many tokens in turn, and compares the first with the fastest of the others, round by
     round.
     """
     secs: dict[str, list[float]] = {name: [] for name in contestants}
@@ -183,9 +192,9 @@ def print_figures(console: rich.console.Console, figures: Figures) -> None:
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="sizes that only show that it works")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="texts at once (1 16)")
-    parser.add_argument("--json", metavar="OUT", type=Path, help="file to write all figures to")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, which only show that the benchmark works")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="numbers of texts at once (1 16)")
+    parser.add_argument("--json", metavar="OUT", type=Path, help="the file to write all figures to")
     options = parser.parse_args()
     sizes = QUICK if options.quick else FULL
     console = rich.console.Console()

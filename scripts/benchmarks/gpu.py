@@ -3,8 +3,9 @@
 
     scripts/benchmarks/gpu.py [--batch-size 64] [--micro-batch-size 16] [--quick] [--json OUT]
 
-The model and training of configs/gpt2_124m_8gpu.toml on the first GPU, in mixed_bfloat16 and compiled by XLA, with the
-storybook's bytes in place of its text: the logits are as many. Without a GPU it says so, and its exit status is 0.
+This trains configs/gpt2_124m_8gpu.toml on the first GPU, in mixed_bfloat16 and compiled by XLA. Its text is replaced by
+the storybook in bytes, with the vocabulary rounded up to GPT-2's size. Without a GPU the program prints that and exits
+with status 0.
 """
 
 import argparse
@@ -40,7 +41,7 @@ Figures = dict[str, Any]
 
 
 def config_of(folder: Path, overrides: Sequence[str]) -> Config:
-    """Returns the training on the storybook, whose vocabulary is rounded up to GPT-2's."""
+    """Returns the configuration: the storybook in bytes, and a vocabulary rounded up to GPT-2's size."""
     return load_config(
         CONFIG,
         [
@@ -56,7 +57,7 @@ def config_of(folder: Path, overrides: Sequence[str]) -> Config:
 
 
 def measure(config: Config, num_steps: int, console: rich.console.Console) -> Figures:
-    """Times rounds of steps after those that compile; prints each."""
+    """Takes the steps that compile, then times rounds of steps and prints each round's speed."""
     prepared = prepare(config, lambda _: None)
     train = config.train
     assert train.total_steps is not None
@@ -88,7 +89,7 @@ def measure(config: Config, num_steps: int, console: rich.console.Console) -> Fi
 
 
 def print_figures(console: rich.console.Console, figures: Figures) -> None:
-    """Prints what `measure` returns."""
+    """Prints the figures of `measure`."""
     row = [
         figures["device"],
         figures["batch"],
@@ -104,17 +105,17 @@ def print_figures(console: rich.console.Console, figures: Figures) -> None:
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="sizes that only show that it works")
-    parser.add_argument("--batch-size", type=int, default=64, help="rows of a step (%(default)s)")
-    parser.add_argument("--micro-batch-size", type=int, default=16, help="rows at a time (%(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of each round (%(default)s)")
-    parser.add_argument("--stories", type=int, default=20_000, help="of the storybook (%(default)s)")
-    parser.add_argument("--json", metavar="OUT", type=Path, help="file to write all figures to")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, which only show that the benchmark works")
+    parser.add_argument("--batch-size", type=int, default=64, help="examples of a step (%(default)s)")
+    parser.add_argument("--micro-batch-size", type=int, default=16, help="examples at a time (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each round (%(default)s)")
+    parser.add_argument("--stories", type=int, default=20_000, help="stories of the storybook (%(default)s)")
+    parser.add_argument("--json", metavar="OUT", type=Path, help="the file to write all figures to")
     if parser.parse_known_args()[0].quick:
         parser.set_defaults(batch_size=4, micro_batch_size=2, steps=2, stories=300)
     options = parser.parse_args()
     if not tf.config.list_physical_devices("GPU"):
-        print("no GPU is seen by TensorFlow: skipped")
+        print("TensorFlow finds no GPU: skipped")
         if warning := unseen_gpu():
             print(f"warning: {warning}")
         return

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: a training to time, the tutorial's model, how figures are shown."""
+"""The parts that benchmarks share: a training to time, the tutorial's model, and tables of figures."""
 
 import sys
 import time
@@ -23,16 +23,16 @@ from trainer.training.step import TrainingStep
 
 
 class Training:
-    """A model, its step and its batches as in a run, without all that a run writes.
+    """A model, its step and its batches as in a run, without the files that a run writes.
 
     Args:
-        config: of the training.
+        config: the training's configuration.
         prepared: the data.
-        total_steps: of the training; batches come for longer.
-        build_model: as of `trainer.train`; left out, the GPT that config describes.
+        total_steps: the length of the training; the batches do not end there.
+        build_model: a function as `trainer.train` takes it; None means the GPT that config describes.
 
     Attributes:
-        loss: mean of the steps that were taken last, in nats.
+        loss: the mean loss of the steps of the last call of `take`, in nats.
     """
 
     name = "trainer"
@@ -52,10 +52,10 @@ class Training:
         self._steps_per_call = config.train.steps_per_call
 
     def take(self, num_steps: int) -> float:
-        """Trains some steps, as many in one call as in a run; returns the seconds of one.
+        """Trains some steps, train.steps_per_call of them in each call; returns the seconds of one step.
 
         Raises:
-            FloatingPointError: the loss of a step was not finite, so that it was skipped.
+            FloatingPointError: a step was skipped because its loss or a gradient was not finite.
         """
         loss_sum = num_targets = 0.0
         start = time.perf_counter()
@@ -71,7 +71,7 @@ class Training:
 
 
 def tutorial_model(config: Config, vocabulary_size: int) -> keras.Model:
-    """Builds a model of a config's sizes as the tutorial does, from KerasNLP's layers."""
+    """Builds a model of the config's sizes from KerasNLP's layers, as the tutorial does."""
     shape, length = config.model, config.train.sequence_length
     inputs = keras.layers.Input(shape=(None,), dtype="int32")
     x = keras_nlp.layers.TokenAndPositionEmbedding(vocabulary_size, length, shape.hidden_dim, mask_zero=True)(inputs)
@@ -81,13 +81,13 @@ def tutorial_model(config: Config, vocabulary_size: int) -> keras.Model:
 
 
 def about() -> dict[str, Any]:
-    """Returns what stands beside figures: command, date, how many cores it may use, and TensorFlow's version."""
+    """Returns the facts that belong to figures: command, date, number of usable cores and TensorFlow's version."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return {"command": sys.argv, "date": date, "num_cores": num_cores(), "tensorflow": tf.__version__}
 
 
 def table_of(title: str, names: Sequence[str], rows: Iterable[Sequence[str]], num_names: int) -> rich.table.Table:
-    """Returns a table of rows, all but the first num_names columns of which are numbers."""
+    """Returns a table of rows; its first num_names columns are names, and the others numbers."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=title)
     for number, name in enumerate(names):
         table.add_column(name, justify="left" if number < num_names else "right")

@@ -1,11 +1,12 @@
 #!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../venv_python" "$0" "$@"'
-"""Measures how fast batches come out of the input pipeline, without a model, and how long a training waits for them.
+"""Measures the speed of the input pipeline without a model, and the time that a training waits for its batches.
 
     scripts/benchmarks/input.py [--quick] [--data PATH] [--json OUT]
 
-Packed and shuffled, in two shapes, from one shard and from several, in full and in windows. Each round times all
-pipelines of a shape in turn; a ratio is to the first of them, in the same round. PATH is text, or a prepared folder,
-whose shards are taken as they are; left out, it is the storybook. The training is the quickstart's, on its own text.
+The batches are packed and shuffled. There are two shapes of a batch; for each, the data is in one shard or in several,
+and shuffled as a whole or in windows. Each round times all pipelines of a shape in turn; a ratio divides a pipeline's
+speed by the first pipeline's, in the same round. PATH is text, or a prepared folder, whose shards are read as they are;
+the default is the storybook. The training is configs/quickstart.toml with its own text.
 """
 
 import argparse
@@ -40,7 +41,13 @@ TARGET_INPUT_SHARE = 0.01
 
 
 class Shape(NamedTuple):
-    """Of a batch, and how many tokens a second its pipeline should make."""
+    """The shape of a batch, and its target.
+
+    Attributes:
+        batch_size: the number of examples.
+        sequence_length: the number of tokens of an example.
+        target_tokens_per_sec: the speed that the pipeline should have.
+    """
 
     batch_size: int
     sequence_length: int
@@ -57,9 +64,9 @@ class Pipeline:
     """Batches of a data set, read as the training loop reads them.
 
     Attributes:
-        name: how many shards, and in which order.
-        rates: tokens per second of each round.
-        num_tokens: read in a round; the same in each but for padding.
+        name: the number of shards, and the order of the examples.
+        rates: the tokens per second of each round.
+        num_tokens: the tokens of the last round; rounds differ only in padding.
     """
 
     def __init__(self, prepared: PreparedData, shape: Shape, window_mb: int | None, num_steps: int) -> None:
@@ -79,8 +86,8 @@ class Pipeline:
         self._read = read.get_concrete_function(self._batches, tf.constant(0, tf.int64))
 
     def take(self) -> float:
-        """Reads some batches; returns tokens per second, padding not counted."""
-        # Not timed: those that were made ahead, while the others had their turn.
+        """Reads some batches; returns the tokens per second, without padding."""
+        # The batches that were made ahead, during the turns of the other pipelines, are not timed.
         self._read(self._batches, tf.constant(-(-self._num_steps // 8), tf.int64))
         start = time.perf_counter()
         self.num_tokens = int(self._read(self._batches, tf.constant(self._num_steps, tf.int64)))
@@ -88,7 +95,7 @@ class Pipeline:
 
 
 def read_batches(batches: tf.data.Iterator, num_steps: tf.Tensor) -> tf.Tensor:
-    """Reads batches as `TrainingStep` does, and returns how many targets they have."""
+    """Reads batches as `TrainingStep` does, and returns the number of their targets."""
 
     def read(i: tf.Tensor, num_targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         _, _, weights = next(batches)
@@ -100,13 +107,13 @@ def read_batches(batches: tf.data.Iterator, num_steps: tf.Tensor) -> tf.Tensor:
 
 
 def config_of(data: dict[str, Any], shape: Shape) -> Config:
-    """Returns a config on the host alone: there is no model for another device."""
+    """Returns a config for the CPU only: without a model, no other device is needed."""
     train = {"global_batch_size": shape.batch_size, "sequence_length": shape.sequence_length}
     return make_config(
         {
             "run_folder": "none",
             "data": {key: value for key, value in data.items() if value is not None},
-            # No vocabulary to train, and many tokens of little text.
+            # Bytes need no training of a vocabulary, and make many tokens of a short text.
             "tokenizer": {"kind": "byte"},
             "train": {"precision": "float32", "total_steps": 1, **train},
             "distribution": {"kind": "cpu"},
@@ -115,7 +122,7 @@ def config_of(data: dict[str, Any], shape: Shape) -> Config:
 
 
 def find_data(options: argparse.Namespace, folder: Path) -> list[PreparedData]:
-    """Returns the data to read: what is prepared as it is, anything else in one shard and in several."""
+    """Returns the data to read: a prepared folder as it is, or a text, prepared into one shard and into several."""
     if options.data is not None and (Path(options.data) / MANIFEST).is_file():
         return [load_prepared(options.data, check_hashes=False)]
     source = {"storybook_stories": options.stories} if options.data is None else {"train": options.data}
@@ -130,13 +137,13 @@ def find_data(options: argparse.Namespace, folder: Path) -> list[PreparedData]:
 
 
 def check_window(prepared: PreparedData, window_mb: int) -> None:
-    """Ends the program where the window would hold all of the data, so that there is none."""
+    """Ends the program if a window holds all of the data: shuffling in windows would be shuffling as a whole."""
     split = prepared.split("train")
     num_bytes = sum((prepared.folder / shard.tokens_file).stat().st_size for shard in split.shards)
     if num_bytes <= max(1, window_mb * 10**6 // BLOCK_BYTES) * BLOCK_BYTES:
         sys.exit(
-            f"--window-mb {window_mb} holds all of the data, {num_bytes / 1e6:.1f} MB of tokens; take more text (with "
-            f"--stories or --data), or a smaller window (of {BLOCK_BYTES / 1e6:.0f} MB at least)."
+            f"--window-mb {window_mb} holds all of the data, {num_bytes / 1e6:.1f} MB of tokens; give more text (with "
+            f"--stories or --data), or a smaller window (at least {BLOCK_BYTES / 1e6:.0f} MB)."
         )
 
 
@@ -146,7 +153,7 @@ def measure_pipelines(data: list[PreparedData], shape: Shape, options: argparse.
     orders = [(prepared, window_mb) for prepared in data for window_mb in (None, options.window_mb)]
     pipelines = [Pipeline(prepared, shape, window_mb, num_steps) for prepared, window_mb in orders]
     for pipeline in pipelines:
-        pipeline.take()  # The shards come into memory.
+        pipeline.take()  # This reads the shards into memory.
     for _ in range(ROUNDS):
         for pipeline in pipelines:
             pipeline.rates.append(pipeline.take())
@@ -166,7 +173,7 @@ def _row(pipeline: Pipeline, first: Pipeline, shape: Shape) -> dict[str, Any]:
 
 
 def measure_waiting(num_steps: int, num_stories: int | None, folder: Path) -> dict[str, Any]:
-    """Trains the quickstart's first steps, and returns the share of time that each part of them waited for input."""
+    """Trains the quickstart's first steps, and returns the share of its time that each part waited for input."""
     log_every_steps = max(1, num_steps // (1 + ROUNDS))
     num_steps = log_every_steps * (1 + ROUNDS)
     overrides = [
@@ -187,7 +194,7 @@ def measure_waiting(num_steps: int, num_stories: int | None, folder: Path) -> di
     curves.Reload()
     shares = [float(tf.make_ndarray(point.tensor_proto)) for point in curves.Tensors("input_share")]
     assert len(shares) == 1 + ROUNDS
-    # The first part waits for the pipeline to start.
+    # The first part includes the start of the pipeline.
     return {
         "num_steps": num_steps,
         "input_share": statistics.median(shares[1:]),
@@ -197,7 +204,7 @@ def measure_waiting(num_steps: int, num_stories: int | None, folder: Path) -> di
 
 
 def print_pipelines(console: rich.console.Console, rows: list[dict[str, Any]]) -> None:
-    """Prints the figures of a shape beside their targets."""
+    """Prints the figures of a shape, with their targets."""
     cells = []
     for row in rows:
         rates = (f"{row[key] / 1e6:.1f}" for key in ("tokens_per_sec", "target_tokens_per_sec"))
@@ -207,7 +214,7 @@ def print_pipelines(console: rich.console.Console, rows: list[dict[str, Any]]) -
 
 
 def print_waiting(console: rich.console.Console, waiting: dict[str, Any]) -> None:
-    """Prints the figures of the training beside their target."""
+    """Prints the figures of the training, with their target."""
     each = ", ".join(f"{share:.2%}" for share in waiting["each_input_share"])
     console.print(
         f"waiting for input: {waiting['input_share']:.2%} of the quickstart's first {waiting['num_steps']} steps "
@@ -219,15 +226,15 @@ def print_waiting(console: rich.console.Console, waiting: dict[str, Any]) -> Non
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="sizes that only show that it works")
-    parser.add_argument("--data", metavar="PATH", help="text or a prepared folder in place of the storybook")
-    parser.add_argument("--stories", type=int, default=100_000, help="of the storybook (%(default)s)")
-    parser.add_argument("--shards", type=int, default=16, help="how many several are (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, which only show that the benchmark works")
+    parser.add_argument("--data", metavar="PATH", help="a text or a prepared folder in place of the storybook")
+    parser.add_argument("--stories", type=int, default=100_000, help="stories of the storybook (%(default)s)")
+    parser.add_argument("--shards", type=int, default=16, help="number of the several shards (%(default)s)")
     parser.add_argument("--window-mb", type=int, default=16, help="data.shuffle_window_mb (%(default)s)")
     parser.add_argument("--block-tokens", type=int, default=1 << 22, help="tokens of a timed block (%(default)s)")
-    parser.add_argument("--steps", type=int, default=180, help="of the training (%(default)s)")
-    parser.add_argument("--training-stories", type=int, help="in place of the quickstart's own number")
-    parser.add_argument("--json", metavar="OUT", type=Path, help="file to write all figures to")
+    parser.add_argument("--steps", type=int, default=180, help="steps of the training (%(default)s)")
+    parser.add_argument("--training-stories", type=int, help="stories in place of the quickstart's number")
+    parser.add_argument("--json", metavar="OUT", type=Path, help="the file to write all figures to")
     if parser.parse_known_args()[0].quick:
         parser.set_defaults(stories=13_000, window_mb=8, block_tokens=1 << 17, steps=12, training_stories=300)
     options = parser.parse_args()

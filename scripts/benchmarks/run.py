@@ -1,13 +1,13 @@
 #!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../venv_python" "$0" "$@"'
-"""Measures what a run adds to its steps: how long it takes to the first of them, and what a checkpoint costs.
+"""Measures what a run adds to its steps: the time to the first step, and the cost of a checkpoint.
 
     scripts/benchmarks/run.py [--only start checkpoint] [--quick] [--json OUT]
 
-start: from the start of a process, trainer train on configs/quickstart.toml, to the end of its first step, with the
-text prepared. checkpoint: steps with a save before them, which is written beside them, in turn with as many steps
-without, for the quickstart's model and for one of GPT-2's width and vocabulary. What the steps with it take longer, the
-wait for what is not written by their end included, is what it costs. What the loop and its input add to a step is in
-scripts/benchmarks/step.py.
+start: the time from the start of the process `trainer train configs/quickstart.toml` to the end of its first step, with
+prepared text. checkpoint: blocks of steps with a save before them, in turn with blocks of the same length without one,
+for the quickstart's model and for a model of GPT-2's width and vocabulary. The checkpoint is written during the steps;
+its cost is the time that the block with it takes longer, with the wait for what is not yet written at its end.
+scripts/benchmarks/step.py measures what the loop and its input add to a step.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Of this process and those it starts.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # For this process and those that it starts.
 
 import rich.console
 
@@ -42,9 +42,9 @@ ROUNDS = 5
 STARTS = 3
 TARGET_START_SECS = 15
 WARMUP_STEPS = 3
-# More than are taken, so that the schedule does not end.
+# More steps than are taken, so that the schedule does not end.
 TOTAL_STEPS = 100_000
-# Of the steps beside a checkpoint, by the time it takes to write it alone.
+# The time of a block of steps, as a multiple of the time that writing a checkpoint takes without steps beside it.
 BLOCK_PER_WRITING = 1.5
 
 Figures = dict[str, Any]
@@ -54,10 +54,10 @@ Figures = dict[str, Any]
 
 
 def measure_start(options: argparse.Namespace, folder: Path) -> Figures:
-    """Starts the quickstart several times, each in a process and a run of its own."""
+    """Starts the quickstart several times, each time in a new process and a new run."""
     overrides = [f"data.prepared_folder={folder / 'prepared'}", "log.every_steps=1"]
     if options.stories is not None:
-        # Of few stories there are few steps.
+        # Few stories make few steps, fewer than the quickstart's warm-up.
         overrides += [f"data.storybook_stories={options.stories}", "optimizer.warmup_steps=1"]
     prepare(load_config(CONFIGS / "quickstart.toml", overrides), lambda _: None)
     each = [secs_to_first_step([*overrides, f"run_folder={folder / f'start-{i}'}"], folder) for i in range(STARTS)]
@@ -65,9 +65,9 @@ def measure_start(options: argparse.Namespace, folder: Path) -> Figures:
 
 
 def secs_to_first_step(overrides: list[str], folder: Path) -> float:
-    """Trains the quickstart in a process until it tells of its first step."""
+    """Trains the quickstart in a process until it prints its first step."""
     command = [sys.executable, "-m", "trainer", "train", str(CONFIGS / "quickstart.toml"), *overrides]
-    # It is killed, and cannot clear up.
+    # The process is killed, and cannot remove its temporary files.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
     lines: list[str] = []
     start = time.perf_counter()
@@ -82,7 +82,7 @@ def secs_to_first_step(overrides: list[str], folder: Path) -> float:
                 lines.append(line)
         finally:
             process.kill()
-    sys.exit(f"{''.join(lines)[-3000:]}\ntrainer train ended before its first step; the lines above say why.")
+    sys.exit(f"{''.join(lines)[-3000:]}\ntrainer train ended before its first step; the lines above have the reason.")
 
 
 def print_start(console: rich.console.Console, figures: Figures) -> None:
@@ -99,7 +99,7 @@ def print_start(console: rich.console.Console, figures: Figures) -> None:
 
 
 def configs_of(options: argparse.Namespace, folder: Path) -> dict[str, Config]:
-    """Returns the trainings whose checkpoints are measured, by name."""
+    """Returns the configurations whose checkpoints are measured, by name."""
     shared = [f"data.prepared_folder={folder / 'prepared'}", "distribution.kind=cpu"]
     if options.stories is not None:
         shared.append(f"data.storybook_stories={options.stories}")
@@ -127,7 +127,7 @@ def configs_of(options: argparse.Namespace, folder: Path) -> dict[str, Config]:
 
 
 def measure_checkpoints(name: str, config: Config) -> Figures:
-    """Trains a model some steps at a time, with a checkpoint beside them and without."""
+    """Trains a model in blocks of steps, with a checkpoint written beside them and without."""
     prepared = prepare(config, lambda _: None)
     run = RunFolder.create(config, prepared)
     checkpoints = open_checkpoints(run, lambda _: None)
@@ -140,7 +140,7 @@ def measure_checkpoints(name: str, config: Config) -> Figures:
         return time.perf_counter() - start
 
     training.take(WARMUP_STEPS)
-    # A save of a step that is there already would not write.
+    # There is a step between two saves, because a checkpoint that exists would not be written again.
     writing_secs, step_secs = write_alone(), training.take(WARMUP_STEPS)
     num_steps = max(2, math.ceil(BLOCK_PER_WRITING * writing_secs / step_secs))
     rounds: list[dict[str, float]] = []
@@ -189,13 +189,13 @@ def print_checkpoints(console: rich.console.Console, figures: Figures) -> None:
 
 
 def main() -> None:
-    """Measures, prints and writes what is asked for."""
+    """Measures, prints and writes the parts that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (everything)")
-    parser.add_argument("--quick", action="store_true", help="sizes that only show that it works")
-    parser.add_argument("--stories", type=int, help="in place of the configs' own numbers")
-    parser.add_argument("--layers", type=int, default=4, help="of GPT-2's 12, for checkpoint (%(default)s)")
-    parser.add_argument("--json", metavar="OUT", type=Path, help="file to write all figures to")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, which only show that the benchmark works")
+    parser.add_argument("--stories", type=int, help="stories in place of the configs' numbers")
+    parser.add_argument("--layers", type=int, default=4, help="layers of GPT-2's 12, for checkpoint (%(default)s)")
+    parser.add_argument("--json", metavar="OUT", type=Path, help="the file to write all figures to")
     if parser.parse_known_args()[0].quick:
         parser.set_defaults(stories=300, layers=1)
     options = parser.parse_args()

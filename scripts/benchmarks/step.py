@@ -18,8 +18,8 @@ tied. trainer's model is like the tutorial's at size tutorial, and like GPT2Back
 
 All contestants train on the same random tokens, each in its own process, on the cores that this program may use
 (taskset narrows these). They take turns, and wait during the turns of others. All are in memory at the same time;
---peers and --precisions make them fewer. A ratio is the speed of trainer, at its faster precision, to that of another
-contestant, round by round. The lines below the table compare each precision of trainer with the fastest variant of
+--peers and --precisions make them fewer. A ratio is the speed of trainer, at its faster precision, divided by another
+contestant's, round by round. The lines below the table compare each precision of trainer with the fastest variant of
 each other program, and trainer's steps in its loop with calls of the compiled step alone, which get the same batch each
 time.
 """

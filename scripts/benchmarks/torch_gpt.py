@@ -29,7 +29,7 @@ class Block(nn.Module):
     """A transformer block: causal self-attention and a feed-forward layer.
 
     Args:
-        shape: trainer's section model, as all that is called so here.
+        shape: the section `model` of trainer's config, as everywhere in this file.
     """
 
     def __init__(self, shape: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ class Block(nn.Module):
         return self.feedforward_norm(x + self.output(self.activation(self.intermediate(x))))
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
-        """Attends from each position to itself and those before it."""
+        """Attends from each position to itself and to the positions before it."""
         batch, sequence, _ = x.shape
         x = self.query_key_value(x).view(batch, sequence, 3, self.num_heads, self.head_dim)
         query, key, value = x.permute(2, 0, 3, 1, 4).unbind()  # each [batch, heads, sequence, head_dim]
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer; dropout and document masks are not among what it knows of a shape."""
+    """A decoder-only transformer. It has neither dropout nor document masks."""
 
     def __init__(self, shape: dict[str, Any], vocabulary_size: int, sequence_length: int) -> None:
         super().__init__()
@@ -92,10 +92,11 @@ class GPT(nn.Module):
 
 
 class Training:
-    """A model, its optimizer and the rows it is trained on.
+    """A model, its optimizer and the examples that it is trained on.
 
     Args:
-        job: config, trainer's whole; vocabulary_size; is_compiled; and rows, a file of int32 [any, sequence + 1].
+        job: the keys config (trainer's whole config), vocabulary_size, is_compiled, and rows (the path of a file of
+            int32 [examples, sequence + 1]).
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -121,7 +122,7 @@ class Training:
         self.loss_of = torch.compile(self.model) if job["is_compiled"] else self.model
 
     def take(self, num_steps: int) -> tuple[float, float]:
-        """Trains some steps; returns the seconds of one, and their mean loss in nats."""
+        """Trains some steps; returns the seconds of one step, and the mean loss in nats."""
         total = torch.zeros([])
         start = time.perf_counter()
         for _ in range(num_steps):
@@ -137,7 +138,7 @@ class Training:
 
 
 def main() -> None:
-    """Answers until its input ends."""
+    """Trains as the job describes, until standard input ends."""
     training = Training(json.loads(Path(sys.argv[1]).read_text()))
     num_parameters = sum(parameter.numel() for parameter in training.parameters)
     print(json.dumps({"num_parameters": num_parameters, "version": f"PyTorch {torch.__version__}"}), flush=True)

@@ -1,11 +1,12 @@
 #!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../venv_python" "$0" "$@"'
-"""Trains the tutorial's model with the tutorial's own Keras code and with trainer, side by side, and compares.
+"""Trains the tutorial's model with the tutorial's own Keras code and with trainer, and compares speed and quality.
 
     scripts/benchmarks/tutorial.py [--quick] [--train FILE --validation FILE]
 
-Same text, same vocabulary, same sizes. Speed: alternating blocks of steps of Keras fit without XLA, Keras fit with XLA,
-and trainer; the ratio is ours to the better of the two, per round. Quality: both scored by trainer's evaluation after
-the same number of steps. Without files it takes the books in the folder that TRAINER_TEST_DATA names.
+Text, vocabulary and sizes are the same. Speed: Keras fit without XLA, Keras fit with XLA, and trainer take blocks of
+steps in turn; the ratio is trainer's speed divided by the faster Keras fit's, round by round. Quality: trainer's
+evaluation scores both models after the same number of steps. The default texts are the books in the folder that
+TRAINER_TEST_DATA names.
 """
 
 import argparse
@@ -55,7 +56,7 @@ class Tutorial:
         (source,) = config.data.train
         lines = tf.data.TextLineDataset(source, compression_type="GZIP" if source.endswith(".gz") else None)
         long = lines.filter(lambda line: tf.strings.length(line) > config.data.min_bytes)
-        # Always in the same order, so that each call of fit can go on where the one before ended.
+        # The order is fixed, so that each call of fit can go on with the batch after the last one of the call before.
         self.lines = long.batch(batch_size, drop_remainder=True).shuffle(
             256, seed=config.train.seed, reshuffle_each_iteration=False
         )
@@ -67,9 +68,7 @@ class Tutorial:
         self.model.compile("adam", loss, metrics=[perplexity], jit_compile=jit_compile)
 
     def take(self, steps: int) -> float:
-        """Trains some steps; returns the seconds of one, the first left out: fit begins by filling its shuffle
-        buffer.
-        """
+        """Trains some steps; returns the seconds of one, without the first: fit begins by filling its buffer."""
         ends: list[float] = []
         clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
         lines = self.lines.skip(self.num_taken).take(steps)
@@ -89,7 +88,7 @@ def real_tokens_per_step(config: Config, prepared: PreparedData) -> float:
 
 
 def compare_speed(rivals: list[Tutorial], ours: Training, tokens: float, rounds: int, steps: int) -> Tutorial:
-    """Prints tokens/s of alternating blocks and the ratio; returns the faster rival."""
+    """Trains blocks of steps in turn, prints their tokens/s and the ratio; returns the faster rival."""
     trainees: list[Tutorial | Training] = [*rivals, ours]
     rates: dict[str, list[float]] = {trainee.name: [] for trainee in trainees}
     for trainee in trainees:
@@ -108,17 +107,17 @@ def compare_speed(rivals: list[Tutorial], ours: Training, tokens: float, rounds:
 
 
 def main() -> None:
-    """Runs both and prints the two ratios."""
+    """Trains with both and prints the two ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="blocks of 10 steps and 60 steps in all")
-    parser.add_argument("--train", help="text to train on, a document per line, plain or .gz")
-    parser.add_argument("--validation", help="text to score on")
+    parser.add_argument("--train", help="a text to train on, one document a line, plain or .gz")
+    parser.add_argument("--validation", help="a text to score on")
     options = parser.parse_args()
     books = Path(os.environ.get("TRAINER_TEST_DATA", "")) / "books"
     train = options.train or books / "simple_train.txt.gz"
     validation = options.validation or books / "simple_valid.txt"
     if not Path(train).is_file():
-        sys.exit(f"{train} is not there: give --train and --validation, or set TRAINER_TEST_DATA.")
+        sys.exit(f"{train} does not exist: give --train and --validation, or set TRAINER_TEST_DATA.")
     steps_per_block, total_steps = (10, 60) if options.quick else (50, 300)
     rounds = 3
 
