@@ -209,7 +209,7 @@ def test_text_that_is_wrong_as_a_whole_is_refused_as_without_beam(tmp_path, data
 
 def test_a_folder_that_workers_do_not_share_is_an_error_naming_it(tmp_path, monkeypatch):
     monkeypatch.setattr(beam, "_write_part", lambda *arguments: None)
-    message = r"data\.prepared_folder='.*': no worker of Apache Beam left there what it made of .*0\.txt; name a folder"
+    message = r"data\.prepared_folder='.*': no worker of Apache Beam has written its part of .*0\.txt there; name a"
     with pytest.raises(UserError, match=message):
         prepare_with_beam(config_for(tmp_path, "byte"), HERE)
 
@@ -222,7 +222,7 @@ def test_a_worker_that_does_not_see_the_folder_does_nothing(tmp_path):
 def test_workers_with_another_trainer_are_refused(tmp_path, monkeypatch):
     write = beam._write_part
     monkeypatch.setattr(beam, "_write_part", lambda parts, version, numbered: write(parts, "0.0.1", numbered))
-    message = rf"A worker of Apache Beam has trainer {__version__}, and not 0\.0\.1; install the same\."
+    message = rf"A worker of Apache Beam has trainer {__version__}, and not 0\.0\.1; install the same version\."
     with pytest.raises(UserError, match=message):
         prepare_with_beam(config_for(tmp_path, "byte"), HERE)
 

@@ -77,6 +77,6 @@ def test_a_data_set_that_is_not_there_is_said(tiny_stories, source, message):
 def test_a_feature_that_is_no_text_is_said(tiny_stories):
     for field in ("number", "body"):
         with pytest.raises(
-            UserError, match=rf"data\.text_field='{field}' is no text feature of tfds:.*; there are text"
+            UserError, match=rf"data\.text_field='{field}' is not a text feature of tfds:.*; there are text"
         ):
             documents(train="tfds:tiny_stories:train", text_field=field)

@@ -343,6 +343,6 @@ def test_bytes_of_no_known_encoding_are_said_to_be_so(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("ประเทศไทย ภาษาไทย\n".encode("cp874"))
     message = refusal(path)
-    assert "its encoding could not be told" in message and "for ENCODING" in message
+    assert "its encoding could not be recognized" in message and "for ENCODING" in message
     obey(message.replace("ENCODING -t", "CP874 -t"))
     assert train_documents(path) == ["ประเทศไทย ภาษาไทย"]

@@ -1,8 +1,8 @@
-"""Preparing with Apache Beam: files are encoded wherever a runner has workers, and joined here.
+"""Preparing with Apache Beam: the workers of a runner encode files, and this process joins the parts.
 
-A worker writes a part: one file's tokens, as shards, and beside them what else there is to know of it. This process
-reads the text for the vocabulary before, and after it joins the parts in the order of the files, through the writers
-that it would have used without Beam: so the bytes are the same.
+First this process reads the text for the vocabulary. Then a worker writes a part for each file: shards of its tokens,
+and a JSON file with its counts. At the end this process joins the parts in the order of the files, with the writers
+that it would use without Beam, so that the bytes are the same.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ from trainer.system.storage import Location, Url, copy_folder, locate, on_disk, 
 from trainer.system.whole import write_whole
 from trainer.version import __version__
 
-# DirectRunner would rather be Prism, a program that it gets from the network and that has one Python process, unless
-# the pipeline asks for what that cannot do.
+# DirectRunner starts Prism, a program from the network that has only one Python process, unless an option needs what
+# Prism cannot do.
 _ALL_CORES = (
     "--runner=DirectRunner",
     "--allow_unsafe_triggers",
@@ -45,7 +45,7 @@ _ALL_CORES = (
     f"--direct_num_workers={num_cores()}",
     "--default_sdk_harness_log_level=ERROR",
 )
-_PROGRESS_SECS = 10.0  # Each is a listing, which a store may charge for.
+_PROGRESS_SECS = 10.0  # Each line needs a listing, for which a store may charge.
 
 
 def prepare_with_beam(
@@ -54,21 +54,21 @@ def prepare_with_beam(
     """Does what `prepare` does, on the workers of an Apache Beam runner.
 
     Args:
-        config: the settings. Files and data.prepared_folder have to be where all workers see them.
-        options: Apache Beam's, as on its command lines; without --runner, all cores of this machine are used.
-        say: gets a line now and then on how far it is.
+        config: the settings. All workers have to see the files and data.prepared_folder.
+        options: the options of Apache Beam's command lines; without --runner, all cores of this machine are used.
+        say: prints a line on the progress every few seconds.
         shard_tokens: a shard with this many tokens gets no further document.
 
     Raises:
-        UserError: as in `prepare`; or Apache Beam is not installed, refuses an option or finds no workers; or those do
-            not see data.prepared_folder, or have another trainer.
+        UserError: as in `prepare`; or Apache Beam is not installed, refuses an option or finds no workers; or the
+            workers do not see data.prepared_folder, or have another version of trainer.
     """
     pipeline = _pipeline(options)
     return prepare(config, say, shard_tokens, functools.partial(_encode, pipeline, config.data.prepared_folder))
 
 
 def _pipeline(options: Sequence[str]) -> Any:
-    logging.disable(logging.WARNING)  # Of a package that one of its runners would need.
+    logging.disable(logging.WARNING)  # Importing warns about a package that only another runner needs.
     try:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
@@ -96,14 +96,14 @@ def _encode(
 
     home = locate(prepared_folder)
     parts = (folder.absolute() if isinstance(home, Path) else home / folder.name) / "parts"
-    remove_folder(parts)  # What a killed process may have left.
+    remove_folder(parts)  # A killed process may have left it.
     sources = source.sources if isinstance(source, Mixture) else (source,)
     units = [unit for each in sources for unit in each.files_apart()]
     try:
         copy_folder(folder / "tokenizer", parts / "tokenizer")
-        # As bytes, of which Beam will not make anything else.
+        # As bytes, which Beam does not convert.
         pickled = pipeline | apache_beam.Create([(i, pickle.dumps(_absolute(unit))) for i, unit in enumerate(units)])
-        # Without the shuffle all would stay with the worker that creates them.
+        # Without the shuffle, all units would stay with the worker that creates them.
         shuffled = pickled | apache_beam.Reshuffle()
         _ = shuffled | "write parts" >> apache_beam.Map(functools.partial(_write_part, parts, __version__))
         with _watched(parts, len(units), say):
@@ -116,7 +116,7 @@ def _encode(
 
 
 def _absolute(unit: Source) -> Source:
-    """Returns a source whose files do not depend on a worker's working directory."""
+    """Returns a source with absolute paths, as a worker may have another working directory."""
 
     def moved(files: tuple[File, ...]) -> tuple[File, ...]:
         return tuple(file.absolute() if isinstance(file, Path) else file for file in files)
@@ -125,7 +125,7 @@ def _absolute(unit: Source) -> Source:
 
 
 def _as_named_here(text: str, unit: Source) -> str:
-    """Returns what a worker says of a unit, with the files called what the config calls them."""
+    """Returns a worker's message about a unit, with the files named as in the config."""
     for file in (*unit.train_files, *unit.validation_files):
         text = text.replace(str(file.absolute()), str(file)) if isinstance(file, Path) else text
     return text
@@ -137,35 +137,35 @@ def _run(pipeline: Any) -> None:
         try:
             running.wait_until_finish()
         except KeyboardInterrupt:
-            with contextlib.suppress(NotImplementedError):  # A cluster would go on.
+            with contextlib.suppress(NotImplementedError):  # Without cancel(), a cluster would go on.
                 running.cancel()
             raise
-    except Exception as error:  # Of all kinds: each runner has its own.
+    except Exception as error:  # Each runner raises its own kinds.
         raise UserError(f"Apache Beam could not run the pipeline: {error}") from error
 
 
 @contextlib.contextmanager
 def _watched(parts: Location, num_parts: int, say: Say) -> Iterator[None]:
-    """Says every few seconds how many parts there are; and ends the pipeline once a worker process of this machine was
-    killed, as for want of memory, for which Beam would wait for ever.
+    """Prints every few seconds how many parts there are, and stops the pipeline when a worker process of this machine
+    was killed, for example because memory ran out: Beam would wait for it for ever.
 
     Raises:
-        UserError: one was killed.
+        UserError: a worker process was killed.
     """
-    start, is_over, is_given_up = time.monotonic(), threading.Event(), threading.Event()
+    start, is_over, is_stopped = time.monotonic(), threading.Event(), threading.Event()
     killed: list[object] = []
     hook = threading.excepthook
 
     def note(failed: threading.ExceptHookArgs) -> None:
-        if failed.thread is not None and failed.thread.name == "run_worker":  # Beam's, which waits for the process.
+        if failed.thread is not None and failed.thread.name == "run_worker":  # Beam's thread for the process.
             killed.append(failed.exc_value)
         hook(failed)
 
     def watch() -> None:
         while not is_over.wait(_PROGRESS_SECS):
             if killed:
-                is_given_up.set()
-                os.kill(os.getpid(), signal.SIGINT)  # What the main thread waits in ends by nothing less.
+                is_stopped.set()
+                os.kill(os.getpid(), signal.SIGINT)  # Only a signal ends the call that the main thread waits in.
                 return
             with contextlib.suppress(OSError, UserError):
                 say(f"encoding: {len(_stems(parts))} of {num_parts} parts, {time.monotonic() - start:.0f} s")
@@ -173,63 +173,65 @@ def _watched(parts: Location, num_parts: int, say: Say) -> Iterator[None]:
     thread = threading.Thread(target=watch, daemon=True)
     threading.excepthook = note
 
-    def give_up(*_: object) -> None:
-        if is_given_up.is_set():
+    def stop(*_: object) -> None:
+        if is_stopped.is_set():
             raise KeyboardInterrupt
 
-    # As shells start what runs in the background: then it hears nobody but the watch.
-    is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    is_deaf &= threading.current_thread() is threading.main_thread()
-    if is_deaf:
-        signal.signal(signal.SIGINT, give_up)
+    # A shell starts background processes with SIGINT ignored. Then only the SIGINT of `watch` has an effect.
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    is_ignored &= threading.current_thread() is threading.main_thread()
+    if is_ignored:
+        signal.signal(signal.SIGINT, stop)
     thread.start()
     try:
         yield
     except KeyboardInterrupt:
-        if not is_given_up.is_set():
+        if not is_stopped.is_set():
             raise
         raise UserError(
-            f"Apache Beam: {killed[0]}. If that was for want of memory, have fewer: -- --direct_num_workers=1"
+            f"Apache Beam: {killed[0]}. If memory ran out, use fewer workers: -- --direct_num_workers=1"
         ) from None
     finally:
         is_over.set()
         thread.join()
         threading.excepthook = hook
-        if is_deaf:
+        if is_ignored:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-# What a worker does.
-
-
 def _write_part(parts: Location, version: str, numbered: tuple[int, bytes]) -> None:
-    """Writes the part of a unit. As a runner may have that done twice, even at the same time, each attempt has a name
-    of its own; it counts once its .json is there, which says all that is not in the shards. What a user can mend is
-    left in a file and not raised: a runner would try again, and print pages.
+    """Writes the part of a unit.
+
+    A runner may start this twice, even at the same time, so each attempt has another name. It counts once its .json
+    exists, which holds what is not in the shards. A UserError is written into a file and not raised: the runner would
+    try again, and print pages.
 
     Args:
-        parts: folder of all parts.
-        version: of the launching process's trainer.
+        parts: the folder of all parts.
+        version: the version of trainer in the launching process.
         numbered: the unit's number, and its pickle.
     """
-    # Without the tokenizer the folder cannot be seen from here, which the launching process says; or that one gave up.
+    # Without the tokenizer, this worker does not see the folder, which the launching process reports; or the launching
+    # process has stopped and removed it.
     if not (parts / "tokenizer").is_dir() or (parts / "failed").is_file():
         return
     number, pickled = numbered
     stem = f"{number:06}-{secrets.token_hex(4)}"
     try:
         if version != __version__:
-            raise UserError(f"A worker of Apache Beam has trainer {__version__}, and not {version}; install the same.")
+            raise UserError(
+                f"A worker of Apache Beam has trainer {__version__}, and not {version}; install the same version."
+            )
         entries = _encode_part(pickle.loads(pickled), _tokenizer(parts), parts / f"{stem}.shards")
     except UserError as error:
         write_whole(parts / f"{stem}.error", str(error))
-        (parts / "failed").write_bytes(b"")  # So that the others stop.
+        (parts / "failed").write_bytes(b"")  # The other workers stop.
         return
     write_whole(parts / f"{stem}.json", json.dumps(entries))
 
 
 def _encode_part(unit: Source, tokenizer: Tokenizer, part: Location) -> dict[str, Any]:
-    """Writes the shards of a part; returns what else there is to know of it."""
+    """Writes the shards of a part, and returns its entries, tally and findings."""
     tally, findings = Tally(), Findings()
     with tempfile.TemporaryDirectory() if isinstance(part, Url) else contextlib.nullcontext(part) as name:
         folder = Path(name)
@@ -249,11 +251,8 @@ def _tokenizer(parts: Location) -> Tokenizer:
         return load_tokenizer(folder)
 
 
-# And then.
-
-
 def _stems(parts: Location, suffix: str = ".json") -> dict[int, str]:
-    """Returns, by number, the names of the units that have such a file, one attempt of each."""
+    """Returns the name of one attempt, by unit number, of each unit that has a file with the suffix."""
     names = [path.name.removesuffix(suffix) for path in parts.iterdir() if path.name.endswith(suffix)]
     return {int(name.partition("-")[0]): name for name in names}
 
@@ -267,8 +266,8 @@ def _join(sources: tuple[Source, ...], parts: Location, prepared_folder: str, wr
             if number not in stems:
                 of = ", ".join(itertools.chain(*unit.names().values())) or "the storybook"
                 raise UserError(
-                    f"data.prepared_folder={prepared_folder!r}: no worker of Apache Beam left there what it made of "
-                    f"{of}; name a folder that this machine and all workers see, such as one on gs://."
+                    f"data.prepared_folder={prepared_folder!r}: no worker of Apache Beam has written its part of "
+                    f"{of} there; name a folder that this machine and all workers see, such as one on gs://."
                 )
             entries = json.loads((parts / f"{stems[number]}.json").read_text("utf-8"))
             part = parts / f"{stems[number]}.shards"

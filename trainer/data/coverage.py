@@ -1,6 +1,6 @@
-"""What an epoch of examples shows of a split: how many of its tokens are targets, what is cut, and how much is padding.
+"""What an epoch of examples shows of a split: how many tokens are targets, what is cut off, and how much is padding.
 
-Reads offsets, and tokens only where documents are cut.
+Reads offsets, and tokens only if documents are cut.
 """
 
 from collections.abc import Iterator
@@ -22,27 +22,30 @@ _TOKENS_PER_READ = 1 << 22
 
 
 class Lengths(NamedTuple):
-    """How long the documents of a split are: values, int64 [n], the lengths in tokens that occur, ascending; counts,
-    int64 [n], of how many documents.
+    """The lengths of the documents of a split.
+
+    Attributes:
+        values: the different lengths in tokens, ascending, int64 [n].
+        counts: the number of documents of each length, int64 [n].
     """
 
     values: np.ndarray
     counts: np.ndarray
 
     def percentile(self, percent: int) -> int:
-        """Returns the smallest length that at least so many percent of the documents do not exceed."""
+        """Returns the smallest length that is not exceeded by at least this percentage of the documents."""
         at_most = np.cumsum(self.counts)
         return int(self.values[np.searchsorted(100 * at_most, percent * at_most[-1])])
 
     def cut_at(self, sequence_length: int) -> tuple[int, int]:
-        """Returns how many documents are longer than this, and how many tokens of theirs are beyond it."""
-        # Not the number itself, which need not fit int64.
+        """Returns how many documents are longer than sequence_length, and how many of their tokens are beyond it."""
+        # min(): sequence_length may be too large for int64.
         beyond = np.maximum(self.values - min(sequence_length, int(self.values[-1])), 0)
         return int(self.counts[beyond > 0].sum()), int(beyond @ self.counts)
 
     def bins(self) -> Iterator[tuple[int, int, int]]:
-        """Yields (shortest, longest, number of documents) for bins that end where a power of two begins, from the first
-        one that holds documents to the last.
+        """Yields (shortest, longest, number of documents) for bins whose limits are powers of two, from the first bin
+        that holds documents to the last.
         """
         exponents = np.frexp(self.values)[1]  # 0 for 0, and e for lengths from 2^(e - 1) on, below 2^e.
         for exponent in range(exponents.min(), exponents.max() + 1):
@@ -52,7 +55,7 @@ class Lengths(NamedTuple):
 def lengths_of(split: Split, folder: Path) -> Lengths:
     """Counts the documents of a split by their length.
 
-    Takes little memory: of N tokens there are fewer than sqrt(2 N) different lengths.
+    Takes little memory: documents with N tokens in all have fewer than sqrt(2 N) different lengths.
     """
     values = counts = np.zeros(0, np.int64)
     for shard in split.shards:
@@ -70,13 +73,13 @@ class Coverage(NamedTuple):
     """What an epoch of examples shows of a split.
 
     Attributes:
-        num_examples: examples in the epoch.
-        num_positions: places for targets in these examples, padding included.
-        num_targets: how many of the places hold a target: a token, or a document's end.
-        num_tokens: tokens of the split's documents.
-        num_documents: documents of the split.
-        num_cut_documents: documents that are longer than an example, in lines mode.
-        num_left_out_tokens: tokens of those that no example shows.
+        num_examples: the examples in the epoch.
+        num_positions: the places for targets in these examples, padding included.
+        num_targets: the number of places that hold a target: a token, or a document's end.
+        num_tokens: the tokens of the split's documents.
+        num_documents: the documents of the split.
+        num_cut_documents: the documents that are longer than an example, in lines mode.
+        num_left_out_tokens: the tokens of these documents that no example shows.
     """
 
     num_examples: int
@@ -102,9 +105,9 @@ def coverage_of(split: Split, folder: Path, config: Config) -> Coverage:
     """Returns what an epoch shows of a split.
 
     Args:
-        split: of the data.
-        folder: of the data.
-        config: data.mode, data.predict_end and train.sequence_length count.
+        split: the split.
+        folder: the folder of the prepared data.
+        config: the settings: data.mode, data.predict_end and train.sequence_length count.
     """
     width, count = config.train.sequence_length, num_examples(split, config)
     num_cut = num_left_out = 0
@@ -126,8 +129,8 @@ def coverage_of(split: Split, folder: Path, config: Config) -> Coverage:
 
 
 def notes_on_examples(prepared: PreparedData, config: Config) -> list[str]:
-    """Returns what there is to say about an epoch of training examples: what is cut, and how much is padding; each with
-    the setting that mends it.
+    """Returns lines on what an epoch of training examples cuts off, and on how much of it is padding; each line names
+    the setting that changes this.
 
     Raises:
         UserError: a split holds no token, or lines mode leaves out more than half of a source's tokens.
@@ -173,12 +176,12 @@ def _what_is_padding(coverage: Coverage, config: Config) -> str:
 
 
 def _packed(config: Config) -> str:
-    """Returns the settings that pack the data of a config in lines mode."""
+    """Returns the settings that pack the data, for a config in lines mode."""
     return "data.mode='packed'" if config.data.predict_end else "data.mode='packed' with data.predict_end=true"
 
 
 def _check_tokens(prepared: PreparedData, config: Config) -> None:
-    """Raises UserError if there is nothing to learn from, or nothing to score."""
+    """Raises UserError if a split has no token."""
     for name, split in prepared.splits.items():
         if split.num_tokens:
             continue
@@ -203,15 +206,15 @@ def _percent(share: float) -> str:
 class TextBytes:
     """How many bytes of the original text tokens stand for.
 
-    A token of a tokenizer that keeps everything stands for the bytes that it decodes to, and [BOS] for none: the end of
-    a document costs nats and is no byte of the text. Where the tokenizer loses text, or a text holds [UNK], the bytes
-    that tokens decode to are scaled so that those of the whole split come to the bytes of its original text.
+    A token of a tokenizer that keeps everything stands for the bytes that it decodes to. [BOS] stands for none: the end
+    of a document costs nats, but is not a byte of the text. If the tokenizer loses text, or the tokens hold [UNK], the
+    decoded bytes are scaled, so that the whole split has as many bytes as its original text.
 
     Args:
         prepared: the data.
 
     Attributes:
-        of_token: int32 [vocabulary_size], the bytes that each token decodes to.
+        of_token: the bytes that each token decodes to, int32 [vocabulary_size].
     """
 
     def __init__(self, prepared: PreparedData) -> None:
@@ -222,11 +225,11 @@ class TextBytes:
         self._is_lossy = tokenizer.is_lossy
 
     def is_lossy(self, split: Split) -> bool:
-        """Whether the tokens do not say all of a split's text: its tokenizer loses some, or it holds [UNK]."""
+        """Whether a split's text differs from its decoded tokens: the tokenizer loses text, or a token is [UNK]."""
         return self._is_lossy or split.num_unknown > 0
 
     def scale(self, split: Split) -> float:
-        """Returns how many bytes of a split's original text there are for a byte that its tokens decode to."""
+        """Returns the bytes of a split's original text per byte that its tokens decode to."""
         if not self.is_lossy(split):
             return 1.0
         decoded = 0
@@ -237,9 +240,7 @@ class TextBytes:
         return split.num_bytes / max(decoded, 1)
 
     def of_epoch(self, split: Split, config: Config) -> float:
-        """Returns the bytes that the targets of an epoch stand for: of documents that lines mode cuts, those of what
-        is left.
-        """
+        """Returns the bytes that the targets of an epoch stand for: what lines mode cuts off does not count."""
         width = config.train.sequence_length
         if config.data.mode == "packed" or split.max_tokens <= width:
             return float(split.num_bytes)
@@ -251,7 +252,7 @@ class TextBytes:
                 begin, end = int(offsets[first]), int(offsets[last])
                 of_run = self.of_token[tokens[begin:end]]
                 starts = np.asarray(offsets[first:last]) - begin
-                # The place in its document, 0 for [BOS].
+                # Each token's place in its document, 0 for [BOS].
                 places = np.arange(end - begin) - np.repeat(starts, np.diff(starts, append=end - begin))
                 decoded += int(of_run[places <= width].sum(dtype=np.int64))
         return decoded * self.scale(split)
@@ -272,9 +273,7 @@ class TextBytes:
 
 
 def _runs_of_documents(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yields (first, last), documents first to last - 1, so that all are covered and about _TOKENS_PER_READ tokens are
-    read at a time.
-    """
+    """Yields ranges (first, last) of documents, last excluded, with about _TOKENS_PER_READ tokens each."""
     first, num_documents = 0, len(offsets) - 1
     while first < num_documents:
         last = int(np.searchsorted(offsets, offsets[first] + _TOKENS_PER_READ))

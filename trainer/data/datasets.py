@@ -16,7 +16,12 @@ def is_dataset(source: str) -> bool:
 
 
 class Dataset(NamedTuple):
-    """A split, or a slice of one, of a data set of tensorflow-datasets."""
+    """A split, or a slice of a split, of a data set of tensorflow-datasets.
+
+    Attributes:
+        name: the name of the data set.
+        split: the split, such as train[:90%].
+    """
 
     name: str
     split: str
@@ -26,10 +31,10 @@ class Dataset(NamedTuple):
 
     @classmethod
     def find(cls, source: str, setting: str) -> Self:
-        """Reads tfds:NAME:SPLIT, and gets the data where this machine does not have it.
+        """Reads tfds:NAME:SPLIT, and downloads the data if this machine does not have it.
 
         Raises:
-            UserError: there is no such data set or split, or it cannot be had.
+            UserError: the data set or split does not exist, or cannot be downloaded.
         """
         name, _, split = source.removeprefix(PREFIX).partition(":")
         if not name or not split:
@@ -39,13 +44,13 @@ class Dataset(NamedTuple):
             builder = found._builder()
             builder.download_and_prepare()
             _ = builder.info.splits[split].num_examples
-        except Exception as error:  # Of many kinds: each data set is a program.
+        except Exception as error:  # Each data set is a program and raises its own kinds.
             reason = str(error).strip().split("\n")[0][:300]
             raise UserError(f"{setting}={source!r}: tensorflow-datasets cannot give it: {reason}.") from None
         return found
 
     def digest(self) -> bytes:
-        """Returns a SHA-256 of the data set's files and of which part of them is meant."""
+        """Returns a SHA-256 of the data set's files, its name and the split."""
         info = self._builder().info
         digest = hashlib.sha256(f"{info.full_name}:{self.split}".encode())
         for path in sorted(info.splits[self.split.partition("[")[0].strip()].filepaths, key=str):
@@ -54,11 +59,11 @@ class Dataset(NamedTuple):
         return digest.digest()
 
     def records(self, field: str) -> Iterator[str | ValueError]:
-        """Yields a text feature of each example, in the order of the files; what is wrong with one as an error that is
-        yielded and not raised.
+        """Yields a text feature of each example, in the order of the files. An example that is not UTF-8 gives an
+        error, which is yielded and not raised.
 
         Raises:
-            UserError: there is no such text feature.
+            UserError: the data set does not have such a text feature.
         """
         import tensorflow_datasets as tfds
 
@@ -66,7 +71,7 @@ class Dataset(NamedTuple):
         features = builder.info.features.items()
         texts = sorted(name for name, feature in features if isinstance(feature, tfds.features.Text))
         if field not in texts:
-            raise UserError(f"data.text_field={field!r} is no text feature of {self}; there are {', '.join(texts)}.")
+            raise UserError(f"data.text_field={field!r} is not a text feature of {self}; there are {', '.join(texts)}.")
         examples = builder.as_dataset(
             split=self.split, shuffle_files=False, decoders=tfds.decode.PartialDecoding({field: True})
         )

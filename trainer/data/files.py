@@ -129,7 +129,8 @@ def _field_of(line: str, field: str, number: int) -> str | ValueError:
         if not is_utf8(line):
             return UnicodeError(f"line {number} is not UTF-8")
         return ValueError(
-            f"line {number} has half of a character in data.text_field={field!r}: one of \\ud800 to \\udfff alone"
+            f"line {number} has half of a character in data.text_field={field!r}: one of \\ud800 to \\udfff without "
+            "the other half"
         )
     if "\0" in text:
         return ValueError(f"line {number} has a NUL character in data.text_field={field!r}")

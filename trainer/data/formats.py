@@ -1,7 +1,7 @@
-"""What a file is that is not text in UTF-8, told by its name and bytes, and the command that makes it so.
+"""Recognizes files that are not text in UTF-8 by their names and bytes, and gives the command that converts them.
 
-Opens no file. The commands are for the shell of Linux and macOS, and keep a file's name where they can, so that the
-same setting or glob finds the text afterwards.
+Opens no file. The commands are for the shell of Linux and macOS, and keep a file's name if possible, so that the same
+setting or glob finds the text afterwards.
 """
 
 import codecs
@@ -16,9 +16,9 @@ from trainer.system.storage import Location, Url
 
 GZIP_MARK = b"\x1f\x8b"
 _PYTHON = shlex.quote(sys.executable or "python3")
-# How much of a file's start tells its format.
+# This many bytes at a file's start determine its format.
 START_BYTES = 512
-# How much of a text tells its encoding.
+# This many bytes of a text determine its encoding.
 SAMPLE_BYTES = 1 << 17
 
 _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
@@ -29,7 +29,7 @@ _TO_JSON_LINES = {
     'csv.DictReader(io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", newline=""), delimiter="\\t")]',
     ".json": 'import json, sys; [print(json.dumps(row if isinstance(row, dict) else {"text": row})) for row in '
     'json.loads(sys.stdin.buffer.read().decode("utf-8-sig"))]',
-    # Objects over several lines: each ends where a line does that is its closing brace.
+    # Objects over several lines: each ends with a line that holds only its closing brace.
     ".json of objects": 'import json, re, sys; [print(json.dumps(json.loads(part + "}"))) for part in '
     're.split(r"(?m)^\\}\\s*$", sys.stdin.buffer.read().decode("utf-8-sig")) if part.strip()]',
     ".parquet": "import io, json, pyarrow.parquet, sys; [print(json.dumps(row, default=str)) for batch in "
@@ -49,7 +49,7 @@ _COMMON = {
     "Cyrillic": "оеаинтсрвл",
     "Greek": "αοιετσνηυρ",
 }
-# (Python's name, iconv's name, what is written in it); of those whose characters have one byte, and of the others.
+# (Python's name, iconv's name, the language): encodings with several bytes per character, and with one.
 _MULTIBYTE = (
     ("cp949", "CP949", "Korean"),
     ("cp932", "CP932", "Japanese"),
@@ -59,13 +59,18 @@ _MULTIBYTE = (
     *((f"utf-16-{order.lower()}", f"UTF-16{order}", of) for order in ("LE", "BE") for of in _COMMON),
 )
 _SINGLE_BYTE = (("cp1251", "CP1251", "Cyrillic"), ("koi8_r", "KOI8-R", "Cyrillic"), ("cp1253", "CP1253", "Greek"))
-# In text of a language a third to all of the characters beyond ASCII are among its commonest; in other bytes, read as
-# if they were such text, one in 30.
+# A third to all of the non-ASCII characters in text of a language are among its commonest characters; in other bytes,
+# decoded as such text, one in 30 is.
 _LEAST_SHARE, _MOST_BROKEN = 0.2, 0.02
 
 
 class Encoding(NamedTuple):
-    """An encoding that a text is likely to be in: its name for iconv, and what is written in it."""
+    """An encoding that a text is likely to be in.
+
+    Attributes:
+        name: the name that iconv uses.
+        language: the language of the text, or how the encoding was recognized.
+    """
 
     name: str
     language: str
@@ -77,7 +82,7 @@ def is_gzip_name(path: Location) -> bool:
 
 
 def is_json_lines(path: Location) -> bool:
-    """Whether a file holds a JSON object per line, by its name; packed, too, as it will be once it is unpacked."""
+    """Whether a file holds a JSON object per line, by its name, even if the file is packed."""
     name = path.name.lower()
     for end in _UNPACKED_SUFFIXES.values():
         name = name.removesuffix(end)
@@ -85,18 +90,18 @@ def is_json_lines(path: Location) -> bool:
 
 
 def fault_of_name(path: Location) -> str | None:
-    """Returns what to do with a file whose name says that it is a table, or None."""
+    """Returns what to do with a file that has the name of a table, or None."""
     suffix = _suffix(path)
     return _as_json_lines(path, suffix, f"a {suffix} file") if suffix in (".csv", ".tsv", ".parquet") else None
 
 
 def fault_of_start(path: Location, start: bytes, is_packed: bool) -> str | None:
-    """Returns what a file is if its first bytes tell that it is not text in UTF-8, and what to do; or None.
+    """Returns what a file is and what to do, if its first bytes show that it is not text in UTF-8; or None.
 
     Args:
         path: the file.
-        start: its first START_BYTES bytes; of a file packed with gzip, of what is in it.
-        is_packed: whether it is packed with gzip.
+        start: the first START_BYTES bytes of the file, unpacked if it is packed with gzip.
+        is_packed: whether the file is packed with gzip.
     """
     for mark, name in _MARKS.items():
         if start.startswith(mark):
@@ -111,7 +116,7 @@ def fault_of_start(path: Location, start: bytes, is_packed: bool) -> str | None:
         command = f"mkdir {folder} && tar -xf {_quoted(path)} -C {folder}"
     elif re.match(rb"7z\xbc\xaf'\x1c|Rar!\x1a\x07|%PDF-\d\.\d\s*[\r\n]|\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", start):
         return f"{path}: an archive or a document of another program, by its first bytes; take the text out of it."
-    elif re.match(rb"PAR1[\0-\x08\x0e-\x1f]", start):  # A text may begin with that word, and go on in any script.
+    elif re.match(rb"PAR1[\0-\x08\x0e-\x1f]", start):  # A text may begin with this word, too.
         return _as_json_lines(path, ".parquet", "a Parquet file, by its first bytes")
     else:
         for mark, tool in _UNPACKERS.items():
@@ -122,7 +127,7 @@ def fault_of_start(path: Location, start: bytes, is_packed: bool) -> str | None:
 
 
 def fault_of_gzip_name(path: Location, start: bytes) -> str:
-    """Returns what to do with a file that is named .gz and does not begin as such a file does."""
+    """Returns what to do with a file that is named .gz, but does not begin like a gzip file."""
     try:
         is_text = b"\0" not in start and bool(codecs.getincrementaldecoder("utf-8")().decode(start))
     except UnicodeDecodeError:
@@ -134,7 +139,7 @@ def fault_of_gzip_name(path: Location, start: bytes) -> str:
 
 
 def fault_of_first_line(path: Location, line: str, is_packed: bool) -> str | None:
-    """Returns what to do with a file of JSON Lines by its name whose first line says that it is other JSON, or None."""
+    """Returns what to do with a file that is named as JSON Lines, if its first line is of other JSON; or None."""
     kind, what = ".json", "a JSON array"
     if line.strip() == "{":
         kind, what = ".json of objects", "a JSON object over several lines"
@@ -144,11 +149,11 @@ def fault_of_first_line(path: Location, line: str, is_packed: bool) -> str | Non
 
 
 def fault_of_bytes(path: Location, sample: bytes, is_cut_off: bool, is_packed: bool) -> str:
-    """Returns what to do with a file that is not UTF-8, by some of its bytes around the first fault.
+    """Returns what to do with a file that is not UTF-8, by the bytes around the first fault.
 
     Args:
         path: the file.
-        sample: bytes from before the fault, beginning with a line if possible, to after it.
+        sample: the bytes before and after the fault, beginning with a line if possible.
         is_cut_off: whether the file ends within a character.
         is_packed: whether it is packed with gzip.
     """
@@ -160,7 +165,7 @@ def fault_of_bytes(path: Location, sample: bytes, is_cut_off: bool, is_packed: b
     if is_cut_off or _is_mostly_utf8(sample):
         return _mend_lines(path, sample, is_cut_off, is_packed)
     return (
-        f"its encoding could not be told from its bytes; {_convert(path, 'ENCODING', is_packed)}\n"
+        f"its encoding could not be recognized; {_convert(path, 'ENCODING', is_packed)}\n"
         "with the encoding's name, which iconv -l lists, for ENCODING."
     )
 
@@ -188,12 +193,12 @@ def _mend_lines(path: Location, sample: bytes, is_cut_off: bool, is_packed: bool
 
 
 def encoding_of(sample: bytes) -> Encoding | None:
-    """Returns the encoding that bytes are likely to be in, if that is not UTF-8 and can be told."""
+    """Returns the encoding that bytes are likely to be in, or None if it is UTF-8 or cannot be recognized."""
     if (found := _by_nul_bytes(sample) or _likeliest(sample, _MULTIBYTE, _LEAST_SHARE)) is not None:
         return found
     if _is_mostly_utf8(sample) or b"\0" in sample:
         return None
-    # Western letters stand alone among those of ASCII; those of other scripts follow one another.
+    # Western letters beyond ASCII stand between ASCII letters; letters of other scripts follow one another.
     num_other = len(re.findall(rb"[\x80-\xff]", sample))
     if len(re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", sample)) * 2 < num_other:
         return _likeliest(sample, _SINGLE_BYTE, 2 * _LEAST_SHARE)
@@ -206,8 +211,8 @@ def _by_nul_bytes(sample: bytes) -> Encoding | None:
     """Returns the encoding of two or four bytes a character that has NUL bytes in these places, if there is one."""
     in_place = [sample[place::4].count(0) for place in range(4)]
     if sum(in_place) > 0.8 * len(sample):
-        return None  # No text has so many.
-    least = 0.9 * len(sample) / 4  # Of NUL bytes in a place where all characters have one.
+        return None  # No text has this many NUL bytes.
+    least = 0.9 * len(sample) / 4  # NUL bytes in a place where all characters have one.
     wide = {"UTF-32LE": in_place[2:], "UTF-32BE": in_place[:2]}
     for name, nuls in wide.items():
         if len(sample) >= 8 and min(nuls) >= least:
@@ -226,7 +231,7 @@ def _likeliest(sample: bytes, encodings: tuple[tuple[str, str, str], ...], least
 
 
 def _share_of_common(text: str, common: str) -> float:
-    """Returns the share of the characters beyond ASCII that are common ones; 0 if the text is broken."""
+    """Returns the share of common characters among the characters beyond ASCII; 0 if the text is broken."""
     other = re.sub("[\0-\x7f]", "", text)
     # The sample may begin and end within a character.
     if not other or other.count("\ufffd") - 2 > _MOST_BROKEN * len(other):
@@ -237,7 +242,7 @@ def _share_of_common(text: str, common: str) -> float:
 def _is_mostly_utf8(sample: bytes) -> bool:
     text = sample.decode(errors="surrogateescape")
     num_right = len(re.findall("[^\0-\x7f\udc80-\udcff]", text))
-    # Text in another encoding, too, has some bytes that are a character of UTF-8: one for 20 that are not.
+    # Text in another encoding also has bytes that happen to be a character of UTF-8: one for 20 that are not.
     return num_right > 0 and 3 * num_right >= _num_broken(text)
 
 
@@ -245,15 +250,12 @@ def _num_broken(text: str) -> int:
     return len(re.findall("[\udc80-\udcff]", text))
 
 
-# Commands.
-
-
 def _suffix(path: Location) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _shown(path: Location) -> str:
-    """Returns a file's name for a command; one in a store has to be fetched first."""
+    """Returns a file's name for a command. A file in a store has to be copied here first, so it is named without it."""
     return path.name if isinstance(path, Url) else str(path)
 
 
@@ -262,7 +264,7 @@ def _quoted(path: Location, more: str = "") -> str:
 
 
 def _word(text: str) -> str:
-    """Returns a word of a shell's command; a name that is not UTF-8 as bash and zsh spell bytes."""
+    """Returns a word of a shell's command; a name that is not UTF-8 is written in the escapes of bash and zsh."""
     name = os.fsencode(text)
     try:
         return shlex.quote(name.decode())
@@ -279,7 +281,7 @@ def _convert(path: Location, encoding: str, is_packed: bool) -> str:
 
 
 def _piped(path: Location, command: str, is_packed: bool) -> str:
-    """Returns a command that replaces a file by what another makes of it, unless that fails."""
+    """Returns a command that replaces a file by the output of another command, unless that command fails."""
     name, raw, new = (_quoted(path, more) for more in ("", ".raw", ".utf8"))
     if is_packed:
         return f"gzip -dc < {name} > {raw} && {command} < {raw} > {new} && gzip -c < {new} > {name} && rm {raw} {new}"

@@ -9,8 +9,8 @@ from trainer.system.storage import Location
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the validation split, by its first LONG_CHARS characters: equal documents are in the
-    same split.
+    """Whether a document belongs to the validation split, by its first LONG_CHARS characters, so that equal documents
+    are in the same split.
     """
     digest = hashlib.blake2b(text[:LONG_CHARS].encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64

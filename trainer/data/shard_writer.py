@@ -29,7 +29,7 @@ class SplitWriter:
 
     Attributes:
         num_pieces: the number of pieces of text that were written.
-        nats: -log of the exact probabilities of the documents, which whoever writes adds, or none.
+        nats: -log of the exact probabilities of the documents, which the caller adds; may stay empty.
     """
 
     def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int):
@@ -135,7 +135,7 @@ class SplitWriter:
 
     def _append(self, stream: np.ndarray, starts: np.ndarray) -> None:
         offsets = self._tokens.length + starts
-        lengths = np.diff(offsets, prepend=self._last_start) - 1  # Of the documents that end at the offsets.
+        lengths = np.diff(offsets, prepend=self._last_start) - 1  # The documents that end at the offsets.
         self._max_tokens = max(self._max_tokens, int(lengths.max(initial=0)))
         self._last_start = int(offsets[-1]) if len(offsets) else self._last_start
         self._tokens.write(stream)
