@@ -346,7 +346,7 @@ def test_assign_gives_variables_their_values():
     [
         (
             {},
-            "here does not hold this model: it lacks ['a'] and has nothing in addition. Use the config, or the build_model",
+            "here does not hold this model: it lacks ['a'] and has nothing in addition. Use the config, or the",
         ),
         (
             {"a": np.zeros(2), "b": np.zeros(2)},

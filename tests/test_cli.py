@@ -226,7 +226,7 @@ def test_a_number_that_no_option_takes_is_refused(number: str, capsys: pytest.Ca
         ["verify", MINIGPT, "--replicas", f"1,{number}"], capsys
     )
     assert "is not one that trainer knows" in refusal(["plan", MINIGPT, "--target", f"gpu:H100x{number}"], capsys)
-    assert "there is no such v5e" in refusal(["plan", MINIGPT, "--target", f"tpu:v5e-{number}"], capsys)
+    assert "v5e does not come with this number" in refusal(["plan", MINIGPT, "--target", f"tpu:v5e-{number}"], capsys)
 
 
 def test_a_number_of_replicas_is_not_compared_with_itself(capsys: pytest.CaptureFixture[str]):

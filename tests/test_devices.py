@@ -54,7 +54,9 @@ def test_a_target_that_is_not_known_is_said_with_those_that_are(text: str):
 
 @pytest.mark.parametrize("text", ["tpu:v5e-3", "tpu:v5e-512", "tpu:v4-4", "tpu:v5e", "tpu:v5e-"])
 def test_a_tpu_of_a_number_that_there_is_not_is_said(text: str):
-    with pytest.raises(UserError, match=rf"--target {text}: there is no such v\d\w*; its numbers are [18], "):
+    with pytest.raises(
+        UserError, match=rf"--target {text}: v\d\w* does not come with this number; its numbers are [18], "
+    ):
         parse_target(text)
 
 

@@ -238,7 +238,7 @@ def _add_plan(verbs: Any) -> None:
 
 
 _CONFIG_HELP = "a TOML file, or the name of a shipped config, such as quickstart"
-_OVERRIDES_HELP = "settings that replace those of the config, such as train.total_steps=200"
+_OVERRIDES_HELP = "settings that override the config, such as train.total_steps=200"
 _RUN_HELP = "the folder of a run, or of one of its checkpoints"
 
 

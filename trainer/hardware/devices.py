@@ -1,4 +1,4 @@
-"""What devices can do, by their vendors' data sheets, and the targets that name devices and how many, as tpu:v5e-8."""
+"""The data sheets of devices, and targets such as tpu:v5e-8, which name devices and their number."""
 
 import dataclasses
 import math
@@ -13,19 +13,19 @@ from trainer.hardware.processor import Processor, processor
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What one replica runs on: a GPU, a core of a TPU or both cores of its chip as one, or the CPU.
+    """The device of one replica: a GPU, a core of a TPU (or both cores of its chip as one), or the CPU.
 
     Attributes:
-        name: as it is written in a target.
-        flops: peak operations per second of dense matrix products by the dtype they are computed in, a multiplication
-            and an addition being two; without what it has no circuits for. None are known of a CPU.
-        memory_bytes: of its own.
-        bytes_per_sec: to and from that memory; None: not known.
-        num_axes: of the grid in which a TPU's chips are wired; 0: no TPU.
-        per_chip: how many of these are a chip of a TPU.
-        num_cores: of the cores that Google's accelerator types count, how many this is.
-        known_as: what the driver calls a GPU.
-        circuits: of a GPU, what XLA asks beside the above.
+        name: the name in a target.
+        flops: peak operations per second of dense matrix products, by the dtype of the computation; a multiplication
+            and an addition are two operations. A dtype without circuits is left out, and a CPU has none.
+        memory_bytes: the device's own memory.
+        bytes_per_sec: the bandwidth of that memory; None if it is unknown.
+        num_axes: the axes of the grid that wires a TPU's chips; 0 if the device is not a TPU.
+        per_chip: the number of these devices on a chip of a TPU.
+        num_cores: the number of cores in this device, as Google's accelerator types count cores.
+        known_as: the names that the driver gives a GPU.
+        circuits: further facts about a GPU that XLA needs.
     """
 
     name: str
@@ -49,15 +49,15 @@ def _tpu(
     num_cores: int = 1,
 ) -> Device:
     peak = teraflops * 1e12 / per_chip
-    # A product of float32 matrices is made of their bfloat16 roundings, unless one asks for more.
+    # TPUs multiply float32 matrices as bfloat16 roundings, unless a program requests more precision.
     flops = {"bfloat16": peak, "float32": peak}
     share = 1e9 / per_chip
     return Device(name, flops, gigabytes * share, gb_per_sec * share, num_axes, per_chip, num_cores)
 
 
-# Of a chip: bfloat16 teraflops, gigabytes, gigabytes a second.
-# Source: cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e; of v2 Jouppi et al. 2021 ("Ten Lessons"), table 1. Which have
-# their cores apart is as their compiler, libtpu, has it.
+# The numbers of a chip: bfloat16 teraflops, gigabytes, gigabytes per second.
+# Source: cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e; for v2 Jouppi et al. 2021 ("Ten Lessons"), table 1. Their
+# compiler, libtpu, decides which chips have their cores apart.
 TPUS = {
     tpu.name: tpu
     for tpu in (
@@ -70,7 +70,7 @@ TPUS = {
     )
 }
 
-# Where a pod ends, of powers of two.
+# The most chips in a pod, as a power of two.
 _MOST_CHIPS = {"v2": 256, "v3": 1024, "v4": 4096, "v5e": 256, "v5p": 4096, "v6e": 256}
 
 _VOLTA = {"cc": 7.0, "fpus_per_core": 64, "shared": 98304, "optin": 98304, "threads_per_core": 2048}
@@ -101,21 +101,21 @@ def _tensor_cores(half: float, float32: float) -> Mapping[str, float]:
     return {"bfloat16": half, "float16": half, "float32": float32}
 
 
-def _half_alone(half: float, float32: float) -> Mapping[str, float]:
+def _half_only(half: float, float32: float) -> Mapping[str, float]:
     return {"float16": half, "float32": float32}
 
 
 _MB = 1 << 20
-# Teraflops without sparsity and with sums in float32, and float32 as TF32 where there is such, which TensorFlow takes;
-# gigabytes, gigabytes a second, cores, gigahertz at boost, bytes of the second-level cache.
-# Source: NVIDIA's data sheets; of the RTX the whitepapers of Ampere GA102 and Ada, appendix A; of what a core holds the
-# CUDA programming guide's table of compute capabilities.
+# Teraflops without sparsity and with sums in float32 (float32 is TF32 if the GPU has it, as TensorFlow uses it);
+# gigabytes, gigabytes per second, cores, gigahertz at boost, bytes of the second-level cache.
+# Source: NVIDIA's data sheets; for the RTX the whitepapers of Ampere GA102 and Ada, appendix A; for the facts of a core
+# the table of compute capabilities in the CUDA programming guide.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("V100-16GB", ("Tesla V100-SXM2-16GB",), _half_alone(125, 15.7), 16, 900, _VOLTA, 80, 1.53, 6 * _MB),
-        _gpu("V100-32GB", ("Tesla V100-SXM2-32GB",), _half_alone(125, 15.7), 32, 900, _VOLTA, 80, 1.53, 6 * _MB),
-        _gpu("T4", ("Tesla T4",), _half_alone(65, 8.1), 16, 320, _TURING, 40, 1.59, 4 * _MB),
+        _gpu("V100-16GB", ("Tesla V100-SXM2-16GB",), _half_only(125, 15.7), 16, 900, _VOLTA, 80, 1.53, 6 * _MB),
+        _gpu("V100-32GB", ("Tesla V100-SXM2-32GB",), _half_only(125, 15.7), 32, 900, _VOLTA, 80, 1.53, 6 * _MB),
+        _gpu("T4", ("Tesla T4",), _half_only(65, 8.1), 16, 320, _TURING, 40, 1.59, 4 * _MB),
         _gpu(
             "A100-40GB",
             ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "A100-SXM4-40GB", "A100-PCIE-40GB"),
@@ -137,7 +137,12 @@ GPUS = {
 
 
 class Target(NamedTuple):
-    """Devices to train on, all alike: one replica on each."""
+    """Devices to train on, all of one kind, with one replica on each.
+
+    Attributes:
+        device: the kind of device.
+        num_devices: their number.
+    """
 
     device: Device
     num_devices: int
@@ -155,23 +160,23 @@ class Target(NamedTuple):
         return processor("TPU" if self.device.num_axes else "GPU")
 
     def topology(self) -> str:
-        """Returns how a TPU's chips are arranged, as its compiler wants to know it: v5e:2x4."""
+        """Returns the arrangement of a TPU's chips, in the form that its compiler needs: v5e:2x4."""
         chips, axes = self.num_devices // self.device.per_chip, self.device.num_axes
         doublings = chips.bit_length() - 1
         sizes = sorted(2 ** ((doublings + i) // axes) for i in range(axes))
         if axes == 3 and chips == 4:
-            sizes = [2, 2, 1]  # A host's chips are never in a row.
+            sizes = [2, 2, 1]  # The four chips of a host are never in one row.
         return f"{self.device.name}:{'x'.join(map(str, sizes))}"
 
 
 def parse_target(text: str) -> Target:
-    """Returns the devices of a target: cpu, tpu:v5e-8 or gpu:H100x8, in capitals or not.
+    """Returns the devices of a target such as cpu, tpu:v5e-8 or gpu:H100x8; capitals do not matter.
 
-    After a TPU's name the number is that of Google's accelerator types: of cores for v2, v3, v4 and v5p, of chips for
-    v5e and v6e, which have one each.
+    The number after a TPU's name is that of Google's accelerator types. It counts cores for v2, v3, v4 and v5p, and
+    chips for v5e and v6e, whose chips have one core.
 
     Raises:
-        UserError: there is no such device, or not that many.
+        UserError: trainer does not know the device, or the TPU does not come with this number.
     """
     kind, _, name = text.lower().partition(":")
     if kind == "cpu" and not name:
@@ -182,14 +187,14 @@ def parse_target(text: str) -> Target:
         known = {gpu.name.lower(): gpu for gpu in GPUS.values()}
         if name in known:
             return Target(known[name], 1)
-        name, _, number = name.rpartition("x")  # The last: RTX has one too.
+        name, _, number = name.rpartition("x")  # The last x, because RTX has one too.
         if name in known and (count := whole_number(number)):
             return Target(known[name], count)
     raise UserError(f"--target {text} is not one that trainer knows; {known_targets()}")
 
 
 def known_targets() -> str:
-    """Returns what a target can be, for a message."""
+    """Returns the known targets, for a message."""
     return (
         f"write gpu:NAMExCOUNT, where NAME is {', '.join(GPUS)}, as in gpu:H100x8; tpu:NAME-COUNT, where NAME is "
         f"{', '.join(TPUS)}, as in tpu:v5e-8; or cpu."
@@ -197,19 +202,20 @@ def known_targets() -> str:
 
 
 def cpu(num_devices: int = 1) -> Target:
-    """Returns this machine's CPU, split into so many replicas, with its memory as theirs."""
+    """Returns this machine's CPU, split into this many replicas that share its memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Target(Device("cpu", {}, memory / num_devices), num_devices)
 
 
 def find_gpu(device_name: str) -> Device | None:
-    """Returns the GPU that a driver calls so, or None where it is not in the table."""
+    """Returns the GPU with this name of the driver; None if it is not in the table."""
     return next((gpu for gpu in GPUS.values() if device_name in gpu.known_as), None)
 
 
 def compiler_settings(target: Target) -> dict[str, Any]:
-    """Returns what XLA's compiler needs to know of the devices: of a TPU its topology, of GPUs their facts as the text
-    of a GpuTargetConfigProto, which has a count of 1.
+    """Returns what XLA's compiler needs to know about the devices.
+
+    For a TPU that is its topology; for GPUs the facts of one, as the text of a GpuTargetConfigProto.
     """
     if target.device.num_axes:
         return {"topology": target.topology()}
@@ -222,13 +228,13 @@ def _parse_tpu(text: str, name: str) -> Target:
         raise UserError(f"--target {text} is not one that trainer knows; {known_targets()}")
     tpu = TPUS[name]
     per_chip = tpu.per_chip * tpu.num_cores
-    # Of chips with two cores there is no type with less than a host's four.
+    # Chips with two cores come in fours at least: the chips of one host.
     chips = [4] if per_chip > 1 else [1, 4]
     chips += [2**i for i in range(3, _MOST_CHIPS[name].bit_length())]
     count = whole_number(number)
     if count is None or count not in [each * per_chip for each in chips]:
         numbers = ", ".join(str(each * per_chip) for each in chips)
-        raise UserError(f"--target {text}: there is no such {name}; its numbers are {numbers}.")
+        raise UserError(f"--target {text}: {name} does not come with this number; its numbers are {numbers}.")
     return Target(tpu, count // tpu.num_cores)
 
 
