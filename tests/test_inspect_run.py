@@ -119,7 +119,7 @@ def test_what_the_manifest_counts_is_shown_and_all_is_verified(pristine, capsys)
         pristine.fingerprint,
         pristine.tokenizer_fingerprint,
         pristine.source_fingerprint,
-        f"char, {pristine.vocabulary_size} tokens, kept as uint16",
+        f"char, {pristine.vocabulary_size} tokens, stored as uint16",
         f" {split.num_documents:,} ",
         f" {split.num_tokens:,} ",
         f" {split.num_bytes:,} ",

@@ -147,9 +147,9 @@ def _add_train(verbs: Any) -> None:
     parser = verbs.add_parser(
         "train",
         help="train a model, or resume a run",
-        epilog="SIGINT (Ctrl-C), SIGTERM and SIGHUP stop it at any time. It saves the steps it has taken and\n"
-        f"exits with status {ExitStatus.STOPPED:d}. Go on with --resume RUN, or with\n"
-        "the same command and --or-resume.",
+        epilog="SIGINT (Ctrl-C), SIGTERM and SIGHUP stop it at any time. It saves the steps that it has\n"
+        f"taken and exits with status {ExitStatus.STOPPED:d}. Go on with --resume RUN, or with the same command and\n"
+        "--or-resume.",
     )
     parser.add_argument("config", nargs="?", help=_CONFIG_HELP)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=_OVERRIDES_HELP)
@@ -201,7 +201,11 @@ def _add_generate(verbs: Any) -> None:
     parser.add_argument("--sampler", default="top-p", help="greedy, beam, top-k or top-p (default: %(default)s)")
     run_s = "(default: the run's own, samples.{})"
     parser.add_argument("--k", type=int, help=f"the number of tokens that top-k draws from {run_s.format('top_k')}")
-    parser.add_argument("--p", type=float, help=f"the probability that top-p draws from {run_s.format('top_p')}")
+    parser.add_argument(
+        "--p",
+        type=float,
+        help=f"top-p draws from the fewest tokens that together have this probability {run_s.format('top_p')}",
+    )
     parser.add_argument("--num-beams", type=int, help=f"the number of beams {run_s.format('num_beams')}")
     parser.add_argument(
         "--temperature", type=float, help=f"divides the logits of top-k and top-p {run_s.format('temperature')}"

@@ -123,7 +123,7 @@ def _facts(prepared: PreparedData, stored: Location) -> rich.table.Table:
     table.add_row("data", _visible(str(stored)))
     table.add_row("fingerprint", prepared.fingerprint)
     table.add_row(
-        "tokenizer", f"{prepared.tokenizer_kind}, {prepared.vocabulary_size:,} tokens, kept as {prepared.dtype}"
+        "tokenizer", f"{prepared.tokenizer_kind}, {prepared.vocabulary_size:,} tokens, stored as {prepared.dtype}"
     )
     table.add_row("", prepared.tokenizer_fingerprint)
     table.add_row("source", prepared.source_fingerprint)
@@ -169,7 +169,7 @@ def _print_lengths(
 ) -> None:
     lengths = lengths_of(split, folder)
     most = max(number for _, _, number in lengths.bins())
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=f"documents of {name} by tokens", title_justify="left")
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=f"lengths of the documents of {name}", title_justify="left")
     for column in ("tokens", "documents", "share"):
         table.add_column(column, justify="right")
     table.add_column()
