@@ -11,6 +11,7 @@ import time
 import pytest
 
 from trainer.distributed import rendezvous as meeting
+from trainer.distributed.lines import listen
 from trainer.distributed.rendezvous import Meeting, meeting_secs
 from trainer.distributed.workers import Workers, split_address
 from trainer.errors import UserError
@@ -146,7 +147,7 @@ def test_a_first_worker_that_never_comes_is_an_error_on_the_others(free_addresse
     assert f"worker 0 ({workers[0]}) could not be reached within 1 s" in str(error)
 
 
-def test_a_worker_does_not_take_itself_for_the_first(free_addresses, monkeypatch):
+def test_a_worker_does_not_take_itself_for_the_chief(free_addresses, monkeypatch):
     workers = free_addresses(2)
     connect_for_real, attempts = socket.create_connection, []
 
@@ -276,12 +277,12 @@ def test_a_number_that_no_worker_has_is_refused_though_it_knows_the_secret(numbe
 
 def test_a_worker_listens_at_its_own_address_alone(free_addresses):
     (address,) = free_addresses(1)
-    (listener,) = meeting._listeners(address)
+    (listener,) = listen(address)
     with listener, pytest.raises(OSError):
         socket.create_connection(("127.0.0.2", split_address(address)[1]), timeout=5)
     # A name that stands for nothing here, and an address (of documentation) that this host does not have.
     for elsewhere in ("no-such-host.invalid", "192.0.2.111"):
-        (listener,) = meeting._listeners(f"{elsewhere}:{split_address(address)[1]}")
+        (listener,) = listen(f"{elsewhere}:{split_address(address)[1]}")
         with listener:
             connect([address]).close()
 

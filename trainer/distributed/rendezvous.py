@@ -10,26 +10,21 @@ from a connection, for a few seconds, and parses nothing. The messages after tha
 TensorFlow's own connections are not either: both need a network that only trusted machines can use.
 """
 
-import collections
 import contextlib
-import errno
 import hashlib
 import hmac
-import ipaddress
 import json
 import os
 import re
-import secrets
-import selectors
 import socket
-import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from trainer.distributed.lines import SILENCE_SECS, Line, close_all, close_when_read, listen, ready_of
 from trainer.distributed.workers import Workers, split_address
 from trainer.errors import UserError
 
@@ -42,10 +37,7 @@ _RETRY_SECS = 0.2
 _GREETING_SECS = 5.0
 _SIGN_OF_LIFE_SECS = 5.0
 _SIGN_OF_LIFE = b"{}"
-_PARTING_SECS = 2.0
-SILENCE_SECS = 60.0
 
-_MAX_GREETING_BYTES = 256
 # A config may list many thousands of files.
 _MAX_MESSAGE_BYTES = 256 << 20
 # The most connections that have not proven anything yet; if there are more, the oldest are closed.
@@ -96,7 +88,7 @@ class Meeting:
         key = json.dumps([os.environ.get(SECRET_VARIABLE, ""), *workers.addresses])
         self._key = hashlib.sha256(key.encode()).digest()
         # On the chief: the connections to all other workers. On the others: the connection to the chief.
-        self._lines: dict[int, _Line] = {}
+        self._lines: dict[int, Line] = {}
         self._is_over = threading.Event()
 
     def __enter__(self) -> Self:
@@ -125,7 +117,7 @@ class Meeting:
             else:
                 self._tell({"error": said})
         self._is_over.set()
-        _part(self._lines.values())
+        close_when_read(self._lines.values())
 
     def agree(self, facts: Facts) -> None:
         """Returns once all workers have called this with the same facts.
@@ -161,9 +153,9 @@ class Meeting:
         deadline = time.monotonic() + self._timeout_secs
         num_refused = 0
         with contextlib.ExitStack() as stack:
-            listeners = [stack.enter_context(each) for each in _listeners(self._workers.addresses[0])]
-            strangers: dict[_Line, float] = {}  # With the time until which each has to prove itself.
-            stack.callback(lambda: _close_all(strangers))
+            listeners = [stack.enter_context(each) for each in listen(self._workers.addresses[0])]
+            strangers: dict[Line, float] = {}  # With the time until which each has to prove itself.
+            stack.callback(lambda: close_all(strangers))
             while len(self._lines) < len(self._workers.addresses) - 1:
                 now = time.monotonic()
                 if now >= deadline:
@@ -172,7 +164,7 @@ class Meeting:
                 for line in [*late, *list(strangers)[: max(0, len(strangers) - _MAX_STRANGERS)]]:
                     strangers.pop(line, None)
                     line.close()
-                for each in _ready([*listeners, *strangers, *self._lines.values()], min(0.1, deadline - now)):
+                for each in ready_of([*listeners, *strangers, *self._lines.values()], min(0.1, deadline - now)):
                     if isinstance(each, socket.socket):
                         if (line_in := _accepted(each)) is not None:
                             strangers[line_in] = now + _GREETING_SECS
@@ -185,7 +177,7 @@ class Meeting:
                         self._forget_if_gone(each)
         return None
 
-    def _greeted(self, line: "_Line") -> bool | None:
+    def _greeted(self, line: Line) -> bool | None:
         """Returns whether the other end has proven to be a worker, and lets it in; None: not known yet."""
         try:
             line.read()
@@ -210,7 +202,7 @@ class Meeting:
         line.close()
         return False
 
-    def _forget_if_gone(self, line: "_Line") -> None:
+    def _forget_if_gone(self, line: Line) -> None:
         """Frees the place of a worker whose process has ended, for another process with the same number."""
         try:
             line.read()
@@ -272,7 +264,7 @@ class Meeting:
             secs_left = max(0.01, deadline - time.monotonic())
             try:
                 connection = socket.create_connection((host, port), timeout=secs_left)
-                refusal = self._refusal(_Line(connection), min(_GREETING_SECS, secs_left))
+                refusal = self._refusal(Line(connection), min(_GREETING_SECS, secs_left))
                 if refusal is None:
                     return
                 fault = refusal
@@ -286,7 +278,7 @@ class Meeting:
                 )
             time.sleep(_RETRY_SECS)
 
-    def _refusal(self, line: "_Line", timeout_secs: float) -> str | None:
+    def _refusal(self, line: Line, timeout_secs: float) -> str | None:
         """Greets the chief; returns why the chief does not let this worker in, or None if it does."""
         deadline, number = time.monotonic() + timeout_secs, self._workers.number
         reason = "is not a worker of this run"
@@ -350,7 +342,7 @@ class Meeting:
         """
         wait_secs = 0.0  # First read what has come while this worker was busy.
         while True:
-            ready = _ready(self._lines.values(), wait_secs)
+            ready = ready_of(self._lines.values(), wait_secs)
             for number, line in self._lines.items():
                 try:
                     if line in ready and not line.texts:
@@ -381,156 +373,9 @@ def _parsed(text: bytes, number: int) -> dict[str, Any]:
     return message
 
 
-class _Line:
-    """A connection that carries lines of text.
-
-    Attributes:
-        challenge: a random text, which the other end has to hash together with the secret.
-        texts: the lines that have come and were not used yet.
-        heard_at: the time of the last bytes that came, by time.monotonic().
-        max_bytes: the longest line that the other end may send.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection, self._rest, self._sending = connection, bytearray(), threading.Lock()
-        connection.settimeout(SILENCE_SECS)
-        self.challenge = secrets.token_hex(16)
-        self.texts: collections.deque[bytes] = collections.deque()
-        self.heard_at = time.monotonic()
-        self.max_bytes = _MAX_GREETING_BYTES
-
-    def fileno(self) -> int:
-        return self._connection.fileno()
-
-    def close(self) -> None:
-        self._connection.close()
-
-    def meets_itself(self) -> bool:
-        """Returns whether this connection is connected to itself. That can happen if no process listens yet, and the
-        system gives the same port to the outgoing connection.
-        """
-        if self._connection.getsockname() != self._connection.getpeername():
-            return False
-        # Close it without lingering: otherwise the chief could not listen at the port.
-        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        return True
-
-    def send_no_more(self) -> None:
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_WR)
-
-    def send_line(self, text: bytes) -> None:
-        with self._sending:
-            self._connection.sendall(text + b"\n")
-
-    def read(self) -> None:
-        """Reads what has come. Call it once there is something to read.
-
-        Raises:
-            OSError: the other end has closed the connection.
-            ValueError: the other end sent a line that is too long.
-        """
-        came = self._connection.recv(1 << 20)
-        if not came:
-            raise ConnectionError("the connection was closed")
-        self.heard_at = time.monotonic()
-        *whole, rest = came.split(b"\n")
-        for text in whole:
-            self.texts.append(bytes(self._rest) + text)
-            self._rest.clear()
-        self._rest += rest
-        if max(len(self._rest), *map(len, self.texts), 0) > self.max_bytes:
-            raise ValueError("the line is too long")
-
-    def next_text(self, deadline: float) -> bytes:
-        """Returns the next line.
-
-        Raises:
-            OSError: the line does not come in time, or the connection was closed.
-            ValueError: the line is too long.
-        """
-        while not self.texts:
-            if not _ready([self], max(0.0, deadline - time.monotonic())):
-                raise TimeoutError("it does not answer")
-            self.read()
-        return self.texts.popleft()
-
-
-def _close_all(lines: Iterable["_Line"]) -> None:
-    for line in lines:
-        line.close()
-
-
-def _part(lines: Iterable["_Line"]) -> None:
-    """Closes connections once the other ends have closed theirs, or after _PARTING_SECS. If bytes arrive at a
-    connection that is already closed, it is reset, and the last message to the other end can be lost.
-    """
-    left, deadline = list(lines), time.monotonic() + _PARTING_SECS
-    for line in left:
-        line.send_no_more()
-    while left and (secs_left := deadline - time.monotonic()) > 0:
-        for line in _ready(left, secs_left):
-            try:
-                line.read()
-            except (OSError, ValueError):
-                left.remove(line)
-    _close_all(lines)
-
-
-def _ready(files: Iterable[Any], timeout_secs: float) -> list[Any]:
-    """Returns the files that have something to read or accept, once there is one or the time is over."""
-    with selectors.DefaultSelector() as selector:
-        for file in files:
-            selector.register(file, selectors.EVENT_READ, file)
-        return [key.data for key, _ in selector.select(timeout_secs)]
-
-
-def _listeners(address: str) -> list[socket.socket]:
-    """Listens at an address of TF_CONFIG: only there if this host has the address, otherwise at all of its addresses.
-
-    Raises:
-        UserError: another process listens there.
-    """
-    host, port = split_address(address)
-    found = []
+def _accepted(listener: socket.socket) -> Line | None:
     try:
-        for family, own in _own_addresses(host):
-            try:
-                found.append(socket.create_server((own, port), family=family))
-            except OSError as error:
-                if error.errno != errno.EADDRNOTAVAIL:
-                    raise
-        if not found:
-            # The other workers reach this host at an address that it does not have itself, as in a container.
-            is_dual = socket.has_dualstack_ipv6()
-            family = socket.AF_INET6 if is_dual else socket.AF_INET
-            found.append(socket.create_server(("", port), family=family, dualstack_ipv6=is_dual))
-    except OSError as error:
-        for each in found:
-            each.close()
-        raise UserError(f"TF_CONFIG: this worker cannot listen at its address {address}: {error}.") from None
-    for each in found:
-        each.setblocking(False)
-    return found
-
-
-def _own_addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
-    """Returns the addresses of a name; none if other hosts would find other addresses."""
-    try:
-        infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return []
-    found = list(dict.fromkeys((socket.AddressFamily(family), str(address[0])) for family, *_, address in infos))
-    is_name = host not in [address for _, address in found] and host != "localhost"
-    # On many systems the host's own name has a loopback address, which it does not have for other hosts.
-    if is_name and any(ipaddress.ip_address(address).is_loopback for _, address in found):
-        return []
-    return found
-
-
-def _accepted(listener: socket.socket) -> _Line | None:
-    try:
-        line = _Line(listener.accept()[0])
+        line = Line(listener.accept()[0])
         line.send_line(f"trainer-meeting {line.challenge}".encode())
     except OSError:  # It is closed again, or this process has as many files open as it may have.
         return None
