@@ -50,7 +50,6 @@ class Request(NamedTuple):
     Attributes:
         config: the run's configuration.
         run: the run to go on with; None: a new one.
-        open_run: opens the run's folder, once it is there.
         build_model: builds the model; None: the GPT that config describes.
         may_prepare: whether the text is prepared if its prepared data is missing.
         step: the checkpoint to go on from: a step, or "best"; None: the newest.
@@ -58,7 +57,6 @@ class Request(NamedTuple):
 
     config: Config
     run: RunFolder | None
-    open_run: Callable[[], RunFolder]
     build_model: BuildModel | None
     may_prepare: bool
     step: Step | None = None
@@ -80,12 +78,10 @@ def start(
     """
     say = print_line if say is print else say
     workers = find_workers(config.distribution)
-    find_run(config, or_resume)  # Before the lock: if the run is refused, not even a lock file was there for a moment.
+    find_run(config, or_resume)  # Before the lock: a run that is refused leaves nothing behind, not even a lock file.
     with _locked_by_chief(locate(config.run_folder), workers, say):
-        # Again: before the lock, another process could change the folder.
-        run = find_run(config, or_resume)
-        request = Request(config, run, lambda: RunFolder.of(config), build_model, may_prepare=True)
-        return _launch(request, workers, say)
+        run = find_run(config, or_resume)  # Again: until the lock, another process could change the folder.
+        return _launch(Request(config, run, build_model, may_prepare=True), workers, say)
 
 
 def resume(
@@ -109,13 +105,11 @@ def resume(
     """
     say = print_line if say is print else say
     run_folder, step = run_and_step(run_folder, step)
-    run = RunFolder(run_folder, overrides)  # Before the lock: only the chief locks, and the config names the workers.
+    run = RunFolder(run_folder, overrides)  # Before the lock: only the chief locks, and the config shows if this is it.
     workers = find_workers(run.config.distribution)
     with _locked_by_chief(run.path, workers, say):
-        # Again: before the lock, another process could change the folder.
-        run = RunFolder(run_folder, overrides)
-        request = Request(run.config, run, lambda: RunFolder(run_folder, overrides), build_model, False, step)
-        return _launch(request, workers, say)
+        run = RunFolder(run_folder, overrides)  # Again: until the lock, another process could change the folder.
+        return _launch(Request(run.config, run, build_model, may_prepare=False, step=step), workers, say)
 
 
 def _locked_by_chief(folder: Location, workers: Workers, say: Say) -> contextlib.AbstractContextManager[None]:
@@ -151,13 +145,17 @@ def _launch_several(request: Request, workers: Workers, say: Say) -> TrainingRes
     prepare_elsewhere = functools.partial(call_in_new_process, prepare)
 
     def make_or_open() -> RunFolder:
-        if workers.is_chief and request.run is None:
-            RunFolder.create(config, prepared, request.build_model)
-        return request.open_run()  # All workers, in the state that the chief's lock keeps.
+        if request.run is not None:
+            return request.run
+        if not workers.is_chief:
+            return RunFolder.of(config)
+        run = RunFolder.create(config, prepared, request.build_model)
+        run.is_new = False  # If a worker is lost, the run is not undone: the message advises to resume it.
+        return run
 
     with Meeting(workers) as meeting:
         meeting.agree(fingerprints(config, request.build_model))
-        # The chief prepares, and the others find the data: a shared folder needs no locks.
+        # First the chief, which prepares the data; then the others, which find it. So a shared folder needs no locks.
         prepared = meeting.in_turn(lambda: _prepared(request, prepare_elsewhere, say))
         meeting.agree({"the prepared data": prepared.fingerprint})
         if workers.is_chief and request.run is not None and request.may_prepare:
@@ -228,7 +226,7 @@ def contents(run: RunFolder, step: Step | None) -> dict[str, str]:
     checkpoints = open_checkpoints(run, _be_silent)  # `train` looks again, and prints which checkpoints it skips.
     checkpoint = find_checkpoint(run, checkpoints, step)
     return {
-        f"the data of {run.path}": run.facts["data_fingerprint"],
+        f"the record of {run.path}": json.dumps(run.facts, sort_keys=True),
         f"the checkpoint to go on from in {run.path}": "none" if checkpoint is None else checkpoint.manifest["sha256"],
         f"the validation losses so far in {run.path}": str(sorted(checkpoints.scores.items())),
     }
