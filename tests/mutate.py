@@ -510,7 +510,7 @@ def config(lab: Lab, rng: random.Random) -> bool:
 def overrides(lab: Lab, rng: random.Random) -> bool:
     """Settings on the command line."""
     from trainer.config import Config
-    from trainer.config_file import setting_names
+    from trainer.config_refusals import setting_names
 
     _start()
     names = [*setting_names(), *Config.model_fields, "model.num_layer", "train", "tokenizer.path"]

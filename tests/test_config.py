@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-import trainer.config_file
-from trainer.config import Config, Section
-from trainer.config_file import json_schema, load_config, make_config, setting_names
+from trainer.config import Config, Section, TokenizerConfig
+from trainer.config_file import json_schema, load_config, make_config
+from trainer.config_refusals import sections_of, setting_names
 from trainer.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -759,8 +759,7 @@ def _is_section(kind: type, section: str) -> bool:
     return (
         kind is Config
         if not section
-        else section in kind.__name__.lower()
-        or (section == "tokenizer" and kind in trainer.config_file._sections(trainer.config_file.TokenizerConfig))
+        else section in kind.__name__.lower() or (section == "tokenizer" and kind in sections_of(TokenizerConfig))
     )
 
 

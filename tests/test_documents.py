@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import Config
-from trainer.config_file import setting_names
+from trainer.config_refusals import setting_names
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trainer"

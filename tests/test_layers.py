@@ -17,6 +17,8 @@ ROOMS = (
     "trainer.errors",
     "trainer.exit_status",
     "trainer.config",
+    "trainer.config_refusals",
+    "trainer.config_overrides",
     "trainer.config_file",
     "trainer.system",
     "trainer.hardware",

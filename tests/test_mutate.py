@@ -12,7 +12,7 @@ from typing import Any
 import mutate  # type: ignore[import-not-found]  # pytest has this folder on its path
 import pytest
 
-import trainer.config_file
+import trainer.verbs
 from trainer.errors import UserError
 
 SAMPLE_SECS = 20
@@ -76,7 +76,7 @@ def test_what_trainer_should_not_do_is_a_fault(
         lab.trainer("plan", "config.toml", statuses=(0, 2))
         return True
 
-    monkeypatch.setattr(trainer.config_file, "load_config", what_trainer_does)
+    monkeypatch.setattr(trainer.verbs, "load_config", what_trainer_does)
     monkeypatch.setitem(mutate.KINDS, "planted", case)
     monkeypatch.setattr(mutate, "HANG_SECS", 0.5 if fault.startswith("Hang") else 60.0)
     with capfd.disabled():

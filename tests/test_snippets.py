@@ -26,7 +26,8 @@ import trainer
 import trainer.config_file
 from trainer import cli
 from trainer.config import examples_per_replica
-from trainer.config_file import load_config, make_config, setting_names
+from trainer.config_file import load_config, make_config
+from trainer.config_refusals import setting_names
 from trainer.data.text import open_source
 from trainer.errors import UserError
 from trainer.hardware.devices import parse_target

@@ -169,7 +169,9 @@ def _print_lengths(
 ) -> None:
     lengths = lengths_of(split, folder)
     most = max(number for _, _, number in lengths.bins())
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=f"lengths of the documents of {name}", title_justify="left")
+    table = rich.table.Table(
+        box=rich.box.SIMPLE_HEAD, title=f"lengths of the documents of {name}", title_justify="left"
+    )
     for column in ("tokens", "documents", "share"):
         table.add_column(column, justify="right")
     table.add_column()
