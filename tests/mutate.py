@@ -453,6 +453,7 @@ def _plant(lab: Lab, kind: str) -> None:
 
 def _stop_preparing(config: Any) -> None:
     """Prepares a config's text up to the second batch of it, and is interrupted."""
+    from trainer.data import encoding
     from trainer.data import prepare as preparing
 
     write, num_writes = preparing.SplitWriter.write, itertools.count()
@@ -463,7 +464,8 @@ def _stop_preparing(config: Any) -> None:
         write(writer, *arguments)
 
     with (
-        mock.patch.multiple(preparing, _SAVE_SECS=0.0, _BATCH_BYTES=50),
+        mock.patch.object(preparing, "_SAVE_SECS", 0.0),
+        mock.patch.object(encoding, "_BATCH_BYTES", 50),
         mock.patch.object(preparing.SplitWriter, "write", write_or_stop),
         contextlib.suppress(KeyboardInterrupt),
     ):
