@@ -87,7 +87,7 @@ discard_unusable_environment() {
         && [[ ${wanted%.*} != "${version%.*}" ]]; then
         reason="its Python is $version, and TRAINER_PYTHON=$TRAINER_PYTHON is $wanted"
     elif [[ -n $newest ]]; then
-        reason="its versions are those of $lock"
+        reason="it has the versions of $lock"
     fi
     if [[ -z $reason && -e $venv/pyvenv.cfg ]]; then return; fi
     if [[ ! -e $venv/pyvenv.cfg && ! -e $home_stamp ]]; then

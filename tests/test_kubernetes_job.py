@@ -130,13 +130,13 @@ def test_gpus_and_the_claim_are_the_pod_s_and_nothing_is_mounted_unasked():
         ({"--name": "gpt.2"}, "--name 'gpt.2' must be a DNS label"),
         ({"--name": "2gpt"}, "--name '2gpt' must be a DNS label"),
         ({"--name": "gpt-"}, "--name 'gpt-' must be a DNS label"),
-        ({"--name": "a" * 62, "-n": 2}, "is too long: with the worker's number it may have 63 characters."),
-        ({"--image": ""}, "--image '' is no name of an image."),
+        ({"--name": "a" * 62, "-n": 2}, "is too long: with -NUMBER of the worker it may have 63 characters."),
+        ({"--image": ""}, "--image '' is not an image's name: it must be one word."),
         ({"--gpus": -1}, "--gpus -1 must be 0 or more."),
         ({"--claim": "my-claim"}, "--claim and --mount go together"),
         ({"--mount": "/runs"}, "--claim and --mount go together"),
-        ({"--claim": "My", "--mount": "/runs"}, "--claim 'My' is no name of a claim"),
-        ({"--claim": "my", "--mount": "runs"}, "--mount 'runs' must be a path from /"),
+        ({"--claim": "My", "--mount": "/runs"}, "--claim 'My' is not a claim's name"),
+        ({"--claim": "my", "--mount": "runs"}, "--mount 'runs' must be a path that begins with /"),
     ],
 )
 def test_what_kubernetes_would_refuse_is_refused(arguments, message):
@@ -150,4 +150,4 @@ def test_the_longest_name_is_taken_and_a_command_is_needed():
     assert run("-n", 2, "--name", "a" * 61, "--image", "trainer", *TRAIN).returncode == 0
     process = run("-n", 2, "--name", "gpt", "--image", "trainer")
     assert process.returncode == 2
-    assert "give the command that each worker runs" in process.stderr
+    assert "name the command that each worker runs" in process.stderr

@@ -66,8 +66,8 @@ def test_a_signal_goes_to_all_workers_and_their_status_comes_back():
 def test_what_cannot_be_run_is_said():
     command = [sys.executable, str(LAUNCH), "-n", "2"]
     for arguments, message in (
-        (["no-such-program"], "no-such-program is not a program on PATH, nor in "),
-        ([], "give the command that each worker runs"),
+        (["no-such-program"], "no-such-program is not a program on PATH or in "),
+        ([], "name the command that each worker runs"),
     ):
         process = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         assert process.returncode == 2

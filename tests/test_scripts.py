@@ -35,7 +35,7 @@ if [[ -e $CHECKOUT/uv_fails ]]; then cat "$CHECKOUT/uv_fails"; exit 1; fi
 
 
 class Checkout:
-    """A copy of the scripts in a folder of its own, on a PATH that holds a few tools and no Python."""
+    """A copy of the scripts in a new folder, and a PATH that holds a few tools and no Python."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "checkout"
@@ -65,7 +65,7 @@ class Checkout:
         path.chmod(0o755)
 
     def add_python(self, name: str, version: str, venv: bool = True) -> None:
-        """Puts a Python on PATH that knows its version and whether it has the venv module."""
+        """Puts a fake Python on PATH that prints its version, and has the venv module or not."""
         self.program(
             self.bin / name,
             f"#!{BASH}\ncase $2 in\n*version_info*) echo {version} ;;\n*ensurepip*) exit {0 if venv else 1} ;;\nesac\n",
@@ -280,7 +280,7 @@ def test_versions_of_the_lock_file_are_installed_until_it_is_updated(checkout: C
     update = "set -euo pipefail; source scripts/environment.sh; update_lock test"
     updated = checkout.run(BASH, "-c", update)
     assert updated.returncode == 0
-    assert f"Making .venv again: its versions are those of {lock}." in updated.stdout
+    assert f"Making .venv again: it has the versions of {lock}." in updated.stdout
     assert "--constraint" not in checkout.uv_calls("pip install")[1]
     # The oldest Python of the range; and the environment of this test has no packages.
     assert f"{checkout.bin}/python3.{FIRST_MINOR} " in checkout.uv_calls("venv")[1]
@@ -350,7 +350,7 @@ def test_quickstart_trains_then_resumes_and_passes_the_exit_status_on(checkout: 
     # A finished or unfinished run keeps its settings: overrides would be ignored silently.
     refused = checkout.run("scripts/quickstart", "train.total_steps=7", env={"STATUS": ""})
     assert refused.returncode == 1
-    assert "runs/quickstart is there already" in refused.stdout
+    assert "runs/quickstart exists, with its own settings" in refused.stdout
     other = checkout.run("scripts/quickstart", "train.total_steps=7", "run_folder=runs/other", env={"STATUS": ""})
     assert "trainer train configs/quickstart.toml train.total_steps=7 run_folder=runs/other\n" in other.stdout
     assert "--logdir runs/other/logs" in other.stdout
@@ -495,7 +495,7 @@ def test_a_program_that_needs_what_is_installed_finds_the_environment_by_itself(
     missing = programs.run(program, "--help")
     assert missing.returncode == 2
     name = Path(program).name
-    assert f"{name}: {programs.root}/.venv is not there yet; make it with scripts/quickstart" in missing.stdout
+    assert f"{name}: {programs.root}/.venv does not exist yet; make it with scripts/quickstart" in missing.stdout
     programs.program(programs.root / ".venv/bin/python", f'#!{BASH}\necho "venv: $*"\n')
     # Also from another folder, whose name has a blank.
     elsewhere = programs.root / "else where"

@@ -30,7 +30,7 @@ for argument in "$@"; do
 done
 if [[ $4 == scp ]]; then cp "$5" .; fi
 """
-# Notes what it was given, then goes on until SIGTERM, as a trainer does; or ends at once where it is told to.
+# Writes down its arguments, then runs until SIGTERM, as a trainer does; or ends at once if a file names a status.
 FAKE_TRAINER = f"""#!{BASH}
 printf '%s\\0' "$@" >"$HOME/trained_with"
 echo "${{TPU_LOAD_LIBRARY-unset}}" >"$HOME/tpu_load_library"
@@ -49,7 +49,7 @@ FAKE_INSTALL = f"""#!{BASH}
 echo "$TRAINER_PYTHON" >>"$HOME/installed_with"
 cp -R "$HOME/made_by_install" "$(dirname "$0")/../../.venv-tpu"
 """
-# In place of twenty seconds of tail: until the command is at work or has ended.
+# In place of twenty seconds of tail: waits until the command works or has ended.
 FAKE_TIMEOUT = f"""#!{BASH}
 pid=${{@: -2:1}} log=${{@: -1}}
 while kill -0 "${{pid#--pid=}}" 2>/dev/null && ! grep -qE '^(training|serving)' "$log"; do sleep 0.05; done
@@ -230,9 +230,9 @@ def test_each_generation_is_created_with_its_software(bench: Bench, kind: str, v
         (["log", "my-tpu", "--zone"], "--zone needs a value"),
         (["log", "my-tpu", "--zone", "--dry-run"], "--zone needs a value"),
         (["log", *WHERE, "--quiet"], "--quiet: no such option; there are --zone, --project, --type, --spot and"),
-        (["log", *WHERE, "more"], "log takes no more than the TPU's name; leave out: more"),
-        (["log", *WHERE, "--spot"], "--type and --spot go with create alone"),
-        (["train", *WHERE, CONFIG, "--type", "v4-8"], "--type and --spot go with create alone"),
+        (["log", *WHERE, "more"], "log takes only the TPU's name; leave out: more"),
+        (["log", *WHERE, "--spot"], "--type and --spot go with create only"),
+        (["train", *WHERE, CONFIG, "--type", "v4-8"], "--type and --spot go with create only"),
         (["create", *WHERE], "--type is missing; it must be v2-N, v3-N, v4-N, v5litepod-N, v5p-N or v6e-N"),
         (["create", *WHERE, "--type", "v5e-8"], "--type v5e-8 must be v2-N, v3-N, v4-N, v5litepod-N, v5p-N or v6e-N"),
         (["create", *WHERE, "--type", "v4-eight"], "--type v4-eight must be v2-N"),
@@ -264,7 +264,7 @@ def test_usage_is_the_header(bench: Bench, arguments: list[str]) -> None:
     assert result.returncode == 0
     for verb in ("create", "install", "train", "resume", "log", "stop", "delete"):
         assert f"\n  scripts/launch/tpu {verb} " in result.stdout
-    assert "Not yet run against Google Cloud" in result.stdout
+    assert "This script has not yet run against Google Cloud" in result.stdout
     assert "set -euo" not in result.stdout
 
 
@@ -284,7 +284,7 @@ def test_from_install_to_stop_on_one_host(bench: Bench) -> None:
     assert f"python install {oldest}\n" in (bench.host / "uv_calls").read_text()
     assert not (bench.host / "served").exists()
 
-    # Each as it is: spaces, quotes, lists, a glob that fits, what a shell would expand, another script.
+    # Each arrives unchanged: spaces, quotes, lists, a glob that matches, text that a shell would expand, another script.
     overrides = [
         "data.train=[\"a b.txt\", 'it''s.gz']",
         'train.precision="float32"',
@@ -301,7 +301,7 @@ def test_from_install_to_stop_on_one_host(bench: Bench) -> None:
 
     for refused in (bench.run("train", *WHERE, CONFIG), bench.run("install", *WHERE)):
         assert refused.returncode == 1
-        assert "A trainer is at work here" in refused.stderr
+        assert "A training runs here" in refused.stderr
     pid = int((bench.host / "trainer/train.pid").read_text())
     assert os.getsid(pid) == pid  # its own session: a connection that is lost takes nothing along
 

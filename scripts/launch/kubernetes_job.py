@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-r"""Prints a Kubernetes job that runs a command as several workers, one a pod; kubectl starts it.
+r"""Prints a Kubernetes job that runs a command as several workers, each in a pod; kubectl starts it.
 
     scripts/launch/kubernetes_job.py -n 4 --name gpt --image IMAGE --gpus 8 --claim CLAIM --mount /runs \
         trainer train quickstart --or-resume run_folder=/runs/gpt | kubectl apply -f -
 
-Each worker gets a TF_CONFIG of its own, and all get a secret by which they know each other. The run's folder has to be
-on a claim that all pods can write to (ReadWriteMany). A pod that fails starts its command again, which with --or-resume
-goes on with the run.
+Each worker gets its own TF_CONFIG, and all get the same secret, with which they prove that they belong together. The
+run's folder has to be on a claim that all pods can write to (ReadWriteMany). A pod that fails starts its command again;
+with --or-resume the command then goes on with the run.
 """
 
 import argparse
@@ -19,20 +19,20 @@ PORT = 2222
 SECRET = "TRAINER_MEETING_SECRET"
 INDEX = "JOB_COMPLETION_INDEX"
 
-# Pods come up minutes apart, where images are pulled and nodes added; and one that fails waits up to 5 minutes before
-# its next start, so that with less patience than that two workers can miss each other for ever.
+# Pods start minutes apart if images are pulled and nodes added. A pod that fails waits up to 5 minutes before its next
+# start; workers that wait less than that for each other may never meet.
 MEETING_SECS = 600
 
-# A worker that is lost ends the others, which start again too. So many losses are allowed; then something is wrong that
-# starting again does not mend, and the GPUs are given back.
+# A worker that is lost ends the others, and all start again. After this many losses the job fails and gives its GPUs
+# back, because starting again does not mend the cause.
 NUM_LOSSES = 20
 
-# To finish a step or an evaluation, and to write a checkpoint.
+# The time to finish a step or an evaluation, and to write a checkpoint.
 GRACE_SECS = 300
 
 
 def manifest(options: argparse.Namespace) -> dict:
-    """Returns a List of the service that gives pods their names, the secret that they share, and the job."""
+    """Returns a List of the service that gives the pods their names, the secret that they share, and the job."""
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -40,7 +40,7 @@ def manifest(options: argparse.Namespace) -> dict:
         "spec": {
             "clusterIP": "None",
             "selector": {"job-name": options.name},
-            # A worker is never ready before it has found the others.
+            # A worker finds the others before it is ready, so its address has to be published before that.
             "publishNotReadyAddresses": True,
             "ports": [{"port": PORT}],
         },
@@ -59,7 +59,7 @@ def manifest(options: argparse.Namespace) -> dict:
             "completionMode": "Indexed",
             "completions": options.n,
             "parallelism": options.n,
-            # Counts the starts of all pods.
+            # The limit counts the starts of all pods together.
             "backoffLimit": NUM_LOSSES * options.n,
             "template": {"spec": pod(options)},
         },
@@ -68,7 +68,7 @@ def manifest(options: argparse.Namespace) -> dict:
 
 
 def pod(options: argparse.Namespace) -> dict:
-    """Returns the specification of each worker's pod."""
+    """Returns the specification of a worker's pod, the same for all workers."""
     workers = [f"{options.name}-{index}.{options.name}:{PORT}" for index in range(options.n)]
     tf_config = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": f"$({INDEX})"}}
     volumes, mounts = [], []
@@ -76,23 +76,23 @@ def pod(options: argparse.Namespace) -> dict:
         volumes.append({"name": "claim", "persistentVolumeClaim": {"claimName": options.claim}})
         mounts.append({"name": "claim", "mountPath": options.mount})
     if options.gpus:
-        # NCCL exchanges data there, and a container has 64 MB of it.
+        # NCCL exchanges data in /dev/shm, and a container has only 64 MB there.
         volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
         mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
     container = {
         "name": "worker",
         "image": options.image,
-        # Kubernetes would take $(NAME) for a variable, and reads $$ as $.
+        # Kubernetes replaces $(NAME) by a variable, and reads $$ as $.
         "command": [word.replace("$", "$$") for word in options.command],
         "env": [
-            # Before what refers to it.
+            # First, because TF_CONFIG refers to it.
             {
                 "name": INDEX,
                 "valueFrom": {
                     "fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
                 },
             },
-            # A number, not a string: Kubernetes puts it in the place of $(...).
+            # Without quotes, so that Kubernetes replaces $(...) by a number and not by a string.
             {"name": "TF_CONFIG", "value": json.dumps(tf_config).replace(f'"$({INDEX})"', f"$({INDEX})")},
             {"name": SECRET, "valueFrom": {"secretKeyRef": {"name": options.name, "key": SECRET}}},
             {"name": "TRAINER_MEETING_SECS", "value": str(MEETING_SECS)},
@@ -102,7 +102,7 @@ def pod(options: argparse.Namespace) -> dict:
         "volumeMounts": mounts,
     }
     return {
-        # The same pod starts again, on its node, with its image and its name.
+        # The same pod starts again on its node, with its image and its name.
         "restartPolicy": "OnFailure",
         "terminationGracePeriodSeconds": GRACE_SECS,
         "subdomain": options.name,
@@ -115,35 +115,35 @@ def main() -> None:
     """Reads the command line and prints the manifest."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-n", type=int, required=True, help="number of workers")
-    parser.add_argument("--name", required=True, help="of the job and its service")
+    parser.add_argument("--name", required=True, help="name of the job and of its service")
     parser.add_argument("--image", required=True, help="container image that has the command")
-    parser.add_argument("--gpus", type=int, default=0, help="NVIDIA GPUs of each worker (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, default=0, help="NVIDIA GPUs for each worker (default: %(default)s)")
     parser.add_argument("--claim", help="persistent volume claim that holds the run's folder")
     parser.add_argument("--mount", help="folder under which pods see the claim")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="what each worker runs")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the command that each worker runs")
     options = parser.parse_args()
     if options.n < 1:
         parser.error(f"-n {options.n}: there must be at least 1 worker.")
     if not re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", options.name):
         parser.error(
-            f"--name {options.name!r} must be a DNS label: small letters, digits and -, from a letter to a letter or "
-            "digit."
+            f"--name {options.name!r} must be a DNS label: small letters, digits and -; it begins with a letter and "
+            "ends with a letter or digit."
         )
-    # Of its last pod, which is a DNS label too.
+    # The name of the last pod has to be a DNS label too.
     if len(f"{options.name}-{options.n - 1}") > 63:
-        parser.error(f"--name {options.name!r} is too long: with the worker's number it may have 63 characters.")
+        parser.error(f"--name {options.name!r} is too long: with -NUMBER of the worker it may have 63 characters.")
     if not options.image or re.search(r"\s", options.image):
-        parser.error(f"--image {options.image!r} is no name of an image.")
+        parser.error(f"--image {options.image!r} is not an image's name: it must be one word.")
     if options.gpus < 0:
         parser.error(f"--gpus {options.gpus} must be 0 or more.")
     if (options.claim is None) != (options.mount is None):
-        parser.error("--claim and --mount go together: what to mount, and where.")
+        parser.error("--claim and --mount go together: give both, or neither.")
     if options.claim is not None and not re.fullmatch("[a-z0-9]([-.a-z0-9]*[a-z0-9])?", options.claim):
-        parser.error(f"--claim {options.claim!r} is no name of a claim: small letters, digits, - and '.'.")
+        parser.error(f"--claim {options.claim!r} is not a claim's name: it may have small letters, digits, - and '.'.")
     if options.mount is not None and not re.fullmatch("/[^:]+", options.mount):
-        parser.error(f"--mount {options.mount!r} must be a path from /, without ':'.")
+        parser.error(f"--mount {options.mount!r} must be a path that begins with / and has no ':'.")
     if not options.command:
-        parser.error("give the command that each worker runs, such as: trainer train CONFIG --or-resume")
+        parser.error("name the command that each worker runs, such as: trainer train CONFIG --or-resume")
     json.dump(manifest(options), sys.stdout, indent=2)
     print()
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Runs a command as several workers on this machine, as several hosts would: a rehearsal, or one worker per GPU group.
+"""Runs a command as several workers on this machine: to rehearse a run on several hosts, or one per group of GPUs.
 
     scripts/launch/local.py -n 3 trainer train configs/quickstart.toml train.global_batch_size=33
 
-Each worker gets a TF_CONFIG of its own, and all get a TRAINER_MEETING_SECRET; a worker's lines are prefixed with its
-number. When one fails, all are stopped, and this prints how each ended and exits as the first one that failed. SIGINT,
-SIGTERM and SIGHUP go to all.
+Each worker gets its own TF_CONFIG, and all get the same TRAINER_MEETING_SECRET. A worker's lines are prefixed with its
+number. When a worker fails, the others are stopped; then this program prints how each worker ended, and exits with the
+status of the first that failed. It passes SIGINT, SIGTERM and SIGHUP on to all workers.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-# Where scripts/quickstart and scripts/test install.
+# scripts/quickstart and scripts/test install here.
 VENV_PROGRAMS = Path(__file__).resolve().parents[2] / ".venv" / "bin"
 
 GRACE_SECS = 30.0
@@ -29,7 +29,7 @@ TOGETHER_SECS = 5.0
 
 
 def free_ports(count: int) -> list[int]:
-    """Returns ports that nobody listens on just now."""
+    """Returns ports that no process listens on at the moment."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
@@ -38,7 +38,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class Worker:
-    """A process, and the thread that passes on what it says."""
+    """A worker's process, and the thread that prints its lines."""
 
     def __init__(self, command: list[str], index: int, workers: list[str]) -> None:
         self.index = index
@@ -51,18 +51,18 @@ class Worker:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            # Ctrl-C would reach the workers besides being passed on, and a second signal ends them at once.
+            # In the same session Ctrl-C would reach the workers twice, and the second signal kills a run.
             start_new_session=True,
         )
         self.reader = threading.Thread(target=self._pass_on, daemon=True)
         self.reader.start()
 
     def is_running(self) -> bool:
-        """Whether it has not ended yet."""
+        """Returns whether the process has not ended yet."""
         return self.process.poll() is None
 
     def describe(self) -> str:
-        """Returns how it ended, or that it runs or is stopped."""
+        """Returns how the process ended, or that it runs or is stopped."""
         status = self.process.poll()
         if status is not None:
             return f"ended with {status}" if status >= 0 else f"was killed by {signal_name(-status)}"
@@ -78,7 +78,7 @@ class Worker:
             try:
                 print(f"[{self.index}] {line}", end="", flush=True)
             except BrokenPipeError:
-                # Nobody reads any more. A worker whose lines nobody takes would wait for ever, so they go nowhere.
+                # The reader of our output is gone. The lines go to /dev/null: a worker whose pipe is full would hang.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -91,13 +91,13 @@ def signal_name(number: int) -> str:
 
 
 def wait(workers: list[Worker]) -> int:
-    """Waits until all have ended, or one has failed; returns the exit status of all of them."""
+    """Waits until all workers have ended, or one has failed; returns the exit status for this program."""
     while True:
         statuses = [worker.process.poll() for worker in workers]
         if any(statuses):
-            # One that was killed comes first: the others fail because it is gone.
+            # A worker that was killed counts first: the others fail because it is gone.
             status = next((status for status in statuses if status and status < 0), next(filter(None, statuses)))
-            # Workers that stop together, as after a signal, end within moments of each other.
+            # Workers that stop together, as after a signal, end within a short time of each other.
             deadline = time.monotonic() + TOGETHER_SECS
             while time.monotonic() < deadline and any(worker.is_running() for worker in workers):
                 time.sleep(0.1)
@@ -109,11 +109,11 @@ def wait(workers: list[Worker]) -> int:
 
 
 def report(workers: list[Worker]) -> None:
-    """Prints how each worker ended, unless all ended alike and by themselves."""
+    """Prints how each worker ended, unless all exited with the same status."""
     statuses = [worker.process.poll() for worker in workers]
     if len(set(statuses)) == 1 and (statuses[0] or 0) > 0:
         return
-    # What was killed or stopped comes first, as it is why others failed.
+    # Workers that were killed or stopped come first, because the others failed for that reason.
     lines = [f"worker {worker.index} {worker.describe()}" for worker in workers]
     lines.sort(key=lambda line: " ended with " in line or " is still running" in line)
     lines = [line for line in lines if not line.endswith((" is still running", " ended with 0"))]
@@ -123,11 +123,11 @@ def report(workers: list[Worker]) -> None:
 
 
 def stop(workers: list[Worker]) -> None:
-    """Ends all that still run, gently first."""
+    """Ends the workers that still run: by SIGTERM, and after a while by SIGKILL."""
     for worker in workers:
         if worker.is_running():
             worker.process.terminate()
-            worker.process.send_signal(signal.SIGCONT)  # One that is stopped would not notice.
+            worker.process.send_signal(signal.SIGCONT)  # A stopped process does not handle SIGTERM.
     deadline = time.monotonic() + GRACE_SECS
     for worker in workers:
         try:
@@ -143,16 +143,16 @@ def main() -> None:
     """Reads the command line and runs the workers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-n", type=int, required=True, help="number of workers")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="what each worker runs")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the command that each worker runs")
     options = parser.parse_args()
     if options.n < 1:
         parser.error(f"-n {options.n}: there must be at least 1 worker.")
     if not options.command:
-        parser.error("give the command that each worker runs, such as: trainer train configs/quickstart.toml")
-    # Last on PATH, so that an active environment goes first.
+        parser.error("name the command that each worker runs, such as: trainer train configs/quickstart.toml")
+    # At the end of PATH, so that an active environment goes first.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(VENV_PROGRAMS)])
     if shutil.which(options.command[0]) is None:
-        parser.error(f"{options.command[0]} is not a program on PATH, nor in {VENV_PROGRAMS}; give its path.")
+        parser.error(f"{options.command[0]} is not a program on PATH or in {VENV_PROGRAMS}; write its path.")
 
     addresses = [f"127.0.0.1:{port}" for port in free_ports(options.n)]
     workers: list[Worker] = []
@@ -163,7 +163,7 @@ def main() -> None:
                 worker.process.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # As nohup has it.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP.
             signal.signal(number, pass_on)
     try:
         for index in range(options.n):
