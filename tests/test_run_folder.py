@@ -11,74 +11,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from tiny_run import (  # type: ignore[import-not-found]  # pytest has this folder on its path
+    folder_of,
+    prepared_text,
+    quiet,
+    refuse,
+    save_checkpoint,
+    tiny,
+)
 
 import trainer
 from trainer.cli import main
 from trainer.config import Config
 from trainer.config_file import load_config, make_config
-from trainer.data.characters import CharTokenizer
-from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.errors import UserError
-from trainer.model.build import build_gpt, model_name
+from trainer.model.build import model_name
 from trainer.system.storage import locate
-from trainer.training import run_checkpoints
-from trainer.training.evaluation import Evaluation
-from trainer.training.first_batch import check_first_batch
-from trainer.training.results import read_scores, write_result, write_scores
-from trainer.training.run_checkpoints import facts_of, find_checkpoint, load_model, open_checkpoints
-from trainer.training.run_data import find_prepared, keep_place_of, load_tokenizer_of
-from trainer.training.run_folder import RunFolder, check_is_free, find_run, run_and_step
+from trainer.training.run_checkpoints import load_model, open_checkpoints
+from trainer.training.run_data import find_prepared, load_tokenizer_of
+from trainer.training.run_folder import RunFolder, check_is_free, find_run
 from trainer.training.run_lock import only_run_in
 from trainer.verbs import how_to_resume
-
-
-def quiet(line: str) -> None:
-    pass
-
-
-def refuse(line: str) -> None:
-    if line.startswith(("Devices: ", "warning: ")):  # Said first, before anything is read.
-        return
-    raise AssertionError(f"said, though nothing should have begun: {line}")
-
-
-def tiny(folder: Path, *overrides: str) -> Config:
-    settings = {
-        "run_folder": str(folder / "run"),
-        "data": {"train": str(folder / "a.txt"), "prepared_folder": str(folder / "prepared"), "documents": "file"},
-        "tokenizer": {"kind": "char"},
-        "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4},
-        "train": {"precision": "float32", "total_steps": 2, "sequence_length": 8, "global_batch_size": 2},
-    }
-    return make_config(settings, overrides)
-
-
-def prepared_text(folder: Path, text: str = "the cat sat on the mat\n" * 30) -> PreparedData:
-    (folder / "a.txt").write_text(text, encoding="utf-8")
-    return prepare(tiny(folder), quiet)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tiny(tmp_path), prepared_text(tmp_path))
-
-
-def folder_of(run: RunFolder) -> Path:
-    assert isinstance(run.path, Path)
-    return run.path
-
-
-def save_checkpoint(run: RunFolder, step: int, config: Config | None = None) -> dict[str, np.ndarray]:
-    tokenizer = load_tokenizer_of(run)
-    model = build_gpt(config or run.config, tokenizer.vocabulary_size, tokenizer.bos_id)
-    weights = {variable.path: variable.numpy() + 1 for variable in model.variables}
-    checkpoints = open_checkpoints(run)
-    checkpoints.save(step, {"weights": weights}, {})
-    checkpoints.wait()
-    return weights
 
 
 def create_alone(config: Config, prepared: PreparedData) -> RunFolder:
@@ -166,9 +126,9 @@ def test_empty_folder_is_free_for_a_run(tmp_path: Path):
 
 
 def test_folder_of_another_run_is_refused(run: RunFolder, tmp_path: Path):
-    for refuse in (lambda: check_is_free(run.config), lambda: RunFolder.create(run.config, find_prepared(run))):
+    for use in (lambda: check_is_free(run.config), lambda: RunFolder.create(run.config, find_prepared(run))):
         with pytest.raises(UserError) as error:
-            refuse()
+            use()
         assert str(error.value) == (
             f"run_folder='{run.path}' already holds a run. Go on with it: trainer train --resume {run.path}; or start "
             f"another beside it with the override run_folder={run.path}-2; or delete it."
@@ -237,25 +197,6 @@ def test_damaged_config_of_a_run_is_an_error_that_names_it(run: RunFolder):
         RunFolder(run.path)
 
 
-def test_data_that_is_gone_is_an_error_that_says_how_to_get_it_back(run: RunFolder, tmp_path: Path):
-    shutil.rmtree(tmp_path / "prepared")
-    with pytest.raises(
-        UserError, match=r"was started on the prepared data .*, which is gone. Prepare the same text"
-    ) as e:
-        find_prepared(run)
-    assert f"(trainer prepare {run.path / 'config.toml'})" in str(e.value)
-    prepare(load_config(str(run.path / "config.toml")), quiet)
-    find_prepared(run)
-
-
-def test_data_that_is_gone_can_be_prepared_again_if_it_comes_out_the_same(run: RunFolder, tmp_path: Path):
-    shutil.rmtree(tmp_path / "prepared")
-    assert find_prepared(run, lambda: prepared_text(tmp_path)).fingerprint == run.facts["data_fingerprint"]
-    shutil.rmtree(tmp_path / "prepared")
-    with pytest.raises(UserError, match=r"is not the data .*run was started on; start a new run for other data\."):
-        find_prepared(run, lambda: prepared_text(tmp_path, "another text about a dog\n" * 30))
-
-
 def test_a_run_is_found_again_with_what_may_change_as_the_config_now_has_it(run: RunFolder, tmp_path: Path):
     config = tiny(tmp_path, "train.steps_per_call=3", "distribution.logical_devices=2", "log.every_steps=7")
     found = find_run(config, or_resume=True)
@@ -310,151 +251,6 @@ def test_a_folder_that_is_no_run_is_not_gone_on_with(tmp_path: Path):
         find_run(tiny(tmp_path), or_resume=True)
 
 
-def test_data_that_is_gone_is_not_replaced_by_that_of_a_changed_text(run: RunFolder, tmp_path: Path):
-    shutil.rmtree(tmp_path / "prepared")
-    prepared_text(tmp_path, "another text about a dog\n" * 30)
-    with pytest.raises(UserError, match=r"was started on the prepared data .*, which is gone\."):
-        trainer.resume(str(run.path), say=quiet)
-
-
-def damage_one_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-def swap_tokenizer(path: Path) -> None:
-    CharTokenizer(["[PAD]", "[UNK]", "[BOS]", *" acehmnost"]).save(path.parent)
-
-
-DAMAGES = {
-    "a shard lacks a byte": ("train-00000.tokens", lambda path: path.write_bytes(path.read_bytes()[:-1])),
-    "a bit of a shard": ("validation-00000.tokens", damage_one_bit),
-    "a bit of the offsets": ("train-00000.offsets", damage_one_bit),
-    "no shard": ("train-00000.tokens", Path.unlink),
-    "no manifest": ("manifest.json", Path.unlink),
-    "a bit of the manifest": ("manifest.json", damage_one_bit),
-    "another tokenizer": ("tokenizer/settings.json", swap_tokenizer),
-    "no tokenizer": ("tokenizer/tokenizer.json", Path.unlink),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_no_step_is_taken_on_damaged_data(tmp_path: Path, damage: str):
-    prepared = prepared_text(tmp_path)
-    name, do_damage = DAMAGES[damage]
-    started = RunFolder.create(tiny(tmp_path, f"run_folder={tmp_path}/started"), prepared)
-    do_damage(prepared.folder / name)
-    for train in (
-        lambda: trainer.train(tiny(tmp_path), say=refuse),
-        lambda: trainer.resume(str(started.path), say=refuse),
-    ):
-        with pytest.raises(UserError, match=rf"^{prepared.folder}: {name} .*; delete the folder and prepare again\.$"):
-            train()
-    assert not (tmp_path / "run").exists()
-    assert not (tmp_path / "started" / "checkpoints").exists()
-
-
-def test_text_changed_after_prepare_is_prepared_anew_by_train_which_says_so(tmp_path: Path):
-    class Begun(Exception):
-        pass
-
-    said: list[str] = []
-    used: list[PreparedData] = []
-
-    def listen(line: str) -> None:
-        said.append(line)
-        if "parameters" in line:
-            used.append(find_prepared(RunFolder(str(tmp_path / "run"))))
-            raise Begun
-
-    old = prepared_text(tmp_path)
-    (tmp_path / "a.txt").write_text("another text about a dog\n" * 30, encoding="utf-8")
-    with pytest.raises(Begun):
-        trainer.train(tiny(tmp_path), say=listen)
-    assert said[1] == f"the text is not the one of {old.folder}; preparing it anew (that folder stays)"
-    (new,) = used
-    assert new.folder != old.folder
-    assert new.fingerprint == prepare(tiny(tmp_path), quiet).fingerprint != old.fingerprint
-
-
-@pytest.mark.slow
-def test_text_changed_after_the_start_of_a_run_changes_nothing_in_it(tmp_path: Path):
-    prepared_text(tmp_path)
-    whole = trainer.train(tiny(tmp_path, "checkpoint.every_steps=1", "checkpoint.keep_last=2"), say=quiet)
-    shutil.rmtree(tmp_path / "run/checkpoints/step_000000002")
-    (tmp_path / "a.txt").write_text("another text about a dog\n" * 30, encoding="utf-8")
-    said: list[str] = []
-    resumed = trainer.resume(str(tmp_path / "run"), say=said.append)
-    assert "; steps 1 to 2 of " in "\n".join(said)
-    for ours, theirs in zip(resumed.model.get_weights(), whole.model.get_weights(), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_other_data_is_refused(run: RunFolder, tmp_path: Path):
-    other = prepared_text(tmp_path, "another text about a dog\n" * 30)
-    shutil.rmtree(find_prepared(run).folder)
-    run.keep(prepared_folder=str(other.folder))
-    with pytest.raises(UserError, match=r"is not the data .*run was started on; start a new run for other data\."):
-        find_prepared(RunFolder(run.path))
-
-
-def test_other_tokenizer_is_refused(run: RunFolder, tmp_path: Path):
-    other = prepared_text(tmp_path, "another text about a dog\n" * 30)
-    shutil.copytree(other.folder / "tokenizer", tmp_path / "run/tokenizer", dirs_exist_ok=True)
-    with pytest.raises(UserError, match=r"run/tokenizer is not the tokenizer this run was started with\."):
-        load_tokenizer_of(run)
-
-
-def test_a_damaged_tokenizer_of_a_run_is_copied_again_as_the_error_says(run: RunFolder):
-    for file in (folder_of(run) / "tokenizer").iterdir():
-        file.write_bytes(b"")
-    with pytest.raises(UserError) as error:
-        load_tokenizer_of(run)
-    reason, _, data = str(error.value).partition(". Copy it again from the data of the run, whose folder has the same ")
-    assert reason.startswith(f"{run.path}/tokenizer: not a whole tokenizer") and data.startswith("tokenizer/: ")
-    shutil.copytree(f"{data.removeprefix('tokenizer/: ')}/tokenizer", folder_of(run) / "tokenizer", dirs_exist_ok=True)
-    assert load_tokenizer_of(run).fingerprint == run.facts["tokenizer_fingerprint"]
-
-
-def test_run_is_usable_without_its_data(run: RunFolder, tmp_path: Path):
-    save_checkpoint(run, 1)
-    shutil.rmtree(tmp_path / "prepared")
-    load_model(run)
-
-
-def test_model_comes_back_with_the_newest_weights(run: RunFolder):
-    save_checkpoint(run, 1)
-    weights = save_checkpoint(run, 2)
-    model, checkpoint = load_model(run)
-    assert checkpoint.step == 2
-    for variable in model.variables:
-        np.testing.assert_array_equal(variable.numpy(), weights[variable.path])
-
-
-def test_model_that_comes_back_knows_bos(run: RunFolder):
-    save_checkpoint(run, 1)
-    model, _ = load_model(run)
-    assert model.bos_id == load_tokenizer_of(run).bos_id == find_prepared(run).bos_id
-
-
-def test_run_without_a_checkpoint_has_no_model(run: RunFolder):
-    with pytest.raises(UserError) as error:
-        load_model(run)
-    assert str(error.value) == f"{run.path} has no checkpoint yet; train on with: trainer train --resume {run.path}"
-
-
-def test_checkpoint_of_another_model_is_refused(run: RunFolder, tmp_path: Path):
-    save_checkpoint(run, 1, tiny(tmp_path, "model.num_layers=2"))
-    with pytest.raises(
-        UserError, match=r"step_000000001 does not hold this model: it lacks nothing and has \['gpt/block_1"
-    ):
-        load_model(run)
-    save_checkpoint(run, 2, tiny(tmp_path, "model.hidden_dim=8"))
-    with pytest.raises(UserError, match=r"step_000000002 has gpt/.* as float32\[.*\], the model as float32\["):
-        load_model(run)
-
-
 def test_a_folder_that_a_killed_process_began_to_make_is_free(tmp_path: Path):
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
     (tmp_path / "run" / "run.json.partial").write_text("{")
@@ -464,9 +260,6 @@ def test_a_folder_that_a_killed_process_began_to_make_is_free(tmp_path: Path):
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="is there already and is not a run"):
         check_is_free(config)
-
-
-# What a run's files must not become unnoticed.
 
 
 def test_no_flipped_bit_of_a_run_s_files_is_taken_for_another_setting(run: RunFolder):
@@ -581,154 +374,10 @@ def test_all_of_a_new_run_is_synced_before_it_counts(tmp_path: Path, monkeypatch
         assert (status.st_ino, size) in synced, path
 
 
-# Checkpoints that are not of the run, or gone.
-
-
-def test_checkpoints_of_another_run_are_not_gone_on_with(run: RunFolder, tmp_path: Path):
-    other = RunFolder.create(tiny(tmp_path, f"run_folder={tmp_path}/other", "train.seed=7"), find_prepared(run))
-    checkpoints = open_checkpoints(other)
-    checkpoints.save(5, {"weights": {}}, facts_of(other))
-    checkpoints.wait()
-    shutil.copytree(folder_of(other) / "checkpoints", folder_of(run) / "checkpoints")
-    with pytest.raises(UserError, match=r"step 5: it is of another run: train\.seed=0 \(was 7\)"):
-        load_model(run)
-    # Another micro-batch, or place of the data, makes no other run.
-    same = RunFolder(run.path, ["train.micro_batch_size=1", "log.every_steps=3"])
-    checkpoints = open_checkpoints(same)
-    checkpoints.save(6, {"weights": {}}, facts_of(same))
-    checkpoints.wait()
-    said: list[str] = []
-    newest = find_checkpoint(run, open_checkpoints(run, said.append))
-    assert newest is not None and newest.step == 6
-
-
-def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(run: RunFolder):
-    assert find_checkpoint(run, open_checkpoints(run)) is None
-    save_checkpoint(run, 1)
-    shutil.rmtree(folder_of(run) / "checkpoints")
-    with pytest.raises(UserError) as error:
-        find_checkpoint(run, open_checkpoints(RunFolder(run.path)))
-    assert str(error.value) == (
-        f"{run.path}/checkpoints is empty, though this run has saved checkpoints. Bring them back (is a disk not "
-        f"mounted?), or begin again in another folder: trainer train {run.path}/config.toml run_folder={run.path}-2"
-    )
-    again = RunFolder.create(
-        load_config(folder_of(run) / "config.toml", [f"run_folder={run.path}-2"]), find_prepared(run)
-    )
-    assert find_checkpoint(again, open_checkpoints(again)) is None
-
-
-def test_a_checkpoint_is_found_by_its_step_by_best_and_by_its_folder(run: RunFolder):
-    for step in (1, 2, 3):
-        save_checkpoint(run, step)
-    with pytest.raises(
-        UserError, match=r"no checkpoint was scored on the validation text, so the best one is not known"
-    ):
-        load_model(run, step="best")
-    write_scores(run, {1: 2.5, 2: 2.25, 3: 2.75})
-    assert [load_model(run, step=step)[1].step for step in (None, 1, "best")] == [3, 1, 2]
-    with pytest.raises(UserError, match=r"run has no checkpoint of step 7; it has: 1, 2, 3\."):
-        load_model(run, step=7)
-    folder = f"{run.path}/checkpoints/step_000000002"
-    assert run_and_step(folder) == run_and_step(f"{folder}/") == run_and_step(folder, 2) == (str(run.path), 2)
-    assert run_and_step("checkpoints/step_000000002") == (".", 2)
-    assert run_and_step(Path(folder)) == (str(run.path), 2) and run_and_step(run.path) == (str(run.path), None)  # type: ignore[arg-type]
-    assert run_and_step("RUN", "best") == ("RUN", "best") and run_and_step("RUN", "010") == ("RUN", 10)
-    for text in ("bset", "-1", "1.5", "", "9" * 5_000):
-        with pytest.raises(UserError, match=r"is not a step of a checkpoint; give a number of steps, or 'best'\."):
-            run_and_step("RUN", text)
-    with pytest.raises(
-        UserError, match=r"step_000000002 and step='best' are two different checkpoints; leave out one of them\."
-    ):
-        run_and_step(folder, "best")
-
-
-def test_a_result_that_a_store_does_not_take_is_said_and_no_error(run: RunFolder):
-    said: list[str] = []
-    run.path = locate("s3://bucket/run")
-    write_result(run, 2, Evaluation(1.0, 1, 1.0, False, None), {}, said.append)
-    assert len(said) == 1 and said[0].startswith("s3://bucket/run/result.json cannot be written: s3://bucket/run/res")
-
-
 def test_a_signal_s_advice_is_to_resume_wherever_there_is_a_run(run: RunFolder, tmp_path: Path):
     (folder_of(run) / "config.toml").unlink()  # It is written again from the record.
     assert how_to_resume(run.config) == f"Go on with: trainer train --resume {run.path}"
     assert how_to_resume(tiny(tmp_path, f"run_folder={tmp_path}/none")).startswith("There is no run yet.")
-
-
-def test_damaged_scores_are_an_error_that_names_them(run: RunFolder):
-    write_scores(run, {10: 1.5})
-    assert read_scores(run) == {10: 1.5}
-    for damage in (
-        lambda: damage_one_bit(folder_of(run) / "scores.json"),
-        lambda: shutil.copy(folder_of(run) / "run.json", folder_of(run) / "scores.json"),
-    ):
-        damage()
-        with pytest.raises(UserError, match=r"scores\.json is damaged: .* or delete it: the best checkpoint is then"):
-            open_checkpoints(run)
-    (folder_of(run) / "scores.json").unlink()
-    assert read_scores(run) == {}
-
-
-def test_a_reader_goes_on_to_the_checkpoint_that_took_the_place_of_the_one_it_found(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-):
-    save_checkpoint(run, 1)
-    verified = run_checkpoints.find_checkpoint
-
-    def then_replaced(run: RunFolder, *arguments: Any) -> Any:
-        found: Any = verified(run, *arguments)
-        if found.step == 1:
-            save_checkpoint(run, 2)
-            shutil.rmtree(found.folder)
-        return found
-
-    monkeypatch.setattr(run_checkpoints, "find_checkpoint", then_replaced)
-    assert load_model(run)[1].step == 2
-
-
-# Data that is elsewhere.
-
-
-def test_a_moved_project_finds_its_data_by_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    project, moved = tmp_path / "project", tmp_path / "moved"
-    (project / "runs").mkdir(parents=True)
-    prepared = prepared_text(project)
-    run = RunFolder.create(tiny(project, f"run_folder={project}/runs/a"), prepared)
-    project.rename(moved)
-    found = find_prepared(RunFolder(moved / "runs/a"))
-    assert found.folder == moved / "prepared" / prepared.folder.name
-    # Where the old place has other data now, too.
-    project.mkdir()
-    prepared_text(project, "another text about a dog\n" * 30)
-    (project / "prepared").rename(project / "other")
-    (project / "prepared").mkdir()
-    (next((project / "other").iterdir())).rename(project / "prepared" / prepared.folder.name)
-    assert find_prepared(RunFolder(moved / "runs/a")).folder == found.folder
-    # Beside the run, under another name.
-    shutil.rmtree(project)
-    found.folder.rename(moved / "runs" / "text")
-    run = RunFolder(moved / "runs/a")
-    assert find_prepared(run).folder == moved / "runs" / "text"
-    keep_place_of(run, find_prepared(run))
-    assert RunFolder(moved / "runs/a").facts["prepared_folder"] == str(moved / "runs" / "text")
-    # And in a folder that is named.
-    (tmp_path / "mounted").mkdir()
-    (moved / "runs/text").rename(tmp_path / "mounted" / "text")
-    with pytest.raises(UserError, match=r"bring the folder text back into one of .* data\.prepared_folder=FOLDER"):
-        find_prepared(run)
-    for place in ("mounted", "mounted/text"):
-        named = RunFolder(moved / "runs/a", [f"data.prepared_folder={tmp_path}/{place}"])
-        assert find_prepared(named).fingerprint == prepared.fingerprint
-
-
-def test_a_config_that_names_another_place_of_the_data_is_of_the_same_run(run: RunFolder, tmp_path: Path):
-    (tmp_path / "prepared").rename(tmp_path / "elsewhere")
-    found = find_run(tiny(tmp_path, f"data.prepared_folder={tmp_path}/elsewhere"), or_resume=True)
-    assert found is not None and find_prepared(found).folder.parent == tmp_path / "elsewhere"
-
-
-# A model that is not the GPT.
 
 
 def build_own(config: Config, vocabulary_size: int) -> Any:
@@ -764,39 +413,20 @@ class Building:
         raise AssertionError
 
 
-# Another TensorFlow.
-
-
-def test_another_order_of_the_batches_is_refused_and_another_release_said(run: RunFolder):
-    check_first_batch(run, "abc", refuse)
-    run = RunFolder(run.path)
-    check_first_batch(run, "abc", refuse)
-    with pytest.raises(UserError, match=r"the batches of this run come in another order here\. It was started with Te"):
-        check_first_batch(run, "abd", refuse)
-    run.keep(tensorflow="2.20.0")
-    said: list[str] = []
-    check_first_batch(run, "abc", said.append)
-    assert len(said) == 1 and "was started with TensorFlow 2.20.0 and Keras" in said[0]
-    assert "The batches are the same" in said[0]
-
-
-# Starting at the same moment.
-
-
 START = """
 import os, sys
 from pathlib import Path
 import keras, tensorflow
 from trainer.errors import UserError
 sys.path.insert(0, sys.argv[1])
-import test_run_folder as test_run
+import tiny_run
 from trainer.data.prepare import prepare
 from trainer.system.storage import locate
 from trainer.training.run_data import load_tokenizer_of
 from trainer.training.run_folder import RunFolder
 from trainer.training.run_lock import only_run_in
 folder = Path(sys.argv[2])
-prepared = prepare(test_run.tiny(folder), test_run.quiet)
+prepared = prepare(tiny_run.tiny(folder), tiny_run.quiet)
 for pair in range(int(sys.argv[3])):
     path = folder / f"run-{pair}"
     children = []
@@ -807,7 +437,7 @@ for pair in range(int(sys.argv[3])):
             os.close(writer)
             os.read(reader, 1)  # Both go at once, when the last writer closes.
             try:
-                config = test_run.tiny(folder, f"run_folder={path}", f"train.seed={seed}")
+                config = tiny_run.tiny(folder, f"run_folder={path}", f"train.seed={seed}")
                 with only_run_in(locate(path)):
                     RunFolder.create(config, prepared)
                 os._exit(seed)

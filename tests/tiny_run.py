@@ -1,0 +1,61 @@
+"""A tiny run that the tests of its folder, data and checkpoints begin with."""
+
+from pathlib import Path
+
+import numpy as np
+
+from trainer.config import Config
+from trainer.config_file import make_config
+from trainer.data.prepare import prepare
+from trainer.data.shards import PreparedData
+from trainer.model.build import build_gpt
+from trainer.training.run_checkpoints import open_checkpoints
+from trainer.training.run_data import load_tokenizer_of
+from trainer.training.run_folder import RunFolder
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def refuse(line: str) -> None:
+    if line.startswith(("Devices: ", "warning: ")):  # Said first, before anything is read.
+        return
+    raise AssertionError(f"said, though nothing should have begun: {line}")
+
+
+def tiny(folder: Path, *overrides: str) -> Config:
+    settings = {
+        "run_folder": str(folder / "run"),
+        "data": {"train": str(folder / "a.txt"), "prepared_folder": str(folder / "prepared"), "documents": "file"},
+        "tokenizer": {"kind": "char"},
+        "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4},
+        "train": {"precision": "float32", "total_steps": 2, "sequence_length": 8, "global_batch_size": 2},
+    }
+    return make_config(settings, overrides)
+
+
+def prepared_text(folder: Path, text: str = "the cat sat on the mat\n" * 30) -> PreparedData:
+    (folder / "a.txt").write_text(text, encoding="utf-8")
+    return prepare(tiny(folder), quiet)
+
+
+def folder_of(run: RunFolder) -> Path:
+    assert isinstance(run.path, Path)
+    return run.path
+
+
+def save_checkpoint(run: RunFolder, step: int, config: Config | None = None) -> dict[str, np.ndarray]:
+    tokenizer = load_tokenizer_of(run)
+    model = build_gpt(config or run.config, tokenizer.vocabulary_size, tokenizer.bos_id)
+    weights = {variable.path: variable.numpy() + 1 for variable in model.variables}
+    checkpoints = open_checkpoints(run)
+    checkpoints.save(step, {"weights": weights}, {})
+    checkpoints.wait()
+    return weights
+
+
+def damage_one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
