@@ -1,14 +1,11 @@
 """Laws of what is found on this machine."""
 
 import os
-import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from trainer.system import machine as machine_module
-from trainer.system.machine import describe_cpu, has_nvidia_gpu, num_cores, unused_gpu, unused_tpu
+from trainer.system.machine import describe_cpu, num_cores
 
 
 def test_only_the_cores_count_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch):
@@ -34,112 +31,3 @@ def test_a_cpu_is_named_by_its_cores_and_its_widest_instructions(tmp_path: Path,
     cores = f"{num_cores()} CPU core{'s' if num_cores() > 1 else ''}"
     assert describe_cpu(cpuinfo) == cores + widest
     assert describe_cpu(tmp_path / "macos") == cores
-
-
-def machine(root: Path, **files: str) -> Path:
-    """Makes the files by which a machine shows its GPUs: bus, driver, node, wsl."""
-    places = {
-        "bus": "sys/bus/pci/devices/0000:01:00.0/vendor",
-        "second": "sys/bus/pci/devices/0000:02:00.0/vendor",
-        "kind": "sys/bus/pci/devices/0000:01:00.0/class",
-        "driver": "proc/driver/nvidia/version",
-        "control": "dev/nvidiactl",
-        "node": "dev/nvidia0",
-        "wsl": "usr/lib/wsl/lib/libcuda.so.1",
-    }
-    for name, text in files.items():
-        path = root / places[name]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-@pytest.mark.parametrize("files", [{"bus": "0x10de\n"}, {"driver": "x"}, {"control": ""}, {"node": ""}, {"wsl": ""}])
-def test_a_gpu_shows_by_its_bus_its_driver_or_its_node(tmp_path: Path, files: dict[str, str]):
-    assert has_nvidia_gpu(machine(tmp_path, **files))
-    assert unused_gpu(True, tmp_path, {}) is not None
-
-
-@pytest.mark.parametrize(
-    "files", [{}, {"bus": "0x8086\n", "kind": "0x030000\n"}, {"bus": "0x10de\n", "kind": "0x040300\n"}]
-)
-def test_no_gpu_of_nvidia_is_none_to_warn_of(tmp_path: Path, files: dict[str, str]):
-    assert not has_nvidia_gpu(machine(tmp_path, **files))
-    assert unused_gpu(True, tmp_path, {"CUDA_VISIBLE_DEVICES": ""}) is None
-
-
-@pytest.mark.parametrize(
-    ("files", "environ", "is_built_with_cuda", "what"),
-    [
-        ({"bus": "0x10de\n"}, {}, True, r"NVIDIA GPU is not used: no driver is loaded\. .*sudo ubuntu-drivers install"),
-        ({"bus": "0x10de\n", "driver": "x"}, {}, True, r"no /dev/nvidia0 here\. .*: docker run --gpus all;"),
-        (
-            {"bus": "0x10de\n", "second": "0x10de\n", "driver": "x", "node": ""},
-            {},
-            True,
-            r"2 NVIDIA GPUs are not used: TensorFlow lacks the CUDA libraries\. .* install 'tensorflow\[and-cuda\]==2",
-        ),
-        # A device node by itself was made by a driver.
-        ({"node": ""}, {}, True, r"TensorFlow lacks the CUDA libraries\. "),
-        (
-            {"wsl": ""},
-            {},
-            True,
-            r"TensorFlow lacks the CUDA libraries\. .*: /.* install .*'tensorflow\[and-cuda\]==2\.",
-        ),
-        ({"driver": "x", "node": ""}, {}, False, r"TensorFlow is built without CUDA\. .* install .*'tensorflow\[and-c"),
-        (
-            {"driver": "x", "node": ""},
-            {"CUDA_VISIBLE_DEVICES": "-1"},
-            True,
-            "CUDA_VISIBLE_DEVICES='-1' hides .*: unset ",
-        ),
-    ],
-)
-def test_a_gpu_that_is_not_used_is_said_with_the_command_that_mends_it(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    files: dict[str, str],
-    environ: dict[str, str],
-    is_built_with_cuda: bool,
-    what: str,
-):
-    monkeypatch.setattr(machine_module.importlib.util, "find_spec", lambda name: None if name == "nvidia" else name)
-    said = unused_gpu(is_built_with_cuda, machine(tmp_path, **files), environ)
-    assert said is not None and re.search(what, said)
-    if "install '" in said:
-        assert f"{sys.executable} -m pip install '" in said
-
-
-@pytest.mark.parametrize(
-    ("files", "is_there"),
-    [
-        ({"sys/bus/pci/devices/a/vendor": "0x1ae0\n", "sys/bus/pci/devices/a/device": "0x0063\n"}, True),
-        ({"dev/accel0": ""}, True),
-        # Google's network card.
-        ({"sys/bus/pci/devices/a/vendor": "0x1ae0\n", "sys/bus/pci/devices/a/device": "0x0042\n"}, False),
-        ({}, False),
-    ],
-)
-def test_a_tpu_that_auto_leaves_alone_is_said_with_the_setting_that_takes_it(tmp_path, files, is_there):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    said = unused_tpu(tmp_path)
-    assert (said is not None) == is_there
-    if said is not None:
-        assert "distribution.kind=tpu" in said and "scripts/launch/install_tpu" in said
-
-
-def test_libraries_that_are_there_and_of_no_use_are_not_installed_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(machine_module.importlib.util, "find_spec", lambda name: name)
-    said = unused_gpu(True, machine(tmp_path, driver="x", node=""), {})
-    assert said is not None and "installed, but TensorFlow cannot use them" in said and "nvidia-smi" in said
-
-
-def test_an_environment_without_pip_is_mended_by_uv(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(machine_module.importlib.util, "find_spec", lambda name: None)
-    command = machine_module._install_command("tensorflow-of-another-name", "and-cuda")
-    assert command == f"uv pip install --python {sys.executable} 'tensorflow-of-another-name[and-cuda]'"

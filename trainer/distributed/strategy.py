@@ -17,7 +17,8 @@ from trainer.errors import UserError
 from trainer.execution import resolve
 from trainer.hardware.devices import Target, find_gpu, parse_target
 from trainer.hardware.processor import Processor, processor
-from trainer.system.machine import describe_cpu, num_cores, unused_gpu, unused_tpu
+from trainer.hardware.unused import unused_gpu, unused_tpu
+from trainer.system.machine import describe_cpu, num_cores
 
 TPU_TIMEOUT_SECS = 50.0
 
