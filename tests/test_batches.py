@@ -8,9 +8,9 @@ import keras_nlp
 import numpy as np
 import pytest
 import tensorflow as tf
+from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 from trainer.config import MIXTURE_EXAMPLES
-from trainer.config_file import make_config
 from trainer.data.batches import (
     Share,
     Window,
@@ -22,7 +22,6 @@ from trainer.data.batches import (
     total_steps,
     training_batches,
 )
-from trainer.data.prepare import prepare
 from trainer.data.shards import num_examples
 from trainer.errors import UserError
 
@@ -36,26 +35,14 @@ def config_of(tmp_path, mode="lines", num_lines=23, predict_end=True, **sections
     lines = [" ".join(random.choice(WORDS, random.integers(1, 13))) for _ in range(num_lines)]
     if not text.exists():
         text.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return make_config(
-        {
-            "run_folder": str(tmp_path / "run"),
-            "data": {
-                "train": str(text),
-                "validation": str(text),
-                "mode": mode,
-                "predict_end": predict_end,
-                "prepared_folder": str(tmp_path / "prepared"),
-            },
-            "tokenizer": {"kind": "wordpiece", "vocabulary_size": 60},
-            "train": {"precision": "float32", "total_steps": 9, "global_batch_size": 4, "sequence_length": 6}
-            | sections.pop("train", {}),
-        }
-        | sections
+    data = {"train": str(text), "validation": str(text), "mode": mode, "predict_end": predict_end}
+    return tiny_config(
+        tmp_path,
+        data=sections.pop("data", data),
+        tokenizer={"kind": "wordpiece", "vocabulary_size": 60},
+        train={"total_steps": 9, "global_batch_size": 4, "sequence_length": 6} | sections.pop("train", {}),
+        **sections,
     )
-
-
-def silently(config, shard_tokens=2**27):
-    return prepare(config, lambda _: None, shard_tokens)
 
 
 def examples_of(data):
@@ -82,7 +69,7 @@ def tutorial_examples(config, tokenizer):
 @pytest.mark.parametrize("shard_tokens", [40, 2**27])
 def test_lines_are_exactly_what_the_tutorials_preprocess_gives(tmp_path, shard_tokens):
     config = config_of(tmp_path, predict_end=False, train={"total_steps": None, "num_epochs": 1})
-    prepared = silently(config, shard_tokens)
+    prepared = tiny_prepared(config, shard_tokens)
     assert (len(prepared.split("train").shards) > 1) == (shard_tokens == 40)
     tutorial = tutorial_examples(config, prepared.tokenizer())
     validation = [example for example in examples_of(evaluation_batches(prepared, config)) if any(example[2])]
@@ -96,7 +83,7 @@ def test_lines_are_exactly_what_the_tutorials_preprocess_gives(tmp_path, shard_t
 def test_the_end_of_each_line_that_fits_is_a_target(tmp_path, shard_tokens):
     (tmp_path / "text.txt").write_text("".join(" ".join((2 * WORDS)[:n]) + "\n" for n in range(1, 13)))
     config = config_of(tmp_path)
-    prepared = silently(config, shard_tokens)
+    prepared = tiny_prepared(config, shard_tokens)
     tokenizer, bos = prepared.tokenizer(), prepared.bos_id
     examples = [example for example in examples_of(evaluation_batches(prepared, config)) if any(example[2])]
     lengths = set()
@@ -115,7 +102,7 @@ def test_the_end_of_each_line_that_fits_is_a_target(tmp_path, shard_tokens):
 @pytest.mark.parametrize("shard_tokens", [40, 2**27])
 def test_packed_windows_use_every_token_as_target_once_an_epoch(tmp_path, shard_tokens):
     config = config_of(tmp_path, "packed")
-    prepared = silently(config, shard_tokens)
+    prepared = tiny_prepared(config, shard_tokens)
     expected = []
     for shard in prepared.split("train").shards:
         stream = np.fromfile(prepared.folder / shard.tokens_file, prepared.dtype)
@@ -146,7 +133,7 @@ def number_tokens(prepared, split):
 @pytest.mark.parametrize("shard_tokens", [40, 2**27])
 def test_an_epoch_of_packed_training_has_every_place_but_a_shards_first_as_target_once(tmp_path, shard_tokens):
     config = config_of(tmp_path, "packed", train={"total_steps": None, "num_epochs": 1})
-    prepared = silently(config, shard_tokens)
+    prepared = tiny_prepared(config, shard_tokens)
     begins = number_tokens(prepared, "train")
     examples = examples_of(training_batches(prepared, config, 0, total_steps(prepared, config)))
     epoch = examples[: num_examples(prepared.split("train"), config)]
@@ -171,7 +158,7 @@ def test_workers_share_the_batches_that_one_would_make_and_each_example_is_seen_
     tmp_path, mode, num_workers, replicas_per_worker
 ):
     config = config_of(tmp_path, mode, train={"total_steps": None, "num_epochs": 1, "global_batch_size": 12})
-    prepared = silently(config, 80)
+    prepared = tiny_prepared(config, 80)
     assert len(prepared.split("train").shards) > 1
     num_replicas = num_workers * replicas_per_worker
     shares = [Share(first, replicas_per_worker, num_replicas) for first in range(0, num_replicas, replicas_per_worker)]
@@ -196,7 +183,7 @@ def test_workers_share_the_batches_that_one_would_make_and_each_example_is_seen_
 @pytest.mark.parametrize("mode", ["lines", "packed"])
 def test_a_batch_is_a_function_of_seed_and_step(tmp_path, mode):
     config = config_of(tmp_path, mode)
-    prepared = silently(config)
+    prepared = tiny_prepared(config)
     whole = examples_of(training_batches(prepared, config, 0, 20))
     for first in (1, 7, 19):
         assert examples_of(training_batches(prepared, config, first, 20)) == whole[4 * first :]
@@ -206,7 +193,7 @@ def test_a_batch_is_a_function_of_seed_and_step(tmp_path, mode):
 
 def test_batches_cross_epochs_and_each_epoch_has_another_order(tmp_path):
     config = config_of(tmp_path)
-    prepared = silently(config)
+    prepared = tiny_prepared(config)
     examples = examples_of(training_batches(prepared, config, 0, 23))  # 23 steps of 4 are 4 epochs of 23
     epochs = [examples[i : i + 23] for i in range(0, 92, 23)]
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
@@ -301,13 +288,13 @@ def mixture_of(tmp_path, **data):
         (tmp_path / f"{name}.txt").write_text(f"{word} {word}\n" * num_lines)
         (tmp_path / f"{name}_valid.txt").write_text(f"{word}\n" * 5)
     sources = {"train": [str(tmp_path / "sun.txt"), str(tmp_path / "moon.txt")], "weights": [3, 1]}
-    return config_of(tmp_path, data={**sources, "prepared_folder": str(tmp_path / "prepared"), **data})
+    return config_of(tmp_path, data={**sources, **data})
 
 
 def test_sources_are_mixed_by_weight_and_workers_share_the_mixture(tmp_path):
     valid = [str(tmp_path / "sun_valid.txt"), str(tmp_path / "moon_valid.txt")]
     config = mixture_of(tmp_path, validation=valid)
-    prepared = silently(config)
+    prepared = tiny_prepared(config)
     assert list(prepared.splits) == ["train-0", "validation-0", "train-1", "validation-1"]
     assert [part.num_documents for part in prepared.parts("train")] == [40, 200]
     assert prepared.split("train").num_documents == 240
@@ -317,14 +304,14 @@ def test_sources_are_mixed_by_weight_and_workers_share_the_mixture(tmp_path):
     halves = [examples_of(training_batches(prepared, config, 0, 256, Share(i, 1, 2))) for i in (0, 1)]
     assert sorted(halves[0] + halves[1]) == sorted(examples)
     # Other weights, the same shards.
-    assert silently(mixture_of(tmp_path, validation=valid, weights=[1, 1])) == prepared
+    assert tiny_prepared(mixture_of(tmp_path, validation=valid, weights=[1, 1])) == prepared
 
 
 def test_each_source_holds_out_its_own_part(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i}\n" for i in range(300)))
     data = {"train": [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], "weights": [1, 1], "held_out_fraction": 0.1}
-    prepared = silently(config_of(tmp_path, data={**data, "prepared_folder": str(tmp_path / "prepared")}))
+    prepared = tiny_prepared(config_of(tmp_path, data=data))
     for part in (*prepared.parts("train"), *prepared.parts("validation")):
         assert part.num_documents > 10
     assert prepared.split("train").num_documents + prepared.split("validation").num_documents == 600
@@ -332,7 +319,7 @@ def test_each_source_holds_out_its_own_part(tmp_path):
 
 def test_the_last_evaluation_batch_is_filled_up_without_weight(tmp_path):
     config = config_of(tmp_path)
-    prepared = silently(config)
+    prepared = tiny_prepared(config)
     sizes = [batch[0].shape for batch in evaluation_batches(prepared, config).as_numpy_iterator()]
     assert sizes == [(4, 6)] * 6  # 23 lines
     examples = examples_of(evaluation_batches(prepared, config))
@@ -342,7 +329,7 @@ def test_the_last_evaluation_batch_is_filled_up_without_weight(tmp_path):
 @pytest.mark.parametrize("mode", ["lines", "packed"])
 def test_some_evaluation_batches_are_a_fixed_sample_of_the_whole_text(tmp_path, mode):
     config = config_of(tmp_path, mode, num_lines=40)
-    prepared = silently(config, 150)
+    prepared = tiny_prepared(config, 150)
     split = prepared.split("validation")
     number_tokens(prepared, "validation")
     whole = [example for example in examples_of(evaluation_batches(prepared, config)) if any(example[2])]
@@ -366,10 +353,10 @@ def test_some_evaluation_batches_are_a_fixed_sample_of_the_whole_text(tmp_path, 
 
 def test_epochs_are_counted_in_steps_rounded_up(tmp_path):
     config = config_of(tmp_path, train={"total_steps": None, "num_epochs": 2})
-    assert total_steps(silently(config), config) == 12  # 46 examples, 4 a step
+    assert total_steps(tiny_prepared(config), config) == 12  # 46 examples, 4 a step
     with pytest.raises(UserError, match=r"optimizer.warmup_steps=13 is more than the 12 steps that train.num_epochs=2"):
         long = config_of(tmp_path, train={"total_steps": None, "num_epochs": 2}, optimizer={"warmup_steps": 13})
-        total_steps(silently(long), long)
+        total_steps(tiny_prepared(long), long)
     all_warm = config_of(
         tmp_path,
         train={"total_steps": None, "num_epochs": 2},
@@ -379,16 +366,16 @@ def test_epochs_are_counted_in_steps_rounded_up(tmp_path):
         UserError,
         match=r"warmup_steps=12 the rate reaches its peak at the last step of the 12 steps that train.num_epochs=2",
     ):
-        total_steps(silently(all_warm), all_warm)
+        total_steps(tiny_prepared(all_warm), all_warm)
     profile = {"at_step": 7, "num_steps": 6}
     late = config_of(tmp_path, train={"total_steps": None, "num_epochs": 2}, profile=profile)
     with pytest.raises(UserError, match=r"profile.num_steps=6 go beyond the 12 steps that train.num_epochs=2 takes"):
-        total_steps(silently(late), late)
+        total_steps(tiny_prepared(late), late)
 
 
 def test_keras_fit_takes_the_batches_as_they_are(tmp_path):
     config = config_of(tmp_path)
-    prepared = silently(config)
+    prepared = tiny_prepared(config)
     model = keras.Sequential([keras.layers.Embedding(60, 8), keras.layers.Dense(60)])
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     history = model.fit(training_batches(prepared, config, 0, 9), shuffle=False, verbose=0)
@@ -397,6 +384,6 @@ def test_keras_fit_takes_the_batches_as_they_are(tmp_path):
 
 def test_the_pipeline_holds_no_python(tmp_path):
     config = config_of(tmp_path)
-    graph = training_batches(silently(config, 40), config, 0, 9)._as_serialized_graph().numpy()
+    graph = training_batches(tiny_prepared(config, 40), config, 0, 9)._as_serialized_graph().numpy()
     assert b"RandomIndexShuffle" in graph
     assert b"PyFunc" not in graph

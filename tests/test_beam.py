@@ -12,11 +12,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 from trainer import verbs
 from trainer.cli import main
 from trainer.config import Config
-from trainer.config_file import make_config
 from trainer.data import beam
 from trainer.data.beam import prepare_with_beam
 from trainer.data.prepare import prepare
@@ -37,11 +37,8 @@ def config_for(folder: Path, kind: str, **data) -> Config:
     (folder / "4.jsonl").write_text("".join(json.dumps({"text": f"record {i}\n"}) + "\n" for i in range(100)))
     (folder / "held.txt").write_text("held out\n\nfrom line 0 \x7f\n" * 9)
     size = {"wordpiece": {"vocabulary_size": 90}, "bpe": {"vocabulary_size": 300}}.get(kind, {})
-    names = {"train": str(folder / "[0-9]*"), "held_out_fraction": 0.1, "prepared_folder": str(folder / "prepared")}
-    return make_config({
-        "run_folder": "run", "tokenizer": {"kind": kind, **size}, "data": {**names, **data},
-        "train": {"precision": "float32", "total_steps": 1},
-    })  # fmt: skip
+    data = {"train": str(folder / "[0-9]*"), "held_out_fraction": 0.1, **data}
+    return tiny_config(folder, data=data, tokenizer={"kind": kind, **size})
 
 
 def contents(folder: Path) -> dict[str, bytes]:

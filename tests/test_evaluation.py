@@ -7,12 +7,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 from trainer import execution
-from trainer.config_file import make_config
 from trainer.data.batches import evaluation_batches
 from trainer.data.coverage import TextBytes
-from trainer.data.prepare import prepare
 from trainer.distributed.strategy import make_strategy
 from trainer.model.build import build_gpt
 from trainer.model.gpt import GPT
@@ -30,27 +29,13 @@ WORDPIECE = {"kind": "wordpiece", "vocabulary_size": 3000}
 
 
 def evaluator_of(folder, build=None, sequence_length=128, tokenizer=WORDPIECE, **data):
-    config = make_config(
-        {
-            "run_folder": str(folder / "run"),
-            "data": {
-                "storybook_stories": 60,
-                "held_out_fraction": 0.3,
-                "prepared_folder": str(folder / "p"),
-                "mode": "lines",
-            }
-            | data,
-            "tokenizer": tokenizer,
-            "model": {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8},
-            "train": {
-                "precision": "float64",
-                "total_steps": 1,
-                "global_batch_size": 4,
-                "sequence_length": sequence_length,
-            },
-        }
+    config = tiny_config(
+        folder,
+        data={"storybook_stories": 60, "held_out_fraction": 0.3, "mode": "lines"} | data,
+        tokenizer=tokenizer,
+        train={"precision": "float64", "global_batch_size": 4, "sequence_length": sequence_length},
     )
-    prepared = prepare(config, lambda _: None)
+    prepared = tiny_prepared(config)
     strategy = make_strategy(config.distribution)
     with strategy.scope():
         build = build or functools.partial(build_gpt, bos_id=prepared.bos_id)

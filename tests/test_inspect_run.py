@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import quiet, tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 from trainer.cli import main
 from trainer.commands.inspect_run import document
 from trainer.config import Config
-from trainer.config_file import make_config
 from trainer.data.coverage import Lengths, lengths_of
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
@@ -25,18 +25,8 @@ CHAR = {"kind": "char"}
 WORDPIECE = {"kind": "wordpiece", "vocabulary_size": 60}
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 def config_for(home: str | Path, text: Path, tokenizer: dict) -> Config:
-    settings = {
-        "run_folder": f"{home}/run",
-        "data": {"train": str(text), "held_out_fraction": 0.2, "prepared_folder": f"{home}/prepared"},
-        "tokenizer": tokenizer,
-        "train": {"precision": "float32", "total_steps": 1},
-    }
-    return make_config(settings)
+    return tiny_config(home, data={"train": str(text), "held_out_fraction": 0.2}, tokenizer=tokenizer)
 
 
 def prepared_lines(home: Path, tokenizer: dict = CHAR) -> PreparedData:

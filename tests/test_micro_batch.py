@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tensorflow as tf
+from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 import trainer
 import trainer.training.step as step_module
@@ -64,12 +65,8 @@ def limited(num_rows, fail=refused, forward_backward=step_module.forward_backwar
 
 
 def make_step(model=None, **train):
-    settings = {
-        "run_folder": "unused",
-        "model": {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8, "dropout": 0.1},
-        "train": {"precision": "float32", "total_steps": 9, "global_batch_size": 12, "sequence_length": 6} | train,
-    }
-    config = make_config(settings)
+    train = {"total_steps": 9, "global_batch_size": 12, "sequence_length": 6, **train}
+    config = tiny_config(model={"dropout": 0.1}, train=train)
     strategy = make_strategy(config.distribution)
     with strategy.scope():
         model = model or GPT(config.model, VOCABULARY, config.train.sequence_length, dtype=config.train.precision)

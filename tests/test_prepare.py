@@ -15,6 +15,7 @@ import keras_nlp
 import numpy as np
 import pytest
 import tensorflow as tf
+from tiny import quiet, tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 from trainer.config import Config
 from trainer.config_file import load_config, make_config
@@ -37,21 +38,9 @@ def config_for(folder: Path, text: str | None = None, **settings) -> Config:
     """A config whose text is text.txt in a folder, and whose prepared data go into prepared/ there."""
     if text is not None:
         (folder / "text.txt").write_bytes(text.encode())
-    data = {"train": str(folder / "text.txt"), "held_out_fraction": 0.1, "prepared_folder": str(folder / "prepared")}
-    data |= settings.pop("data", {})
-    settings = {"tokenizer": {"kind": "char"}, **settings}
-    return make_config(
-        {
-            "run_folder": "run",
-            "train": {"precision": "float32", "total_steps": 1, "sequence_length": 2} | settings.pop("train", {}),
-            "data": data,
-            **settings,
-        }
-    )
-
-
-def quiet(line: str) -> None:
-    pass
+    data = {"train": str(folder / "text.txt"), "held_out_fraction": 0.1} | settings.pop("data", {})
+    train = {"sequence_length": 2} | settings.pop("train", {})
+    return tiny_config(folder, data=data, train=train, **{"tokenizer": {"kind": "char"}, **settings})
 
 
 def documents(prepared: PreparedData, split: str) -> list[str]:

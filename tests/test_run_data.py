@@ -3,11 +3,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import quiet  # type: ignore[import-not-found]  # pytest has this folder on its path
 from tiny_run import (  # type: ignore[import-not-found]  # pytest has this folder on its path
     damage_one_bit,
     folder_of,
     prepared_text,
-    quiet,
     refuse,
     tiny,
 )

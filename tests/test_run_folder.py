@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import quiet  # type: ignore[import-not-found]  # pytest has this folder on its path
 from tiny_run import (  # type: ignore[import-not-found]  # pytest has this folder on its path
     folder_of,
     prepared_text,
-    quiet,
     refuse,
     save_checkpoint,
     tiny,

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 
-from trainer.config_file import make_config
 from trainer.data.characters import CharTokenizer
-from trainer.data.prepare import prepare
 from trainer.data.shards import (
     PreparedData,
     faults_of_files,
@@ -26,9 +25,8 @@ from trainer.errors import UserError
 def prepared_lines(folder: Path, name: str = "text.txt") -> PreparedData:
     """500 lines of a file in a folder, prepared there."""
     (folder / name).write_text("\n".join(f"line {i}" + " of text" * (i % 7) for i in range(500)))
-    data = {"train": str(folder / name), "held_out_fraction": 0.1, "prepared_folder": str(folder / "prepared")}
-    settings = {"run_folder": "run", "tokenizer": {"kind": "char"}, "data": data}
-    return prepare(make_config({**settings, "train": {"precision": "float32", "total_steps": 1}}), lambda line: None)
+    data = {"train": str(folder / name), "held_out_fraction": 0.1}
+    return tiny_prepared(tiny_config(folder, data=data, tokenizer={"kind": "char"}))
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(65535, "uint16"), (65536, "uint16"), (65537, "uint32")])

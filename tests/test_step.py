@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tensorflow.python.eager import context
+from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 from trainer.config import examples_per_replica
-from trainer.config_file import make_config
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.model.dropout import DropoutDraw
@@ -20,14 +20,9 @@ from trainer.training.step import TrainingStep, accumulate, forward_backward, me
 VOCABULARY = 17
 
 
-def tiny_config(**sections):
-    settings = {
-        "run_folder": "unused",
-        "model": {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8} | sections.pop("model", {}),
-        "train": {"precision": "float64", "total_steps": 100, "global_batch_size": 4, "sequence_length": 6}
-        | sections.pop("train", {}),
-    }
-    return make_config(settings | sections)
+def config_of(**sections):
+    train = {"precision": "float64", "total_steps": 100, "global_batch_size": 4, "sequence_length": 6}
+    return tiny_config(train=train | sections.pop("train", {}), **sections)
 
 
 def make_step(config, model=None):
@@ -60,7 +55,7 @@ def new_step():
 
     def new(precision="float64"):
         if precision not in made:
-            step = make_step(tiny_config(train={"precision": precision}, optimizer={"learning_rate": 0.01}))
+            step = make_step(config_of(train={"precision": precision}, optimizer={"learning_rate": 0.01}))
             made[precision] = step, values_of(step)
         step, start = made[precision]
         set_values(step, start)
@@ -92,7 +87,7 @@ def relative_difference(one, two):
 
 
 def test_gradients_are_those_of_the_summed_loss():
-    config = tiny_config()
+    config = config_of()
     model = GPT(config.model, VOCABULARY, 6, dtype="float64")
     inputs, targets, weights = next(iter(batches(config)))
     plain = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum", dtype="float64")
@@ -108,7 +103,7 @@ def test_gradients_are_those_of_the_summed_loss():
 
 
 def test_z_loss_is_trained_for_and_not_reported():
-    config = tiny_config(train={"z_loss": 0.1, "micro_batch_size": 2})
+    config = config_of(train={"z_loss": 0.1, "micro_batch_size": 2})
     batch = next(iter(batches(config)))
     foreign = keras.Sequential([keras.layers.Embedding(VOCABULARY, VOCABULARY, "ones", dtype="float64")])
     foreign.build((None, 6))
@@ -127,7 +122,7 @@ def test_z_loss_is_trained_for_and_not_reported():
 
 
 def test_tied_embeddings_get_the_gradient_of_both_their_uses():
-    config = tiny_config(model={"tied_embeddings": True, "use_bias": False})
+    config = config_of(model={"tied_embeddings": True, "use_bias": False})
     model = GPT(config.model, VOCABULARY, 6, dtype="float64")
     batch = next(iter(batches(config)))
     values = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
@@ -143,7 +138,7 @@ def test_tied_embeddings_get_the_gradient_of_both_their_uses():
 
 
 def test_forward_backward_reads_the_weights_it_is_given_and_no_variable():
-    config = tiny_config()
+    config = config_of()
     model = GPT(config.model, VOCABULARY, 6, dtype="float64")
     batch = next(iter(batches(config)))
     values = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
@@ -160,7 +155,7 @@ def test_forward_backward_reads_the_weights_it_is_given_and_no_variable():
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_micro_batches_add_up_to_the_batch(micro_batch_size, at_once):
-    config = tiny_config(model={"dropout": 0.3, "tied_embeddings": True, "use_bias": False})
+    config = config_of(model={"dropout": 0.3, "tied_embeddings": True, "use_bias": False})
     model = GPT(config.model, VOCABULARY, 6, dtype="float64")
     batch = next(iter(batches(config)))
     values = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
@@ -180,15 +175,15 @@ def test_micro_batches_add_up_to_the_batch(micro_batch_size, at_once):
 
 def test_the_step_takes_micro_batches_of_the_size_asked_for():
     settings = {"model": {"dropout": 0.2}, "optimizer": {"clip_norm": 0.5}}
-    whole = make_step(tiny_config(**settings))
-    apart = make_step(tiny_config(**settings, train={"micro_batch_size": 1}))
+    whole = make_step(config_of(**settings))
+    apart = make_step(config_of(**settings, train={"micro_batch_size": 1}))
     take(whole, batches(whole.config), 5)
     take(apart, batches(apart.config), 5)
     assert 0 < relative_difference(all_weights(apart), all_weights(whole)) < 1e-12
 
 
 def test_gradients_of_two_micro_batches_at_once_are_summed_each_by_itself():
-    config = tiny_config(
+    config = config_of(
         model={"tied_embeddings": True}, train={"precision": "float32", "global_batch_size": 8, "sequence_length": 256}
     )
     step = make_step(config)
@@ -204,7 +199,7 @@ def test_gradients_of_two_micro_batches_at_once_are_summed_each_by_itself():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_loss_scale_multiplies_the_gradients_and_not_the_loss(tied):
-    config = tiny_config(model={"tied_embeddings": tied})
+    config = config_of(model={"tied_embeddings": tied})
     gpt = GPT(config.model, VOCABULARY, 6, dtype="float64")
     foreign = keras.Sequential([keras.layers.Embedding(VOCABULARY, VOCABULARY, dtype="float64")])
     foreign.build((None, 6))
@@ -261,7 +256,7 @@ def test_steps_that_lower_the_loss_scale_are_not_counted_as_skipped_until_it_is_
 
 
 def test_the_chain_of_hashes_sees_a_changed_token_and_the_order(new_step):
-    config = tiny_config()
+    config = config_of()
     data = batches(config, 2)
 
     def change(number, batch):
@@ -280,8 +275,8 @@ def test_the_chain_of_hashes_sees_a_changed_token_and_the_order(new_step):
 @pytest.mark.parametrize("model", [{}, {"document_mask": True}])
 def test_xla_changes_nothing_but_the_rounding(model):
     settings = {"data": {"mode": "packed"}, "model": {"dropout": 0.2} | model}
-    config = tiny_config(**settings, train={"xla": "on", "micro_batch_size": 2})
-    plain = tiny_config(**settings, train={"xla": "off", "micro_batch_size": 2})
+    config = config_of(**settings, train={"xla": "on", "micro_batch_size": 2})
+    plain = config_of(**settings, train={"xla": "off", "micro_batch_size": 2})
     compiled, interpreted = make_step(config), make_step(plain)
     take(compiled, batches(config), 3)
     take(interpreted, batches(config), 3)
@@ -289,7 +284,7 @@ def test_xla_changes_nothing_but_the_rounding(model):
 
 
 def test_the_largest_seed_takes_a_step():
-    step = make_step(tiny_config(model={"dropout": 0.2}, train={"seed": 2**63 - 1}))
+    step = make_step(config_of(model={"dropout": 0.2}, train={"seed": 2**63 - 1}))
     assert take(step, batches(step.config), 1).num_skipped == 0
 
 
@@ -297,7 +292,7 @@ def test_the_largest_seed_takes_a_step():
 def test_what_is_computed_again_comes_out_the_same(xla):
     settings = {"data": {"mode": "packed"}, "model": {"dropout": 0.2, "document_mask": True}}
     steps = [
-        make_step(tiny_config(**settings, train={"recompute": recompute, "xla": xla}))
+        make_step(config_of(**settings, train={"recompute": recompute, "xla": xla}))
         for recompute in ("nothing", "attention", "blocks")
     ]
     for step in steps:
@@ -309,7 +304,7 @@ def test_what_is_computed_again_comes_out_the_same(xla):
 
 def test_recomputed_blocks_run_twice():
     def attentions(recompute):
-        config = tiny_config(train={"recompute": recompute})
+        config = config_of(train={"recompute": recompute})
         model = make_step(config).model
         weights = [tf.convert_to_tensor(variable) for variable in model.trainable_variables]
 
@@ -320,13 +315,13 @@ def test_recomputed_blocks_run_twice():
         graph = gradients.get_concrete_function(*next(iter(batches(config)))).graph
         return sum(op.type == "Softmax" for op in graph.get_operations())
 
-    num_blocks = tiny_config().model.num_layers
+    num_blocks = config_of().model.num_layers
     assert attentions("nothing") == num_blocks
     assert attentions("blocks") == 2 * num_blocks
 
 
 def test_another_model_has_nothing_to_recompute():
-    config = tiny_config(train={"recompute": "blocks"})
+    config = config_of(train={"recompute": "blocks"})
     with pytest.raises(UserError, match=r"train.recompute='blocks' is of trainer's own GPT"):
         TrainingStep(
             config,
@@ -337,7 +332,7 @@ def test_another_model_has_nothing_to_recompute():
 
 
 def test_a_batch_that_replicas_cannot_share_is_refused():
-    config = tiny_config(train={"micro_batch_size": 2})
+    config = config_of(train={"micro_batch_size": 2})
     assert examples_per_replica(config, 2) == 2
     with pytest.raises(
         UserError, match=r"train.global_batch_size=4 is not a multiple of 3 replicas x train.micro_batch"
@@ -356,7 +351,7 @@ def test_a_weight_without_influence_is_an_error():
             return self.used(tokens)
 
     model = Idle()
-    batch = next(iter(batches(tiny_config())))
+    batch = next(iter(batches(config_of())))
     model(batch[0])
     values = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
     with pytest.raises(ValueError, match="idle has no influence on the loss"):
@@ -364,7 +359,7 @@ def test_a_weight_without_influence_is_an_error():
 
 
 def test_many_steps_in_one_call_equal_one_step_per_call():
-    step = make_step(tiny_config(model={"dropout": 0.2}, optimizer={"schedule": "cosine", "clip_norm": 0.5}))
+    step = make_step(config_of(model={"dropout": 0.2}, optimizer={"schedule": "cosine", "clip_norm": 0.5}))
     start = values_of(step)
     metrics = take(step, batches(step.config), 6)
     assert metrics.num_steps == step.step.numpy() == 6
@@ -409,7 +404,7 @@ def test_clipping_scales_the_mean_to_the_norm_and_leaves_smaller_gradients_alone
 
 
 def test_clipped_steps_are_counted(new_step):
-    config = tiny_config(optimizer={"clip_norm": 1e-6})
+    config = config_of(optimizer={"clip_norm": 1e-6})
     metrics = take(make_step(config), batches(config), 3)
     assert metrics.num_clipped == 3
     assert take(new_step(), batches(config), 3).num_clipped == 0
@@ -457,7 +452,7 @@ def test_the_stop_flag_ends_a_call_between_two_steps(new_step):
 
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 def test_weights_that_are_not_trained_are_updated_too(micro_batch_size):
-    config = tiny_config(train={"precision": "float32", "micro_batch_size": micro_batch_size})
+    config = config_of(train={"precision": "float32", "micro_batch_size": micro_batch_size})
     model = keras.Sequential(
         [
             keras.layers.Embedding(VOCABULARY, 8),

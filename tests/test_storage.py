@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 import trainer
-from trainer.config_file import make_config
 from trainer.data.batches import evaluation_batches, training_batches
 from trainer.data.prepare import fetch, prepare
 from trainer.errors import UserError
@@ -34,14 +34,8 @@ def store(monkeypatch, tmp_path):
 
 
 def config_in(store, *overrides):
-    settings = {
-        "run_folder": f"{store}/run",
-        "data": {"storybook_stories": 60, "prepared_folder": f"{store}/prepared"},
-        "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 8, "intermediate_dim": 8},
-        "train": {"precision": "float32", "total_steps": 4, "sequence_length": 16, "global_batch_size": 4},
-        "samples": {"num_tokens": 2},
-    }
-    return make_config(settings, overrides)
+    train = {"total_steps": 4, "sequence_length": 16, "global_batch_size": 4}
+    return tiny_config(store, *overrides, data={"storybook_stories": 60}, train=train, samples={"num_tokens": 2})
 
 
 def all_batches(dataset):

@@ -2,23 +2,18 @@
 
 import numpy as np
 import pytest
+from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 from trainer.commands import verify as verify_module
 from trainer.commands.verify import Trace, difference, distribution_of, names_not_finite, verify
 from trainer.config import DistributionConfig
-from trainer.config_file import load_config, make_config
+from trainer.config_file import load_config
 from trainer.errors import UserError
 
 
 def config_of(tmp_path, **train):
-    return make_config(
-        {
-            "run_folder": str(tmp_path / "run"),
-            "data": {"storybook_stories": 200, "prepared_folder": str(tmp_path / "prepared")},
-            "model": {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8},
-            "train": {"precision": "float64", "total_steps": 9, "global_batch_size": 4, "sequence_length": 16, **train},
-        }
-    )
+    train = {"precision": "float64", "total_steps": 9, "global_batch_size": 4, "sequence_length": 16, **train}
+    return tiny_config(tmp_path, data={"storybook_stories": 200}, train=train)
 
 
 def trace(losses=(2.0, 1.0), norms=(0.5, 0.5), weights=(3.0, 4.0)):

@@ -3,19 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 from trainer.config import Config
-from trainer.config_file import make_config
-from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.model.build import build_gpt
 from trainer.training.run_checkpoints import open_checkpoints
 from trainer.training.run_data import load_tokenizer_of
 from trainer.training.run_folder import RunFolder
-
-
-def quiet(line: str) -> None:
-    pass
 
 
 def refuse(line: str) -> None:
@@ -25,19 +20,15 @@ def refuse(line: str) -> None:
 
 
 def tiny(folder: Path, *overrides: str) -> Config:
-    settings = {
-        "run_folder": str(folder / "run"),
-        "data": {"train": str(folder / "a.txt"), "prepared_folder": str(folder / "prepared"), "documents": "file"},
-        "tokenizer": {"kind": "char"},
-        "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4},
-        "train": {"precision": "float32", "total_steps": 2, "sequence_length": 8, "global_batch_size": 2},
-    }
-    return make_config(settings, overrides)
+    data = {"train": str(folder / "a.txt"), "documents": "file"}
+    model = {"num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4}
+    train = {"total_steps": 2, "sequence_length": 8, "global_batch_size": 2}
+    return tiny_config(folder, *overrides, data=data, tokenizer={"kind": "char"}, model=model, train=train)
 
 
 def prepared_text(folder: Path, text: str = "the cat sat on the mat\n" * 30) -> PreparedData:
     (folder / "a.txt").write_text(text, encoding="utf-8")
-    return prepare(tiny(folder), quiet)
+    return tiny_prepared(tiny(folder))
 
 
 def folder_of(run: RunFolder) -> Path:
