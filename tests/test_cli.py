@@ -61,7 +61,7 @@ def test_module_is_the_command():
         assert f"    {verb} " in done.stdout
 
 
-def test_a_message_is_short_and_steers_no_terminal(capsys: pytest.CaptureFixture[str]):
+def test_a_message_is_short_and_does_not_control_the_terminal(capsys: pytest.CaptureFixture[str]):
     for name in ("\x1b[31mred", "long" * 5_000):
         said = [
             refusal(["prepare", f"{name}.toml"], capsys),
@@ -74,11 +74,11 @@ def test_a_message_is_short_and_steers_no_terminal(capsys: pytest.CaptureFixture
     assert refusal(["generate", " "], capsys).startswith("trainer: ' ': a path of blanks only")
     unknown = [f"x{i}=1" for i in range(500)]
     assert refusal(["prepare", MINIGPT, *unknown], capsys).count("\n") == 61
-    # Of a long one, both what is wrong and what to do is left.
+    # A long message keeps its start, what is wrong, and its end, what to do.
     assert refusal(["generate", "x" * 5_000], capsys).startswith("trainer: xxx")
 
 
-def test_what_needs_no_tensorflow_does_not_load_it(tmp_path: Path):
+def test_a_verb_that_does_not_need_tensorflow_does_not_load_it(tmp_path: Path):
     taken = taken_folder(tmp_path / "taken")
     commands: list[tuple[list[str], int]] = [
         (["--help"], 0),
@@ -130,7 +130,7 @@ def test_plan_of_characters_needs_the_vocabulary_size(capsys: pytest.CaptureFixt
     assert "tokenizer.kind='char' takes its vocabulary from the text" in error and "--vocabulary-size" in error
 
 
-def test_overrides_may_stand_on_both_sides_of_an_option(capsys: pytest.CaptureFixture[str]):
+def test_overrides_may_come_before_and_after_an_option(capsys: pytest.CaptureFixture[str]):
     before = ["plan", MINIGPT, "model.num_layers=1", "model.pre_norm=true", "--weights", "--vocabulary-size", "100"]
     after = ["plan", MINIGPT, "--vocabulary-size", "100", "--weights", "model.num_layers=1", "model.pre_norm=true"]
     around = ["plan", MINIGPT, "model.num_layers=1", "--vocabulary-size", "100", "model.pre_norm=true", "--weights"]
@@ -142,7 +142,7 @@ def test_overrides_may_stand_on_both_sides_of_an_option(capsys: pytest.CaptureFi
     assert "block_0" in tables[0] and "block_1" not in tables[0] and "final_norm" in tables[0]
 
 
-def test_what_is_no_option_and_no_override_is_refused(capsys: pytest.CaptureFixture[str]):
+def test_a_word_that_is_neither_an_option_nor_an_override_is_refused(capsys: pytest.CaptureFixture[str]):
     assert "unrecognized arguments: --steps" in unusable(["plan", MINIGPT, "--steps"], capsys)
     assert "unrecognized arguments: --steps=3" in unusable(["plan", MINIGPT, "--steps=3"], capsys)
     assert "unrecognized arguments: x=1" in unusable(["inspect", "RUN", "x=1"], capsys)
@@ -175,19 +175,17 @@ def test_train_needs_a_config_or_a_run(capsys: pytest.CaptureFixture[str]):
     )
 
 
-def test_resume_ignores_no_config_or_override_silently(capsys: pytest.CaptureFixture[str]):
+def test_resume_refuses_a_config_or_an_override_that_it_would_ignore(capsys: pytest.CaptureFixture[str]):
     error = refusal(["train", MINIGPT, "--resume", "RUN", "train.xla=on"], capsys)
     assert f"uses the config that the run was started with; leave out {MINIGPT!r}, or start a new run" in error
     error = refusal(["train", "--resume", "RUN", "train.seed=1"], capsys)
     assert "train.seed=1: a resumed run keeps the config that it was started with; only distribution.*, train." in error
-    # What leaves the result alone is allowed, and then there has to be a run.
+    # A setting that does not change the model is allowed; then the run is missing.
     error = refusal(["train", "--resume", "RUN", "distribution.logical_devices=2"], capsys)
     assert "RUN is not a run folder" in error
 
 
-def test_or_resume_goes_with_a_config_whose_run_has_the_same_settings(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_or_resume_needs_a_config_with_the_settings_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     error = refusal(["train", "--or-resume", "--resume", "RUN"], capsys)
     assert "--resume RUN and --or-resume: --or-resume goes with a config; leave out one." in error
     assert "train needs a config" in refusal(["train", "--or-resume"], capsys)
@@ -204,7 +202,7 @@ def test_taken_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("verb", [["evaluate"], ["generate"], ["train", "--resume"]])
-def test_a_folder_that_is_no_run_is_refused_and_runs_beside_it_named(
+def test_a_folder_that_is_not_a_run_is_refused_with_the_runs_near_it(
     verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     taken, beside = taken_folder(tmp_path / "taken"), tmp_path / "beside"
@@ -221,11 +219,11 @@ def test_generating_the_same_text_several_times_is_refused(tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("number", ["9" * 5_000, "\u0663", "-1", "1e3", "0"])
-def test_a_number_that_no_option_takes_is_refused(number: str, capsys: pytest.CaptureFixture[str]):
+def test_a_number_that_an_option_does_not_accept_is_refused(number: str, capsys: pytest.CaptureFixture[str]):
     assert "must be at least two numbers, such as 1,2,4." in refusal(
         ["verify", MINIGPT, "--replicas", f"1,{number}"], capsys
     )
-    assert "is not one that trainer knows" in refusal(["plan", MINIGPT, "--target", f"gpu:H100x{number}"], capsys)
+    assert "is unknown" in refusal(["plan", MINIGPT, "--target", f"gpu:H100x{number}"], capsys)
     assert "v5e does not come with this number" in refusal(["plan", MINIGPT, "--target", f"tpu:v5e-{number}"], capsys)
 
 
@@ -234,7 +232,9 @@ def test_a_number_of_replicas_is_not_compared_with_itself(capsys: pytest.Capture
     assert "--replicas 1,2,01 names a number twice; leave out the second one." in error
 
 
-def test_a_slip_in_what_to_write_does_not_wait_for_tensorflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_mistake_in_the_options_of_generate_is_reported_before_tensorflow_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     run = str(taken_folder(tmp_path / "run"))
     for arguments, message in (
         (
@@ -251,7 +251,7 @@ def test_a_slip_in_what_to_write_does_not_wait_for_tensorflow(tmp_path: Path, ca
         assert message in refusal(["generate", run, *arguments], capsys)
 
 
-def test_a_sample_is_told_to_be_a_story_or_where_it_stops_being_one():
+def test_a_sample_is_called_a_story_or_the_place_where_it_leaves_the_grammar_is_named():
     assert story_verdict(story(0, 0)) == " (a story of the storybook's grammar)"
     words = story(0, 0).split(" ")
     words[3] = "xylophone"
@@ -298,7 +298,7 @@ def start_training(folder: Path, total_steps: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_training_goes_on_where_nobody_reads_its_output_any_more(tmp_path: Path):
+def test_training_continues_after_the_reader_of_its_output_has_gone_away(tmp_path: Path):
     with start_training(tmp_path, total_steps=60) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.readline()

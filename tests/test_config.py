@@ -35,7 +35,7 @@ def test_defaults_are_the_tutorial_s():
     assert (config.train.sequence_length, config.train.global_batch_size) == (128, 64)
 
 
-def test_a_quoted_name_is_said_to_be_one():
+def test_a_name_in_quotation_marks_is_refused_as_one_name():
     with pytest.raises(UserError, match=r"^'train\.seed' is one name in quotation marks; write it without them\.$"):
         make_config({**SETTINGS, "train.seed": 1})
 
@@ -267,7 +267,7 @@ def test_impossible_settings_are_refused(overrides: list[str], message: str):
         [f"train.seed={2**63 - 1}"],
     ],
 )
-def test_settings_at_their_limits_are_taken(overrides: list[str]):
+def test_settings_at_their_limits_are_accepted(overrides: list[str]):
     make_config(SETTINGS, overrides)
 
 
@@ -353,24 +353,24 @@ def test_a_list_without_brackets_is_refused_with_what_to_write(given: str, value
     assert make_config(SETTINGS, [advice]).distribution.gpus == value
 
 
-def test_shares_of_a_mixture_may_lack_digits_beside_the_dot():
+def test_weights_of_a_mixture_may_be_written_without_a_digit_before_or_after_the_dot():
     config = make_config(SETTINGS, ["data.train=[a,b]", "data.weights=[.5,1.]"])
     assert config.data.weights == (0.5, 1.0)
 
 
 @pytest.mark.parametrize("override", ["train.seed=1.5e0", "train.seed=1e-1", "train.seed=1e99999999", "train.seed=0x"])
-def test_what_is_no_whole_number_is_refused_at_once(override: str):
+def test_a_text_that_is_not_a_whole_number_is_refused_quickly(override: str):
     assert "input should be a valid integer" in refusal(override)
 
 
 @pytest.mark.parametrize("number", ["9" * 5000, "[" * 5000 + "]" * 5000, "1e9999", "-", "'" * 3])
 @pytest.mark.parametrize("key", ["train.seed", "optimizer.learning_rate", "data.train", "distribution.gpus", "train"])
-def test_a_value_that_python_cannot_hold_is_refused_in_short(key: str, number: str):
+def test_a_value_that_python_cannot_hold_is_refused_with_a_short_message(key: str, number: str):
     if key != "data.train":
         assert len(refusal(f"{key}={number}")) < 600
 
 
-def test_text_that_is_not_utf8_is_refused_by_its_key_and_nothing_more():
+def test_text_that_is_not_utf8_is_refused_once_by_its_key():
     half = "\ud55c글".encode("utf-8", "surrogatepass")[:5].decode("utf-8", "surrogateescape")
     for key in (
         "samples.prompt",
@@ -388,7 +388,7 @@ def test_text_that_is_not_utf8_is_refused_by_its_key_and_nothing_more():
         make_config(SETTINGS | {"samples": {"prompt": "\ud83d"}})
 
 
-def test_settings_nested_without_end_are_refused():
+def test_settings_that_are_nested_too_deeply_are_refused():
     settings: dict[str, Any] = {}
     for _ in range(300):
         settings = {"train": settings}
@@ -416,7 +416,7 @@ def test_a_file_is_strict_about_types(toml: str, tmp_path: Path):
         ("schedule = 'cosine", 'schedule = "cosine"'),
     ],
 )
-def test_a_line_that_is_not_toml_is_shown_as_it_would_be(line: str, advice: str, tmp_path: Path):
+def test_a_line_that_is_not_toml_is_shown_as_it_should_be_written(line: str, advice: str, tmp_path: Path):
     path = tmp_path / "x.toml"
     rest = "\nwarmup_steps = 0\n[train]\nprecision = 'float32'\ntotal_steps = 10\n"
     path.write_text(f"[optimizer]\n{line}{rest}", "utf-8")
@@ -441,7 +441,7 @@ def test_a_file_s_flag_date_and_step_count_are_refused_with_what_to_write(tmp_pa
         assert advice in str(error.value)
 
 
-def test_a_file_is_read_with_a_byte_order_mark_and_in_another_encoding_said_to_be_so(tmp_path: Path):
+def test_a_file_may_have_a_byte_order_mark_and_another_encoding_is_refused(tmp_path: Path):
     text = "run_folder = 'é'\r\ntrain = {precision = 'float32', total_steps = 10}\r\n"
     path = tmp_path / "x.toml"
     path.write_bytes(text.encode("utf-8-sig"))
@@ -485,14 +485,14 @@ def test_a_config_below_the_home_folder_is_found(tmp_path: Path, monkeypatch: py
         ["tokenizer.kind=bpe", "tokenizer.path=tokenizer.json"],
     ],
 )
-def test_another_kind_of_tokenizer_replaces_what_a_shipped_config_sets_for_its_own(path: Path, overrides: list[str]):
+def test_another_kind_of_tokenizer_drops_the_settings_of_the_config_s_own_kind(path: Path, overrides: list[str]):
     tokenizer = load_config(path, overrides).tokenizer
     for override in overrides:
         key, _, value = override.partition("=")
         assert getattr(tokenizer, key.removeprefix("tokenizer.")) == value
 
 
-def test_what_is_set_for_the_same_kind_or_on_the_command_line_too_stays():
+def test_settings_of_the_same_kind_of_tokenizer_and_of_the_command_line_stay():
     settings = {**SETTINGS, "tokenizer": {"kind": "wordpiece", "vocabulary_size": 300, "lowercase": False}}
     assert make_config(settings, ["tokenizer.kind=wordpiece"]).tokenizer.lowercase is False
     assert make_config(settings, ["tokenizer.path=v"]).tokenizer.lowercase is False
@@ -507,7 +507,7 @@ def test_what_is_set_for_the_same_kind_or_on_the_command_line_too_stays():
         make_config(misspelt, ["tokenizer.kind=char"])
 
 
-def test_every_problem_has_its_line():
+def test_the_message_has_a_line_for_each_problem():
     assert len(refusal("train.seed=true", "model.num_layers=0", "optimizer.beta_1=1.0").splitlines()) == 3
 
 
@@ -533,18 +533,18 @@ def test_overrides_take_toml_values_and_bare_words():
     assert config.run_folder == "2024-01-31"
 
 
-def test_later_override_wins_and_the_settings_given_stay_as_they_were():
+def test_the_later_override_wins_and_the_given_settings_are_not_changed():
     settings = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 10}}
     assert make_config(settings, ["train.seed=1", "train.seed=2"]).train.seed == 2
     assert settings == {"run_folder": "r", "train": {"precision": "float32", "total_steps": 10}}
 
 
 @pytest.mark.parametrize("text", ["train.seed", "=3", "  =3", ""])
-def test_what_assigns_nothing_is_no_override(text: str):
+def test_a_word_that_assigns_nothing_is_not_an_override(text: str):
     assert f"{text!r} is not an override; write section.key=value." in refusal(text)
 
 
-def test_a_setting_is_no_section():
+def test_a_setting_is_not_a_section():
     assert "'train.seed.x=1': seed is a setting, not a section." in refusal("train.seed=1", "train.seed.x=1")
 
 
@@ -582,7 +582,7 @@ def test_unreadable_file_is_refused(tmp_path: Path):
         load_config(tmp_path)
 
 
-def test_missing_file_lists_the_configs_that_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_missing_file_is_refused_with_the_configs_that_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=r"quickstat.toml: no such config file. In configs/: .*configs/quickstart.toml"):
         load_config("configs/quickstat.toml")
@@ -597,7 +597,7 @@ def test_a_shipped_config_is_found_by_its_name_in_any_folder(monkeypatch: pytest
     shipped = load_config(ROOT / "configs/quickstart.toml")
     assert load_config("quickstart") == load_config("quickstart.toml") == load_config(Path("quickstart")) == shipped
     assert load_config("quickstart").run_folder == "runs/quickstart"
-    # A folder of that name, such as a checkout, is no config; a run's folder is refused as under any other name.
+    # A folder of that name, such as a checkout, is not a config. A run's folder is refused like any other folder.
     Path("quickstart").mkdir()
     assert load_config("quickstart") == shipped
     Path("quickstart/config.toml").touch()
@@ -608,7 +608,7 @@ def test_a_shipped_config_is_found_by_its_name_in_any_folder(monkeypatch: pytest
     assert load_config("minigpt.toml").train.total_steps == 3
 
 
-def test_an_override_of_one_length_of_the_training_replaces_the_other():
+def test_total_steps_and_num_epochs_replace_each_other():
     epochs = {**SETTINGS, "train": {"precision": "float32", "num_epochs": 2}}
     for settings in (SETTINGS, epochs):
         steps = make_config(settings, ["train.total_steps=7"]).train
@@ -629,7 +629,7 @@ def test_shipped_config_is_sound(path: Path):
     load_config(path)
 
 
-def test_only_the_storybook_s_and_the_tutorial_s_configs_give_up_capitals():
+def test_only_the_configs_of_the_storybook_and_the_tutorial_fold_capitals():
     configs = {path.stem: load_config(path).tokenizer for path in (ROOT / "configs").glob("*.toml")}
     lowering = {name for name, tokenizer in configs.items() if getattr(tokenizer, "lowercase", False)}
     assert lowering == {"quickstart", "minigpt"}
@@ -654,7 +654,7 @@ def test_prepared_data_is_shared_by_configs_that_prepare_alike():
     assert len({path(), *(path(override) for override in others)}) == len(others) + 1
     files = ["tokenizer={kind='bpe'}", "tokenizer={kind='bpe',path='a'}", "tokenizer={kind='bpe',path='b'}"]
     assert len({path(), *(path(override) for override in files)}) == len(files) + 1
-    # Nothing is held out where there is a validation text.
+    # Nothing is held out if there is a validation text.
     validation = "data.validation=b.txt"
     of_file = {**SETTINGS, "data": {"held_out_fraction": 0.5, "storybook_seed": 3, "storybook_stories": 9}}
     assert make_config(of_file, ["data.train=a.txt", validation]).prepared_name() == path(validation)
@@ -668,7 +668,7 @@ def test_prepared_data_is_shared_by_configs_that_prepare_alike():
         (["data.train=a.txt", "data.validation=b.txt", "data.held_out_fraction=0.5"], r"data\.validation=\['b\.txt'\]"),
     ],
 )
-def test_an_override_without_effect_is_refused_and_one_that_drops_a_setting_is_none(overrides, cause):
+def test_an_override_without_effect_is_refused_unless_it_drops_a_setting(overrides, cause):
     with pytest.raises(UserError, match=rf"^'data\.\w+=[\d.]+' has no effect with {cause}; leave out one of the two"):
         make_config(SETTINGS, overrides)
     make_config(SETTINGS, ["data.train=a.txt", "data.validation=b.txt", "data.held_out_fraction=none"])
@@ -711,7 +711,7 @@ def _without_checks(tree: ast.Module) -> ast.AST:
 
 @pytest.mark.slow
 def test_a_run_reads_every_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The name alone, as in the test before, can be another section's."""
+    """Unlike the name only, which the test before looks for: it can be the name of another section's setting."""
     import trainer
 
     read: set[tuple[type, str]] = set()
@@ -751,7 +751,7 @@ def test_a_run_reads_every_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         kinds = [kind for kind in Section.__subclasses__() if name in kind.model_fields and _is_section(kind, section)]
         if not any((kind, name) in read for kind in kinds):
             unread.append(key)
-    # A TPU's alone, and there is none here.
+    # Read only for a TPU, and this machine has none.
     assert unread == [f"distribution.tpu_{name}" for name in ("name", "zone", "project")]
 
 
@@ -791,7 +791,7 @@ def test_schema_knows_what_shipped_configs_set(path: Path):
             assert any(set(kind.get("required", [])) <= values.keys() for kind in kinds)
 
 
-def test_schema_lets_an_editor_know_what_a_setting_means():
+def test_schema_describes_every_setting():
     schema = json.loads(json_schema())
     settings = [setting for section in schema["$defs"].values() for name, setting in section["properties"].items()]
     assert sum("description" in setting for setting in settings) >= len(settings) - 6  # The kinds of tokenizer.
@@ -811,7 +811,7 @@ def test_schema_lets_an_editor_know_what_a_setting_means():
         (["data.weights=[1,2]", "train.total_steps=none", "train.num_epochs=1"], r"train\.num_epochs cannot be used"),
     ],
 )
-def test_weights_that_make_no_mixture_are_refused(overrides, message):
+def test_weights_that_do_not_make_a_mixture_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
         make_config(SETTINGS, ['data.train=["a","b"]', *overrides])
 
@@ -866,5 +866,5 @@ def test_an_installed_trainer_has_the_shipped_configs(tmp_path: Path):
         ("model.num_layers=99999999", "model.num_layers=99999999: input should be less than or equal to 10000."),
     ],
 )
-def test_a_number_that_the_training_would_read_as_another_is_refused(override: str, message: str):
+def test_a_number_that_training_would_read_as_another_is_refused(override: str, message: str):
     assert message in refusal(override)

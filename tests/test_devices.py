@@ -1,4 +1,4 @@
-"""Laws of the names that say which devices are meant."""
+"""Laws of the table of devices and of targets."""
 
 import re
 
@@ -35,7 +35,7 @@ def test_a_tpu_has_the_devices_and_the_topology_of_its_accelerator_type(text: st
     assert parse_target(str(target)) == target
 
 
-def test_a_gpu_is_named_with_a_count_or_alone_in_capitals_or_not():
+def test_a_gpu_is_named_with_or_without_a_count_and_capitals():
     assert parse_target("gpu:H100x8") == parse_target("GPU:h100X8") == (GPUS["H100"], 8)
     assert parse_target("gpu:rtx4090") == (GPUS["RTX4090"], 1)
     assert parse_target("gpu:RTX4090x2") == (GPUS["RTX4090"], 2)
@@ -44,16 +44,14 @@ def test_a_gpu_is_named_with_a_count_or_alone_in_capitals_or_not():
 
 
 @pytest.mark.parametrize("text", ["gpu:x8", "gpu:H100x0", "gpu:B9x8", "gpu:A100x8", "tpu:v9-8", "cpu:2", "h100", ""])
-def test_a_target_that_is_not_known_is_said_with_those_that_are(text: str):
-    with pytest.raises(
-        UserError, match=re.escape(f"--target {text} is not one that trainer knows; write gpu:NAMExC")
-    ) as e:
+def test_an_unknown_target_is_refused_with_the_known_ones(text: str):
+    with pytest.raises(UserError, match=re.escape(f"--target {text} is unknown; write gpu:NAMExC")) as e:
         parse_target(text)
     assert all(name in str(e.value) for name in [*GPUS, *TPUS])
 
 
 @pytest.mark.parametrize("text", ["tpu:v5e-3", "tpu:v5e-512", "tpu:v4-4", "tpu:v5e", "tpu:v5e-"])
-def test_a_tpu_of_a_number_that_there_is_not_is_said(text: str):
+def test_a_number_that_a_tpu_does_not_come_with_is_refused_with_its_numbers(text: str):
     with pytest.raises(
         UserError, match=rf"--target {text}: v\d\w* does not come with this number; its numbers are [18], "
     ):
@@ -66,13 +64,13 @@ def test_a_chip_is_shared_by_its_cores():
     assert (v5p.flops["bfloat16"], v5p.memory_bytes) == (459e12, 95e9)
 
 
-def test_a_gpu_is_found_by_the_name_of_its_driver_and_by_no_other():
+def test_a_gpu_is_found_only_by_the_name_that_its_driver_gives_it():
     assert find_gpu("NVIDIA A100-SXM4-80GB") == GPUS["A100-80GB"]
     assert find_gpu("NVIDIA GeForce RTX 4090") == GPUS["RTX4090"]
     # Half of the desktop card's cores.
     assert find_gpu("NVIDIA GeForce RTX 4090 Laptop GPU") is None
 
 
-def test_the_compiler_of_a_gpu_hears_of_its_memory_and_generation():
+def test_the_settings_of_a_gpu_s_compiler_have_its_memory_and_generation():
     text = compiler_settings(parse_target("gpu:L4"))["target_config"]
     assert "major: 8 minor: 9" in text and "device_memory_size: 24000000000" in text and '"NVIDIA L4"' in text

@@ -74,7 +74,7 @@ def test_every_document_is_found_in_its_shard_whole_or_shortened(pristine):
 
 
 @pytest.mark.parametrize("offsets_per_read", [1, 2, 7, 1 << 20])
-def test_lengths_are_those_of_the_documents_however_few_are_read_at_once(pristine, monkeypatch, offsets_per_read):
+def test_the_lengths_of_documents_do_not_depend_on_how_many_are_read_at_once(pristine, monkeypatch, offsets_per_read):
     monkeypatch.setattr("trainer.data.coverage._OFFSETS_PER_READ", offsets_per_read)
     expected = sorted(len(text) for text in texts(pristine, "train"))
     lengths = lengths_of(pristine.split("train"), pristine.folder)
@@ -87,7 +87,7 @@ def test_lengths_are_those_of_the_documents_however_few_are_read_at_once(pristin
         assert lengths.cut_at(at) == (len(beyond), sum(beyond))
 
 
-def test_a_percentile_is_the_smallest_length_that_so_many_do_not_exceed():
+def test_a_percentile_is_the_smallest_length_that_this_share_does_not_exceed():
     lengths = Lengths(np.array([3, 5, 9]), np.array([5, 4, 1]))
     assert [lengths.percentile(percent) for percent in (1, 50, 51, 90, 91, 100)] == [3, 3, 5, 5, 9, 9]
 
@@ -99,7 +99,7 @@ def test_bins_are_between_powers_of_two_without_a_gap():
     assert list(longest.bins()) == [(2**39, 2**40 - 1, 1), (2**40, 2**41 - 1, 1)]
 
 
-def test_what_the_manifest_counts_is_shown_and_all_is_verified(pristine, capsys):
+def test_the_counts_of_the_manifest_are_shown_and_all_files_are_verified(pristine, capsys):
     assert main(["inspect", str(pristine.folder), "--sequence-length", "30"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -173,7 +173,7 @@ def test_a_document_of_a_rich_script_is_shown_as_far_as_the_screen_goes(tmp_path
     assert any(line.strip().endswith(" " + "나" * 10) for line in lines)
 
 
-def test_tensorflow_is_loaded_where_it_is_needed_alone(pristine):
+def test_tensorflow_is_loaded_only_if_it_is_needed(pristine):
     program = "import sys; from trainer.cli import main; print(main(), 'tensorflow' in sys.modules)"
     command = [sys.executable, "-c", program, "inspect", str(pristine.folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
@@ -188,7 +188,7 @@ def test_a_run_shows_the_data_it_was_started_on(pristine, tmp_path, capsys):
     run = RunFolder.create(config, pristine)
     assert main(["inspect", str(run.path)]) == 0
     assert pristine.fingerprint in capsys.readouterr().out
-    # So does one of its checkpoints, whose manifest.json is no damaged one of prepared data.
+    # So does one of its checkpoints: its manifest.json is not taken for a damaged one of prepared data.
     checkpoint = run.path / "checkpoints" / "step_000000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text('{"format": 1}')
@@ -196,7 +196,7 @@ def test_a_run_shows_the_data_it_was_started_on(pristine, tmp_path, capsys):
     assert pristine.fingerprint in capsys.readouterr().out
 
 
-def test_a_run_whose_data_is_gone_or_replaced_is_told_of(prepared, pristine, tmp_path, capsys):
+def test_a_run_whose_data_is_gone_or_replaced_is_an_error(prepared, pristine, tmp_path, capsys):
     config = config_for(tmp_path, tmp_path, CHAR)
     run = RunFolder.create(config, pristine)
     (tmp_path / "other").mkdir()
@@ -231,7 +231,7 @@ def test_data_in_a_store_is_verified_there(pristine, tmp_path, capsys, monkeypat
     assert error.endswith("\n  tokenizer/settings.json was changed: its SHA-256 does not match\n")
 
 
-def test_what_is_no_prepared_data_is_refused_and_data_near_it_named(prepared, capsys):
+def test_a_folder_that_is_not_prepared_data_is_refused_with_the_data_near_it(prepared, capsys):
     for path in (prepared.parent, prepared.parent / "nothing"):
         assert main(["inspect", str(path)]) == 2
         assert capsys.readouterr().err == (

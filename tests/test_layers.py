@@ -119,7 +119,7 @@ def _imports_under(
 def room_of(module: str, rooms: tuple[str, ...]) -> str:
     """Returns the room of a module: the longest name among the rooms that begins the module's."""
     fitting = [room for room in rooms if f"{module}.".startswith(f"{room}.")]
-    # A package's name stands for its modules, except the top one's: each module there is a room by itself.
+    # The name of a package stands for its modules, except the top package: each module there is a room by itself.
     fitting = [room for room in fitting if "." in room or module == room]
     assert fitting, f"{module} has no room; move it into one, or add it to ROOMS where it belongs"
     return max(fitting, key=len)
@@ -174,13 +174,13 @@ def late_imports(imports: list[Import], late: dict[str, frozenset[str]]) -> Iter
             yield each, f"{each.place}: {each}: inside a function, but loads nothing slow; import it at the top"
 
 
-def test_imports_point_downwards_in_no_circle_and_are_late_only_where_something_slow_is_loaded():
+def test_imports_point_downwards_without_a_cycle_and_are_late_only_for_slow_packages():
     imports = imports_in(PACKAGE)
     assert not [message for _, message in (*arrows_up(imports, ROOMS), *late_imports(imports, LATE))]
     assert not (found := cycle(imports)), f"a cycle: {' -> '.join(found)}"
 
 
-def test_no_module_that_may_import_late_is_listed_in_vain():
+def test_every_module_that_may_import_late_does():
     users = {each.importer for each in imports_in(PACKAGE) if each.is_late}
     assert set(LATE) <= users, f"delete from LATE: {sorted(set(LATE) - users)}"
 

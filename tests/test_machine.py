@@ -1,4 +1,4 @@
-"""Laws of what is found on this machine."""
+"""Laws of the facts about this machine."""
 
 import os
 from pathlib import Path

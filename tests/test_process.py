@@ -54,7 +54,7 @@ def test_a_function_is_called_in_another_process_and_its_lines_come_back_one_by_
     assert said[1] != f"makes {os.getpid()}"
 
 
-def test_what_it_raises_is_raised_here_with_where_it_was_raised_there():
+def test_an_exception_of_the_function_is_raised_here_with_its_traceback():
     with pytest.raises(UserError, match=r"data\.train='x': no such file\.") as error:
         call_in_new_process(fail)
     assert "in fail\n" in str(error.value.__cause__)
@@ -76,7 +76,7 @@ def test_a_process_that_ends_before_it_has_read_what_to_do_is_the_same_error(mon
         call_in_new_process(add, "a" * 1_000_000, "b", say=print)
 
 
-def test_a_line_that_cannot_be_told_is_the_error_of_the_one_who_tells_it():
+def test_an_error_of_say_is_raised_in_the_calling_process():
     def tell(line):
         raise BrokenPipeError(line)
 
@@ -112,7 +112,7 @@ def test_a_script_without_a_guard_is_not_run_again(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_process_forked_after_tensorflow_was_used_says_so_and_does_not_hang():
+def test_a_process_forked_after_tensorflow_was_used_raises_an_error_and_does_not_hang():
     import tensorflow as tf  # Here, as the processes above import this module.
 
     tf.constant(1)

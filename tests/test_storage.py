@@ -50,7 +50,7 @@ def test_a_location_is_a_path_or_a_url():
     assert locate(url) is url
 
 
-def test_a_folder_goes_there_and_back_byte_for_byte(store, tmp_path):
+def test_a_folder_is_copied_to_a_store_and_back_byte_for_byte(store, tmp_path):
     (tmp_path / "a/deep").mkdir(parents=True)
     (tmp_path / "a/bytes").write_bytes(bytes(range(256)))
     (tmp_path / "a/deep/text").write_text("한국어")
@@ -65,7 +65,7 @@ def test_a_folder_goes_there_and_back_byte_for_byte(store, tmp_path):
     assert not folder.is_dir()
 
 
-def test_what_is_not_there_is_a_missing_file_and_what_is_no_store_is_said(store):
+def test_a_missing_file_and_an_unknown_store_are_errors_that_name_the_url(store):
     with pytest.raises(FileNotFoundError, match=r"nothing"):
         locate(f"{store}/nothing").read_text()
     for url in ("nosuch://bucket/a", "http://127.0.0.1/a.txt", "s3://bucket/a"):
@@ -98,7 +98,7 @@ def test_a_host_without_a_copy_gets_one(store):
     assert prepare(config_in(store), quiet) == prepared == fetch(locate(prepared.stored_in))
 
 
-def test_copies_of_a_store_s_data_are_for_their_owner_alone(store, tmp_path):
+def test_copies_of_a_store_s_data_can_be_read_by_their_owner_only(store, tmp_path):
     prepared = prepare(config_in(store), quiet)
     home = tmp_path / f"trainer-{getpass.getuser()}"
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
@@ -109,9 +109,7 @@ def test_copies_of_a_store_s_data_are_for_their_owner_alone(store, tmp_path):
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
 
-def test_a_place_for_copies_that_somebody_else_planted_is_refused_and_nothing_in_it_is_touched(
-    store, tmp_path, monkeypatch
-):
+def test_a_place_for_copies_that_another_user_made_is_refused_and_left_as_it_is(store, tmp_path, monkeypatch):
     prepared = prepare(config_in(store), quiet)
     home = tmp_path / f"trainer-{getpass.getuser()}"
     victim = home.rename(tmp_path / "victim")
@@ -186,7 +184,7 @@ def test_a_manifest_damaged_in_the_store_is_an_error_though_the_copy_is_whole(st
 
 
 @pytest.mark.slow
-def test_a_run_in_a_store_is_that_on_a_disk(store, tmp_path, monkeypatch):
+def test_a_run_in_a_store_is_the_same_as_on_a_disk(store, tmp_path, monkeypatch):
     """Trained, stopped in the middle, resumed and used, with nothing of it on a disk but the copy of the data."""
     monkeypatch.setattr(loop, "DECODERS", ("greedy", "top-p"))  # To compile all of them takes longer than the rest.
     on_a_disk = trainer.train(config_in(store, f"run_folder={tmp_path / 'run'}"), say=quiet)
@@ -241,14 +239,14 @@ def test_a_tilde_is_the_home_folder_and_another_name_stays(tmp_path, monkeypatch
         ("\udced\udc95", r"^'\\udced\\udc95': not a path in UTF-8"),
     ],
 )
-def test_a_path_that_no_file_system_takes_is_refused(path, message):
+def test_a_path_that_no_file_system_accepts_is_refused(path, message):
     with pytest.raises(UserError, match=message):
         locate(path)
     with pytest.raises(UserError, match=message):
         RunFolder(path)
 
 
-def test_a_name_of_as_many_bytes_as_a_file_system_takes_is_a_path(tmp_path):
+def test_a_name_with_the_most_bytes_that_a_file_system_accepts_is_a_path(tmp_path):
     folder = locate(tmp_path / ("한" * 85))
     folder.mkdir()
     assert not (folder / "config.toml").is_file()

@@ -12,14 +12,14 @@ from trainer.system.terminal import is_greeting, lasting_errors, lasting_output,
 ROOT = Path(__file__).parent.parent
 
 
-def test_what_steers_a_terminal_is_shown_as_what_it_is():
+def test_a_character_that_controls_a_terminal_is_printed_as_its_escape():
     assert printable("a\x1b[2Jb\rc\x07\x7f\x9b") == "a\\x1b[2Jb\\rc\\x07\\x7f\\x9b"
     assert printable("\u202eabc\u2066\u2028\ud83d\0") == "\\u202eabc\\u2066\\u2028\\ud83d\\x00"
     plain = "line\n\tindented  twice, 한글 नमस्ते 👩\u200d👧 می\u200cخواهم \u00a0 \\x1b"
     assert printable(plain) == plain
 
 
-def test_a_file_gets_lines_whole(capsys: pytest.CaptureFixture[str]):
+def test_a_file_gets_whole_lines(capsys: pytest.CaptureFixture[str]):
     say("word " * 100 + "\x1b[31m :smile: [bold]x[/bold]")
     assert capsys.readouterr().out == "word " * 100 + "\\x1b[31m :smile: [bold]x[/bold]\n"
 
@@ -40,7 +40,7 @@ def test_a_terminal_breaks_lines_between_words(monkeypatch: pytest.MonkeyPatch):
     assert set(" ".join(lines[2:]).split()) == {"한국어", "문장"}
 
 
-def test_errors_too_are_broken_between_words(monkeypatch: pytest.MonkeyPatch):
+def test_errors_are_broken_between_words_too(monkeypatch: pytest.MonkeyPatch):
     from trainer.cli import main
 
     stream = Terminal()
@@ -58,7 +58,7 @@ class Broken(io.StringIO):
         raise BrokenPipeError(32, "Broken pipe")
 
 
-def test_output_that_nobody_reads_is_dropped_and_said_once(
+def test_output_without_a_reader_is_dropped_after_one_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(sys, "stdout", Broken())
@@ -69,7 +69,7 @@ def test_output_that_nobody_reads_is_dropped_and_said_once(
         "trainer: standard output cannot be written (its reader has gone away); training continues without it.\n"
     )
     monkeypatch.setattr(sys, "stderr", Broken())
-    with lasting_output():  # A script's own, where nothing else guards standard error.
+    with lasting_output():  # In a script nothing else guards standard error.
         say("a line")
     with lasting_errors(), lasting_output():
         say("a line")
@@ -111,13 +111,13 @@ say("한글 é x")
 """
 
 
-def test_what_an_encoding_lacks_is_printed_as_an_escape():
+def test_a_character_that_the_encoding_lacks_is_printed_as_an_escape():
     program = [sys.executable, "-c", SAY]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout) == (0, b"\\ud55c\\uae00 \\xe9 x\n"), done.stderr
 
 
-def test_what_the_encoding_of_a_script_lacks_does_not_end_its_training(monkeypatch: pytest.MonkeyPatch):
+def test_a_character_that_the_encoding_of_a_script_lacks_does_not_end_its_training(monkeypatch: pytest.MonkeyPatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     with lasting_output():
@@ -135,7 +135,7 @@ print("nowhere")
 """
 
 
-def test_streams_that_are_closed_at_the_start_are_no_files_of_the_program(tmp_path: Path):
+def test_the_numbers_of_streams_closed_at_the_start_are_not_given_to_files(tmp_path: Path):
     command = f'exec "{sys.executable}" -c "$PROGRAM" >&- 2>&- <&-'
     assert subprocess.run(command, shell=True, cwd=ROOT, env=os.environ | {"PROGRAM": CLOSED}).returncode == 0
 
@@ -148,7 +148,7 @@ def test_terminal_and_signals_load_nothing_but_the_standard_library():
     assert terminal.__doc__ is not None
 
 
-def test_what_tensorflow_notes_of_gpus_is_shown_on_a_machine_that_has_one():
+def test_tensorflow_s_notes_about_gpus_are_printed_on_a_machine_that_has_one():
     no_drivers = "I0000 00:00:1 1 cudart_stub.cc:31] Could not find cuda drivers on your machine, GPU will not be used."
     assert is_greeting(no_drivers, has_gpu=False) and not is_greeting(no_drivers, has_gpu=True)
     for greeting in ("I0000 00:00:1 1 port.cc:153] oneDNN custom operations are on.", "To enable the following in"):

@@ -1,4 +1,4 @@
-"""Laws of what is said about devices of this machine that are not used."""
+"""Laws of the messages about devices of this machine that are not used."""
 
 import re
 import sys
@@ -30,7 +30,7 @@ def machine(root: Path, **files: str) -> Path:
 
 
 @pytest.mark.parametrize("files", [{"bus": "0x10de\n"}, {"driver": "x"}, {"control": ""}, {"node": ""}, {"wsl": ""}])
-def test_a_gpu_shows_by_its_bus_its_driver_or_its_node(tmp_path: Path, files: dict[str, str]):
+def test_a_gpu_is_found_by_its_bus_its_driver_or_its_node(tmp_path: Path, files: dict[str, str]):
     assert has_nvidia_gpu(machine(tmp_path, **files))
     assert unused_gpu(True, tmp_path, {}) is not None
 
@@ -38,7 +38,7 @@ def test_a_gpu_shows_by_its_bus_its_driver_or_its_node(tmp_path: Path, files: di
 @pytest.mark.parametrize(
     "files", [{}, {"bus": "0x8086\n", "kind": "0x030000\n"}, {"bus": "0x10de\n", "kind": "0x040300\n"}]
 )
-def test_no_gpu_of_nvidia_is_none_to_warn_of(tmp_path: Path, files: dict[str, str]):
+def test_a_machine_without_an_nvidia_gpu_gets_no_warning(tmp_path: Path, files: dict[str, str]):
     assert not has_nvidia_gpu(machine(tmp_path, **files))
     assert unused_gpu(True, tmp_path, {"CUDA_VISIBLE_DEVICES": ""}) is None
 
@@ -71,7 +71,7 @@ def test_no_gpu_of_nvidia_is_none_to_warn_of(tmp_path: Path, files: dict[str, st
         ),
     ],
 )
-def test_a_gpu_that_is_not_used_is_said_with_the_command_that_mends_it(
+def test_the_warning_about_an_unused_gpu_has_the_command_that_corrects_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     files: dict[str, str],
@@ -96,7 +96,7 @@ def test_a_gpu_that_is_not_used_is_said_with_the_command_that_mends_it(
         ({}, False),
     ],
 )
-def test_a_tpu_that_auto_leaves_alone_is_said_with_the_setting_that_takes_it(tmp_path, files, is_there):
+def test_the_note_about_a_tpu_that_auto_does_not_take_has_the_setting_that_takes_it(tmp_path, files, is_there):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -106,15 +106,13 @@ def test_a_tpu_that_auto_leaves_alone_is_said_with_the_setting_that_takes_it(tmp
         assert "distribution.kind=tpu" in said and "scripts/launch/install_tpu" in said
 
 
-def test_libraries_that_are_there_and_of_no_use_are_not_installed_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_installed_cuda_libraries_are_not_installed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(unused.importlib.util, "find_spec", lambda name: name)
     said = unused_gpu(True, machine(tmp_path, driver="x", node=""), {})
     assert said is not None and "installed, but TensorFlow cannot use them" in said and "nvidia-smi" in said
 
 
-def test_an_environment_without_pip_is_mended_by_uv(monkeypatch: pytest.MonkeyPatch):
+def test_an_environment_without_pip_gets_a_command_of_uv(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(unused.importlib.util, "find_spec", lambda name: None)
     command = unused._install_command("tensorflow-of-another-name", "and-cuda")
     assert command == f"uv pip install --python {sys.executable} 'tensorflow-of-another-name[and-cuda]'"

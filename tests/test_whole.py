@@ -21,7 +21,7 @@ def content(folder: Location) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_file_and_a_folder_take_the_place_of_those_that_are_there(place: Location):
+def test_a_file_and_a_folder_replace_existing_ones(place: Location):
     for each in ("one", "two"):
         write_whole_folder(place / "folders" / "step", {"weights": each.encode(), "manifest.json": b"{}"})
         write_whole(place / "folders" / "step" / "note.txt", each)

@@ -190,7 +190,7 @@ def parse_target(text: str) -> Target:
         name, _, number = name.rpartition("x")  # The last x, because RTX has one too.
         if name in known and (count := whole_number(number)):
             return Target(known[name], count)
-    raise UserError(f"--target {text} is not one that trainer knows; {known_targets()}")
+    raise UserError(f"--target {text} is unknown; {known_targets()}")
 
 
 def known_targets() -> str:
@@ -225,7 +225,7 @@ def compiler_settings(target: Target) -> dict[str, Any]:
 def _parse_tpu(text: str, name: str) -> Target:
     name, _, number = name.replace("v5litepod-", "v5e-").partition("-")
     if name not in TPUS:
-        raise UserError(f"--target {text} is not one that trainer knows; {known_targets()}")
+        raise UserError(f"--target {text} is unknown; {known_targets()}")
     tpu = TPUS[name]
     per_chip = tpu.per_chip * tpu.num_cores
     # Chips with two cores come in fours at least: the chips of one host.
