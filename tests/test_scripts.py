@@ -1,18 +1,13 @@
 import ast
-import configparser
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 REPOSITORY = Path(__file__).parents[1]
 BASH = shutil.which("bash") or "bash"
@@ -237,35 +232,6 @@ def test_extra_is_installed_into_an_environment_that_lacks_it_and_brings_the_cor
     for extra in ("core", "test", "test", "core"):
         assert checkout.make_environment(extra).returncode == 0
     assert [call.split()[-1] for call in checkout.uv_calls("pip install")] == [".", ".[test]"]
-
-
-LOCKED = dict(
-    line.split("==") for line in (REPOSITORY / "requirements.lock").read_text().splitlines() if not line.startswith("#")
-)
-
-
-def test_lock_file_has_a_version_in_range_of_every_requirement() -> None:
-    setup = configparser.ConfigParser()
-    setup.read(REPOSITORY / "setup.cfg")
-    # The tests have no use for xprof, so what passed with it is not known.
-    extras = [text for extra, text in setup["options.extras_require"].items() if extra != "profile"]
-    lines = "\n".join([setup["options"]["install_requires"], *extras]).split()
-    requirements = [Requirement(line) for line in lines]
-    assert {"tensorflow", "apache-beam", "pytest"} <= {each.name for each in requirements}
-    for each in requirements:
-        if each.name != "gpt-trainer":
-            assert each.specifier.contains(LOCKED[canonicalize_name(each.name)]), each
-
-
-def test_lock_file_names_versions_only() -> None:
-    for name, version in LOCKED.items():
-        assert name == canonicalize_name(name) and not Version(version).local
-
-
-@pytest.mark.skipif(not (REPOSITORY / ".venv").is_dir() or sys.prefix != str(REPOSITORY / ".venv"), reason="not .venv")
-def test_tests_run_with_the_versions_of_the_lock_file() -> None:
-    installed = {name: metadata.version(name) for name in LOCKED}
-    assert installed == LOCKED, "run scripts/test, which installs them"
 
 
 def test_versions_of_the_lock_file_are_installed_until_it_is_updated(checkout: Checkout) -> None:
