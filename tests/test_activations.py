@@ -1,4 +1,4 @@
-"""Laws of the activations, beside their formulas in float64."""
+"""Laws of the activations, beside their formulas in float64, in every way of computing."""
 
 import math
 
@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.model.activations import gelu, swiglu
-from trainer.model.cpu import operations_on_cpu
+from trainer.model.ops.cpu import CpuOps
+from trainer.model.ops.plain import PLAIN, Ops
+from trainer.model.ops.xla import XlaOps
 
 X = np.random.default_rng(0).normal(0, 2, (5, 6))
-UPSTREAM = {gelu: X[::-1], swiglu: X[::-1, :3]}
+UPSTREAM = {"relu": X[::-1], "gelu": X[::-1], "swiglu": X[::-1, :3]}
 
 
 def gelu_and_slope(x):
@@ -20,7 +21,9 @@ def gelu_and_slope(x):
 
 def expected(activation, x, upstream):
     """Returns activation(x), and the gradient of its product with upstream."""
-    if activation is gelu:
+    if activation == "relu":
+        return np.maximum(x, 0), upstream * (x > 0)
+    if activation == "gelu":
         y, slope = gelu_and_slope(x)
         return y, upstream * slope
     gate, linear = np.split(x, 2, axis=1)
@@ -36,22 +39,22 @@ def with_gradient(activation, x, upstream):
     return y, tape.gradient(y, x, upstream)
 
 
-@pytest.mark.parametrize("activation", [gelu, swiglu])
+@pytest.mark.parametrize("ops", [Ops(), CpuOps(), XlaOps()], ids=["plain", "cpu", "xla"])
+@pytest.mark.parametrize("activation", UPSTREAM)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-13), ("float32", 1e-6), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("rows", [5, None])
-def test_activations_and_their_gradients_are_the_formulas(activation, dtype, tolerance, rows):
+def test_activations_and_their_gradients_are_the_formulas(activation, dtype, tolerance, rows, ops):
     x, upstream = tf.constant(X, dtype), tf.constant(UPSTREAM[activation], dtype)
     shapes = [tf.TensorSpec([rows, *t.shape[1:]], dtype) for t in (x, upstream)]
-    run = tf.function(lambda x, upstream: with_gradient(activation, x, upstream), input_signature=shapes)
-    with operations_on_cpu():
-        values = run(x, upstream)
-    for value, reference in zip(values, expected(activation, X, UPSTREAM[activation]), strict=True):
+    activate = ops.activation(activation)
+    run = tf.function(lambda x, upstream: with_gradient(activate, x, upstream), input_signature=shapes)
+    for value, reference in zip(run(x, upstream), expected(activation, X, UPSTREAM[activation]), strict=True):
         assert value.dtype == dtype
         np.testing.assert_allclose(tf.cast(value, tf.float64), reference, rtol=tolerance, atol=tolerance)
 
 
 def test_gelu_far_from_zero_is_nothing_or_all_to_the_last_bits_of_what_went_in():
     x = tf.constant([-1e4, -20.0, 20.0, 1e4])
-    y, slope = with_gradient(gelu, x, tf.ones([4]))
+    y, slope = with_gradient(PLAIN.activation("gelu"), x, tf.ones([4]))
     np.testing.assert_allclose(y / x, [0, 0, 1, 1], atol=1.2e-7)
     np.testing.assert_allclose(slope, [0, 0, 1, 1], atol=1.2e-7)

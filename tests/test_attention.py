@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.model.attention import BLOCK, RECOMPUTED_BLOCK, cached_attention, causal_attention, rotate
+from trainer.execution import BLOCKS_FROM_QUERIES, QUERY_BLOCK, RECOMPUTED_QUERY_BLOCK
+from trainer.model.attention import cached_attention, causal_attention, rotate
 
 # Where the document of each of six positions starts, in two rows.
 STARTS = np.array([[0, 0, 2, 2, 2, 5], [0, 1, 1, 1, 4, 4]], np.int32)
@@ -54,15 +55,21 @@ def attention_by_autodiff(query, key, value, starts=None):
     return tf.matmul(tf.nn.softmax(tf.where(allowed, scores, tf.cast(-1e9, scores.dtype))), value)
 
 
-# Compiled, which takes long, one length that is whole and one in blocks.
+def in_blocks(recompute):
+    """Returns causal_attention as an execution has it do."""
+    query_block = RECOMPUTED_QUERY_BLOCK if recompute else QUERY_BLOCK
+    return functools.partial(causal_attention, query_block=query_block, recompute=recompute)
+
+
+# To compile takes long: one length that is attended to as a whole, and one in blocks.
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     ("sequence", "key_heads", "jit_compile"),
     [
-        *((sequence, 3, False) for sequence in (2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 5 * BLOCK + 7)),
-        (2 * BLOCK + 1, 1, False),
-        (2 * BLOCK - 1, 3, True),
-        pytest.param(2 * BLOCK + 1, 3, True, marks=pytest.mark.slow),
+        *((BLOCKS_FROM_QUERIES + more, 3, False) for more in (-1, 0, 1, 3 * QUERY_BLOCK + 7)),
+        (BLOCKS_FROM_QUERIES + 1, 1, False),
+        (BLOCKS_FROM_QUERIES - 1, 3, True),
+        pytest.param(BLOCKS_FROM_QUERIES + 1, 3, True, marks=pytest.mark.slow),
     ],
 )
 def test_attention_in_blocks_and_its_gradients_are_those_of_the_whole(sequence, key_heads, recompute, jit_compile):
@@ -72,8 +79,8 @@ def test_attention_in_blocks_and_its_gradients_are_those_of_the_whole(sequence, 
     starts = np.maximum.accumulate(np.where(is_start, np.arange(sequence), 0), axis=1).astype(np.int32)
     for of_documents in (None, starts):
         results = []
-        in_blocks = functools.partial(causal_attention, recompute=recompute)
-        for attend in (tf.function(in_blocks, autograph=False, jit_compile=jit_compile), attention_by_autodiff):
+        ours = tf.function(in_blocks(recompute), autograph=False, jit_compile=jit_compile)
+        for attend in (ours, attention_by_autodiff):
             with tf.GradientTape() as tape:
                 tape.watch(operands)
                 out = attend(*operands, of_documents)
@@ -82,7 +89,9 @@ def test_attention_in_blocks_and_its_gradients_are_those_of_the_whole(sequence, 
             np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
-@pytest.mark.parametrize(("recompute", "block", "share"), [(False, BLOCK, 0.5625), (True, RECOMPUTED_BLOCK, 0.625)])
+@pytest.mark.parametrize(
+    ("recompute", "block", "share"), [(False, QUERY_BLOCK, 0.5625), (True, RECOMPUTED_QUERY_BLOCK, 0.625)]
+)
 def test_attention_in_blocks_computes_little_of_what_the_mask_throws_away(recompute, block, share):
     sequence = 1024
 
@@ -90,7 +99,7 @@ def test_attention_in_blocks_computes_little_of_what_the_mask_throws_away(recomp
     def gradients(query, key, value):
         with tf.GradientTape() as tape:
             tape.watch([query, key, value])
-            out = causal_attention(query, key, value, recompute=recompute)
+            out = in_blocks(recompute)(query, key, value)
         return tape.gradient(out, [query, key, value])
 
     spec = tf.TensorSpec([2, 3, sequence, 64], tf.float32)
@@ -103,14 +112,14 @@ def test_attention_in_blocks_computes_little_of_what_the_mask_throws_away(recomp
 
 
 def test_what_is_recomputed_is_not_kept():
-    sequence = 4 * RECOMPUTED_BLOCK
+    sequence = 4 * RECOMPUTED_QUERY_BLOCK
 
     def kept(recompute):
         @tf.function(autograph=False)
         def attend(query, key, value):
             with tf.GradientTape() as tape:
                 tape.watch(query)
-                out = causal_attention(query, key, value, recompute=recompute)
+                out = in_blocks(recompute)(query, key, value)
             return tape.gradient(out, query)
 
         spec = tf.TensorSpec([2, 3, sequence, 64], tf.float32)
@@ -119,11 +128,11 @@ def test_what_is_recomputed_is_not_kept():
         return len(exponentials)
 
     # A softmax for each block, or two exponentials: logarithmic sums are made of a third.
-    assert kept(recompute=False) == sequence // BLOCK
+    assert kept(recompute=False) == sequence // QUERY_BLOCK
     assert kept(recompute=True) == 3 * 4
 
 
-@pytest.mark.parametrize("sequence", [BLOCK, 3 * BLOCK])
+@pytest.mark.parametrize("sequence", [QUERY_BLOCK, 3 * QUERY_BLOCK])
 def test_keys_that_serve_several_heads_are_never_repeated(sequence):
     @tf.function(autograph=False)
     def gradients(query, key, value):

@@ -16,8 +16,9 @@ from trainer.data.wordpiece import WordPieceTokenizer
 from trainer.decoding.decoder import DECODERS, Decoder
 from trainer.decoding.generate import Generator
 from trainer.errors import UserError
-from trainer.model import cpu
 from trainer.model.gpt import GPT
+from trainer.model.ops.cpu import CpuOps
+from trainer.model.ops.plain import PLAIN
 
 SEQUENCE = 16
 TOKENIZER = CharTokenizer([*SPECIAL_TOKENS, *string.ascii_lowercase[:17]])
@@ -295,16 +296,21 @@ def test_sequential_model_with_a_fixed_length_works():
     assert text == greedy_text(table, "ab", 5)
 
 
-@pytest.mark.parametrize("multiplies", [True, False])
-@pytest.mark.parametrize("dtype", ["float64", "mixed_bfloat16", "mixed_float16"])
-def test_other_precisions_work(dtype, multiplies, monkeypatch):
-    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: multiplies)
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype"),
+    [
+        ("float64", "float64"),
+        ("mixed_bfloat16", "bfloat16"),
+        ("mixed_bfloat16", "float32"),
+        ("mixed_float16", "float32"),
+    ],
+)
+def test_other_precisions_work(dtype, compute_dtype):
     model = make_model(MODERN, dtype=dtype, seed=2)
-    generator = Generator(model, TOKENIZER, SEQUENCE)
+    generator = Generator(model, TOKENIZER, SEQUENCE, CpuOps(compute_dtype=compute_dtype))
     texts = generator.generate(["", "bad"], GREEDY, 6)
     (key, value), *_ = generator._read_prompts(tf.constant(generator.encode(["bad"])[0]), tf.constant(4))
-    fast = {"float64": tf.float64, "mixed_bfloat16": tf.bfloat16 if multiplies else tf.float32}
-    assert key.dtype == value.dtype == fast.get(dtype, tf.float32)
+    assert key.dtype == value.dtype == compute_dtype
     if dtype == "float64":  # The others round the cached and the full pass to different texts.
         assert texts == [greedy_text(model, prompt, 6) for prompt in ("", "bad")]
     assert texts[1].startswith("bad") and len(texts[0]) == 6
@@ -322,11 +328,10 @@ def test_a_seed_draws_a_prompt_the_same_text_whatever_comes_after_it(generator, 
 
 
 @pytest.mark.parametrize("decoder", [GREEDY, BEAM, TOP_K, TOP_P], ids=lambda decoder: decoder.name)
-def test_other_devices_write_the_same_texts(model, generator, decoder, monkeypatch):
+def test_other_devices_write_the_same_texts(model, generator, decoder):
     prompts = ["", "bad", "fedcba"]
     expected = generator.generate(prompts, decoder, 9, seed=4)
-    elsewhere = Generator(model, TOKENIZER, SEQUENCE)
-    monkeypatch.setattr(elsewhere, "_is_on_cpu", lambda: False)
+    elsewhere = Generator(model, TOKENIZER, SEQUENCE, PLAIN)
     assert elsewhere.generate(prompts, decoder, 9, seed=4) == expected
 
 

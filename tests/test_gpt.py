@@ -13,8 +13,9 @@ import tensorflow as tf
 
 from trainer.config import ModelConfig
 from trainer.config_file import load_config
+from trainer.model.documents import document_starts
 from trainer.model.dropout import DropoutDraw, dropout
-from trainer.model.gpt import GPT, document_starts
+from trainer.model.gpt import GPT
 from trainer.model.normalization import NORM_EPSILON
 
 SHAPES = [

@@ -5,6 +5,10 @@ import pytest
 import tensorflow as tf
 
 from trainer.model.loss import next_token_loss, next_token_loss_from_logits, next_token_loss_without_gradient
+from trainer.model.ops.plain import Ops
+
+# A chunk of four rows.
+OPS = Ops(logit_rows=4)
 
 
 def example(rows: int, dtype=np.float64, vocabulary=11, hidden_dim=7):
@@ -32,7 +36,7 @@ def test_chunked_loss_equals_plain_loss_in_value_and_every_gradient(rows, with_b
     (hidden, kernel, bias), targets, weights = example(rows)
 
     def chunked(hidden, kernel, bias=None):
-        return next_token_loss(hidden, kernel, bias, targets, weights, chunk_rows=4)
+        return next_token_loss(hidden, kernel, bias, targets, weights, ops=OPS)
 
     def plain(hidden, kernel, bias=None):
         logits = tf.einsum("bth,vh->btv", hidden, kernel)
@@ -50,8 +54,8 @@ def test_chunked_loss_equals_plain_loss_in_value_and_every_gradient(rows, with_b
 
 def test_loss_without_gradient_is_the_same_number():
     (hidden, kernel, bias), targets, weights = example(13, np.float32)
-    with_gradient = next_token_loss(hidden, kernel, bias, targets, weights, chunk_rows=4)
-    without = next_token_loss_without_gradient(hidden, kernel, bias, targets, weights, chunk_rows=4)
+    with_gradient = next_token_loss(hidden, kernel, bias, targets, weights, ops=OPS)
+    without = next_token_loss_without_gradient(hidden, kernel, bias, targets, weights, ops=OPS)
     np.testing.assert_array_equal(with_gradient, without)
 
 
@@ -65,14 +69,14 @@ def test_a_target_of_vanishing_probability_costs_its_distance_and_not_infinity()
 def test_bfloat16_hidden_states_sum_their_loss_and_weight_gradients_in_float32():
     (hidden, kernel, bias), targets, weights = example(12, np.float32)
     narrow = tf.cast(hidden, tf.bfloat16)
-    value, count, grads = gradients(
-        lambda hidden, kernel, bias: next_token_loss(hidden, kernel, bias, targets, weights, 4), [narrow, kernel, bias]
-    )
+
+    def loss(hidden, kernel, bias):
+        return next_token_loss(hidden, kernel, bias, targets, weights, ops=OPS)
+
+    value, count, grads = gradients(loss, [narrow, kernel, bias])
     assert (value.dtype, count.dtype) == (tf.float32, tf.float32)
     assert [grad.dtype for grad in grads] == [tf.bfloat16, tf.float32, tf.float32]
-    reference, _, _ = gradients(
-        lambda hidden, kernel, bias: next_token_loss(hidden, kernel, bias, targets, weights, 4), [hidden, kernel, bias]
-    )
+    reference, _, _ = gradients(loss, [hidden, kernel, bias])
     np.testing.assert_allclose(value, reference, rtol=2e-2)  # bfloat16 keeps 8 bits
 
 
@@ -80,7 +84,7 @@ def test_rows_of_weight_zero_leave_no_trace():
     (hidden, kernel, bias), targets, weights = example(8)
     other = tf.where(weights[..., tf.newaxis] > 0, hidden, 100.0 * tf.ones_like(hidden))
     results = [
-        gradients(lambda h, k, b: next_token_loss(h, k, b, targets, weights, 4), [h, kernel, bias])
+        gradients(lambda h, k, b: next_token_loss(h, k, b, targets, weights, ops=OPS), [h, kernel, bias])
         for h in (hidden, other)
     ]
     for one, two in zip(tf.nest.flatten(results[0]), tf.nest.flatten(results[1]), strict=True):
@@ -98,7 +102,7 @@ def test_z_loss_adds_its_gradient_and_leaves_the_loss(rows, with_bias):
         return logits if bias is None else logits + bias
 
     def chunked(hidden, kernel, bias=None):
-        return next_token_loss(hidden, kernel, bias, targets, weights, loss_scale, chunk_rows=4, z_loss=z_loss)
+        return next_token_loss(hidden, kernel, bias, targets, weights, loss_scale, ops=OPS, z_loss=z_loss)
 
     def of_logits(*operands):
         return next_token_loss_from_logits(logits_of(*operands), targets, weights, loss_scale, z_loss)
@@ -122,7 +126,7 @@ def test_z_loss_adds_its_gradient_and_leaves_the_loss(rows, with_bias):
         for grad, reference in zip(grads, expected, strict=True):
             np.testing.assert_allclose(grad, reference, rtol=0, atol=1e-11)
     np.testing.assert_array_equal(
-        next_token_loss(*operands, *(() if with_bias else (None,)), targets, weights, chunk_rows=4)[0],
+        next_token_loss(*operands, *(() if with_bias else (None,)), targets, weights, ops=OPS)[0],
         chunked(*operands)[0],
     )
 

@@ -14,6 +14,7 @@ from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.model.dropout import DropoutDraw
 from trainer.model.gpt import GPT
+from trainer.model.ops.plain import Ops
 from trainer.training.loss_scale import LossScale
 from trainer.training.step import TrainingStep, accumulate, forward_backward, mean_and_clip
 
@@ -310,7 +311,7 @@ def test_recomputed_blocks_run_twice():
 
         @tf.function(autograph=False)
         def gradients(*batch):
-            return forward_backward(model, weights, [], batch, None, recompute=recompute).weights
+            return forward_backward(model, weights, [], batch, None, ops=Ops(recompute)).weights
 
         graph = gradients.get_concrete_function(*next(iter(batches(config)))).graph
         return sum(op.type == "Softmax" for op in graph.get_operations())

@@ -15,6 +15,7 @@ import tensorflow as tf
 from trainer.config_file import make_config
 from trainer.model.dropout import DropoutDraw
 from trainer.model.gpt import GPT
+from trainer.model.ops.xla import XlaOps
 from trainer.training.batch_hash import batch_hash, hash_from_floats, hash_to_floats
 from trainer.training.step import accumulate, forward_backward, mean_and_clip
 
@@ -38,7 +39,7 @@ def lower(model_settings, z_loss):
     def step(inputs, targets, target_weights, number, first_row, *weights):
         def gradients_of(weights, state, batch, first_row):
             draw = DropoutDraw(tf.constant(1, tf.int64), number, first_row)
-            return forward_backward(model, weights, state, batch, draw, z_loss=config.train.z_loss)
+            return forward_backward(model, weights, state, batch, draw, z_loss=config.train.z_loss, ops=XlaOps())
 
         batch = (inputs, targets, target_weights)
         sums = accumulate(gradients_of, weights, [], batch, first_row, ROWS // 2)
@@ -50,7 +51,7 @@ def lower(model_settings, z_loss):
         kept, weights = tensors[: 2 * len(model.blocks)], tensors[2 * len(model.blocks) :]
         cache = list(zip(kept[::2], kept[1::2], strict=True))
         with keras.StatelessScope(state_mapping=list(zip(model.trainable_variables, weights, strict=True))):
-            return model.decode(tokens, cache, index)
+            return model.decode(tokens, cache, index, XlaOps())
 
     number = tf.TensorSpec([], tf.int64)
     batch = [tf.TensorSpec([ROWS, LENGTH], dtype) for dtype in (tf.int32, tf.int32, tf.float32)]

@@ -17,9 +17,11 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.decoding.decoder import Decoder, is_count
 from trainer.decoding.sampling import best_beams, draw_top_k, draw_top_p, most_likely
 from trainer.errors import UserError
+from trainer.hardware.processor import processor
 from trainer.model.attention import Cache
-from trainer.model.cpu import operations_on_cpu, operations_one_by_one
 from trainer.model.gpt import GPT
+from trainer.model.ops import decoding_ops
+from trainer.model.ops.plain import PLAIN, Ops
 
 
 class NotFinite(UserError):
@@ -32,18 +34,20 @@ class Generator:
     Args:
         model: a GPT, which is read through its key-value cache; or any causal Keras model from int32 [batch, sequence]
             to logits [batch, sequence, vocabulary], which then reads the whole text again for each token.
-        tokenizer: of the text the model was trained on.
+        tokenizer: the tokenizer of the text the model was trained on.
         sequence_length: the most tokens, [BOS] included, that a text can have.
+        ops: a GPT's way of computing; None: the fastest on the device that holds it.
 
     Raises:
         UserError: the model has fewer positions than sequence_length.
     """
 
-    def __init__(self, model: keras.Model, tokenizer: Tokenizer, sequence_length: int) -> None:
+    def __init__(self, model: keras.Model, tokenizer: Tokenizer, sequence_length: int, ops: Ops | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self._compiled: dict[Decoder, Any] = {}
+        self._ops = ops or _ops_of(model)
         if isinstance(model, GPT) and sequence_length > model.sequence_length:
             raise UserError(
                 f"train.sequence_length={sequence_length} is more than the model's "
@@ -256,26 +260,20 @@ class Generator:
         """Returns a cache of the tokens before position first - 1, which all texts have; of other models none."""
         if not isinstance(self.model, GPT):
             return []
-        with operations_one_by_one(), operations_on_cpu(self._is_on_cpu()):
-            empty = self.model.empty_cache(tf.shape(tokens)[0])
+        empty = self.model.empty_cache(tf.shape(tokens)[0], self._ops)
 
-            def read() -> list[Cache]:
-                return self.model.decode(tokens[:, : first - 1], empty, tf.constant(0))[1]
+        def read() -> list[Cache]:
+            return self.model.decode(tokens[:, : first - 1], empty, tf.constant(0), self._ops)[1]
 
-            return tf.cond(first > 1, read, lambda: empty)
+        return tf.cond(first > 1, read, lambda: empty)
 
     def _read(self, texts: tf.Tensor, index: tf.Tensor, cache: list[Cache]) -> tuple[tf.Tensor, list[Cache]]:
         """Returns (logits of position index, float [rows, num_logits]; the cache with what was read for it)."""
         if not isinstance(self.model, GPT):
             return self.model(texts, training=False)[:, index - 1], cache
         newest = texts[:, index - 1][:, tf.newaxis]
-        with operations_one_by_one(), operations_on_cpu(self._is_on_cpu()):
-            logits, cache = self.model.decode(newest, cache, index - 1)
+        logits, cache = self.model.decode(newest, cache, index - 1, self._ops)
         return logits[:, 0], cache
-
-    def _is_on_cpu(self) -> bool:
-        device = self.model.variables[0].value.device
-        return tf.DeviceSpec.from_string(device).device_type == "CPU"
 
     def _possible(self, logits: tf.Tensor, newest: tf.Tensor) -> tf.Tensor:
         """Returns the logits with -inf for tokens that cannot come.
@@ -303,6 +301,13 @@ class Generator:
         is_possible = is_possible & ((ids != bos_id) | (newest != bos_id)[:, tf.newaxis])
         # Logits that model.vocabulary_multiple adds are of no token.
         return tf.where(is_possible, tf.cast(logits[:, :vocabulary_size], tf.float32), -math.inf)
+
+
+def _ops_of(model: keras.Model) -> Ops:
+    if not isinstance(model, GPT):
+        return PLAIN
+    device = tf.DeviceSpec.from_string(model.variables[0].value.device)
+    return decoding_ops(model.dtype_policy.name, processor(device.device_type))
 
 
 def _gather(structure: Any, rows: tf.Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Activations of the feed-forward layer, with gradients that keep nothing but what went in."""
+"""Activations of the feed-forward layer. Their gradients keep only what went in."""
 
 import functools
 import math
@@ -6,30 +6,11 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from trainer.model.cpu import in_one_pass
 from trainer.model.precision import accumulation_dtype
 
 Activation = Callable[[tf.Tensor], tf.Tensor]
 
 
-def _computed_again(activation: Activation) -> Activation:
-    forward = in_one_pass(activation)
-
-    @in_one_pass
-    def backward(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = activation(x)
-        return tape.gradient(y, x, upstream)
-
-    @functools.wraps(activation)
-    def apply(x: tf.Tensor) -> tf.Tensor:
-        return tf.custom_gradient(lambda x: (forward(x), functools.partial(backward, x)))(x)
-
-    return apply
-
-
-@_computed_again
 def gelu(x: tf.Tensor) -> tf.Tensor:
     """Multiplies each number by the share of a normal distribution below it, in the accumulation dtype.
 
@@ -39,8 +20,44 @@ def gelu(x: tf.Tensor) -> tf.Tensor:
     return tf.cast(wide * (0.5 + 0.5 * tf.math.erf(wide * math.sqrt(0.5))), x.dtype)
 
 
-@_computed_again
 def swiglu(x: tf.Tensor) -> tf.Tensor:
-    """Multiplies the second half of [rows, 2 * width] by silu of the first. Source: Shazeer 2020, equation 5."""
+    """Multiplies the second half of [rows, 2 * width] by silu of the first half.
+
+    Source: Shazeer 2020, equation 5.
+    """
     gate, x = tf.split(x, 2, axis=-1)
     return tf.nn.silu(gate) * x
+
+
+def computed_again(
+    activation: Activation, wrap: Callable[[Callable], Callable] = lambda function: function
+) -> Activation:
+    """Returns an activation whose gradient keeps only x, and computes the activation again.
+
+    Args:
+        activation: what to compute.
+        wrap: applied to the forward and to the backward function.
+    """
+    forward = wrap(activation)
+
+    def gradient(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = activation(x)
+        return tape.gradient(y, x, upstream)
+
+    backward = wrap(gradient)
+
+    @functools.wraps(activation)
+    def apply(x: tf.Tensor) -> tf.Tensor:
+        return tf.custom_gradient(lambda x: (forward(x), functools.partial(backward, x)))(x)
+
+    return apply
+
+
+# What each model.activation is, with operations that run one by one or that XLA compiles with all the rest.
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": tf.nn.relu,
+    "gelu": computed_again(gelu),
+    "swiglu": computed_again(swiglu),
+}

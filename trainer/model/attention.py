@@ -2,79 +2,84 @@
 
 import tensorflow as tf
 
+from trainer.execution import QUERY_BLOCK, query_blocks
 from trainer.model.precision import accumulation_dtype
 
-# Queries at a time, in sequences of at least two such blocks: shorter ones are faster whole, and fewer queries leave
-# matrix units idle.
-BLOCK = 128
-# The same where probabilities are computed again, as on accelerators: each block reads all keys before it.
-RECOMPUTED_BLOCK = 2 * BLOCK
-
-# Keys and values of the positions before, each [batch, key_heads, capacity, head_dim], and zeros after them.
+# Keys and values of the positions so far, each [batch, key_heads, capacity, head_dim], with zeros after them.
 Cache = tuple[tf.Tensor, tf.Tensor]
 
-# Added to a score before the softmax where a query may not look. Finite, so that no row can turn into NaN.
+# Added to a score before the softmax if the query may not see the key. Finite, so that no row can turn into NaN.
 MASKED = -1e9
 
 
 def causal_attention(
-    query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, starts: tf.Tensor | None = None, recompute: bool = False
+    query: tf.Tensor,
+    key: tf.Tensor,
+    value: tf.Tensor,
+    starts: tf.Tensor | None = None,
+    query_block: int = QUERY_BLOCK,
+    recompute: bool = False,
 ) -> tf.Tensor:
-    """Attends from each position to itself and the positions before it, or those of them in its document.
+    """Attends from each position to itself and the positions before it, or to those of them in its own document.
 
     Args:
         query: float [batch, heads, sequence, head_dim].
         key: float [batch, key_heads, sequence, head_dim]; heads is a multiple of key_heads, and the first key head
-            serves the first so many heads.
+            serves the first heads / key_heads heads.
         value: float [batch, key_heads, sequence, head_dim].
-        starts: int32 [batch, sequence], the position where each one's document starts; None where all is one document.
-        recompute: whether the gradient computes the probabilities again, rather than to keep sequence / 2 numbers for
-            each query: a sixth more products, for less memory and fewer reads of it.
+        starts: int32 [batch, sequence], the position where each position's document starts; None: one document.
+        query_block: queries at a time, see `query_blocks`.
+        recompute: whether the gradient of several blocks computes the probabilities again instead of keeping sequence
+            / 2 numbers for each query: a sixth more products, for less memory and fewer reads of it.
 
     Returns:
         float [batch, heads, sequence, head_dim].
 
-    Source: Vaswani et al. 2017, equation 1; of fewer key_heads than heads, Ainslie et al. 2023, section 2.2.
+    Source: Vaswani et al. 2017, equation 1; for fewer key_heads than heads, Ainslie et al. 2023, section 2.2.
     """
     sequence = query.shape[2]
-    if sequence is None or sequence < 2 * BLOCK:
-        end = sequence or tf.shape(query)[2]
-        return _attend(query, key, value, _allowed(tf.range(end), end, starts))
-    return _in_blocks(query, key, value, starts, recompute)
+    blocks = [] if sequence is None else query_blocks(sequence, query_block)
+    if len(blocks) > 1:
+        return _in_blocks(query, key, value, starts, blocks, recompute)
+    end = sequence or tf.shape(query)[2]
+    return _attend(query, key, value, _allowed(tf.range(end), end, starts))
 
 
 def _allowed(queries: tf.Tensor, end: int | tf.Tensor, starts: tf.Tensor | None) -> tf.Tensor:
     """Returns which of the keys [0, end) each of the last queries before end may see: bool [query, key], or
-    [batch, 1, query, key] where documents have starts.
+    [batch, 1, query, key] if there are starts.
     """
     keys = tf.range(end)
     allowed = keys[tf.newaxis, :] <= queries[:, tf.newaxis]
     if starts is not None:
-        # A document has no gaps: what is neither after a query nor before its document's start is of its document.
-        # Compared as floats, which hold any position: TensorFlow's GPU kernel takes int32 to the host for it.
+        # A document has no gaps: a key that is neither after the query nor before the start of its document is in it.
+        # Compared as floats, which hold any position: TensorFlow copies int32 from a GPU to the host to compare it.
         starts = tf.cast(starts[:, end - tf.size(queries) : end], tf.float32)[:, tf.newaxis, :, tf.newaxis]
         allowed &= tf.cast(keys, tf.float32) >= starts
     return allowed
 
 
 def _in_blocks(
-    query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, starts: tf.Tensor | None, recompute: bool
+    query: tf.Tensor,
+    key: tf.Tensor,
+    value: tf.Tensor,
+    starts: tf.Tensor | None,
+    blocks: list[tuple[int, int]],
+    recompute: bool,
 ) -> tf.Tensor:
-    """Attends a block of queries at a time, to the keys up to its end: what the mask throws away beyond the block is
-    neither computed nor kept. The gradient is made by hand, of softmax(scores) as it was kept, or of its logarithmic
-    sums.
+    """Attends from a block of queries at a time to the keys up to the block's end: the scores of later keys, which the
+    mask throws away, are neither computed nor kept. The gradient, by hand, reads the probabilities as the forward pass
+    kept them, or computes them again from the logarithm of the sum of each row's exponentials.
 
-    Source: of the gradient, Dao et al. 2022, appendix B.
+    Source of the gradient: Dao et al. 2022, appendix B.
     """
-    sequence, scale = query.shape[2], tf.constant(query.shape[-1] ** -0.5, query.dtype)
-    block = RECOMPUTED_BLOCK if recompute else BLOCK
-    blocks = [(first, min(first + block, sequence)) for first in range(0, sequence, block)]
+    scale = tf.constant(query.shape[-1] ** -0.5, query.dtype)
     wide = accumulation_dtype(query.dtype)
 
     @tf.custom_gradient
     def attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tuple[tf.Tensor, object]:
         def scores(scaled: tf.Tensor, first: int, end: int) -> tf.Tensor:
-            # Masks that compilers can foresee would lie in the program, for every layer.
+            # XLA would fold a mask of constants, and keep it in the program once for every layer.
             queries = tf.range(first, end) + (unforeseen_zero(query, tf.int32) if recompute else 0)
             product = _product(scaled[:, :, first:end], key[:, :, :end], transpose_b=True)
             return _masked(tf.cast(product, wide) if recompute else product, _allowed(queries, end, starts))
@@ -82,32 +87,31 @@ def _in_blocks(
         scaled = query * scale
         kept, outs = [], []
         for first, end in blocks:
-            of_block = scores(scaled, first, end)
+            scored = scores(scaled, first, end)
             if recompute:
-                kept.append(tf.reduce_logsumexp(of_block, axis=-1, keepdims=True))
-                p = tf.cast(tf.exp(of_block - kept[-1]), query.dtype)
+                kept.append(tf.reduce_logsumexp(scored, axis=-1, keepdims=True))
+                p = tf.cast(tf.exp(scored - kept[-1]), query.dtype)
             else:
-                p = tf.nn.softmax(of_block)
+                p = tf.nn.softmax(scored)
                 kept.append(p)
             outs.append(_product(p, value[:, :, :end]))
         out = tf.concat(outs, axis=2)
 
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            # What the softmax takes off each score's gradient: the mean of its row's by the probabilities.
+            # The softmax subtracts from the gradient by each probability the row's mean, weighted by probability.
             mean = tf.reduce_sum(tf.cast(upstream, wide) * tf.cast(out, wide), axis=-1, keepdims=True)
-            # Else a compiler finds that the scores were there before, and keeps them.
+            # Without the added zero XLA finds that the forward pass has computed the same scores, and keeps those.
             again = query * scale + unforeseen_zero(upstream, query.dtype) if recompute else scaled
-            of_query, of_key, of_value = [], [], []
-            for p, (first, end) in zip(kept, blocks, strict=True):
-                if recompute:
-                    p = tf.cast(tf.exp(scores(again, first, end) - p), query.dtype)
+            d_query, d_key, d_value = [], [], []
+            for of_block, (first, end) in zip(kept, blocks, strict=True):
+                p = tf.cast(tf.exp(scores(again, first, end) - of_block), query.dtype) if recompute else of_block
                 rows = upstream[:, :, first:end]
-                of_p = _product(rows, value[:, :, :end], transpose_b=True)
-                of_scores = p * tf.cast(tf.cast(of_p, wide) - mean[:, :, first:end], p.dtype)
-                of_query.append(_product(of_scores, key[:, :, :end]))
-                of_key.append(_sum_of_products(of_scores, again[:, :, first:end], key.shape[1]))
-                of_value.append(_sum_of_products(p, rows, key.shape[1]))
-            return tf.concat(of_query, axis=2) * scale, _sum_from_start(of_key), _sum_from_start(of_value)
+                d_p = _product(rows, value[:, :, :end], transpose_b=True)
+                d_scores = p * tf.cast(tf.cast(d_p, wide) - mean[:, :, first:end], p.dtype)
+                d_query.append(_product(d_scores, key[:, :, :end]))
+                d_key.append(_sum_of_products(d_scores, again[:, :, first:end], key.shape[1]))
+                d_value.append(_sum_of_products(p, rows, key.shape[1]))
+            return tf.concat(d_query, axis=2) * scale, _sum_from_start(d_key), _sum_from_start(d_value)
 
         return out, gradient
 
@@ -115,7 +119,7 @@ def _in_blocks(
 
 
 def unforeseen_zero(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """Returns 0, or NaN where dtype has it and the first number of x is one: not known before x is."""
+    """Returns 0, or NaN if the first number of x is NaN and dtype has NaN. A compiler cannot know it before x."""
     first = tf.reshape(x, [-1])[0]
     if dtype.is_integer:
         return tf.minimum(tf.cast(tf.math.is_nan(first), dtype), 0)
@@ -123,7 +127,7 @@ def unforeseen_zero(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
 
 
 def _sum_from_start(parts: list[tf.Tensor]) -> tf.Tensor:
-    """Adds tensors that are each longer than the one before along axis 2, and begin at the same place."""
+    """Adds tensors that all begin at the same place of axis 2, each longer than the one before."""
     total = parts[-1]
     for part in reversed(parts[:-1]):
         length = part.shape[2]
@@ -135,9 +139,9 @@ def cached_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, index: 
     """Attends from new positions to everything a cache holds up to each of them.
 
     Args:
-        query: float [batch, heads, new, head_dim], of the positions from index on.
-        key: float [batch, key_heads, capacity, head_dim], filled up to and with the new positions.
-        value: float [batch, key_heads, capacity, head_dim], likewise.
+        query: float [batch, heads, new, head_dim], for the positions from index on.
+        key: float [batch, key_heads, capacity, head_dim], filled up to the last of the new positions.
+        value: float [batch, key_heads, capacity, head_dim], filled in the same way.
         index: int32 scalar, position of the first query.
 
     Returns:
@@ -149,7 +153,7 @@ def cached_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, index: 
 
 
 def _attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
-    # Scaling the queries costs head_dim / sequence of what scaling the scores would.
+    # To scale the queries costs head_dim / sequence of what it costs to scale the scores.
     query *= tf.constant(query.shape[-1] ** -0.5, query.dtype)
     return _product(tf.nn.softmax(_masked(_product(query, key, transpose_b=True), allowed)), value)
 
@@ -160,20 +164,20 @@ def _masked(scores: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
 
 
 def _product(x: tf.Tensor, y: tf.Tensor, transpose_b: bool = False) -> tf.Tensor:
-    """Multiplies each head of x [batch, heads, rows, ...] by that of y [batch, key_heads, ...] which serves it."""
+    """Multiplies each head of x [batch, heads, rows, ...] by the head of y [batch, key_heads, ...] that serves it."""
     return _with_heads(tf.matmul(_with_heads(x, y.shape[1]), y, transpose_b=transpose_b), x.shape[1])
 
 
 def _sum_of_products(x: tf.Tensor, y: tf.Tensor, key_heads: int) -> tf.Tensor:
-    """Multiplies x [batch, heads, rows, m], transposed, by y [batch, heads, rows, n], and adds up the products of the
-    heads that one key head serves: [batch, key_heads, m, n].
+    """Multiplies the transpose of x [batch, heads, rows, m] by y [batch, heads, rows, n], and adds up the products of
+    all heads that one key head serves: [batch, key_heads, m, n].
     """
     return tf.matmul(_with_heads(x, key_heads), _with_heads(y, key_heads), transpose_a=True)
 
 
 def _with_heads(x: tf.Tensor, heads: int) -> tf.Tensor:
-    """Takes the rows of several heads of [batch, any, rows, ...] for those of one, or one's for several's: so a matrix
-    product has the rows of all heads that a key serves, and no key is ever repeated.
+    """Reshapes [batch, any, rows, ...] to another number of heads. So one matrix product has the rows of all heads that
+    a key head serves, and no key is ever repeated.
     """
     if x.shape[1] == heads:
         return x
@@ -181,19 +185,19 @@ def _with_heads(x: tf.Tensor, heads: int) -> tf.Tensor:
 
 
 def rotate(x: tf.Tensor, positions: tf.Tensor, theta: float) -> tf.Tensor:
-    """Turns the numbers of each head, taken in pairs, by angles that grow with the position: so the product of a query
-    and a key depends on how far apart they are, and not on where.
+    """Turns the numbers of each head, taken in pairs, by angles that grow with the position. So the product of a query
+    and a key depends on the distance between their positions, and not on the positions.
 
     Args:
         x: float [batch, heads, sequence, head_dim], queries or keys; head_dim is even.
         positions: int32 [sequence] or [batch, sequence].
-        theta: from a position to the next, pair i of n turns by theta ** (-i / n).
+        theta: base of the angles: from one position to the next, pair i of n turns by theta ** (-i / n).
 
     Returns:
         A tensor like x, turned in the accumulation dtype.
 
-    Source: Su et al. 2021, equation 34; but a number's partner is half a head away and not beside it, which is the same
-    for weights in another order, and leaves the halves whole.
+    Source: Su et al. 2021, equation 34, except that a number's partner is half a head away instead of beside it. That
+    is the same model with its weights in another order, and it leaves the halves whole.
     """
     wide, pairs = accumulation_dtype(x.dtype), x.shape[-1] // 2
     steps = tf.constant([theta ** (-i / pairs) for i in range(pairs)], wide)

@@ -1,6 +1,6 @@
 """Next-token cross-entropy as a sum and a count, from hidden states or from logits.
 
-The step divides by the count, after both were summed over micro-batches and replicas.
+The step divides by the count, after it has summed both over micro-batches and replicas.
 """
 
 import functools
@@ -8,11 +8,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from trainer.model.cpu import made_again, subtract_at
+from trainer.model.ops.plain import PLAIN, Ops
 from trainer.model.precision import accumulation_dtype
-
-# Rows of logits that exist at a time. Fewer rows mean less memory, more rows fuller matrix products.
-CHUNK_ROWS = 512
 
 
 def next_token_loss(
@@ -22,38 +19,36 @@ def next_token_loss(
     targets: tf.Tensor,
     weights: tf.Tensor,
     loss_scale: tf.Tensor | None = None,
-    chunk_rows: int = CHUNK_ROWS,
     z_loss: float = 0.0,
+    ops: Ops = PLAIN,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Sums the cross-entropy of each target token given its hidden state, a chunk of rows at a time.
 
-    The gradient is made along with the loss, from the same logits, so no chunk of logits outlives its turn.
+    The gradient is computed along with the loss, from the same logits, so no chunk of logits outlives its turn.
 
     Args:
         hidden: float [batch, sequence, hidden_dim].
-        unembedding: float [vocabulary, hidden_dim], of the dtype to accumulate its gradient in.
+        unembedding: float [vocabulary, hidden_dim]; its gradient is added up in its dtype.
         bias: float [vocabulary], or None.
         targets: int32 [batch, sequence].
         weights: float [batch, sequence], 0 where a target is padding.
-        loss_scale: scalar that multiplies the gradient, and not the loss, before it is rounded to hidden's dtype: what
-            keeps it from vanishing in float16.
-        chunk_rows: rows of logits that exist at a time.
-        z_loss: adds to the gradient, and not to the loss, that of z_loss * log(sum(exp(logits)))**2 of each target.
+        loss_scale: scalar that multiplies the gradient, and not the loss, before the gradient is rounded to the dtype
+            of hidden: it keeps the gradient from vanishing in float16.
+        z_loss: adds the gradient of z_loss * log(sum(exp(logits)))**2 of each target, and nothing to the loss.
+        ops: the way of computing; its logit_rows are the rows of a chunk.
 
     Returns:
         (loss_sum, num_targets), scalars of the accumulation dtype, loss_sum in nats. A sum and not a mean: replicas can
         hold different numbers of targets, so only the caller that sees all of them may divide.
 
-    Source: of z_loss, Chowdhery et al. 2022, section 5.
+    Source of z_loss: Chowdhery et al. 2022, section 5.
     """
     dtype = accumulation_dtype(hidden.dtype)
     weights = tf.cast(weights, dtype)
 
     @tf.custom_gradient
     def loss_sum_of(hidden: tf.Tensor, unembedding: tf.Tensor, *bias: tf.Tensor) -> tuple[tf.Tensor, object]:
-        value, *gradients = _loss_and_gradients(
-            hidden, unembedding, bias, targets, weights, loss_scale, chunk_rows, z_loss
-        )
+        value, *gradients = _loss_and_gradients(hidden, unembedding, bias, targets, weights, loss_scale, z_loss, ops)
         return value, lambda upstream: [tf.cast(upstream, g.dtype) * g for g in gradients]
 
     operands = (hidden, unembedding) if bias is None else (hidden, unembedding, bias)
@@ -73,11 +68,11 @@ def next_token_loss_from_logits(
         logits: float [batch, sequence, vocabulary].
         targets: int32 [batch, sequence].
         weights: float [batch, sequence], 0 where a target is padding.
-        loss_scale: as of `next_token_loss`.
-        z_loss: as of `next_token_loss`.
+        loss_scale: see `next_token_loss`.
+        z_loss: see `next_token_loss`.
 
     Returns:
-        (loss_sum, num_targets) as `next_token_loss` does.
+        (loss_sum, num_targets), as `next_token_loss` returns them.
     """
     dtype = accumulation_dtype(logits.dtype)
     weights = tf.cast(weights, dtype)
@@ -97,17 +92,17 @@ def next_token_loss_without_gradient(
     bias: tf.Tensor | None,
     targets: tf.Tensor,
     weights: tf.Tensor,
-    chunk_rows: int = CHUNK_ROWS,
+    ops: Ops = PLAIN,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Does what `next_token_loss` does at a third of its cost, for evaluation."""
+    """Returns what `next_token_loss` returns at a third of its cost, for evaluation."""
     dtype = accumulation_dtype(hidden.dtype)
-    chunks = _Chunks(hidden, targets, tf.cast(weights, dtype), chunk_rows)
+    chunks = _Chunks(hidden, targets, tf.cast(weights, dtype), ops.logit_rows)
     kernel = tf.cast(unembedding, hidden.dtype)
 
     def add_chunk(i: tf.Tensor, loss_sum: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         rows, row_targets, row_weights = chunks.at(i)
         logits_of = functools.partial(_logits, rows, kernel, bias, dtype)
-        losses, *_ = _losses_and_softmax(logits_of, row_targets)
+        losses, *_ = _losses_and_softmax(logits_of, row_targets, ops)
         return i + 1, loss_sum + tf.reduce_sum(losses * row_weights)
 
     _, loss_sum = tf.while_loop(
@@ -122,9 +117,14 @@ def _scale_gradient(x: tf.Tensor, scale: tf.Tensor) -> tuple[tf.Tensor, object]:
 
 
 class _Chunks:
-    """Rows of a batch, in equal chunks: those with weight first, and only chunks that hold such are counted.
+    """The rows of a batch in equal chunks. Rows with a weight come first, and only chunks that hold some are counted.
 
     So padding costs no matrix products, while all shapes stay fixed.
+
+    Attributes:
+        chunk_rows: rows of a chunk.
+        capacity: number of chunks.
+        count: int32 scalar, the number of chunks that hold rows with a weight.
     """
 
     def __init__(self, hidden: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, chunk_rows: int) -> None:
@@ -146,10 +146,11 @@ class _Chunks:
         self.count = (num_used + self.chunk_rows - 1) // self.chunk_rows
 
     def at(self, i: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns hidden states, targets and weights of chunk i."""
         return tf.gather(self._rows, i), tf.gather(self._targets, i), tf.gather(self._weights, i)
 
     def joined(self, chunks: tf.Tensor) -> tf.Tensor:
-        """Puts [capacity, chunk_rows, hidden_dim] back into the shape and order of the hidden states."""
+        """Returns [capacity, chunk_rows, hidden_dim] in the shape and order of the hidden states."""
         places = tf.math.invert_permutation(self._order)
         return tf.reshape(tf.gather(tf.reshape(chunks, [-1, chunks.shape[-1]]), places), self._shape)
 
@@ -160,11 +161,11 @@ def _logits(rows: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None, dtype: t
 
 
 def _losses_and_softmax(
-    logits_of: Callable[[], tf.Tensor], targets: tf.Tensor
+    logits_of: Callable[[], tf.Tensor], targets: tf.Tensor, ops: Ops
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns the cross-entropy of each row [rows], and logits and their softmax [rows, vocabulary], from one softmax.
+    """Returns the cross-entropy of each row [rows], the logits and their softmax, both [rows, vocabulary].
 
-    On a CPU the softmax takes the place of the logits where these are not read any more.
+    TensorFlow writes the softmax over the logits if nothing else reads them; see `Ops.kept_or_made_again`.
     """
     logits = logits_of()
     softmax = tf.nn.softmax(logits)
@@ -172,9 +173,9 @@ def _losses_and_softmax(
     probability = tf.gather_nd(softmax, places)
 
     def from_largest() -> tf.Tensor:
-        rare = made_again(logits_of, logits)
-        # With m the largest logit and p its probability, log(sum(exp(logits))) = m - log(p); and p, at least
-        # 1 / vocabulary, cannot underflow as the target's own probability can.
+        rare = ops.kept_or_made_again(logits, logits_of)
+        # With m the largest logit and p its probability, log(sum(exp(logits))) = m - log(p). The probability p is at
+        # least 1 / vocabulary and cannot underflow, as the target's own probability can.
         log_sum_exp = tf.reduce_max(rare, axis=-1) - tf.math.log(tf.reduce_max(softmax, axis=-1))
         return log_sum_exp - tf.gather_nd(rare, places)
 
@@ -193,25 +194,25 @@ def _loss_and_gradients(
     targets: tf.Tensor,
     weights: tf.Tensor,
     loss_scale: tf.Tensor | None,
-    chunk_rows: int,
     z_loss: float,
+    ops: Ops,
 ) -> tuple[tf.Tensor, ...]:
-    """Returns the loss sum and its gradient by hidden, unembedding and, where there is one, bias."""
+    """Returns the loss sum and its gradients by hidden, unembedding and, if there is one, bias."""
     dtype = weights.dtype
-    chunks = _Chunks(hidden, targets, weights, chunk_rows)
+    chunks = _Chunks(hidden, targets, weights, ops.logit_rows)
     kernel = tf.cast(unembedding, hidden.dtype)
 
     def add_chunk(i: tf.Tensor, loss_sum: tf.Tensor, d_hidden: tf.TensorArray, *sums: tf.Tensor) -> tuple:
         rows, row_targets, row_weights = chunks.at(i)
         logits_of = functools.partial(_logits, rows, kernel, bias[0] if bias else None, dtype)
-        losses, logits, softmax = _losses_and_softmax(logits_of, row_targets)
+        losses, logits, softmax = _losses_and_softmax(logits_of, row_targets, ops)
         # In the wide dtype: in bfloat16 the difference of two numbers near 1 would be noise.
-        # Once the losses have read the softmax, it is overwritten in place.
+        # Only after the losses have read the softmax may it be overwritten in place.
         with tf.control_dependencies([losses]):
             if z_loss:
                 log_sum_exp = losses + tf.gather_nd(logits, _places(row_targets))
                 softmax *= (1 + 2 * z_loss * log_sum_exp)[:, tf.newaxis]
-            d_logits = subtract_at(softmax, _places(row_targets), tf.ones_like(losses))
+            d_logits = ops.subtract_at(softmax, _places(row_targets), tf.ones_like(losses))
         if loss_scale is not None:
             d_logits *= tf.cast(loss_scale, dtype)
         narrow = tf.cast(d_logits, hidden.dtype)
@@ -225,14 +226,14 @@ def _loss_and_gradients(
             new_sums.append(sums[1] + tf.cast(d_bias, bias[0].dtype))
         return i + 1, loss_sum + tf.reduce_sum(losses * row_weights), d_hidden, *new_sums
 
-    # Chunks that are never written stay zero, as the gradient of padding is.
+    # Chunks that are never written stay zero, which is the gradient of padding.
     d_hidden = tf.TensorArray(hidden.dtype, chunks.capacity, element_shape=[chunks.chunk_rows, hidden.shape[-1]])
     sums = [tf.zeros_like(unembedding), *(tf.zeros_like(b) for b in bias)]
     _, loss_sum, d_hidden, *sums = tf.while_loop(
         lambda i, *_: i < chunks.count,
         add_chunk,
         (0, tf.zeros([], dtype), d_hidden, *sums),
-        # In turn: chunks side by side would each hold their logits.
+        # One after the other: chunks side by side would each hold their logits.
         parallel_iterations=1,
     )
     return loss_sum, chunks.joined(d_hidden.stack()), *sums

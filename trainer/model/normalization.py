@@ -1,69 +1,98 @@
-"""Normalization of each row of numbers, with a gradient by hand that keeps what went in, and two numbers a row."""
+"""Normalization of each row of numbers. The gradient, by hand, keeps only what went in and two numbers per row."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import tensorflow as tf
 
-from trainer.model.cpu import in_one_pass, mean_of_rows
-
 NORM_EPSILON = 1e-5
 
+RowMeans = Callable[[tf.Tensor], tf.Tensor]
 
-@tf.custom_gradient
-def normalize(x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tuple[tf.Tensor, object]:
-    """Scales each row to mean 0 and variance 1, then by gamma, and adds beta where there is one.
+
+class Passes(NamedTuple):
+    """The two passes of a normalization.
+
+    Attributes:
+        forward: a function of (x, gamma, *beta) that returns (y, *what the backward pass needs beside x and gamma).
+        backward: a function of (x, *what the forward pass kept, gamma, the gradient by y) that returns the gradients by
+            x, gamma and beta.
+    """
+
+    forward: Callable[..., tuple[tf.Tensor, ...]]
+    backward: Callable[..., tuple[tf.Tensor, ...]]
+
+
+def normalize(passes: Passes, x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tf.Tensor:
+    """Normalizes each row of x, multiplies it by gamma, and adds beta if it is given.
 
     Args:
+        passes: the kind of normalization, such as PASSES["layer"].
         x: float [..., width].
         gamma: [width], of the accumulation dtype.
-        beta: [width], likewise.
+        beta: [width], of the accumulation dtype.
+    """
+
+    @tf.custom_gradient
+    def apply(x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tuple[tf.Tensor, object]:
+        y, *kept = passes.forward(x, gamma, *beta)
+        return y, lambda upstream: passes.backward(x, *kept, gamma, upstream)[: 2 + len(beta)]
+
+    y: tf.Tensor = apply(x, gamma, *beta)
+    return y
+
+
+def row_means(rows: tf.Tensor) -> tf.Tensor:
+    """Returns the mean of each row of float [rows, width], as [rows, 1]."""
+    return tf.reduce_mean(rows, axis=-1, keepdims=True)
+
+
+def layer_norm(
+    x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor, means: RowMeans = row_means
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Scales each row to mean 0 and variance 1; returns it with the mean and the inverse of the standard deviation.
 
     Source: Ba, Kiros and Hinton 2016, equation 4.
     """
-    y, mean, inverse = _normalized(x, gamma, *beta)
-    return y, lambda upstream: _gradient(x, mean, inverse, gamma, upstream)[: 2 + len(beta)]
-
-
-@tf.custom_gradient
-def normalize_rms(x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tuple[tf.Tensor, object]:
-    """Scales each row to root mean square 1; all else as `normalize`.
-
-    Source: Zhang and Sennrich 2019, equation 4.
-    """
-    y, inverse = _normalized_rms(x, gamma, *beta)
-    return y, lambda upstream: _gradient_rms(x, inverse, gamma, upstream)[: 2 + len(beta)]
-
-
-@in_one_pass
-def _normalized(x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
     rows = _rows(x, gamma)
-    mean = mean_of_rows(rows)
+    mean = means(rows)
     centered = rows - mean
-    inverse = _inverse_root(centered)
+    inverse = _inverse_root(centered, means)
     return _like(x, _scaled(centered * inverse, gamma, *beta)), mean, inverse
 
 
-@in_one_pass
-def _normalized_rms(x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
+def rms_norm(
+    x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor, means: RowMeans = row_means
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Scales each row to root mean square 1; returns it with the inverse of the root mean square.
+
+    Source: Zhang and Sennrich 2019, equation 4.
+    """
     rows = _rows(x, gamma)
-    inverse = _inverse_root(rows)
+    inverse = _inverse_root(rows, means)
     return _like(x, _scaled(rows * inverse, gamma, *beta)), inverse
 
 
-@in_one_pass
-def _gradient(
+def layer_norm_gradient(
     x: tf.Tensor, mean: tf.Tensor, inverse: tf.Tensor, gamma: tf.Tensor, upstream: tf.Tensor
 ) -> tuple[tf.Tensor, ...]:
+    """Returns the gradients of `layer_norm` by x, gamma and beta."""
     unit, upstream = (_rows(x, gamma) - mean) * inverse, _rows(upstream, gamma)
     d_gamma = upstream * unit
     d_x = (upstream * gamma - _mean_of_scaled(upstream, gamma) - unit * _mean_of_scaled(d_gamma, gamma)) * inverse
     return _like(x, d_x), column_sums(d_gamma), column_sums(upstream)
 
 
-@in_one_pass
-def _gradient_rms(x: tf.Tensor, inverse: tf.Tensor, gamma: tf.Tensor, upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
+def rms_norm_gradient(x: tf.Tensor, inverse: tf.Tensor, gamma: tf.Tensor, upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """Returns the gradients of `rms_norm` by x, gamma and beta."""
     unit, upstream = _rows(x, gamma) * inverse, _rows(upstream, gamma)
     d_gamma = upstream * unit
     d_x = (upstream * gamma - unit * _mean_of_scaled(d_gamma, gamma)) * inverse
     return _like(x, d_x), column_sums(d_gamma), column_sums(upstream)
+
+
+# What each model.norm is, with operations that run one by one or that XLA compiles with all the rest.
+PASSES = {"layer": Passes(layer_norm, layer_norm_gradient), "rms": Passes(rms_norm, rms_norm_gradient)}
 
 
 def _rows(x: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
@@ -80,7 +109,7 @@ def with_axes_of(x: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
     known = [-1 if size is None else size for size in x.shape[:-1]]
     if known.count(-1) > 1:
         return tf.reshape(rows, tf.concat([tf.shape(x)[:-1], tf.shape(rows)[1:]], axis=0))
-    # One that is not known follows from the others, without an operation.
+    # A single unknown size follows from the others, without an operation.
     return tf.reshape(rows, [*known, rows.shape[-1]])
 
 
@@ -88,8 +117,8 @@ def _mean_of_scaled(rows: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
     return tf.matmul(rows, gamma[:, tf.newaxis]) / tf.constant(rows.shape[-1], rows.dtype)
 
 
-def _inverse_root(rows: tf.Tensor) -> tf.Tensor:
-    return tf.math.rsqrt(mean_of_rows(tf.square(rows)) + tf.constant(NORM_EPSILON, rows.dtype))
+def _inverse_root(rows: tf.Tensor, means: RowMeans) -> tf.Tensor:
+    return tf.math.rsqrt(means(tf.square(rows)) + tf.constant(NORM_EPSILON, rows.dtype))
 
 
 def _scaled(unit: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tf.Tensor:
@@ -97,5 +126,5 @@ def _scaled(unit: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tf.Tensor:
 
 
 def column_sums(rows: tf.Tensor) -> tf.Tensor:
-    """Sums float [rows, width] over its rows: by the gradient of a bias, on a CPU far faster than tf.reduce_sum."""
+    """Sums float [rows, width] over its rows, by the gradient of a bias: on a CPU far faster than tf.reduce_sum."""
     return tf.raw_ops.BiasAddGrad(out_backprop=rows)

@@ -10,11 +10,12 @@ import tensorflow as tf
 from trainer.config import Config
 from trainer.distributed.strategy import processor_of
 from trainer.errors import UserError
-from trainer.execution import Execution, Recompute, resolve
-from trainer.model.cpu import operations_on_cpu
+from trainer.execution import Execution, resolve
 from trainer.model.dropout import DropoutDraw
 from trainer.model.gpt import GPT
 from trainer.model.loss import next_token_loss_from_logits
+from trainer.model.ops import make_ops
+from trainer.model.ops.plain import PLAIN, Ops
 from trainer.model.precision import accumulation_dtype
 from trainer.training.batch_hash import batch_hash, hash_from_floats, hash_to_floats
 from trainer.training.checkpoint import named_variables
@@ -67,8 +68,8 @@ def forward_backward(
     batch: Batch,
     draw: DropoutDraw | None,
     loss_scale: tf.Tensor | None = None,
-    recompute: Recompute = "nothing",
     z_loss: float = 0.0,
+    ops: Ops = PLAIN,
 ) -> Gradients:
     """Computes the loss sum of a batch and its gradient: a function of tensors, that reads no variable.
 
@@ -79,8 +80,8 @@ def forward_backward(
         batch: inputs int32, targets int32 and weights float32, each [batch, sequence].
         draw: of the dropout masks.
         loss_scale: scalar, multiplies the gradients.
-        recompute: of a GPT, what the backward pass computes again; see train.recompute.
-        z_loss: as of `next_token_loss`.
+        z_loss: see `next_token_loss`.
+        ops: the GPT's way of computing.
 
     Raises:
         ValueError: a weight has no influence on the loss.
@@ -93,7 +94,7 @@ def forward_backward(
         with keras.StatelessScope(state_mapping=values) as scope:
             if isinstance(model, GPT):
                 loss_sum, num_targets = model.training_loss(
-                    inputs, targets, target_weights, draw, loss_scale, recompute, z_loss
+                    inputs, targets, target_weights, draw, loss_scale, z_loss, ops
                 )
             else:
                 logits = model(inputs, training=True)
@@ -233,7 +234,7 @@ class TrainingStep:
             self.stop_requested = tf.Variable(False, trainable=False, name="stop_requested")
         self.run_steps = tf.function(self._run_steps, autograph=False)
         self._forward_backward: Callable[..., Gradients] = functools.partial(
-            forward_backward, model, recompute=self.execution.recompute, z_loss=config.train.z_loss
+            forward_backward, model, z_loss=config.train.z_loss, ops=make_ops(self.execution)
         )
         if self.execution.is_compiled:
             self._forward_backward = tf.function(self._forward_backward, autograph=False, jit_compile=True)
@@ -369,9 +370,7 @@ class TrainingStep:
 
         execution = self.execution
         how = (execution.micro_batch_size, execution.at_once, tf.as_dtype(execution.sum_dtype))
-        # Here and not around the whole step: each replica has a thread of its own.
-        with operations_on_cpu(execution.ops == "cpu"):
-            return accumulate(gradients_of, weights, state, batch, first_row, *how)
+        return accumulate(gradients_of, weights, state, batch, first_row, *how)
 
     def sum_over_replicas(self, replica: tf.distribute.ReplicaContext, summands: list[tf.Tensor]) -> list[tf.Tensor]:
         """Sums tensors of one dtype over all replicas, in one operation."""

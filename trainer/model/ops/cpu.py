@@ -1,0 +1,105 @@
+"""The operations that cost less in another form when TensorFlow runs them one by one on a CPU."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from importlib import metadata
+
+import tensorflow as tf
+
+from trainer.model.activations import ACTIVATIONS, Activation, computed_again, gelu, swiglu
+from trainer.model.normalization import (
+    Passes,
+    layer_norm,
+    layer_norm_gradient,
+    normalize,
+    rms_norm,
+    rms_norm_gradient,
+)
+from trainer.model.ops.plain import Ops
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuOps(Ops):
+    """Reads and writes memory less often: in place, in one pass, and by matrix products, which are fast."""
+
+    def norm(self, x: tf.Tensor, kind: str, gamma: tf.Tensor, *beta: tf.Tensor) -> tf.Tensor:
+        """Normalizes float [..., width], each pass over it compiled by XLA."""
+        return normalize(_PASSES[kind], x, gamma, *beta)
+
+    def activation(self, name: str) -> Activation:
+        """Returns an activation whose passes XLA compiles; ReLU, which is a single operation, as it is."""
+        return _ACTIVATIONS[name]
+
+    def add_bias(self, rows: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+        """Adds bias [width] to float [rows, width]. The gradient sums over the rows by a product, which is faster."""
+
+        @tf.custom_gradient
+        def add(rows: tf.Tensor, bias: tf.Tensor) -> tuple[tf.Tensor, object]:
+            def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+                return upstream, tf.matmul(tf.ones([1, tf.shape(upstream)[0]], upstream.dtype), upstream)[0]
+
+            return tf.nn.bias_add(rows, bias), gradient
+
+        return add(rows, bias)
+
+    def subtract_at(self, x: tf.Tensor, places: tf.Tensor, updates: tf.Tensor) -> tf.Tensor:
+        """Subtracts updates [n] from x at places int32 [n, rank of x]; in place if nothing reads x any more."""
+        # The plain form copies all of x first. XLA lacks this operation.
+        return tf.raw_ops.ScatterNdNonAliasingAdd(input=x, indices=places, updates=-updates)
+
+    def kept_or_made_again(self, kept: tf.Tensor, make: Callable[[], tf.Tensor]) -> tf.Tensor:
+        """Calls make again, so that nothing holds kept: its last reader may overwrite it then."""
+        return make()
+
+
+def in_one_pass(function: Callable) -> Callable:
+    """Makes a function of tensors read and write memory once; TensorFlow would at each operation.
+
+    It is for functions without variables whose operations XLA can fuse. Products of matrices are faster without it.
+    """
+    compiled = tf.function(function, autograph=False, jit_compile=True)
+
+    @functools.wraps(function)
+    def call(*args: tf.Tensor) -> object:
+        # With an unknown shape, or in an eager call, every new shape would be compiled again.
+        is_static = tf.inside_function() and all(arg.shape.is_fully_defined() for arg in args)
+        return compiled(*args) if is_static and _can_compile() else function(*args)
+
+    return call
+
+
+def means_by_product(rows: tf.Tensor) -> tf.Tensor:
+    """Returns the mean of each row of float [rows, width], as [rows, 1]. An accelerator could not fuse it."""
+    width = rows.shape[-1]
+    return tf.matmul(rows, tf.fill([width, 1], tf.constant(1 / width, rows.dtype)))
+
+
+@functools.cache
+def _can_compile() -> bool:
+    """Whether TensorFlow has a compiler for the CPU: tensorflow-tpu lacks it."""
+    try:
+        metadata.version("tensorflow-tpu")
+    except metadata.PackageNotFoundError:
+        return True
+    return False
+
+
+@in_one_pass
+def _layer_norm(x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    return layer_norm(x, gamma, *beta, means=means_by_product)
+
+
+@in_one_pass
+def _rms_norm(x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    return rms_norm(x, gamma, *beta, means=means_by_product)
+
+
+_PASSES = {
+    "layer": Passes(_layer_norm, in_one_pass(layer_norm_gradient)),
+    "rms": Passes(_rms_norm, in_one_pass(rms_norm_gradient)),
+}
+_ACTIVATIONS = ACTIVATIONS | {
+    "gelu": computed_again(gelu, in_one_pass),
+    "swiglu": computed_again(swiglu, in_one_pass),
+}

@@ -1,0 +1,34 @@
+"""The operations that have another form in a function that XLA compiles as a whole, as for TPUs and GPUs."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from trainer.model.ops.plain import Ops
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaOps(Ops):
+    """Leaves the layout of products to XLA: it may choose any, which a reshape or a transpose would spoil."""
+
+    def split_heads(self, x: tf.Tensor, layer: keras.layers.Dense, heads: Sequence[int]) -> list[tf.Tensor]:
+        """Maps float [batch, sequence, width] to one tensor [batch, n, sequence, head_dim] for each n of heads."""
+        kernel = tf.reshape(tf.cast(layer.kernel, x.dtype), [x.shape[-1], sum(heads), -1])
+        parts = [tf.einsum("btc,chd->bhtd", x, part) for part in tf.split(kernel, heads, axis=1)]
+        if layer.bias is None:
+            return parts
+        bias = tf.reshape(tf.cast(layer.bias, x.dtype), [sum(heads), 1, -1])
+        return [part + of_part for part, of_part in zip(parts, tf.split(bias, heads), strict=True)]
+
+    def join_heads(self, x: tf.Tensor, layer: keras.layers.Dense) -> tf.Tensor:
+        """Maps float [batch, heads, sequence, head_dim] to [batch, sequence, units]."""
+        kernel = tf.reshape(tf.cast(layer.kernel, x.dtype), [x.shape[1], x.shape[3], layer.units])
+        return self._with_bias(tf.einsum("bhtd,hdc->btc", x, kernel), layer)
+
+    def write(self, kept: tf.Tensor, new: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+        """Writes new [batch, heads, new, width] into kept [batch, heads, capacity, width], from place index on."""
+        # Without XLA around it this operation would be compiled for each shape by itself, and copy all of kept. XLA
+        # lacks the operation that the plain way writes with.
+        return keras.ops.slice_update(kept, (0, 0, index, 0), new)
