@@ -1,17 +1,17 @@
 #!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../scripts/venv_python" "$0" "$@"'
-"""Mutates what users give to trainer, thousands of times, and checks that each mutation is taken or refused properly.
+"""Mutates the inputs of trainer, thousands of times, and checks that each mutation is accepted or refused properly.
 
     tests/mutate.py [KIND ...] [--number 2000] [--seed 0] [--secs SECS]
     tests/mutate.py --case KIND/NUMBER [--seed 0]
 
-A mutation is refused properly with exit status 2 (or 1, if data was to be verified) and a short message: no traceback,
-no warning of a library, no hang, no process killed. It is accepted properly if what comes out is what the mutated input
-says; each kind checks that as far as it can be told cheaply. Neither may leave anything behind that makes the next try,
-with the input as it was, fail. --secs ends after that many seconds, wherever it then is. Prints for each kind how many
-mutations were tried, accepted and refused, and each fault with the case that shows it; --case runs that one again, and
-prints its input and traceback. The exit status is 1 if there are faults.
+A mutation is refused properly with exit status 2 (or 1 if a verification failed) and a short message: no traceback, no
+warning of a library, no hang, no killed process. It is accepted properly if the result agrees with the mutated input;
+each kind of input has a cheap check of that. Neither may leave files behind that make the next try with the original
+input fail. The program prints for each kind how many mutations were tried, accepted and refused, and each fault with
+its case. --case runs such a case again, and prints its input and traceback. --secs ends the program after that many
+seconds. The exit status is 1 if there are faults.
 
-The mutations run in a process of their own, which is started again if one of them kills it or hangs.
+The mutations run in another process, which is started again if a mutation kills it or hangs.
 """
 
 import argparse
@@ -45,18 +45,18 @@ import trainer
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# A case takes milliseconds, and one that trains a few seconds; on a machine with much else to do, many times as long.
-# The watching process waits longer, for what no signal ends.
+# A case takes milliseconds, or a few seconds if it trains; on a busy machine many times as long. The watching process
+# waits longer, in case no signal ends the hang.
 HANG_SECS = 120.0
 DEAD_SECS = 600.0
-# What a process may allocate: without a limit, a mutated size takes the machine's memory from everybody.
+# The limit of a process's memory. Without it a mutated size could use up the machine's memory.
 MAX_MEMORY_BYTES = 6 << 30
 MAX_MESSAGE_CHARS = 3_000
 MAX_NAMED_FAULTS = 200
 LOG = "log.txt"
 # A library's log lines, and Python's warnings.
 NOISE = re.compile(r"^(Traceback|WARNING|ERROR|[WEF]\d{4} ).*|^.*\.py:\d+: \w*Warning.*", re.MULTILINE)
-# TensorFlow warns of retracing in every process that loads many models, and greets whoever imports it.
+# TensorFlow warns of retracing in each process that loads many models, and prints a line when it is imported.
 HARMLESS = ("out of the last", "All log messages before absl")
 
 CONFIG = """\
@@ -98,15 +98,21 @@ TEXTS = (ENGLISH, KOREAN, OTHERS, ENGLISH + KOREAN + OTHERS)
 
 
 class Fault(Exception):
-    """Something that trainer should not have done; the message says what."""
+    """Trainer did something that it should not do; the message describes it."""
 
 
 class Hang(BaseException):
-    """A case took longer than any should; not an Exception, so that nothing on the way takes it for one of its own."""
+    """A case took too long. It is a BaseException, so that no `except Exception` in trainer or a library catches it."""
 
 
 class Answer(NamedTuple):
-    """What a command of trainer returned and printed."""
+    """The outcome of a command of trainer.
+
+    Attributes:
+        status: the exit status.
+        out: the text on stdout.
+        err: the text on stderr.
+    """
 
     status: int
     out: str
@@ -133,11 +139,11 @@ PIECES = (
     b"\xe2\x80\xa8", b"\xf0\x9f\x99\x82", b"999999999999999999999999", b"-1", b"1e999", b"NaN", b"null",
     b"\x1f\x8b\x08", b"PK\x03\x04", b"A" * 5_000, b"9" * 5_000, b"[" * 20_000, b'{"a":' * 5_000, b"\n" * 2_000,
 )  # fmt: skip
-_DEEP = "\U000f0000deep"  # Stands for brackets in brackets, which no writer of JSON writes.
+_DEEP = "\U000f0000deep"  # Is replaced by deeply nested brackets, which no JSON library would write.
 
 
 def nasty(rng: random.Random) -> Any:
-    """Returns a value that somebody may write where another was meant."""
+    """Returns a value of any type, as a user may write it by mistake."""
     of = rng.randrange(8)
     if of <= 2:
         return rng.choice(NUMBERS)
@@ -147,7 +153,7 @@ def nasty(rng: random.Random) -> Any:
 
 
 def mutated_bytes(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """Returns data with some of it flipped, left out, doubled, cut off, put in, or taken from other."""
+    """Returns data with parts flipped, removed, doubled, cut off, inserted, or replaced by parts of `other`."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
         first, second = sorted((rng.randrange(len(changed) + 1), rng.randrange(len(changed) + 1)))
@@ -172,7 +178,7 @@ def mutated_bytes(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 
 def mutated_text(rng: random.Random, text: str, other: str = ENGLISH) -> str:
-    """Returns a text mutated as one, or as bytes; the latter may leave surrogates, as an argument that is not UTF-8."""
+    """Returns a mutated text. Mutated as bytes it may have surrogates, as an argument that is not UTF-8 has."""
     if rng.random() < 0.5:
         changed = mutated_bytes(rng, text.encode(errors="surrogatepass"), other.encode(errors="surrogatepass"))
         return changed.decode(errors="surrogateescape")
@@ -182,7 +188,7 @@ def mutated_text(rng: random.Random, text: str, other: str = ENGLISH) -> str:
 
 
 def mutated_tree(rng: random.Random, tree: Any) -> Any:
-    """Returns what JSON or TOML held with values replaced, left out, renamed, doubled, exchanged or wrapped."""
+    """Returns the contents of a JSON or TOML file with values replaced, removed, renamed, swapped or wrapped."""
     tree = json.loads(json.dumps(tree))
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         places = [place for place in _places(tree) if place is not None]
@@ -211,14 +217,14 @@ def mutated_tree(rng: random.Random, tree: Any) -> Any:
 
 
 def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Yields (dict or list, key or index) of everything in a tree."""
+    """Yields (dict or list, key or index) for every value in a tree."""
     for key in list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
         yield tree, key
         yield from _places(tree[key])
 
 
 def as_json(rng: random.Random, tree: Any, indent: int | None = None) -> bytes:
-    """Returns a tree as JSON, with what JSON has no words for as its writers and readers commonly have it."""
+    """Returns a tree as JSON, with NaN and infinities as Python's json module writes and reads them."""
     text = json.dumps(tree, ensure_ascii=rng.random() < 0.5, indent=indent)
     for deep in (json.dumps(_DEEP), json.dumps(_DEEP, ensure_ascii=False)):
         number = rng.choice((100, 2_000, 100_000))
@@ -227,7 +233,7 @@ def as_json(rng: random.Random, tree: Any, indent: int | None = None) -> bytes:
 
 
 def as_toml(rng: random.Random, tree: Any) -> bytes | None:
-    """Returns a tree as TOML, or None if it holds what TOML cannot."""
+    """Returns a tree as TOML, or None if TOML cannot express it."""
     import tomli_w
 
     try:
@@ -239,14 +245,14 @@ def as_toml(rng: random.Random, tree: Any) -> bytes | None:
 
 
 def mutated_json(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """Returns a JSON file mutated as bytes or as what it holds."""
+    """Returns a JSON file mutated as bytes or as a tree."""
     if rng.random() < 0.5:
         return mutated_bytes(rng, data, other)
     return as_json(rng, mutated_tree(rng, json.loads(data)), rng.choice((None, 2)))
 
 
 def mutated_toml(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """Returns a TOML file mutated as bytes or as what it holds."""
+    """Returns a TOML file mutated as bytes or as a tree."""
     if rng.random() < 0.5:
         return mutated_bytes(rng, data, other)
     changed = as_toml(rng, mutated_tree(rng, tomllib.loads(data.decode())))
@@ -257,14 +263,14 @@ def mutated_toml(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 
 class Lab:
-    """Where the cases of a process run: each in an empty folder of its own, the current one.
+    """The folder in which the cases of a process run. Each case gets a new, empty folder as its working folder.
 
     Args:
-        folder: to work in; what all cases share is made there once.
+        folder: the folder to work in; the inputs that all cases share are made there once.
 
     Attributes:
-        seeds: folder of what is mutated: texts, tokenizers, prepared data and runs.
-        notes: what the present case gives to trainer.
+        seeds: the folder of the inputs to mutate: tokenizers, prepared data and runs.
+        notes: the inputs that the present case gives to trainer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -273,7 +279,7 @@ class Lab:
         self._generators: dict[str, Any] = {}
 
     def seed(self, kind: str) -> Path:
-        """Returns a folder with prepared/ and run/ of a kind of tokenizer, made when it is first asked for."""
+        """Returns a folder with prepared/, stopped/ and run/ for a kind of tokenizer; the first call makes it."""
         folder = self.seeds / kind
         if not (folder / "whole").exists():
             before, secs_left = Path.cwd(), signal.setitimer(signal.ITIMER_REAL, 0)[0]
@@ -289,7 +295,7 @@ class Lab:
         return folder
 
     def generator(self, kind: str) -> Any:
-        """Returns the Generator of a run, which compiles its decoders once."""
+        """Returns the Generator of a run; it compiles its decoders only once."""
         if kind not in self._generators:
             from trainer.decoding.generate import Generator
             from trainer.training.run_checkpoints import load_model
@@ -303,7 +309,7 @@ class Lab:
 
     @contextlib.contextmanager
     def case(self) -> Iterator[None]:
-        """Gives a case its folder, and ends it if it hangs."""
+        """Gives a case its folder, and ends the case if it hangs."""
         folder = Path(tempfile.mkdtemp(prefix="case-", dir=self.folder))
         before, environment = Path.cwd(), dict(os.environ)
         self.notes.clear()
@@ -320,7 +326,7 @@ class Lab:
             shutil.rmtree(folder, ignore_errors=True)
 
     def note(self, what: str, value: Any) -> None:
-        """Keeps what the case gives to trainer, to be shown."""
+        """Keeps an input of the case, to be printed with a fault."""
         self.notes.append(f"{what}: {value!r}")
 
     def write(self, name: str, data: bytes) -> Path:
@@ -334,7 +340,8 @@ class Lab:
         """Runs a command of trainer in this process.
 
         Raises:
-            Fault: it raises, returns another status than these, or refuses without a proper message.
+            Fault: the command raised, returned a status that is not among `statuses`, or refused without a proper
+                message.
         """
         from trainer.cli import main
 
@@ -351,9 +358,9 @@ class Lab:
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[list[str]]:
-        """Collects what is printed by Python or by a library: [stdout, stderr], once the context is left."""
+        """Collects the output of Python and of libraries: [stdout, stderr], filled when the context is left."""
         heard: list[str] = []
-        # The latter stays, for what a case says that kills this process.
+        # The file for stderr stays: it has the last lines of a case that kills this process.
         with tempfile.TemporaryFile() as out, (self.folder / LOG).open("w+b") as err:
             kept = [os.dup(1), os.dup(2)]
             for descriptor, file in enumerate((out, err), start=1):
@@ -371,7 +378,7 @@ class Lab:
 
 
 def _hang(*_: Any) -> NoReturn:
-    raise Hang(f"still at it after {HANG_SECS:.0f} s")
+    raise Hang(f"not done after {HANG_SECS:.0f} s")
 
 
 def _judge(answer: Answer, statuses: Sequence[int]) -> None:
@@ -413,14 +420,14 @@ def _settings_of(kind: str) -> list[str]:
 
 
 def _is_next_tried(rng: random.Random, answer: Answer) -> bool:
-    """Whether to try again with the input as it was: now and then, and always if a refusal left something behind."""
+    """Returns whether to try again with the original input: sometimes, and always if a refusal left files behind."""
     is_left = answer.status != 0 and Path("prepared").exists() and any(Path("prepared").iterdir())
     return rng.random() < 0.1 or is_left
 
 
 def _plant(lab: Lab, kind: str) -> None:
-    """Makes what the cases mutate, for one kind of tokenizer: prepared data, a run with two checkpoints that was
-    started on it, and what a stopped preparation leaves.
+    """Makes the inputs for one kind of tokenizer: prepared data, a run on that data with two checkpoints, and the
+    folder that a stopped preparation leaves.
     """
     from trainer.config_file import load_config
     from trainer.data.prepare import prepare
@@ -437,7 +444,7 @@ def _plant(lab: Lab, kind: str) -> None:
     _stop_preparing(config)
     Path("prepared").rename("stopped")
     prepared = prepare(config, silent)
-    if kind == "byte":  # One that was trained, with an optimizer's state.
+    if kind == "byte":  # This run was trained, and has the state of an optimizer.
         lab.trainer("train", "config.toml", statuses=(0,))
         shutil.rmtree("run/logs")
     else:
@@ -452,7 +459,7 @@ def _plant(lab: Lab, kind: str) -> None:
 
 
 def _stop_preparing(config: Any) -> None:
-    """Prepares a config's text up to the second batch of it, and is interrupted."""
+    """Prepares a config's text up to its second batch, and stops there by KeyboardInterrupt."""
     from trainer.data import encoding
     from trainer.data import prepare as preparing
 
@@ -476,26 +483,26 @@ GIVEN = ("config.toml", "text.txt", "validation.txt")
 
 
 def _start() -> None:
-    """Puts the texts and the config into the case's folder."""
+    """Writes the texts and the config into the case's folder."""
     for name, content in zip(GIVEN, (CONFIG, TEXTS[-1], ENGLISH), strict=True):
         Path(name).write_text(content, encoding="utf-8")
 
 
 def _as_argument(text: str) -> str:
-    """Returns a text as an operating system hands it over: without NUL, and of surrogates those for single bytes."""
+    """Returns a text as an operating system passes it on: without NUL, and only surrogates that stand for bytes."""
     return re.sub("[\0\ud800-\udc7f\udd00-\udfff]", "", text.replace(_DEEP, "[[["))[:100_000]
 
 
 def _expect_message(lab: Lab, error: Exception) -> None:
-    """Checks the message of an error that trainer raised for its user, as the command line would print it."""
+    """Checks the message of a UserError, as the command line would print it."""
     from trainer.cli import _message
 
     lab.note("UserError", str(error))
     _judge(Answer(2, "", f"trainer: {_message(str(error))}\n"), (2,))
 
 
-# The kinds of input. Each takes the laboratory and a random number generator, tries one mutation and returns whether it
-# was accepted.
+# The kinds of input. Each function takes the laboratory and a random number generator, tries one mutation, and returns
+# whether trainer accepted it.
 
 
 def config(lab: Lab, rng: random.Random) -> bool:
@@ -550,12 +557,12 @@ def _try_settings(lab: Lab, rng: random.Random, words: Sequence[str], data: byte
         left = {path.name for path in Path().iterdir()} - set(GIVEN)
         _expect(not left, f"left behind: {left}")
         return False
-    # What a run keeps is what it was started with, and reads the same.
+    # A run keeps its config as a file, which has to be read as the same config.
     _expect(parse_config(config.to_toml(), "again") == config, "to_toml is not read back as it was written")
     if not words:
         _expect_values(tomllib.loads(data.decode("utf-8-sig")), config.model_dump(mode="json"))
     for key, _, written in (word.partition("=") for word in words):
-        # One that another override may replace says nothing.
+        # An override that another one may replace is not checked.
         if sum(word.split(".")[0].split("=")[0].strip() == key.split(".")[0].strip() for word in words) == 1:
             _expect_override(config.model_dump(mode="json"), key.strip(), written)
     config.prepared_name()
@@ -572,7 +579,7 @@ def _try_settings(lab: Lab, rng: random.Random, words: Sequence[str], data: byte
         trained = lab.trainer("train", "config.toml", *words)
         if trained.status:
             again = lab.trainer("train", "config.toml", *words)
-            _expect(again.err == trained.err, f"refused for another reason the second time: {again.err[:300]!r}")
+            _expect(again.err == trained.err, f"the second refusal has another reason: {again.err[:300]!r}")
     _expect_no_leftovers(Path())
     if not answer.status:
         lab.trainer("prepare", "config.toml", *words, statuses=(0,))
@@ -580,7 +587,7 @@ def _try_settings(lab: Lab, rng: random.Random, words: Sequence[str], data: byte
 
 
 def _expect_values(given: Any, taken: Any, key: str = "") -> None:
-    """Checks that a config holds what the file says."""
+    """Checks that a config has the values of its file."""
     for name, value in given.items():
         if isinstance(value, dict):
             _expect_values(value, taken[name], f"{key}{name}.")
@@ -596,7 +603,7 @@ def _expect_values(given: Any, taken: Any, key: str = "") -> None:
 
 
 def _expect_override(taken: Any, key: str, written: str) -> None:
-    """Checks that a config holds what an override says, by a second and simple reading of it."""
+    """Checks that a config has the value of an override, by a second and simpler way of reading it."""
     for name in key.split("."):
         taken = taken.get(name)
     bare = written.strip()
@@ -617,7 +624,7 @@ def _expect_override(taken: Any, key: str, written: str) -> None:
 
 
 def _is_inside(config: Any) -> bool:
-    """Whether a config reads and writes nothing outside of the case's folder."""
+    """Returns whether a config reads and writes only in the case's folder."""
     names = [config.run_folder, config.data.prepared_folder, *config.data.train, *(config.data.validation or ())]
     names += [config.tokenizer.path] if hasattr(config.tokenizer, "path") else []
     try:
@@ -633,7 +640,7 @@ def _is_inside(config: Any) -> bool:
 
 
 def _is_small(config: Any) -> bool:
-    """Whether a step of a config takes little time and memory."""
+    """Returns whether a step of a config takes little time and memory."""
     model, train, samples = config.model, config.train, config.samples
     tokens = train.global_batch_size * train.sequence_length
     width = max(model.hidden_dim, model.intermediate_dim, model.vocabulary_multiple)
@@ -706,7 +713,7 @@ def _try_text(
 
 
 def _documents_of(data: bytes, how: str) -> list[str]:
-    """Returns the documents of a text, as README describes them."""
+    """Returns the documents of a text, as the documentation defines them."""
     whole = data.decode().removeprefix("\ufeff").replace("\r\n", "\n")
     documents = whole.split("\n") if how == "line" else [whole]
     if how == "paragraph":
@@ -743,7 +750,7 @@ def vocabulary(lab: Lab, rng: random.Random) -> bool:
     _start()
     seed = (lab.seed("wordpiece") / "run/tokenizer/vocab.txt").read_bytes()
     data = mutated_bytes(rng, seed, TEXTS[-1].encode())
-    if rng.random() < 0.3:  # Lines exchanged, doubled, or with something behind them.
+    if rng.random() < 0.3:  # Lines are swapped, doubled, or get a suffix.
         lines = seed.split(b"\n")
         for _ in range(rng.choice((1, 3))):
             i = rng.randrange(len(lines))
@@ -785,7 +792,7 @@ def _try_tokenizer(lab: Lab, rng: random.Random, name: str, kind: str, seed: byt
                 del lines[-1]
             words_of: list[str] = tokenizer.vocabulary  # type: ignore[attr-defined]
             _expect(len(words_of) == len(lines), f"{len(words_of)} tokens of {len(lines)} lines")
-            # Blanks around a token are none of it, unless they tell it from another one.
+            # Blanks around a token do not belong to it, unless they distinguish it from another token.
             wrong = [pair for pair in zip(words_of, lines, strict=True) if pair[0].strip() != pair[1].strip()]
             _expect(not wrong, f"tokens and their lines: {wrong[:5]}")
     if _is_next_tried(rng, answer):
@@ -802,10 +809,10 @@ def prepared_folder(lab: Lab, rng: random.Random) -> bool:
     folder = next(Path("prepared").iterdir())
     is_changed = _damage(lab, rng, folder)
     inspected = lab.trainer("inspect", str(folder), statuses=(0, 1, 2))
-    _expect(bool(inspected.status) or not is_changed, "a change was not seen")
+    _expect(bool(inspected.status) or not is_changed, "inspect did not notice the change")
     words = _settings_of(kind)
     answer = lab.trainer("prepare", "config.toml", *words)
-    _expect(answer.status == 2 or not is_changed or not folder.is_dir(), "a change was not seen by prepare")
+    _expect(answer.status == 2 or not is_changed or not folder.is_dir(), "prepare did not notice the change")
     _expect_no_leftovers(Path())
     shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
     if _is_next_tried(rng, answer):
@@ -814,7 +821,7 @@ def prepared_folder(lab: Lab, rng: random.Random) -> bool:
 
 
 def stopped_folder(lab: Lab, rng: random.Random) -> bool:
-    """What a preparation left that was stopped."""
+    """The folder that a stopped preparation left."""
     from trainer.data.shards import load_prepared
 
     _start()
@@ -824,9 +831,9 @@ def stopped_folder(lab: Lab, rng: random.Random) -> bool:
     (left,) = Path("prepared").iterdir()
     _damage(lab, rng, left, may_be_folder=False)
     answer = lab.trainer("prepare", "config.toml", *_settings_of(kind), statuses=(0,))
-    _expect([path.name for path in Path("prepared").iterdir()] == [whole.name], "something else is left")
+    _expect([path.name for path in Path("prepared").iterdir()] == [whole.name], "other files are left")
     found, expected = (load_prepared(path / whole.name).fingerprint for path in (Path("prepared"), whole.parent))
-    _expect(found == expected, "other data than a preparation that is not stopped makes")
+    _expect(found == expected, "the data differs from an uninterrupted preparation's")
     return "going on with" in answer.out
 
 
@@ -842,7 +849,7 @@ def run_folder(lab: Lab, rng: random.Random) -> bool:
     verbs = ["inspect"] * 10 + ["generate"] * 5 + ["evaluate", "train"]
     words = {"generate": ("run", "--num-tokens", "3"), "train": ("--resume", "run")}
     verb = rng.choice(verbs)
-    # A model on weights that were saved without an optimizer's state is none to go on with.
+    # A run whose weights were saved without an optimizer's state cannot be resumed.
     if rng.random() < 0.4 and (kind == "byte" or verb != "train"):
         lab.trainer(verb, *words.get(verb, ("run",)), statuses=(0, 1, 2))
     try:
@@ -869,7 +876,7 @@ def _resumable() -> tuple[str, ...]:
 
 
 def _opened(path: Path) -> dict[str, Any]:
-    """Opens a run in every way there is; returns what was found."""
+    """Opens a run's config, data, tokenizer and checkpoint; returns what was read."""
     from trainer.training.run_checkpoints import load_model
     from trainer.training.run_data import find_prepared, load_tokenizer_of
     from trainer.training.run_folder import RunFolder
@@ -901,9 +908,9 @@ def _weights_of(path: str, step: int) -> dict[str, bytes]:
 
 
 def _damage(lab: Lab, rng: random.Random, folder: Path, may_be_folder: bool = True) -> bool:
-    """Mutates a file of a folder, or puts a folder in its place; returns whether it is another file now."""
+    """Mutates a file of a folder, or replaces it by a folder; returns whether the file has changed."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
-    if rng.random() < 0.5:  # Files of the folder itself say the most.
+    if rng.random() < 0.5:  # The files at the top of the folder matter most.
         files = [path for path in files if path.parent == folder]
     path, other = rng.choice(files), rng.choice(files)
     data = path.read_bytes()
@@ -913,12 +920,12 @@ def _damage(lab: Lab, rng: random.Random, folder: Path, may_be_folder: bool = Tr
         path.unlink()
         return True
     if what == 1 and may_be_folder:
-        lab.note("a folder now", str(path))
+        lab.note("replaced by a folder", str(path))
         path.unlink()
         path.mkdir()
         return True
     if what == 2:
-        lab.note("exchanged", (str(path), str(other)))
+        lab.note("replaced by another file", (str(path), str(other)))
         path.write_bytes(other.read_bytes())
         return path.read_bytes() != data
     mutate = {".json": mutated_json, ".toml": mutated_toml}.get(path.suffix, mutated_bytes)
@@ -961,7 +968,7 @@ def prompt(lab: Lab, rng: random.Random) -> bool:
     for name in rng.sample(names, rng.choice((0, 1, 1, 2))):
         value = nasty(rng)
         if isinstance(value, int) and value > 64 and name in ("num-samples", "num-beams"):
-            value = 3  # More take time and memory, and are asked for.
+            value = 3  # More samples would rightly take much time and memory.
         words += [f"--{name}", mutated_text(rng, str(value)) if rng.random() < 0.2 else str(value)]
     words += ["--num-tokens", "3"] if "--num-tokens" not in words else []
     answer = lab.trainer(*map(_as_argument, words))
@@ -969,7 +976,7 @@ def prompt(lab: Lab, rng: random.Random) -> bool:
 
 
 def tf_config(lab: Lab, rng: random.Random) -> bool:
-    """TF_CONFIG, and the variables that SLURM sets."""
+    """TF_CONFIG, and the variables of SLURM."""
     from trainer.config import DistributionConfig
     from trainer.distributed import rendezvous as meeting
     from trainer.distributed import workers
@@ -1061,7 +1068,7 @@ def options(lab: Lab, rng: random.Random) -> bool:
             break
     words = list(map(_as_argument, words))
     if words[:1] == ["verify"] and re.search(r"\b[124],[124]\b", " ".join(words)):
-        return True  # Would start processes that train.
+        return True  # This would start processes that train.
     answer = lab.trainer(*words, statuses=(0, 1, 2))
     _expect_no_leftovers(Path())
     return not answer.status
@@ -1084,7 +1091,14 @@ KINDS: dict[str, Callable[[Lab, random.Random], bool]] = {
 
 
 class Verdict(NamedTuple):
-    """What came of a case: "accepted", "refused" or "fault", and its CPU time; of a fault what it is, and where."""
+    """The outcome of a case.
+
+    Attributes:
+        result: "accepted", "refused" or "fault".
+        secs: the CPU time.
+        fault: a description of the fault.
+        details: the case's inputs and the fault's traceback.
+    """
 
     result: str
     secs: float = 0.0
@@ -1102,7 +1116,7 @@ def attempt(lab: Lab, kind: str, number: int, seed: int) -> Verdict:
         return Verdict(result, time.process_time() - start)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # A panic of a library in Rust is one.
+    except BaseException as error:  # A panic in a Rust library is not an Exception.
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/trainer/" in frame.filename]
         place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
         name = "" if isinstance(error, Fault) else f"{type(error).__name__}{place}: "
@@ -1114,13 +1128,13 @@ def attempt(lab: Lab, kind: str, number: int, seed: int) -> Verdict:
         )
 
 
-# One process runs the cases and says before each which it is, and after each what came of it; the other listens.
+# One process runs the cases, and writes a line before and after each; the other process reads these lines.
 
 
 def work(folder: Path, seed: int, kinds: Sequence[str], first: int, last: int) -> None:
-    """Runs cases first to last, each a (number, kind), and writes a line before and after each."""
+    """Runs the cases at places first to last, and writes a line before and after each: its place, its verdict."""
     channel = os.fdopen(os.dup(1), "w")
-    # What libraries say while they are imported is no part of a case.
+    # The output of libraries while they are imported does not belong to a case.
     os.dup2(os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
@@ -1132,13 +1146,13 @@ def work(folder: Path, seed: int, kinds: Sequence[str], first: int, last: int) -
 
 
 def watch(folder: Path, options: argparse.Namespace, deadline: float) -> Iterator[tuple[str, int, Verdict]]:
-    """Yields (kind, number, verdict) of each case, and starts the working process again if a case killed it.
+    """Yields (kind, number, verdict) for each case, and starts the working process again if a case killed it.
 
-    A case that has begun by the deadline is still waited for: it may hang.
+    A case that has begun by the deadline may still end, because it may be one that hangs.
     """
     place, last = 0, options.number * len(options.kinds)
     while place < last and time.monotonic() < deadline:
-        # Libraries do not give back all memory, so a process works for a while only.
+        # Libraries leak memory, so a process runs only this many cases.
         words = f"--work {folder} --from {place} --to {min(last, place + 3_000)} --seed {options.seed}".split()
         with subprocess.Popen(
             [sys.executable, __file__, *options.kinds, *words],
@@ -1167,7 +1181,7 @@ def watch(folder: Path, options: argparse.Namespace, deadline: float) -> Iterato
 
 
 def _messages(stream: IO[bytes], deadline: float) -> Iterator[list[Any]]:
-    """Yields what a process tells, until it ends; or until the deadline, if no case is under way that may hang."""
+    """Yields a process's lines until it ends, or until the deadline if no case is running."""
     rest, is_under_way = b"", False
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
@@ -1182,7 +1196,7 @@ def _messages(stream: IO[bytes], deadline: float) -> Iterator[list[Any]]:
 
 
 def report(kinds: Sequence[str], verdicts: dict[str, list[tuple[int, Verdict]]], seed: int) -> int:
-    """Prints what came of all cases; returns the number of faults."""
+    """Prints the outcomes of all cases; returns the number of faults."""
     for kind in kinds:
         results = collections.Counter(verdict.result for _, verdict in verdicts[kind])
         counts = ", ".join(f"{results[result]} {result}" for result in ("accepted", "refused"))
@@ -1194,22 +1208,22 @@ def report(kinds: Sequence[str], verdicts: dict[str, list[tuple[int, Verdict]]],
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for; returns the exit status."""
+    """Runs the cases that the command line names; returns the exit status."""
     description, _, epilog = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; left out, all")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"kinds of input: {', '.join(KINDS)} (all)")
     parser.add_argument("--number", type=int, default=2_000, help="mutations of each kind (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="other seed, other mutations (default: %(default)s)")
-    parser.add_argument("--secs", type=float, default=math.inf, help="end after so many seconds")
-    parser.add_argument("--case", metavar="KIND/NUMBER", help="run one case again, and show it")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the mutations (default: %(default)s)")
+    parser.add_argument("--secs", type=float, default=math.inf, help="end after this many seconds")
+    parser.add_argument("--case", metavar="KIND/NUMBER", help="run one case again, and print its details")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--from", dest="first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--to", dest="last", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if unknown := [kind for kind in options.kinds if kind not in KINDS]:
-        parser.error(f"{', '.join(unknown)}: choose of {', '.join(KINDS)}")
+        parser.error(f"{', '.join(unknown)}: not a kind of input; choose among {', '.join(KINDS)}")
     options.kinds = options.kinds or list(KINDS)
     if options.work:
         work(options.work, options.seed, options.kinds, options.first, options.last)
