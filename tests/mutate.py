@@ -834,7 +834,7 @@ def stopped_folder(lab: Lab, rng: random.Random) -> bool:
     _expect([path.name for path in Path("prepared").iterdir()] == [whole.name], "other files are left")
     found, expected = (load_prepared(path / whole.name).fingerprint for path in (Path("prepared"), whole.parent))
     _expect(found == expected, "the data differs from an uninterrupted preparation's")
-    return "going on with" in answer.out
+    return "going on where another" in answer.out
 
 
 def run_folder(lab: Lab, rng: random.Random) -> bool:

@@ -245,8 +245,8 @@ def test_a_worker_process_that_is_killed_ends_the_pipeline(handler, tmp_path):
         "prepare_with_beam(config_for(Path(sys.argv[1]), 'byte'), ['--direct_num_workers=2'])"
     )
     assert run_python(program, tmp_path).stderr.strip().split("\n")[-1] == (
-        "trainer.errors.UserError: Apache Beam: Worker subprocess exited with return code 137. If that was for want of "
-        "memory, have fewer: -- --direct_num_workers=1"
+        "trainer.errors.UserError: Apache Beam: Worker subprocess exited with return code 137. If memory ran out, "
+        "use fewer workers: -- --direct_num_workers=1"
     )
     assert list((tmp_path / "prepared").iterdir()) == []
 

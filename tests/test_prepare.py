@@ -540,7 +540,7 @@ def test_a_killed_preparation_leaves_nothing_usable_and_the_next_one_goes_on(tmp
     assert prepare(config, said.append, shard_tokens=1000) == whole
     assert file_contents(whole.folder) == contents
     assert left_behind(tmp_path) == [whole.folder.name]
-    goes_on = "going on with what a preparation that was stopped had written"
+    goes_on = "going on where another preparation was stopped"
     assert (goes_on in said) == (num_writes > 0)
     assert (texts[0] not in encoded) == (num_writes > 0)
 
@@ -601,7 +601,7 @@ def test_ctrl_c_keeps_what_there_is_to_go_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(SplitWriter, "write", write)
     said: list[str] = []
     prepare(config, said.append)
-    assert said[0].startswith("going on with")
+    assert said[0].startswith("going on where")
 
 
 def test_another_process_at_work_is_left_alone_and_the_first_to_finish_wins(tmp_path, monkeypatch):

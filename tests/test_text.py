@@ -189,9 +189,9 @@ def test_nothing_longer_than_min_bytes_is_an_error_with_the_numbers(tmp_path, do
 def test_an_empty_file_among_others_is_fine_but_not_alone(tmp_path):
     empty, full = written(tmp_path / "empty", ""), written(tmp_path / "full", "a\nb")
     assert splits(train=[empty, full], validation=full) == {"train": ["a", "b"], "validation": ["a", "b"]}
-    with pytest.raises(UserError, match=r"data\.train=\['.*empty'\]: no text in it but whitespace"):
+    with pytest.raises(UserError, match=r"data\.train=\['.*empty'\]: only white space in it"):
         splits(train=empty, validation=full)
-    with pytest.raises(UserError, match=r"data\.validation=\['.*blank'\]: no text in it but whitespace"):
+    with pytest.raises(UserError, match=r"data\.validation=\['.*blank'\]: only white space in it"):
         splits(train=full, validation=written(tmp_path / "blank", "\n \r\n\t"))
 
 

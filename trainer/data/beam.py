@@ -172,19 +172,10 @@ def _watched(parts: Location, num_parts: int, say: Say) -> Iterator[None]:
 
     thread = threading.Thread(target=watch, daemon=True)
     threading.excepthook = note
-
-    def stop(*_: object) -> None:
-        if is_stopped.is_set():
-            raise KeyboardInterrupt
-
-    # A shell starts background processes with SIGINT ignored. Then only the SIGINT of `watch` has an effect.
-    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    is_ignored &= threading.current_thread() is threading.main_thread()
-    if is_ignored:
-        signal.signal(signal.SIGINT, stop)
-    thread.start()
     try:
-        yield
+        with _sigint_stops(is_stopped):
+            thread.start()
+            yield
     except KeyboardInterrupt:
         if not is_stopped.is_set():
             raise
@@ -195,8 +186,27 @@ def _watched(parts: Location, num_parts: int, say: Say) -> Iterator[None]:
         is_over.set()
         thread.join()
         threading.excepthook = hook
-        if is_ignored:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _sigint_stops(is_stopped: threading.Event) -> Iterator[None]:
+    """Lets SIGINT raise KeyboardInterrupt once is_stopped is set, even in a process that ignores SIGINT: a shell starts
+    background processes so.
+    """
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if not is_ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        if is_stopped.is_set():
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _write_part(parts: Location, version: str, numbered: tuple[int, bytes]) -> None:

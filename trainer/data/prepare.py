@@ -193,15 +193,9 @@ def _write(
         writers = {split: SplitWriter(folder, split, tokenizer, shard_tokens) for split in source.names()}
     else:
         tokenizer, writers = taken_up
-        say("going on with what a preparation that was stopped had written")
+        say("going on where another preparation was stopped")
     if encode is None:
-        documents = _with_progress("encoding", source, source.documents(say), say)
-        findings, saved = Findings(), time.monotonic()
-        for _ in encode_documents(config.data, documents, tokenizer, writers, findings):
-            if time.monotonic() - saved >= _SAVE_SECS:
-                progress = {split: writer.progress() for split, writer in writers.items()}
-                write_sealed(folder / PROGRESS, {"shard_tokens": shard_tokens, "splits": progress})
-                saved = time.monotonic()
+        findings = _encode(config, source, tokenizer, folder, writers, say, shard_tokens)
     else:
         findings = encode(source, tokenizer, folder, writers, say)
     entries = {
@@ -219,6 +213,26 @@ def _write(
     if taken_up is not None:
         unknown = [f"in what was left to encode, {line}" for line in unknown]
     return entries, [comes_back, *unknown]
+
+
+def _encode(
+    config: Config,
+    source: Source | Mixture,
+    tokenizer: Tokenizer,
+    folder: Path,
+    writers: Writers,
+    say: Say,
+    shard_tokens: int,
+) -> Findings:
+    """Encodes the text in this process, and saves its progress now and then, from which `_take_up` goes on."""
+    documents = _with_progress("encoding", source, source.documents(say), say)
+    findings, saved = Findings(), time.monotonic()
+    for _ in encode_documents(config.data, documents, tokenizer, writers, findings):
+        if time.monotonic() - saved >= _SAVE_SECS:
+            progress = {split: writer.progress() for split, writer in writers.items()}
+            write_sealed(folder / PROGRESS, {"shard_tokens": shard_tokens, "splits": progress})
+            saved = time.monotonic()
+    return findings
 
 
 def _take_up(folder: Path, source: Source | Mixture, shard_tokens: int) -> tuple[Tokenizer, Writers] | None:

@@ -292,7 +292,7 @@ class Source:
     def _why_empty(self, setting: str, tally: Tally) -> str:
         where = f"data.{setting}={list(getattr(self.data, setting))}"
         if not tally.num_seen[setting]:
-            return f"{where}: no text in it but whitespace; give files with text."
+            return f"{where}: only white space in it; give files with text."
         return (
             f"{where}: 0 of {tally.num_seen[setting]} {self._plural()} are longer than data.min_bytes="
             f"{self.data.min_bytes}; the longest has {tally.longest_bytes[setting]}. Lower data.min_bytes."

@@ -49,12 +49,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         saved = str(settings["fingerprint"])
     except Exception as error:  # A damaged file can make these libraries raise anything.
         raise UserError(
-            f"{folder}: not a whole tokenizer ({error!r:.300}); delete what holds it and prepare again."
+            f"{folder}: not a whole tokenizer ({error!r:.300}); delete the folder that holds it and prepare again."
         ) from None
     if tokenizer.fingerprint != saved:
         raise UserError(
             f"{folder}: the tokenizer has fingerprint {tokenizer.fingerprint[:10]}, but {saved:.10} was saved, so a "
-            "file was changed. Restore it, or delete what holds it and prepare again."
+            "file was changed. Restore it, or delete the folder that holds it and prepare again."
         )
     return tokenizer
 
@@ -143,7 +143,7 @@ def _wordpiece_vocabulary(file: str, config: WordPieceFileConfig) -> list[str]:
         vocabulary = _listed(file)
     counts = collections.Counter(vocabulary)
     if twice := next((token for token, count in counts.items() if count > 1), None):
-        raise ValueError(f"{twice!r} is in it twice")
+        raise ValueError(f"the token {twice!r} is there twice")
     capitals = [token for token in vocabulary if re.search("[A-Z]", token) and not re.fullmatch(r"\[.*\]", token)]
     if config.lowercase and capitals:
         raise ValueError(
@@ -163,7 +163,7 @@ def _listed(file: str) -> list[str]:
         ids = {each[2]: each[1] for each in numbered if each}
         wanted = [str(id) for id in range(len(lines))]
         if ids.keys() != set(wanted):
-            raise ValueError(f"what follows its {len(lines)} tokens is not the ids 0 to {len(lines) - 1}, each once")
+            raise ValueError(f"the numbers after its {len(lines)} tokens are not 0 to {len(lines) - 1}, each once")
         return [ids[id] for id in wanted]
     for number, line in enumerate(lines, start=1):
         if not line or re.search("[\t\r\f]", line):

@@ -111,7 +111,7 @@ def load_tokenizer_of(run: RunFolder) -> Tokenizer:
         if tokenizer.fingerprint != run.facts["tokenizer_fingerprint"]:
             raise UserError(f"{run.path / 'tokenizer'} is not the tokenizer this run was started with.")
     except (OSError, UserError) as error:
-        reason = str(error).partition("; delete what holds it")[0].rstrip(".")
+        reason = str(error).partition("; delete the folder that holds it")[0].rstrip(".")
         raise UserError(
             f"{reason}. Copy it again from the data of the run, whose folder has the same tokenizer/: "
             f"{run.facts['prepared_folder']}"
