@@ -419,6 +419,7 @@ from pathlib import Path
 import keras, tensorflow
 from trainer.errors import UserError
 sys.path.insert(0, sys.argv[1])
+import tiny
 import tiny_run
 from trainer.data.prepare import prepare
 from trainer.system.storage import locate
@@ -426,7 +427,7 @@ from trainer.training.run_data import load_tokenizer_of
 from trainer.training.run_folder import RunFolder
 from trainer.training.run_lock import only_run_in
 folder = Path(sys.argv[2])
-prepared = prepare(tiny_run.tiny(folder), tiny_run.quiet)
+prepared = prepare(tiny_run.tiny(folder), tiny.quiet)
 for pair in range(int(sys.argv[3])):
     path = folder / f"run-{pair}"
     children = []

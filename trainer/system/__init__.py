@@ -1,1 +1,1 @@
-"""What trainer needs of the operating system: files and stores, the terminal, processes, signals."""
+"""The operating system: files and stores, the terminal, processes, signals, and this machine."""
