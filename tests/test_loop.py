@@ -701,6 +701,14 @@ def test_a_checkpoint_that_is_left_out_is_said_once_and_not_among_what_the_model
         assert "Skipping" not in out and err.count(f"Skipping {weights.parent}: ") == 1
 
 
+def test_workers_that_read_different_records_or_checkpoints_of_a_run_differ(copy_of_trained):
+    run, later = RunFolder(copy_of_trained), RunFolder(copy_of_trained)
+    assert launch.contents(run, None) == launch.contents(later, None)
+    assert launch.contents(run, None) != launch.contents(run, 20)
+    later.keep(first_batch="another")
+    assert launch.contents(run, None) != launch.contents(later, None) == launch.contents(RunFolder(run.path), None)
+
+
 def test_a_run_that_went_on_from_an_earlier_step_keeps_the_scores_of_later_checkpoints(copy_of_trained):
     scores = read_scores(RunFolder(copy_of_trained))
     lines = []

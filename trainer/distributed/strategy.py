@@ -1,4 +1,4 @@
-"""Which devices a run uses, and the tf.distribute strategy for them."""
+"""Which devices a run uses. Only this module makes a strategy of tf.distribute."""
 
 import contextlib
 import os

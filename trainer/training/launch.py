@@ -226,7 +226,7 @@ def contents(run: RunFolder, step: Step | None) -> dict[str, str]:
     checkpoints = open_checkpoints(run, _be_silent)  # `train` looks again, and prints which checkpoints it skips.
     checkpoint = find_checkpoint(run, checkpoints, step)
     return {
-        f"the record of {run.path}": json.dumps(run.facts, sort_keys=True),
+        f"the record of {run.path}": json.dumps(run.facts | {"sha256": None}, sort_keys=True),
         f"the checkpoint to go on from in {run.path}": "none" if checkpoint is None else checkpoint.manifest["sha256"],
         f"the validation losses so far in {run.path}": str(sorted(checkpoints.scores.items())),
     }

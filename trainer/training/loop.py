@@ -88,12 +88,11 @@ def train(
         result = TrainingResult(run_folder=str(run.path), model=model, step=step, samples={})
         if step == total_steps and (written := read_result(run, step)) is not None:
             say(f"{run.path}: all {total_steps} steps are taken, and this is the result.")
-            evaluation, samples = written
-            return result._replace(evaluation=evaluation, samples=samples, best_step=checkpoints.best_step())
+            return result._replace(evaluation=written[0], samples=written[1], best_step=checkpoints.best_step())
         scores = checkpoints.scores = scores_to_keep(checkpoints, step, from_step)
         say(describe_run(run, prepared, model, step, total_steps))
 
-        # Every worker: what scores, writes samples and reports; the batches; the compiled steps.
+        # Prepare the loop, every worker: what scores, samples and reports; the batches; the compiled steps.
         evaluator = Evaluator(model, strategy, prepared, config)
         generator = Generator(model, load_tokenizer_of(run), config.train.sequence_length)
         warn_about_samples(generator, config.samples, say)
@@ -133,8 +132,7 @@ def train(
                 with monitor.profiled(step), spent.on("train") as lap, advising_on_memory(run):
                     # A tensor, not an int: a new Python int would trace the whole loop again.
                     metrics = run_steps(batches, tf.constant(num_steps, tf.int64))
-                    num_taken = int(metrics.num_steps)
-                step += num_taken
+                    step += int(metrics.num_steps)  # Fewer if a stop was requested meanwhile.
                 is_stopped = bool(metrics.stop_votes)
                 meter.add(metrics, lap())
                 monitor.advance(step)
