@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mutate  # type: ignore[import-not-found]  # pytest has this folder on its path
 import pytest
 
+import mutate
+import mutation_lab
 import trainer.verbs
+from mutated_settings import expect_values
+from mutated_values import mutated_json
 from trainer.errors import UserError
 
 SAMPLE_SECS = 20
@@ -30,7 +33,7 @@ def test_mutations_of_every_kind_of_input_are_taken_or_refused_properly():
 def test_the_same_seed_makes_the_same_mutations():
     def some(seed: int) -> list[bytes]:
         rng = random.Random(seed)
-        return [mutate.mutated_json(rng, b'{"a": [1, {"b": "c"}]}', b"other") for _ in range(50)]
+        return [mutated_json(rng, b'{"a": [1, {"b": "c"}]}', b"other") for _ in range(50)]
 
     assert some(3) == some(3) != some(4)
 
@@ -78,25 +81,25 @@ def test_what_trainer_should_not_do_is_a_fault(
 
     monkeypatch.setattr(trainer.verbs, "load_config", what_trainer_does)
     monkeypatch.setitem(mutate.KINDS, "planted", case)
-    monkeypatch.setattr(mutate, "HANG_SECS", 0.5 if fault.startswith("Hang") else 60.0)
+    monkeypatch.setattr(mutation_lab, "HANG_SECS", 0.5 if fault.startswith("Hang") else 60.0)
     with capfd.disabled():
-        verdict = mutate.attempt(mutate.Lab(tmp_path), "planted", 0, 0)
+        verdict = mutate.attempt(mutation_lab.Lab(tmp_path), "planted", 0, 0)
     assert verdict.result == "fault" and re.match(fault, verdict.fault), verdict.fault
 
 
 def test_what_is_left_behind_is_a_fault(tmp_path: Path):
     (tmp_path / "prepared").mkdir()
-    mutate._expect_no_leftovers(tmp_path)
+    mutation_lab.expect_no_leftovers(tmp_path)
     (tmp_path / "prepared" / ".partial-text-0").mkdir()
-    with pytest.raises(mutate.Fault, match=r"left behind: .*\.partial-text-0"):
-        mutate._expect_no_leftovers(tmp_path)
+    with pytest.raises(mutation_lab.Fault, match=r"left behind: .*\.partial-text-0"):
+        mutation_lab.expect_no_leftovers(tmp_path)
 
 
 def test_a_setting_read_as_another_is_a_fault():
-    mutate._expect_values({"data": {"train": "a", "min_bytes": 1}}, {"data": {"train": ["a"], "min_bytes": 1}})
+    expect_values({"data": {"train": "a", "min_bytes": 1}}, {"data": {"train": ["a"], "min_bytes": 1}})
     for given, taken in (("a", ["b"]), (True, 1), (1, 2), ([1], [1, 2])):
-        with pytest.raises(mutate.Fault, match=r"data\.x=.* is read as"):
-            mutate._expect_values({"data": {"x": given}}, {"data": {"x": taken}})
+        with pytest.raises(mutation_lab.Fault, match=r"data\.x=.* is read as"):
+            expect_values({"data": {"x": given}}, {"data": {"x": taken}})
 
 
 def test_a_case_that_kills_its_process_is_a_fault_and_the_next_ones_are_run(
@@ -111,7 +114,7 @@ def test_a_case_that_kills_its_process_is_a_fault_and_the_next_ones_are_run(
         "echo '[2]'; echo '[2, \"accepted\", 0, \"\"]'\n"
     )
     killed.chmod(0o755)
-    monkeypatch.setattr(mutate.sys, "executable", str(killed))
+    monkeypatch.setattr(sys, "executable", str(killed))
     options = argparse.Namespace(kinds=["config"], number=3, seed=0)
     found = list(mutate.watch(tmp_path, options, time.monotonic() + 60))
     assert [(number, verdict.result) for _, number, verdict in found] == list(

@@ -392,7 +392,7 @@ def test_test_script_checks_the_programs_then_runs_the_tests(checkout: Checkout)
 
 PROGRAMS = sorted(
     str(path.relative_to(REPOSITORY))
-    for path in [*(REPOSITORY / "scripts").rglob("*"), *(REPOSITORY / "tests").glob("*")]
+    for path in [*(REPOSITORY / "scripts").rglob("*"), *(REPOSITORY / "tests").rglob("*")]
     if path.is_file() and os.access(path, os.X_OK)
 )
 
@@ -429,7 +429,7 @@ OF_VENV = [
 @pytest.fixture
 def programs(checkout: Checkout) -> Checkout:
     for name in PROGRAMS:
-        (checkout.root / name).parent.mkdir(exist_ok=True)
+        (checkout.root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, checkout.root / name)
     for tool, found in (("sh", shutil.which("sh")), ("python3", sys.executable), ("python", sys.executable)):
         (checkout.bin / tool).symlink_to(str(found))

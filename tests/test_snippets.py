@@ -304,7 +304,7 @@ DRY: dict[str, tuple[Callable[[list[str]], None], str]] = {
 }
 SCRIPTS = sorted(
     path
-    for path in [*(ROOT / "scripts").rglob("*"), *(ROOT / "tests").glob("*")]
+    for path in [*(ROOT / "scripts").rglob("*"), *(ROOT / "tests").rglob("*")]
     if path.is_file() and os.access(path, os.X_OK)
 )
 for path in SCRIPTS:

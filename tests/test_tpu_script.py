@@ -284,7 +284,7 @@ def test_from_install_to_stop_on_one_host(bench: Bench) -> None:
     assert f"python install {oldest}\n" in (bench.host / "uv_calls").read_text()
     assert not (bench.host / "served").exists()
 
-    # Each arrives unchanged: spaces, quotes, lists, a glob that matches, text that a shell would expand, another script.
+    # Each arrives unchanged: spaces, quotes, lists, a glob that matches, text that a shell would expand, a script.
     overrides = [
         "data.train=[\"a b.txt\", 'it''s.gz']",
         'train.precision="float32"',
