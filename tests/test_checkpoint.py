@@ -201,7 +201,7 @@ def test_saving_what_is_there_already_does_not_touch_it(tmp_path: Path):
     save(checkpoints, 3)
     after = (tmp_path / "step_000000003").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    # Nor if what the manifest says of the run differs, by an override with which it is resumed.
+    # Nor if the manifest's facts differ, by an override of the resumed run.
     checkpoints.save(3, groups(3), {"config": {"log": {"every_steps": 5}}})
     checkpoints.wait()
     assert (tmp_path / "step_000000003").stat().st_ino == before.st_ino
@@ -256,9 +256,8 @@ def test_full_disk_leaves_nothing_half_written(tmp_path: Path):
     assert checkpoint is not None and checkpoint.step == 1
 
 
-# Forks, because importing TensorFlow for each kill would take minutes. A child announces what it has saved through a
-# file and dies before its n-th system call that changes a folder, where strace can see to that, else after n
-# milliseconds.
+# Forks, because importing TensorFlow for each kill would take minutes. A child reports what it has saved through a
+# file, and dies before its n-th system call that changes a folder; without strace, after n milliseconds.
 SAVE_AND_DIE = """
 import ctypes, itertools, os, signal, subprocess, sys, time
 import numpy as np
@@ -419,7 +418,7 @@ def test_a_checkpoint_of_another_run_is_skipped_with_the_reason(tmp_path: Path):
     assert said == [f"Skipping {tmp_path}/step_000000002: it is of another run."]
 
 
-def test_a_failed_checkpoint_is_said_at_once_and_tried_until_it_is_written(
+def test_a_failed_checkpoint_is_reported_at_once_and_tried_until_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(module, "RETRY_SECS", (0.05,))
@@ -477,7 +476,7 @@ def test_a_block_that_raises_ends_after_its_checkpoint_is_written(tmp_path: Path
         checkpoints.save(1, {"weights": {"x": np.ones([2048, 2048], np.float32)}}, {})
         1 / 0  # noqa: B018
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000000001"]
-    # What ended the block is raised, and a checkpoint that is lost as well is said.
+    # The error of the block is raised, and a lost checkpoint is reported.
     said: list[str] = []
     (tmp_path / "file").touch()
     checkpoints = Checkpoints(tmp_path / "file", say=said.append)
@@ -489,7 +488,7 @@ def test_a_block_that_raises_ends_after_its_checkpoint_is_written(tmp_path: Path
         checkpoints.save(1, groups(1), {})
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_no_reason_to_stop(
+def test_an_old_checkpoint_that_cannot_be_removed_is_reported_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     said: list[str] = []
@@ -541,7 +540,7 @@ def test_an_error_of_the_disk_comes_with_what_mends_it(
 
 
 @pytest.mark.usefixtures("short_retries")
-def test_a_sync_that_fails_after_the_rename_says_that_the_checkpoint_is_whole(
+def test_an_error_of_the_sync_after_the_rename_reports_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     save(Checkpoints(tmp_path), 1)

@@ -105,7 +105,7 @@ def test_excess_is_measured_from_the_exact_probability_of_the_same_stories(folde
 
 
 @pytest.mark.parametrize("case", ["some batches only", "stories packed", "stories cut", "a text file"])
-def test_excess_is_left_out_where_it_would_not_be_exact(folder, case):
+def test_excess_is_left_out_if_it_is_not_exact(folder, case):
     if case == "some batches only":
         assert evaluator_of(folder)(num_batches=1).excess is None
     elif case == "stories packed":
@@ -202,7 +202,7 @@ def test_bits_per_byte_of_training_are_of_what_an_epoch_shows(folder, kind, mode
             for targets, weights in zip(batch[1].numpy(), batch[2].numpy(), strict=True)
         ]
         shown = [targets for targets in shown if len(targets)]
-        # Of a tokenizer that changes spacing, as many bytes as the text has for each that is decoded.
+        # A tokenizer that changes spacing: each decoded byte stands for the bytes of the text in proportion.
         decoded = sum(tokenizer.decoded_bytes()[tokenizer.encode(line)].sum() for line in lines)
         scale = sum(map(len, lines)) / decoded
         kept = np.concatenate(shown)

@@ -17,7 +17,7 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tiny(tmp_path), prepared_text(tmp_path))
 
 
-def test_another_order_of_the_batches_is_refused_and_another_release_said(run: RunFolder):
+def test_another_order_of_the_batches_is_refused_and_another_release_reported(run: RunFolder):
     check_first_batch(run, "abc", refuse)
     run = RunFolder(run.path)
     check_first_batch(run, "abc", refuse)

@@ -17,7 +17,7 @@ def test_skipped_steps_are_reported_however_many_they_are():
     ]
 
 
-def test_a_run_ends_where_too_many_steps_in_a_row_were_skipped_or_all():
+def test_a_run_stops_if_too_many_steps_in_a_row_or_all_were_skipped():
     most = MAX_SKIPPED_IN_A_ROW
     check_is_learning(100, 200, most - 1, 5)
     check_is_learning(100, 100, most - 1, 1)

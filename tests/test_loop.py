@@ -1,4 +1,4 @@
-"""Laws of whole runs, in real processes where a process has to die."""
+"""Laws of whole runs, in real processes if a process has to die."""
 
 import json
 import os
@@ -55,7 +55,7 @@ SETTINGS = {
 # To compile all decoders takes several times as long as these runs.
 SOME_DECODERS = ("greedy", "top-p")
 
-# A run in a process of its own. PAUSE is a number of seconds to wait in front of each call of the compiled loop.
+# A run in a new process, which waits PAUSE seconds before each call of the compiled loop.
 RUN = f"""
 import json, os, sys, time
 import trainer
@@ -140,7 +140,7 @@ def assert_same_best(one, two):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """A run nobody killed."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     returncode, output = finish(start("train", json.dumps(settings_of(folder))))
     assert returncode == 0, output
@@ -148,7 +148,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_run_ends_bit_identical_to_the_run_nobody_killed(tmp_path, uninterrupted):
+def test_killed_and_resumed_run_ends_with_the_bits_of_an_uninterrupted_run(tmp_path, uninterrupted):
     process = start("train", json.dumps(settings_of(tmp_path)), pause=0.4)
     run = tmp_path / "run"
     # Past step 20, with logs and steps that no checkpoint has.
@@ -165,7 +165,7 @@ def test_killed_and_resumed_run_ends_bit_identical_to_the_run_nobody_killed(tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_75_and_the_resumed_run_ends_bit_identical(tmp_path, uninterrupted, number):
+def test_a_signal_saves_and_exits_75_and_the_resumed_run_ends_with_the_same_bits(tmp_path, uninterrupted, number):
     process = start("train", json.dumps(settings_of(tmp_path, checkpoint__every_steps=1000)), pause=0.4)
     run = tmp_path / "run"
     wait_for(run / "lock", process)
@@ -184,7 +184,7 @@ def test_a_signal_saves_and_exits_75_and_the_resumed_run_ends_bit_identical(tmp_
 
 
 @pytest.mark.slow
-def test_a_script_goes_on_training_where_nobody_reads_its_output_any_more(tmp_path, uninterrupted):
+def test_a_script_goes_on_training_when_its_output_is_closed(tmp_path, uninterrupted):
     process = start("train", json.dumps(settings_of(tmp_path)))
     process.stdout.readline()
     process.stdout.close()
@@ -206,9 +206,7 @@ def two_workers(workers, verb, what, *overrides, pause=0.0):
 
 
 @pytest.mark.slow
-def test_a_run_killed_and_resumed_on_other_devices_is_shaped_by_the_same_batches(
-    tmp_path, uninterrupted, free_addresses
-):
+def test_a_run_killed_and_resumed_on_other_devices_sees_the_same_batches(tmp_path, uninterrupted, free_addresses):
     run = tmp_path / "run"
     process = start("train", json.dumps(settings_of(tmp_path)), pause=0.4)
     wait_for(run / "checkpoints" / "step_000000010", process)
@@ -278,7 +276,7 @@ def test_workers_that_train_or_resume_start_then_go_on_and_a_difference_is_an_er
 
 
 @pytest.mark.slow
-def test_train_or_resume_starts_then_goes_on_and_at_last_reports_again(tmp_path, monkeypatch):
+def test_train_or_resume_starts_then_goes_on_then_reports_the_result_again(tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
     lines = []
     settings = settings_of(tmp_path)
@@ -304,7 +302,7 @@ def test_train_or_resume_starts_then_goes_on_and_at_last_reports_again(tmp_path,
         launch.start(trainer.make_config(settings_of(tmp_path, train__seed=7)), say=lines.append, or_resume=True)
 
 
-def test_checkpoints_of_before_skipped_steps_were_counted_begin_the_count_at_0(tmp_path):
+def test_a_checkpoint_without_a_count_of_skipped_steps_restores_0(tmp_path):
     config = trainer.make_config(settings_of(tmp_path))
     strategy = make_strategy(config.distribution)
     with strategy.scope():
@@ -318,9 +316,9 @@ def test_checkpoints_of_before_skipped_steps_were_counted_begin_the_count_at_0(t
 
 
 @pytest.mark.slow
-def test_a_routine_overflow_alone_in_its_interval_ends_no_run(tmp_path, monkeypatch):
+def test_a_routine_overflow_does_not_stop_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "DECODERS", ("greedy",))
-    # Doubled after each step, the scale overflows again and again, each time in a step that is reported by itself.
+    # Doubled after each step, the scale overflows again and again, each time in a step with a report of its own.
     monkeypatch.setattr(LossScale, "STEPS_TO_DOUBLE", 1)
     settings = settings_of(
         tmp_path, train__precision="mixed_float16", train__total_steps=40, log__every_steps=1,
@@ -337,7 +335,7 @@ def test_a_routine_overflow_alone_in_its_interval_ends_no_run(tmp_path, monkeypa
     assert saved(tmp_path / "run", 40)["optimizer/skipped_in_a_row"] == 0
 
 
-def test_a_run_whose_steps_are_all_skipped_ends_before_it_is_saved_and_says_so(tmp_path):
+def test_a_run_that_skips_all_steps_stops_before_it_is_saved(tmp_path):
     # A step of this size leaves weights whose logits overflow.
     settings = settings_of(
         tmp_path, optimizer__learning_rate=1e30, optimizer__warmup_steps=0, log__every_steps=40,
@@ -368,7 +366,7 @@ def test_a_batch_that_the_devices_cannot_share_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_ends_the_others_with_what_to_do(tmp_path, free_addresses):
+def test_a_worker_that_is_killed_stops_the_others_with_what_to_do(tmp_path, free_addresses):
     chief, other = two_workers(free_addresses(2), "train", json.dumps(settings_of(tmp_path)), pause=0.4)
     while "step 4/" not in chief.stdout.readline():
         assert chief.poll() is None
@@ -421,7 +419,7 @@ def test_run_leaves_all_that_is_needed_and_a_finished_run_reports_again(trained,
     assert (result.step, result.is_stopped) == (60, False)
     assert set(result.samples) == {"greedy", "beam", "top-k", "top-p"}
     assert {path.name for path in run.iterdir()} >= {"config.toml", "run.json", "tokenizer", "checkpoints", "logs"}
-    # 30 is where it was scored, and the best until then.
+    # At step 30 it was scored, and was the best so far.
     assert open_checkpoints(RunFolder(run)).steps() == [20, 30, 40, 60]
     scores = read_scores(RunFolder(run))
     assert (
@@ -536,7 +534,7 @@ class Greedy(Subclassed):
 
 
 @pytest.mark.slow
-def test_a_step_that_does_not_fit_the_memory_says_how_to_go_on(tmp_path):
+def test_a_step_that_does_not_fit_the_memory_is_an_error_with_advice(tmp_path):
     settings = settings_of(tmp_path)
     with pytest.raises(trainer.UserError, match=r"does not fit the device's memory with train\.micro_batch_size=") as e:
         trainer.train(trainer.make_config(settings), lambda config, size: Greedy(size), say=lambda _: None)
@@ -568,7 +566,7 @@ def settings_to_profile(tmp_path, name="run", **profile):
 
 
 @pytest.mark.slow
-def test_a_profile_is_of_the_steps_asked_for_and_changes_nothing(tmp_path):
+def test_a_profile_has_the_steps_of_its_settings_and_changes_nothing(tmp_path):
     plain, run = (
         Path(trainer.train(trainer.make_config(settings), say=lambda _: None).run_folder)
         for settings in (
@@ -601,7 +599,7 @@ def test_a_resumed_run_makes_the_profile_that_is_ahead_of_it_and_no_other(tmp_pa
     assert profiles_from(12, "profile.at_step=12", "profile.num_steps=2") == [[13, 14]]
 
 
-def test_a_run_that_only_skips_steps_ends_with_advice(tmp_path):
+def test_a_run_that_only_skips_steps_stops_with_advice(tmp_path):
     settings = settings_of(tmp_path, optimizer__learning_rate=1e30, optimizer__warmup_steps=0)
     with pytest.raises(trainer.UserError, match=r"Lower optimizer.learning_rate"):
         trainer.train(trainer.make_config(settings), say=lambda _: None)
@@ -619,7 +617,7 @@ def test_cadences_meet_at_their_multiples():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", [{}, {"mode": "lines"}])
-def test_models_of_short_documents_end_them_by_themselves(tmp_path, monkeypatch, data):
+def test_models_of_short_documents_write_their_ends(tmp_path, monkeypatch, data):
     monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
     names = [one + two for one in ("ka", "mi", "lo", "an", "er") for two in ("ra", "na", "li", "so")]
     (tmp_path / "text.txt").write_text("\n".join(names * 20) + "\n")
@@ -642,7 +640,7 @@ def copy_of_trained(trained, tmp_path, monkeypatch):
     return shutil.copytree(trained[1].run_folder, tmp_path / "run")
 
 
-def test_a_score_that_a_killed_process_did_not_keep_is_made_up_for_and_the_best_is_the_same(copy_of_trained):
+def test_a_score_that_a_killed_process_did_not_keep_is_computed_again(copy_of_trained):
     run = RunFolder(copy_of_trained)
     scores = read_scores(run)
     for step in (40, 60):
@@ -654,7 +652,7 @@ def test_a_score_that_a_killed_process_did_not_keep_is_made_up_for_and_the_best_
     assert result.best_step == 60 and "steps 30 to 60" in " ".join(lines)
 
 
-def test_a_run_goes_on_from_the_step_that_is_asked_for(copy_of_trained, capsys):
+def test_a_run_goes_on_from_the_step_that_is_given(copy_of_trained, capsys):
     lines = []
     result = trainer.resume(f"{copy_of_trained}/checkpoints/step_000000020", say=lines.append)
     assert "steps 20 to 60" in " ".join(lines) and result.step == 60
@@ -689,7 +687,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_stops_the_run(copy_of_tra
     assert open_checkpoints(RunFolder(copy_of_trained)).steps()[-1] == 60
 
 
-def test_a_checkpoint_that_is_left_out_is_said_once_and_not_among_what_the_model_writes(copy_of_trained, capsys):
+def test_a_skipped_checkpoint_is_reported_once_and_not_on_standard_output(copy_of_trained, capsys):
     weights = copy_of_trained / "checkpoints/step_000000060/weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     facts = launch.contents(RunFolder(copy_of_trained), None)
@@ -728,7 +726,7 @@ def test_a_run_that_went_on_from_an_earlier_step_keeps_the_scores_of_later_check
     assert lines[-1].endswith(f" Go on with: trainer train --resume {copy_of_trained} --step {result.step}")
 
 
-def test_a_validation_loss_that_rises_is_said_with_where_the_best_is_kept(copy_of_trained):
+def test_a_validation_loss_that_rises_is_reported_with_the_best_step(copy_of_trained):
     run = RunFolder(copy_of_trained)
     lines = []
     scores = {10: 2.5}
@@ -744,7 +742,7 @@ def test_a_validation_loss_that_rises_is_said_with_where_the_best_is_kept(copy_o
 
 
 @pytest.mark.usefixtures("short_retries")
-def test_a_run_ends_at_once_when_it_is_set_to_end_at_a_checkpoint_that_cannot_be_written(copy_of_trained):
+def test_max_failures_stops_a_run_whose_checkpoints_cannot_be_written(copy_of_trained):
     shutil.rmtree(copy_of_trained / "checkpoints" / "step_000000060")
     lines = []
 
@@ -763,7 +761,7 @@ def test_a_run_ends_at_once_when_it_is_set_to_end_at_a_checkpoint_that_cannot_be
     assert not (copy_of_trained / "lock").exists()
     assert open_checkpoints(RunFolder(copy_of_trained)).steps()[-1] == 40
 
-    # Without that setting it trains on, says so each time, and saves again once that is possible.
+    # Without that setting it trains on, reports each failure, and saves again once that is possible.
     def clear_the_way_after_a_while(line):
         lines.append(line)
         if sum("Cannot write the checkpoint" in each for each in lines) == 3 and obstacle.is_file():
@@ -780,7 +778,7 @@ def short_retries(monkeypatch):
     monkeypatch.setattr(checkpoint, "LAST_RETRY_SECS", 0.01)
 
 
-def test_grown_text_is_said_when_a_run_goes_on_without_it(trained, tmp_path, monkeypatch):
+def test_a_changed_text_is_reported_when_a_run_goes_on_without_it(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
     config, result = trained
     text = Path(config.data.train[0])

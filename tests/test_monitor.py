@@ -87,7 +87,7 @@ def test_a_profile_that_was_cut_short_is_written_all_the_same(tmp_path: Path):
     assert said.getvalue() == f"Profile written into {tmp_path}/train/plugins/profile\n"
 
 
-def test_training_goes_on_where_there_can_be_no_profile(tmp_path: Path):
+def test_training_goes_on_if_a_profile_is_not_possible(tmp_path: Path):
     said = io.StringIO()
     watched = profiling(tmp_path / "logs", said)
     tf.profiler.experimental.start(str(tmp_path / "other"))
@@ -120,7 +120,7 @@ def test_resumed_run_drops_what_was_logged_past_its_checkpoint(tmp_path: Path):
         killed.interval(step, interval(loss=1.0))
         killed.evaluation(step, SCORE)
         killed.samples(step, {"greedy": f"before {step}"})
-    # Killed: nothing is closed. And resumed within the second that a file's name tells.
+    # Killed: nothing is closed. And resumed within the second in the file's name.
     resumed = monitor(tmp_path, first_step=10)
     with resumed.running():
         train, validation = curves(tmp_path / "train"), curves(tmp_path / "validation")
@@ -135,7 +135,7 @@ def test_resumed_run_drops_what_was_logged_past_its_checkpoint(tmp_path: Path):
         pass
 
 
-def test_utilisation_is_shown_where_the_peak_is_known(tmp_path: Path):
+def test_utilisation_is_shown_if_the_peak_is_known(tmp_path: Path):
     terminal = io.StringIO()
     watched = Monitor(tmp_path / "known", CONFIG, 0, 30, 0.5, False, terminal, tokens_per_sec_at_peak=4e6)
     with watched.running():
@@ -197,7 +197,7 @@ def test_samples_and_config_are_shown_as_text(tmp_path: Path):
     assert train["config"][0].decode() == f"```toml\n{CONFIG.to_toml()}\n```"
 
 
-def test_plain_lines_where_there_is_no_terminal(tmp_path: Path):
+def test_plain_lines_without_a_terminal(tmp_path: Path):
     terminal = io.StringIO()
     watched = monitor(tmp_path, terminal=terminal)
     with watched.running():
@@ -222,7 +222,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path):
     assert lines[3].endswith("  0:00:00 left")
 
 
-def test_lines_and_bar_tell_the_epoch_and_what_takes_the_time(tmp_path: Path):
+def test_lines_and_bar_show_the_epoch_and_what_is_being_done(tmp_path: Path):
     terminal = io.StringIO()
     config = make_config({"run_folder": "r", "train": {"precision": "float32", "num_epochs": 3}})
     watched = Monitor(tmp_path, config, 0, 49, 0.5, False, terminal, steps_per_epoch=16.25)
@@ -241,7 +241,7 @@ def test_lines_and_bar_tell_the_epoch_and_what_takes_the_time(tmp_path: Path):
     assert terminal.getvalue().endswith("step 15/30  epoch 0.75/1.5  saving\n")
 
 
-def test_every_line_goes_to_say_where_it_is_given(tmp_path: Path):
+def test_every_line_goes_to_say_if_it_is_given(tmp_path: Path):
     said: list[str] = []
     terminal = Terminal()
     watched = Monitor(tmp_path, CONFIG, 0, 30, 0.5, False, terminal, say=said.append)
@@ -260,7 +260,7 @@ def points(folder: Path) -> list[tuple[int, float]]:
     return [(event.step, event.wall_time) for event in events.Tensors("loss")]
 
 
-def test_curves_follow_the_steps_where_a_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_curves_follow_the_steps_after_a_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     killed = monitor(tmp_path)
     for step in (5, 10, 15):
         killed.interval(step, interval())
@@ -275,7 +275,7 @@ def test_curves_follow_the_steps_where_a_clock_was_set_back(tmp_path: Path, monk
     assert list(times) == sorted(times)
 
 
-def test_a_clock_set_back_while_a_run_goes_on_turns_no_curve_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_clock_set_back_during_a_run_does_not_turn_curves_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     watched = monitor(tmp_path)
     for step, now in ((5, 2e9), (10, 1e9), (15, 2e9 + 1)):
         monkeypatch.setattr(time, "time", lambda now=now: now)
@@ -369,7 +369,7 @@ def test_an_interval_without_an_applied_step_has_no_loss_and_no_point(tmp_path: 
     nothing = meter.report(0.1)
     assert (nothing.loss, nothing.grad_norm, nothing.clip_rate) == (None, None, None)
     assert (nothing.num_steps, nothing.num_skipped, nothing.tokens_per_sec_in_steps) == (2, 2, 0.0)
-    # Steps whose batches held padding alone were applied, and predicted nothing.
+    # Steps whose batches held only padding were applied, and predicted nothing.
     meter.add(CallMetrics(2, 0, 0.0, 0.0, 0.0, 0, 0.0, 0.0), secs=1.0)
     padding = meter.report(0.1)
     assert (padding.loss, padding.grad_norm, padding.clip_rate) == (None, 0.0, 0.0)
@@ -386,7 +386,7 @@ def test_an_interval_without_an_applied_step_has_no_loss_and_no_point(tmp_path: 
     )
 
 
-def test_curves_that_cannot_be_written_for_a_while_are_no_reason_to_stop_and_complete_in_the_end(tmp_path: Path):
+def test_curves_that_cannot_be_written_for_a_while_are_complete_in_the_end(tmp_path: Path):
     said: list[str] = []
     log = EventLog(tmp_path / "train", 0, said.append)
     log.scalars(1, {"loss": 3.0})

@@ -52,11 +52,11 @@ def test_default_settings_are_the_tutorials_adam():
     for gradients in gradient_steps():
         optimizer.apply([tf.constant(g) for g in gradients], tf.constant(config.learning_rate, tf.float64))
     for mine, theirs in zip(ours.values(), trained_by_keras(keras.optimizers.get("adam")), strict=True):
-        # As above; where a weight ends near 0, its whole way counts.
+        # As above; if a weight ends near 0, its whole way counts.
         np.testing.assert_allclose(mine.numpy(), theirs.numpy(), rtol=1e-5, atol=1e-5 * STEPS * config.learning_rate)
 
 
-def test_decay_shrinks_matrices_and_leaves_vectors_alone():
+def test_decay_shrinks_matrices_and_not_vectors():
     ours = variables()
     optimizer = AdamW(OptimizerConfig(weight_decay=0.5), ours)
     zeros = [tf.zeros([2, 3], tf.float64), tf.zeros([3], tf.float64)]
@@ -65,7 +65,7 @@ def test_decay_shrinks_matrices_and_leaves_vectors_alone():
     np.testing.assert_array_equal(ours["bias"].numpy(), variables()["bias"].numpy())
 
 
-def test_biases_and_normalizations_of_several_axes_are_left_alone_too():
+def test_decay_spares_biases_and_normalizations_of_several_axes():
     tokens = np.zeros((1, 4), np.int32)
     inputs = keras.Input((4,), dtype="int32")
     x = keras.layers.Embedding(7, 6)(inputs)

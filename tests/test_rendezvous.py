@@ -56,7 +56,7 @@ def in_the_background(function, *arguments):
 
 
 def connect(workers):
-    """A connection to the first worker, once it listens."""
+    """A connection to the chief, once it listens."""
     until = time.monotonic() + 10
     while True:
         try:
@@ -67,7 +67,7 @@ def connect(workers):
 
 
 def greet(workers, number):
-    """Comes as a worker that knows the secret; returns the connection and the first worker's answer."""
+    """Connects as a worker that has the secret; returns the connection and the chief's answer."""
     connection = connect(workers)
     text = connection.makefile("rb").readline().decode()
     theirs, ours = text.split()[1], secrets.token_hex(16)
@@ -82,7 +82,7 @@ def test_workers_that_agree_go_on_and_can_meet_again_at_once(free_addresses):
         assert verdicts(workers, same(3)) == dict.fromkeys(range(3))
 
 
-def test_a_worker_alone_meets_nobody():
+def test_a_single_worker_connects_to_no_one():
     meet(["127.0.0.1:1"], 0, dict)
 
 
@@ -123,7 +123,7 @@ def test_a_worker_that_fails_is_named_on_the_others(failing, free_addresses):
         assert f"worker {failing} ({workers[failing]}) failed: data.train='x': no such file." in str(error)
 
 
-def test_what_another_worker_says_is_printed_without_its_control_characters(free_addresses):
+def test_messages_of_other_workers_are_printed_without_control_characters(free_addresses):
     def fail():
         raise UserError("\x1b[31mred\x07 한글\n\u202e" + "x" * 10_000)
 
@@ -207,11 +207,11 @@ def test_workers_need_the_same_secret_and_the_same_cluster(free_addresses, monke
         except UserError as error:
             found[number] = str(error)
 
-    first = Meeting(Workers(tuple(workers), 0), 1.5)
+    chief = Meeting(Workers(tuple(workers), 0), 1.5)
 
     def lead():
         try:
-            first.__enter__()
+            chief.__enter__()
         except UserError as error:
             found[0] = str(error)
 
@@ -226,7 +226,7 @@ def test_workers_need_the_same_secret_and_the_same_cluster(free_addresses, monke
     assert "refused worker 1" in found[1]
 
 
-def test_the_secret_is_not_sent_and_who_does_not_know_it_is_not_believed(free_addresses, monkeypatch):
+def test_the_secret_is_not_sent_and_a_process_without_it_is_refused(free_addresses, monkeypatch):
     monkeypatch.setenv("TRAINER_MEETING_SECRET", "open sesame")
     workers, heard = free_addresses(2), []
 
@@ -248,7 +248,7 @@ def test_the_secret_is_not_sent_and_who_does_not_know_it_is_not_believed(free_ad
     assert not any(b"sesame" in greeting for greeting in heard)
 
 
-def test_the_first_to_come_stays_and_one_that_ends_frees_its_place(free_addresses, monkeypatch):
+def test_the_first_process_stays_and_one_that_ends_frees_its_place(free_addresses, monkeypatch):
     workers, found = free_addresses(3), {}
     with in_the_background(lambda: found.update(verdicts(workers, {0: dict}))):
         gone, answer = greet(workers, 1)
@@ -275,7 +275,7 @@ def test_a_number_that_no_worker_has_is_refused_though_it_knows_the_secret(numbe
         connection.close()
 
 
-def test_a_worker_listens_at_its_own_address_alone(free_addresses):
+def test_a_worker_listens_only_at_its_own_address(free_addresses):
     (address,) = free_addresses(1)
     (listener,) = listen(address)
     with listener, pytest.raises(OSError):
@@ -287,7 +287,7 @@ def test_a_worker_listens_at_its_own_address_alone(free_addresses):
             connect([address]).close()
 
 
-def test_a_port_that_is_taken_is_said(free_addresses):
+def test_a_port_that_is_taken_is_an_error(free_addresses):
     workers = free_addresses(2)
     with socket.create_server(split_address(workers[0])):
         (error,) = verdicts(workers, {0: dict}).values()
@@ -330,7 +330,7 @@ def guess(connection):
 
 
 STRANGERS = {
-    "says nothing": all_of(b""),
+    "is silent": all_of(b""),
     "closes": lambda connection: connection.close(),
     "a request": all_of(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"),
     "a TLS greeting": all_of(bytes.fromhex("1603010200010001fc0303") + bytes(500)),
@@ -388,13 +388,13 @@ def test_strangers_of_every_sort_neither_hold_up_a_meeting_nor_end_it(free_addre
 
 
 def test_one_stranger_who_never_ends_costs_a_worker_nothing(free_addresses):
-    for name in ("says nothing", "a byte now and then"):
+    for name in ("is silent", "a byte now and then"):
         found, secs, _ = meet_among_strangers(free_addresses(3), [name], pause=1.0)
         assert found == dict.fromkeys(range(3))
         assert secs < 4, name
 
 
-def test_strangers_who_say_nothing_do_not_hold_up_the_verdict(free_addresses):
+def test_silent_strangers_do_not_delay_the_verdict(free_addresses):
     workers, lines, is_over = free_addresses(2), [], threading.Event()
 
     def knock():
@@ -413,7 +413,7 @@ def test_strangers_who_say_nothing_do_not_hold_up_the_verdict(free_addresses):
     assert f"worker 1 ({workers[1]}) did not come within 1 s" in str(error)
 
 
-def test_workers_wait_as_long_as_they_are_told(monkeypatch, free_addresses):
+def test_workers_wait_as_long_as_the_variable_says(monkeypatch, free_addresses):
     monkeypatch.delenv("TRAINER_MEETING_SECS", raising=False)
     assert meeting_secs() == 45.0
     monkeypatch.setenv("TRAINER_MEETING_SECS", "1")

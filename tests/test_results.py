@@ -22,7 +22,7 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tiny(tmp_path), prepared_text(tmp_path))
 
 
-def test_a_result_that_a_store_does_not_take_is_said_and_no_error(run: RunFolder):
+def test_a_result_that_cannot_be_written_is_reported_and_not_an_error(run: RunFolder):
     said: list[str] = []
     run.path = locate("s3://bucket/run")
     write_result(run, 2, Evaluation(1.0, 1, 1.0, False, None), {}, said.append)

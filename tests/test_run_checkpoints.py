@@ -63,7 +63,7 @@ def test_checkpoint_of_another_model_is_refused(run: RunFolder, tmp_path: Path):
         load_model(run)
 
 
-def test_checkpoints_of_another_run_are_not_gone_on_with(run: RunFolder, tmp_path: Path):
+def test_checkpoints_of_another_run_are_not_resumed(run: RunFolder, tmp_path: Path):
     other = RunFolder.create(tiny(tmp_path, f"run_folder={tmp_path}/other", "train.seed=7"), find_prepared(run))
     checkpoints = open_checkpoints(other)
     checkpoints.save(5, {"weights": {}}, facts_of(other))

@@ -43,7 +43,7 @@ DAMAGES = {
 }
 
 
-def test_data_that_is_gone_is_an_error_that_says_how_to_get_it_back(run: RunFolder, tmp_path: Path):
+def test_data_that_is_gone_is_an_error_with_advice(run: RunFolder, tmp_path: Path):
     shutil.rmtree(tmp_path / "prepared")
     with pytest.raises(
         UserError, match=r"was started on the prepared data .*, which is gone. Prepare the same text"
@@ -62,7 +62,7 @@ def test_data_that_is_gone_can_be_prepared_again_if_it_comes_out_the_same(run: R
         find_prepared(run, lambda: prepared_text(tmp_path, "another text about a dog\n" * 30))
 
 
-def test_data_that_is_gone_is_not_replaced_by_that_of_a_changed_text(run: RunFolder, tmp_path: Path):
+def test_data_that_is_gone_is_not_replaced_by_the_data_of_a_changed_text(run: RunFolder, tmp_path: Path):
     shutil.rmtree(tmp_path / "prepared")
     prepared_text(tmp_path, "another text about a dog\n" * 30)
     with pytest.raises(UserError, match=r"was started on the prepared data .*, which is gone\."):
@@ -85,7 +85,7 @@ def test_no_step_is_taken_on_damaged_data(tmp_path: Path, damage: str):
     assert not (tmp_path / "started" / "checkpoints").exists()
 
 
-def test_text_changed_after_prepare_is_prepared_anew_by_train_which_says_so(tmp_path: Path):
+def test_text_changed_after_prepare_is_prepared_again_with_a_message(tmp_path: Path):
     class Begun(Exception):
         pass
 
@@ -136,7 +136,7 @@ def test_other_tokenizer_is_refused(run: RunFolder, tmp_path: Path):
         load_tokenizer_of(run)
 
 
-def test_a_damaged_tokenizer_of_a_run_is_copied_again_as_the_error_says(run: RunFolder):
+def test_a_damaged_tokenizer_of_a_run_can_be_copied_as_the_error_advises(run: RunFolder):
     for file in (folder_of(run) / "tokenizer").iterdir():
         file.write_bytes(b"")
     with pytest.raises(UserError) as error:

@@ -59,7 +59,7 @@ def test_run_comes_back_as_it_was_created(run: RunFolder, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_every_path_of_a_run_may_begin_at_the_home_folder_and_hold_brackets_blanks_and_hangul(
+def test_every_path_of_a_run_may_begin_at_the_home_folder_and_have_brackets_blanks_and_hangul(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -135,7 +135,7 @@ def test_folder_of_another_run_is_refused(run: RunFolder, tmp_path: Path):
         )
 
 
-def test_folder_or_file_that_is_no_run_is_refused_and_left_alone(tmp_path: Path):
+def test_folder_or_file_that_is_not_a_run_is_refused_and_not_changed(tmp_path: Path):
     prepared = prepared_text(tmp_path)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a").write_text("mine")
@@ -151,7 +151,7 @@ def test_folder_or_file_that_is_no_run_is_refused_and_left_alone(tmp_path: Path)
     assert (tmp_path / "run/tokenizer/tokenizer.json").read_text() == "mine"
 
 
-def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_start_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     prepared = prepared_text(tmp_path)
 
     def interrupt(*_: object) -> None:
@@ -175,7 +175,7 @@ def test_run_folder_that_cannot_be_written_is_refused_and_nothing_left(tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-def test_folder_that_is_no_run_is_not_opened(run: RunFolder, tmp_path: Path):
+def test_folder_that_is_not_a_run_is_not_opened(run: RunFolder, tmp_path: Path):
     beside = tmp_path / "beside"
     with pytest.raises(UserError) as error:
         RunFolder(beside)
@@ -197,7 +197,7 @@ def test_damaged_config_of_a_run_is_an_error_that_names_it(run: RunFolder):
         RunFolder(run.path)
 
 
-def test_a_run_is_found_again_with_what_may_change_as_the_config_now_has_it(run: RunFolder, tmp_path: Path):
+def test_a_run_is_found_again_with_the_config_s_settings_that_may_change(run: RunFolder, tmp_path: Path):
     config = tiny(tmp_path, "train.steps_per_call=3", "distribution.logical_devices=2", "log.every_steps=7")
     found = find_run(config, or_resume=True)
     assert found is not None and found.config == config != run.config
@@ -208,7 +208,7 @@ def test_a_run_is_found_again_with_what_may_change_as_the_config_now_has_it(run:
     assert find_run(config, or_resume=True) is None
 
 
-def test_a_micro_batch_that_was_found_is_kept_where_the_run_leaves_it_open(tmp_path: Path):
+def test_a_micro_batch_that_was_found_is_kept_if_the_run_s_setting_is_auto(tmp_path: Path):
     auto, numbered = tiny(tmp_path, "train.micro_batch_size=auto"), tiny(tmp_path, "train.micro_batch_size=1")
     run = RunFolder.create(auto, prepared_text(tmp_path))
     assert RunFolder.of(auto).config == auto
@@ -216,7 +216,7 @@ def test_a_micro_batch_that_was_found_is_kept_where_the_run_leaves_it_open(tmp_p
     before.keep_micro_batch_size(1)
     assert RunFolder(run.path).config == numbered  # And of the overrides nothing.
     assert RunFolder.of(auto).config == numbered
-    # Asked for anew, it is of that process alone.
+    # As an override it is valid only for that process.
     RunFolder(run.path, ["train.micro_batch_size=auto"]).keep_micro_batch_size(2)
     assert RunFolder(run.path).config == numbered
     assert RunFolder(run.path, ["train.micro_batch_size=auto"]).config == auto
@@ -229,7 +229,7 @@ def test_a_micro_batch_that_cannot_be_kept_is_an_error(tmp_path: Path):
         run.keep_micro_batch_size(1)
 
 
-def test_a_run_with_other_settings_is_not_gone_on_with(run: RunFolder, tmp_path: Path):
+def test_a_run_with_other_settings_is_not_resumed(run: RunFolder, tmp_path: Path):
     others = ["train.seed=7", "model.dropout=0.5", "optimizer.clip_norm=1.0", "samples.prompt=x", "log.every_steps=7"]
     with pytest.raises(UserError) as error:
         find_run(tiny(tmp_path, *others), or_resume=True)
@@ -243,7 +243,7 @@ def test_a_run_with_other_settings_is_not_gone_on_with(run: RunFolder, tmp_path:
         find_run(tiny(tmp_path), or_resume=False)
 
 
-def test_a_folder_that_is_no_run_is_not_gone_on_with(tmp_path: Path):
+def test_a_folder_that_is_not_a_run_is_not_resumed(tmp_path: Path):
     (tmp_path / "run").mkdir()
     assert find_run(tiny(tmp_path), or_resume=True) is None
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
@@ -262,8 +262,8 @@ def test_a_folder_that_a_killed_process_began_to_make_is_free(tmp_path: Path):
         check_is_free(config)
 
 
-def test_no_flipped_bit_of_a_run_s_files_is_taken_for_another_setting(run: RunFolder):
-    """Of every seventh byte one bit, and cut there: the same settings, or an error that names the file."""
+def test_a_flipped_bit_in_a_run_s_files_never_changes_a_setting(run: RunFolder):
+    """Flips a bit of every seventh byte, and cuts the file there: the settings stay, or an error names the file."""
     config, facts = run.config, run.facts
     for name in ("config.toml", "run.json"):
         path = run.path / name
@@ -301,7 +301,7 @@ def test_a_changed_config_of_a_run_is_refused_with_the_difference_and_what_to_do
     assert file.read_text() == whole and again.config == run.config
 
 
-def test_a_changed_setting_that_may_change_is_to_be_given_as_an_override(run: RunFolder):
+def test_a_setting_that_may_change_has_to_be_given_as_an_override(run: RunFolder):
     file = folder_of(run) / "config.toml"
     file.write_text(file.read_text().replace("keep_last = 3", "keep_last = 4"))
     with pytest.raises(UserError) as error:
@@ -344,7 +344,7 @@ def test_the_record_of_another_release_is_refused_by_its_format_or_its_settings(
         RunFolder(run.path)
 
 
-def test_a_micro_batch_found_by_a_process_that_was_killed_while_it_kept_it_is_no_change_by_hand(tmp_path: Path):
+def test_a_micro_batch_kept_by_a_process_that_was_killed_is_not_a_change_by_hand(tmp_path: Path):
     run = RunFolder.create(tiny(tmp_path, "train.micro_batch_size=auto"), prepared_text(tmp_path))
     record = (run.path / "run.json").read_bytes()
     run.keep_micro_batch_size(2)
@@ -374,7 +374,7 @@ def test_all_of_a_new_run_is_synced_before_it_counts(tmp_path: Path, monkeypatch
         assert (status.st_ino, size) in synced, path
 
 
-def test_a_signal_s_advice_is_to_resume_wherever_there_is_a_run(run: RunFolder, tmp_path: Path):
+def test_a_signal_s_advice_is_to_resume_if_there_is_a_run(run: RunFolder, tmp_path: Path):
     (folder_of(run) / "config.toml").unlink()  # It is written again from the record.
     assert how_to_resume(run.config) == f"Go on with: trainer train --resume {run.path}"
     assert how_to_resume(tiny(tmp_path, f"run_folder={tmp_path}/none")).startswith("There is no run yet.")
@@ -457,7 +457,7 @@ for pair in range(int(sys.argv[3])):
 
 
 @pytest.mark.slow
-def test_of_two_that_start_at_the_same_moment_one_has_the_run_and_nothing_of_it_is_lost(tmp_path: Path):
+def test_if_two_start_at_the_same_moment_one_has_the_whole_run(tmp_path: Path):
     prepared_text(tmp_path)
     command = [sys.executable, "-W", "ignore", "-c", START, str(Path(__file__).parent), str(tmp_path), "20"]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)

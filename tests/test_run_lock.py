@@ -34,9 +34,7 @@ def test_one_process_trains_in_a_folder(tmp_path: Path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
-def test_a_file_system_without_locks_is_said_and_no_reason_to_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-):
+def test_a_file_system_without_locks_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int):
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -51,7 +49,7 @@ def test_a_file_system_without_locks_is_said_and_no_reason_to_stop(
     assert not (tmp_path / "runs/a").exists()
 
 
-def test_a_folder_that_nobody_can_make_is_an_error_and_not_waited_for(tmp_path: Path):
+def test_a_folder_that_cannot_be_made_is_an_error_at_once(tmp_path: Path):
     with pytest.raises(UserError, match=r"^/proc/nothing/run cannot be written: .* or choose another run_folder\.$"):
         only_run_in(Path("/proc/nothing/run")).__enter__()
     (tmp_path / "lock").symlink_to(tmp_path / "nothing/lock")

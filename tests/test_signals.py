@@ -110,7 +110,7 @@ def test_a_forked_child_has_its_signals_to_itself():
     assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM and seen == []
 
 
-# One call of a compiled loop that by itself ends after hours, with a flag that stops it.
+# One call of a compiled loop that takes hours, with a flag that stops it.
 LOOP = """
 import signal, sys, threading, time
 import tensorflow as tf
@@ -144,7 +144,7 @@ sys.exit(ExitStatus.STOPPED)
 
 @pytest.fixture(autouse=True)
 def interrupts_are_not_ignored():
-    """As they are where the tests run as a shell's background job, and so in every process that these start."""
+    """A shell's background job ignores SIGINT, and so does every process that it starts."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

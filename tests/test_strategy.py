@@ -43,7 +43,7 @@ def test_a_gpu_that_is_not_there_is_an_error():
         make_strategy(DistributionConfig(kind="gpu"))
     with pytest.raises(UserError, match=r"distribution\.gpus=\[1, 0\], but TensorFlow sees no GPU\. This machine"):
         make_strategy(DistributionConfig(gpus=(1, 0)))
-    # What it says next is taken, whether the config names its GPUs or not.
+    # The message goes on with this, whether the config names GPUs or not.
     with pytest.raises(UserError) as error:
         make_strategy(load_config("gpt2_124m_8gpu").distribution)
     advice = str(error.value).partition("To train on the CPU: ")[2].split()
@@ -61,7 +61,7 @@ def test_the_gpus_named_are_used_and_one_that_is_not_seen_is_an_error():
 
 @pytest.mark.skipif(not HAS_GPU, reason="this machine has no GPU")
 def test_a_run_sees_no_gpu_but_those_named():
-    # In a process of its own: which GPUs are hidden is for ever.
+    # In a new process: hidden GPUs stay hidden in a process.
     program = """
         import tensorflow as tf
         from trainer.config import DistributionConfig
@@ -78,13 +78,13 @@ def test_a_run_sees_no_gpu_but_those_named():
 
 
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
-def test_a_run_says_on_what_it_computes_and_warns_of_a_gpu_that_it_leaves_alone(monkeypatch):
+def test_a_run_prints_its_devices_and_warns_of_a_gpu_that_it_does_not_use(monkeypatch):
     warning = "This machine's NVIDIA GPU is not used: ..."
     monkeypatch.setattr(distribution, "unused_gpu", lambda is_built_with_cuda: warning)
     strategy = make_strategy(DistributionConfig())
     devices = f"Devices: {describe_cpu()}"
     assert describe_devices(strategy, DistributionConfig(), Workers()) == [devices, f"warning: {warning}"]
-    # Who asks for the CPU gets it without a word.
+    # There is no warning if the config asks for the CPU.
     for config in (DistributionConfig(kind="cpu"), DistributionConfig(logical_devices=2)):
         assert describe_devices(strategy, config, Workers()) == [devices]
     of_several = describe_devices(strategy, DistributionConfig(kind="cpu"), Workers(("a:1", "b:1"), 1))
@@ -139,7 +139,7 @@ def test_a_process_that_has_used_tensorflow_keeps_its_threads():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_host_can_be_told_to_go_alone(monkeypatch):
+def test_one_worker_can_compute_without_the_others(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}')
     for kind in ("auto", "multi_worker"):
         assert make_strategy(DistributionConfig(kind=kind), alone=True).num_replicas_in_sync == max(1, NUM_GPUS)

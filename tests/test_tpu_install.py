@@ -105,7 +105,7 @@ def test_step_and_decoding_are_lowered_by_the_tpu_s_own_tensorflow():
     command = [str(environment / "bin" / "python"), str(ROOT / "tests" / "tpu_lowering.py")]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-3000:]
-    # Of the tutorial's model, and of one with all that came after it.
+    # The tutorial's model, and a model with all newer settings.
     assert process.stdout.splitlines() == 2 * ["step has static shapes True", "decode has static shapes True"]
 
 

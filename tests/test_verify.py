@@ -94,7 +94,7 @@ def test_replicas_are_the_first_gpus_named_or_parts_of_the_cpu(tmp_path):
     assert not (tmp_path / "prepared").exists()
 
 
-def test_a_batch_that_replicas_cannot_share_is_said_before_anything_is_prepared(tmp_path):
+def test_a_batch_that_replicas_cannot_share_is_refused_before_the_text_is_prepared(tmp_path):
     with pytest.raises(UserError, match=r"train.global_batch_size=4 is not a multiple of 3 replicas"):
         verify(config_of(tmp_path), [1, 3])
     assert not (tmp_path / "prepared").exists()

@@ -54,7 +54,7 @@ def test_tf_config_is_read():
         (tf_config(workers=[]), "must list a different host:port for each worker"),
     ],
 )
-def test_a_tf_config_that_is_not_right_says_what_is_wrong(text, message):
+def test_a_wrong_tf_config_is_an_error_that_names_the_fault(text, message):
     with pytest.raises(UserError) as error:
         read_tf_config(text)
     assert message in str(error.value)
@@ -112,14 +112,14 @@ def test_several_workers_are_found_if_tf_config_names_them(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"cluster": {}, "task": {}, "environment": "cloud"}'])
-def test_a_tf_config_without_a_cluster_is_that_of_a_process_alone(monkeypatch, text):
+def test_a_tf_config_without_a_cluster_means_a_single_worker(monkeypatch, text):
     monkeypatch.setenv("TF_CONFIG", text)
     assert find_workers(DistributionConfig()) == Workers()
     with pytest.raises(UserError, match=r"distribution\.kind='multi_worker', but TF_CONFIG.*Set it on every worker"):
         find_workers(DistributionConfig(kind="multi_worker"))
 
 
-# What TensorFlow 2.21 says on worker 0 of three once worker 1 is gone, and of two once worker 1 is stopped.
+# Messages of TensorFlow 2.21 on worker 0: of three workers, after worker 1 was killed; of two, after it was stopped.
 GONE = """Graph execution error:
 
 Detected at node while/CollectiveReduceV2 defined at (most recent call last):
@@ -145,7 +145,7 @@ The tasks have crashed. Check the task logs for an earlier error, or scheduler e
 ebug further."""
 
 
-def test_an_error_of_the_collectives_tells_which_worker_was_lost_and_why():
+def test_an_error_of_the_collectives_names_the_lost_worker_and_the_reason():
     workers = Workers(("a:1", "b:2", "c:3"), 0)
     assert str(describe_loss(GONE, workers)).startswith(
         "worker 1 (b:2) broke its connection (recvmsg:Connection reset by peer). See its own last lines"
@@ -170,7 +170,7 @@ def test_gpus_of_one_machine_are_not_ignored_by_several(monkeypatch):
             UserError, match=r"distribution\.gpus=\[0, 1\] cannot be used with the 2 workers of TF_CONFIG"
         ):
             find_workers(DistributionConfig(kind=kind, gpus=(0, 1)))
-    # Named for this machine alone, which `make_strategy` sees to.
+    # GPUs of this machine only: `make_strategy` uses them.
     assert find_workers(DistributionConfig(kind="gpu", gpus=(0, 1))) == Workers()
     monkeypatch.setenv("TF_CONFIG", tf_config(workers=["a:1"], index=0))
     assert not find_workers(DistributionConfig(kind="multi_worker", gpus=(0, 1))).are_several
@@ -199,7 +199,7 @@ def slurm_task(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["auto", "multi_worker"])
-def test_tasks_of_a_slurm_step_are_the_workers_and_tf_config_says_so(slurm_task, monkeypatch, kind):
+def test_tasks_of_a_slurm_step_are_the_workers_of_tf_config(slurm_task, monkeypatch, kind):
     slurm_task("node[01-02]", "1(x2)", "node02", rank=1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     workers = find_workers(DistributionConfig(kind=kind))
@@ -261,7 +261,7 @@ def test_a_slurm_environment_that_is_not_right_names_the_variable(slurm_task, mo
     assert "TF_CONFIG" not in os.environ
 
 
-def test_slurm_is_not_asked_where_one_process_is_meant_or_tf_config_is_set(slurm_task, monkeypatch):
+def test_slurm_is_ignored_for_one_process_or_if_tf_config_is_set(slurm_task, monkeypatch):
     slurm_task("node[1-2]", "1(x2)", "node1")
     assert find_workers(DistributionConfig(kind="cpu")) == Workers()
     monkeypatch.setenv("TF_CONFIG", tf_config())

@@ -16,7 +16,7 @@ from trainer.training.run_folder import RunFolder
 def refuse(line: str) -> None:
     if line.startswith(("Devices: ", "warning: ")):  # Said first, before anything is read.
         return
-    raise AssertionError(f"said, though nothing should have begun: {line}")
+    raise AssertionError(f"printed, though nothing should have begun: {line}")
 
 
 def tiny(folder: Path, *overrides: str) -> Config:
