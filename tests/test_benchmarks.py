@@ -72,14 +72,14 @@ def test_a_text_is_read_from_one_shard_and_from_several_and_prepared_data_as_it_
         bench["check_window"](data[0], 16)
 
 
-def test_what_is_lost_of_a_text_is_a_fault(tmp_path):
+def test_a_loss_of_text_is_a_fault(tmp_path):
     bench = functions_of("prepare")
     exact = bench["Case"]("exact", write=None)
     stories = exact._replace(is_exact=False)
     counts = bench["Counts"](num_documents=3, num_tokens=20, num_bytes=60)
     more, fewer = counts._replace(num_tokens=21), counts._replace(num_tokens=19)
     assert [bench["find_fault"](case, counts, counts) for case in (exact, stories)] == ["", ""]
-    # A word is a token, or of stories several.
+    # A word is one token; in stories it may be several.
     assert bench["find_fault"](stories, counts, more) == ""
     assert bench["find_fault"](exact, counts, more) == f"{more} instead of {counts}"
     assert bench["find_fault"](stories, counts, fewer) == f"{fewer} instead of {counts}"
@@ -158,7 +158,7 @@ def test_contestants_train_on_the_rows_of_trainers_batches(tmp_path):
     whole = {row.tobytes() for row in rows}
     for inputs, targets, weights in training_batches(prepared, config, 0, num_batches).as_numpy_iterator():
         for *row, weight in zip(inputs, targets, weights, strict=True):
-            # Only the last of all may be padded.
+            # Only the last example of all may be padded.
             if weight.all():
                 assert np.append(row[0], row[1][-1]).tobytes() in whole
     assert np.bincount(rows.ravel(), minlength=5000)[: len(SPECIAL_TOKENS) - 1].sum() == 0
@@ -168,7 +168,7 @@ def test_steps_alone_leave_the_training_as_it_was(tmp_path):
     bench = functions_of("step")
     config, prepared = bench["make_data"]("tutorial", True, tmp_path)
     training, plain = (Training(config, prepared, sys.maxsize) for _ in range(2))
-    # It takes the first batch for itself.
+    # alone() takes the first batch.
     take, _ = functions_of("contestant")["alone"](training), next(plain.batches)
     for _ in range(2):
         training.take(2), plain.take(2)
@@ -197,7 +197,7 @@ def test_another_checkout_has_to_have_the_benchmark(tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.slow
-def test_a_contestant_that_ends_says_why(tmp_path):
+def test_the_log_of_a_contestant_that_ends_is_printed(tmp_path):
     bench = functions_of("step")
     job = {
         "program": "trainer",
@@ -241,7 +241,7 @@ def test_pytorch_takes_the_steps_that_trainer_takes(tmp_path, size):
     if not python.is_file():
         pytest.skip("scripts/benchmarks/step.py has not made .venv-torch")
     config, prepared = functions_of("step")["make_data"](size, True, tmp_path)
-    # The one thing in which they differ: PyTorch adds it after the correction of the mean square, and ours before.
+    # This is the only difference: PyTorch adds epsilon after the correction of the mean square, and trainer before.
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"epsilon": 1e-12})})
     training = Training(config, prepared, 100)
     for variable in training.model.variables:
@@ -340,14 +340,14 @@ def test_vocabularies_of_one_text_are_compared_by_what_a_model_learns(tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_of_nasty_texts(tmp_path):
+def test_nothing_is_lost_of_unusual_texts(tmp_path):
     figures, printed = run("prepare", tmp_path, "--only", "scale", "--max-mb", "1", "--documents", "2000")
     rows = {row["text"]: row for row in figures["scale"]}
     assert len(rows) == 6
     for row in rows.values():
         assert row["fault"] == ""
         assert row["secs"] > 0
-        assert row["peak_bytes"] > 50e6  # Of a Python with TensorFlow.
+        assert row["peak_bytes"] > 50e6  # A Python with TensorFlow takes more.
     stories = rows["1 MB of stories"]
     assert (
         1e6 <= stories["text_bytes"] == stories["num_bytes"] + stories["num_documents"] < 1.01e6
@@ -361,7 +361,7 @@ def test_nothing_is_lost_of_nasty_texts(tmp_path):
 
 
 @pytest.mark.slow
-def test_both_write_with_models_of_the_same_size_as_many_tokens(tmp_path):
+def test_both_programs_write_the_same_number_of_tokens_with_models_of_the_same_size(tmp_path):
     bench = functions_of("decoding")
     sizes = bench["QUICK"]
     ours = bench["make_ours"](sizes, bench["make_tokenizer"](sizes.vocabulary_size))
@@ -386,7 +386,7 @@ def write_benchmarks(folder, **bodies):
         )
 
 
-def test_all_benchmarks_run_though_one_fails(tmp_path, capfd):
+def test_all_benchmarks_run_even_if_one_fails(tmp_path, capfd):
     bench = functions_of("all")
     write = "pathlib.Path(out).write_text(json.dumps(arguments))\n"
     write_benchmarks(tmp_path, a="sys.exit(3)", b=write, prepare=write + "sys.exit(1)")
@@ -435,7 +435,7 @@ def test_the_benchmark_of_all_ends_with_the_figures_of_each(tmp_path):
         for row in (ours, *others):
             assert len(row["each_secs"]) == ROUNDS
             assert f"{row['tokens_per_sec']:,.0f}" in printed
-        # The better of the two counts.
+        # The faster of the two counts.
         best = max(others, key=lambda row: row["tokens_per_sec"])
         assert case["compared_with"] == best["name"]
         each = [theirs / mine for mine, theirs in zip(ours["each_secs"], best["each_secs"], strict=True)]
@@ -461,14 +461,14 @@ def test_run_benchmark_ends_with_all_figures(tmp_path):
         assert row["stall_secs"] == statistics.median(each["stall_secs"] for each in row["rounds"])
 
 
-def test_a_training_that_does_not_start_says_why(tmp_path):
+def test_the_output_of_a_training_that_does_not_start_is_printed(tmp_path):
     bench = functions_of("run")
     with pytest.raises(SystemExit, match=r"train\.sed is not a setting[\s\S]*ended before its first step"):
         bench["secs_to_first_step"](["train.sed=1"], tmp_path)
 
 
 @pytest.mark.slow
-def test_gpu_benchmark_is_skipped_where_there_is_none(tmp_path):
+def test_gpu_benchmark_is_skipped_without_a_gpu(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--quick"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -476,7 +476,7 @@ def test_gpu_benchmark_is_skipped_where_there_is_none(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_of_the_gpu_benchmark_works_without_one_too(tmp_path):
+def test_the_training_of_the_gpu_benchmark_works_without_a_gpu(tmp_path):
     bench = functions_of("gpu")
     small = [*bench["QUICK"], "train.global_batch_size=4", "train.micro_batch_size=2", "data.storybook_stories=300"]
     config = bench["config_of"](tmp_path, [*small, "distribution.kind=cpu", "distribution.gpus=none"])

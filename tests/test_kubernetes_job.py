@@ -70,7 +70,7 @@ def test_each_pod_is_the_worker_of_its_index_at_the_name_that_the_service_gives_
     assert service["spec"]["selector"] == {"job-name": "gpt"}
 
 
-def test_all_pods_get_one_secret_which_is_another_each_time():
+def test_all_pods_get_the_same_secret_and_each_job_a_new_one():
     secrets = []
     for _ in range(2):
         process = run("-n", 2, "--name", "gpt", "--image", "trainer", *TRAIN)
@@ -84,7 +84,7 @@ def test_all_pods_get_one_secret_which_is_another_each_time():
     assert len(secrets[0]) == 32
 
 
-def test_the_command_runs_as_it_was_given_whatever_is_in_it():
+def test_a_command_reaches_the_pods_unchanged():
     _, job = printed(2, command=[*TRAIN, "data.train=$(TF_CONFIG)/$$x/*.txt", "--", "-n", "a b"])
     command = pod_of(job)["containers"][0]["command"]
     known = environment(job, 0)
@@ -106,7 +106,7 @@ def test_a_pod_that_fails_starts_again_and_waits_for_the_others_longer_than_they
     assert meeting_secs() > 300
 
 
-def test_gpus_and_the_claim_are_the_pod_s_and_nothing_is_mounted_unasked():
+def test_a_pod_gets_the_gpus_and_the_claim_and_mounts_nothing_else():
     _, job = printed(2, "--gpus", 8, "--claim", "my-claim", "--mount", "/runs")
     (container,) = pod_of(job)["containers"]
     assert container["image"] == "registry.example/trainer:1"

@@ -11,7 +11,7 @@ LAUNCH = Path(__file__).parent.parent / "scripts" / "launch" / "local.py"
 WHO = "import json, os; config = json.loads(os.environ['TF_CONFIG']); index = config['task']['index']; "
 
 
-# The script, but with little patience with workers that do not end together.
+# The script, with a short wait for workers that do not end together.
 IMPATIENT = (
     f"import runpy; main = runpy.run_path({str(LAUNCH)!r})['main']; main.__globals__['TOGETHER_SECS'] = 0.5; main()"
 )
@@ -63,7 +63,7 @@ def test_a_signal_goes_to_all_workers_and_their_status_comes_back():
     assert sorted(output.splitlines()) == ["[0] saved", "[1] saved"]
 
 
-def test_what_cannot_be_run_is_said():
+def test_a_command_that_cannot_run_is_reported():
     command = [sys.executable, str(LAUNCH), "-n", "2"]
     for arguments, message in (
         (["no-such-program"], "no-such-program is not a program on PATH or in "),
@@ -109,7 +109,7 @@ def test_a_worker_that_is_stopped_is_named_and_ended():
     assert time.monotonic() - begin < 20
 
 
-def test_workers_go_on_when_nobody_reads_their_lines_any_more(tmp_path):
+def test_workers_go_on_when_the_reader_of_their_lines_is_gone(tmp_path):
     program = WHO + (
         f"import sys, time\nfor i in range(20_000): print('x' * 50)\nopen(f'{tmp_path}/{{index}}', 'w').write('done')"
     )

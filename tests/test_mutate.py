@@ -22,7 +22,7 @@ SAMPLE_SECS = 20
 
 
 @pytest.mark.slow
-def test_mutations_of_every_kind_of_input_are_taken_or_refused_properly():
+def test_mutations_of_every_kind_of_input_are_accepted_or_refused_properly():
     done = subprocess.run(
         [sys.executable, mutate.__file__, "--secs", str(SAMPLE_SECS), "--number", "400"], capture_output=True, text=True
     )
@@ -87,7 +87,7 @@ def test_what_trainer_should_not_do_is_a_fault(
     assert verdict.result == "fault" and re.match(fault, verdict.fault), verdict.fault
 
 
-def test_what_is_left_behind_is_a_fault(tmp_path: Path):
+def test_files_left_behind_are_a_fault(tmp_path: Path):
     (tmp_path / "prepared").mkdir()
     mutation_lab.expect_no_leftovers(tmp_path)
     (tmp_path / "prepared" / ".partial-text-0").mkdir()

@@ -16,8 +16,8 @@ FIRST_MINOR, PAST_MINOR = (
     for minor in re.findall(r"python_requires = >=3\.(\d+),<3\.(\d+)", (REPOSITORY / "setup.cfg").read_text())[0]
 )
 
-# Answers what the scripts ask of an installed uv, with a real but empty environment. Where there is a file uv_fails, an
-# install prints it and fails.
+# A fake uv: it makes a real but empty environment, and installs nothing. If there is a file uv_fails, an install prints
+# that file and fails.
 FAKE_UV = f"""#!{BASH}
 case $1 in
     --version) exit ;;
@@ -129,13 +129,13 @@ def test_python_at_either_end_of_the_range_is_taken(checkout: Checkout, version:
     assert checkout.uv_calls("venv") == [f"venv --python {checkout.bin}/python3 {checkout.root}/.venv"]
 
 
-def test_missing_python_is_said(checkout: Checkout) -> None:
+def test_a_missing_python_is_reported(checkout: Checkout) -> None:
     result = checkout.make_environment()
     assert result.returncode == 1
     assert "there is no python3 or python on PATH" in result.stdout
 
 
-def test_python_that_does_not_run_is_passed_over(checkout: Checkout) -> None:
+def test_a_python_that_does_not_run_is_skipped(checkout: Checkout) -> None:
     checkout.add_uv()
     shim = f"#!{BASH}\necho command not found >&2\nexit 127\n"
     checkout.program(checkout.bin / "python3", shim)
@@ -167,7 +167,7 @@ def test_missing_venv_module_is_named_with_the_package_to_install(checkout: Chec
 
 
 @pytest.mark.slow
-def test_index_that_pip_cannot_reach_is_said(checkout: Checkout) -> None:
+def test_an_index_that_pip_cannot_reach_is_reported(checkout: Checkout) -> None:
     if subprocess.run([sys.executable, "-c", "import ensurepip"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("this Python has no ensurepip")
     unreachable = {
@@ -248,7 +248,7 @@ def test_versions_of_the_lock_file_are_installed_until_it_is_updated(checkout: C
     assert updated.returncode == 0
     assert f"Making .venv again: it has the versions of {lock}." in updated.stdout
     assert "--constraint" not in checkout.uv_calls("pip install")[1]
-    # The oldest Python of the range; and the environment of this test has no packages.
+    # update_lock takes the oldest Python of the range. The environment of this test has no packages.
     assert f"{checkout.bin}/python3.{FIRST_MINOR} " in checkout.uv_calls("venv")[1]
     assert lock.read_text().splitlines() == [line for line in before if line.startswith("#")] != before
     assert checkout.make_environment("test").stdout == ""
@@ -275,7 +275,7 @@ def test_environment_whose_python_is_gone_is_made_again(checkout: Checkout) -> N
     assert checkout.make_environment().stdout == ""
 
 
-def test_folder_that_is_no_environment_is_left_alone(checkout: Checkout) -> None:
+def test_a_folder_that_is_not_an_environment_is_kept(checkout: Checkout) -> None:
     checkout.add_uv()
     checkout.add_python("python3", f"3.{FIRST_MINOR}.4")
     precious = checkout.root / ".venv/precious"
@@ -287,7 +287,7 @@ def test_folder_that_is_no_environment_is_left_alone(checkout: Checkout) -> None
     assert precious.read_text() == "mine"
 
 
-def test_environment_script_is_not_run_by_itself(checkout: Checkout) -> None:
+def test_the_environment_script_refuses_to_run_directly(checkout: Checkout) -> None:
     result = checkout.run(BASH, "scripts/environment.sh")
     assert result.returncode == 2
     assert "run scripts/quickstart or scripts/test" in result.stdout
@@ -323,7 +323,7 @@ def test_quickstart_trains_then_resumes_and_passes_the_exit_status_on(checkout: 
 
 
 @pytest.mark.parametrize(("status", "is_queued_again"), [(0, False), (2, False), (75, True)])
-def test_slurm_job_goes_on_with_its_run_and_queues_itself_again_where_it_was_interrupted(
+def test_slurm_job_goes_on_with_its_run_and_queues_itself_again_if_it_was_stopped(
     checkout: Checkout, status: int, is_queued_again: bool
 ) -> None:
     fake = f'#!{BASH}\necho ${{0##*/}} "$@" cpus:$SRUN_CPUS_PER_TASK\n'
@@ -348,7 +348,7 @@ def test_slurm_job_goes_on_with_its_run_and_queues_itself_again_where_it_was_int
     assert queued == (["scontrol requeue 12 cpus:16"] if is_queued_again else [])
 
 
-def test_slurm_script_asks_for_a_signal_that_stops_a_run_and_says_how_to_submit_it(checkout: Checkout) -> None:
+def test_slurm_script_requests_a_signal_that_stops_a_run_and_prints_how_to_submit_it(checkout: Checkout) -> None:
     asked = re.findall(r"(?m)^#SBATCH --(.*)$", (REPOSITORY / "scripts/launch/slurm").read_text())
     assert {"ntasks-per-node=1", "requeue", "signal=INT@300"} <= set(asked)
     usage = checkout.run("scripts/launch/slurm", "--help")
@@ -463,7 +463,7 @@ def test_a_program_that_needs_what_is_installed_finds_the_environment_by_itself(
     name = Path(program).name
     assert f"{name}: {programs.root}/.venv does not exist yet; make it with scripts/quickstart" in missing.stdout
     programs.program(programs.root / ".venv/bin/python", f'#!{BASH}\necho "venv: $*"\n')
-    # Also from another folder, whose name has a blank.
+    # The program also works from another folder, whose name has a blank.
     elsewhere = programs.root / "else where"
     elsewhere.mkdir()
     found = programs.run(BASH, "-c", f"cd 'else where' && ../{program} --sizes 'a b'")

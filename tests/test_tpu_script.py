@@ -17,8 +17,8 @@ BASH = shutil.which("bash") or "bash"
 WHERE = ("my-tpu", "--zone", "us-west4-a")
 CONFIG = "configs/quickstart.toml"
 
-# Ends each argument with a NUL and each call with one more. Where there is a folder $HOST, it also does what the host
-# would: takes the file of scp, and runs the text of ssh in a login shell's home.
+# A fake gcloud: it writes down each argument and a NUL, and one NUL more after each call. If there is a folder $HOST,
+# it also acts as the host: it takes the file of scp, and runs the text of ssh with $HOST as the home folder.
 FAKE_GCLOUD = f"""#!{BASH}
 printf '%s\\0' "$@" >>"$CALLS"
 printf '\\0' >>"$CALLS"
@@ -55,7 +55,7 @@ pid=${{@: -2:1}} log=${{@: -1}}
 while kill -0 "${{pid#--pid=}}" 2>/dev/null && ! grep -qE '^(training|serving)' "$log"; do sleep 0.05; done
 cat "$log"
 """
-# Asks more often than every second whether the process has ended.
+# Checks more often than every second whether the process has ended.
 FAKE_TAIL = f"""#!{BASH}
 exec {shutil.which("tail")} -s 0.05 "$@"
 """
@@ -243,14 +243,16 @@ def test_each_generation_is_created_with_its_software(bench: Bench, kind: str, v
         (["resume", *WHERE], "resume needs a run's folder"),
     ],
 )
-def test_what_cannot_be_done_is_an_error_that_names_what_can(bench: Bench, arguments: list[str], message: str) -> None:
+def test_an_impossible_request_is_refused_with_what_is_possible(
+    bench: Bench, arguments: list[str], message: str
+) -> None:
     result = bench.run(*arguments)
     assert result.returncode == 1
     assert message in result.stderr
     assert bench.calls() == []
 
 
-def test_without_gcloud_it_says_where_to_get_it(bench: Bench) -> None:
+def test_a_missing_gcloud_is_reported_with_where_to_get_it(bench: Bench) -> None:
     (bench.bin / "gcloud").unlink()
     result = bench.run("log", *WHERE)
     assert result.returncode == 1
@@ -333,7 +335,7 @@ def test_a_training_that_ends_at_once_gives_its_message_and_status(bench: Bench,
 
 
 @only_linux
-def test_training_before_install_is_said(bench: Bench) -> None:
+def test_training_before_install_is_refused(bench: Bench) -> None:
     bench.make_host()
     for verb, word in (("train", CONFIG), ("resume", "runs/x")):
         result = bench.run(verb, *WHERE, word)
