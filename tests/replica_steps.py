@@ -1,4 +1,4 @@
-"""Takes a few steps of a tiny GPT on the replicas it is told to, and keeps what came of them. Run by test_replicas.py.
+"""Takes a few steps of a tiny GPT on the replicas of DISTRIBUTION, and saves the results. test_replicas.py runs it.
 
     python tests/replica_steps.py OUT.npz DISTRIBUTION CASE...
 
@@ -99,8 +99,8 @@ def break_on_purpose(what):
         kept = tf.where(last[:, tf.newaxis], 0.0, target_weights)
         return accumulate(gradients_of, weights, state, (inputs, targets, kept), *rest)
 
-    def one_mask_for_all(seed, step, first_row):
-        return DropoutDraw(seed, step, tf.zeros_like(first_row))
+    def one_mask_for_all(seed, step, first_example):
+        return DropoutDraw(seed, step, tf.zeros_like(first_example))
 
     if what == "one_mask_for_all":
         step_module.DropoutDraw = one_mask_for_all

@@ -21,7 +21,7 @@ def hash_of(inputs, targets, weights, first_example=0):
     return int(hash_from_floats(hash_to_floats(words)))
 
 
-def test_the_hash_of_a_batch_sees_every_single_change():
+def test_the_hash_of_a_batch_changes_with_every_single_number():
     batch = random_batch()
     unchanged = hash_of(*batch)
     hashes = {unchanged}
@@ -38,7 +38,7 @@ def test_the_hash_of_a_batch_sees_every_single_change():
     )
 
 
-def test_the_hash_of_a_batch_sees_where_its_rows_are_and_not_how_they_are_spread():
+def test_the_hash_of_a_batch_depends_on_the_places_of_examples_and_not_on_how_they_are_spread():
     batch = random_batch()
     for order in ([1, 0, 2, 3], [0, 1, 3, 2], [3, 2, 1, 0]):
         assert hash_of(*(tf.gather(part, order) for part in batch)) != hash_of(*batch)

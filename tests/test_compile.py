@@ -46,7 +46,7 @@ def test_every_config_for_an_accelerator_has_a_target_and_figures():
 @pytest.mark.slow
 @pytest.mark.tpu
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_config_compiles_and_needs_what_it_did_and_what_is_planned(name: str, request: pytest.FixtureRequest):
+def test_the_config_compiles_and_needs_as_much_as_before_and_as_planned(name: str, request: pytest.FixtureRequest):
     config, target = load_config(ROOT / "configs" / f"{name}.toml"), parse_target(TARGETS[name])
     vocabulary_size = find_vocabulary_size(config)
     try:

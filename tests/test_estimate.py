@@ -17,7 +17,7 @@ GPT2 = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml")
 V5E_8 = parse_target("tpu:v5e-8")
 
 
-def test_roofline_is_of_the_memory_where_that_is_slow():
+def test_the_roofline_is_the_memory_s_if_memory_is_slow():
     fast = smallest_step_secs(GPT2, 50257, V5E_8)
     at_peak = tokens_per_sec_at_peak(GPT2, 50257, V5E_8)
     assert fast is not None and at_peak is not None
@@ -44,7 +44,7 @@ def test_micro_batches_keep_less_and_need_a_sum_of_gradients():
     assert halves["gradients"] - whole["gradients"] == 3_387_266 * 4
 
 
-def test_where_little_is_kept_the_end_of_the_backward_pass_is_the_worst_instant():
+def test_the_end_of_the_backward_pass_is_the_worst_instant_if_little_is_kept():
     parts = estimate_memory(make_config(SETTINGS, ["train.sequence_length=2"]), 5000, V5E_8, 1)
     assert parts["gradients"] == 2 * 4 * count_parameters(make_config(SETTINGS, ["train.sequence_length=2"]), 5000)
     assert parts["activations"] == 0

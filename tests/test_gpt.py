@@ -262,8 +262,8 @@ def test_dropout_in_keras_fit_is_refused_rather_than_left_out():
         model(random_tokens(20, 1, 8), training=True)
 
 
-def draw(seed=0, step=0, first_row=0):
-    return DropoutDraw(*(tf.cast(x, tf.int64) for x in (seed, step, first_row)))
+def draw(seed=0, step=0, first_example=0):
+    return DropoutDraw(*(tf.cast(x, tf.int64) for x in (seed, step, first_example)))
 
 
 # 15 is not a multiple of the four words that one count of the generator gives.
@@ -286,7 +286,7 @@ def test_masks_differ_by_seed_step_layer_and_row_and_nothing_else():
         dropout(x, 0.5, 1, draw()),
         dropout(x, 0.5, 0, draw(step=1)),
         dropout(x, 0.5, 0, draw(seed=1)),
-        dropout(x, 0.5, 0, draw(first_row=2)),
+        dropout(x, 0.5, 0, draw(first_example=2)),
     ]
     rows = [tuple(row) for mask in masks for row in mask.numpy()]
     assert len(set(rows)) == 10

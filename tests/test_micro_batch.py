@@ -123,7 +123,7 @@ def test_the_random_state_of_a_foreign_model_stays(monkeypatch):
     assert all_bits(step) == before
 
 
-def test_a_cpu_takes_what_it_takes_unasked():
+def test_auto_on_a_cpu_is_what_a_config_without_the_setting_takes():
     sizes = {"global_batch_size": 32, "sequence_length": 64}
     step = make_step(**sizes, micro_batch_size="auto")
     fit_micro_batch(step, lambda line: None)
@@ -234,7 +234,7 @@ def test_two_replicas_go_on_after_a_trial_that_failed(tmp_path):
 
 
 @pytest.mark.slow
-def test_hosts_take_what_fits_the_smallest_of_them(tmp_path, free_addresses):
+def test_workers_take_what_fits_the_smallest_of_them(tmp_path, free_addresses):
     workers = free_addresses(2)
     settings = settings_of(tmp_path, "auto", distribution={"kind": "multi_worker"})
     processes = [

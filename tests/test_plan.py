@@ -1,4 +1,4 @@
-"""Laws of what a config is said to cost, and that this is what it is made of."""
+"""Laws of the figures that `trainer plan` prints."""
 
 import math
 import re
@@ -31,7 +31,7 @@ def test_the_tutorial_s_model_has_3_387_266_parameters(capsys: pytest.CaptureFix
     assert "parameters   3,387,266; vocabulary 5,000, sequence length 128\n" in capsys.readouterr().out
 
 
-def test_vocabulary_size_given_goes_before_the_config_s(capsys: pytest.CaptureFixture[str]):
+def test_a_vocabulary_size_that_is_given_replaces_the_config_s(capsys: pytest.CaptureFixture[str]):
     print_plan(make_config(SETTINGS), 100, with_weights=True)
     assert "100 x 256" in capsys.readouterr().out
 
@@ -44,7 +44,7 @@ def test_planned_parameters_are_those_of_the_padded_vocabulary(capsys: pytest.Ca
     assert "vocabulary 5,000 in 5,120 rows" in table
 
 
-def test_vocabulary_that_only_the_text_knows_must_be_given(capsys: pytest.CaptureFixture[str]):
+def test_a_vocabulary_size_that_only_the_text_has_must_be_given(capsys: pytest.CaptureFixture[str]):
     config = make_config(SETTINGS, ["tokenizer.kind=char"])
     with pytest.raises(
         UserError, match=r"tokenizer.kind='char' takes its vocabulary from the text, which plan does not"
@@ -61,7 +61,7 @@ def test_vocabulary_that_only_the_text_knows_must_be_given(capsys: pytest.Captur
         print_plan(config, 0)
 
 
-def test_prepared_text_tells_its_vocabulary_and_how_many_epochs_the_steps_are(
+def test_the_vocabulary_and_the_number_of_epochs_come_from_the_prepared_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     text = tmp_path / "text.txt"
@@ -96,7 +96,7 @@ def test_plan_prints_how_many_examples_a_cpu_takes_at_a_time(capsys: pytest.Capt
         assert f"{batch} examples a step on each device, {size} at a time" in capsys.readouterr().out
 
 
-def test_a_device_that_is_named_is_planned_for_and_one_that_is_not_is_asked_for(capsys: pytest.CaptureFixture[str]):
+def test_a_target_is_planned_for_and_without_one_its_memory_and_time_are_left_out(capsys: pytest.CaptureFixture[str]):
     print_plan(GPT2, None, V5E_8, 0.5)
     out = capsys.readouterr().out
     total = sum(estimate_memory(GPT2, 50257, V5E_8).values())
@@ -116,7 +116,7 @@ def test_a_device_that_is_named_is_planned_for_and_one_that_is_not_is_asked_for(
     assert "memory       " not in out
 
 
-def test_what_does_not_fit_is_said_with_the_micro_batch_that_would(capsys: pytest.CaptureFixture[str]):
+def test_a_config_that_does_not_fit_is_reported_with_the_micro_batch_that_would(capsys: pytest.CaptureFixture[str]):
     overrides = ["train.micro_batch_size=128", "train.global_batch_size=1024"]
     config = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", overrides)
     print_plan(config, None, V5E_8)
@@ -128,19 +128,19 @@ def test_what_does_not_fit_is_said_with_the_micro_batch_that_would(capsys: pytes
     assert fitting <= 16e9 < too_much
 
 
-def test_time_of_a_dtype_that_a_device_cannot_compute_in_is_not_told(capsys: pytest.CaptureFixture[str]):
+def test_no_time_is_printed_for_a_dtype_that_a_device_cannot_compute_in(capsys: pytest.CaptureFixture[str]):
     print_plan(GPT2, None, parse_target("gpu:T4x8"))
     reason = "computed in bfloat16: the table of peaks has T4 in float16, float32"
     assert f"time         not known for train.precision='mixed_bfloat16', {reason}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("utilisation", [0.0, 1.1, -1.0, math.nan])
-def test_an_impossible_utilisation_is_said(utilisation: float):
+def test_an_impossible_utilisation_is_refused(utilisation: float):
     with pytest.raises(UserError, match=f"--utilisation {utilisation} must be above 0 and at most 1."):
         print_plan(GPT2, None, V5E_8, utilisation)
 
 
-def test_a_utilisation_that_no_time_is_told_by_is_refused():
+def test_a_utilisation_that_changes_no_time_is_refused():
     for target, reason in (
         (parse_target("cpu"), "the time is not known for train.precision='mixed_bfloat16'"),
         (None, "without --target; write"),
@@ -149,12 +149,12 @@ def test_a_utilisation_that_no_time_is_told_by_is_refused():
             print_plan(GPT2, None, target, 0.5)
 
 
-def test_a_batch_that_the_devices_cannot_share_is_said():
+def test_a_batch_that_the_devices_cannot_share_is_refused():
     with pytest.raises(UserError, match=r"train.global_batch_size=512 is not a multiple of 3 replicas"):
         print_plan(GPT2, None, parse_target("gpu:H100x3"))
 
 
-def test_a_micro_batch_to_be_found_is_the_largest_that_fits(capsys: pytest.CaptureFixture[str]):
+def test_an_auto_micro_batch_is_planned_as_the_largest_that_fits(capsys: pytest.CaptureFixture[str]):
     overrides = ["train.micro_batch_size=auto", "train.global_batch_size=1024"]
     print_plan(load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", overrides), None, V5E_8)
     said = capsys.readouterr().out
@@ -164,7 +164,7 @@ def test_a_micro_batch_to_be_found_is_the_largest_that_fits(capsys: pytest.Captu
     assert "GB on each: fits, by this estimate" in said
 
 
-def test_to_compile_takes_an_accelerator():
+def test_compiling_needs_an_accelerator():
     for target in (None, parse_target("cpu")):
         with pytest.raises(UserError, match="--compile needs a --target that is a TPU or GPUs; write gpu:NAMExCOUNT"):
             print_compiled(GPT2, None, target)

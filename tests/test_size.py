@@ -44,7 +44,7 @@ def test_planned_weights_are_those_of_the_model(overrides: list[str]):
 
 
 def test_operations_of_a_token_are_those_of_the_formula():
-    # Of the tutorial's model: two layers of 256, three heads of 85, 5000 logits, 128 tokens.
+    # The tutorial's model: two layers of 256, three heads of 85, 5000 logits, 128 tokens.
     config = make_config(SETTINGS)
     matrices = 2 * (4 * 256 * 255 + 2 * 256 * 256) + 5000 * 256
     assert matrix_parameters(config, 5000) == matrices
@@ -53,7 +53,7 @@ def test_operations_of_a_token_are_those_of_the_formula():
     assert matrix_parameters(tied, 5000) == matrices
 
 
-def test_a_token_at_peak_takes_its_operations_by_those_of_all_devices():
+def test_tokens_at_peak_use_all_operations_of_all_devices():
     at_peak = tokens_per_sec_at_peak(GPT2, 50257, V5E_8)
     assert at_peak is not None
     assert at_peak * flops_per_token(GPT2, 50257) == pytest.approx(8 * 197e12)

@@ -161,13 +161,13 @@ def test_micro_batches_add_up_to_the_batch(micro_batch_size, at_once):
     batch = next(iter(batches(config)))
     values = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
 
-    def gradients_of(weights, state, batch, first_row):
-        draw = DropoutDraw(tf.constant(1, tf.int64), tf.constant(2, tf.int64), first_row)
+    def gradients_of(weights, state, batch, first_example):
+        draw = DropoutDraw(tf.constant(1, tf.int64), tf.constant(2, tf.int64), first_example)
         return forward_backward(model, weights, state, batch, draw)
 
-    first_row = tf.constant(3, tf.int64)
-    whole = gradients_of(values, [], batch, first_row)
-    parts = accumulate(gradients_of, values, [], batch, first_row, micro_batch_size, at_once)
+    first_example = tf.constant(3, tf.int64)
+    whole = gradients_of(values, [], batch, first_example)
+    parts = accumulate(gradients_of, values, [], batch, first_example, micro_batch_size, at_once)
     np.testing.assert_allclose(parts.loss_sum, whole.loss_sum, rtol=1e-14)
     assert parts.num_targets == whole.num_targets
     for part, reference in zip(parts.weights, whole.weights, strict=True):
@@ -194,7 +194,7 @@ def test_gradients_of_two_micro_batches_at_once_are_summed_each_by_itself():
     nodes = [node for graph in graphs for function in graph.library.function for node in function.node_def]
     nodes += [node for graph in graphs for node in graph.node]
     sums = [len(node.input) for node in nodes if node.op == "AddN"]
-    # The two gradients of the tied embedding, and not these and those of the micro-batch before.
+    # The two gradients of the tied embedding, and not these with the sum over earlier micro-batches.
     assert sums and max(sums) == 2
 
 
@@ -256,7 +256,7 @@ def test_steps_that_lower_the_loss_scale_are_not_counted_as_skipped_until_it_is_
     assert step.skipped_in_a_row.numpy() == 0
 
 
-def test_the_chain_of_hashes_sees_a_changed_token_and_the_order(new_step):
+def test_the_chain_of_hashes_depends_on_every_token_and_on_the_order(new_step):
     config = config_of()
     data = batches(config, 2)
 
@@ -323,7 +323,7 @@ def test_recomputed_blocks_run_twice():
 
 def test_another_model_has_nothing_to_recompute():
     config = config_of(train={"recompute": "blocks"})
-    with pytest.raises(UserError, match=r"train.recompute='blocks' is of trainer's own GPT"):
+    with pytest.raises(UserError, match=r"train.recompute='blocks' works with trainer's own GPT only"):
         TrainingStep(
             config,
             10,
@@ -427,7 +427,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(new_step):
     assert step.optimizer.num_updates.numpy() == 2
 
 
-def test_a_batch_of_padding_alone_is_no_harm(new_step):
+def test_a_batch_of_padding_only_leaves_the_weights_finite(new_step):
     step = new_step()
     padding = batches(step.config, 1).map(lambda inputs, targets, weights: (inputs, targets, 0 * weights))
     metrics = take(step, padding, 1)

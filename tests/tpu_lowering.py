@@ -36,14 +36,14 @@ def lower(model_settings, z_loss):
     weight_specs = [tf.TensorSpec(variable.shape, tf.float32) for variable in model.trainable_variables]
 
     @tf.function(jit_compile=True, autograph=False)
-    def step(inputs, targets, target_weights, number, first_row, *weights):
-        def gradients_of(weights, state, batch, first_row):
-            draw = DropoutDraw(tf.constant(1, tf.int64), number, first_row)
+    def step(inputs, targets, target_weights, number, first_example, *weights):
+        def gradients_of(weights, state, batch, first_example):
+            draw = DropoutDraw(tf.constant(1, tf.int64), number, first_example)
             return forward_backward(model, weights, state, batch, draw, z_loss=config.train.z_loss, ops=XlaOps())
 
         batch = (inputs, targets, target_weights)
-        sums = accumulate(gradients_of, weights, [], batch, first_row, ROWS // 2)
-        found = hash_from_floats(hash_to_floats(batch_hash(batch, first_row)))
+        sums = accumulate(gradients_of, weights, [], batch, first_example, ROWS // 2)
+        found = hash_from_floats(hash_to_floats(batch_hash(batch, first_example)))
         return mean_and_clip(sums.weights, sums.num_targets, 1.0), found
 
     @tf.function(jit_compile=True, autograph=False)

@@ -11,13 +11,13 @@ class DropoutDraw(NamedTuple):
     Attributes:
         seed: int64 scalar, the run's seed.
         step: int64 scalar, the number of the step.
-        first_row: int64 scalar, the place of the batch's first example in the global batch. So an example is masked
+        first_example: int64 scalar, the place of the batch's first example in the global batch. So an example is masked
             alike however the global batch is spread over replicas and micro-batches.
     """
 
     seed: tf.Tensor
     step: tf.Tensor
-    first_row: tf.Tensor
+    first_example: tf.Tensor
 
 
 def dropout(x: tf.Tensor, rate: float, layer: int, draw: DropoutDraw | None) -> tf.Tensor:
@@ -39,7 +39,7 @@ def dropout(x: tf.Tensor, rate: float, layer: int, draw: DropoutDraw | None) -> 
     # The counter advances once for four words of 32 bits.
     blocks_per_row = -(-row_size // 4)
     key = tf.reshape(tf.cast(draw.seed, tf.uint64), [1])
-    low = tf.cast(draw.first_row, tf.uint64) * tf.constant(blocks_per_row, tf.uint64)
+    low = tf.cast(draw.first_example, tf.uint64) * tf.constant(blocks_per_row, tf.uint64)
     high = tf.cast(draw.step, tf.uint64) * tf.constant(2**16, tf.uint64) + tf.constant(layer, tf.uint64)
     bits = tf.raw_ops.StatelessRandomUniformFullIntV2(
         shape=[tf.shape(x)[0], 4 * blocks_per_row], key=key, counter=tf.stack([low, high]), alg=1, dtype=tf.uint32

@@ -1,4 +1,4 @@
-"""How large a GPT is by its config alone: its weights, the operations of a token, and the speed that a device allows.
+"""The size of a GPT by its config: its weights, the operations of a token, and the speed that a device allows.
 
 Arithmetic without TensorFlow, so that `trainer plan` answers fast.
 """

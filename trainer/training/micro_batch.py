@@ -1,4 +1,4 @@
-"""How many examples at a time the devices have memory for: tried out on them before the first step."""
+"""Finds the micro-batch that fits the devices, by trying sizes on them before the first step."""
 
 import bisect
 import contextlib
@@ -48,10 +48,10 @@ def advising_on_memory(run: RunFolder) -> Iterator[None]:
 
 
 def fit_micro_batch(step: TrainingStep, say: Callable[[str], None]) -> None:
-    """Lowers a step's micro-batch to the largest that fits every device of the run, all hosts to the same.
+    """Lowers a step's micro-batch to the largest that fits every device of the run; all workers find the same size.
 
     Args:
-        step: before it is compiled. Its variables, which hold the optimizer's memory, stay as they are.
+        step: a step that is not traced yet. Its variables, which hold the optimizer's memory, stay as they are.
         say: prints a line; called for each size that does not fit.
 
     Raises:
@@ -82,9 +82,9 @@ def fit_micro_batch(step: TrainingStep, say: Callable[[str], None]) -> None:
 
 
 def first_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """Returns the first of falling sizes that fits, or None; whatever is smaller fits too.
+    """Returns the first of falling sizes that fits, or None. All sizes below one that fits do fit.
 
-    The first is tried by itself, as it mostly fits; then each trial, which compiles a step, halves what is left.
+    The first size mostly fits, so it is tried first. Then each trial, which compiles a step, halves what is left.
     """
     if fits(sizes[0]):
         return sizes[0]
@@ -96,13 +96,13 @@ def _has_memory(step: TrainingStep) -> bool:
     strategy = step.strategy
     shape = [step.execution.examples, step.config.train.sequence_length]
 
-    # The batch is an argument: what follows from a constant would be computed once and kept.
+    # The batch is an argument: TensorFlow would compute what follows from a constant once, and keep it.
     @tf.function(autograph=False)
     def rehearse(*batch: tf.Tensor) -> tf.Tensor:
         return strategy.run(step.rehearse_on_replica, (batch,))
 
     def count_on_replica(failed: tf.Tensor) -> list[tf.Tensor]:
-        own = tf.identity(failed)  # The sum is made where its terms are, and an argument is on no replica.
+        own = tf.identity(failed)  # The sum is made on the devices of its terms, and an argument is on none of them.
         return step.sum_over_replicas(tf.distribute.get_replica_context(), [own])
 
     @tf.function(autograph=False)
@@ -116,10 +116,10 @@ def _has_memory(step: TrainingStep) -> bool:
         rehearse.get_concrete_function(*batch)
         done = rehearse(*batch)
         for each in strategy.experimental_local_results(done):
-            each.numpy()  # An accelerator may still be at work.
+            each.numpy()  # Waits for the accelerator, which may still compute.
     except tf.errors.ResourceExhaustedError:
         failed = 1.0
-    # What is too much for one host's devices is so for all.
+    # If it is too much for the devices of one worker, all workers try a smaller size.
     count.get_concrete_function(tf.constant(failed))
     (total,) = count(tf.constant(failed))
     return float(strategy.experimental_local_results(total)[0]) == 0

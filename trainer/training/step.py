@@ -1,4 +1,11 @@
-"""The training step: batch -> gradients -> one all-reduce -> clip -> AdamW, and many steps in one call."""
+"""The training step, from the top down.
+
+run_steps           many steps in one compiled call: the next batch, then
+take_on_replica     a step on every replica: the replica's gradients -> one all-reduce -> clip -> AdamW
+accumulate          a replica's gradients: one micro-batch after another, added up
+forward_backward    the loss and the gradients of a micro-batch
+mean_and_clip       sums -> means, scaled down to a largest norm
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,28 +30,22 @@ from trainer.training.loss_scale import LossScale
 from trainer.training.optimizer import AdamW, counter
 from trainer.training.schedule import learning_rate
 
+# Inputs int32, targets int32 and weights float32, each [batch, sequence]. The weight is 0 if the target is padding.
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
-
-
-class Gradients(NamedTuple):
-    """What one replica contributes to a step; sums, not means.
-
-    weights: one dense gradient of loss_sum per trainable variable. loss_sum: nats. num_targets: tokens that were
-    predicted. state: new values of the variables that are not trained, of a foreign model; the GPT has none.
-    """
-
-    weights: list[tf.Tensor]
-    loss_sum: tf.Tensor
-    num_targets: tf.Tensor
-    state: list[tf.Tensor]
 
 
 class CallMetrics(NamedTuple):
     """What a call of `run_steps` reports, summed over its steps.
 
-    num_steps and num_skipped: int64. loss_sum (nats) and num_targets: of the accumulation dtype. grad_norm_sum and
-    num_clipped: of the norms before clipping, of applied steps. stop_votes: of the accumulation dtype, how many
-    replicas' hosts want to stop. input_secs: float64, time spent waiting for batches.
+    Attributes:
+        num_steps: steps taken, int64.
+        num_skipped: steps whose gradients or loss were not finite, int64.
+        loss_sum: losses of the applied steps in nats, in the weights' dtype.
+        num_targets: predicted tokens of the applied steps, in the weights' dtype.
+        grad_norm_sum: norms of the applied steps' gradients before clipping, float64.
+        num_clipped: applied steps whose gradients were clipped, int64.
+        stop_votes: replicas whose workers want to stop, in the weights' dtype.
+        input_secs: time spent waiting for batches, float64.
     """
 
     num_steps: tf.Tensor
@@ -57,8 +58,267 @@ class CallMetrics(NamedTuple):
     input_secs: tf.Tensor
 
 
-# forward_backward as a function of weights, state, batch and the number of the batch's first row.
+class Gradients(NamedTuple):
+    """The gradients of some examples; sums, not means.
+
+    Attributes:
+        weights: one dense gradient of loss_sum per trainable variable.
+        loss_sum: scalar, nats.
+        num_targets: scalar, tokens that were predicted.
+        state: new values of the variables that are not trained. A foreign model can have some, the GPT has none.
+    """
+
+    weights: list[tf.Tensor]
+    loss_sum: tf.Tensor
+    num_targets: tf.Tensor
+    state: list[tf.Tensor]
+
+
+# forward_backward as a function of weights, state, batch and the place of its first example in the global batch.
 GradientsOf = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor], Batch, tf.Tensor], Gradients]
+
+
+class TrainingStep:
+    """A model, its optimizer and the step counter, and the compiled function that advances them.
+
+    Args:
+        config: the run's configuration.
+        total_steps: steps of the run; the learning-rate schedule ends there.
+        model: a model that was built under the strategy's scope.
+        strategy: the run's strategy.
+        execution: how each replica computes; None: as the config says for the strategy's devices.
+
+    Attributes:
+        run_steps: the compiled `_run_steps`.
+        execution: how each replica computes. Replace it before run_steps is traced, as `fit_micro_batch` does.
+        stop_requested: bool variable. Set it, from any thread, to end a call of run_steps after the step under way.
+
+    Raises:
+        UserError: the batch cannot be spread evenly over the replicas, the model cannot be trained by several, or
+            train.recompute asks for what only trainer's own GPT can do.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        total_steps: int,
+        model: keras.Model,
+        strategy: tf.distribute.Strategy,
+        execution: Execution | None = None,
+    ) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.model = model
+        self.strategy = strategy
+        self.execution = execution or resolve(config, processor_of(strategy), strategy.num_replicas_in_sync)
+        _check_model(config, model, strategy)
+        self.named_variables = named_variables(model)
+        name_of = {id(variable): name for name, variable in self.named_variables.items()}
+        trainable = {name_of[id(variable)]: variable for variable in model.trainable_variables}
+        with strategy.scope():
+            self.optimizer = AdamW(config.optimizer, trainable)
+            self.step = counter("step")
+            self.batches_hash = counter("batches_hash")
+            self.skipped_in_a_row = counter("skipped_in_a_row")
+            num_targets = config.train.global_batch_size * config.train.sequence_length
+            self.loss_scale = LossScale(num_targets) if config.train.precision == "mixed_float16" else None
+        # On the CPU: the compiled loop reads it before each step, and a signal sets it meanwhile.
+        with tf.device("/cpu:0"):
+            self.stop_requested = tf.Variable(False, trainable=False, name="stop_requested")
+        self.run_steps = tf.function(self._run_steps, autograph=False)
+        self._forward_backward: Callable[..., Gradients] = functools.partial(
+            forward_backward, model, z_loss=config.train.z_loss, ops=make_ops(self.execution)
+        )
+        if self.execution.is_compiled:
+            self._forward_backward = tf.function(self._forward_backward, autograph=False, jit_compile=True)
+
+    def state(self) -> dict[str, tf.Variable]:
+        """Returns every variable that a step changes by name, except the model's variables and the step itself."""
+        scale = {} if self.loss_scale is None else self.loss_scale.state()
+        counters = {"batches_hash": self.batches_hash, "skipped_in_a_row": self.skipped_in_a_row}
+        return self.optimizer.state() | counters | scale
+
+    def _run_steps(self, batches: tf.data.Iterator, num_steps: tf.Tensor) -> CallMetrics:
+        """Takes num_steps steps, or fewer: if stop_requested is set on any worker, the step under way is the last.
+
+        Args:
+            batches: an iterator of a distributed data set.
+            num_steps: int64 scalar; a tensor, because every new Python number would trace the loop again.
+        """
+
+        def goes_on(i: tf.Tensor, metrics: CallMetrics) -> tf.Tensor:
+            return (i < num_steps) & tf.equal(metrics.stop_votes, 0)
+
+        def take_step(i: tf.Tensor, metrics: CallMetrics) -> tuple[tf.Tensor, CallMetrics]:
+            stop = self.stop_requested.read_value()
+            batch, input_secs = _timed_next(batches)
+            # Otherwise the part of a step that needs no batch, such as clearing its sums, counts as waiting for one.
+            with tf.control_dependencies([input_secs]):
+                replicas = self.strategy.run(self.take_on_replica, (batch, stop))
+            # Already summed over replicas: read any one of them.
+            own = (self.strategy.experimental_local_results(metric)[0] for metric in replicas)
+            step = CallMetrics._make((*own, input_secs))
+            return i + 1, CallMetrics(*(total + new for total, new in zip(metrics, step, strict=True)))
+
+        first = tf.zeros([], tf.int64)
+        _, metrics = tf.while_loop(goes_on, take_step, (first, self._no_metrics()), parallel_iterations=1)
+        return metrics
+
+    def take_on_replica(self, batch: Batch, stop: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Takes a step on every replica at once; call it through `strategy.run`.
+
+        Args:
+            batch: this replica's share.
+            stop: bool scalar, whether this worker wants to stop.
+
+        Returns:
+            `CallMetrics` of this step without input_secs; the same on every replica.
+        """
+        # Across workers TensorFlow forgets how many examples there are.
+        shape = [self.execution.examples, self.config.train.sequence_length]
+        inputs, targets, target_weights = (tf.ensure_shape(part, shape) for part in batch)
+        batch = (inputs, targets, target_weights)
+        replica = tf.distribute.get_replica_context()
+        first_example = tf.cast(replica.replica_id_in_sync_group, tf.int64) * self.execution.examples
+        scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
+        local = self._sums_on_replica(batch, first_example, scale)
+
+        # Sum over replicas before clipping: clipping each replica's share would make the result depend on how many
+        # there are. The summands are one list of one dtype, so that one operation sums all of them.
+        sum_dtype, dtype = tf.as_dtype(self.execution.sum_dtype), tf.as_dtype(self.execution.weight_dtype)
+        local_hash = tf.cast(hash_to_floats(batch_hash(batch, first_example)), sum_dtype)
+        summands = [*local.weights, local.loss_sum, local.num_targets, local_hash, tf.cast(stop, sum_dtype)]
+        sums = self.sum_over_replicas(replica, summands)
+        *gradients, loss_sum, num_targets, hash_sum, stop_votes = (tf.cast(total, dtype) for total in sums)
+
+        clip_norm = self.config.optimizer.clip_norm
+        clipped, grad_norm = mean_and_clip(gradients, num_targets, clip_norm, scale)
+        finite = tf.math.is_finite(grad_norm) & tf.math.is_finite(loss_sum)
+        self._update_if(finite, clipped, local.state, hash_sum)
+        one, zero = tf.ones([], tf.int64), tf.zeros([], tf.int64)
+        is_clipped = finite & (grad_norm > tf.constant(clip_norm or float("inf"), grad_norm.dtype))
+        return (
+            one,
+            tf.where(finite, zero, one),
+            tf.where(finite, loss_sum, tf.zeros([], dtype)),
+            tf.where(finite, num_targets, tf.zeros([], dtype)),
+            tf.where(finite, tf.cast(grad_norm, tf.float64), tf.zeros([], tf.float64)),
+            tf.where(is_clipped, one, zero),
+            stop_votes,
+        )
+
+    def _sums_on_replica(self, batch: Batch, first_example: tf.Tensor, scale: tf.Tensor | None) -> Gradients:
+        """Computes what this replica contributes to a step: see `accumulate`."""
+        model, execution = self.model, self.execution
+        weights = [tf.convert_to_tensor(variable.value) for variable in model.trainable_variables]
+        state = [tf.convert_to_tensor(variable.value) for variable in model.non_trainable_variables]
+        seed, number = tf.constant(self.config.train.seed, tf.int64), tf.convert_to_tensor(self.step)
+
+        def gradients_of(
+            weights: Sequence[tf.Tensor], state: Sequence[tf.Tensor], batch: Batch, first_example: tf.Tensor
+        ) -> Gradients:
+            return self._forward_backward(weights, state, batch, DropoutDraw(seed, number, first_example), scale)
+
+        how = (execution.micro_batch_size, execution.at_once, tf.as_dtype(execution.sum_dtype))
+        return accumulate(gradients_of, weights, state, batch, first_example, *how)
+
+    def sum_over_replicas(self, replica: tf.distribute.ReplicaContext, summands: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Sums tensors of one dtype over all replicas, in one operation."""
+        sums: list[tf.Tensor] = replica.all_reduce(tf.distribute.ReduceOp.SUM, summands)
+        return sums
+
+    def _update_if(
+        self, finite: tf.Tensor, gradients: list[tf.Tensor], state: list[tf.Tensor], hash_sum: tf.Tensor
+    ) -> None:
+        """Applies the gradients if they are finite, and counts the step either way."""
+        rate = learning_rate(self.config.optimizer, self.step, self.total_steps)
+
+        def update() -> None:
+            self.optimizer.apply(gradients, rate)
+            for variable, value in zip(self.model.non_trainable_variables, state, strict=True):
+                variable.value.assign(value)
+            # A chain, modulo 2**64: it depends on which batches shaped the weights, and in which order.
+            self.batches_hash.assign(self.batches_hash * 1_000_003 + hash_from_floats(hash_sum))
+
+        tf.cond(finite, update, lambda: None)
+        self.step.assign_add(1)
+        one, zero = tf.ones([], tf.int64), tf.zeros([], tf.int64)
+        # Skips that lower the loss scale are how the scale is found, and are not counted.
+        is_routine = tf.constant(False) if self.loss_scale is None else self.loss_scale.adapt(finite)
+        self.skipped_in_a_row.assign(tf.where(finite, zero, self.skipped_in_a_row + tf.where(is_routine, zero, one)))
+
+    def rehearse_on_replica(self, batch: Batch) -> tf.Tensor:
+        """Allocates all the memory that `take_on_replica` needs, and changes nothing.
+
+        It leaves out the sum over replicas: if memory runs out on one worker, the others would wait in that sum for
+        ever. And it leaves out the update, which AdamW makes in place.
+
+        Args:
+            batch: a batch of the size of this replica's share.
+
+        Returns:
+            A scalar that depends on everything that was computed.
+        """
+        scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
+        local = self._sums_on_replica(batch, tf.zeros([], tf.int64), scale)
+        # The sum over replicas joins its summands into one tensor; so does this.
+        summands = [*local.weights, local.loss_sum, local.num_targets]
+        joined = tf.concat([tf.reshape(summand, [-1]) for summand in summands], axis=0)
+        parts = tf.split(joined, [summand.shape.num_elements() for summand in summands])
+        sums = [tf.reshape(part, summand.shape) for part, summand in zip(parts, summands, strict=True)]
+        *gradients, loss_sum, num_targets = (tf.cast(total, self.execution.weight_dtype) for total in sums)
+        clipped, _ = mean_and_clip(gradients, num_targets, self.config.optimizer.clip_norm, scale)
+        return tf.linalg.global_norm([*clipped, loss_sum])
+
+    def _no_metrics(self) -> CallMetrics:
+        zero, none = tf.zeros([], tf.int64), tf.zeros([], self.execution.weight_dtype)
+        secs = tf.zeros([], tf.float64)
+        return CallMetrics(zero, zero, none, none, secs, zero, none, secs)
+
+
+def accumulate(
+    gradients_of: GradientsOf,
+    weights: Sequence[tf.Tensor],
+    state: Sequence[tf.Tensor],
+    batch: Batch,
+    first_example: tf.Tensor,
+    micro_batch_size: int,
+    at_once: int = 1,
+    sum_dtype: tf.DType | None = None,
+) -> Gradients:
+    """Adds up the gradients of a batch, one micro-batch after another.
+
+    Args:
+        gradients_of: computes the gradients of a micro-batch.
+        weights: values for model.trainable_variables.
+        state: values for model.non_trainable_variables; each micro-batch begins with the values that the one before
+            returned.
+        batch: tensors of static shape.
+        first_example: int64 scalar, the place of the batch's first example in the global batch.
+        micro_batch_size: examples at a time; divides the examples of the batch.
+        at_once: micro-batches that may be under way at the same time. The sums are made in order all the same.
+        sum_dtype: the dtype of the result; None: the accumulation dtype.
+    """
+    examples, dtype = batch[0].shape[0], sum_dtype or accumulation_dtype(weights[0].dtype)
+    if micro_batch_size == examples:
+        return _cast_sums(gradients_of(weights, state, batch, first_example), dtype)
+    parts = [tf.reshape(part, [-1, micro_batch_size, *part.shape[1:]]) for part in batch]
+
+    def add(i: tf.Tensor, sums: Gradients) -> tuple[tf.Tensor, Gradients]:
+        inputs, targets, target_weights = (tf.gather(part, i) for part in parts)
+        first = first_example + tf.cast(i * micro_batch_size, tf.int64)
+        new = _cast_sums(gradients_of(weights, sums.state, (inputs, targets, target_weights), first), dtype)
+        # The shapes are known; ensure_shape keeps grappler from joining this sum with the sums inside a gradient. It
+        # would make one AddN of them, in a temporary variable that it creates twice if two micro-batches are under way.
+        apart = [tf.ensure_shape(gradient, gradient.shape) for gradient in new.weights]
+        gradients = [total + gradient for total, gradient in zip(sums.weights, apart, strict=True)]
+        return i + 1, Gradients(gradients, sums.loss_sum + new.loss_sum, sums.num_targets + new.num_targets, new.state)
+
+    none = tf.zeros([], dtype)
+    nothing = Gradients([tf.zeros_like(weight, dtype) for weight in weights], none, none, list(state))
+    num_micro_batches = examples // micro_batch_size
+    _, sums = tf.while_loop(lambda i, _: i < num_micro_batches, add, (0, nothing), parallel_iterations=at_once)
+    return sums
 
 
 def forward_backward(
@@ -71,14 +331,14 @@ def forward_backward(
     z_loss: float = 0.0,
     ops: Ops = PLAIN,
 ) -> Gradients:
-    """Computes the loss sum of a batch and its gradient: a function of tensors, that reads no variable.
+    """Computes the loss sum of a batch and its gradients: a function of tensors, which reads no variable.
 
     Args:
         model: a GPT, or any Keras model from int32 [batch, sequence] to logits [batch, sequence, vocabulary].
         weights: values for model.trainable_variables.
         state: values for model.non_trainable_variables.
         batch: inputs int32, targets int32 and weights float32, each [batch, sequence].
-        draw: of the dropout masks.
+        draw: what the dropout masks depend on; None drops nothing.
         loss_scale: scalar, multiplies the gradients.
         z_loss: see `next_token_loss`.
         ops: the GPT's way of computing.
@@ -103,58 +363,10 @@ def forward_backward(
     for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
         if gradient is None:
             raise ValueError(f"{variable.path} has no influence on the loss: the model never uses it.")
-    # An embedding's gradient comes as slices; everything after this adds and scales dense tensors.
+    # The gradient of an embedding comes as slices. Everything after this adds and scales dense tensors.
     dense = [tf.convert_to_tensor(gradient) for gradient in gradients]
     new_state = [scope.get_current_value(variable) for variable in model.non_trainable_variables]
     return Gradients(dense, loss_sum, num_targets, new_state)
-
-
-def accumulate(
-    gradients_of: GradientsOf,
-    weights: Sequence[tf.Tensor],
-    state: Sequence[tf.Tensor],
-    batch: Batch,
-    first_row: tf.Tensor,
-    micro_batch_size: int,
-    at_once: int = 1,
-    sum_dtype: tf.DType | None = None,
-) -> Gradients:
-    """Adds up the gradients of a batch, some of its rows after others.
-
-    Args:
-        gradients_of: computes those of some rows.
-        weights: values for model.trainable_variables.
-        state: values for model.non_trainable_variables; each micro-batch begins with what the one before left.
-        batch: as of `forward_backward`, of a static shape.
-        first_row: int64 scalar, where the batch begins in the global batch.
-        micro_batch_size: rows at a time; divides those of the batch.
-        at_once: micro-batches that may be under way at the same time. The sums are made in order all the same.
-        sum_dtype: of the result; None: the accumulation dtype.
-    """
-    rows, dtype = batch[0].shape[0], sum_dtype or accumulation_dtype(weights[0].dtype)
-    if micro_batch_size == rows:
-        return _cast_sums(gradients_of(weights, state, batch, first_row), dtype)
-    parts = [tf.reshape(part, [-1, micro_batch_size, *part.shape[1:]]) for part in batch]
-
-    def add(i: tf.Tensor, sums: Gradients) -> tuple[tf.Tensor, Gradients]:
-        inputs, targets, target_weights = (tf.gather(part, i) for part in parts)
-        row = first_row + tf.cast(i * micro_batch_size, tf.int64)
-        new = _cast_sums(gradients_of(weights, sums.state, (inputs, targets, target_weights), row), dtype)
-        # Else TensorFlow makes one sum of this and those in a gradient, in a buffer that it takes for a variable and
-        # creates twice where two micro-batches are under way.
-        apart = [tf.ensure_shape(gradient, gradient.shape) for gradient in new.weights]
-        gradients = [total + gradient for total, gradient in zip(sums.weights, apart, strict=True)]
-        return i + 1, Gradients(gradients, sums.loss_sum + new.loss_sum, sums.num_targets + new.num_targets, new.state)
-
-    none = tf.zeros([], dtype)
-    nothing = Gradients([tf.zeros_like(weight, dtype) for weight in weights], none, none, list(state))
-    _, sums = tf.while_loop(lambda i, _: i < rows // micro_batch_size, add, (0, nothing), parallel_iterations=at_once)
-    return sums
-
-
-def _cast_sums(sums: Gradients, dtype: tf.DType) -> Gradients:
-    weights = [tf.cast(gradient, dtype) for gradient in sums.weights]
-    return Gradients(weights, tf.cast(sums.loss_sum, dtype), tf.cast(sums.num_targets, dtype), sums.state)
 
 
 def mean_and_clip(
@@ -163,8 +375,8 @@ def mean_and_clip(
     clip_norm: float | None,
     loss_scale: tf.Tensor | None = None,
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
-    """Divides summed gradients by the number of targets, and by the loss scale where there is one, and scales them down
-    to a global norm of at most clip_norm.
+    """Divides summed gradients by the number of targets, and by the loss scale if there is one, and scales them down to
+    a global norm of at most clip_norm.
 
     Returns:
         (gradients, the global norm of the mean before clipping). Each gradient is scaled once, by one number.
@@ -177,207 +389,29 @@ def mean_and_clip(
     return [gradient * tf.cast(scale, gradient.dtype) for gradient in gradients], norm
 
 
-class TrainingStep:
-    """A model, its optimizer and the step counter, and the compiled function that advances them.
-
-    Args:
-        config: of the run.
-        total_steps: of the run; the schedule ends there.
-        model: built under the strategy's scope.
-        strategy: of the run.
-        execution: how to compute; None: as the config says for the strategy's devices.
-
-    Attributes:
-        execution: lowered by `fit_micro_batch` if the devices have no memory for its micro-batch.
-
-    Raises:
-        UserError: the batch cannot be spread evenly over the replicas, the model cannot be trained by several, or it is
-            no GPT and train.recompute asks for what only that has.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        total_steps: int,
-        model: keras.Model,
-        strategy: tf.distribute.Strategy,
-        execution: Execution | None = None,
-    ) -> None:
-        self.config = config
-        self.total_steps = total_steps
-        self.model = model
-        self.strategy = strategy
-        self.execution = execution or resolve(config, processor_of(strategy), strategy.num_replicas_in_sync)
-        if model.non_trainable_variables and strategy.num_replicas_in_sync > 1:
-            names = ", ".join(variable.path for variable in model.non_trainable_variables[:3])
-            raise UserError(
-                f"The model has variables that are not trained ({names}), and every replica would have its own. Leave "
-                "out layers such as BatchNormalization and Dropout, or use one device."
-            )
-        if config.train.recompute in ("attention", "blocks") and not isinstance(model, GPT):
-            raise UserError(
-                f"train.recompute={config.train.recompute!r} is of trainer's own GPT, and this is another model; leave "
-                "it out."
-            )
-        self.named_variables = named_variables(model)
-        name_of = {id(variable): name for name, variable in self.named_variables.items()}
-        trainable = {name_of[id(variable)]: variable for variable in model.trainable_variables}
-        with strategy.scope():
-            self.optimizer = AdamW(config.optimizer, trainable)
-            self.step = counter("step")
-            self.batches_hash = counter("batches_hash")
-            self.skipped_in_a_row = counter("skipped_in_a_row")
-            num_targets = config.train.global_batch_size * config.train.sequence_length
-            self.loss_scale = LossScale(num_targets) if config.train.precision == "mixed_float16" else None
-        # Read by the compiled loop before each step and set by another thread: how a signal stops a long call.
-        with tf.device("/cpu:0"):
-            self.stop_requested = tf.Variable(False, trainable=False, name="stop_requested")
-        self.run_steps = tf.function(self._run_steps, autograph=False)
-        self._forward_backward: Callable[..., Gradients] = functools.partial(
-            forward_backward, model, z_loss=config.train.z_loss, ops=make_ops(self.execution)
+def _check_model(config: Config, model: keras.Model, strategy: tf.distribute.Strategy) -> None:
+    if model.non_trainable_variables and strategy.num_replicas_in_sync > 1:
+        names = ", ".join(variable.path for variable in model.non_trainable_variables[:3])
+        raise UserError(
+            f"The model has variables that are not trained ({names}), and every replica would have its own. Leave out "
+            "layers such as BatchNormalization and Dropout, or use one device."
         )
-        if self.execution.is_compiled:
-            self._forward_backward = tf.function(self._forward_backward, autograph=False, jit_compile=True)
-
-    def state(self) -> dict[str, tf.Variable]:
-        """Returns every variable that a step changes, but for the model's and the step itself, by name."""
-        scale = {} if self.loss_scale is None else self.loss_scale.state()
-        counters = {"batches_hash": self.batches_hash, "skipped_in_a_row": self.skipped_in_a_row}
-        return self.optimizer.state() | counters | scale
-
-    def _run_steps(self, batches: tf.data.Iterator, num_steps: tf.Tensor) -> CallMetrics:
-        """Takes num_steps steps; fewer where stop_requested is set meanwhile, on any host: the step under way is the
-        last.
-
-        Args:
-            batches: of a distributed data set.
-            num_steps: int64 scalar; a tensor, as a Python number would trace the loop anew for each value.
-        """
-
-        def goes_on(i: tf.Tensor, metrics: CallMetrics) -> tf.Tensor:
-            return (i < num_steps) & tf.equal(metrics.stop_votes, 0)
-
-        def take_step(i: tf.Tensor, metrics: CallMetrics) -> tuple[tf.Tensor, CallMetrics]:
-            stop = self.stop_requested.read_value()
-            asked = tf.timestamp()
-            with tf.control_dependencies([asked]):
-                batch = next(batches)
-            with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
-                input_secs = tf.timestamp() - asked
-            # Else what the step can do without a batch, such as to clear its sums, is counted as waiting for one.
-            with tf.control_dependencies([input_secs]):
-                replicas = self.strategy.run(self.take_on_replica, (batch, stop))
-            # Sums over all replicas, so that any one's will do.
-            own = (self.strategy.experimental_local_results(metric)[0] for metric in replicas)
-            step = CallMetrics._make((*own, input_secs))
-            return i + 1, CallMetrics(*(total + new for total, new in zip(metrics, step, strict=True)))
-
-        first = tf.zeros([], tf.int64)
-        _, metrics = tf.while_loop(goes_on, take_step, (first, self._no_metrics()), parallel_iterations=1)
-        return metrics
-
-    def take_on_replica(self, batch: Batch, stop: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """Takes a step, on every replica at once: to be called through `strategy.run`.
-
-        Args:
-            batch: this replica's rows.
-            stop: bool scalar, whether this host wants to stop.
-
-        Returns:
-            `CallMetrics` of this step but for input_secs; the same on every replica.
-        """
-        config, model = self.config, self.model
-        # Across workers TensorFlow forgets how many examples there are.
-        shape = [self.execution.examples, config.train.sequence_length]
-        inputs, targets, target_weights = (tf.ensure_shape(part, shape) for part in batch)
-        batch = (inputs, targets, target_weights)
-        replica = tf.distribute.get_replica_context()
-        first_row = tf.cast(replica.replica_id_in_sync_group, tf.int64) * self.execution.examples
-        sum_dtype = tf.as_dtype(self.execution.sum_dtype)
-        scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
-        local = self._sums_on_replica(batch, first_row, scale)
-
-        # Sum over replicas before clipping: clipping each replica's share would make the result depend on how many
-        # there are. One list of one dtype, so that one operation sums it all.
-        local_hash = tf.cast(hash_to_floats(batch_hash(batch, first_row)), sum_dtype)
-        summands = [*local.weights, local.loss_sum, local.num_targets, local_hash, tf.cast(stop, sum_dtype)]
-        sums = self.sum_over_replicas(replica, summands)
-        dtype = tf.as_dtype(self.execution.weight_dtype)
-        *gradients, loss_sum, num_targets, hash_sum, stop_votes = (tf.cast(total, dtype) for total in sums)
-        clipped, grad_norm = mean_and_clip(gradients, num_targets, config.optimizer.clip_norm, scale)
-        finite = tf.math.is_finite(grad_norm) & tf.math.is_finite(loss_sum)
-        rate = learning_rate(config.optimizer, self.step, self.total_steps)
-
-        def update() -> None:
-            self.optimizer.apply(clipped, rate)
-            for variable, value in zip(model.non_trainable_variables, local.state, strict=True):
-                variable.value.assign(value)
-            # A chain, modulo 2**64: it tells which batches shaped the weights, and in which order.
-            self.batches_hash.assign(self.batches_hash * 1_000_003 + hash_from_floats(hash_sum))
-
-        tf.cond(finite, update, lambda: None)
-        self.step.assign_add(1)
-        one, zero = tf.ones([], tf.int64), tf.zeros([], tf.int64)
-        # A skip that lowers the loss scale is how the scale is found, and is not counted.
-        is_routine = tf.constant(False) if self.loss_scale is None else self.loss_scale.adapt(finite)
-        self.skipped_in_a_row.assign(tf.where(finite, zero, self.skipped_in_a_row + tf.where(is_routine, zero, one)))
-        limit = config.optimizer.clip_norm or float("inf")
-        is_clipped = finite & (grad_norm > tf.constant(limit, grad_norm.dtype))
-        return (
-            one,
-            tf.where(finite, zero, one),
-            tf.where(finite, loss_sum, tf.zeros([], dtype)),
-            tf.where(finite, num_targets, tf.zeros([], dtype)),
-            tf.where(finite, tf.cast(grad_norm, tf.float64), tf.zeros([], tf.float64)),
-            tf.where(is_clipped, one, zero),
-            stop_votes,
+    if config.train.recompute in ("attention", "blocks") and not isinstance(model, GPT):
+        raise UserError(
+            f"train.recompute={config.train.recompute!r} works with trainer's own GPT only, and this is another model; "
+            "leave it out."
         )
 
-    def rehearse_on_replica(self, batch: Batch) -> tf.Tensor:
-        """Holds all the memory that `take_on_replica` needs, and changes nothing.
 
-        Without the sum over replicas: where memory runs out on one host, the others would wait in that sum for ever.
-        And without the update, which AdamW makes in place.
+def _timed_next(batches: tf.data.Iterator) -> tuple[Batch, tf.Tensor]:
+    """Returns the next batch, and the seconds spent waiting for it."""
+    asked = tf.timestamp()
+    with tf.control_dependencies([asked]):
+        batch = next(batches)
+    with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
+        return batch, tf.timestamp() - asked
 
-        Args:
-            batch: of this replica's size.
 
-        Returns:
-            A scalar, for which all had to be computed.
-        """
-        scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
-        local = self._sums_on_replica(batch, tf.zeros([], tf.int64), scale)
-        # In place of that sum, for which they are joined into one tensor.
-        summands = [*local.weights, local.loss_sum, local.num_targets]
-        joined = tf.concat([tf.reshape(summand, [-1]) for summand in summands], axis=0)
-        parts = tf.split(joined, [summand.shape.num_elements() for summand in summands])
-        sums = [tf.reshape(part, summand.shape) for part, summand in zip(parts, summands, strict=True)]
-        *gradients, loss_sum, num_targets = (tf.cast(total, self.execution.weight_dtype) for total in sums)
-        clipped, _ = mean_and_clip(gradients, num_targets, self.config.optimizer.clip_norm, scale)
-        return tf.linalg.global_norm([*clipped, loss_sum])
-
-    def _sums_on_replica(self, batch: Batch, first_row: tf.Tensor, scale: tf.Tensor | None) -> Gradients:
-        """Computes what this replica contributes to a step; `accumulate` says how."""
-        model = self.model
-        weights = [tf.convert_to_tensor(variable.value) for variable in model.trainable_variables]
-        state = [tf.convert_to_tensor(variable.value) for variable in model.non_trainable_variables]
-        seed, number = tf.constant(self.config.train.seed, tf.int64), tf.convert_to_tensor(self.step)
-
-        def gradients_of(
-            weights: Sequence[tf.Tensor], state: Sequence[tf.Tensor], batch: Batch, first_row: tf.Tensor
-        ) -> Gradients:
-            return self._forward_backward(weights, state, batch, DropoutDraw(seed, number, first_row), scale)
-
-        execution = self.execution
-        how = (execution.micro_batch_size, execution.at_once, tf.as_dtype(execution.sum_dtype))
-        return accumulate(gradients_of, weights, state, batch, first_row, *how)
-
-    def sum_over_replicas(self, replica: tf.distribute.ReplicaContext, summands: list[tf.Tensor]) -> list[tf.Tensor]:
-        """Sums tensors of one dtype over all replicas, in one operation."""
-        sums: list[tf.Tensor] = replica.all_reduce(tf.distribute.ReduceOp.SUM, summands)
-        return sums
-
-    def _no_metrics(self) -> CallMetrics:
-        zero, none = tf.zeros([], tf.int64), tf.zeros([], self.execution.weight_dtype)
-        secs = tf.zeros([], tf.float64)
-        return CallMetrics(zero, zero, none, none, secs, zero, none, secs)
+def _cast_sums(sums: Gradients, dtype: tf.DType) -> Gradients:
+    weights = [tf.cast(gradient, dtype) for gradient in sums.weights]
+    return Gradients(weights, tf.cast(sums.loss_sum, dtype), tf.cast(sums.num_targets, dtype), sums.state)
