@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from trainer.execution import QUERY_BLOCK, query_blocks
+from trainer.execution import BLOCKS_FROM_QUERIES, QUERY_BLOCK, query_blocks
 from trainer.model.precision import accumulation_dtype
 
 # Keys and values of the positions so far, each [batch, key_heads, capacity, head_dim], with zeros after them.
@@ -29,8 +29,9 @@ def causal_attention(
         value: float [batch, key_heads, sequence, head_dim].
         starts: int32 [batch, sequence], the position where each position's document starts; None: one document.
         query_block: queries at a time, see `query_blocks`.
-        recompute: whether the gradient of several blocks computes the probabilities again instead of keeping sequence
-            / 2 numbers for each query: a sixth more products, for less memory and fewer reads of it.
+        recompute: whether the gradient computes the probabilities of blocks again instead of keeping sequence / 2
+            numbers for each query: a sixth more products, for less memory and fewer reads of it. Sequences shorter than
+            BLOCKS_FROM_QUERIES are not attended to in blocks.
 
     Returns:
         float [batch, heads, sequence, head_dim].
@@ -38,11 +39,10 @@ def causal_attention(
     Source: Vaswani et al. 2017, equation 1; for fewer key_heads than heads, Ainslie et al. 2023, section 2.2.
     """
     sequence = query.shape[2]
-    blocks = [] if sequence is None else query_blocks(sequence, query_block)
-    if len(blocks) > 1:
-        return _in_blocks(query, key, value, starts, blocks, recompute)
-    end = sequence or tf.shape(query)[2]
-    return _attend(query, key, value, _allowed(tf.range(end), end, starts))
+    if sequence is None or sequence < BLOCKS_FROM_QUERIES:
+        end = sequence or tf.shape(query)[2]
+        return _attend(query, key, value, _allowed(tf.range(end), end, starts))
+    return _in_blocks(query, key, value, starts, query_blocks(sequence, query_block), recompute)
 
 
 def _allowed(queries: tf.Tensor, end: int | tf.Tensor, starts: tf.Tensor | None) -> tf.Tensor:
