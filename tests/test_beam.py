@@ -46,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def locally(config: Config) -> tuple[dict[str, bytes], list[str]]:
-    """What is prepared and said without Apache Beam; the prepared folder is empty again."""
+    """The bytes and lines of a preparation without Apache Beam; the prepared folder is empty again."""
     said: list[str] = []
     found = contents(prepare(config, said.append, 1000).folder)
     shutil.rmtree(config.data.prepared_folder)
@@ -123,7 +123,7 @@ def test_a_part_that_is_written_twice_counts_once(tmp_path, monkeypatch):
     assert_same_bytes(config_for(tmp_path, "char"))
 
 
-def test_broken_records_are_left_out_and_said_as_without_beam(tmp_path, monkeypatch):
+def test_broken_records_are_left_out_and_reported_as_without_beam(tmp_path, monkeypatch):
     for name in "ab":
         (tmp_path / f"5{name}.jsonl").write_text('{"text": "right"}\nwrong\n' * 4)
     monkeypatch.chdir(tmp_path)  # Files are called what the config calls them.
@@ -224,7 +224,7 @@ def test_workers_with_another_trainer_are_refused(tmp_path, monkeypatch):
         prepare_with_beam(config_for(tmp_path, "byte"), HERE)
 
 
-def test_a_pipeline_that_cannot_be_run_is_an_error_that_says_why(tmp_path, monkeypatch):
+def test_a_pipeline_that_cannot_run_is_an_error_with_the_reason(tmp_path, monkeypatch):
     def broken(*arguments):
         raise MemoryError("so much")
 
@@ -251,12 +251,12 @@ def test_a_worker_process_that_is_killed_ends_the_pipeline(handler, tmp_path):
     assert list((tmp_path / "prepared").iterdir()) == []
 
 
-def test_options_that_beam_refuses_are_said(tmp_path):
+def test_options_that_beam_refuses_are_an_error_naming_them(tmp_path):
     with pytest.raises(UserError, match=r"Apache Beam refuses --runner=NoSuch: .*NoSuch"):
         prepare_with_beam(config_for(tmp_path, "byte"), ["--runner=NoSuch"])
 
 
-def test_without_apache_beam_it_is_said_how_to_get_it(tmp_path, monkeypatch):
+def test_without_apache_beam_the_error_shows_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(UserError, match=r'--runner beam needs Apache Beam: pip install "gpt-trainer\[beam\]"'):
         prepare_with_beam(config_for(tmp_path, "byte"), [])
@@ -265,7 +265,7 @@ def test_without_apache_beam_it_is_said_how_to_get_it(tmp_path, monkeypatch):
 # Telling.
 
 
-def test_how_many_parts_there_are_is_said_now_and_then(tmp_path, monkeypatch):
+def test_the_number_of_parts_is_printed_every_few_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(beam, "_PROGRESS_SECS", 0.001)
     for name in ("000000-ab.json", "000000-cd.json", "000002-ef.json", "000003-gh.json.partial"):
         (tmp_path / name).touch()

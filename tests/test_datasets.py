@@ -69,12 +69,12 @@ def test_a_split_of_tensorflow_datasets_is_a_source(tiny_stories):
         ("tfds:tiny_stories:nosplit", r"tensorflow-datasets cannot give it: .*nosplit"),
     ],
 )
-def test_a_data_set_that_is_not_there_is_said(tiny_stories, source, message):
+def test_a_missing_data_set_is_an_error_naming_it(tiny_stories, source, message):
     with pytest.raises(UserError, match=rf"data\.train='{source}': {message}"):
         documents(train=source)
 
 
-def test_a_feature_that_is_no_text_is_said(tiny_stories):
+def test_a_feature_that_is_not_text_is_an_error_naming_it(tiny_stories):
     for field in ("number", "body"):
         with pytest.raises(
             UserError, match=rf"data\.text_field='{field}' is not a text feature of tfds:.*; there are text"

@@ -89,7 +89,7 @@ def test_a_broken_record_is_an_error_naming_its_line(tmp_path, line, message):
         (b'{"text": "a"', r"line 4 is not JSON: "),
     ],
 )
-def test_what_a_line_of_json_cannot_mean_is_said_with_the_line_as_an_editor_counts(tmp_path, line, message):
+def test_a_line_of_json_without_a_usable_text_is_named_by_the_number_that_an_editor_shows(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n\n{"text": " "}\n' + line + b'\n{"text": "two"}\n')
     with pytest.raises(UserError, match=rf"a\.jsonl: {message}"):
@@ -100,7 +100,7 @@ def test_what_a_line_of_json_cannot_mean_is_said_with_the_line_as_an_editor_coun
     assert "a.jsonl: line 4 " in said[0]
 
 
-def test_a_line_of_json_that_is_not_utf8_is_said_with_its_place_and_encoding(tmp_path):
+def test_a_line_of_json_that_is_not_utf8_is_named_with_its_place_and_encoding(tmp_path):
     path = tmp_path / "a.jsonl"
     text = "우리는 그 책을 읽고 있다. 아이가 집에서 나와 학교로 간다."
     path.write_bytes(b'{"text": "one"}\n' + f'{{"text": "{text}"}}\n'.encode("cp949"))
@@ -227,7 +227,7 @@ def test_a_long_document_comes_in_parts_and_whole(tmp_path, short_is_10, kind):
     assert num_long == {"line": 3, "paragraph": 2, "file": 1}[kind]
 
 
-def test_of_a_long_document_what_nobody_reads_is_passed_over(tmp_path, short_is_10):
+def test_the_unread_rest_of_a_long_document_is_skipped(tmp_path, short_is_10):
     path = tmp_path / "a.txt"
     path.write_text("a" * 100 + "\nnext\n" + "b" * 100)
     starts = [document if isinstance(document, str) else next(document) for document in read_documents(path, "line")]

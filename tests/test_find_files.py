@@ -32,7 +32,7 @@ def test_globs_are_sorted_reach_any_depth_and_keep_the_order_of_the_sources(tmp_
     assert found == [tmp_path / "b.txt", tmp_path / "a.txt", tmp_path / "deep/er/c.txt"]  # Each once.
 
 
-def test_a_name_that_exists_is_no_glob(tmp_path):
+def test_a_name_that_exists_is_not_a_glob(tmp_path):
     path = written(tmp_path / "book[1].txt", "a")
     written(tmp_path / "book1.txt", "b")
     assert find_files([str(path)], "data.train") == [path]
@@ -54,7 +54,7 @@ def test_a_directory_is_refused_with_a_glob_that_finds_its_files(tmp_path, monke
     assert [path.resolve() for path in find_files(config.data.train, "data.train")] == paths
 
 
-def test_of_a_pattern_below_a_folder_with_brackets_only_the_end_is_one(tmp_path):
+def test_only_the_end_of_a_pattern_below_a_folder_with_brackets_is_a_glob(tmp_path):
     (tmp_path / "data[1]").mkdir()
     path = written(tmp_path / "data[1]" / "a.txt", "a")
     (tmp_path / "data1").mkdir()
@@ -96,7 +96,7 @@ def test_what_can_be_read_only_once_or_without_end_is_refused_and_not_opened(tmp
 
 
 @pytest.mark.parametrize("names", ["{0}/a.txt,{0}/b.txt", "[{0}/a.txt, {0}/b.txt"])
-def test_several_names_in_one_are_said_how_to_be_written(tmp_path, names):
+def test_several_names_in_one_are_an_error_that_shows_how_to_write_them(tmp_path, names):
     paths = [written(tmp_path / name, name) for name in ("a.txt", "b.txt")]
     with pytest.raises(UserError) as error:
         find_files([names.format(tmp_path)], "data.train")
@@ -159,7 +159,7 @@ def test_simplebooks_is_found_wherever_get_file_puts_it(tmp_path, monkeypatch, s
 
 
 @pytest.mark.parametrize("folder", ["simplebooks", "simplebooks/simplebooks", "."])
-def test_simplebooks_is_found_where_older_versions_put_it(tmp_path, monkeypatch, folder):
+def test_simplebooks_is_found_in_the_folders_of_older_versions(tmp_path, monkeypatch, folder):
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / ".keras/datasets" / folder / "simplebooks-92-raw"
     path.mkdir(parents=True)
@@ -181,7 +181,7 @@ def test_after_the_hint_for_simplebooks_was_followed_it_is_found(tmp_path, monke
     assert found_simplebooks() == ["train of 92", "valid of 92"]
 
 
-def test_missing_simplebooks_says_how_to_get_it():
+def test_missing_simplebooks_is_an_error_that_shows_how_to_get_it():
     with pytest.raises(UserError) as error:
         find_files(["~/.keras/datasets/simplebooks/no/train.txt"], "data.train")
     assert f"{sys.executable} -c 'import keras; keras.utils.get_file(origin=" in str(error.value)

@@ -180,7 +180,7 @@ def test_what_is_packed_otherwise_is_told_by_its_first_bytes_and_the_command_unp
     assert train_documents(tmp_path / then) == TEXTS["Korean"].splitlines()
 
 
-def test_json_lines_that_are_packed_otherwise_are_said_to_be_packed_whatever_the_field(tmp_path):
+def test_json_lines_packed_by_another_tool_are_named_as_packed_whatever_the_field(tmp_path):
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(b'{"body": "one"}'))
     obey(refusal(tmp_path / "a.jsonl.xz", text_field="body"))
     assert train_documents(tmp_path / "a.jsonl", text_field="body") == ["one"]
@@ -277,7 +277,7 @@ def test_a_line_that_is_not_utf8_among_others_is_mended_and_the_others_stay(tmp_
     assert train_documents(path) == [*lines[:place], mended, *lines[place:]]
 
 
-def test_a_file_that_ends_within_a_character_is_said_to_be_cut_off(tmp_path):
+def test_a_file_that_ends_within_a_character_is_named_as_cut_off(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(TEXTS["Korean"].encode()[:-3])
     message = refusal(path)
@@ -294,7 +294,7 @@ def test_half_a_file_in_another_encoding_is_told_too(tmp_path):
     assert train_documents(path) == 2 * half.splitlines()
 
 
-def test_more_broken_documents_than_may_be_left_out_are_said_with_the_encoding(tmp_path):
+def test_more_broken_documents_than_may_be_left_out_are_an_error_with_the_encoding(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(TEXTS["Korean"].encode("cp949"))
     message = refusal(path, max_broken_fraction=0.1)
@@ -333,13 +333,13 @@ def test_no_character_counts_twice_as_a_common_one():
         assert len(set(characters)) == len(characters)
 
 
-def test_nothing_but_nul_bytes_is_no_encoding(tmp_path):
+def test_nul_bytes_only_are_not_an_encoding(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(bytes(1000))
     assert "NUL byte at byte offset 0; is it text?" in refusal(path)
 
 
-def test_bytes_of_no_known_encoding_are_said_to_be_so(tmp_path):
+def test_bytes_of_no_known_encoding_are_named_as_such(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("ประเทศไทย ภาษาไทย\n".encode("cp874"))
     message = refusal(path)

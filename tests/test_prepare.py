@@ -243,7 +243,7 @@ def test_a_changed_tokenizer_file_is_noticed_and_the_old_folder_stays(tmp_path):
         prepare(config_for(tmp_path, tokenizer=tokenizer), quiet)
 
 
-def test_a_summary_is_said_at_the_end(tmp_path):
+def test_a_summary_is_printed_at_the_end(tmp_path):
     said: list[str] = []
     (tmp_path / "validation.txt").write_text("ax\nab\nxx yx\nba")
     prepare(config_for(tmp_path, "ab\n한", data={"validation": str(tmp_path / "validation.txt")}), said.append)
@@ -259,7 +259,7 @@ def test_a_summary_is_said_at_the_end(tmp_path):
     ]
 
 
-def test_the_ten_commonest_unknown_characters_are_said_wherever_they_stand(tmp_path, monkeypatch):
+def test_the_ten_commonest_unknown_characters_are_printed_wherever_they_stand(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.data.encoding._SAMPLE_DOCUMENTS", 3)
     said: list[str] = []
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[BOS]\na\n##a\nb\n")
@@ -274,7 +274,7 @@ def test_the_ten_commonest_unknown_characters_are_said_wherever_they_stand(tmp_p
         "\"tokenizer={kind='bpe'}\" everything)"
     )
     listed = ", ".join(f"{chr(0x3B1 + i)!r} {i + 1}" for i in reversed(range(2, 12)))
-    # The b is known at the start of a word alone.
+    # The b has a token only at the start of a word.
     assert said[2] == f"13 characters have no token; how often the commonest occur: {listed}"
 
 
@@ -305,7 +305,7 @@ def test_the_ways_out_of_too_small_a_vocabulary_lead_out(tmp_path):
 
 
 def examples_of(tmp_path, documents, length=10, **data):
-    """What prepare says of documents of so many characters, each a token."""
+    """The lines that prepare prints about documents of these numbers of characters, each a token."""
     (tmp_path / "validation.txt").write_text("ab\n")
     said: list[str] = []
     text = "".join("ab"[i % 2] * n + "\n" for i, n in enumerate(documents))
@@ -314,16 +314,16 @@ def examples_of(tmp_path, documents, length=10, **data):
     return [line for line in said if line.startswith("warning")]
 
 
-def test_lines_mode_says_what_it_leaves_out(tmp_path):
+def test_lines_mode_prints_what_it_leaves_out(tmp_path):
     cut = "of the documents, at train.sequence_length=10; data.mode='packed' uses all of them."
-    assert examples_of(tmp_path, [10] * 9 + [9]) == []  # An end that does not fit is no token of the text.
+    assert examples_of(tmp_path, [10] * 9 + [9]) == []  # An end that does not fit is not a token of the text.
     assert examples_of(tmp_path, [10] * 9 + [40]) == [
         f"warning: lines mode leaves out 23% of the tokens, the ends of 10% {cut}"
     ]
     assert examples_of(tmp_path, [10] * 2000 + [11]) == [
         f"warning: lines mode leaves out less than 0.1% of the tokens, the ends of less than 0.1% {cut}"
     ]
-    # The same is said of data that is prepared already; packed, nothing is left out.
+    # The same lines are printed if the data is prepared already; packed, nothing is left out.
     assert len(examples_of(tmp_path, [10] * 2000 + [11])) == 1
     assert examples_of(tmp_path, [10] * 2000 + [11], mode="packed") == []
 
@@ -360,7 +360,7 @@ def test_the_way_out_of_lines_mode_leads_out(tmp_path, documents, predict_end):
 
 
 def prepared_by_own_text(tmp_path, name, content):
-    """A text as configs/own_text.toml prepares it, and what was said of its documents."""
+    """A text as configs/own_text.toml prepares it, and the line about its documents."""
     said: list[str] = []
     (tmp_path / name).write_bytes(content.encode())
     overrides = [f"data.train={tmp_path / name}", f"data.prepared_folder={tmp_path / 'prepared'}"]
@@ -414,7 +414,7 @@ def test_padding_is_warned_of_with_the_setting_that_mends_it(tmp_path):
     ]
 
 
-def test_the_share_that_min_bytes_leaves_out_is_said(tmp_path):
+def test_the_share_that_min_bytes_leaves_out_is_printed(tmp_path):
     said: list[str] = []
     data = {"validation": str(tmp_path / "text.txt"), "min_bytes": 4}
     prepare(config_for(tmp_path, "가\nabcd\nabcde\n가나다라\n", data=data), said.append)
@@ -472,7 +472,7 @@ def test_a_vocabulary_of_bytes_loses_nothing(tmp_path, kind):
     assert said[1:] == ["100.0% of 3 validation documents come back exactly from their tokens"]
 
 
-def test_progress_is_said_every_few_seconds(tmp_path, monkeypatch):
+def test_progress_is_printed_every_few_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.data.prepare._PROGRESS_SECS", 0.0)
     said: list[str] = []
     prepare(config_for(tmp_path, "ab\ncd", data={"held_out_fraction": 0.5, "documents": "file"}), said.append)
@@ -584,7 +584,7 @@ def test_what_a_killed_preparation_left_damaged_is_begun_anew(tmp_path):
         assert file_contents(whole.folder) == contents
 
 
-def test_ctrl_c_keeps_what_there_is_to_go_on_with(tmp_path, monkeypatch):
+def test_ctrl_c_keeps_a_folder_that_the_next_preparation_goes_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.data.prepare._SAVE_SECS", 0.0)
     monkeypatch.setattr("trainer.data.encoding._BATCH_BYTES", 100)
     config = config_for(tmp_path, "\n".join(LINES))
@@ -604,7 +604,7 @@ def test_ctrl_c_keeps_what_there_is_to_go_on_with(tmp_path, monkeypatch):
     assert said[0].startswith("going on where")
 
 
-def test_another_process_at_work_is_left_alone_and_the_first_to_finish_wins(tmp_path, monkeypatch):
+def test_another_process_at_work_is_not_disturbed_and_the_first_to_finish_wins(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.data.prepare._PROGRESS_SECS", 0.0)
     config, inner = config_for(tmp_path, "\n".join(LINES)), []
 
@@ -635,7 +635,7 @@ def test_a_full_disk_is_an_error_naming_the_folder_and_leaves_nothing(tmp_path):
     assert left_behind(tmp_path) == []
 
 
-def test_a_sync_that_fails_after_the_rename_says_that_the_data_is_whole(tmp_path, monkeypatch):
+def test_a_sync_that_fails_after_the_rename_reports_that_the_data_is_whole(tmp_path, monkeypatch):
     def fail(path):
         if path == tmp_path / "prepared":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -686,7 +686,7 @@ def test_books_are_prepared_in_bounded_memory_and_time(test_data, tmp_path):
     child = run_python(program, str(tmp_path), str(test_data / "books/simple_train.txt.gz"))
     gigabytes, cpu_secs = map(float, child.stdout.strip().split("\n")[-1].split())
     assert gigabytes < 1.2
-    assert cpu_secs < 80  # Of all threads; the clock would measure what else the machine does.
+    assert cpu_secs < 80  # The CPU time of all threads: the clock would also measure other programs.
 
 
 @pytest.mark.slow
@@ -735,7 +735,7 @@ def test_a_link_in_a_hidden_folder_is_removed_and_not_followed(tmp_path, left_by
     assert left_behind(tmp_path) == [prepared.folder.name]
 
 
-def test_a_hidden_folder_of_another_user_is_left_alone(tmp_path, left_by_a_killed_one, monkeypatch):
+def test_a_hidden_folder_of_another_user_is_not_touched(tmp_path, left_by_a_killed_one, monkeypatch):
     before = file_contents(left_by_a_killed_one)
     owner = left_by_a_killed_one.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
@@ -768,7 +768,7 @@ def test_hosts_whose_flock_is_only_their_own_do_not_take_each_others_folder(tmp_
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_takes_no_more_than_one_folder(tmp_path, left_by_a_killed_one, monkeypatch, number):
+def test_a_file_system_without_locks_takes_only_one_folder(tmp_path, left_by_a_killed_one, monkeypatch, number):
     def no_locks(*_):
         raise OSError(number, os.strerror(number))
 

@@ -67,7 +67,7 @@ def test_lines_end_only_at_line_feeds(tmp_path):
         ("First:\r\nSpeak.\r\n\r\n\r\nAll:\r\nSpeak!\r\n", "paragraph"),
     ],
 )
-def test_auto_takes_paragraphs_where_blank_lines_divide_the_first_file(tmp_path, content, documents):
+def test_auto_takes_paragraphs_if_blank_lines_divide_the_first_file(tmp_path, content, documents):
     first, second = written(tmp_path / "b.txt", content), written(tmp_path / "a.txt", "x\n\ny\n" * 99)
     auto, explicit = (
         open_source(DataConfig(train=(str(first), str(second)), documents=kind, held_out_fraction=0.3))
@@ -79,7 +79,7 @@ def test_auto_takes_paragraphs_where_blank_lines_divide_the_first_file(tmp_path,
         assert list(auto.documents()) == list(explicit.documents())
 
 
-def test_auto_looks_at_the_text_files_and_says_which_one_decided(tmp_path):
+def test_auto_looks_at_the_text_files_and_names_the_one_that_decided(tmp_path):
     records = written(tmp_path / "a.jsonl", '{"text": "one"}\n' * 9)
     play = written(tmp_path / "play.txt", "one\ntwo\n\nthree\n")
     source = open_source(DataConfig(train=(str(records),), validation=(str(play),), documents="auto"))
@@ -89,7 +89,7 @@ def test_auto_looks_at_the_text_files_and_says_which_one_decided(tmp_path):
     assert [text for split, text in source.documents() if split == "validation"] == ["one\ntwo", "three"]
 
 
-def test_auto_has_no_say_over_records(tmp_path):
+def test_auto_does_not_change_records(tmp_path):
     path = written(tmp_path / "a.jsonl", '{"text": "a\\n\\nb"}\n' * 9)
     assert splits(train=path, validation=path, documents="auto")["train"] == ["a\n\nb"] * 9
 
@@ -186,7 +186,7 @@ def test_nothing_longer_than_min_bytes_is_an_error_with_the_numbers(tmp_path, do
     )
 
 
-def test_an_empty_file_among_others_is_fine_but_not_alone(tmp_path):
+def test_an_empty_file_is_fine_among_others_but_not_as_the_only_one(tmp_path):
     empty, full = written(tmp_path / "empty", ""), written(tmp_path / "full", "a\nb")
     assert splits(train=[empty, full], validation=full) == {"train": ["a", "b"], "validation": ["a", "b"]}
     with pytest.raises(UserError, match=r"data\.train=\['.*empty'\]: only white space in it"):
@@ -198,7 +198,7 @@ def test_an_empty_file_among_others_is_fine_but_not_alone(tmp_path):
 # Holding out.
 
 
-def test_held_out_documents_are_that_share_and_depend_on_their_text_alone(tmp_path):
+def test_held_out_documents_are_that_share_and_depend_on_their_text_only(tmp_path):
     lines = [f"line {i}" for i in range(20_000)]
     path = written(tmp_path / "a", "\n".join([*lines, *reversed(lines)]))
     found = splits(train=path, held_out_fraction=0.05)
@@ -215,7 +215,7 @@ def test_a_larger_fraction_holds_out_the_same_documents_and_more():
     assert small < large
 
 
-def test_the_end_of_each_file_is_held_out_where_a_document_is_a_file(tmp_path):
+def test_the_end_of_each_file_is_held_out_if_a_document_is_a_file(tmp_path):
     for name, content in (("a", "가" * 90 + "b" * 10), ("c", "c" * 95 + "\n" * 4 + "d")):
         written(tmp_path / name, content)
     found = splits(train=[tmp_path / "a", tmp_path / "c"], documents="file", held_out_fraction=0.1)
@@ -252,7 +252,7 @@ def test_a_split_left_empty_is_an_error_with_the_ways_out(tmp_path, fraction, em
         ("a.jsonl", '{"text": "one"}\n{"text": "two"}', "line", "a larger fraction."),
     ],
 )
-def test_what_is_said_of_a_split_left_empty_would_be_taken(tmp_path, name, content, documents, ways):
+def test_the_advice_about_an_empty_split_can_be_followed(tmp_path, name, content, documents, ways):
     path = written(tmp_path / name, content)
     fraction = 1e-9 if documents == "line" else 0.01
     with pytest.raises(UserError, match="leaves nothing for validation; give more text") as error:
@@ -303,7 +303,7 @@ def test_the_storybook_is_a_source_of_stories():
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED_CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
-def test_a_shipped_config_without_its_text_says_how_to_give_one(path, tmp_path, monkeypatch):
+def test_a_shipped_config_without_its_text_is_an_error_that_shows_how_to_give_one(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     config = load_config(path)
@@ -313,7 +313,7 @@ def test_a_shipped_config_without_its_text_says_how_to_give_one(path, tmp_path, 
         open_source(config.data)
     if "get_file" in str(error.value) or "curl" in str(error.value):
         assert "https://" in str(error.value)
-    # What it says is taken as it stands, and so is what is said of the validation text next.
+    # The advice is followed as printed, and so is the advice about the validation text next.
     Path("texts").mkdir()
     Path("texts/a.txt").write_text("a text\n")
     given = ["data.train=texts/*.txt"]

@@ -1,4 +1,4 @@
-"""Laws of tokenizers: text comes back, and the tokens are those of the libraries that other tools use."""
+"""Laws of tokenizers: text comes back, and other tools' libraries give the same tokens."""
 
 import itertools
 import json
@@ -88,7 +88,7 @@ def test_the_text_a_vocabulary_was_trained_on_has_no_unknown_token(lowercase):
 
 def test_any_word_of_seen_characters_has_tokens(every_kind):
     draw = random.Random(0)
-    # As normalized; but for marks and parts of Hangul syllables, which would compose to characters not seen.
+    # Normalized, without marks and parts of Hangul syllables, which would compose to characters not seen.
     letters = [token for token in every_kind.vocabulary[3:] if len(token) == 1 and token.isalnum() and token < "\uffff"]
     letters = [letter for letter in letters if not "\u1100" <= letter <= "\u11ff"]
     words = ["".join(draw.choices(letters, k=draw.randint(1, 12))) for _ in range(5000)]
@@ -115,7 +115,7 @@ def test_the_vocabulary_is_the_same_in_another_process(every_kind, bpe):
 # Encoding.
 
 
-def test_tokens_are_those_of_plain_keras_nlp_but_for_words_over_100_bytes(every_kind):
+def test_tokens_equal_plain_keras_nlp_s_except_for_words_over_100_bytes(every_kind):
     texts = [*EVERY_KIND.split("\n"), "", " \t", "never seen: ж 漢 Ж\u0301"]
     ours, theirs = lists(every_kind.encode_batch(texts)), plain_keras_tokens(every_kind, texts)
     thai = next(i for i, text in enumerate(texts) if "มนุษย์" in text)
@@ -134,7 +134,7 @@ def test_words_end_at_the_characters_at_which_they_end_for_keras_nlp(lowercase):
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
-def test_plain_ascii_goes_another_way_to_the_tokens_of_keras_nlp(lowercase):
+def test_plain_ascii_gets_the_tokens_of_keras_nlp_in_another_way(lowercase):
     draw = random.Random(0)
     of_ascii = [chr(code) for code in range(128)]
     alphabets = [
@@ -427,7 +427,7 @@ def test_532_languages_have_no_unknown_token(languages):
 def test_532_languages_come_back_exactly(languages):
     char = train_tokenizer(CharConfig(kind="char"), languages)
     bpe = train_tokenizer(BpeConfig(kind="bpe", vocabulary_size=12_000, sample_bytes=1_000_000), languages)
-    assert 6_000 < bpe.vocabulary_size <= 12_000  # A quarter of the text has not so many tokens ten times each.
+    assert 6_000 < bpe.vocabulary_size <= 12_000  # A quarter of the text has fewer tokens that occur ten times each.
     for exact in (char, bpe, ByteTokenizer()):
         assert [exact.decode(of_document) for of_document in exact.encode_batch(languages)] == languages
 

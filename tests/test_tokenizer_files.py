@@ -104,7 +104,7 @@ def test_gpt_2_s_layout_begins_documents_and_pads_with_its_end_of_text(gpt2_file
     assert (loaded.fingerprint, loaded.bos_id) == (tokenizer.fingerprint, tokenizer.bos_id)
 
 
-def test_what_a_file_says_of_training_is_left_out(gpt2_file):
+def test_settings_for_training_in_a_file_are_left_out(gpt2_file):
     file = json.loads(gpt2_file.read_text("utf-8"))
     plain = train_tokenizer(BpeFileConfig(kind="bpe", path=str(gpt2_file)), [])
     file["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
@@ -332,12 +332,12 @@ def test_a_wordpiece_file_that_cannot_be_used_is_an_error_naming_it(tmp_path, co
     assert str(error.value).startswith(f"tokenizer.path={str(path)!r}: {message}")
 
 
-def test_a_bpe_file_is_no_wordpiece_file(gpt2_file):
+def test_a_bpe_file_is_not_a_wordpiece_file(gpt2_file):
     with pytest.raises(UserError, match=r"a BPE vocabulary, and not WordPiece; give a vocab.txt or tokenizer.json of"):
         train_tokenizer(WordPieceFileConfig(kind="wordpiece", path=str(gpt2_file)), [])
 
 
-def test_capitals_are_kept_where_a_cased_file_is_asked_for(tmp_path):
+def test_capitals_are_kept_with_a_cased_file(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*BERT, "The"]), "utf-8")
     config = WordPieceFileConfig(kind="wordpiece", path=str(tmp_path / "vocab.txt"), lowercase=False)
     assert train_tokenizer(config, []).encode("The the").tolist() == [len(BERT), 7]

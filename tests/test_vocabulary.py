@@ -1,4 +1,4 @@
-"""Laws of how vocabularies are learned and texts are cut."""
+"""Laws of how vocabularies are learned."""
 
 import random
 import re
@@ -9,13 +9,12 @@ import pytest
 
 from trainer.config import BpeConfig, WordPieceConfig
 from trainer.config_file import SHIPPED_CONFIGS, load_config, make_config
-from trainer.data.cutting import BPE_BREAKS, WORDPIECE_BREAKS, cut, cut_document
 from trainer.data.tokenizer_files import train_tokenizer
 from trainer.data.vocabulary import SPECIAL_TOKENS, _Sample, train_wordpiece
 from trainer.errors import UserError
 
 
-def test_the_vocabulary_has_the_size_asked_for_where_the_text_offers_enough():
+def test_the_vocabulary_has_the_size_that_is_set_if_the_text_offers_enough():
     draw = random.Random(0)
     words = ["".join(draw.choices("abcde", k=draw.randint(1, 8))) for _ in range(20_000)]
     for size in (13, 14, 1001):  # 13: the special tokens and each letter in two forms.
@@ -59,7 +58,7 @@ def test_a_wordpiece_vocabulary_has_no_token_that_encoding_its_text_passes_over(
     assert max(len(token.removeprefix("##")) for token in unused if token not in SPECIAL_TOKENS) == 1
 
 
-def test_a_bpe_vocabulary_has_the_size_asked_for_where_the_text_offers_enough():
+def test_a_bpe_vocabulary_has_the_size_that_is_set_if_the_text_offers_enough():
     draw = random.Random(0)
     text = " ".join("".join(draw.choices("abcde", k=draw.randint(1, 8))) for _ in range(40_000))
     for size in (258, 259, 1001):
@@ -103,23 +102,3 @@ def test_a_word_of_any_length_is_learned_from_in_bounded_time_and_encoded():
     tokenizer = train_tokenizer(BpeConfig(kind="bpe", vocabulary_size=300), ["0123456789" * 100_000])
     text = "9876543210" * 30_000
     assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_pieces_are_short_and_cut_in_a_word_only_where_it_is_very_long():
-    assert list(cut("", WORDPIECE_BREAKS)) == [""]
-    for length in (9, 10, 11, 19, 20, 21, 30, 31):
-        pieces = list(cut("x" * length, WORDPIECE_BREAKS, 10))
-        assert "".join(pieces) == "x" * length
-        assert max(map(len, pieces)) <= 20
-    assert list(cut("aaaa bbbb cccc dddd", WORDPIECE_BREAKS, 6)) == ["aaaa bbbb ", "cccc dddd"]
-    assert list(cut("aaaa bbbb cccc dddd", BPE_BREAKS, 6)) == ["aaaa bbbb", " cccc dddd"]
-    assert list(cut("我能吞下玻璃而不傷", WORDPIECE_BREAKS, 4)) == ["我能吞下", "玻璃而不", "傷"]
-    assert list(cut("我能吞下，玻璃而不傷。", BPE_BREAKS, 4)) == ["我能吞下", "，玻璃而不傷", "。"]
-
-
-@pytest.mark.parametrize("breaks", [WORDPIECE_BREAKS, BPE_BREAKS])
-@pytest.mark.parametrize("size", [1, 3, 7, 50, 1000])
-def test_a_document_in_parts_is_cut_where_the_whole_one_is(breaks, size):
-    for content in ("", "a", "one two, three. four five six, seven", "x" * 97, "ab " * 40 + "y" * 60 + " z"):
-        parts = (content[i : i + size] for i in range(0, len(content), size))
-        assert list(cut_document(parts, breaks, num_chars=8)) == list(cut(content, breaks, num_chars=8))
