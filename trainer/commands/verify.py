@@ -76,33 +76,38 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
     micro_batch_size = config.train.fixed_micro_batch_size() or math.gcd(*shares)
     config = config.with_micro_batch_size(micro_batch_size)
     prepared = prepare(config, say)
-    tolerance = TOLERANCE[config.train.precision]
-    reference: Trace | None = None
-    worst = 0.0
     say(
         f"{num_steps} steps of {config.train.global_batch_size} examples, {micro_batch_size} at a time, "
         f"{config.train.precision}:"
     )
+    reference: Trace | None = None
+    worst, tolerance = 0.0, TOLERANCE[config.train.precision]
     for num_replicas, distribution in zip(replicas, distributions, strict=True):
         trace = call_in_new_process(take_steps, config, prepared, distribution, num_steps)
         reference = reference or trace
         found = difference(trace, reference)
         worst = max(worst, *found)
-        not_finite = ", ".join(names_not_finite(trace))
-        say(
-            f"  {num_replicas} replica{'s' if num_replicas > 1 else ''}: loss {trace.losses[-1]:.6f}; differs by "
-            f"{found.loss:.1e} in loss, {found.grad_norm:.1e} in gradient norm, {found.weights:.1e} in all weights"
-            f"{f'; NOT FINITE: {not_finite}' if not_finite else ''}"
-        )
-    same = worst <= tolerance
-    verdict = "the same model" if same else "NOT the same model"
+        say(_describe(num_replicas, trace, found))
+    say(_verdict(worst, tolerance))
+    return worst <= tolerance
+
+
+def _describe(num_replicas: int, trace: Trace, found: Difference) -> str:
+    not_finite = ", ".join(names_not_finite(trace))
+    return (
+        f"  {num_replicas} replica{'s' if num_replicas > 1 else ''}: loss {trace.losses[-1]:.6f}; differs by "
+        f"{found.loss:.1e} in loss, {found.grad_norm:.1e} in gradient norm, {found.weights:.1e} in all weights"
+        f"{f'; NOT FINITE: {not_finite}' if not_finite else ''}"
+    )
+
+
+def _verdict(worst: float, tolerance: float) -> str:
+    verdict = "the same model" if worst <= tolerance else "NOT the same model"
     if worst == 0:
-        say(f"{verdict}, to the last bit.")
-    elif math.isinf(worst):
-        say(f"{verdict}: the lines above have numbers that are not finite, or different steps were skipped.")
-    else:
-        say(f"{verdict}: the largest relative difference is {worst:.1e}, and rounding explains {tolerance:.0e}.")
-    return same
+        return f"{verdict}, to the last bit."
+    if math.isinf(worst):
+        return f"{verdict}: the lines above have numbers that are not finite, or different steps were skipped."
+    return f"{verdict}: the largest relative difference is {worst:.1e}, and rounding explains {tolerance:.0e}."
 
 
 def distribution_of(config: DistributionConfig, num_replicas: int) -> DistributionConfig:
