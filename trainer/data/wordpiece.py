@@ -94,7 +94,9 @@ class WordPieceTokenizer(Tokenizer):
         of_words = _fast_encoder(self.vocabulary, no_pretokenization=True)
 
         def encode(texts: tf.Tensor) -> tf.RaggedTensor:
-            return of_words.tokenize(split_into_words(texts, self.lowercase)).merge_dims(-2, -1)
+            # Strings are on a CPU only. Without this, TensorFlow could place the lengths on a GPU.
+            with tf.device("cpu"):
+                return of_words.tokenize(split_into_words(texts, self.lowercase)).merge_dims(-2, -1)
 
         return encode
 
