@@ -17,6 +17,7 @@ from trainer.decoding.decoder import DECODERS, Decoder
 from trainer.decoding.generate import Generator
 from trainer.errors import UserError
 from trainer.model.gpt import GPT
+from trainer.model.language_model import adapt
 from trainer.model.ops.cpu import CpuOps
 from trainer.model.ops.plain import PLAIN
 
@@ -309,7 +310,8 @@ def test_other_precisions_work(dtype, compute_dtype):
     model = make_model(MODERN, dtype=dtype, seed=2)
     generator = Generator(model, TOKENIZER, SEQUENCE, CpuOps(compute_dtype=compute_dtype))
     texts = generator.generate(["", "bad"], GREEDY, 6)
-    (key, value), *_ = generator._read_prompts(tf.constant(generator.encode(["bad"])[0]), tf.constant(4))
+    tokens = tf.constant(generator.encode(["bad"])[0])
+    (key, value), *_ = adapt(model).read(tokens, tf.constant(3), CpuOps(compute_dtype=compute_dtype))
     assert key.dtype == value.dtype == compute_dtype
     if dtype == "float64":  # The others round the cached and the full pass to different texts.
         assert texts == [greedy_text(model, prompt, 6) for prompt in ("", "bad")]

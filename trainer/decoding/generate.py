@@ -17,11 +17,9 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.decoding.decoder import Decoder, is_count
 from trainer.decoding.sampling import best_beams, draw_top_k, draw_top_p, most_likely
 from trainer.errors import UserError
-from trainer.hardware.processor import processor
 from trainer.model.attention import Cache
-from trainer.model.gpt import GPT
-from trainer.model.ops import decoding_ops
-from trainer.model.ops.plain import PLAIN, Ops
+from trainer.model.language_model import adapt
+from trainer.model.ops.plain import Ops
 
 
 class NotFinite(UserError):
@@ -47,11 +45,13 @@ class Generator:
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self._compiled: dict[Decoder, Any] = {}
-        self._ops = ops or _ops_of(model)
-        if isinstance(model, GPT) and sequence_length > model.sequence_length:
+        self._language_model = adapt(model)
+        self._ops = ops or self._language_model.decoding_ops()
+        max_length = self._language_model.max_length()
+        if max_length is not None and sequence_length > max_length:
             raise UserError(
-                f"train.sequence_length={sequence_length} is more than the model's "
-                f"{model.sequence_length} positions; lower the former, or train a model with more."
+                f"train.sequence_length={sequence_length} is more than the model's {max_length} positions; lower the "
+                "former, or train a model with more."
             )
 
     def generate(
@@ -205,7 +205,8 @@ class Generator:
 
         def write(tokens: tf.Tensor, lengths: tf.Tensor, ends: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, ...]:
             first = tf.reduce_min(lengths)
-            cache = self._read_prompts(tokens, first)
+            # All texts have these tokens. The last of them is read with the first step.
+            cache = self._language_model.read(tokens, first - 1, self._ops)
             # Of a text's beams only the first is one, until there are others.
             scores = tf.tile([[0.0] + [-math.inf] * (num_beams - 1)], [tf.shape(tokens)[0], 1])
             if num_beams > 1:
@@ -223,7 +224,7 @@ class Generator:
                 scores: tf.Tensor,
                 cache: list[Cache],
             ) -> tuple:
-                logits, cache = self._read(texts, index, cache)
+                logits, cache = self._language_model.next_logits(texts, index, cache, self._ops)
                 logits = self._possible(logits, texts[:, index - 1])
                 is_prompt, is_over = index < lengths, is_ended | (index >= ends)
                 is_number = tf.math.is_finite(tf.reduce_logsumexp(logits, axis=1))
@@ -256,25 +257,6 @@ class Generator:
         compiled.get_concrete_function()  # Traced by name: TensorFlow warns when call after call traces the same code.
         return compiled
 
-    def _read_prompts(self, tokens: tf.Tensor, first: tf.Tensor) -> list[Cache]:
-        """Returns a cache of the tokens before position first - 1, which all texts have; of other models none."""
-        if not isinstance(self.model, GPT):
-            return []
-        empty = self.model.empty_cache(tf.shape(tokens)[0], self._ops)
-
-        def read() -> list[Cache]:
-            return self.model.decode(tokens[:, : first - 1], empty, tf.constant(0), self._ops)[1]
-
-        return tf.cond(first > 1, read, lambda: empty)
-
-    def _read(self, texts: tf.Tensor, index: tf.Tensor, cache: list[Cache]) -> tuple[tf.Tensor, list[Cache]]:
-        """Returns (logits of position index, float [rows, num_logits]; the cache with what was read for it)."""
-        if not isinstance(self.model, GPT):
-            return self.model(texts, training=False)[:, index - 1], cache
-        newest = texts[:, index - 1][:, tf.newaxis]
-        logits, cache = self.model.decode(newest, cache, index - 1, self._ops)
-        return logits[:, 0], cache
-
     def _possible(self, logits: tf.Tensor, newest: tf.Tensor) -> tf.Tensor:
         """Returns the logits with -inf for tokens that cannot come.
 
@@ -290,7 +272,7 @@ class Generator:
         """
         pad_id, unknown_id, bos_id = self.tokenizer.pad_id, self.tokenizer.unknown_id, self.tokenizer.bos_id
         vocabulary_size = self.tokenizer.vocabulary_size
-        num_tokens = self.model.vocabulary_size if isinstance(self.model, GPT) else logits.shape[-1]
+        num_tokens = self._language_model.num_tokens(logits)
         if num_tokens != vocabulary_size:
             raise UserError(
                 f"The model tells {num_tokens} tokens apart, the tokenizer {vocabulary_size}; give the tokenizer the "
@@ -301,13 +283,6 @@ class Generator:
         is_possible = is_possible & ((ids != bos_id) | (newest != bos_id)[:, tf.newaxis])
         # Logits that model.vocabulary_multiple adds are of no token.
         return tf.where(is_possible, tf.cast(logits[:, :vocabulary_size], tf.float32), -math.inf)
-
-
-def _ops_of(model: keras.Model) -> Ops:
-    if not isinstance(model, GPT):
-        return PLAIN
-    device = tf.DeviceSpec.from_string(model.variables[0].value.device)
-    return decoding_ops(model.dtype_policy.name, processor(device.device_type))
 
 
 def _gather(structure: Any, rows: tf.Tensor) -> Any:

@@ -16,13 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import keras
 import numpy as np
 import safetensors.numpy
 import tensorflow as tf
 
 from trainer.errors import UserError
-from trainer.model.gpt import GPT
 from trainer.system.manifest import DamagedError, sealed, unsealed
 from trainer.system.storage import (
     Location,
@@ -325,17 +323,6 @@ def _saying(what: str) -> Iterator[None]:
         yield
     except (OSError, UserError, tf.errors.OpError) as error:
         raise UserError(f"{what}: {reason_and_remedy(error)}.") from error
-
-
-def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
-    """Returns every variable of a model by the name it is saved under.
-
-    The GPT's are named by their path. Keras numbers the layers of other models by what was built before in the process,
-    so theirs are named by their place in the model.
-    """
-    if isinstance(model, GPT):
-        return {variable.path: variable for variable in model.variables}
-    return {f"{i:04d}/{variable.name}": variable for i, variable in enumerate(model.variables)}
 
 
 def assign(variables: Mapping[str, Any], arrays: Arrays, source: str | Location) -> None:

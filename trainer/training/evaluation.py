@@ -14,8 +14,7 @@ from trainer.data.coverage import TextBytes, coverage_of
 from trainer.data.shards import PreparedData, Split
 from trainer.distributed.strategy import distributed, processor_of
 from trainer.execution import resolve
-from trainer.model.gpt import GPT
-from trainer.model.loss import next_token_loss_from_logits
+from trainer.model.language_model import adapt
 from trainer.model.ops import make_ops
 
 
@@ -172,10 +171,7 @@ class Evaluator:
 
     def _score_part(self, part: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, ...]:
         inputs, targets, weights = part
-        if isinstance(self.model, GPT):
-            loss_sum, num_tokens = self.model.evaluation_loss(inputs, targets, weights, make_ops(self._execution))
-        else:
-            loss_sum, num_tokens = next_token_loss_from_logits(self.model(inputs, training=False), targets, weights)
+        loss_sum, num_tokens = adapt(self.model).evaluation_loss(inputs, targets, weights, make_ops(self._execution))
         num_bytes = tf.gather(self._bytes_of_token, targets) * tf.cast(weights, tf.int32)
         return loss_sum, num_tokens, tf.cast(tf.reduce_sum(num_bytes), loss_sum.dtype)
 

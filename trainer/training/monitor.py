@@ -17,7 +17,7 @@ from trainer.data.batches import total_steps as count_steps
 from trainer.data.coverage import TextBytes
 from trainer.data.shards import PreparedData
 from trainer.distributed.strategy import device_kind, device_names, find_devices
-from trainer.model.gpt import GPT
+from trainer.model.language_model import adapt
 from trainer.model.size import tokens_per_sec_at_peak
 from trainer.system.storage import Location
 from trainer.system.terminal import Say, console, printable
@@ -350,7 +350,7 @@ def find_peak(
     accelerator whose peak is not known.
     """
     kind = device_kind(strategy)
-    if kind == "CPU" or not isinstance(model, GPT):
+    if kind == "CPU" or not adapt(model).is_gpt:
         return None
     names = device_names(strategy)
     devices = find_devices(kind, names, strategy.num_replicas_in_sync)

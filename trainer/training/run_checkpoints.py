@@ -9,7 +9,8 @@ import numpy as np
 from trainer.config_file import differing_settings, make_config, shortened
 from trainer.errors import UserError, quoted
 from trainer.model.build import BuildModel, make_model
-from trainer.training.checkpoint import Checkpoint, Checkpoints, assign, named_variables
+from trainer.model.language_model import adapt
+from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
 from trainer.training.results import read_scores
 from trainer.training.run_data import load_tokenizer_of
 from trainer.training.run_folder import CONFIG, RunFolder, Step
@@ -116,7 +117,7 @@ def load_model(
                 raise
     tokenizer = load_tokenizer_of(run)
     model = make_model(build_model, run.config, tokenizer.vocabulary_size, tokenizer.bos_id)
-    assign(named_variables(model), weights, checkpoint.folder)
+    assign(adapt(model).named_variables(), weights, checkpoint.folder)
     return model, checkpoint
 
 

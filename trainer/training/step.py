@@ -19,13 +19,11 @@ from trainer.distributed.strategy import processor_of
 from trainer.errors import UserError
 from trainer.execution import Execution, resolve
 from trainer.model.dropout import DropoutDraw
-from trainer.model.gpt import GPT
-from trainer.model.loss import next_token_loss_from_logits
+from trainer.model.language_model import adapt
 from trainer.model.ops import make_ops
 from trainer.model.ops.plain import PLAIN, Ops
 from trainer.model.precision import accumulation_dtype
 from trainer.training.batch_hash import batch_hash, hash_from_floats, hash_to_floats
-from trainer.training.checkpoint import named_variables
 from trainer.training.loss_scale import LossScale
 from trainer.training.optimizer import AdamW, counter
 from trainer.training.schedule import learning_rate
@@ -112,7 +110,7 @@ class TrainingStep:
         self.strategy = strategy
         self.execution = execution or resolve(config, processor_of(strategy), strategy.num_replicas_in_sync)
         _check_model(config, model, strategy)
-        self.named_variables = named_variables(model)
+        self.named_variables = adapt(model).named_variables()
         name_of = {id(variable): name for name, variable in self.named_variables.items()}
         trainable = {name_of[id(variable)]: variable for variable in model.trainable_variables}
         with strategy.scope():
@@ -352,13 +350,9 @@ def forward_backward(
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(weights)
         with keras.StatelessScope(state_mapping=values) as scope:
-            if isinstance(model, GPT):
-                loss_sum, num_targets = model.training_loss(
-                    inputs, targets, target_weights, draw, loss_scale, z_loss, ops
-                )
-            else:
-                logits = model(inputs, training=True)
-                loss_sum, num_targets = next_token_loss_from_logits(logits, targets, target_weights, loss_scale, z_loss)
+            loss_sum, num_targets = adapt(model).training_loss(
+                inputs, targets, target_weights, draw, loss_scale, z_loss, ops
+            )
     gradients = tape.gradient(loss_sum, weights)
     for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
         if gradient is None:
@@ -396,7 +390,7 @@ def _check_model(config: Config, model: keras.Model, strategy: tf.distribute.Str
             f"The model has variables that are not trained ({names}), and every replica would have its own. Leave out "
             "layers such as BatchNormalization and Dropout, or use one device."
         )
-    if config.train.recompute in ("attention", "blocks") and not isinstance(model, GPT):
+    if config.train.recompute in ("attention", "blocks") and not adapt(model).is_gpt:
         raise UserError(
             f"train.recompute={config.train.recompute!r} works with trainer's own GPT only, and this is another model; "
             "leave it out."
