@@ -7,7 +7,7 @@ import secrets
 import pytest
 
 from trainer.config import DataConfig
-from trainer.data import files, held_out, text
+from trainer.data import files, held_out, source
 from trainer.data.files import parts_of, read_documents
 from trainer.data.formats import is_json_lines
 from trainer.data.text import open_source
@@ -196,7 +196,7 @@ def test_text_in_an_object_store_is_found_and_read(tmp_path):
 @pytest.fixture
 def short_is_10(monkeypatch):
     monkeypatch.setattr(files, "LONG_CHARS", 10)
-    monkeypatch.setattr(text, "LONG_CHARS", 10)
+    monkeypatch.setattr(source, "LONG_CHARS", 10)
     monkeypatch.setattr(held_out, "LONG_CHARS", 10)
     monkeypatch.setattr(files, "_READ_BYTES", 7)
 

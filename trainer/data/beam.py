@@ -27,7 +27,8 @@ from trainer.data.encoding import Findings, Writers, encode_documents
 from trainer.data.prepare import Say, prepare
 from trainer.data.shard_writer import SplitWriter
 from trainer.data.shards import SHARD_TOKENS, PreparedData, split_of
-from trainer.data.text import File, Mixture, Source, Tally
+from trainer.data.source import File, Source, Tally
+from trainer.data.text import Mixture
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokenizer_files import load_tokenizer
 from trainer.errors import UserError

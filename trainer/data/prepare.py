@@ -27,7 +27,8 @@ from trainer.data.shards import (
     token_dtype,
     write_manifest,
 )
-from trainer.data.text import Mixture, Source, open_source
+from trainer.data.source import Source
+from trainer.data.text import Mixture, open_source
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokenizer_files import load_tokenizer, read_tokenizer_file, train_tokenizer
 from trainer.errors import UserError
