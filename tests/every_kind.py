@@ -5,7 +5,7 @@ import json
 import random
 from pathlib import Path
 
-from trainer.config import BpeConfig, WordPieceConfig
+from trainer.config.settings import BpeConfig, WordPieceConfig
 from trainer.data.bpe import BpeTokenizer
 from trainer.data.tokenizer_files import train_tokenizer
 from trainer.data.vocabulary import BYTE_SPECIAL_TOKENS

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 import trainer.training.step as step_module
-from trainer.config_file import make_config
+from trainer.config.file import make_config
 from trainer.distributed.strategy import distributed, make_strategy
 from trainer.model.dropout import DropoutDraw
 from trainer.model.gpt import GPT

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 
-from trainer.config import MIXTURE_EXAMPLES
+from trainer.config.settings import MIXTURE_EXAMPLES
 from trainer.data.batches import (
     Share,
     Window,

@@ -16,7 +16,7 @@ from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has thi
 
 from trainer import verbs
 from trainer.cli import main
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.data import beam
 from trainer.data.beam import prepare_with_beam
 from trainer.data.prepare import prepare

@@ -19,7 +19,7 @@ import rich.console
 import tensorflow as tf
 
 from harness import Training
-from trainer.config_file import load_config
+from trainer.config.file import load_config
 from trainer.data.batches import training_batches
 from trainer.data.vocabulary import SPECIAL_TOKENS
 from trainer.model.build import build_gpt

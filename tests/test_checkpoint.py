@@ -17,9 +17,9 @@ import pytest
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.runs import checkpoint as module
+from trainer.runs.checkpoint import FORMAT, Checkpoint, Checkpoints, assign
 from trainer.system.manifest import sealed
-from trainer.training import checkpoint as module
-from trainer.training.checkpoint import FORMAT, Checkpoint, Checkpoints, assign
 
 ROOT = Path(__file__).parent.parent
 
@@ -261,7 +261,7 @@ def test_full_disk_leaves_nothing_half_written(tmp_path: Path):
 SAVE_AND_DIE = """
 import ctypes, itertools, os, signal, subprocess, sys, time
 import numpy as np
-from trainer.training.checkpoint import Checkpoints
+from trainer.runs.checkpoint import Checkpoints
 
 root, strace = sys.argv[1:]
 CALLS = "mkdir,openat,write,fsync,rename,unlink,unlinkat,rmdir"

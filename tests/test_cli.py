@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from trainer.cli import main
-from trainer.config_file import make_config
+from trainer.config.file import make_config
+from trainer.runs.run_folder import FORMAT
 from trainer.storybook.storybook import story
 from trainer.system.manifest import sealed
-from trainer.training.run_folder import FORMAT
 from trainer.verbs import story_verdict
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config_file import load_config
+from trainer.config.file import load_config
 from trainer.errors import UserError
 from trainer.hardware.devices import parse_target
 from trainer.planning.compiler import compile_step, largest_that_fits

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from trainer.config import Config, Section, TokenizerConfig
-from trainer.config_file import json_schema, load_config, make_config
-from trainer.config_refusals import sections_of, setting_names
+from trainer.config.file import json_schema, load_config, make_config
+from trainer.config.refusals import sections_of, setting_names
+from trainer.config.settings import Config, Section, TokenizerConfig
 from trainer.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -770,7 +770,7 @@ def test_config_is_read_without_tensorflow():
 
 
 def test_shipped_schema_is_current():
-    command = "python -c 'import trainer.config_file as c; print(c.json_schema(), end=\"\")' > configs/schema.json"
+    command = "python -c 'import trainer.config.file as c; print(c.json_schema(), end=\"\")' > configs/schema.json"
     assert (ROOT / "configs/schema.json").read_text(encoding="utf-8") == json_schema(), f"write it anew: {command}"
 
 

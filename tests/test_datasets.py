@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from trainer.config import DataConfig
+from trainer.config.settings import DataConfig
 from trainer.data.text import open_source
 from trainer.errors import UserError
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import Config
-from trainer.config_refusals import setting_names
+from trainer.config.refusals import setting_names
+from trainer.config.settings import Config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trainer"

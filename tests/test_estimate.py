@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config_file import load_config, make_config
+from trainer.config.file import load_config, make_config
 from trainer.execution import resolve
 from trainer.hardware.devices import Device, Target, parse_target
 from trainer.hardware.processor import Processor

@@ -15,8 +15,9 @@ from trainer.data.coverage import TextBytes
 from trainer.distributed.strategy import make_strategy
 from trainer.model.build import build_gpt
 from trainer.model.gpt import GPT
+from trainer.runs.results import Evaluation
 from trainer.storybook import storybook
-from trainer.training.evaluation import Evaluation, Evaluator
+from trainer.training.evaluation import Evaluator
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 import tensorflow as tf
 
-from trainer.config import Config
-from trainer.config_file import make_config
+from trainer.config.file import make_config
+from trainer.config.settings import Config
 from trainer.distributed.strategy import make_strategy, processor_of
 from trainer.execution import DTYPE_BYTES, Execution, query_blocks, resolve
 from trainer.hardware.devices import Target, cpu, parse_target

@@ -6,7 +6,7 @@ import secrets
 
 import pytest
 
-from trainer.config import DataConfig
+from trainer.config.settings import DataConfig
 from trainer.data import files, held_out, source
 from trainer.data.files import parts_of, read_documents
 from trainer.data.formats import is_json_lines

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config_file import load_config, make_config
+from trainer.config.file import load_config, make_config
 from trainer.data.find_files import SIMPLEBOOKS_URL, find_files
 from trainer.errors import UserError
 

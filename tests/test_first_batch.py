@@ -8,8 +8,8 @@ from tiny_run import (  # type: ignore[import-not-found]  # pytest has this fold
 )
 
 from trainer.errors import UserError
-from trainer.training.first_batch import check_first_batch
-from trainer.training.run_folder import RunFolder
+from trainer.runs.first_batch import check_first_batch
+from trainer.runs.run_folder import RunFolder
 
 
 @pytest.fixture

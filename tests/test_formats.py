@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import DataConfig
+from trainer.config.settings import DataConfig
 from trainer.data.files import parts_of
 from trainer.data.formats import _COMMON, encoding_of
 from trainer.data.text import open_source

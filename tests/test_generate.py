@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import ModelConfig, SamplesConfig
+from trainer.config.settings import ModelConfig, SamplesConfig
 from trainer.data.characters import ByteTokenizer, CharTokenizer
 from trainer.data.vocabulary import SPECIAL_TOKENS
 from trainer.data.wordpiece import WordPieceTokenizer

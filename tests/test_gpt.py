@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import ModelConfig
-from trainer.config_file import load_config
+from trainer.config.file import load_config
+from trainer.config.settings import ModelConfig
 from trainer.model.documents import document_starts
 from trainer.model.dropout import DropoutDraw, dropout
 from trainer.model.gpt import GPT

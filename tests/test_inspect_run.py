@@ -13,11 +13,11 @@ from tiny import quiet, tiny_config  # type: ignore[import-not-found]  # pytest 
 
 from trainer.cli import main
 from trainer.commands.inspect_run import document
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.data.coverage import Lengths, lengths_of
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
-from trainer.training.run_folder import RunFolder
+from trainer.runs.run_folder import RunFolder
 
 RNG = random.Random(1)
 LINES = [f"{i} " + "한글 [bold]text[/] \x1b[31m" * int(RNG.expovariate(0.3)) for i in range(400)]

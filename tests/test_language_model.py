@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import trainer
-from trainer.config import ModelConfig
+from trainer.config.settings import ModelConfig
 from trainer.hardware.processor import Processor, processor
 from trainer.model.gpt import GPT
 from trainer.model.language_model import adapt

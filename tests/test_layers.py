@@ -16,10 +16,11 @@ ROOMS = (
     "trainer.version",
     "trainer.errors",
     "trainer.exit_status",
+    "trainer.config.settings",
+    "trainer.config.refusals",
+    "trainer.config.overrides",
+    "trainer.config.file",
     "trainer.config",
-    "trainer.config_refusals",
-    "trainer.config_overrides",
-    "trainer.config_file",
     "trainer.system",
     "trainer.hardware",
     "trainer.execution",
@@ -28,6 +29,7 @@ ROOMS = (
     "trainer.model",
     "trainer.decoding",
     "trainer.distributed",
+    "trainer.runs",
     "trainer.training",
     "trainer.planning",
     "trainer.commands",
@@ -57,7 +59,7 @@ LATE = {
     "trainer.data.vocabulary": SLOW,
     "trainer.model.build": SLOW,
     "trainer.distributed.workers": SLOW,
-    "trainer.training.run_folder": SLOW,
+    "trainer.runs.run_folder": SLOW,
     # A program for another environment: JAX reads the environment variables that the top of this module sets.
     "trainer.planning.compile_hlo": frozenset(["jax", "jaxlib", "jax_plugins"]),
 }
@@ -191,7 +193,7 @@ def test_the_command_loads_only_the_standard_library_before_it_watches_for_signa
     assert {"tensorflow", "pydantic", "numpy"} <= third_party
     for module in ("trainer", "trainer.cli"):
         assert not loads(module, third_party, imports)
-    assert loads("trainer.config", third_party, imports)
+    assert loads("trainer.config.settings", third_party, imports)
 
 
 HOUSE = {

@@ -26,12 +26,14 @@ from trainer.distributed.strategy import make_strategy
 from trainer.distributed.workers import Workers
 from trainer.model.build import make_model
 from trainer.model.gpt import GPT
-from trainer.training import checkpoint, launch, results
+from trainer.runs import checkpoint, results
+from trainer.runs.results import read_scores, write_scores
+from trainer.runs.run_checkpoints import open_checkpoints
+from trainer.runs.run_folder import RunFolder
+from trainer.training import launch
 from trainer.training.loop import is_due, steps_until_due
 from trainer.training.loss_scale import LossScale
-from trainer.training.results import read_scores, write_scores
-from trainer.training.run_checkpoints import open_checkpoints, restore
-from trainer.training.run_folder import RunFolder
+from trainer.training.snapshot import restore
 from trainer.training.step import TrainingStep
 
 SETTINGS = {

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from trainer.config_file import make_config
+from trainer.config.file import make_config
 from trainer.errors import UserError
 from trainer.hardware.devices import parse_target
 from trainer.planning.lower import lower_step, main

@@ -16,7 +16,7 @@ from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has thi
 
 import trainer
 import trainer.training.step as step_module
-from trainer.config_file import load_config, make_config
+from trainer.config.file import load_config, make_config
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.model.gpt import GPT
@@ -31,7 +31,7 @@ RUN = """
 import json, os, sys
 import test_micro_batch
 import trainer.training.step as step_module
-from trainer.config_file import make_config
+from trainer.config.file import make_config
 from trainer.training import launch
 step_module.forward_backward = test_micro_batch.limited(int(os.environ["LIMIT"]))
 launch.start(make_config(json.loads(sys.argv[1])))

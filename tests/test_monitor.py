@@ -13,11 +13,11 @@ import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
-from trainer.config import ProfileConfig, SamplesConfig
-from trainer.config_file import make_config
+from trainer.config.file import make_config
+from trainer.config.settings import ProfileConfig, SamplesConfig
 from trainer.errors import UserError
+from trainer.runs.results import Evaluation
 from trainer.system.terminal import printable
-from trainer.training.evaluation import Evaluation
 from trainer.training.event_log import EventLog, literal
 from trainer.training.monitor import Interval, Meter, Monitor
 from trainer.training.step import CallMetrics

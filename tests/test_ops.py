@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import trainer
-from trainer.config import ModelConfig
+from trainer.config.settings import ModelConfig
 from trainer.execution import QUERY_BLOCK, RECOMPUTED_QUERY_BLOCK
 from trainer.hardware.processor import Processor
 from trainer.model.dropout import DropoutDraw

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import OptimizerConfig
+from trainer.config.settings import OptimizerConfig
 from trainer.training.optimizer import AdamW
 
 STEPS = 20

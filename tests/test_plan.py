@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from trainer.config import Config
-from trainer.config_file import load_config, make_config
+from trainer.config.file import load_config, make_config
+from trainer.config.settings import Config
 from trainer.data.prepare import prepare
 from trainer.errors import UserError
 from trainer.hardware.devices import Target, parse_target

@@ -17,8 +17,8 @@ import pytest
 import tensorflow as tf
 from tiny import quiet, tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
-from trainer.config import Config
-from trainer.config_file import load_config, make_config
+from trainer.config.file import load_config, make_config
+from trainer.config.settings import Config
 from trainer.data.batches import total_steps
 from trainer.data.characters import CharTokenizer
 from trainer.data.held_out import is_held_out

@@ -10,11 +10,10 @@ from tiny_run import (  # type: ignore[import-not-found]  # pytest has this fold
 )
 
 from trainer.errors import UserError
+from trainer.runs.results import Evaluation, read_scores, write_result, write_scores
+from trainer.runs.run_checkpoints import open_checkpoints
+from trainer.runs.run_folder import RunFolder
 from trainer.system.storage import locate
-from trainer.training.evaluation import Evaluation
-from trainer.training.results import read_scores, write_result, write_scores
-from trainer.training.run_checkpoints import open_checkpoints
-from trainer.training.run_folder import RunFolder
 
 
 @pytest.fixture

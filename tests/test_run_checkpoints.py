@@ -11,13 +11,13 @@ from tiny_run import (  # type: ignore[import-not-found]  # pytest has this fold
     tiny,
 )
 
-from trainer.config_file import load_config
+from trainer.config.file import load_config
 from trainer.errors import UserError
-from trainer.training import run_checkpoints
-from trainer.training.results import write_scores
-from trainer.training.run_checkpoints import facts_of, find_checkpoint, load_model, open_checkpoints
-from trainer.training.run_data import find_prepared, load_tokenizer_of
-from trainer.training.run_folder import RunFolder, run_and_step
+from trainer.runs import run_checkpoints
+from trainer.runs.results import write_scores
+from trainer.runs.run_checkpoints import facts_of, find_checkpoint, load_model, open_checkpoints
+from trainer.runs.run_data import find_prepared, load_tokenizer_of
+from trainer.runs.run_folder import RunFolder, run_and_step
 
 
 @pytest.fixture

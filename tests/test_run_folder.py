@@ -23,16 +23,16 @@ from tiny_run import (  # type: ignore[import-not-found]  # pytest has this fold
 
 import trainer
 from trainer.cli import main
-from trainer.config import Config
-from trainer.config_file import load_config, make_config
+from trainer.config.file import load_config, make_config
+from trainer.config.settings import Config
 from trainer.data.shards import PreparedData
 from trainer.errors import UserError
 from trainer.model.build import model_name
+from trainer.runs.run_checkpoints import load_model, open_checkpoints
+from trainer.runs.run_data import find_prepared, load_tokenizer_of
+from trainer.runs.run_folder import RunFolder, check_is_free, find_run
+from trainer.runs.run_lock import only_run_in
 from trainer.system.storage import locate
-from trainer.training.run_checkpoints import load_model, open_checkpoints
-from trainer.training.run_data import find_prepared, load_tokenizer_of
-from trainer.training.run_folder import RunFolder, check_is_free, find_run
-from trainer.training.run_lock import only_run_in
 from trainer.verbs import how_to_resume
 
 
@@ -158,7 +158,7 @@ def test_a_start_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("trainer.training.run_folder._write_record", interrupt)
+        patched.setattr("trainer.runs.run_folder._write_record", interrupt)
         with pytest.raises(KeyboardInterrupt):
             create_alone(tiny(tmp_path), prepared)
     assert not (tmp_path / "run").exists()
@@ -423,9 +423,9 @@ import tiny
 import tiny_run
 from trainer.data.prepare import prepare
 from trainer.system.storage import locate
-from trainer.training.run_data import load_tokenizer_of
-from trainer.training.run_folder import RunFolder
-from trainer.training.run_lock import only_run_in
+from trainer.runs.run_data import load_tokenizer_of
+from trainer.runs.run_folder import RunFolder
+from trainer.runs.run_lock import only_run_in
 folder = Path(sys.argv[2])
 prepared = prepare(tiny_run.tiny(folder), tiny.quiet)
 for pair in range(int(sys.argv[3])):
@@ -469,7 +469,7 @@ def test_a_start_that_fails_removes_what_it_made_and_nothing_else(tmp_path: Path
     def fail(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("trainer.training.run_folder._write_record", fail)
+    monkeypatch.setattr("trainer.runs.run_folder._write_record", fail)
     with pytest.raises(UserError, match=r"run' cannot be written: No space left on device\. Make room, or choose an"):
         create_alone(tiny(tmp_path), prepared)
     assert not (tmp_path / "run").exists()

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import UserError
-from trainer.training.run_lock import only_run_in
+from trainer.runs.run_lock import only_run_in
 
 ROOT = Path(__file__).parent.parent
 
 HOLD = """
 import pathlib, sys
-from trainer.training.run_lock import only_run_in
+from trainer.runs.run_lock import only_run_in
 with only_run_in(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()

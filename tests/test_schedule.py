@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from trainer.config import OptimizerConfig
-from trainer.config_file import make_config
+from trainer.config.file import make_config
+from trainer.config.settings import OptimizerConfig
 from trainer.errors import UserError
 from trainer.training.schedule import learning_rate
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config_file import load_config, make_config
+from trainer.config.file import load_config, make_config
 from trainer.hardware.devices import parse_target
 from trainer.model.gpt import GPT
 from trainer.model.size import (

@@ -23,11 +23,11 @@ import pytest
 import tomli_w
 
 import trainer
-import trainer.config_file
+import trainer.config.file
 from trainer import cli
-from trainer.config import examples_per_replica
-from trainer.config_file import load_config, make_config
-from trainer.config_refusals import setting_names
+from trainer.config.file import load_config, make_config
+from trainer.config.refusals import setting_names
+from trainer.config.settings import examples_per_replica
 from trainer.data.text import open_source
 from trainer.errors import UserError
 from trainer.hardware.devices import parse_target
@@ -177,7 +177,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (simplebooks / name).touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(trainer.config_file, "SHIPPED_CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(trainer.config.file, "SHIPPED_CONFIGS", tmp_path / "configs")
     return tmp_path
 
 
@@ -195,7 +195,7 @@ def check_trainer(words: list[str]) -> None:
     if run is not None:
         # What `train --resume RUN x=y` reads as a config is an override, too.
         overrides += [word for word in [getattr(options, "config", None)] if word]
-        trainer.config_file.check_resumable(overrides)
+        trainer.config.file.check_resumable(overrides)
         make_config(SMALLEST, overrides)
     elif getattr(options, "config", None) is not None:
         config = load_config(options.config, overrides)

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tensorflow.python.eager import context
 from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
-from trainer.config import examples_per_replica
+from trainer.config.settings import examples_per_replica
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.model.dropout import DropoutDraw

@@ -17,9 +17,9 @@ from trainer.data.batches import evaluation_batches, training_batches
 from trainer.data.prepare import fetch, prepare
 from trainer.decoding import samples
 from trainer.errors import UserError
+from trainer.runs.run_checkpoints import load_model
+from trainer.runs.run_folder import RunFolder
 from trainer.system.storage import Url, copy_folder, locate, on_disk, place_on_disk, remove_folder
-from trainer.training.run_checkpoints import load_model
-from trainer.training.run_folder import RunFolder
 
 
 def quiet(_):

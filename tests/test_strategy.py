@@ -7,8 +7,8 @@ import textwrap
 import pytest
 import tensorflow as tf
 
-from trainer.config import DistributionConfig
-from trainer.config_file import load_config, make_config
+from trainer.config.file import load_config, make_config
+from trainer.config.settings import DistributionConfig
 from trainer.distributed import strategy as distribution
 from trainer.distributed.strategy import (
     describe_devices,
@@ -64,7 +64,7 @@ def test_a_run_sees_no_gpu_but_those_named():
     # In a new process: hidden GPUs stay hidden in a process.
     program = """
         import tensorflow as tf
-        from trainer.config import DistributionConfig
+        from trainer.config.settings import DistributionConfig
         from trainer.distributed.strategy import make_strategy
         *_, last = tf.config.list_physical_devices("GPU")
         strategy = make_strategy(DistributionConfig(gpus=(int(last.name.rpartition(":")[2]),)))
@@ -122,7 +122,7 @@ def test_two_parts_at_once_share_the_cores_of_a_cpu(settings, num_workers, threa
 def test_a_process_that_has_used_tensorflow_keeps_its_threads():
     program = """
         import tensorflow as tf
-        from trainer.config_file import make_config
+        from trainer.config.file import make_config
         from trainer.distributed.strategy import make_strategy, share_cores
         from trainer.distributed.workers import Workers
         config = make_config({

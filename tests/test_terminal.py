@@ -141,7 +141,7 @@ def test_the_numbers_of_streams_closed_at_the_start_are_not_given_to_files(tmp_p
 
 
 def test_terminal_and_signals_load_nothing_but_the_standard_library():
-    heavy = {"pydantic", "numpy", "rich", "trainer.config"}
+    heavy = {"pydantic", "numpy", "rich", "trainer.config.settings"}
     program = f"import sys; import trainer.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr

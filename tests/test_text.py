@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import DataConfig
-from trainer.config_file import SHIPPED_CONFIGS, load_config
+from trainer.config.file import SHIPPED_CONFIGS, load_config
+from trainer.config.settings import DataConfig
 from trainer.data import files
 from trainer.data.files import parts_of
 from trainer.data.held_out import is_held_out

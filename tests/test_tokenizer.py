@@ -21,7 +21,7 @@ from every_kind import (  # type: ignore[import-not-found]  # pytest has this fo
 )
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from trainer.config import BpeConfig, BpeFileConfig, ByteConfig, CharConfig, WordPieceConfig
+from trainer.config.settings import BpeConfig, BpeFileConfig, ByteConfig, CharConfig, WordPieceConfig
 from trainer.data.bpe import _WORDS, BpeTokenizer
 from trainer.data.characters import ByteTokenizer, CharTokenizer
 from trainer.data.cutting import BPE_BREAKS, WORDPIECE_BREAKS, cut
@@ -98,7 +98,7 @@ def test_any_word_of_seen_characters_has_tokens(every_kind):
 @pytest.mark.slow
 def test_the_vocabulary_is_the_same_in_another_process(every_kind, bpe):
     program = (
-        "import sys; from trainer.config import *;"
+        "import sys; from trainer.config.settings import *;"
         "from trainer.data.tokenizer_files import train_tokenizer;"
         "text = sys.stdin.buffer.read().decode().split('\\n');"
         "wordpiece = train_tokenizer(WordPieceConfig(kind='wordpiece', vocabulary_size=1000), text);"

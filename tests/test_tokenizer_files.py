@@ -14,7 +14,7 @@ from every_kind import (  # type: ignore[import-not-found]  # pytest has this fo
 )
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from trainer.config import BpeFileConfig, WordPieceFileConfig
+from trainer.config.settings import BpeFileConfig, WordPieceFileConfig
 from trainer.data.characters import CharTokenizer
 from trainer.data.tokenizer_files import load_tokenizer, train_tokenizer
 from trainer.data.vocabulary import SPECIAL_TOKENS

@@ -12,8 +12,8 @@ import tensorflow as tf
 from tensorflow.python.tpu.topology import Topology
 from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
 
-from trainer.config import DistributionConfig
-from trainer.config_file import make_config
+from trainer.config.file import make_config
+from trainer.config.settings import DistributionConfig
 from trainer.distributed import strategy as distribution
 from trainer.distributed.strategy import device_kind, make_strategy
 from trainer.distributed.tpu_install import check_tpu_install

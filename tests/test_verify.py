@@ -6,8 +6,8 @@ from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has thi
 
 from trainer.commands import verify as verify_module
 from trainer.commands.verify import Trace, difference, distribution_of, names_not_finite, verify
-from trainer.config import DistributionConfig
-from trainer.config_file import load_config
+from trainer.config.file import load_config
+from trainer.config.settings import DistributionConfig
 from trainer.errors import UserError
 
 

@@ -7,8 +7,8 @@ import tomllib
 import numpy as np
 import pytest
 
-from trainer.config import BpeConfig, WordPieceConfig
-from trainer.config_file import SHIPPED_CONFIGS, load_config, make_config
+from trainer.config.file import SHIPPED_CONFIGS, load_config, make_config
+from trainer.config.settings import BpeConfig, WordPieceConfig
 from trainer.data.tokenizer_files import train_tokenizer
 from trainer.data.vocabulary import SPECIAL_TOKENS, _Sample, train_wordpiece
 from trainer.errors import UserError

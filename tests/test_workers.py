@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from trainer.config import DistributionConfig
+from trainer.config.settings import DistributionConfig
 from trainer.distributed.workers import Workers, describe_loss, find_workers, read_tf_config, split_address
 from trainer.errors import UserError
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config import Config
-from trainer.config_file import make_config
+from trainer.config.file import make_config
+from trainer.config.settings import Config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.data.shards import PreparedData
 from trainer.model.build import build_gpt
-from trainer.training.run_checkpoints import open_checkpoints
-from trainer.training.run_data import load_tokenizer_of
-from trainer.training.run_folder import RunFolder
+from trainer.runs.run_checkpoints import open_checkpoints
+from trainer.runs.run_data import load_tokenizer_of
+from trainer.runs.run_folder import RunFolder
 
 
 def refuse(line: str) -> None:

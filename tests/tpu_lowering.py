@@ -12,7 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import tensorflow as tf
 
-from trainer.config_file import make_config
+from trainer.config.file import make_config
 from trainer.model.dropout import DropoutDraw
 from trainer.model.gpt import GPT
 from trainer.model.ops.xla import XlaOps

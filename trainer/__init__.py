@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     import keras
     import tensorflow as tf
 
-    from trainer.config import Config
-    from trainer.config_file import load_config, make_config
-    from trainer.training.evaluation import Evaluation
+    from trainer.config.file import load_config, make_config
+    from trainer.config.settings import Config
+    from trainer.runs.results import Evaluation
     from trainer.training.loop import TrainingResult
 
 __all__ = [
@@ -45,9 +45,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # This package is imported before the command watches for signals, so it must load fast: pydantic comes later.
     if name in ("Config", "load_config", "make_config"):
-        from trainer import config_file
+        from trainer.config import file
 
-        return getattr(config_file, name)
+        return getattr(file, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -170,7 +170,7 @@ def generate(
     """
     check_not_forked()
     from trainer.decoding.decoder import Decoder
-    from trainer.training.run_folder import RunFolder, run_and_step
+    from trainer.runs.run_folder import RunFolder, run_and_step
 
     run_folder, step = run_and_step(run_folder, step)
     run = RunFolder(run_folder)
@@ -179,8 +179,8 @@ def generate(
     decoder = Decoder.from_options(sampler, samples, k=k, p=p, num_beams=num_beams, temperature=temperature, seed=seed)
     with quiet_import():
         from trainer.decoding.generate import Generator
-        from trainer.training.run_checkpoints import load_model
-        from trainer.training.run_data import load_tokenizer_of
+        from trainer.runs.run_checkpoints import load_model
+        from trainer.runs.run_data import load_tokenizer_of
     model, _ = load_model(run, build_model, warn, step)
     generator = Generator(model, load_tokenizer_of(run), run.config.train.sequence_length)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -215,16 +215,16 @@ def score(
         UserError: the run does not exist or has no checkpoint, or its data is gone.
     """
     check_not_forked()
-    from trainer.training.run_folder import RunFolder, run_and_step
+    from trainer.runs.run_folder import RunFolder, run_and_step
 
     run_folder, step = run_and_step(run_folder, step)
     run = RunFolder(run_folder, overrides)
     run.check_model(build_model)
     with quiet_import():
         from trainer.distributed.strategy import make_strategy
+        from trainer.runs.run_checkpoints import load_model
+        from trainer.runs.run_data import find_prepared
         from trainer.training.evaluation import Evaluator
-        from trainer.training.run_checkpoints import load_model
-        from trainer.training.run_data import find_prepared
     strategy = make_strategy(run.config.distribution, alone=True)
     prepared = find_prepared(run)
     with strategy.scope():

@@ -5,7 +5,7 @@ Pure functions of settings and device. They import no TensorFlow, so that `train
 
 from typing import Literal, NamedTuple
 
-from trainer.config import Config, examples_per_replica
+from trainer.config.settings import Config, examples_per_replica
 from trainer.hardware.processor import Processor
 
 Ops = Literal["plain", "cpu", "xla"]

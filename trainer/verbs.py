@@ -10,8 +10,8 @@ import signal
 
 import trainer
 from trainer.commands.inspect_run import inspect as inspect_data
-from trainer.config import Config
-from trainer.config_file import load_config, whole_number
+from trainer.config.file import load_config, whole_number
+from trainer.config.settings import Config
 from trainer.data.beam import prepare_with_beam
 from trainer.data.prepare import check_sources
 from trainer.data.prepare import prepare as prepare_text
@@ -22,12 +22,12 @@ from trainer.errors import UserError
 from trainer.exit_status import ExitStatus
 from trainer.hardware.devices import parse_target
 from trainer.planning.plan import print_compiled, print_plan
+from trainer.runs.run_data import find_prepared
+from trainer.runs.run_folder import RECORD, RunFolder, Step, find_run, run_and_step
 from trainer.storybook.storybook import log_probability
 from trainer.system.signals import Ending, ended_by
 from trainer.system.storage import Url, locate
 from trainer.system.terminal import lasting_output, quiet_import, say, warn
-from trainer.training.run_data import find_prepared
-from trainer.training.run_folder import RECORD, RunFolder, Step, find_run, run_and_step
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -149,8 +149,8 @@ def evaluate(options: argparse.Namespace) -> None:
     run = RunFolder(run_folder, options.overrides)
     with quiet_import():
         from trainer.distributed.strategy import describe_devices, make_strategy
+        from trainer.runs.run_checkpoints import load_model
         from trainer.training.evaluation import Evaluator
-        from trainer.training.run_checkpoints import load_model
 
     strategy = make_strategy(run.config.distribution, alone=True)
     for line in describe_devices(strategy, run.config.distribution, Workers()):

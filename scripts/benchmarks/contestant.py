@@ -26,8 +26,8 @@ import numpy as np
 import tensorflow as tf
 
 from harness import Training, tutorial_model
-from trainer.config import Config
-from trainer.config_file import make_config
+from trainer.config.file import make_config
+from trainer.config.settings import Config
 from trainer.data.shards import load_prepared
 
 Figures = dict[str, Any]

@@ -29,7 +29,7 @@ import numpy as np
 import rich.console
 
 from harness import about, table_of
-from trainer.config import ModelConfig
+from trainer.config.settings import ModelConfig
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.vocabulary import SPECIAL_TOKENS
 from trainer.data.wordpiece import WordPieceTokenizer

@@ -24,8 +24,8 @@ import rich.console
 import tensorflow as tf
 
 from harness import Training, about, table_of
-from trainer.config import Config
-from trainer.config_file import load_config
+from trainer.config.file import load_config
+from trainer.config.settings import Config
 from trainer.data.prepare import prepare
 from trainer.distributed.strategy import device_kind, device_names, find_devices, unseen_gpu
 from trainer.errors import UserError

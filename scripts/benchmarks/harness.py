@@ -12,7 +12,7 @@ import rich.box
 import rich.table
 import tensorflow as tf
 
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.data.batches import training_batches
 from trainer.data.shards import PreparedData
 from trainer.distributed.strategy import distributed, make_strategy, share_cores

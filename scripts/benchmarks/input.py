@@ -27,8 +27,8 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 
 import trainer
 from harness import about, table_of
-from trainer.config import Config
-from trainer.config_file import load_config, make_config
+from trainer.config.file import load_config, make_config
+from trainer.config.settings import Config
 from trainer.data.batches import BLOCK_BYTES, training_batches
 from trainer.data.prepare import prepare
 from trainer.data.shards import MANIFEST, PreparedData, load_prepared

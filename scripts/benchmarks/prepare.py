@@ -38,8 +38,8 @@ import tokenizers
 
 from harness import Training, about, table_of
 from texts import WORDS, Case, Counts, cases, write_documents
-from trainer.config import BpeConfig, Config, WordPieceConfig
-from trainer.config_file import make_config
+from trainer.config.file import make_config
+from trainer.config.settings import BpeConfig, Config, WordPieceConfig
 from trainer.data.files import parts_of, read_documents
 from trainer.data.prepare import prepare
 from trainer.data.shards import load_prepared

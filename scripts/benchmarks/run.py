@@ -28,12 +28,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # For this process and those that it st
 import rich.console
 
 from harness import Training, about, table_of
-from trainer.config import Config
-from trainer.config_file import load_config
+from trainer.config.file import load_config
+from trainer.config.settings import Config
 from trainer.data.prepare import prepare
 from trainer.errors import UserError
-from trainer.training.run_checkpoints import open_checkpoints, save
-from trainer.training.run_folder import RunFolder
+from trainer.runs.run_checkpoints import open_checkpoints
+from trainer.runs.run_folder import RunFolder
+from trainer.training.snapshot import save
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

@@ -50,8 +50,8 @@ import rich.live
 import rich.table
 
 from harness import about, table_of
-from trainer.config import Config
-from trainer.config_file import load_config
+from trainer.config.file import load_config
+from trainer.config.settings import Config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.data.vocabulary import SPECIAL_TOKENS

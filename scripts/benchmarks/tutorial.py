@@ -25,12 +25,13 @@ import numpy as np
 import tensorflow as tf
 
 from harness import Training, tutorial_model
-from trainer.config import Config
-from trainer.config_file import load_config
+from trainer.config.file import load_config
+from trainer.config.settings import Config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.data.wordpiece import WordPieceTokenizer
-from trainer.training.evaluation import Evaluation, Evaluator
+from trainer.runs.results import Evaluation
+from trainer.training.evaluation import Evaluator
 
 MINIGPT = Path(__file__).resolve().parents[2] / "configs" / "minigpt.toml"
 WARMUP_STEPS = 3

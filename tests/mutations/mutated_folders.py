@@ -88,16 +88,16 @@ def run_folder(lab: Lab, rng: random.Random) -> bool:
 
 
 def _resumable() -> tuple[str, ...]:
-    from trainer.config_file import RESUMABLE
+    from trainer.config.file import RESUMABLE
 
     return RESUMABLE
 
 
 def _opened(path: Path) -> dict[str, Any]:
     """Opens a run's config, data, tokenizer and checkpoint; returns what was read."""
-    from trainer.training.run_checkpoints import load_model
-    from trainer.training.run_data import find_prepared, load_tokenizer_of
-    from trainer.training.run_folder import RunFolder
+    from trainer.runs.run_checkpoints import load_model
+    from trainer.runs.run_data import find_prepared, load_tokenizer_of
+    from trainer.runs.run_folder import RunFolder
 
     run = RunFolder(str(path))
     find_prepared(run)

@@ -27,8 +27,8 @@ def config(lab: Lab, rng: random.Random) -> bool:
 
 def overrides(lab: Lab, rng: random.Random) -> bool:
     """Settings on the command line."""
-    from trainer.config import Config
-    from trainer.config_refusals import setting_names
+    from trainer.config.refusals import setting_names
+    from trainer.config.settings import Config
 
     write_inputs()
     names = [*setting_names(), *Config.model_fields, "model.num_layer", "train", "tokenizer.path"]
@@ -50,7 +50,7 @@ def overrides(lab: Lab, rng: random.Random) -> bool:
 
 
 def _try_settings(lab: Lab, rng: random.Random, words: Sequence[str], data: bytes) -> bool:
-    from trainer.config_file import load_config, parse_config
+    from trainer.config.file import load_config, parse_config
     from trainer.errors import UserError
 
     words = [word for word in words if not word.startswith("-")]

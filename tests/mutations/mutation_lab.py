@@ -115,9 +115,9 @@ class Lab:
         """Returns the Generator of a run; it compiles its decoders only once."""
         if kind not in self._generators:
             from trainer.decoding.generate import Generator
-            from trainer.training.run_checkpoints import load_model
-            from trainer.training.run_data import load_tokenizer_of
-            from trainer.training.run_folder import RunFolder
+            from trainer.runs.run_checkpoints import load_model
+            from trainer.runs.run_data import load_tokenizer_of
+            from trainer.runs.run_folder import RunFolder
 
             run = RunFolder(str(self.seed(kind) / "run"))
             model, _ = load_model(run)
@@ -246,12 +246,12 @@ def _plant(lab: Lab, kind: str) -> None:
     """Makes the inputs for one kind of tokenizer: prepared data, a run on that data with two checkpoints, and the
     folder that a stopped preparation leaves.
     """
-    from trainer.config_file import load_config
+    from trainer.config.file import load_config
     from trainer.data.prepare import prepare
     from trainer.model.build import build_gpt
-    from trainer.training.run_checkpoints import open_checkpoints
-    from trainer.training.run_data import load_tokenizer_of
-    from trainer.training.run_folder import RunFolder
+    from trainer.runs.run_checkpoints import open_checkpoints
+    from trainer.runs.run_data import load_tokenizer_of
+    from trainer.runs.run_folder import RunFolder
 
     def silent(_: str) -> None:
         pass

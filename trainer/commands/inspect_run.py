@@ -16,10 +16,10 @@ import rich.text
 from trainer.data.coverage import lengths_of
 from trainer.data.shards import MANIFEST, PreparedData, Split, faults_of_files, prepared_in
 from trainer.errors import UserError
+from trainer.runs.run_data import find_data_folder
+from trainer.runs.run_folder import RECORD, RunFolder, run_and_step
 from trainer.system.storage import Location, Url, locate, on_disk
 from trainer.system.terminal import warn
-from trainer.training.run_data import find_data_folder
-from trainer.training.run_folder import RECORD, RunFolder, run_and_step
 
 _BAR_WIDTH = 30
 # A character takes at most this many tokens: its bytes in UTF-8, if the vocabulary has no token for it.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config, DistributionConfig, examples_per_replica
+from trainer.config.settings import Config, DistributionConfig, examples_per_replica
 from trainer.data.batches import training_batches
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import MIXTURE_EXAMPLES, Config
+from trainer.config.settings import MIXTURE_EXAMPLES, Config
 from trainer.data.shards import MANIFEST, PreparedData, Split, examples_per_shard, num_examples
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]

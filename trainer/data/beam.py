@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.data.encoding import Findings, Writers, encode_documents
 from trainer.data.prepare import Say, prepare
 from trainer.data.shard_writer import SplitWriter

@@ -7,7 +7,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from trainer.config import ByteConfig
+from trainer.config.settings import ByteConfig
 from trainer.data.cutting import ANYWHERE
 from trainer.data.tokenizer import Tokenizer, fingerprint_of, save_files, without_special
 from trainer.data.vocabulary import BYTE_SPECIAL_TOKENS, SPECIAL_TOKENS

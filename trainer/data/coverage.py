@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.data.shards import PreparedData, Shard, Split, num_examples
 from trainer.errors import UserError
 

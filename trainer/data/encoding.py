@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import DataConfig
+from trainer.config.settings import DataConfig
 from trainer.data.cutting import cut_document
 from trainer.data.files import Document
 from trainer.data.held_out import peek

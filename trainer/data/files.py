@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, Literal
 
-from trainer.config_refusals import is_utf8
+from trainer.config.refusals import is_utf8
 from trainer.data.formats import (
     GZIP_MARK,
     SAMPLE_BYTES,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config import BpeFileConfig, Config, WordPieceFileConfig
+from trainer.config.settings import BpeFileConfig, Config, WordPieceFileConfig
 from trainer.data.coverage import notes_on_examples
 from trainer.data.encoding import Findings, Writers, encode_documents, report
 from trainer.data.files import Document

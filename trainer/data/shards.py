@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokenizer_files import load_tokenizer
 from trainer.errors import UserError

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 
-from trainer.config import DataConfig
+from trainer.config.settings import DataConfig
 from trainer.data.datasets import Dataset
 from trainer.data.files import LONG_CHARS, Document, Progress, digest, first_fault, read_documents, read_records
 from trainer.data.formats import is_json_lines

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
-from trainer.config import DataConfig
+from trainer.config.settings import DataConfig
 from trainer.data.datasets import Dataset, is_dataset
 from trainer.data.files import Document, Progress, has_paragraphs
 from trainer.data.find_files import each_once, find_files

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from trainer.config import (
+from trainer.config.settings import (
     BpeConfig,
     BpeFileConfig,
     CharConfig,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trainer.config import MIN_BPE_TOKENS, BpeConfig, WordPieceConfig
+from trainer.config.settings import MIN_BPE_TOKENS, BpeConfig, WordPieceConfig
 from trainer.data.cutting import BPE_BREAKS, LONE_CHARACTER, WORDPIECE_BREAKS, cut, cut_document
 from trainer.data.files import Document
 from trainer.errors import UserError

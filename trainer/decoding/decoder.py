@@ -5,7 +5,7 @@ import difflib
 import numbers
 from typing import Any, Self
 
-from trainer.config import TEMPERATURES, SamplesConfig
+from trainer.config.settings import TEMPERATURES, SamplesConfig
 from trainer.errors import UserError
 
 DECODERS = ("greedy", "beam", "top-k", "top-p")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from trainer.config import SamplesConfig
+from trainer.config.settings import SamplesConfig
 from trainer.decoding.decoder import DECODERS, Decoder
 from trainer.decoding.generate import Generator, NotFinite
 

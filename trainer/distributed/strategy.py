@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 import tensorflow as tf
 
-from trainer.config import Config, DistributionConfig
+from trainer.config.settings import Config, DistributionConfig
 from trainer.data.batches import ALL, Share
 from trainer.distributed.tpu_install import check_tpu_install
 from trainer.distributed.workers import Workers, find_workers

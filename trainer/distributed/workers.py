@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from trainer.config import DistributionConfig
+from trainer.config.settings import DistributionConfig
 from trainer.errors import UserError
 
 # Ports below those that Linux gives to outgoing connections.

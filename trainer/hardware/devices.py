@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from trainer.config_file import whole_number
+from trainer.config.file import whole_number
 from trainer.errors import UserError
 from trainer.hardware.processor import Processor, processor
 

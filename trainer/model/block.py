@@ -6,7 +6,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from trainer.config import ModelConfig
+from trainer.config.settings import ModelConfig
 from trainer.model.attention import rotate
 from trainer.model.dropout import DropoutDraw, dropout
 from trainer.model.initial import Initializers

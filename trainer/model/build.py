@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.errors import UserError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from trainer.config import ModelConfig
+from trainer.config.settings import ModelConfig
 from trainer.model.attention import Cache, cached_attention
 from trainer.model.block import Block
 from trainer.model.documents import document_starts

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from trainer.config import ModelConfig
+from trainer.config.settings import ModelConfig
 
 # GPT-2's spread of initial weights (Radford et al. 2019).
 KERNEL_STDDEV = 0.02

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.config import ModelConfig
+from trainer.config.settings import ModelConfig
 from trainer.model.initial import Initializers
 from trainer.model.normalization import NORM_EPSILON
 from trainer.model.ops.plain import PLAIN, Ops

@@ -6,7 +6,7 @@ Arithmetic without TensorFlow, so that `trainer plan` answers fast.
 import math
 from collections.abc import Iterator
 
-from trainer.config import Config, ModelConfig
+from trainer.config.settings import Config, ModelConfig
 from trainer.execution import COMPUTE_DTYPES
 from trainer.hardware.devices import Target
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.errors import UserError
 from trainer.hardware.devices import Target, compiler_settings
 from trainer.system.whole import write_whole

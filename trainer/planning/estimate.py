@@ -1,6 +1,6 @@
 """What a step needs of its device by arithmetic: memory by part, and the least time it can take."""
 
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.execution import Execution, query_blocks, resolve
 from trainer.hardware.devices import Target
 from trainer.model.size import count_parameters, matrix_parameters, tokens_per_sec_at_peak

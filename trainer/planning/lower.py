@@ -6,8 +6,8 @@ from pathlib import Path
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
-from trainer.config import Config
-from trainer.config_file import load_config
+from trainer.config.file import load_config
+from trainer.config.settings import Config
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.execution import resolve

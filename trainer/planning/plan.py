@@ -12,7 +12,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from trainer.config import CharConfig, Config
+from trainer.config.settings import CharConfig, Config
 from trainer.data.shards import PreparedData, num_examples, prepared_in
 from trainer.errors import UserError
 from trainer.execution import resolve

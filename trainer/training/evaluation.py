@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.data.batches import evaluation_batches
 from trainer.data.coverage import TextBytes, coverage_of
 from trainer.data.shards import PreparedData, Split
@@ -16,53 +15,7 @@ from trainer.distributed.strategy import distributed, processor_of
 from trainer.execution import resolve
 from trainer.model.language_model import adapt
 from trainer.model.ops import make_ops
-
-
-class Evaluation(NamedTuple):
-    """How well a model predicts the validation text.
-
-    Attributes:
-        loss: nats per scored token. The ends of documents are scored, too.
-        num_tokens: the number of scored tokens.
-        bits_per_byte: the sum of the losses in bits, by the bytes of the original text that the scored tokens stand
-            for. The end of a document costs bits but has no bytes, so the same documents have the same bytes with every
-            tokenizer. If only a part of the text is scored, or lines mode cuts it, only the bytes of that part count.
-        is_lossy: whether bits_per_byte is about less than the text: the tokenizer loses some of it, it has [UNK]
-            tokens, or lines mode cuts it.
-        excess: nats per scored token above the text's own entropy. None if that is not known: it is known only for the
-            storybook, if every story was scored whole.
-        losses: the loss of each source that data.weights mixes.
-        cut_share: the share of the validation tokens that lines mode cuts off.
-    """
-
-    loss: float
-    num_tokens: int
-    bits_per_byte: float
-    is_lossy: bool
-    excess: float | None
-    losses: tuple[float, ...] = ()
-    cut_share: float = 0.0
-
-    @property
-    def perplexity(self) -> float:
-        """The exponential of the loss."""
-        return math.exp(min(self.loss, 700.0))
-
-    def __str__(self) -> str:
-        lossy = ""
-        if self.is_lossy:
-            uncut = f", of the {1 - self.cut_share:.1%} that is not cut" if self.cut_share else ""
-            lossy = f" (of what the tokenizer keeps{uncut})"
-        parts = [
-            f"loss {self.loss:.4f} nats per token",
-            f"perplexity {self.perplexity:.2f}",
-            f"{self.bits_per_byte:.3f} bits per byte{lossy}",
-        ]
-        if self.excess is not None:
-            parts.append(f"{self.excess:+.4f} nats per token above the text's own entropy")
-        if self.losses:
-            parts.append("of each source " + ", ".join(f"{loss:.4f}" for loss in self.losses))
-        return ", ".join(parts) + f" ({self.num_tokens:,} tokens)"
+from trainer.runs.results import Evaluation
 
 
 class Evaluator:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from trainer.config import Config, examples_per_replica
+from trainer.config.settings import Config, examples_per_replica
 from trainer.data.prepare import prepare, text_fingerprint
 from trainer.data.shards import PreparedData
 from trainer.distributed.rendezvous import Meeting
@@ -32,15 +32,15 @@ from trainer.distributed.strategy import (
 from trainer.distributed.workers import Workers, describe_loss, find_workers
 from trainer.errors import UserError, quoted
 from trainer.model.build import BuildModel
+from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints
+from trainer.runs.run_data import find_prepared
+from trainer.runs.run_folder import RunFolder, Step, find_run, run_and_step
+from trainer.runs.run_lock import only_run_in
 from trainer.system.process import call_in_new_process
 from trainer.system.storage import Location, locate
 from trainer.system.terminal import Say
 from trainer.system.terminal import say as print_line
 from trainer.training.loop import TrainingResult, train
-from trainer.training.run_checkpoints import find_checkpoint, open_checkpoints
-from trainer.training.run_data import find_prepared
-from trainer.training.run_folder import RunFolder, Step, find_run, run_and_step
-from trainer.training.run_lock import only_run_in
 from trainer.version import __version__
 
 

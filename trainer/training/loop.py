@@ -21,7 +21,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.data.batches import total_steps as count_steps
 from trainer.data.batches import training_batches
 from trainer.data.shards import PreparedData
@@ -31,19 +31,20 @@ from trainer.distributed.strategy import distributed
 from trainer.distributed.workers import Workers
 from trainer.errors import quoted
 from trainer.model.build import BuildModel, make_model
+from trainer.runs.checkpoint import Checkpoints
+from trainer.runs.first_batch import check_first_batch, hash_of_first_batch
+from trainer.runs.results import Evaluation, keep_score, read_result, scores_to_keep, write_result
+from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints
+from trainer.runs.run_data import keep_place_of, load_tokenizer_of
+from trainer.runs.run_folder import RunFolder, Step
 from trainer.system.signals import stop_on_signals
 from trainer.system.terminal import Say
-from trainer.training.checkpoint import Checkpoints
-from trainer.training.evaluation import Evaluation, Evaluator
-from trainer.training.first_batch import check_first_batch, hash_of_first_batch
+from trainer.training.evaluation import Evaluator
 from trainer.training.health import check_is_learning, report_skipped
 from trainer.training.micro_batch import advising_on_memory, settle_micro_batch
 from trainer.training.monitor import Meter, Monitor, Silence, describe_run, make_monitor
-from trainer.training.results import keep_score, read_result, scores_to_keep, write_result
-from trainer.training.run_checkpoints import find_checkpoint, open_checkpoints, restore, save
-from trainer.training.run_data import keep_place_of, load_tokenizer_of
-from trainer.training.run_folder import RunFolder, Step
 from trainer.training.schedule import learning_rate
+from trainer.training.snapshot import restore, save
 from trainer.training.step import TrainingStep
 from trainer.training.stopwatch import Stopwatch
 

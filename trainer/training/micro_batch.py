@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow as tf
 
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.distributed.strategy import processor_of
 from trainer.distributed.workers import Workers
 from trainer.errors import UserError, quoted
 from trainer.execution import resolve
-from trainer.training.run_folder import RunFolder
+from trainer.runs.run_folder import RunFolder
 from trainer.training.step import TrainingStep
 
 

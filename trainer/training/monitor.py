@@ -11,7 +11,7 @@ import keras
 import rich.progress
 import tensorflow as tf
 
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.data.batches import num_examples
 from trainer.data.batches import total_steps as count_steps
 from trainer.data.coverage import TextBytes
@@ -19,12 +19,12 @@ from trainer.data.shards import PreparedData
 from trainer.distributed.strategy import device_kind, device_names, find_devices
 from trainer.model.language_model import adapt
 from trainer.model.size import tokens_per_sec_at_peak
+from trainer.runs.results import Evaluation
+from trainer.runs.run_folder import RunFolder
 from trainer.system.storage import Location
 from trainer.system.terminal import Say, console, printable
 from trainer.system.terminal import say as print_line
-from trainer.training.evaluation import Evaluation
 from trainer.training.event_log import EventLog, literal
-from trainer.training.run_folder import RunFolder
 from trainer.training.step import CallMetrics
 
 # The columns of a terminal that the bar needs to show both speeds; with fewer it shows only the overall speed.

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import keras
 import tensorflow as tf
 
-from trainer.config import OptimizerConfig
+from trainer.config.settings import OptimizerConfig
 
 # Endings of the names that Keras's layers, and most custom layers, give to weights that are added or that multiply
 # number by number: query_bias.

@@ -4,7 +4,7 @@ import math
 
 import tensorflow as tf
 
-from trainer.config import OptimizerConfig
+from trainer.config.settings import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: tf.Tensor, total_steps: int) -> tf.Tensor:

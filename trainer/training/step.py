@@ -14,7 +14,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.distributed.strategy import processor_of
 from trainer.errors import UserError
 from trainer.execution import Execution, resolve

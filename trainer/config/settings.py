@@ -1,8 +1,8 @@
 """The settings of a run and their checks: frozen, strict models, one class for each section of the TOML file.
 
-Every check that needs neither data nor a device is made here or in config_file.py, before TensorFlow is imported. Each
+Every check that needs neither data nor a device is made here or in file.py, before TensorFlow is imported. Each
 default has its one home in a class below. Where a setting has a counterpart in the tutorial, the default is the
-tutorial's. config_file.py reads files and overrides into these models.
+tutorial's. file.py reads files and overrides into these models.
 """
 
 import hashlib

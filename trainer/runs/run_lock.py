@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trainer.errors import UserError
+from trainer.runs.run_folder import RECORD
 from trainer.system.storage import Location, Url, reason_and_remedy
 from trainer.system.whole import make_folder
-from trainer.training.run_folder import RECORD
 
 LOCK_TRIES = 100
 

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from trainer.config import Config, Section, TokenizerConfig
+from trainer.config.settings import Config, Section, TokenizerConfig
 from trainer.errors import quoted
 
 # How deeply a file may nest its sections; no setting is that deep.

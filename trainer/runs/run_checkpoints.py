@@ -4,17 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 
-from trainer.config_file import differing_settings, make_config, shortened
+from trainer.config.file import differing_settings, make_config, shortened
 from trainer.errors import UserError, quoted
 from trainer.model.build import BuildModel, make_model
 from trainer.model.language_model import adapt
-from trainer.training.checkpoint import Checkpoint, Checkpoints, assign
-from trainer.training.results import read_scores
-from trainer.training.run_data import load_tokenizer_of
-from trainer.training.run_folder import CONFIG, RunFolder, Step
-from trainer.training.step import TrainingStep
+from trainer.runs.checkpoint import Checkpoint, Checkpoints, assign
+from trainer.runs.results import read_scores
+from trainer.runs.run_data import load_tokenizer_of
+from trainer.runs.run_folder import CONFIG, RunFolder, Step
 
 # The facts of a run's record that the manifest of each checkpoint repeats.
 _FACTS = ("data_fingerprint", "tokenizer_fingerprint", "model")
@@ -121,31 +119,6 @@ def load_model(
     return model, checkpoint
 
 
-def restore(step_function: TrainingStep, checkpoint: Checkpoint | None) -> int:
-    """Gives the model, the optimizer and the step counter the values of a checkpoint.
-
-    Returns:
-        The step to go on from: the checkpoint's, or 0 if there is none.
-    """
-    if checkpoint is None:
-        return 0
-    assign(step_function.named_variables, checkpoint.arrays("weights"), checkpoint.folder)
-    # Runs of older releases did not count the steps that were skipped in a row.
-    state = {"skipped_in_a_row": np.zeros([], np.int64), **checkpoint.arrays("optimizer")}
-    assign(step_function.state(), state, checkpoint.folder)
-    step_function.step.assign(checkpoint.step)
-    return checkpoint.step
-
-
-def save(checkpoints: Checkpoints, step_function: TrainingStep, run: RunFolder) -> None:
-    """Saves everything that a step changes."""
-    groups = {
-        "weights": _snapshot(step_function.named_variables),
-        "optimizer": _snapshot(step_function.state()),
-    }
-    checkpoints.save(int(step_function.step.numpy()), groups, facts_of(run))
-
-
 def facts_of(run: RunFolder) -> dict[str, Any]:
     """Returns the facts about a run that the manifest of each checkpoint repeats."""
     return {key: run.facts[key] for key in _FACTS} | {"config": run.config.model_dump(mode="json")}
@@ -164,8 +137,3 @@ def _fault_of(run: RunFolder, manifest: dict[str, Any]) -> str | None:
         except UserError as error:
             return f"it was saved with settings that this release does not know: {error}"
     return f"it is of another run: {shortened(differing)}." if differing else None
-
-
-def _snapshot(variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    # A copy: on a CPU numpy() can be the memory that the next step writes to.
-    return {name: np.array(variable.numpy()) for name, variable in variables.items()}

@@ -1,4 +1,4 @@
-"""Reads a run's settings: a TOML file plus `section.key=value` overrides, into the models of config.py.
+"""Reads a run's settings: a TOML file plus `section.key=value` overrides, into the models of settings.py.
 
 An unknown or impossible setting is refused; the message names it, and the nearest known setting or what is allowed.
 This module also decides what a resumed run may change, and makes the JSON schema that editors complete and check by.
@@ -15,13 +15,13 @@ from typing import Any
 
 import pydantic
 
-from trainer.config import Config, DataConfig
-from trainer.config_overrides import FLOAT, apply_overrides, read_toml
-from trainer.config_refusals import explain, shown, unwritable
+from trainer.config.overrides import FLOAT, apply_overrides, read_toml
+from trainer.config.refusals import explain, shown, unwritable
+from trainer.config.settings import Config, DataConfig
 from trainer.errors import UserError, quoted
 
 # The configs that ship with trainer; in a checkout this folder is a link to configs/.
-SHIPPED_CONFIGS = Path(__file__).parent / "configs"
+SHIPPED_CONFIGS = Path(__file__).parents[1] / "configs"
 
 _OF_STORYBOOK = ("data.storybook_stories", "data.storybook_seed")
 _MAX_CONFIG_BYTES = 1 << 20

@@ -8,8 +8,8 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from trainer.config import Config, Section, TokenizerConfig, tokenizer_tag
-from trainer.config_refusals import MAX_NESTING, sections_of, setting_names, shown
+from trainer.config.refusals import MAX_NESTING, sections_of, setting_names, shown
+from trainer.config.settings import Config, Section, TokenizerConfig, tokenizer_tag
 from trainer.errors import UserError
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.config import Config
+from trainer.config.settings import Config
 from trainer.data.batches import training_batches
 from trainer.data.shards import PreparedData
 from trainer.errors import UserError
-from trainer.training.run_folder import RunFolder
+from trainer.runs.run_folder import RunFolder
 
 
 def hash_of_first_batch(prepared: PreparedData, config: Config, total_steps: int) -> str:

@@ -10,8 +10,8 @@ from trainer.data.shards import MANIFEST, PreparedData, load_prepared, read_mani
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokenizer_files import load_tokenizer
 from trainer.errors import UserError, quoted
+from trainer.runs.run_folder import CONFIG, RunFolder, place_of
 from trainer.system.storage import Location, Url, locate, on_disk
-from trainer.training.run_folder import CONFIG, RunFolder, place_of
 
 
 def find_prepared(run: RunFolder, prepare_again: Callable[[], PreparedData] | None = None) -> PreparedData:

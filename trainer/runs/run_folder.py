@@ -17,8 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from trainer.config import Config
-from trainer.config_file import (
+from trainer.config.file import (
     check_resumable,
     check_same_run,
     differing_settings,
@@ -27,6 +26,7 @@ from trainer.config_file import (
     shortened,
     whole_number,
 )
+from trainer.config.settings import Config
 from trainer.errors import UserError, quoted
 from trainer.model.build import GPT_MODEL, BuildModel, model_name
 from trainer.system.manifest import DamagedError, unsealed, write_sealed

@@ -2,15 +2,61 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.distributed.workers import Workers
 from trainer.errors import UserError, quoted
+from trainer.runs.checkpoint import Checkpoints
+from trainer.runs.run_folder import RESULT, SCORES, RunFolder, Step
 from trainer.system.manifest import DamagedError, unsealed, write_sealed
 from trainer.system.storage import reason_and_remedy
-from trainer.training.checkpoint import Checkpoints
-from trainer.training.evaluation import Evaluation
-from trainer.training.run_folder import RESULT, SCORES, RunFolder, Step
+
+
+class Evaluation(NamedTuple):
+    """How well a model predicts the validation text.
+
+    Attributes:
+        loss: nats per scored token. The ends of documents are scored, too.
+        num_tokens: the number of scored tokens.
+        bits_per_byte: the sum of the losses in bits, by the bytes of the original text that the scored tokens stand
+            for. The end of a document costs bits but has no bytes, so the same documents have the same bytes with every
+            tokenizer. If only a part of the text is scored, or lines mode cuts it, only the bytes of that part count.
+        is_lossy: whether bits_per_byte is about less than the text: the tokenizer loses some of it, it has [UNK]
+            tokens, or lines mode cuts it.
+        excess: nats per scored token above the text's own entropy. None if that is not known: it is known only for the
+            storybook, if every story was scored whole.
+        losses: the loss of each source that data.weights mixes.
+        cut_share: the share of the validation tokens that lines mode cuts off.
+    """
+
+    loss: float
+    num_tokens: int
+    bits_per_byte: float
+    is_lossy: bool
+    excess: float | None
+    losses: tuple[float, ...] = ()
+    cut_share: float = 0.0
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss."""
+        return math.exp(min(self.loss, 700.0))
+
+    def __str__(self) -> str:
+        lossy = ""
+        if self.is_lossy:
+            uncut = f", of the {1 - self.cut_share:.1%} that is not cut" if self.cut_share else ""
+            lossy = f" (of what the tokenizer keeps{uncut})"
+        parts = [
+            f"loss {self.loss:.4f} nats per token",
+            f"perplexity {self.perplexity:.2f}",
+            f"{self.bits_per_byte:.3f} bits per byte{lossy}",
+        ]
+        if self.excess is not None:
+            parts.append(f"{self.excess:+.4f} nats per token above the text's own entropy")
+        if self.losses:
+            parts.append("of each source " + ", ".join(f"{loss:.4f}" for loss in self.losses))
+        return ", ".join(parts) + f" ({self.num_tokens:,} tokens)"
 
 
 def read_scores(run: RunFolder) -> dict[int, float]:
