@@ -1,6 +1,8 @@
 """Laws of the notation: a line that cannot be read is refused by its file and number, with what is allowed."""
 
+import configparser
 import re
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +42,12 @@ def test_comments_and_blank_lines_do_not_count_but_in_the_line_numbers():
     assert (once.place, once.template, once.weight) == ("a.txt:5", "once", 2)
     assert once.attributes == {"kind": ("b",), "name": ("c", "d")}
     assert (kept.place, kept.template, kept.weight, kept.attributes) == ("a.txt:7", "<x:tale>", 1, {"kind": ("b",)})
+
+
+def test_the_file_ships_in_the_wheel():
+    settings = configparser.ConfigParser()
+    settings.read(Path(__file__).parents[1] / "setup.cfg")
+    assert GRAMMAR_FILE.name in settings["options.package_data"]["trainer.storybook"].split()
 
 
 def test_the_example_in_the_head_of_the_file_is_a_grammar():
