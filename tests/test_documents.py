@@ -3,6 +3,7 @@
 tests/test_snippets.py has the laws of the commands and programs in them.
 """
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -138,8 +139,15 @@ def test_the_korean_first_page_shows_the_same_config_and_first_commands():
     assert first[0] == first[1]
 
 
-def test_the_picture_of_the_rooms_has_every_room():
+def test_the_picture_of_the_rooms_has_every_room_in_the_order_of_their_layers():
     (picture,) = re.findall(
         r"^```mermaid\n(.*?\bcommands\b.*?)^```$", text_of("docs/architecture.md"), flags=re.M | re.S
     )
-    assert set(re.findall(r"\w+", picture)) >= ROOMS
+    arrows = dict(re.findall(r"^ +(\w+)(?:\[.*?\])? --> (\w+)", picture, flags=re.M))
+    from_the_top = ["cli"]
+    while from_the_top[-1] in arrows:
+        from_the_top.append(arrows[from_the_top[-1]])
+    # A module of the top level that is not drawn by itself belongs to the command and the library.
+    (rooms,) = re.findall(r"^ROOMS = (\(.*?^\))", text_of("tests/test_layers.py"), flags=re.M | re.S)
+    layers = [name.removeprefix("trainer.") for name in ast.literal_eval(rooms)]
+    assert from_the_top[:0:-1] == [name for name in layers if name in {*ROOMS, "execution"}]
