@@ -150,7 +150,7 @@ def test_keys_that_serve_several_heads_are_never_repeated(sequence):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_what_other_documents_hold_changes_not_one_bit(dtype):
+def test_other_documents_do_not_change_one_bit(dtype):
     query, key, value = (tf.cast(x, dtype) for x in projections())
     # The first document of the first row, which ends before its other two.
     other = tf.cast(np.arange(6)[:, np.newaxis] < 2, dtype)
@@ -205,7 +205,7 @@ def test_rotation_and_its_gradient_are_those_of_complex_numbers(width, jit_compi
         np.testing.assert_allclose(tape.gradient(out, x, upstream), expected, atol=1e-12)
 
 
-def test_products_of_rotated_queries_and_keys_depend_on_distance_alone():
+def test_products_of_rotated_queries_and_keys_depend_only_on_distance():
     query, key, _ = (x[..., :4] for x in projections())
     near, far = (
         tf.matmul(rotate(query, first + tf.range(6), 10_000.0), rotate(key, first + tf.range(6), 10_000.0), False, True)

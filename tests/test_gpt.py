@@ -1,9 +1,6 @@
-"""Laws of the model; the layers of KerasNLP are the reference, and of what these have not, plain formulas."""
+"""Laws of the model. The reference is the layers of KerasNLP and, for what these lack, the papers' formulas."""
 
 import itertools
-import math
-import random
-from pathlib import Path
 
 import keras
 import keras_nlp
@@ -11,10 +8,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config.file import load_config
 from trainer.config.settings import ModelConfig
 from trainer.model.documents import document_starts
-from trainer.model.dropout import DropoutDraw, dropout
 from trainer.model.gpt import GPT
 from trainer.model.normalization import NORM_EPSILON
 
@@ -54,8 +49,8 @@ MODERN_SHAPES = [
 MASKED_SHAPES = [config.model_copy(update={"document_mask": True}) for config in SHAPES]
 BOS = 2
 
-# Windows of packed text, and where their documents are: one begins inside a document, holds one that is [BOS] alone and
-# ends with a [BOS]; the other begins with a [BOS].
+# Windows of packed text, and the places of their documents. The first window begins inside a document, has a document
+# that is only a [BOS], and ends with a [BOS]. The second begins with a [BOS].
 WINDOWS = np.array(
     [[3, 4, 5, BOS, 6, 7, 8, BOS, BOS, 9, 10, BOS], [BOS, 11, 12, 13, 14, BOS, 15, 16, 17, 18, 19, 3]], np.int32
 )
@@ -160,7 +155,7 @@ def test_cached_logits_equal_the_full_forward_pass_at_every_position(config):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_a_document_starts_at_its_bos_and_the_first_one_where_the_window_does(jit_compile):
+def test_a_document_starts_at_its_bos_and_the_first_one_at_the_start_of_the_window(jit_compile):
     starts = tf.function(document_starts, autograph=False, jit_compile=jit_compile)(WINDOWS, BOS).numpy()
     expected = np.zeros_like(WINDOWS)
     for row, begin, end in DOCUMENTS:
@@ -208,7 +203,7 @@ def test_cached_logits_of_a_document_equal_those_with_the_mask(config):
     model = GPT(config, 20, 12, dtype="float64", bos_id=BOS)
     spread_out(model)
     tokens = WINDOWS[1:, :5]
-    # Packed behind another document, where it neither starts nor is at the positions that decoding gives it.
+    # It is packed behind another document, so in the window its positions differ from the positions of decoding.
     whole = model(np.concatenate([WINDOWS[:1, :7], tokens], axis=1))[:, 7:]
     prefix, cache = model.decode(tokens[:, :2], model.empty_cache(1), tf.constant(0))
     np.testing.assert_allclose(prefix, whole[:, :2], atol=1e-12)
@@ -217,7 +212,7 @@ def test_cached_logits_of_a_document_equal_those_with_the_mask(config):
         np.testing.assert_allclose(one[:, 0], whole[:, i], atol=1e-12)
 
 
-def test_without_the_mask_the_program_looks_for_no_documents():
+def test_without_the_mask_the_program_does_not_search_for_documents():
     def operations(config):
         model = GPT(config, 20, 12, bos_id=BOS)
         graph = tf.function(model.hidden_states, autograph=False).get_concrete_function(WINDOWS).graph
@@ -228,24 +223,9 @@ def test_without_the_mask_the_program_looks_for_no_documents():
     assert not searching & operations(SHAPES[0])
 
 
-def test_a_document_mask_needs_to_know_bos():
+def test_a_document_mask_needs_bos_id():
     with pytest.raises(ValueError, match=r"model.document_mask=true finds documents by their \[BOS\]; give bos_id"):
         GPT(MASKED_SHAPES[0], 20, 12)
-
-
-def test_same_seed_same_weights_other_seed_others():
-    config = SHAPES[0]
-    one, two, other = (GPT(config, 20, 8, seed=seed) for seed in (1, 1, 2))
-    for a, b, c in zip(one.variables, two.variables, other.variables, strict=True):
-        np.testing.assert_array_equal(a, b)
-        if len(a.shape) > 1:
-            assert not np.array_equal(a, c)
-
-
-def test_no_two_weights_start_alike():
-    kernels = [v.numpy() for v in GPT(SHAPES[0], 20, 8).variables if v.path.endswith("kernel")]
-    for i, one in enumerate(kernels):
-        assert not any(np.array_equal(one, other) for other in kernels[:i])
 
 
 def test_keras_summary_names_the_parts():
@@ -260,45 +240,6 @@ def test_dropout_in_keras_fit_is_refused_rather_than_left_out():
     model(random_tokens(20, 1, 8))
     with pytest.raises(ValueError, match=r"model.dropout=0.1 needs trainer.train"):
         model(random_tokens(20, 1, 8), training=True)
-
-
-def draw(seed=0, step=0, first_example=0):
-    return DropoutDraw(*(tf.cast(x, tf.int64) for x in (seed, step, first_example)))
-
-
-# 15 is not a multiple of the four words that one count of the generator gives.
-@pytest.mark.parametrize("row_size", [15, 16])
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_a_row_is_masked_alike_however_the_batch_is_split(row_size, jit_compile):
-    x = tf.ones([8, row_size])
-    masked = tf.function(
-        lambda rows, first: dropout(rows, 0.5, 3, draw(7, 11, first)), jit_compile=jit_compile, autograph=False
-    )
-    whole = dropout(x, 0.5, 3, draw(7, 11))
-    parts = [masked(x[i : i + 2], tf.constant(i, tf.int64)) for i in range(0, 8, 2)]
-    np.testing.assert_array_equal(whole, tf.concat(parts, axis=0))
-
-
-def test_masks_differ_by_seed_step_layer_and_row_and_nothing_else():
-    x = tf.ones([2, 64])
-    masks = [
-        dropout(x, 0.5, 0, draw()),
-        dropout(x, 0.5, 1, draw()),
-        dropout(x, 0.5, 0, draw(step=1)),
-        dropout(x, 0.5, 0, draw(seed=1)),
-        dropout(x, 0.5, 0, draw(first_example=2)),
-    ]
-    rows = [tuple(row) for mask in masks for row in mask.numpy()]
-    assert len(set(rows)) == 10
-    np.testing.assert_array_equal(masks[0], dropout(x, 0.5, 0, draw()))
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_keeps_the_mean(rate):
-    out = dropout(tf.ones([100, 1000]), rate, 0, draw()).numpy()
-    # Five standard errors of the share that is dropped.
-    assert abs((out == 0).mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / out.size)
-    np.testing.assert_allclose(out[out > 0], 1 / (1 - rate), rtol=1e-6)
 
 
 def plain_logits(model, tokens, starts):
@@ -412,91 +353,6 @@ def test_turned_positions_have_no_table_and_no_end():
     longer = GPT(config, 20, 12, dtype="float64")
     longer.set_weights(model.get_weights())
     np.testing.assert_array_equal(model(random_tokens(20, 2, 12)), longer(random_tokens(20, 2, 12)))
-
-
-SHIPPED = sorted(path for path in (Path(__file__).parent.parent / "trainer" / "configs").glob("*.toml"))
-
-
-def first_loss_above_guessing(config, vocabulary_size, num_tokens=256):
-    """The loss of a new model on random tokens, less that of one that says nothing: ln V of the logits it has."""
-    model = GPT(config, vocabulary_size, num_tokens, bos_id=2)
-    tokens = np.random.default_rng(0).integers(0, vocabulary_size, (1, num_tokens + 1)).astype(np.int32)
-    weights = np.ones((1, num_tokens), np.float32)
-    loss_sum, num_targets = model.evaluation_loss(tokens[:, :-1], tokens[:, 1:], weights)
-    return float(loss_sum) / float(num_targets) - math.log(config.num_logits(vocabulary_size))
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_the_first_loss_of_every_shipped_config_is_that_of_guessing(path):
-    config = load_config(path)
-    # Deeper ones start alike: what a block adds is divided by the root of their number. A slow test has them whole.
-    model = config.model.model_copy(update={"num_layers": min(2, config.model.num_layers)})
-    assert abs(first_loss_above_guessing(model, config.vocabulary_size() or 65)) <= 0.2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in SHIPPED if "gpt2" in path.stem], ids=lambda path: path.stem)
-def test_the_first_loss_of_a_whole_shipped_config_is_that_of_guessing(path):
-    config = load_config(path)
-    assert abs(first_loss_above_guessing(config.model, config.vocabulary_size() or 65)) <= 0.2
-
-
-def model_settings():
-    """Real widths and vocabularies with a sample of all combinations of the other settings, and each of them at least
-    once."""
-    pick = random.Random(1)
-    choices = {
-        "pre_norm": (True, False),
-        "tied_embeddings": (True, False),
-        "norm": ("layer", "rms"),
-        "positions": ("learned", "rope"),
-        "activation": ("relu", "gelu", "swiglu"),
-        "use_bias": (True, False),
-        "num_key_value_heads": (None, 2),
-        "num_layers": (1, 2, 4),
-        "share_of_width": (1 / 3, 1, 4),
-    }
-    combinations = [*itertools.product(*choices.values())]
-    for width, vocabulary_size, num_picked in (
-        (128, 65, 24),
-        (128, 2000, 16),
-        (512, 5000, 10),
-        (768, 65, 8),
-        (768, 8192, 6),
-    ):
-        picked = [dict(zip(choices, each, strict=True)) for each in pick.sample(combinations, num_picked)]
-        # What was worst once.
-        picked += [
-            {"pre_norm": pre_norm, "tied_embeddings": True, "norm": "rms", "positions": "rope", "activation": "swiglu"}
-            for pre_norm in (True, False)
-        ]
-        for settings in picked:
-            share = settings.pop("share_of_width", 4)
-            yield (
-                ModelConfig(num_heads=4, hidden_dim=width, intermediate_dim=int(share * width), **settings),
-                vocabulary_size,
-            )
-
-
-@pytest.mark.parametrize(("config", "vocabulary_size"), [*model_settings()])
-def test_the_first_loss_is_that_of_guessing_whatever_the_settings(config, vocabulary_size):
-    above = first_loss_above_guessing(config, vocabulary_size)
-    if config.pre_norm or config.tied_embeddings:
-        assert abs(above) <= 0.2
-    else:
-        # The tutorial's own start, whose logits have a variance of 2 width / (width + V): half of it comes on top.
-        assert -0.2 <= above <= config.hidden_dim / (config.hidden_dim + vocabulary_size) + 0.2
-
-
-def test_every_seed_that_a_config_allows_has_initial_weights_of_its_own():
-    config = ModelConfig(num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=8, pre_norm=True)
-    seeds = (0, 1, 2, 2**31, 2**32 - 1, 2**47 - 1, 2**47, 2**62 + 5, 2**63 - 1)
-    weights = [tuple(np.ravel(GPT(config, 5, 4, seed).token_embedding.embeddings.numpy())) for seed in seeds]
-    assert len(set(weights)) == len(seeds)
-    # The numbers that Keras makes of the seeds themselves, where it takes them.
-    for seed, values in zip(seeds[:3], weights, strict=False):
-        drawn = keras.initializers.RandomNormal(stddev=1.0, seed=seed * 2**16)((5, 8)).numpy().ravel()
-        np.testing.assert_allclose(values / np.std(values), drawn / np.std(drawn), rtol=1e-4)
 
 
 def test_the_tutorials_model_starts_from_the_spread_of_the_tutorials_weights():

@@ -1,6 +1,6 @@
 """Laws of the ways of computing: each equals the plain one, which tests/test_gpt.py compares with the papers' formulas.
 
-What they do differently is tested by itself below.
+Below, each thing that they do differently has a test.
 """
 
 import functools

@@ -45,7 +45,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(draw, drawn, temperature):
 
 
 @pytest.mark.parametrize(("p", "drawn"), [(1e-6, [2]), (0.39, [2]), (0.41, [2, 4]), (0.69, [2, 4]), (0.71, [2, 4, 5])])
-def test_of_top_p_the_fewest_that_reach_p_are_drawn_as_often_as_they_are_likely(p, drawn):
+def test_top_p_draws_the_fewest_tokens_that_reach_p_as_often_as_they_are_likely(p, drawn):
     expected = np.zeros_like(PROBABILITIES)
     expected[drawn] = PROBABILITIES[drawn]
     check_frequencies(draw_top_p(logits_of(PROBABILITIES), p, 1.0, SEED), expected / expected.sum())
@@ -67,7 +67,7 @@ def test_the_smallest_temperature_leaves_the_likeliest():
         np.testing.assert_array_equal(tokens, [1, 0])
 
 
-def test_beams_go_on_by_what_is_likeliest_of_all_they_could():
+def test_beams_continue_with_the_likeliest_of_all_continuations():
     rng = np.random.default_rng(0)
     num_texts, num_beams, vocabulary_size = 3, 4, 7
     logits = rng.normal(size=(num_texts * num_beams, vocabulary_size))

@@ -1,4 +1,4 @@
-"""Which decoder picks the tokens, and its settings. Loads no TensorFlow: a slip should not wait for it."""
+"""Which decoder picks the tokens, and its settings. It loads no TensorFlow, so that a mistake is reported at once."""
 
 import dataclasses
 import difflib
@@ -11,7 +11,7 @@ from trainer.errors import UserError
 DECODERS = ("greedy", "beam", "top-k", "top-p")
 
 _DEFAULTS = SamplesConfig()
-# Which decoders read each option of `trainer.generate`, and the setting that it stands for.
+# Which decoders read each option of `trainer.generate`. Below, the setting that each option replaces.
 _READ_BY = {
     "k": ("top-k",),
     "p": ("top-p",),
@@ -28,9 +28,9 @@ class Decoder:
 
     Attributes:
         name: one of DECODERS.
-        top_k: how many of the likeliest tokens top-k draws from.
-        top_p: the probability that the tokens top-p draws from have together, at least.
-        num_beams: how many unfinished texts beam keeps.
+        top_k: number of likeliest tokens that top-k draws from.
+        top_p: least probability that the tokens top-p draws from have together.
+        num_beams: number of unfinished texts that beam keeps.
         temperature: divides the logits of top-k and top-p.
 
     Raises:
@@ -65,7 +65,7 @@ class Decoder:
 
     @property
     def is_random(self) -> bool:
-        """Whether it can write another text with another seed."""
+        """Whether another seed can give another text."""
         return self.name == "top-p" or (self.name == "top-k" and self.top_k > 1)
 
     @classmethod
@@ -75,12 +75,12 @@ class Decoder:
 
     @classmethod
     def from_options(cls, name: str, config: SamplesConfig, **options: Any) -> Self:
-        """Returns the decoder of that name with options in place of the settings of a run.
+        """Returns the decoder of that name with options instead of the settings of a run.
 
         Args:
             name: one of DECODERS.
-            config: of the run.
-            options: `k`, `p`, `num_beams`, `temperature` and `seed`; None: not given.
+            config: the run's samples settings.
+            options: `k`, `p`, `num_beams`, `temperature` and `seed`; None if an option is not given.
 
         Raises:
             UserError: a value is impossible, or an option has no effect on what this decoder writes.

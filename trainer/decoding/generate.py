@@ -1,7 +1,7 @@
 """Writing text with a trained model: prompts in, continued texts out.
 
-Where a text begins and ends is decided here, and what is read of the model; sampling.py picks the tokens. Knows nothing
-of checkpoints and runs.
+This module decides where a text begins and ends, and has the model read it; sampling.py picks the tokens. Checkpoints
+and runs are not its concern.
 """
 
 import math
@@ -23,7 +23,7 @@ from trainer.model.ops.plain import Ops
 
 
 class NotFinite(UserError):
-    """The model's logits are not numbers, so nothing can be written."""
+    """The model's logits are NaN or infinite, so nothing can be written."""
 
 
 class Generator:
@@ -63,17 +63,17 @@ class Generator:
             prompts: texts to continue; an empty one starts a new text.
             decoder: how tokens are picked.
             num_tokens: tokens to write after each prompt; cut to what sequence_length has room for. A text is shorter
-                where the model ends it, by beginning the next one with [BOS].
-            seed: of top-k and top-p. With the same prompts it gives the same texts, and with the same ones before it a
-                prompt the same text, whatever comes after it.
-            stop: text that ends a continuation, and is kept. It is looked for as the tokenizer writes it.
+                if the model ends it, by beginning the next one with [BOS].
+            seed: seed of top-k and top-p. The same seed and prompts give the same texts. Further prompts at the end of
+                the list change none of the texts before them.
+            stop: text that ends a continuation, and is kept. It is searched for as the tokenizer writes it.
 
         Returns:
-            Each prompt and what follows, as the tokenizer decodes them together.
+            Each prompt with its continuation, as the tokenizer decodes them together.
 
         Raises:
-            UserError: num_tokens or stop is impossible, a prompt leaves no room for a continuation, or the tokenizer is
-                not the model's.
+            UserError: num_tokens or stop is impossible, a prompt leaves no room for a continuation, or the tokenizer
+                does not belong to the model.
             NotFinite: the model's logits are not finite.
         """
         if not is_count(num_tokens):
@@ -83,7 +83,7 @@ class Generator:
         if not prompts:
             return []
         tokens, lengths = self.encode(prompts)
-        # The smaller first: the sum of a length and any number at all need not fit int32.
+        # The minimum before the sum: num_tokens can be any number, and the sum has to fit int32.
         ends = np.minimum(lengths + min(num_tokens, self.sequence_length), self.sequence_length)
         if decoder not in self._compiled:
             self._compiled[decoder] = self._compile(decoder)
@@ -96,10 +96,10 @@ class Generator:
         return [self._decode(row[:end], length, stop) for row, length, end in rows]
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ([BOS] and the tokens of each prompt, int32 [batch, sequence]; how many these are, int32 [batch]).
+        """Returns [BOS] and the tokens of each prompt, int32 [batch, sequence], and the number of these, int32 [batch].
 
         Raises:
-            UserError: a prompt leaves no room for a continuation, or is no text.
+            UserError: a prompt leaves no room for a continuation, or is not text.
         """
         tokens = np.zeros([len(prompts), self.sequence_length], np.int32)
         lengths = np.zeros(len(prompts), np.int32)
@@ -122,7 +122,7 @@ class Generator:
 
         Args:
             stop: the text.
-            name: of the option or setting that it is from.
+            name: name of the option or setting, for the error message.
 
         Raises:
             UserError: no text that the model writes can hold it.
@@ -136,7 +136,7 @@ class Generator:
         elif not self.tokenizer.is_lossy:
             return stop
         elif written := self.tokenizer.decode(encoded):
-            # A space at either end tells a word from a part of one.
+            # A space at either end is kept: it makes the difference between a word and a part of one.
             return " " * stop[0].isspace() + written + " " * stop[-1].isspace()
         else:
             reason = "the tokenizer keeps nothing of it"
@@ -145,13 +145,13 @@ class Generator:
         )
 
     def remarks(self, prompts: Sequence[str], num_tokens: int | None, stop: str | None, prefix: str = "") -> list[str]:
-        """Returns a line about each request that has another effect than its words say, or none.
+        """Returns a line about each argument that has another effect than it seems to have.
 
         Args:
-            prompts: as of `generate`.
-            num_tokens: as of `generate`; None: all that there is room for.
-            stop: as of `generate`.
-            prefix: what the names of options begin with where they are settings.
+            prompts: see `generate`.
+            num_tokens: see `generate`; None: as many as there is room for.
+            stop: see `generate`.
+            prefix: beginning of the arguments' names in the lines, such as "samples." if they are settings.
 
         Raises:
             UserError: stop can never be written, or a prompt leaves no room for a continuation.
@@ -174,7 +174,7 @@ class Generator:
         if stop is not None:
             written = self.as_written(stop, f"{prefix}stop")
             if written != stop:
-                lines.append(f"{prefix}stop={stop!r} is looked for as {written!r}, as the tokenizer writes it.")
+                lines.append(f"{prefix}stop={stop!r} is searched for as {written!r}, as the tokenizer writes it.")
             elif about := _about_escapes(stop):
                 lines.append(f"{prefix}stop={stop!r}:{about}")
         return list(dict.fromkeys(lines))
@@ -194,11 +194,11 @@ class Generator:
         return text if found < 0 else text[: found + len(stop)]
 
     def _compile(self, decoder: Decoder) -> Any:
-        """Returns a function of (tokens, lengths, ends, seed) that gives (texts, whether all logits were finite).
+        """Returns a function of (tokens, lengths, ends, seed) that returns (texts, whether all logits were finite).
 
         Its arguments are the prompts, int32 [batch, sequence]; their lengths, int32 [batch]; the positions before which
-        the texts end, int32 [batch]; and int64. Their shapes leave only the batch open, so that it is traced once. The
-        texts are int32 [batch, sequence].
+        the texts end, int32 [batch]; and the seed, an int64 scalar. Only the batch size is open in their shapes, so
+        that it is traced once. The texts are int32 [batch, sequence].
         """
         num_beams = decoder.num_beams if decoder.name == "beam" else 1
         bos_id = self.tokenizer.bos_id
@@ -207,7 +207,7 @@ class Generator:
             first = tf.reduce_min(lengths)
             # All texts have these tokens. The last of them is read with the first step.
             cache = self._language_model.read(tokens, first - 1, self._ops)
-            # Of a text's beams only the first is one, until there are others.
+            # Only the first beam of a text is real at the start; the others get -inf.
             scores = tf.tile([[0.0] + [-math.inf] * (num_beams - 1)], [tf.shape(tokens)[0], 1])
             if num_beams > 1:
                 rows = tf.repeat(tf.range(tf.shape(tokens)[0]), num_beams)
@@ -228,13 +228,13 @@ class Generator:
                 logits = self._possible(logits, texts[:, index - 1])
                 is_prompt, is_over = index < lengths, is_ended | (index >= ends)
                 is_number = tf.math.is_finite(tf.reduce_logsumexp(logits, axis=1))
-                is_none = tf.math.is_inf(tf.reshape(scores, [-1]))  # A beam that is none yet reads anything.
-                is_finite &= tf.reduce_all(is_number | is_over | is_prompt | is_none)
-                # Within a prompt and after the end of a text there is no choice; after its end it goes on with [BOS].
-                # Nor is there one among logits that are not numbers: the text ends, and `generate` is told.
+                is_unreal = tf.math.is_inf(tf.reshape(scores, [-1]))  # Such a beam holds arbitrary tokens.
+                is_finite &= tf.reduce_all(is_number | is_over | is_prompt | is_unreal)
+                # The token is given within a prompt, and is [BOS] after the end of a text. It is [BOS], too, if the
+                # logits are not finite: that ends the text, and `generate` raises NotFinite.
                 given = tf.where(is_prompt, tokens[:, index], tf.where(is_over | ~is_number, bos_id, -1))
                 if decoder.name == "beam":
-                    # A token without choice has probability 1: a score counts what the model wrote and nothing else.
+                    # A given token has probability 1: only tokens that the model has chosen count in a score.
                     certain = tf.one_hot(given, logits.shape[1], on_value=0.0, off_value=-math.inf)
                     logits = tf.where(given[:, tf.newaxis] < 0, logits, certain)
                     origins, picked, scores = best_beams(logits, scores)
@@ -254,18 +254,19 @@ class Generator:
         per_row = tf.TensorSpec([None], tf.int32)
         texts = tf.TensorSpec([None, self.sequence_length], tf.int32)
         compiled = tf.function(write, [texts, per_row, per_row, tf.TensorSpec([], tf.int64)], autograph=False)
-        compiled.get_concrete_function()  # Traced by name: TensorFlow warns when call after call traces the same code.
+        # Traced here: TensorFlow warns if many calls trace the same code, as generators in one process do.
+        compiled.get_concrete_function()
         return compiled
 
     def _possible(self, logits: tf.Tensor, newest: tf.Tensor) -> tf.Tensor:
         """Returns the logits with -inf for tokens that cannot come.
 
-        Padding and [UNK] are never written. Nor is [BOS] after [BOS]: no document is empty, but to a model that knows
-        little an empty one is likelier than any text, and beam search would find it.
+        Padding and [UNK] are never written, and [BOS] is not written after [BOS]: no document is empty, but a model at
+        the start of its training gives an empty one more probability than any text, and beam search would find it.
 
         Args:
             logits: float [rows, num_logits].
-            newest: int32 [rows], the token before.
+            newest: int32 [rows], the token before each.
 
         Returns:
             float32 [rows, vocabulary].
@@ -275,13 +276,13 @@ class Generator:
         num_tokens = self._language_model.num_tokens(logits)
         if num_tokens != vocabulary_size:
             raise UserError(
-                f"The model tells {num_tokens} tokens apart, the tokenizer {vocabulary_size}; give the tokenizer the "
-                "model was trained with."
+                f"The model has a vocabulary of {num_tokens} tokens, the tokenizer one of {vocabulary_size}; use the "
+                "tokenizer that the model was trained with."
             )
         ids = np.arange(vocabulary_size)
         is_possible = (ids == bos_id) | (ids != pad_id) & (ids != unknown_id)  # Some vocabularies pad with [BOS].
         is_possible = is_possible & ((ids != bos_id) | (newest != bos_id)[:, tf.newaxis])
-        # Logits that model.vocabulary_multiple adds are of no token.
+        # Logits that model.vocabulary_multiple adds do not belong to a token.
         return tf.where(is_possible, tf.cast(logits[:, :vocabulary_size], tf.float32), -math.inf)
 
 
@@ -313,6 +314,6 @@ def _check_is_text(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"{name}{_shortened(text)!r} is not UTF-8: it holds half a character, or is in another encoding. Give it "
-            "in UTF-8, whole."
+            f"{name}{_shortened(text)!r} is not UTF-8: it is in another encoding, or a part of a character is missing. "
+            "Give it in UTF-8."
         ) from None

@@ -20,7 +20,7 @@ def causal_attention(
     query_block: int = QUERY_BLOCK,
     recompute: bool = False,
 ) -> tf.Tensor:
-    """Attends from each position to itself and the positions before it, or to those of them in its own document.
+    """Attends from each position to itself and to the positions before it, within its document if there are starts.
 
     Args:
         query: float [batch, heads, sequence, head_dim].

@@ -1,6 +1,6 @@
 """What trainer reads of a model: one interface to its own GPT, and to any Keras model that returns logits.
 
-Only this module knows the difference between the two.
+Only this module treats the two differently.
 """
 
 import keras

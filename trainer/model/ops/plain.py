@@ -130,5 +130,5 @@ def _project_activated(rows: tf.Tensor, kernel: tf.Tensor, activation: Activatio
     return project(rows, kernel)
 
 
-# The way of computing of a model that is told nothing else.
+# The default of every argument `ops`.
 PLAIN = Ops()
