@@ -52,8 +52,8 @@ def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> f
         what attention returns, by head and by token
         the feed-forward layer before its activation
         two dropout masks, in bytes
-        and unless they are computed again, the probabilities, for each block of queries and the keys up to its end;
-        queries, keys and values as the projection made them; and the feed-forward layer after its activation
+        and unless they are computed again, the probabilities, for each block of queries and the keys up to its end,
+        and the feed-forward layer after its activation
 
     For a GPU, XLA multiplies matrices that are arrays in memory; for a TPU it makes the operands of a product on the
     way. Their buffer assignments show both. So with copies_operands a block keeps the outputs of its norms too; the
@@ -75,7 +75,7 @@ def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> f
     numbers = tokens * (2 * width + feedforward + 2 * attention) + scores
     floats = 0
     if not copies_operands:
-        numbers += tokens * model.query_key_value_dim() * (2 if recompute == "nothing" else 1)
+        numbers += tokens * model.query_key_value_dim()
     else:
         numbers += tokens * (2 * width + attention) + 2 * examples * attention * sum(end for _, end in blocks)
         if compute_bytes < 4:
