@@ -6,10 +6,10 @@ import random
 from pathlib import Path
 
 from trainer.config.settings import BpeConfig, WordPieceConfig
-from trainer.data.bpe import BpeTokenizer
-from trainer.data.tokenizer_files import train_tokenizer
-from trainer.data.vocabulary import BYTE_SPECIAL_TOKENS
-from trainer.data.wordpiece import WordPieceTokenizer
+from trainer.tokenizers.bpe import BpeTokenizer
+from trainer.tokenizers.tokenizer_files import train_tokenizer
+from trainer.tokenizers.vocabulary import BYTE_SPECIAL_TOKENS
+from trainer.tokenizers.wordpiece import WordPieceTokenizer
 
 # A little of everything that is split into words in its own way: ideographs, half and full width, signs that fold into
 # several characters, combining marks, no-break and ideographic spaces, format characters, emoji, text without spaces.

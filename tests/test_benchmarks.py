@@ -21,9 +21,9 @@ import tensorflow as tf
 from harness import Training
 from trainer.config.file import load_config
 from trainer.data.batches import training_batches
-from trainer.data.vocabulary import SPECIAL_TOKENS
 from trainer.model.build import build_gpt
 from trainer.model.size import count_parameters
+from trainer.tokenizers.vocabulary import SPECIAL_TOKENS
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "scripts" / "benchmarks"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.data.cutting import BPE_BREAKS, WORDPIECE_BREAKS, cut, cut_document
+from trainer.tokenizers.cutting import BPE_BREAKS, WORDPIECE_BREAKS, cut, cut_document
 
 
 def test_pieces_are_short_and_only_a_very_long_word_is_cut():

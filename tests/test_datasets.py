@@ -5,8 +5,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from trainer.config.settings import DataConfig
-from trainer.data.text import open_source
 from trainer.errors import UserError
+from trainer.text.sources import open_source
 
 
 def documents(**settings):

@@ -7,12 +7,12 @@ import secrets
 import pytest
 
 from trainer.config.settings import DataConfig
-from trainer.data import files, held_out, source
-from trainer.data.files import parts_of, read_documents
-from trainer.data.formats import is_json_lines
-from trainer.data.text import open_source
 from trainer.errors import UserError
 from trainer.system.storage import locate
+from trainer.text import files, held_out, source
+from trainer.text.files import parts_of, read_documents
+from trainer.text.formats import is_json_lines
+from trainer.text.sources import open_source
 
 
 def records(path, *lines):

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from trainer.config.file import load_config, make_config
-from trainer.data.find_files import SIMPLEBOOKS_URL, find_files
 from trainer.errors import UserError
+from trainer.text.find_files import SIMPLEBOOKS_URL, find_files
 
 
 def written(path: Path, content: str) -> Path:

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from trainer.config.settings import DataConfig
-from trainer.data.files import parts_of
-from trainer.data.formats import _COMMON, encoding_of
-from trainer.data.text import open_source
 from trainer.errors import UserError
+from trainer.text.files import parts_of
+from trainer.text.formats import _COMMON, encoding_of
+from trainer.text.sources import open_source
 
 TEXTS = {
     "Korean": "우리는 그 책을 읽고 있다.\n아이가 집에서 나와 학교로 간다.\n하지만 비가 오는 날에는 가지 않는다.\n",

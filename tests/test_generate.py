@@ -10,9 +10,6 @@ import pytest
 import tensorflow as tf
 
 from trainer.config.settings import ModelConfig
-from trainer.data.characters import ByteTokenizer, CharTokenizer
-from trainer.data.vocabulary import SPECIAL_TOKENS
-from trainer.data.wordpiece import WordPieceTokenizer
 from trainer.decoding.decoder import DECODERS, Decoder
 from trainer.decoding.generate import Generator
 from trainer.errors import UserError
@@ -20,6 +17,9 @@ from trainer.model.gpt import GPT
 from trainer.model.language_model import adapt
 from trainer.model.ops.cpu import CpuOps
 from trainer.model.ops.plain import PLAIN
+from trainer.tokenizers.characters import ByteTokenizer, CharTokenizer
+from trainer.tokenizers.vocabulary import SPECIAL_TOKENS
+from trainer.tokenizers.wordpiece import WordPieceTokenizer
 
 SEQUENCE = 16
 TOKENIZER = CharTokenizer([*SPECIAL_TOKENS, *string.ascii_lowercase[:17]])

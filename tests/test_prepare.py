@@ -20,8 +20,6 @@ from tiny import quiet, tiny_config  # type: ignore[import-not-found]  # pytest 
 from trainer.config.file import load_config, make_config
 from trainer.config.settings import Config
 from trainer.data.batches import total_steps
-from trainer.data.characters import CharTokenizer
-from trainer.data.held_out import is_held_out
 from trainer.data.prepare import prepare
 from trainer.data.shard_writer import SplitWriter
 from trainer.data.shards import (
@@ -30,6 +28,8 @@ from trainer.data.shards import (
     load_prepared,
 )
 from trainer.errors import UserError
+from trainer.text.held_out import is_held_out
+from trainer.tokenizers.characters import CharTokenizer
 
 LINES = [f"line {i}" + " of text" * (i % 7) for i in range(500)]
 

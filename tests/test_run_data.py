@@ -14,12 +14,12 @@ from tiny_run import (  # type: ignore[import-not-found]  # pytest has this fold
 
 import trainer
 from trainer.config.file import load_config
-from trainer.data.characters import CharTokenizer
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.errors import UserError
 from trainer.runs.run_data import find_prepared, keep_place_of, load_tokenizer_of
 from trainer.runs.run_folder import RunFolder, find_run
+from trainer.tokenizers.characters import CharTokenizer
 
 
 @pytest.fixture

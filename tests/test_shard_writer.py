@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.characters import CharTokenizer
 from trainer.data.shard_writer import SplitWriter
 from trainer.data.shards import Split
 from trainer.errors import UserError
+from trainer.tokenizers.characters import CharTokenizer
 
 
 def written_in_parts(folder: Path, splits: dict[str, list[str]]) -> tuple[SplitWriter, Split]:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 
-from trainer.data.characters import CharTokenizer
 from trainer.data.shards import (
     PreparedData,
     faults_of_files,
@@ -20,6 +19,7 @@ from trainer.data.shards import (
     token_dtype,
 )
 from trainer.errors import UserError
+from trainer.tokenizers.characters import CharTokenizer
 
 
 def prepared_lines(folder: Path, name: str = "text.txt") -> PreparedData:

@@ -28,9 +28,9 @@ from trainer import cli
 from trainer.config.file import load_config, make_config
 from trainer.config.refusals import setting_names
 from trainer.config.settings import examples_per_replica
-from trainer.data.text import open_source
 from trainer.errors import UserError
 from trainer.hardware.devices import parse_target
+from trainer.text.sources import open_source
 
 ROOT = Path(__file__).parents[1]
 PAGES = (

@@ -22,13 +22,13 @@ from every_kind import (  # type: ignore[import-not-found]  # pytest has this fo
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from trainer.config.settings import BpeConfig, BpeFileConfig, ByteConfig, CharConfig, WordPieceConfig
-from trainer.data.bpe import _WORDS, BpeTokenizer
-from trainer.data.characters import ByteTokenizer, CharTokenizer
-from trainer.data.cutting import BPE_BREAKS, WORDPIECE_BREAKS, cut
-from trainer.data.files import read_documents
-from trainer.data.tokenizer_files import load_tokenizer, train_tokenizer
-from trainer.data.vocabulary import BYTE_SPECIAL_TOKENS, SPECIAL_TOKENS
-from trainer.data.wordpiece import WordPieceTokenizer
+from trainer.text.files import read_documents
+from trainer.tokenizers.bpe import _WORDS, BpeTokenizer
+from trainer.tokenizers.characters import ByteTokenizer, CharTokenizer
+from trainer.tokenizers.cutting import BPE_BREAKS, WORDPIECE_BREAKS, cut
+from trainer.tokenizers.tokenizer_files import load_tokenizer, train_tokenizer
+from trainer.tokenizers.vocabulary import BYTE_SPECIAL_TOKENS, SPECIAL_TOKENS
+from trainer.tokenizers.wordpiece import WordPieceTokenizer
 
 # The first and last characters of the ranges that are words of their own.
 IDEOGRAPHS = (
@@ -99,7 +99,7 @@ def test_any_word_of_seen_characters_has_tokens(every_kind):
 def test_the_vocabulary_is_the_same_in_another_process(every_kind, bpe):
     program = (
         "import sys; from trainer.config.settings import *;"
-        "from trainer.data.tokenizer_files import train_tokenizer;"
+        "from trainer.tokenizers.tokenizer_files import train_tokenizer;"
         "text = sys.stdin.buffer.read().decode().split('\\n');"
         "wordpiece = train_tokenizer(WordPieceConfig(kind='wordpiece', vocabulary_size=1000), text);"
         "bpe = train_tokenizer(BpeConfig(kind='bpe', vocabulary_size=1000), text * 3);"

@@ -15,11 +15,11 @@ from every_kind import (  # type: ignore[import-not-found]  # pytest has this fo
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from trainer.config.settings import BpeFileConfig, WordPieceFileConfig
-from trainer.data.characters import CharTokenizer
-from trainer.data.tokenizer_files import load_tokenizer, train_tokenizer
-from trainer.data.vocabulary import SPECIAL_TOKENS
-from trainer.data.wordpiece import WordPieceTokenizer
 from trainer.errors import UserError
+from trainer.tokenizers.characters import CharTokenizer
+from trainer.tokenizers.tokenizer_files import load_tokenizer, train_tokenizer
+from trainer.tokenizers.vocabulary import SPECIAL_TOKENS
+from trainer.tokenizers.wordpiece import WordPieceTokenizer
 
 
 @pytest.fixture

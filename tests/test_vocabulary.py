@@ -9,9 +9,9 @@ import pytest
 
 from trainer.config.file import SHIPPED_CONFIGS, load_config, make_config
 from trainer.config.settings import BpeConfig, WordPieceConfig
-from trainer.data.tokenizer_files import train_tokenizer
-from trainer.data.vocabulary import SPECIAL_TOKENS, _Sample, train_wordpiece
 from trainer.errors import UserError
+from trainer.tokenizers.tokenizer_files import train_tokenizer
+from trainer.tokenizers.vocabulary import SPECIAL_TOKENS, _Sample, train_wordpiece
 
 
 def test_the_vocabulary_has_the_size_that_is_set_if_the_text_offers_enough():

@@ -41,7 +41,7 @@ def prepare(options: argparse.Namespace) -> None:
     with ended_by([signal.SIGINT], Ending()), quiet_import():
         check_sources(config)
         if config.tokenizer.kind == "wordpiece":
-            import trainer.data.wordpiece  # noqa: F401
+            import trainer.tokenizers.wordpiece  # noqa: F401
     if options.runner == "beam":
         prepare_with_beam(config, options.beam_options, say)
     else:

@@ -30,12 +30,12 @@ import rich.console
 
 from harness import about, table_of
 from trainer.config.settings import ModelConfig
-from trainer.data.tokenizer import Tokenizer
-from trainer.data.vocabulary import SPECIAL_TOKENS
-from trainer.data.wordpiece import WordPieceTokenizer
 from trainer.decoding.decoder import Decoder
 from trainer.decoding.generate import Generator
 from trainer.model.gpt import GPT
+from trainer.tokenizers.tokenizer import Tokenizer
+from trainer.tokenizers.vocabulary import SPECIAL_TOKENS
+from trainer.tokenizers.wordpiece import WordPieceTokenizer
 
 ROUNDS = 5
 TOP_K = 5

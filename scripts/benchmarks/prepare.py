@@ -40,12 +40,12 @@ from harness import Training, about, table_of
 from texts import WORDS, Case, Counts, cases, write_documents
 from trainer.config.file import make_config
 from trainer.config.settings import BpeConfig, Config, WordPieceConfig
-from trainer.data.files import parts_of, read_documents
 from trainer.data.prepare import prepare
 from trainer.data.shards import load_prepared
-from trainer.data.vocabulary import SPECIAL_TOKENS, train_bpe, train_wordpiece
 from trainer.errors import UserError
 from trainer.storybook.storybook import story
+from trainer.text.files import parts_of, read_documents
+from trainer.tokenizers.vocabulary import SPECIAL_TOKENS, train_bpe, train_wordpiece
 from trainer.training.evaluation import Evaluator
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -54,8 +54,8 @@ from trainer.config.file import load_config
 from trainer.config.settings import Config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
-from trainer.data.vocabulary import SPECIAL_TOKENS
 from trainer.errors import UserError
+from trainer.tokenizers.vocabulary import SPECIAL_TOKENS
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = ROOT / ".venv-torch"

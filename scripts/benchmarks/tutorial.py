@@ -29,8 +29,8 @@ from trainer.config.file import load_config
 from trainer.config.settings import Config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
-from trainer.data.wordpiece import WordPieceTokenizer
 from trainer.runs.results import Evaluation
+from trainer.tokenizers.wordpiece import WordPieceTokenizer
 from trainer.training.evaluation import Evaluator
 
 MINIGPT = Path(__file__).resolve().parents[2] / "configs" / "minigpt.toml"

@@ -27,14 +27,14 @@ from trainer.data.encoding import Findings, Writers, encode_documents
 from trainer.data.prepare import Say, prepare
 from trainer.data.shard_writer import SplitWriter
 from trainer.data.shards import SHARD_TOKENS, PreparedData, split_of
-from trainer.data.source import File, Source, Tally
-from trainer.data.text import Mixture
-from trainer.data.tokenizer import Tokenizer
-from trainer.data.tokenizer_files import load_tokenizer
 from trainer.errors import UserError
 from trainer.system.machine import num_cores
 from trainer.system.storage import Location, Url, copy_folder, locate, on_disk, remove_folder
 from trainer.system.whole import write_whole
+from trainer.text.source import File, Source, Tally
+from trainer.text.sources import Mixture
+from trainer.tokenizers.tokenizer import Tokenizer
+from trainer.tokenizers.tokenizer_files import load_tokenizer
 from trainer.version import __version__
 
 # DirectRunner starts Prism, a program from the network that has only one Python process, unless an option needs what

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from trainer.config.settings import DataConfig
-from trainer.data.cutting import cut_document
-from trainer.data.files import Document
-from trainer.data.held_out import peek
 from trainer.data.shard_writer import SplitWriter
-from trainer.data.tokenizer import Tokenizer
 from trainer.storybook import storybook
 from trainer.system.machine import num_cores
+from trainer.text.files import Document
+from trainer.text.held_out import peek
+from trainer.tokenizers.cutting import cut_document
+from trainer.tokenizers.tokenizer import Tokenizer
 
 _BATCH_BYTES = 1 << 20
 # How many validation documents, and how much of each, are decoded again for the report.

@@ -15,7 +15,6 @@ from typing import Any
 from trainer.config.settings import BpeFileConfig, Config, WordPieceFileConfig
 from trainer.data.coverage import notes_on_examples
 from trainer.data.encoding import Findings, Writers, encode_documents, report
-from trainer.data.files import Document
 from trainer.data.partial_folder import PROGRESS, empty, written_whole
 from trainer.data.shard_writer import SplitWriter
 from trainer.data.shards import (
@@ -27,14 +26,15 @@ from trainer.data.shards import (
     token_dtype,
     write_manifest,
 )
-from trainer.data.source import Source
-from trainer.data.text import Mixture, open_source
-from trainer.data.tokenizer import Tokenizer
-from trainer.data.tokenizer_files import load_tokenizer, read_tokenizer_file, train_tokenizer
 from trainer.errors import UserError
 from trainer.system.manifest import unsealed, write_sealed
 from trainer.system.storage import Url, copy_folder, locate, place_on_disk
 from trainer.system.whole import copy_whole_folder
+from trainer.text.files import Document
+from trainer.text.source import Source
+from trainer.text.sources import Mixture, open_source
+from trainer.tokenizers.tokenizer import Tokenizer
+from trainer.tokenizers.tokenizer_files import load_tokenizer, read_tokenizer_file, train_tokenizer
 
 _PROGRESS_SECS = 5.0
 # How often a preparation saves how far it is.

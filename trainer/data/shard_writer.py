@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from trainer.data.shards import Shard, Split, faults_of_file, token_dtype
-from trainer.data.tokenizer import Tokenizer
 from trainer.errors import UserError
 from trainer.system.whole import sync
+from trainer.tokenizers.tokenizer import Tokenizer
 
 # What is appended to a shard is read this many tokens at a time.
 _PART_TOKENS = 1 << 22

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from trainer.config.settings import Config
-from trainer.data.tokenizer import Tokenizer
-from trainer.data.tokenizer_files import load_tokenizer
 from trainer.errors import UserError
 from trainer.system.manifest import DamagedError, unsealed, unverified, write_sealed
 from trainer.system.storage import Location
+from trainer.tokenizers.tokenizer import Tokenizer
+from trainer.tokenizers.tokenizer_files import load_tokenizer
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2

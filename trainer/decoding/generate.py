@@ -13,13 +13,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.tokenizer import Tokenizer
 from trainer.decoding.decoder import Decoder, is_count
 from trainer.decoding.sampling import best_beams, draw_top_k, draw_top_p, most_likely
 from trainer.errors import UserError
 from trainer.model.attention import Cache
 from trainer.model.language_model import adapt
 from trainer.model.ops.plain import Ops
+from trainer.tokenizers.tokenizer import Tokenizer
 
 
 class NotFinite(UserError):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from trainer.data.prepare import fetch
 from trainer.data.shards import MANIFEST, PreparedData, load_prepared, read_manifest
-from trainer.data.tokenizer import Tokenizer
-from trainer.data.tokenizer_files import load_tokenizer
 from trainer.errors import UserError, quoted
 from trainer.runs.run_folder import CONFIG, RunFolder, place_of
 from trainer.system.storage import Location, Url, locate, on_disk
+from trainer.tokenizers.tokenizer import Tokenizer
+from trainer.tokenizers.tokenizer_files import load_tokenizer
 
 
 def find_prepared(run: RunFolder, prepare_again: Callable[[], PreparedData] | None = None) -> PreparedData:

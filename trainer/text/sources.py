@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 from trainer.config.settings import DataConfig
-from trainer.data.datasets import Dataset, is_dataset
-from trainer.data.files import Document, Progress, has_paragraphs
-from trainer.data.find_files import each_once, find_files
-from trainer.data.formats import is_json_lines
-from trainer.data.source import File, Source, is_text_file
 from trainer.errors import UserError
 from trainer.system.storage import Location
+from trainer.text.datasets import Dataset, is_dataset
+from trainer.text.files import Document, Progress, has_paragraphs
+from trainer.text.find_files import each_once, find_files
+from trainer.text.formats import is_json_lines
+from trainer.text.source import File, Source, is_text_file
 
 
 @dataclasses.dataclass(frozen=True)

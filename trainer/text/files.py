@@ -15,7 +15,9 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO, Literal
 
 from trainer.config.refusals import is_utf8
-from trainer.data.formats import (
+from trainer.errors import UserError
+from trainer.system.storage import Location
+from trainer.text.formats import (
     GZIP_MARK,
     SAMPLE_BYTES,
     START_BYTES,
@@ -25,8 +27,6 @@ from trainer.data.formats import (
     fault_of_start,
     is_gzip_name,
 )
-from trainer.errors import UserError
-from trainer.system.storage import Location
 
 Kind = Literal["line", "paragraph", "file"]  # "auto" is one of the first two, by has_paragraphs.
 # The text of a document; or the parts of a long document, one after the other.

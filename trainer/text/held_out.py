@@ -4,8 +4,8 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 
-from trainer.data.files import LONG_CHARS, Document, count_characters
 from trainer.system.storage import Location
+from trainer.text.files import LONG_CHARS, Document, count_characters
 
 
 def is_held_out(text: str, fraction: float) -> bool:

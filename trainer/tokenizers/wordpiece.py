@@ -15,8 +15,8 @@ import tensorflow_text
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from trainer.data.cutting import LONE_CHARACTER, WORDPIECE_BREAKS
-from trainer.data.tokenizer import (
+from trainer.tokenizers.cutting import LONE_CHARACTER, WORDPIECE_BREAKS
+from trainer.tokenizers.tokenizer import (
     BOS_NAMES,
     PAD_NAMES,
     Tokenizer,

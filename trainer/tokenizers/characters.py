@@ -8,9 +8,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from trainer.config.settings import ByteConfig
-from trainer.data.cutting import ANYWHERE
-from trainer.data.tokenizer import Tokenizer, fingerprint_of, save_files, without_special
-from trainer.data.vocabulary import BYTE_SPECIAL_TOKENS, SPECIAL_TOKENS
+from trainer.tokenizers.cutting import ANYWHERE
+from trainer.tokenizers.tokenizer import Tokenizer, fingerprint_of, save_files, without_special
+from trainer.tokenizers.vocabulary import BYTE_SPECIAL_TOKENS, SPECIAL_TOKENS
 
 
 class CharTokenizer(Tokenizer):

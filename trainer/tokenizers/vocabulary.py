@@ -16,9 +16,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trainer.config.settings import MIN_BPE_TOKENS, BpeConfig, WordPieceConfig
-from trainer.data.cutting import BPE_BREAKS, LONE_CHARACTER, WORDPIECE_BREAKS, cut, cut_document
-from trainer.data.files import Document
 from trainer.errors import UserError
+from trainer.text.files import Document
+from trainer.tokenizers.cutting import BPE_BREAKS, LONE_CHARACTER, WORDPIECE_BREAKS, cut, cut_document
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[BOS]")
 # Bytes can spell everything.
@@ -135,7 +135,7 @@ def _merge(size: int, forms: list[str], counts: Mapping[str, int]) -> list[str]:
 
 def _word_splitter(lowercase: bool) -> SplitIntoWords:
     # Here and not at the top: only WordPiece needs TensorFlow, which takes seconds to load.
-    from trainer.data.wordpiece import split_into_words
+    from trainer.tokenizers.wordpiece import split_into_words
 
     def split(texts: list[bytes]) -> tuple[list[str], np.ndarray]:
         words = split_into_words(texts, lowercase)

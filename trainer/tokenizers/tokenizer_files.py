@@ -16,14 +16,14 @@ from trainer.config.settings import (
     WordPieceConfig,
     WordPieceFileConfig,
 )
-from trainer.data.bpe import BpeTokenizer, check_round_trip
-from trainer.data.characters import ByteTokenizer, CharTokenizer
-from trainer.data.files import Document, parts_of
-from trainer.data.formats import SAMPLE_BYTES, START_BYTES, fault_of_bytes, fault_of_start
-from trainer.data.tokenizer import Tokenizer, parse_tokenizer_json
-from trainer.data.vocabulary import SPECIAL_TOKENS, train_bpe, train_wordpiece
 from trainer.errors import UserError
 from trainer.system.storage import locate
+from trainer.text.files import Document, parts_of
+from trainer.text.formats import SAMPLE_BYTES, START_BYTES, fault_of_bytes, fault_of_start
+from trainer.tokenizers.bpe import BpeTokenizer, check_round_trip
+from trainer.tokenizers.characters import ByteTokenizer, CharTokenizer
+from trainer.tokenizers.tokenizer import Tokenizer, parse_tokenizer_json
+from trainer.tokenizers.vocabulary import SPECIAL_TOKENS, train_bpe, train_wordpiece
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -99,7 +99,7 @@ def read_tokenizer_file(config: TokenizerConfig) -> bytes | None:
 
 def _wordpiece(vocabulary: list[str], lowercase: bool) -> Tokenizer:
     # Here and not at the top: only WordPiece needs TensorFlow, which takes seconds to load.
-    from trainer.data.wordpiece import WordPieceTokenizer
+    from trainer.tokenizers.wordpiece import WordPieceTokenizer
 
     return WordPieceTokenizer(vocabulary, lowercase)
 

@@ -10,13 +10,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 
 from trainer.config.settings import DataConfig
-from trainer.data.datasets import Dataset
-from trainer.data.files import LONG_CHARS, Document, Progress, digest, first_fault, read_documents, read_records
-from trainer.data.formats import is_json_lines
-from trainer.data.held_out import is_held_out, peek, split_file
 from trainer.errors import UserError
 from trainer.storybook import storybook
 from trainer.system.storage import Location
+from trainer.text.datasets import Dataset
+from trainer.text.files import LONG_CHARS, Document, Progress, digest, first_fault, read_documents, read_records
+from trainer.text.formats import is_json_lines
+from trainer.text.held_out import is_held_out, peek, split_file
 
 File = Location | Dataset
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import tokenizers
 
-from trainer.data.cutting import cut
+from trainer.tokenizers.cutting import cut
 
 # The names that vocabularies give to padding, and to the token before a document, which the end of the last one may be.
 PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")

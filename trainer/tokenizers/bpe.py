@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from trainer.data.cutting import BPE_BREAKS
-from trainer.data.tokenizer import (
+from trainer.tokenizers.cutting import BPE_BREAKS
+from trainer.tokenizers.tokenizer import (
     BOS_NAMES,
     PAD_NAMES,
     Tokenizer,

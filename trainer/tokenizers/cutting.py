@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from trainer.data.files import Document, parts_of
+from trainer.text.files import Document, parts_of
 
 # WordPiece makes each of these, and all other Unicode punctuation, a word of its own: punctuation and ideographs.
 LONE_CHARACTER = (

@@ -7,11 +7,11 @@ import pytest
 
 from trainer.config.file import SHIPPED_CONFIGS, load_config
 from trainer.config.settings import DataConfig
-from trainer.data import files
-from trainer.data.files import parts_of
-from trainer.data.held_out import is_held_out
-from trainer.data.text import open_source
 from trainer.errors import UserError
+from trainer.text import files
+from trainer.text.files import parts_of
+from trainer.text.held_out import is_held_out
+from trainer.text.sources import open_source
 
 CHUNK = files._READ_BYTES
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from trainer.data.formats import fault_of_name, is_gzip_name
 from trainer.errors import UserError, quoted
 from trainer.system.storage import Location, Url, locate
+from trainer.text.formats import fault_of_name, is_gzip_name
 
 SIMPLEBOOKS_URL = "https://dldata-public.s3.us-east-2.amazonaws.com/simplebooks.zip"
 _TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
