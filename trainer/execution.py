@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from trainer.config.settings import Config, examples_per_replica
 from trainer.hardware.processor import Processor
 
-Ops = Literal["plain", "cpu", "xla"]
+OpsName = Literal["plain", "cpu", "xla"]
 Recompute = Literal["nothing", "attention", "blocks"]
 Use = Literal["training", "evaluation", "decoding"]
 
@@ -64,7 +64,7 @@ class Execution(NamedTuple):
     at_once: int
     num_micro_batches: int
     is_compiled: bool
-    ops: Ops
+    ops: OpsName
     recompute: Recompute
     query_block: int
     keeps_probabilities: bool
@@ -153,14 +153,14 @@ def resolve(
     )
 
 
-def ops_of(device: Processor, is_compiled: bool = False, use: Use = "training") -> Ops:
+def ops_of(device: Processor, is_compiled: bool = False, use: Use = "training") -> OpsName:
     """Returns the way of computing on a device; see `Execution.ops`."""
     if is_compiled or (device.kind == "TPU" and use != "decoding"):
         return "xla"
     return "cpu" if device.kind == "CPU" else "plain"
 
 
-def compute_dtype_of(precision: str, device: Processor, ops: Ops) -> str:
+def compute_dtype_of(precision: str, device: Processor, ops: OpsName) -> str:
     """Returns the dtype that a Keras policy computes in. On a CPU that is slow in 16 bits it is a wider dtype, which
     holds all the numbers of the narrow one.
     """

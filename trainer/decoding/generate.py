@@ -7,7 +7,7 @@ and runs are not its concern.
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -194,69 +194,71 @@ class Generator:
         return text if found < 0 else text[: found + len(stop)]
 
     def _compile(self, decoder: Decoder) -> Any:
-        """Returns a function of (tokens, lengths, ends, seed) that returns (texts, whether all logits were finite).
-
-        Its arguments are the prompts, int32 [batch, sequence]; their lengths, int32 [batch]; the positions before which
-        the texts end, int32 [batch]; and the seed, an int64 scalar. Only the batch size is open in their shapes, so
-        that it is traced once. The texts are int32 [batch, sequence].
+        """Returns `_write` for a decoder, compiled. Only the batch size is open in the shapes of its arguments, so that
+        it is traced once.
         """
-        num_beams = decoder.num_beams if decoder.name == "beam" else 1
-        bos_id = self.tokenizer.bos_id
-
-        def write(tokens: tf.Tensor, lengths: tf.Tensor, ends: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            first = tf.reduce_min(lengths)
-            # All texts have these tokens. The last of them is read with the first step.
-            cache = self._language_model.read(tokens, first - 1, self._ops)
-            # Only the first beam of a text is real at the start; the others get -inf.
-            scores = tf.tile([[0.0] + [-math.inf] * (num_beams - 1)], [tf.shape(tokens)[0], 1])
-            if num_beams > 1:
-                rows = tf.repeat(tf.range(tf.shape(tokens)[0]), num_beams)
-                tokens, lengths, ends, cache = _gather((tokens, lengths, ends, cache), rows)
-
-            def is_unfinished(index: tf.Tensor, texts: tf.Tensor, is_ended: tf.Tensor, *_: Any) -> tf.Tensor:
-                return (index < tf.reduce_max(ends)) & ~tf.reduce_all(is_ended)
-
-            def write_next(
-                index: tf.Tensor,
-                texts: tf.Tensor,
-                is_ended: tf.Tensor,
-                is_finite: tf.Tensor,
-                scores: tf.Tensor,
-                cache: list[Cache],
-            ) -> tuple:
-                logits, cache = self._language_model.next_logits(texts, index, cache, self._ops)
-                logits = self._possible(logits, texts[:, index - 1])
-                is_prompt, is_over = index < lengths, is_ended | (index >= ends)
-                is_number = tf.math.is_finite(tf.reduce_logsumexp(logits, axis=1))
-                is_unreal = tf.math.is_inf(tf.reshape(scores, [-1]))  # Such a beam holds arbitrary tokens.
-                is_finite &= tf.reduce_all(is_number | is_over | is_prompt | is_unreal)
-                # The token is given within a prompt, and is [BOS] after the end of a text. It is [BOS], too, if the
-                # logits are not finite: that ends the text, and `generate` raises NotFinite.
-                given = tf.where(is_prompt, tokens[:, index], tf.where(is_over | ~is_number, bos_id, -1))
-                if decoder.name == "beam":
-                    # A given token has probability 1: only tokens that the model has chosen count in a score.
-                    certain = tf.one_hot(given, logits.shape[1], on_value=0.0, off_value=-math.inf)
-                    logits = tf.where(given[:, tf.newaxis] < 0, logits, certain)
-                    origins, picked, scores = best_beams(logits, scores)
-                    texts, is_ended, cache = _gather((texts, is_ended, cache), origins)
-                else:
-                    picked = _pick(decoder, logits, tf.stack([seed, tf.cast(index, tf.int64)]))
-                    picked = tf.where(given < 0, picked, given)
-                texts = tf.where(tf.range(self.sequence_length) == index, picked[:, tf.newaxis], texts)
-                is_ended |= (picked == bos_id) & (index >= lengths)
-                return index + 1, texts, is_ended, is_finite, scores, cache
-
-            state = (first, tokens, tf.zeros_like(lengths, tf.bool), tf.constant(True), scores, cache)
-            _, texts, _, is_finite, scores, _ = tf.while_loop(is_unfinished, write_next, state)
-            texts = tf.reshape(texts, [-1, num_beams, self.sequence_length])
-            return tf.gather(texts, most_likely(scores), batch_dims=1), is_finite
-
         per_row = tf.TensorSpec([None], tf.int32)
-        texts = tf.TensorSpec([None, self.sequence_length], tf.int32)
-        compiled = tf.function(write, [texts, per_row, per_row, tf.TensorSpec([], tf.int64)], autograph=False)
+        tokens = tf.TensorSpec([None, self.sequence_length], tf.int32)
+
+        @tf.function(input_signature=[tokens, per_row, per_row, tf.TensorSpec([], tf.int64)], autograph=False)
+        def write(*prompts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return self._write(decoder, _Prompts._make(prompts))
+
         # Traced here: TensorFlow warns if many calls trace the same code, as generators in one process do.
-        compiled.get_concrete_function()
-        return compiled
+        write.get_concrete_function()
+        return write
+
+    def _write(self, decoder: Decoder, prompts: "_Prompts") -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the texts, int32 [batch, sequence], and whether the logits of all of them were finite."""
+        num_beams = decoder.num_beams if decoder.name == "beam" else 1
+        first = tf.reduce_min(prompts.lengths)
+        # All texts have these tokens. The last of them is read with the first step.
+        cache = self._language_model.read(prompts.tokens, first - 1, self._ops)
+        # Only the first beam of a text is real at the start; the others get -inf.
+        scores = tf.tile([[0.0] + [-math.inf] * (num_beams - 1)], [tf.shape(prompts.tokens)[0], 1])
+        if num_beams > 1:
+            rows = tf.repeat(tf.range(tf.shape(prompts.tokens)[0]), num_beams)
+            repeated = _gather((prompts.tokens, prompts.lengths, prompts.ends, cache), rows)
+            prompts, cache = _Prompts._make((*repeated[:3], prompts.seed)), repeated[3]
+
+        def is_unfinished(*state: Any) -> tf.Tensor:
+            texts = _Texts(*state)
+            return (texts.index < tf.reduce_max(prompts.ends)) & ~tf.reduce_all(texts.is_ended)
+
+        def write_next(*state: Any) -> _Texts:
+            return self._write_next(decoder, prompts, _Texts(*state))
+
+        is_ended = tf.zeros_like(prompts.lengths, tf.bool)
+        start = _Texts(first, prompts.tokens, is_ended, tf.constant(True), scores, cache)
+        texts = _Texts(*tf.while_loop(is_unfinished, write_next, start))
+        beams = tf.reshape(texts.tokens, [-1, num_beams, self.sequence_length])
+        return tf.gather(beams, most_likely(texts.scores), batch_dims=1), texts.is_finite
+
+    def _write_next(self, decoder: Decoder, prompts: "_Prompts", texts: "_Texts") -> "_Texts":
+        """Returns the texts with one more token."""
+        index, tokens, is_ended, is_finite, scores, cache = texts
+        bos_id = self.tokenizer.bos_id
+        logits, cache = self._language_model.next_logits(tokens, index, cache, self._ops)
+        logits = self._possible(logits, tokens[:, index - 1])
+        is_prompt, is_over = index < prompts.lengths, is_ended | (index >= prompts.ends)
+        is_number = tf.math.is_finite(tf.reduce_logsumexp(logits, axis=1))
+        is_unreal = tf.math.is_inf(tf.reshape(scores, [-1]))  # Such a beam holds arbitrary tokens.
+        is_finite &= tf.reduce_all(is_number | is_over | is_prompt | is_unreal)
+        # The token is given within a prompt, and is [BOS] after the end of a text. It is [BOS], too, if the logits are
+        # not finite: that ends the text, and `generate` raises NotFinite.
+        given = tf.where(is_prompt, prompts.tokens[:, index], tf.where(is_over | ~is_number, bos_id, -1))
+        if decoder.name == "beam":
+            # A given token has probability 1: only tokens that the model has chosen count in a score.
+            certain = tf.one_hot(given, logits.shape[1], on_value=0.0, off_value=-math.inf)
+            logits = tf.where(given[:, tf.newaxis] < 0, logits, certain)
+            origins, picked, scores = best_beams(logits, scores)
+            tokens, is_ended, cache = _gather((tokens, is_ended, cache), origins)
+        else:
+            picked = _pick(decoder, logits, tf.stack([prompts.seed, tf.cast(index, tf.int64)]))
+            picked = tf.where(given < 0, picked, given)
+        tokens = tf.where(tf.range(self.sequence_length) == index, picked[:, tf.newaxis], tokens)
+        is_ended |= (picked == bos_id) & (index >= prompts.lengths)
+        return _Texts(index + 1, tokens, is_ended, is_finite, scores, cache)
 
     def _possible(self, logits: tf.Tensor, newest: tf.Tensor) -> tf.Tensor:
         """Returns the logits with -inf for tokens that cannot come.
@@ -284,6 +286,42 @@ class Generator:
         is_possible = is_possible & ((ids != bos_id) | (newest != bos_id)[:, tf.newaxis])
         # Logits that model.vocabulary_multiple adds do not belong to a token.
         return tf.where(is_possible, tf.cast(logits[:, :vocabulary_size], tf.float32), -math.inf)
+
+
+class _Prompts(NamedTuple):
+    """What is to be written.
+
+    Attributes:
+        tokens: int32 [rows, sequence], the prompts; with beam search a row for each beam of a text.
+        lengths: int32 [rows], the number of tokens of each prompt.
+        ends: int32 [rows], the position before which each text ends.
+        seed: int64 scalar.
+    """
+
+    tokens: tf.Tensor
+    lengths: tf.Tensor
+    ends: tf.Tensor
+    seed: tf.Tensor
+
+
+class _Texts(NamedTuple):
+    """What is written so far.
+
+    Attributes:
+        index: int32 scalar, the position to write next.
+        tokens: int32 [rows, sequence].
+        is_ended: bool [rows], whether the model has ended the text.
+        is_finite: bool scalar, whether all logits were finite.
+        scores: float32 [texts, beams], the logarithm of each beam's probability.
+        cache: what the model remembers of the positions before index - 1.
+    """
+
+    index: tf.Tensor
+    tokens: tf.Tensor
+    is_ended: tf.Tensor
+    is_finite: tf.Tensor
+    scores: tf.Tensor
+    cache: list[Cache]
 
 
 def _gather(structure: Any, rows: tf.Tensor) -> Any:
