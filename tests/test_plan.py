@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +191,9 @@ def test_the_largest_micro_batch_is_found_with_few_compiles(
     assert print_compiled(config, None, V5E_8) == (own <= largest)
     assert f"largest train.micro_batch_size that fits: {largest or 'none'}\n" in capsys.readouterr().out
     assert len(compiled) == num_compiled
+
+
+def test_planning_loads_no_tensorflow():
+    program = "import sys; import trainer.planning.plan; assert not {'tensorflow', 'keras'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
