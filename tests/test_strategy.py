@@ -142,7 +142,9 @@ def test_a_process_that_has_used_tensorflow_keeps_its_threads():
 def test_one_worker_can_compute_without_the_others(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}')
     for kind in ("auto", "multi_worker"):
-        assert make_strategy(DistributionConfig(kind=kind), alone=True).num_replicas_in_sync == max(1, NUM_GPUS)
+        assert make_strategy(DistributionConfig(kind=kind), ignore_workers=True).num_replicas_in_sync == max(
+            1, NUM_GPUS
+        )
 
 
 def test_devices_are_found_in_the_table_by_what_they_are_called():

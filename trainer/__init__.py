@@ -225,7 +225,7 @@ def score(
         from trainer.runs.run_checkpoints import load_model
         from trainer.runs.run_data import find_prepared
         from trainer.training.evaluation import Evaluator
-    strategy = make_strategy(run.config.distribution, alone=True)
+    strategy = make_strategy(run.config.distribution, ignore_workers=True)
     prepared = find_prepared(run)
     with strategy.scope():
         model, checkpoint = load_model(run, build_model, say, step)

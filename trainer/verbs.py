@@ -23,7 +23,7 @@ from trainer.exit_status import ExitStatus
 from trainer.hardware.devices import parse_target
 from trainer.planning.plan import print_compiled, print_plan
 from trainer.runs.run_data import find_prepared
-from trainer.runs.run_folder import RECORD, RunFolder, Step, find_run, run_and_step
+from trainer.runs.run_folder import RECORD, CheckpointStep, RunFolder, find_run, run_and_step
 from trainer.storybook.storybook import log_probability
 from trainer.system.signals import Ending, ended_by
 from trainer.system.storage import Url, locate
@@ -70,7 +70,7 @@ def train(options: argparse.Namespace) -> ExitStatus:
     return ExitStatus.DONE
 
 
-def _check_resumed(options: argparse.Namespace) -> tuple[str, Step | None, list[str], Config]:
+def _check_resumed(options: argparse.Namespace) -> tuple[str, CheckpointStep | None, list[str], Config]:
     """Returns the run's folder, the step to resume from, the overrides, and the run's config with them."""
     if options.or_resume:
         raise UserError(f"--resume {options.resume} and --or-resume: --or-resume goes with a config; leave out one.")
@@ -152,7 +152,7 @@ def evaluate(options: argparse.Namespace) -> None:
         from trainer.runs.run_checkpoints import load_model
         from trainer.training.evaluation import Evaluator
 
-    strategy = make_strategy(run.config.distribution, alone=True)
+    strategy = make_strategy(run.config.distribution, ignore_workers=True)
     for line in describe_devices(strategy, run.config.distribution, Workers()):
         warn(line)
     prepared = find_prepared(run)
@@ -192,7 +192,7 @@ def generate(options: argparse.Namespace) -> None:
     say("\n\n".join(texts))
 
 
-def _run_of(options: argparse.Namespace) -> tuple[str, Step | None]:
+def _run_of(options: argparse.Namespace) -> tuple[str, CheckpointStep | None]:
     """Returns the folder and the step of the checkpoint that the options name."""
     run_folder, step = run_and_step(options.run_folder, options.step)
     RunFolder(run_folder).check_model(None)

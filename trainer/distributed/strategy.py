@@ -53,19 +53,19 @@ def share_cores(config: Config, workers: Workers) -> None:
         tf.config.threading.set_intra_op_parallelism_threads(max(1, num_cores() // 2))
 
 
-def make_strategy(config: DistributionConfig, alone: bool = False) -> tf.distribute.Strategy:
+def make_strategy(config: DistributionConfig, ignore_workers: bool = False) -> tf.distribute.Strategy:
     """Returns the strategy under which the model is built and the step is run.
 
     Call it before TensorFlow computes anything: after that, TensorFlow can neither split the CPU nor join workers.
 
     Args:
         config: the devices to use.
-        alone: whether to use only this process, even if TF_CONFIG names several workers.
+        ignore_workers: whether to use only this process, even if TF_CONFIG names several workers.
 
     Raises:
         UserError: the config names devices that are not there.
     """
-    if not alone and find_workers(config).are_several:
+    if not ignore_workers and find_workers(config).are_several:
         return tf.distribute.MultiWorkerMirroredStrategy()
     if config.kind == "tpu":
         return _tpu(config)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from trainer.distributed.workers import Workers
 from trainer.errors import UserError, quoted
 from trainer.runs.checkpoint import Checkpoints
-from trainer.runs.run_folder import RESULT, SCORES, RunFolder, Step
+from trainer.runs.run_folder import RESULT, SCORES, CheckpointStep, RunFolder
 from trainer.system.manifest import DamagedError, unsealed, write_sealed
 from trainer.system.storage import reason_and_remedy
 
@@ -95,7 +95,7 @@ def write_scores(run: RunFolder, scores: dict[int, float]) -> None:
         raise UserError(f"{file} cannot be written: {reason_and_remedy(error)}.") from None
 
 
-def scores_to_keep(checkpoints: Checkpoints, step: int, from_step: Step | None) -> dict[int, float]:
+def scores_to_keep(checkpoints: Checkpoints, step: int, from_step: CheckpointStep | None) -> dict[int, float]:
     """Returns the validation losses that a process which goes on from a step has to keep.
 
     A process that was killed may have scored steps after its last checkpoint: they are taken and scored again. But if

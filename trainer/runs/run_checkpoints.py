@@ -12,7 +12,7 @@ from trainer.model.language_model import adapt
 from trainer.runs.checkpoint import Checkpoint, Checkpoints, assign
 from trainer.runs.results import read_scores
 from trainer.runs.run_data import load_tokenizer_of
-from trainer.runs.run_folder import CONFIG, RunFolder, Step
+from trainer.runs.run_folder import CONFIG, CheckpointStep, RunFolder
 
 # The facts of a run's record that the manifest of each checkpoint repeats.
 _FACTS = ("data_fingerprint", "tokenizer_fingerprint", "model")
@@ -41,7 +41,7 @@ def open_checkpoints(run: RunFolder, say: Callable[[str], None] = print) -> Chec
     )
 
 
-def find_checkpoint(run: RunFolder, checkpoints: Checkpoints, step: Step | None = None) -> Checkpoint | None:
+def find_checkpoint(run: RunFolder, checkpoints: Checkpoints, step: CheckpointStep | None = None) -> Checkpoint | None:
     """Returns a checkpoint of a run.
 
     Args:
@@ -84,7 +84,7 @@ def load_model(
     run: RunFolder,
     build_model: BuildModel | None = None,
     say: Callable[[str], None] = print,
-    step: Step | None = None,
+    step: CheckpointStep | None = None,
 ) -> tuple[keras.Model, Checkpoint]:
     """Builds the model of a run with the weights of a checkpoint.
 

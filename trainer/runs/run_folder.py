@@ -52,7 +52,7 @@ FORMAT = 2
 # What a process that was killed while it made a run's folder can have left. A folder with only these is free.
 _MADE_BEFORE_RECORD = {"lock", "tokenizer", f"{RECORD}.partial"}
 
-Step = int | Literal["best"]
+CheckpointStep = int | Literal["best"]
 
 
 class RunFolder:
@@ -264,7 +264,7 @@ class RunFolder:
             )
 
 
-def run_and_step(path: str, step: str | int | None = None) -> tuple[str, Step | None]:
+def run_and_step(path: str, step: str | int | None = None) -> tuple[str, CheckpointStep | None]:
     """Returns a run's folder and the step of the checkpoint that the user means; None for the newest checkpoint.
 
     Args:
@@ -274,7 +274,7 @@ def run_and_step(path: str, step: str | int | None = None) -> tuple[str, Step | 
     Raises:
         UserError: step is not a number of steps, or path and step name different checkpoints.
     """
-    given: Step | None = "best" if step == "best" else whole_number(str(step))
+    given: CheckpointStep | None = "best" if step == "best" else whole_number(str(step))
     if step is not None and given is None:
         raise UserError(f"step={step!r} is not a step of a checkpoint; give a number of steps, or 'best'.")
     named = re.fullmatch(r"(?:(.*)/)?checkpoints/step_([0-9]{1,18})/*", str(path))

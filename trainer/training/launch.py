@@ -34,7 +34,7 @@ from trainer.errors import UserError, quoted
 from trainer.model.build import BuildModel
 from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints
 from trainer.runs.run_data import find_prepared
-from trainer.runs.run_folder import RunFolder, Step, find_run, run_and_step
+from trainer.runs.run_folder import CheckpointStep, RunFolder, find_run, run_and_step
 from trainer.runs.run_lock import only_run_in
 from trainer.system.process import call_in_new_process
 from trainer.system.storage import Location, locate
@@ -59,7 +59,7 @@ class Request(NamedTuple):
     run: RunFolder | None
     build_model: BuildModel | None
     may_prepare: bool
-    step: Step | None = None
+    step: CheckpointStep | None = None
 
 
 def start(
@@ -89,7 +89,7 @@ def resume(
     build_model: BuildModel | None = None,
     say: Say = print,
     overrides: Sequence[str] = (),
-    step: Step | None = None,
+    step: CheckpointStep | None = None,
 ) -> TrainingResult:
     """Goes on with a run from a checkpoint, with the configuration that the run was started with.
 
@@ -221,7 +221,7 @@ def fingerprints(config: Config, build_model: BuildModel | None) -> dict[str, st
     } | settings
 
 
-def contents(run: RunFolder, step: Step | None) -> dict[str, str]:
+def contents(run: RunFolder, step: CheckpointStep | None) -> dict[str, str]:
     """Returns what all workers must find in the run's folder."""
     checkpoints = open_checkpoints(run, _be_silent)  # `train` looks again, and prints which checkpoints it skips.
     checkpoint = find_checkpoint(run, checkpoints, step)

@@ -36,13 +36,13 @@ from trainer.runs.first_batch import check_first_batch, hash_of_first_batch
 from trainer.runs.results import Evaluation, keep_score, read_result, scores_to_keep, write_result
 from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints
 from trainer.runs.run_data import keep_place_of, load_tokenizer_of
-from trainer.runs.run_folder import RunFolder, Step
+from trainer.runs.run_folder import CheckpointStep, RunFolder
 from trainer.system.signals import stop_on_signals
 from trainer.system.terminal import Say
 from trainer.training.evaluation import Evaluator
 from trainer.training.health import check_is_learning, report_skipped
 from trainer.training.micro_batch import advising_on_memory, settle_micro_batch
-from trainer.training.monitor import Meter, Monitor, Silence, describe_run, make_monitor
+from trainer.training.monitor import Meter, Monitor, SilentMonitor, describe_run, make_monitor
 from trainer.training.schedule import learning_rate
 from trainer.training.snapshot import restore, save
 from trainer.training.step import TrainingStep
@@ -56,7 +56,7 @@ def train(
     prepared: PreparedData,
     build_model: BuildModel | None,
     say: Say,
-    from_step: Step | None = None,
+    from_step: CheckpointStep | None = None,
 ) -> "TrainingResult":
     """Trains a run to its end, or until a signal stops it. Every worker calls this.
 
@@ -97,7 +97,7 @@ def train(
         evaluator = Evaluator(model, strategy, prepared, config)
         generator = Generator(model, load_tokenizer_of(run), config.train.sequence_length)
         warn_about_samples(generator, config.samples, say)
-        monitor = make_monitor(run, prepared, model, strategy, step, say) if workers.is_chief else Silence()
+        monitor = make_monitor(run, prepared, model, strategy, step, say) if workers.is_chief else SilentMonitor()
         # repeat(): with a finite dataset TensorFlow synchronizes the workers before every step to ask if data is left.
         batches = iter(
             distributed(strategy, lambda share: training_batches(prepared, config, step, total_steps, share).repeat())
@@ -221,7 +221,7 @@ def bring_up_to_date(run: RunFolder, prepared: PreparedData, total_steps: int, s
     check_first_batch(run, hash_of_first_batch(prepared, run.config, total_steps), say)
 
 
-def log(step: int, step_function: TrainingStep, meter: Meter, monitor: Monitor | Silence) -> None:
+def log(step: int, step_function: TrainingStep, meter: Meter, monitor: Monitor | SilentMonitor) -> None:
     """Reports the steps since the last report, and how many of them were skipped."""
     config, total_steps, loss_scale = step_function.config, step_function.total_steps, step_function.loss_scale
     interval = meter.report(float(learning_rate(config.optimizer, step - 1, total_steps)))

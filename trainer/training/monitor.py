@@ -287,7 +287,7 @@ class Monitor:
         return per_step * (self.total_steps - step)
 
 
-class Silence:
+class SilentMonitor:
     """A monitor that reports nothing, for the workers that are not the chief."""
 
     @contextlib.contextmanager
