@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.distributed import rendezvous as meeting
-from trainer.distributed.rendezvous import meeting_secs
+from trainer.distributed import meeting
+from trainer.distributed.meeting import meeting_secs
 from trainer.distributed.workers import read_tf_config
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "launch" / "kubernetes_job.py"

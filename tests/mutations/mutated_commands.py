@@ -61,8 +61,7 @@ def prompt(lab: Lab, rng: random.Random) -> bool:
 def tf_config(lab: Lab, rng: random.Random) -> bool:
     """TF_CONFIG, and the variables of SLURM."""
     from trainer.config.settings import DistributionConfig
-    from trainer.distributed import rendezvous as meeting
-    from trainer.distributed import workers
+    from trainer.distributed import meeting, workers
     from trainer.errors import UserError
 
     write_inputs()

@@ -21,7 +21,7 @@ import tensorflow as tf
 from trainer.config.settings import Config, examples_per_replica
 from trainer.data.prepare import prepare, text_fingerprint
 from trainer.data.shards import PreparedData
-from trainer.distributed.rendezvous import Meeting
+from trainer.distributed.meeting import Meeting
 from trainer.distributed.strategy import (
     count_replicas_of,
     describe_devices,

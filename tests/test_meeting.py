@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from trainer.distributed import rendezvous as meeting
-from trainer.distributed.lines import listen
-from trainer.distributed.rendezvous import Meeting, meeting_secs
+from trainer.distributed import meeting
+from trainer.distributed.connection import listen
+from trainer.distributed.meeting import Meeting, meeting_secs
 from trainer.distributed.workers import Workers, split_address
 from trainer.errors import UserError
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from trainer.distributed.lines import SILENCE_SECS, Line, close_all, close_when_read, listen, ready_of
+from trainer.distributed.connection import SILENCE_SECS, Line, close_all, close_when_read, listen, ready_of
 from trainer.distributed.workers import Workers, split_address
 from trainer.errors import UserError
 
