@@ -1,4 +1,4 @@
-"""Lines of text over TCP between the workers of a run, and the addresses at which the chief listens."""
+"""TCP connections that carry lines of text between the workers of a run, and the addresses where the chief listens."""
 
 import collections
 import contextlib
@@ -16,59 +16,63 @@ from typing import Any
 from trainer.distributed.workers import split_address
 from trainer.errors import UserError
 
-# A worker that is silent for this long counts as lost.
+# A worker counts as lost if no byte comes from it for this long.
 SILENCE_SECS = 60.0
-# Until a connection has proven that its other end is a worker, its lines may not be longer.
+# The longest line that is read from the other end before it has proven that it is a worker.
 MAX_GREETING_BYTES = 256
 
+# How long `close_when_read` waits for the other ends to close theirs.
 _PARTING_SECS = 2.0
 
 
-class Line:
-    """A connection that carries lines of text.
+class Connection:
+    """A TCP connection that carries lines of text.
+
+    Args:
+        tcp: the connected socket.
 
     Attributes:
         challenge: a random text, which the other end has to hash together with the secret.
         texts: the lines that have come and were not used yet.
-        heard_at: the time of the last bytes that came, by time.monotonic().
+        last_read_at: the time of the last bytes that came, by time.monotonic().
         max_bytes: the longest line that the other end may send.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection, self._rest, self._sending = connection, bytearray(), threading.Lock()
-        connection.settimeout(SILENCE_SECS)
+    def __init__(self, tcp: socket.socket) -> None:
+        self._tcp, self._rest, self._sending = tcp, bytearray(), threading.Lock()
+        tcp.settimeout(SILENCE_SECS)
         self.challenge = secrets.token_hex(16)
         self.texts: collections.deque[bytes] = collections.deque()
-        self.heard_at = time.monotonic()
+        self.last_read_at = time.monotonic()
         self.max_bytes = MAX_GREETING_BYTES
 
     def fileno(self) -> int:
         """Returns the file descriptor of the connection."""
-        return self._connection.fileno()
+        return self._tcp.fileno()
 
     def close(self) -> None:
         """Closes the connection."""
-        self._connection.close()
+        self._tcp.close()
 
-    def meets_itself(self) -> bool:
-        """Returns whether this connection is connected to itself. That can happen if no process listens yet, and the
-        system gives the same port to the outgoing connection.
+    def is_to_itself(self) -> bool:
+        """Returns whether this socket is connected to itself. That can happen if no process listens at the port yet,
+        and the system chooses the same port for the outgoing connection.
         """
-        if self._connection.getsockname() != self._connection.getpeername():
-            return False
-        # Close it without lingering: otherwise the chief could not listen at the port.
-        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        return True
+        return bool(self._tcp.getsockname() == self._tcp.getpeername())
+
+    def free_port_on_close(self) -> None:
+        """Makes `close` free the port at once. By default a port stays in use for some time after a close."""
+        self._tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def send_no_more(self) -> None:
         """Closes this side of the connection; the other end may still send."""
         with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_WR)
+            self._tcp.shutdown(socket.SHUT_WR)
 
     def send_line(self, text: bytes) -> None:
         """Sends a line."""
         with self._sending:
-            self._connection.sendall(text + b"\n")
+            self._tcp.sendall(text + b"\n")
 
     def read(self) -> None:
         """Reads what has come. Call it once there is something to read.
@@ -77,10 +81,10 @@ class Line:
             OSError: the other end has closed the connection.
             ValueError: the other end sent a line that is too long.
         """
-        came = self._connection.recv(1 << 20)
+        came = self._tcp.recv(1 << 20)
         if not came:
             raise ConnectionError("the connection was closed")
-        self.heard_at = time.monotonic()
+        self.last_read_at = time.monotonic()
         *whole, rest = came.split(b"\n")
         for text in whole:
             self.texts.append(bytes(self._rest) + text)
@@ -88,6 +92,15 @@ class Line:
         self._rest += rest
         if max(len(self._rest), *map(len, self.texts), 0) > self.max_bytes:
             raise ValueError("the line is too long")
+
+    def has_line_or_end(self) -> bool:
+        """Reads what has come. Returns whether `texts` has a whole line, or no line will come that may be used."""
+        try:
+            self.read()
+        except (OSError, ValueError):
+            self.texts.clear()
+            return True
+        return bool(self.texts)
 
     def next_text(self, deadline: float) -> bytes:
         """Returns the next line.
@@ -103,30 +116,30 @@ class Line:
         return self.texts.popleft()
 
 
-def close_all(lines: Iterable[Line]) -> None:
+def close_all(connections: Iterable[Connection]) -> None:
     """Closes connections."""
-    for line in lines:
-        line.close()
+    for each in connections:
+        each.close()
 
 
-def close_when_read(lines: Iterable[Line]) -> None:
+def close_when_read(connections: Iterable[Connection]) -> None:
     """Closes connections once the other ends have closed theirs, or after _PARTING_SECS. If bytes arrive at a
     connection that is already closed, it is reset, and the last message to the other end can be lost.
     """
-    left, deadline = list(lines), time.monotonic() + _PARTING_SECS
-    for line in left:
-        line.send_no_more()
+    left, deadline = list(connections), time.monotonic() + _PARTING_SECS
+    for each in left:
+        each.send_no_more()
     while left and (secs_left := deadline - time.monotonic()) > 0:
-        for line in ready_of(left, secs_left):
+        for each in ready_of(left, secs_left):
             try:
-                line.read()
+                each.read()
             except (OSError, ValueError):
-                left.remove(line)
-    close_all(lines)
+                left.remove(each)
+    close_all(connections)
 
 
 def ready_of(files: Iterable[Any], timeout_secs: float) -> list[Any]:
-    """Returns the files that have something to read or accept, once there is one or the time is over."""
+    """Waits at most timeout_secs until some of the files have something to read or to accept; returns these files."""
     with selectors.DefaultSelector() as selector:
         for file in files:
             selector.register(file, selectors.EVENT_READ, file)
@@ -134,7 +147,7 @@ def ready_of(files: Iterable[Any], timeout_secs: float) -> list[Any]:
 
 
 def listen(address: str) -> list[socket.socket]:
-    """Listens at an address of TF_CONFIG: only there if this host has the address, otherwise at all of its addresses.
+    """Listens at an address of TF_CONFIG, or at all addresses of this host if it does not have that address itself.
 
     Raises:
         UserError: another process listens there.
@@ -163,14 +176,14 @@ def listen(address: str) -> list[socket.socket]:
 
 
 def _own_addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
-    """Returns the addresses of a name; none if other hosts would find other addresses."""
+    """Returns the addresses of a name. Returns none if the name has other addresses on other hosts."""
     try:
         infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
         return []
     found = list(dict.fromkeys((socket.AddressFamily(family), str(address[0])) for family, *_, address in infos))
     is_name = host not in [address for _, address in found] and host != "localhost"
-    # On many systems the host's own name has a loopback address, which it does not have for other hosts.
+    # On many systems the host's own name has a loopback address there, and a different address on other hosts.
     if is_name and any(ipaddress.ip_address(address).is_loopback for _, address in found):
         return []
     return found

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from trainer.distributed.connection import SILENCE_SECS, Line, close_all, close_when_read, listen, ready_of
+from trainer.distributed.connection import SILENCE_SECS, Connection, close_all, close_when_read, listen, ready_of
 from trainer.distributed.workers import Workers, split_address
 from trainer.errors import UserError
 
@@ -32,18 +32,23 @@ TIMEOUT_SECS = 45.0
 TIMEOUT_VARIABLE = "TRAINER_MEETING_SECS"
 SECRET_VARIABLE = "TRAINER_MEETING_SECRET"
 
+# The time between two tries to connect to the chief.
 _RETRY_SECS = 0.2
-# A worker sends its greeting at once, and then a sign of life at this interval; after SILENCE_SECS it counts as lost.
+# The most time from the connection to the greeting, which a worker sends at once.
 _GREETING_SECS = 5.0
+# Every worker sends this message at this interval: it counts as lost if nothing comes from it for SILENCE_SECS.
 _SIGN_OF_LIFE_SECS = 5.0
 _SIGN_OF_LIFE = b"{}"
 
-# A config may list many thousands of files.
+# The longest message of a worker: a config may list many thousands of files.
 _MAX_MESSAGE_BYTES = 256 << 20
-# The most connections that have not proven anything yet; if there are more, the oldest are closed.
+# The most open connections that have not proven anything yet; if there are more, the oldest are closed.
 _MAX_STRANGERS = 64
+# The most characters of another worker's text that a message of this one shows.
 _MAX_SHOWN_CHARS = 300
 
+# The chief sends its challenge; a worker answers with its number, its own challenge and its proof; the chief answers
+# with its own proof, or with "taken" or "refused".
 _CHALLENGE = re.compile(rb"trainer-meeting ([0-9a-f]{32})")
 _GREETING = re.compile(rb"([0-9]{1,6}) ([0-9a-f]{32}) ([0-9a-f]{64})")
 _WELCOME = re.compile(rb"welcome ([0-9a-f]{64})")
@@ -88,7 +93,7 @@ class Meeting:
         key = json.dumps([os.environ.get(SECRET_VARIABLE, ""), *workers.addresses])
         self._key = hashlib.sha256(key.encode()).digest()
         # On the chief: the connections to all other workers. On the others: the connection to the chief.
-        self._lines: dict[int, Line] = {}
+        self._connections: dict[int, Connection] = {}
         self._is_over = threading.Event()
 
     def __enter__(self) -> Self:
@@ -96,10 +101,10 @@ class Meeting:
         try:
             if self._workers.is_chief:
                 problem = self._gather()
-                self._tell({"problem": problem})
+                self._send_to_all({"problem": problem})
             else:
                 self._find_chief()
-                problem = self._verdict()
+                problem = self._await_answer()
             if problem is not None:
                 raise UserError(problem)
         except BaseException:
@@ -111,13 +116,13 @@ class Meeting:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None:
-            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if self._workers.is_chief:
-                self._tell({"problem": f"{self._workers.name(0)} failed: {said}"})
+                self._send_to_all({"problem": f"{self._workers.name(0)} failed: {why}"})
             else:
-                self._tell({"error": said})
+                self._send_to_all({"error": why})
         self._is_over.set()
-        close_when_read(self._lines.values())
+        close_when_read(self._connections.values())
 
     def agree(self, facts: Facts) -> None:
         """Returns once all workers have called this with the same facts.
@@ -130,10 +135,10 @@ class Meeting:
         """
         if self._workers.is_chief:
             problem = self._compare(facts)
-            self._tell({"problem": problem})
+            self._send_to_all({"problem": problem})
         else:
-            self._tell({"facts": dict(facts)})
-            problem = self._verdict()
+            self._send_to_all({"facts": dict(facts)})
+            problem = self._await_answer()
         if problem is not None:
             raise UserError(problem)
 
@@ -149,73 +154,76 @@ class Meeting:
     # What the chief does.
 
     def _gather(self) -> str | None:
-        """Waits for all others; returns what is wrong if some do not come."""
+        """Waits for all other workers; returns what is wrong if some do not come."""
         deadline = time.monotonic() + self._timeout_secs
         num_refused = 0
         with contextlib.ExitStack() as stack:
             listeners = [stack.enter_context(each) for each in listen(self._workers.addresses[0])]
-            strangers: dict[Line, float] = {}  # With the time until which each has to prove itself.
+            # The connections that have not proven anything yet, oldest first, each with the time at which it is closed.
+            strangers: dict[Connection, float] = {}
             stack.callback(lambda: close_all(strangers))
-            while len(self._lines) < len(self._workers.addresses) - 1:
+            while len(self._connections) < len(self._workers.addresses) - 1:
                 now = time.monotonic()
                 if now >= deadline:
                     return self._missing(num_refused)
-                late = [line for line, until in strangers.items() if now >= until]
-                for line in [*late, *list(strangers)[: max(0, len(strangers) - _MAX_STRANGERS)]]:
-                    strangers.pop(line, None)
-                    line.close()
-                for each in ready_of([*listeners, *strangers, *self._lines.values()], min(0.1, deadline - now)):
+                _close_surplus(strangers, now)
+                files = [*listeners, *strangers, *self._connections.values()]
+                for each in ready_of(files, min(0.1, deadline - now)):
                     if isinstance(each, socket.socket):
-                        if (line_in := _accepted(each)) is not None:
-                            strangers[line_in] = now + _GREETING_SECS
-                    elif each in strangers:
-                        is_greeted = self._greeted(each)
-                        if is_greeted is not None:
-                            del strangers[each]
-                            num_refused += not is_greeted
-                    else:
-                        self._forget_if_gone(each)
+                        if (stranger := _accepted(each)) is not None:
+                            strangers[stranger] = now + _GREETING_SECS
+                    elif each not in strangers:
+                        self._drop_if_gone(each)
+                    elif each.has_line_or_end():
+                        del strangers[each]
+                        num_refused += not self._let_in(each)
         return None
 
-    def _greeted(self, line: Line) -> bool | None:
-        """Returns whether the other end has proven to be a worker, and lets it in; None: not known yet."""
-        try:
-            line.read()
-            if not line.texts:
-                return None
-            greeting = _GREETING.fullmatch(line.texts.popleft())
-            if greeting is not None:
-                number, challenge, proof = int(greeting[1]), greeting[2].decode(), greeting[3].decode()
-                expected = self._proof("worker", number, line.challenge, challenge)
-                if hmac.compare_digest(proof, expected) and 0 < number < len(self._workers.addresses):
-                    if number in self._lines:
-                        line.send_line(b"taken")  # The process that came first stays.
-                    else:
-                        line.send_line(b"welcome " + self._proof("chief", number, line.challenge, challenge).encode())
-                        line.max_bytes = _MAX_MESSAGE_BYTES
-                        self._lines[number] = line
-                        return True
-                else:
-                    line.send_line(b"refused")
-        except (OSError, ValueError):
-            pass  # The other end has gone, or is not a worker: close the connection.
-        line.close()
-        return False
+    def _let_in(self, stranger: Connection) -> bool:
+        """Lets the other end in if its line proves that it is a missing worker, and otherwise closes the connection.
 
-    def _forget_if_gone(self, line: Line) -> None:
+        Returns:
+            Whether it was let in.
+        """
+        is_let_in = False
+        with contextlib.suppress(OSError, ValueError):  # The other end has gone.
+            is_let_in = self._answer_greeting(stranger)
+        if not is_let_in:
+            stranger.close()
+        return is_let_in
+
+    def _answer_greeting(self, stranger: Connection) -> bool:
+        greeting = _GREETING.fullmatch(stranger.texts.popleft()) if stranger.texts else None
+        if greeting is None:
+            return False  # It is not a worker, and gets no answer.
+        number, challenge, proof = int(greeting[1]), greeting[2].decode(), greeting[3].decode()
+        expected = self._proof("worker", number, stranger.challenge, challenge)
+        if not (hmac.compare_digest(proof, expected) and 0 < number < len(self._workers.addresses)):
+            stranger.send_line(b"refused")
+            return False
+        if number in self._connections:
+            stranger.send_line(b"taken")  # The process that came first stays.
+            return False
+        stranger.send_line(b"welcome " + self._proof("chief", number, stranger.challenge, challenge).encode())
+        stranger.max_bytes = _MAX_MESSAGE_BYTES
+        self._connections[number] = stranger
+        return True
+
+    def _drop_if_gone(self, connection: Connection) -> None:
         """Frees the place of a worker whose process has ended, for another process with the same number."""
         try:
-            line.read()
-            if all(text == _SIGN_OF_LIFE for text in line.texts):
-                line.texts.clear()
+            connection.read()
+            if all(text == _SIGN_OF_LIFE for text in connection.texts):
+                connection.texts.clear()
                 return
         except (OSError, ValueError):
             pass
-        self._lines = {number: each for number, each in self._lines.items() if each is not line}
-        line.close()
+        self._connections = {number: each for number, each in self._connections.items() if each is not connection}
+        connection.close()
 
     def _missing(self, num_refused: int) -> str:
-        missing = [self._workers.name(i) for i in range(1, len(self._workers.addresses)) if i not in self._lines]
+        """Returns the message about the workers that have not come."""
+        missing = [self._workers.name(i) for i in range(1, len(self._workers.addresses)) if i not in self._connections]
         problem = (
             f"{', '.join(missing)} did not come within {self._timeout_secs:.0f} s. Start every worker that TF_CONFIG "
             "lists, each with its own task.index."
@@ -229,7 +237,7 @@ class Meeting:
 
     def _compare(self, own: Facts) -> str | None:
         """Waits for the facts of all others; returns what is wrong if some differ or do not come."""
-        awaited = set(self._lines)
+        awaited = set(self._connections)
         while awaited:
             try:
                 number, message = self._next_message()
@@ -241,7 +249,7 @@ class Meeting:
             for name in [*own, *(name for name in facts if name not in own)]:
                 theirs, ours = str(facts.get(name)), str(own.get(name))
                 if theirs != ours:
-                    theirs, ours = _apart(theirs, ours)
+                    theirs, ours = _around_difference(theirs, ours)
                     return (
                         f"{_shown(name)} differs: {self._workers.name(number)} has {theirs}, worker 0 has {ours}. "
                         "Start every worker with the same version, config and devices, on the same text."
@@ -263,13 +271,13 @@ class Meeting:
         while True:
             secs_left = max(0.01, deadline - time.monotonic())
             try:
-                connection = socket.create_connection((host, port), timeout=secs_left)
-                refusal = self._refusal(Line(connection), min(_GREETING_SECS, secs_left))
+                tcp = socket.create_connection((host, port), timeout=secs_left)
+                refusal = self._greet(Connection(tcp), min(_GREETING_SECS, secs_left))
                 if refusal is None:
                     return
                 fault = refusal
             except (OSError, ValueError) as error:
-                # An answer that it gave before explains more than the error of the last try.
+                # An earlier answer of the chief explains more than the error of the last try.
                 fault = refusal or f"could not be reached within {self._timeout_secs:.0f} s: {error}"
             if time.monotonic() >= deadline:
                 raise UserError(
@@ -278,25 +286,26 @@ class Meeting:
                 )
             time.sleep(_RETRY_SECS)
 
-    def _refusal(self, line: Line, timeout_secs: float) -> str | None:
+    def _greet(self, connection: Connection, timeout_secs: float) -> str | None:
         """Greets the chief; returns why the chief does not let this worker in, or None if it does."""
         deadline, number = time.monotonic() + timeout_secs, self._workers.number
         reason = "is not a worker of this run"
         try:
-            if line.meets_itself():
+            if connection.is_to_itself():
+                connection.free_port_on_close()  # Otherwise the chief could not listen at the port.
                 return "does not listen yet"
-            challenged = _CHALLENGE.fullmatch(line.next_text(deadline))
+            challenged = _CHALLENGE.fullmatch(connection.next_text(deadline))
             if challenged is not None:
-                theirs, ours = challenged[1].decode(), line.challenge
+                theirs, ours = challenged[1].decode(), connection.challenge
                 proof = self._proof("worker", number, theirs, ours)
-                line.send_line(f"{number} {ours} {proof}".encode())
-                answer = line.next_text(deadline)
+                connection.send_line(f"{number} {ours} {proof}".encode())
+                answer = connection.next_text(deadline)
                 welcome = _WELCOME.fullmatch(answer)
                 if welcome is not None and hmac.compare_digest(
                     welcome[1].decode(), self._proof("chief", number, theirs, ours)
                 ):
-                    line.max_bytes = _MAX_MESSAGE_BYTES
-                    self._lines[0] = line
+                    connection.max_bytes = _MAX_MESSAGE_BYTES
+                    self._connections[0] = connection
                     return None
                 if answer == b"taken":
                     reason = f"refused worker {number}: another process came as worker {number} first"
@@ -306,11 +315,12 @@ class Meeting:
                         f"{SECRET_VARIABLE}"
                     )
         finally:
-            if 0 not in self._lines:
-                line.close()
+            if 0 not in self._connections:
+                connection.close()
         return reason
 
-    def _verdict(self) -> str | None:
+    def _await_answer(self) -> str | None:
+        """Waits for the chief's answer; returns the problem that it reports, or None."""
         try:
             _, message = self._next_message()
         except _LostError as lost:
@@ -323,16 +333,16 @@ class Meeting:
     def _proof(self, role: str, number: int, of_chief: str, of_worker: str) -> str:
         return hmac.new(self._key, f"{role} {number} {of_chief} {of_worker}".encode(), "sha256").hexdigest()
 
-    def _tell(self, message: Mapping[str, object]) -> None:
-        for line in self._lines.values():
-            with contextlib.suppress(OSError):  # The worker is gone; waiting for its answer will raise the error.
-                line.send_line(json.dumps(message).encode())
+    def _send_to_all(self, message: Mapping[str, object]) -> None:
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):  # The worker is gone; `_next_message` will raise the error.
+                connection.send_line(json.dumps(message).encode())
 
     def _show_life(self) -> None:
         while not self._is_over.wait(_SIGN_OF_LIFE_SECS):
-            for line in list(self._lines.values()):
+            for connection in list(self._connections.values()):
                 with contextlib.suppress(OSError):
-                    line.send_line(_SIGN_OF_LIFE)
+                    connection.send_line(_SIGN_OF_LIFE)
 
     def _next_message(self) -> tuple[int, dict]:
         """Returns the next message that is not a sign of life, and the number of the worker that sent it.
@@ -342,17 +352,17 @@ class Meeting:
         """
         wait_secs = 0.0  # First read what has come while this worker was busy.
         while True:
-            ready = ready_of(self._lines.values(), wait_secs)
-            for number, line in self._lines.items():
+            ready = ready_of(self._connections.values(), wait_secs)
+            for number, connection in self._connections.items():
                 try:
-                    if line in ready and not line.texts:
-                        line.read()
+                    if connection in ready and not connection.texts:
+                        connection.read()
                 except (OSError, ValueError):
                     raise _LostError(number, "went away") from None
-                while line.texts:
-                    if (text := line.texts.popleft()) != _SIGN_OF_LIFE:
+                while connection.texts:
+                    if (text := connection.texts.popleft()) != _SIGN_OF_LIFE:
                         return number, _parsed(text, number)
-                if time.monotonic() - line.heard_at > SILENCE_SECS:
+                if time.monotonic() - connection.last_read_at > SILENCE_SECS:
                     raise _LostError(number, f"was silent for {SILENCE_SECS:.0f} s and counts as lost")
             wait_secs = 1.0
 
@@ -373,16 +383,26 @@ def _parsed(text: bytes, number: int) -> dict[str, Any]:
     return message
 
 
-def _accepted(listener: socket.socket) -> Line | None:
+def _close_surplus(strangers: dict[Connection, float], now: float) -> None:
+    """Closes the connections whose time is over, and the oldest ones if there are more than _MAX_STRANGERS."""
+    too_late = [each for each, until in strangers.items() if now >= until]
+    too_many = list(strangers)[: max(0, len(strangers) - _MAX_STRANGERS)]  # A dict keeps the order of insertion.
+    for each in {*too_late, *too_many}:
+        del strangers[each]
+        each.close()
+
+
+def _accepted(listener: socket.socket) -> Connection | None:
+    """Accepts a connection and sends the chief's challenge; returns None if the connection is gone again."""
     try:
-        line = Line(listener.accept()[0])
-        line.send_line(f"trainer-meeting {line.challenge}".encode())
-    except OSError:  # It is closed again, or this process has as many files open as it may have.
+        connection = Connection(listener.accept()[0])
+        connection.send_line(f"trainer-meeting {connection.challenge}".encode())
+    except OSError:  # The peer has closed the connection, or this process has too many files open.
         return None
-    return line
+    return connection
 
 
-def _apart(one: str, other: str) -> tuple[str, str]:
+def _around_difference(one: str, other: str) -> tuple[str, str]:
     """Returns the parts of two texts around their first difference, short enough for a message."""
     start = 0
     if max(len(one), len(other)) > _MAX_SHOWN_CHARS:
