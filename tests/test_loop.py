@@ -694,7 +694,7 @@ def test_a_skipped_checkpoint_is_reported_once_and_not_on_standard_output(copy_o
     weights.write_bytes(weights.read_bytes()[:-1])
     facts = launch.contents(RunFolder(copy_of_trained), None)
     assert facts[f"the checkpoint to go on from in {copy_of_trained}"] != "none"
-    assert capsys.readouterr() == ("", "")  # `train`, which comes next, says it.
+    assert capsys.readouterr() == ("", "")  # `train`, which comes next, prints it.
     for words in (["generate", "--sampler", "greedy", "--num-tokens", "2"], ["evaluate", "distribution.kind=cpu"]):
         assert main([words[0], str(copy_of_trained), *words[1:]]) == 0
         out, err = capsys.readouterr()
@@ -786,12 +786,12 @@ def test_a_changed_text_is_reported_when_a_run_goes_on_without_it(trained, tmp_p
     text = Path(config.data.train[0])
     whole = text.read_text()
     try:
-        for content, said in ((whole, False), (whole + "more\n", True), (None, True)):
+        for content, is_reported in ((whole, False), (whole + "more\n", True), (None, True)):
             text.write_text(content) if content else text.unlink()
             lines = []
             assert launch.start(config, say=lines.append, or_resume=True).evaluation == result.evaluation
-            told = [line for line in lines if "the run goes on with the text of then" in line]
-            assert len(told) == said, lines
-        assert "cannot be compared" in told[0]
+            found = [line for line in lines if "the run goes on with the text as it was prepared then, in" in line]
+            assert len(found) == is_reported, lines
+        assert "cannot be compared" in found[0]
     finally:
         text.write_text(whole)

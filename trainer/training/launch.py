@@ -1,11 +1,12 @@
-"""Starts and resumes runs: everything before the story that loop.py tells.
+"""Starts and resumes runs: everything that happens before loop.py.
 
 `start` takes a config, `resume` the folder of a run. Both, on every worker:
 1. find out which worker this process is: the only one, or one of the several that TF_CONFIG or SLURM name;
 2. lock the run's folder until the run is over, if this worker is the chief;
-3. get the prepared data, make or open the folder, and open the devices. A single worker does just that (`_launch_one`).
-   Several workers meet before they open the devices, and compare what they have (`_launch_several`): TensorFlow waits
-   for a missing worker for ever, and workers with different settings would spoil the model;
+3. get the devices, the prepared data and the folder. A single worker opens its devices, gets the data, and then makes
+   or opens the folder (`_launch_one`). Several workers first meet and compare what they have: TensorFlow waits for a
+   missing worker for ever, and workers with different settings would spoil the model. Then they get the data, make or
+   open the folder, and open their devices last (`_launch_several`);
 4. call `loop.train`.
 """
 
@@ -76,11 +77,13 @@ def start(
     Raises:
         UserError: a setting, the text or the folder is not right, or the workers do not agree.
     """
-    say = print_line if say is print else say
+    say = _printing(say)
     workers = find_workers(config.distribution)
     find_run(config, or_resume)  # Before the lock: a run that is refused leaves nothing behind, not even a lock file.
     with _locked_by_chief(locate(config.run_folder), workers, say):
-        run = find_run(config, or_resume)  # Again: until the lock, another process could change the folder.
+        run = find_run(
+            config, or_resume
+        )  # Again: another process may have changed the folder before this one had the lock.
         return _launch(Request(config, run, build_model, may_prepare=True), workers, say)
 
 
@@ -103,13 +106,23 @@ def resume(
     Raises:
         UserError: there is no such run or checkpoint, or its data is gone, or the workers do not agree.
     """
-    say = print_line if say is print else say
+    say = _printing(say)
     run_folder, step = run_and_step(run_folder, step)
-    run = RunFolder(run_folder, overrides)  # Before the lock: only the chief locks, and the config shows if this is it.
+    # Before the lock: only the chief locks, and the config is needed to know whether this worker is the chief.
+    run = RunFolder(run_folder, overrides)
     workers = find_workers(run.config.distribution)
     with _locked_by_chief(run.path, workers, say):
-        run = RunFolder(run_folder, overrides)  # Again: until the lock, another process could change the folder.
+        run = RunFolder(
+            run_folder, overrides
+        )  # Again: another process may have changed it before this one had the lock.
         return _launch(Request(run.config, run, build_model, may_prepare=False, step=step), workers, say)
+
+
+def _printing(say: Say) -> Say:
+    """Returns a function that prints a line: print_line in place of `print`, which is the default for users. print_line
+    escapes control characters, and a Monitor that gets it may show a progress bar.
+    """
+    return print_line if say is print else say
 
 
 def _locked_by_chief(folder: Location, workers: Workers, say: Say) -> contextlib.AbstractContextManager[None]:
@@ -128,7 +141,7 @@ def _launch_one(request: Request, workers: Workers, say: Say) -> TrainingResult:
     """Trains as the only worker. Devices come first: if they cannot be used, no text has to be prepared to find out."""
     config = request.config
     strategy = open_devices(config, workers, say)
-    examples_per_replica(config, strategy.num_replicas_in_sync)
+    _check_shares(config, strategy.num_replicas_in_sync)
     prepared = _prepared(request, prepare, say)
     if request.run is not None and request.may_prepare:
         report_changed_text(config, prepared, say, text_fingerprint)
@@ -138,42 +151,58 @@ def _launch_one(request: Request, workers: Workers, say: Say) -> TrainingResult:
 
 def _launch_several(request: Request, workers: Workers, say: Say) -> TrainingResult:
     """Trains as one of several workers. Devices come last: TensorFlow joins the workers when it opens the devices, and
-    can do so only before it computes anything. So text is prepared in another process.
+    can do so only before it computes anything. That is why the text is prepared in another process.
     """
     config = request.config
-    examples_per_replica(config, count_replicas_of(workers))
+    _check_shares(config, count_replicas_of(workers))
     prepare_elsewhere = functools.partial(call_in_new_process, prepare)
-
-    def make_or_open() -> RunFolder:
-        if request.run is not None:
-            return request.run
-        if not workers.is_chief:
-            return RunFolder.of(config)
-        run = RunFolder.create(config, prepared, request.build_model)
-        run.is_new = False  # If a worker is lost, the run is not undone: the message advises to resume it.
-        return run
 
     with Meeting(workers) as meeting:
         meeting.agree(fingerprints(config, request.build_model))
-        # First the chief, which prepares the data; then the others, which find it. So a shared folder needs no locks.
+        # The chief prepares the data; then the others find it. Because of this order a shared folder needs no locks.
         prepared = meeting.in_turn(lambda: _prepared(request, prepare_elsewhere, say))
         meeting.agree({"the prepared data": prepared.fingerprint})
         if workers.is_chief and request.run is not None and request.may_prepare:
             report_changed_text(config, prepared, say, functools.partial(call_in_new_process, text_fingerprint))
-        run = meeting.in_turn(make_or_open)
+        run = meeting.in_turn(lambda: _run_of_several(request, workers, prepared))
         meeting.agree(contents(run, request.step))
     with _reporting_lost_workers(run, workers):
         strategy = open_devices(run.config, workers, say)
         return train(run, workers, strategy, prepared, request.build_model, say, request.step)
 
 
+def _run_of_several(request: Request, workers: Workers, prepared: PreparedData) -> RunFolder:
+    """Returns the run to go on with, or the new one, which the chief makes before the others open it."""
+    if request.run is not None:
+        return request.run
+    if not workers.is_chief:
+        return RunFolder.of(request.config)
+    run = RunFolder.create(request.config, prepared, request.build_model)
+    # Keep the folder if a worker is lost before the first step: the message advises to resume the run.
+    run.is_new = False
+    return run
+
+
 def _be_silent(_: str) -> None:
     pass
 
 
-def _prepared(request: Request, prepare: Callable[..., PreparedData], say: Say) -> PreparedData:
+def _check_shares(config: Config, num_replicas: int) -> None:
+    """Raises UserError if the global batch cannot be divided into equal shares of whole micro-batches."""
+    examples_per_replica(config, num_replicas)
+
+
+def _prepared(request: Request, prepare_text: Callable[..., PreparedData], say: Say) -> PreparedData:
+    """Returns the data of a run; prepares it if that is still to be done and allowed.
+
+    Args:
+        request: what is to be trained.
+        prepare_text: `prepare`, or a function that calls it in another process.
+        say: prints a line.
+    """
+
     def prepare_now() -> PreparedData:
-        return prepare(request.config, say=say)
+        return prepare_text(request.config, say=say)
 
     if request.run is None:
         return prepare_now()
@@ -190,18 +219,25 @@ def open_devices(config: Config, workers: Workers, say: Say) -> tf.distribute.St
 
 
 def report_changed_text(
-    config: Config, prepared: PreparedData, say: Say, text_fingerprint: Callable[[Config], str]
+    config: Config, prepared: PreparedData, say: Say, fingerprint_of_text: Callable[[Config], str]
 ) -> None:
-    """Prints a line if the text has changed since the run was started: the run goes on with the text of then."""
+    """Prints a line if the text has changed since the run was started: the run goes on with the text as it was then.
+
+    Args:
+        config: the run's configuration.
+        prepared: the run's data.
+        say: prints a line.
+        fingerprint_of_text: `text_fingerprint`, or a function that calls it in another process.
+    """
     try:
-        if text_fingerprint(config) == prepared.source_fingerprint:
+        if fingerprint_of_text(config) == prepared.source_fingerprint:
             return
         what = "The text, or the file of tokenizer.path, has changed since this run was started"
     except UserError as error:
         what = f"The text cannot be compared with what it was when this run was started ({str(error).rstrip('.')})"
     say(
-        f"{what}: the run goes on with the text of then, as it was prepared in "
-        f"{prepared.stored_in or prepared.folder}. To train on the text of now, start a new run: "
+        f"{what}: the run goes on with the text as it was prepared then, in {prepared.stored_in or prepared.folder}. "
+        "To train on the current text, start a new run: "
         f"{quoted(f'run_folder={config.run_folder}-2')}"
     )
 
@@ -216,7 +252,7 @@ def fingerprints(config: Config, build_model: BuildModel | None) -> dict[str, st
         "the version of trainer": __version__,
         "the version of TensorFlow": tf.__version__,
         "the version of Keras": keras.__version__,
-        "what each computes on": devices_of_this_worker(),
+        "the devices": devices_of_this_worker(),
         "the function that builds the model": "trainer's own" if build_model is None else _name_of(build_model),
     } | settings
 
@@ -226,6 +262,7 @@ def contents(run: RunFolder, step: CheckpointStep | None) -> dict[str, str]:
     checkpoints = open_checkpoints(run, _be_silent)  # `train` looks again, and prints which checkpoints it skips.
     checkpoint = find_checkpoint(run, checkpoints, step)
     return {
+        # Without the seal: `RunFolder.keep` renews the seal in the file, but not in `facts`.
         f"the record of {run.path}": json.dumps(run.facts | {"sha256": None}, sort_keys=True),
         f"the checkpoint to go on from in {run.path}": "none" if checkpoint is None else checkpoint.manifest["sha256"],
         f"the validation losses so far in {run.path}": str(sorted(checkpoints.scores.items())),
@@ -233,7 +270,8 @@ def contents(run: RunFolder, step: CheckpointStep | None) -> dict[str, str]:
 
 
 def _name_of(function: Callable[..., Any]) -> str:
-    # Without the module: it is __main__ in the script that was started, and has a name in a script that was imported.
+    # Without the name of the module, which can differ between workers: it is `__main__` in a script that was started,
+    # and the real name in a script that was imported.
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
