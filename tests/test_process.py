@@ -14,6 +14,7 @@ import pytest
 
 import trainer
 from trainer.errors import UserError
+from trainer.system import process
 from trainer.system.fork import check_not_forked
 from trainer.system.process import call_in_new_process, describe_end
 
@@ -52,6 +53,20 @@ def test_a_function_is_called_in_another_process_and_its_lines_come_back_one_by_
     assert said[0] == "a and b"
     assert re.fullmatch(r"makes \d+", said[1])
     assert said[1] != f"makes {os.getpid()}"
+
+
+def test_a_process_that_ends_before_its_stdin_is_closed_prints_nothing(monkeypatch, capfd):
+    close, is_over = process._Request.close, []
+
+    def close_late(request):
+        time.sleep(1.5)  # As on a machine that has other work: the new process ends meanwhile.
+        close(request)
+        is_over.append(True)
+
+    monkeypatch.setattr(process._Request, "close", close_late)
+    assert call_in_new_process(os.getpid) != os.getpid()
+    assert is_over
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_exception_of_the_function_is_raised_here_with_its_traceback():

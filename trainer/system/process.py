@@ -33,7 +33,7 @@ def call_in_new_process(function: Callable[..., T], *arguments: object, say: Cal
     Args:
         function: a function that the new process can import by its module and name.
         arguments: the arguments of the function. They and the result must be picklable.
-        say: a function that gets the lines that `function` passes to its own argument `say`. By default `function` is
+        say: prints a line. `function` gets an argument `say` that passes its lines to it; by default `function` is
             called without that argument.
 
     Raises:
@@ -113,7 +113,9 @@ def _serve(descriptor: int) -> None:
     is_done = threading.Event()
 
     def end_with_the_parent() -> None:
-        sys.stdin.buffer.read()
+        # Not sys.stdin: a thread that waits in it when Python exits makes the exit a fatal error.
+        while os.read(0, 1 << 16):
+            pass
         if not is_done.is_set():
             os.kill(os.getpid(), signal.SIGINT)
             is_done.wait(_GRACE_SECS)
