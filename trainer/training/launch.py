@@ -81,9 +81,7 @@ def start(
     workers = find_workers(config.distribution)
     find_run(config, or_resume)  # Before the lock: a run that is refused leaves nothing behind, not even a lock file.
     with _locked_by_chief(locate(config.run_folder), workers, say):
-        run = find_run(
-            config, or_resume
-        )  # Again: another process may have changed the folder before this one had the lock.
+        run = find_run(config, or_resume)  # Again: the folder may have changed before this process had the lock.
         return _launch(Request(config, run, build_model, may_prepare=True), workers, say)
 
 
@@ -112,9 +110,7 @@ def resume(
     run = RunFolder(run_folder, overrides)
     workers = find_workers(run.config.distribution)
     with _locked_by_chief(run.path, workers, say):
-        run = RunFolder(
-            run_folder, overrides
-        )  # Again: another process may have changed it before this one had the lock.
+        run = RunFolder(run_folder, overrides)  # Again: the folder may have changed before this process had the lock.
         return _launch(Request(run.config, run, build_model, may_prepare=False, step=step), workers, say)
 
 
