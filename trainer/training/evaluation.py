@@ -48,13 +48,13 @@ class Evaluator:
         self._sum_batch = tf.function(self._score_batch, autograph=False)
 
     def __call__(self, num_batches: int | None = None) -> Evaluation:
-        """Scores num_batches batches of each source, or all batches if that is None."""
+        """Scores num_batches batches of each source; None: all batches."""
         evaluation = self.until_stopped(lambda: False, num_batches)
         assert evaluation is not None
         return evaluation
 
     def until_stopped(self, stop_requested: Callable[[], bool], num_batches: int | None) -> Evaluation | None:
-        """Scores num_batches batches of each source, or all batches if that is None.
+        """Scores num_batches batches of each source, until a stop is requested; None: all batches.
 
         Returns:
             The score. None if stop_requested, which is called after each batch, has returned True.
@@ -99,14 +99,14 @@ class Evaluator:
         """Returns the sum of the losses, the number of scored tokens, and the bytes that these tokens decode to."""
 
         def score(batch: tuple[tf.Tensor, ...]) -> list[tf.Tensor]:
-            # Across workers TensorFlow forgets how many examples there are.
+            # With several workers the static batch size is unknown.
             shape = [self._execution.examples, self.config.train.sequence_length]
             inputs, targets, weights = (tf.ensure_shape(part, shape) for part in batch)
             size = self._execution.micro_batch_size
             if size == self._execution.examples:
                 sums = self._score_part((inputs, targets, weights))
             else:
-                # As in a step: a CPU computes two halves at a time, and its cores are shared between them.
+                # As in a step: a CPU computes two micro-batches at a time, and its cores are shared between them.
                 parts = [tf.reshape(part, [-1, size, shape[1]]) for part in (inputs, targets, weights)]
                 # In float64: the logits of a foreign model can have any dtype.
                 of_parts = tf.map_fn(

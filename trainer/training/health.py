@@ -1,10 +1,10 @@
-"""Whether a run still learns: reports skipped steps, and stops a run in which all steps are skipped."""
+"""Reports skipped steps, and stops a run that no longer learns because its steps are skipped."""
 
 from collections.abc import Callable
 
 from trainer.errors import UserError
 
-# After this many the next step will not be finite either: only the data is new.
+# After this many skipped steps in a row the next one will be skipped, too: only its data is new, not the weights.
 MAX_SKIPPED_IN_A_ROW = 20
 
 
@@ -15,7 +15,7 @@ def report_skipped(
 
     Args:
         step: the steps taken so far.
-        num_steps: the number of the last steps, which are reported.
+        num_steps: the number of steps since the last report.
         num_skipped: how many of them were skipped.
         loss_scale: the loss scale now; None if train.precision is not 'mixed_float16'.
         say: prints a line.

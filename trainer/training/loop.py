@@ -4,12 +4,14 @@ A run has one worker or several. A worker is a process, usually one per host. Ea
 holds the whole model. Worker 0 is the chief: only the chief writes checkpoints, logs, samples and results. On a single
 machine the only worker is the chief.
 
-launch    Every worker, in launch.py: it finds out which worker it is, gets the prepared data, makes or opens the run's
-          folder and opens its devices. Several workers first meet, and compare their settings, data and checkpoint.
+launch    Every worker, in launch.py. A single worker opens its devices, gets the prepared data, and makes or opens the
+          run's folder. Several workers first meet; then they get the data, make or open the folder, and open their
+          devices last. On the way they compare their settings, data and checkpoint.
 build     Every worker builds the same model, optimizer and compiled step.
 restore   Every worker loads the newest checkpoint, if the run has one.
 loop      Every worker takes the same steps. In a step (step.py) each replica computes the gradients of its share of the
-          batch, they are summed over all replicas, and each replica makes the same update of its copy of the model.
+          batch, the gradients are summed over all replicas, and each replica makes the same update of its copy of the
+          model.
           Between steps, whenever it is due: the chief logs; the chief saves a checkpoint; every worker scores its share
           of the validation text; the chief writes samples.
 finish    Every worker scores its share of the whole validation text. The chief writes samples and the results.
@@ -90,7 +92,9 @@ def train(
         if step == total_steps and (written := read_result(run, step)) is not None:
             say(f"{run.path}: all {total_steps} steps are taken, and this is the result.")
             return result._replace(evaluation=written[0], samples=written[1], best_step=checkpoints.best_step())
-        scores = checkpoints.scores = scores_to_keep(checkpoints, step, from_step)
+        # One dict with two users: `keep_score` adds a loss, and the checkpoints keep the one with the lowest loss.
+        scores = scores_to_keep(checkpoints, step, from_step)
+        checkpoints.scores = scores
         say(describe_run(run, prepared, model, step, total_steps))
 
         # Prepare the loop, every worker: what scores, samples and reports; the batches; the compiled steps.
@@ -126,7 +130,7 @@ def train(
     with monitor.running(), checkpoints:
         with stop_on_signals(lambda: step_function.stop_requested.assign(True), monitor.say):
             if is_due(step, config.evaluation.every_steps) and step < total_steps and step not in scores:
-                evaluate()  # The process before was stopped between saving this step and scoring it.
+                evaluate()  # The previous process was stopped between saving this step and scoring it.
             while step < total_steps and not (is_stopped or stop_requested()):
                 # Train, every worker: some steps, in one call of the compiled loop.
                 num_steps = steps_in_call(config, step, total_steps)
@@ -166,19 +170,21 @@ def train(
                 save_now()
             with spent.on("checkpoint"):
                 checkpoints.wait()
-            # A signal that came after the last step: no step counted it, so each of several workers stops by itself.
+            # A signal after the last step: no step has counted it. If there are several workers, only those that got it
+            # stop here; the others fail while they score the text below, and name the missing worker. All is saved.
             is_stopped = is_stopped or bool(step_function.stop_requested.numpy())
         if is_stopped:
             say(f"Stopped at step {step} of {total_steps}, saved. {how_to_go_on(run, checkpoints, step)}")
             return result._replace(step=step, is_stopped=True, best_step=checkpoints.best_step())
 
-        # Finish, every worker: scores of the whole text. The chief writes. All is saved: a signal now ends the process.
+        # Finish, every worker: scores of the whole text. The chief writes. From here on a signal ends the process at
+        # once, because everything is saved.
         with spent.on("evaluate"), monitor.doing(step, "evaluating"):
             evaluation, num_batches = evaluator(), config.evaluation.num_batches
-            # The scores so far are of a sample of the text, and are compared with the score of the same sample.
-            of_sample = evaluation if num_batches is None else evaluator(num_batches)
+            # Earlier scores used num_batches batches: compare with the score of the same batches.
+            comparable = evaluation if num_batches is None else evaluator(num_batches)
         monitor.evaluation(step, evaluation)
-        keep_score(run, workers, step, of_sample.loss, scores, monitor.say)
+        keep_score(run, workers, step, comparable.loss, scores, monitor.say)
         with spent.on("sample"), monitor.doing(step, "sampling"):
             samples = write_samples(generator, config.samples, monitor.say) if workers.is_chief else {}
         monitor.samples(step, samples)
@@ -211,10 +217,10 @@ class TrainingResult(NamedTuple):
 
 
 def bring_up_to_date(run: RunFolder, prepared: PreparedData, total_steps: int, say: Say) -> None:
-    """Writes into a run's folder what is missing or has changed since it was started, and checks the order of the data.
+    """Writes the files that are missing in a run's folder, and the place of its data; checks the order of the data.
 
     Raises:
-        UserError: the data would come in another order, or the folder cannot be written.
+        UserError: the batches would come in another order, or the folder cannot be written.
     """
     run.write_config_file()
     keep_place_of(run, prepared)

@@ -109,9 +109,9 @@ class Monitor:
         is_lossy: whether bits per byte are about less than the training text: its tokens do not hold all of it, or it
             is cut.
         terminal: the stream for lines and the progress bar; None: standard output.
-        say: prints a line in place of the terminal, without a progress bar; None: the terminal is used.
-        steps_per_epoch: the steps of an epoch; None: there are no epochs.
-        tokens_per_sec_at_peak: the speed at a model FLOPs utilisation of 1; None: not known, there is no such curve.
+        say: prints a line, in place of terminal; then there is no progress bar. None: terminal is used.
+        steps_per_epoch: the steps of an epoch; None: the run has no epochs.
+        tokens_per_sec_at_peak: the speed at a model FLOPs utilisation of 1; None: unknown, and the curve is left out.
     """
 
     def __init__(
@@ -148,7 +148,8 @@ class Monitor:
         )
         self._first_step = first_step
         self._train = EventLog(logs / "train", first_step, self.say)
-        # A run that has taken all its steps is resumed to be scored, and an earlier process may have logged its score.
+        # A run that has taken all its steps is resumed only to be scored: a score that an earlier process has logged at
+        # this step is written again, so it must not stay.
         self._validation = EventLog(logs / "validation", first_step - (first_step == total_steps), self.say)
         self._train.texts(first_step, {"config": f"```toml\n{config.to_toml()}\n```"})
         self._profile = config.profile
@@ -246,7 +247,7 @@ class Monitor:
             values["mfu_in_steps"] = in_steps / self._tokens_per_sec_at_peak
             values["mfu_overall"] = overall / self._tokens_per_sec_at_peak
             speed += f"  mfu {values['mfu_in_steps']:.1%} in steps, {values['mfu_overall']:.1%} overall"
-        # A value that is not known has no point: TensorBoard would draw 0 as the best loss.
+        # An unknown value gets no point: TensorBoard would draw 0 as the best loss.
         self._train.scalars(step, {name: value for name, value in values.items() if value is not None})
         shown = speed if self._console.width >= _WIDE else short
         self._progress.update(self._task, completed=step, state=f"{self._epoch_at(step)}{loss}  {shown}")
@@ -337,6 +338,7 @@ def make_monitor(
         total_steps=count_steps(prepared, config),
         bits_per_token_byte=1 / (text_bytes.of_target(config) * math.log(2)),
         is_lossy=is_cut or any(map(text_bytes.is_lossy, parts)),
+        # print_line is the default of launch.py: in its place the Monitor may show a progress bar.
         say=None if say is print_line else say,
         steps_per_epoch=num_examples(split, config) / config.train.global_batch_size if has_epochs else None,
         tokens_per_sec_at_peak=find_peak(config, model, prepared.vocabulary_size, strategy, say),
@@ -346,8 +348,8 @@ def make_monitor(
 def find_peak(
     config: Config, model: keras.Model, vocabulary_size: int, strategy: tf.distribute.Strategy, say: Say
 ) -> float | None:
-    """Returns the tokens per second at a model FLOPs utilisation of 1; None if that is not known. A line then names the
-    accelerator whose peak is not known.
+    """Returns the tokens per second at a model FLOPs utilisation of 1. Returns None on a CPU, for a foreign model, and
+    for an accelerator whose peak is unknown, which a line then names.
     """
     kind = device_kind(strategy)
     if kind == "CPU" or not adapt(model).is_gpt:

@@ -1,4 +1,4 @@
-"""Everything that a step changes: copied from its variables into a checkpoint, and back into them."""
+"""Saves everything that a step changes into a checkpoint, and restores it."""
 
 from typing import Any
 
@@ -36,5 +36,5 @@ def save(checkpoints: Checkpoints, step_function: TrainingStep, run: RunFolder) 
 
 
 def _snapshot(variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    # A copy: on a CPU numpy() can be the memory that the next step writes to.
+    # A copy: on a CPU numpy() can return the memory that the next step writes to.
     return {name: np.array(variable.numpy()) for name, variable in variables.items()}
