@@ -84,7 +84,7 @@ def test_each_source_of_a_mixture_is_scored_by_itself_too(folder):
     assert evaluation.losses == pytest.approx([loss / count for loss, count in sums], rel=1e-12)
     assert evaluation.num_tokens == sum(counts)
     assert evaluation.loss == pytest.approx(sum(loss for loss, _ in sums) / sum(counts), rel=1e-12)
-    assert f"of each source {evaluation.losses[0]:.4f}, {evaluation.losses[1]:.4f}" in str(evaluation)
+    assert f"by source {evaluation.losses[0]:.4f}, {evaluation.losses[1]:.4f}" in str(evaluation)
 
 
 @pytest.mark.parametrize("predict_end", [True, False])

@@ -39,7 +39,7 @@ def test_tf_config_is_read():
         (tf_config(index=-1), "task.index=-1 must be a number from 0 to 1"),
         (tf_config(index="1"), "task.index='1' must be a number from 0 to 1"),
         (tf_config(index=True), "task.index=True must be a number from 0 to 1"),
-        (tf_config(kind="chief", index=0), "task.index=0 must be that of a chief in the cluster"),
+        (tf_config(kind="chief", index=0), "task.index=0 must be the index of a chief in the cluster"),
         (tf_config(kind="evaluator"), "must have only workers, with or without one chief; leave out 'evaluator'"),
         (tf_config(kind=["worker"]), "must have only workers"),
         (tf_config(ps=["c:3"]), "must have only workers, with or without one chief; leave out 'ps'"),

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     open_streams()
     with lasting_errors():
-        if words[:1] == ["prepare"]:  # Here Ctrl-C raises KeyboardInterrupt: what is prepared so far is kept.
+        if words[:1] == ["prepare"]:  # Here Ctrl-C raises KeyboardInterrupt: the text prepared so far is kept.
             return _run(words, Ending())
         if words[:1] != ["train"]:
             with ended_by([signal.SIGINT], Ending()):
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ended_by(STOPPING, ending):
             status = _run(words, ending)
     if arguments is None:
-        for number in STOPPING:  # All is done: a signal could only replace the status that says so.
+        for number in STOPPING:  # The run is over: a signal could now only replace its exit status.
             signal.signal(number, signal.SIG_IGN)
     return status
 
@@ -73,9 +73,9 @@ def _fail(text: str) -> int:
 
 
 def _message(text: str) -> str:
-    """Returns a message as it is printed: what it quotes can neither control the terminal nor fill it.
+    """Returns a message in the form in which it is printed: a quoted text cannot control the terminal or fill it.
 
-    A long line keeps its start, which says where the mistake is, and its end, which says what to do.
+    A long line keeps its start, which names the mistake, and its end, which explains what to do.
     """
     kept = _MAX_LINE_CHARS // 2
     lines = printable(text).split("\n")
@@ -85,7 +85,7 @@ def _message(text: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are printed like those of the verbs."""
+    """A parser that prints its errors in the form of a verb's errors."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
@@ -233,7 +233,7 @@ def _add_plan(verbs: Any) -> None:
         "--utilisation", type=float, help="the model FLOPs utilisation to compute hours with, such as 0.5"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="ask the target's own compiler how much memory it needs; takes minutes"
+        "--compile", action="store_true", help="report the memory that the target's own compiler needs; takes minutes"
     )
     parser.add_argument("--weights", action="store_true", help="list every weight")
     parser.add_argument(

@@ -74,7 +74,7 @@ def _check_resumed(options: argparse.Namespace) -> tuple[str, CheckpointStep | N
     """Returns the run's folder, the step to resume from, the overrides, and the run's config with them."""
     if options.or_resume:
         raise UserError(f"--resume {options.resume} and --or-resume: --or-resume goes with a config; leave out one.")
-    # The first word after the options takes the place of a config.
+    # argparse takes the first word after the options for the config.
     overrides = [word for word in (options.config, *options.overrides) if word is not None]
     if files := [word for word in overrides if "=" not in word]:
         raise UserError(
@@ -121,7 +121,7 @@ def _resume_command(run_folder: str) -> str:
 
 
 def story_verdict(text: str) -> str:
-    """Returns a remark: a sample is a whole story of the storybook's grammar, or where it leaves the grammar."""
+    """Returns a remark on a sample: it is a whole story of the storybook's grammar, or it leaves the grammar here."""
     try:
         log_probability(text)
     except ValueError as error:
@@ -131,7 +131,7 @@ def story_verdict(text: str) -> str:
 
 def inspect(options: argparse.Namespace) -> ExitStatus:
     """Verifies prepared data and shows what is in it."""
-    # Around all of it: TensorFlow is loaded on the way, and only for WordPiece and object stores.
+    # Around the whole call: it loads TensorFlow on the way, but only for WordPiece and object stores.
     with quiet_import():
         is_whole = inspect_data(options.path, options.split, options.examples, options.sequence_length)
     return ExitStatus.DONE if is_whole else ExitStatus.FAILED

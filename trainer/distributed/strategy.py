@@ -85,14 +85,15 @@ def devices_of_this_worker() -> str:
 def distributed(
     strategy: tf.distribute.Strategy, batches_of: Callable[[Share], tf.data.Dataset]
 ) -> Iterable[tuple[tf.Tensor, ...]]:
-    """Returns batches for `strategy.run`: every worker makes its share, and every replica gets its own share of that.
+    """Returns batches for `strategy.run`: every worker makes its share, and every replica gets a share of it.
 
     Args:
         strategy: the run's strategy.
         batches_of: returns the pipeline of a worker's share.
     """
     if strategy.num_replicas_in_sync == 1 and device_kind(strategy) == "CPU":
-        # The batches are already where they are needed. A distributed dataset would pass each through two more threads.
+        # The batches are already where they are needed. A distributed dataset would pass each batch through two more
+        # threads.
         return batches_of(ALL)
 
     def batches_of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
@@ -114,8 +115,8 @@ def processor_of(strategy: tf.distribute.Strategy) -> Processor:
 
 
 def device_names(strategy: tf.distribute.Strategy) -> set[str]:
-    """Returns the names of this worker's devices: of GPUs the driver's name, of a TPU the accelerator type, such as
-    v5litepod-8. Empty if they have no known name, as CPUs.
+    """Returns the names of this worker's devices: the driver's names of GPUs, or the accelerator type of a TPU, such as
+    v5litepod-8. Empty if the devices have no known name, as on a CPU.
     """
     kind = device_kind(strategy)
     if kind == "GPU":
@@ -133,7 +134,7 @@ def describe_devices(strategy: tf.distribute.Strategy, config: DistributionConfi
 
     Args:
         strategy: the run's strategy.
-        config: the devices that the run's config asks for.
+        config: the section `distribution` of the run's config.
         workers: the workers of the run; if there are several, the line names this one.
     """
     num_replicas = strategy.num_replicas_in_sync // len(workers.addresses)
@@ -153,16 +154,16 @@ def describe_devices(strategy: tf.distribute.Strategy, config: DistributionConfi
 
 
 def unseen_gpu() -> str | None:
-    """Returns why TensorFlow does not see this machine's GPU, and what to do. None if it does, or there is no GPU."""
+    """Returns why TensorFlow does not see this machine's GPU, and what to do; None if it sees one or none exists."""
     return None if _num_gpus() else unused_gpu(tf.test.is_built_with_cuda())
 
 
 def find_devices(kind: str, names: Collection[str], num_replicas: int) -> Target | None:
-    """Returns the entry of the device table for the devices of a run; None if there is no entry.
+    """Returns the entry of the device table for the devices of a run; None if the table has none.
 
     Args:
         kind: what `device_kind` returned.
-        names: what `device_names` returned; there is no entry for devices of several kinds.
+        names: what `device_names` returned; devices of several kinds have no entry.
         num_replicas: the replicas of the run. A TPU's accelerator type includes their number.
     """
     if kind == "CPU" or len(names) != 1:
@@ -186,9 +187,9 @@ def _num_gpus() -> int:
     return len(tf.config.list_physical_devices("GPU"))
 
 
-def _gpus(asked: tuple[int, ...] | None) -> tf.distribute.Strategy:
+def _gpus(chosen: tuple[int, ...] | None) -> tf.distribute.Strategy:
     seen = tf.config.list_physical_devices("GPU")
-    numbers = gpu_numbers(asked, len(seen))
+    numbers = gpu_numbers(chosen, len(seen))
     used = [seen[number] for number in numbers]
     try:
         # Hide the other GPUs: TensorFlow would take their memory, too, which another run may need.
@@ -204,30 +205,30 @@ def _gpus(asked: tuple[int, ...] | None) -> tf.distribute.Strategy:
     return tf.distribute.OneDeviceStrategy(devices[0]) if len(used) == 1 else tf.distribute.MirroredStrategy(devices)
 
 
-_NO_GPU = "This machine shows no GPU of NVIDIA."
+_NO_GPU = "This machine shows no NVIDIA GPU."
 
 
-def gpu_numbers(asked: tuple[int, ...] | None, num_seen: int) -> list[int]:
+def gpu_numbers(chosen: tuple[int, ...] | None, num_seen: int) -> list[int]:
     """Returns the numbers of the GPUs to use, in rising order.
 
     Args:
-        asked: the setting distribution.gpus; None: all GPUs.
+        chosen: the setting distribution.gpus; None: all GPUs.
         num_seen: the number of GPUs that TensorFlow sees.
 
     Raises:
         UserError: it sees none, or fewer than the setting names.
     """
-    setting = "distribution.kind='gpu'" if asked is None else f"distribution.gpus={list(asked)}"
+    setting = "distribution.kind='gpu'" if chosen is None else f"distribution.gpus={list(chosen)}"
     if not num_seen:
         raise UserError(
             f"{setting}, but TensorFlow sees no GPU. {unused_gpu(tf.test.is_built_with_cuda()) or _NO_GPU}\n"
             "To train on the CPU: distribution.kind=cpu distribution.gpus=none"
         )
-    if asked is not None and max(asked) >= num_seen:
+    if chosen is not None and max(chosen) >= num_seen:
         raise UserError(
             f"{setting}, but TensorFlow sees {num_seen}, numbered from 0; choose among these, or leave it out for all."
         )
-    return sorted(asked or range(num_seen))
+    return sorted(chosen or range(num_seen))
 
 
 def _tpu(config: DistributionConfig) -> tf.distribute.Strategy:
@@ -243,7 +244,7 @@ def _tpu(config: DistributionConfig) -> tf.distribute.Strategy:
         tf.tpu.experimental.initialize_tpu_system(resolver)
         return resolver
 
-    # In a thread: to look for a TPU that is not there can take many minutes. A daemon, which no exit waits for.
+    # In a thread: the search for a TPU that does not exist can take many minutes. A daemon, so that it delays no exit.
     connected: Future[tf.distribute.cluster_resolver.TPUClusterResolver] = Future()
 
     def try_to_connect() -> None:
@@ -271,7 +272,7 @@ def _tpu_type_of_this_machine() -> str | None:
         with urllib.request.urlopen(request, timeout=2) as answer:
             return str(answer.read().decode())
     except OSError:
-        return None  # A TPU in Google Cloud that this machine is not part of.
+        return None  # The TPU is in Google Cloud, and this machine is not part of it.
 
 
 def _cpu(logical_devices: int) -> tf.distribute.Strategy:

@@ -1,4 +1,4 @@
-"""The workers of a run: reads from TF_CONFIG or SLURM which there are, and which of them this process is."""
+"""Finds the workers of a run, and which of them this process is, by TF_CONFIG or SLURM."""
 
 import ipaddress
 import json
@@ -169,7 +169,7 @@ def read_tf_config(text: str | None) -> Workers:
         )
     own, index = (chiefs if task["type"] == "chief" else others), task["index"]
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(own):
-        allowed = f"a number from 0 to {len(own) - 1}" if own else f"that of a {task['type']} in the cluster"
+        allowed = f"a number from 0 to {len(own) - 1}" if own else f"the index of a {task['type']} in the cluster"
         raise UserError(f"TF_CONFIG: task.index={_start_of(index)} must be {allowed}. {_TF_CONFIG_ADVICE}")
     return Workers(workers, index if task["type"] == "chief" else len(chiefs) + index)
 
@@ -202,7 +202,7 @@ def describe_loss(message: str, workers: Workers) -> str | None:
         reason = f"broke its connection ({reasons[-1].split('. ')[0].strip()})" if reasons else "broke its connection"
     return (
         f"{' and '.join(map(workers.name, lost)) or 'another worker'} {reason}. See its own last lines, and whether "
-        "its process was killed, for want of memory for example, or stopped."
+        "its process was stopped or killed, for example because memory ran out."
     )
 
 

@@ -172,11 +172,11 @@ class Target(NamedTuple):
 def parse_target(text: str) -> Target:
     """Returns the devices of a target such as cpu, tpu:v5e-8 or gpu:H100x8; capitals do not matter.
 
-    The number after a TPU's name is that of Google's accelerator types. It counts cores for v2, v3, v4 and v5p, and
-    chips for v5e and v6e, whose chips have one core.
+    The number after a TPU's name is the number in Google's accelerator types. It counts cores for v2, v3, v4 and v5p,
+    and chips for v5e and v6e, whose chips have one core.
 
     Raises:
-        UserError: trainer does not know the device, or the TPU does not come with this number.
+        UserError: the device is not in the table, or the TPU does not come with this number.
     """
     kind, _, name = text.lower().partition(":")
     if kind == "cpu" and not name:
@@ -213,9 +213,8 @@ def find_gpu(device_name: str) -> Device | None:
 
 
 def compiler_settings(target: Target) -> dict[str, Any]:
-    """Returns what XLA's compiler needs to know about the devices.
-
-    For a TPU that is its topology; for GPUs the facts of one, as the text of a GpuTargetConfigProto.
+    """Returns the facts about the devices that XLA's compiler needs: the topology of a TPU, or the text of a
+    GpuTargetConfigProto with the facts of one of the GPUs.
     """
     if target.device.num_axes:
         return {"topology": target.topology()}

@@ -1,7 +1,7 @@
 """The real compilers of TPUs and NVIDIA GPUs, on a machine that has neither: what a config's step needs on a device.
 
-TensorFlow lowers the step in a process of its own. The compiler runs in an environment of its own, which is made on
-first use: the compilers come with JAX, which needs other versions of TensorFlow's dependencies.
+TensorFlow lowers the step in a separate process. The compiler runs in a separate environment, which is made on first
+use: the compilers come with JAX, which needs other versions of TensorFlow's dependencies.
 """
 
 import json
@@ -112,7 +112,7 @@ def _compiler_environment(kind: str, say: Say) -> Path:
     say(f"Installing the compiler into {folder} (about 1 GB).")
     shutil.rmtree(folder, ignore_errors=True)
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-    # A pip.conf may ask for --user, which fails in an environment. LC_ALL, as NO_NETWORK matches English messages.
+    # A pip.conf may set --user, which fails in an environment. LC_ALL, because NO_NETWORK matches English messages.
     variables = {**os.environ, "PIP_USER": "0", "LC_ALL": "C"}
     for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, *packages]):
         done = subprocess.run(

@@ -30,7 +30,7 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
         UserError: the batch cannot be spread over that many replicas, or train.micro_batch_size is not a number.
     """
     train = config.train
-    # XLA compiles the whole step here, whatever the config asks for on the device.
+    # XLA compiles the whole step here, whatever train.xla is.
     compiled = config.model_copy(update={"train": train.model_copy(update={"xla": "on"})})
     execution = resolve(compiled, target.processor(), target.num_devices)
     if train.micro_batch_size == "auto":
@@ -56,7 +56,7 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
 
 
 class _StepOfMany(TrainingStep):
-    """The step of one replica of several, although the strategy that lowers it has one replica only."""
+    """The step of one of several replicas, although the strategy that lowers it has only one replica."""
 
     num_replicas = 1
 

@@ -1,6 +1,6 @@
 """Prints what a config costs before any of it is spent: parameters, memory, tokens, disk and hours.
 
-The figures are estimates by arithmetic, except those of `print_compiled`, which come from the device's real compiler.
+`print_plan` prints estimates by arithmetic; `print_compiled` prints figures of the device's real compiler.
 """
 
 import glob
@@ -23,7 +23,7 @@ from trainer.planning.estimate import estimate_memory, smallest_step_secs
 from trainer.system.storage import locate
 from trainer.system.terminal import say
 
-# What well-tuned trainings reach on these devices. It is not measured for the config at hand.
+# What well-tuned runs reach on these devices. It is not measured for this config.
 ASSUMED_UTILISATION = 0.4
 
 
@@ -38,7 +38,7 @@ def print_plan(
 
     Args:
         config: the run's configuration.
-        vocabulary_size: number of tokens; None: as in the prepared data, or as the config says.
+        vocabulary_size: number of tokens; None: the number in the prepared data, or in the config.
         target: the devices to plan for; None: the CPU, if the config's distribution names it.
         utilisation: model FLOPs utilisation that the hours follow from; None: ASSUMED_UTILISATION, which is printed.
         with_weights: whether to list every weight.
@@ -82,7 +82,7 @@ def print_compiled(config: Config, vocabulary_size: int | None, target: Target |
         target: a TPU or GPUs.
 
     Raises:
-        UserError: there is no such compiler, or the batch cannot be spread over the devices.
+        UserError: target is None or a CPU, or the batch cannot be spread over the devices.
     """
     vocabulary_size = find_vocabulary_size(config, vocabulary_size)
     if target is None or target.device.name == "cpu":
@@ -113,14 +113,14 @@ def print_compiled(config: Config, vocabulary_size: int | None, target: Target |
     return own_fits
 
 
-def find_vocabulary_size(config: Config, asked: int | None = None) -> int:
-    """Returns the number of tokens: as asked for, or as in the prepared data, or the most that the config allows.
+def find_vocabulary_size(config: Config, given: int | None = None) -> int:
+    """Returns the number of tokens: the given one, or the one in the prepared data, or the most that the config allows.
 
     Raises:
         UserError: none of these names a number, or the number is impossible.
     """
-    prepared = None if asked is not None else _prepared(config)
-    size = prepared.vocabulary_size if prepared is not None else config.vocabulary_size() if asked is None else asked
+    prepared = None if given is not None else _prepared(config)
+    size = prepared.vocabulary_size if prepared is not None else config.vocabulary_size() if given is None else given
     if size is None:
         where, example = "tokenizer.path", "GPT-2: 50257"
         if isinstance(config.tokenizer, CharConfig):

@@ -102,9 +102,9 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._num_failures = 0
-        # Read by the writer, which may be waiting to try again: a newer checkpoint replaces the one that it writes, or
-        # the run is over and waits for it. The event wakes the writer.
-        self._is_superseded, self._is_awaited, self._told = False, False, threading.Event()
+        # For the writer, which may be waiting to try again: whether a newer checkpoint replaces the one that it writes,
+        # whether the run is over and waits for it, and an event that ends the writer's wait.
+        self._is_superseded, self._is_awaited, self._woken = False, False, threading.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -156,20 +156,20 @@ class Checkpoints:
         self._join()
 
     def _join(self) -> None:
-        self._told.set()
+        self._woken.set()
         pending, self._pending = self._pending, None
         try:
             if pending is not None:
                 pending.result()
         finally:
             self._is_superseded, self._is_awaited = False, False
-            self._told.clear()
+            self._woken.clear()
 
     def latest(self) -> Checkpoint | None:
         """Returns the newest whole checkpoint, and prints which newer ones are damaged.
 
         Returns:
-            The checkpoint. None if there is no folder of a step; in an object store, if none was written to the end.
+            The checkpoint. None if no step has a folder, or if no folder in an object store was written to the end.
 
         Raises:
             UserError: there are checkpoints and all are damaged, or the disk or the store cannot be read.
@@ -253,7 +253,7 @@ class Checkpoints:
                 secs = LAST_RETRY_SECS if self._is_awaited else secs
                 self.say(f"{error} Trying again in {secs:.0f} s; what was saved before is still there.")
             # The event interrupts the first wait when the run is over. After that, each try waits its full time.
-            time.sleep(secs) if self._is_awaited else self._told.wait(secs)
+            time.sleep(secs) if self._is_awaited else self._woken.wait(secs)
             if self._is_superseded:
                 return
 
@@ -268,10 +268,10 @@ class Checkpoints:
         if not self._holds(step, manifest["files"]):
             self._write_folder(final, files, manifest)
         if not isinstance(self.folder, Url):
-            with _saying(f"The checkpoint {final} is whole, but a loss of power could still undo it"):
+            with _as_user_error(f"The checkpoint {final} is whole, but a loss of power could still undo it"):
                 sync(self.folder)
         self._on_saved()
-        self._forget_before(step)
+        self._remove_before(step)
 
     def _holds(self, step: int, files: Mapping[str, Any]) -> bool:
         """Returns whether there is a whole checkpoint of this step with the same files."""
@@ -281,10 +281,10 @@ class Checkpoints:
             return False
 
     def _write_folder(self, final: Location, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
-        with _saying(f"Cannot write the checkpoint {final}"):
+        with _as_user_error(f"Cannot write the checkpoint {final}"):
             write_whole_folder(final, {**files, MANIFEST: json.dumps(manifest, indent=2).encode()})
 
-    def _forget_before(self, step: int) -> None:
+    def _remove_before(self, step: int) -> None:
         """Removes old checkpoints except the best one. If one cannot be removed, the next call tries again."""
         try:
             best = self.best_step()
@@ -317,7 +317,7 @@ class _Unfinished(_Fault):
 
 
 @contextlib.contextmanager
-def _saying(what: str) -> Iterator[None]:
+def _as_user_error(what: str) -> Iterator[None]:
     """Turns an error of the disk or the store into a UserError with this beginning."""
     try:
         yield

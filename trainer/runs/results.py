@@ -18,13 +18,14 @@ class Evaluation(NamedTuple):
     Attributes:
         loss: nats per scored token. The ends of documents are scored, too.
         num_tokens: the number of scored tokens.
-        bits_per_byte: the sum of the losses in bits, by the bytes of the original text that the scored tokens stand
-            for. The end of a document costs bits but has no bytes, so the same documents have the same bytes with every
-            tokenizer. If only a part of the text is scored, or lines mode cuts it, only the bytes of that part count.
+        bits_per_byte: the sum of the losses in bits, divided by the bytes of the original text that the scored tokens
+            stand for. The end of a document costs bits but has no bytes, so the same documents have the same bytes with
+            every tokenizer. If only a part of the text is scored, or lines mode cuts it, only the bytes of that part
+            count.
         is_lossy: whether bits_per_byte is about less than the text: the tokenizer loses some of it, it has [UNK]
             tokens, or lines mode cuts it.
-        excess: nats per scored token above the text's own entropy. None if that is not known: it is known only for the
-            storybook, if every story was scored whole.
+        excess: nats per scored token above the text's own entropy. None if the entropy is unknown: it is known only for
+            the storybook, if every story was scored whole.
         losses: the loss of each source that data.weights mixes.
         cut_share: the share of the validation tokens that lines mode cuts off.
     """
@@ -55,7 +56,7 @@ class Evaluation(NamedTuple):
         if self.excess is not None:
             parts.append(f"{self.excess:+.4f} nats per token above the text's own entropy")
         if self.losses:
-            parts.append("of each source " + ", ".join(f"{loss:.4f}" for loss in self.losses))
+            parts.append("by source " + ", ".join(f"{loss:.4f}" for loss in self.losses))
         return ", ".join(parts) + f" ({self.num_tokens:,} tokens)"
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which there are, which one is meant, and how a model or a step gets its values."""
+"""Opens the checkpoints of a run, finds the one that is meant, and loads a model from it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +53,7 @@ def find_checkpoint(run: RunFolder, checkpoints: Checkpoints, step: CheckpointSt
         The checkpoint. None if step is None and the run has never saved a checkpoint.
 
     Raises:
-        UserError: there is no such checkpoint, or it is damaged; or the run has saved checkpoints, and all are gone.
+        UserError: the checkpoint does not exist or is damaged; or the run has saved checkpoints, and all are gone.
     """
     if step is None:
         newest = checkpoints.latest()
@@ -95,7 +95,7 @@ def load_model(
         step: the checkpoint's step, or "best" for the one with the lowest validation loss; None: the newest.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged, or it is of another model.
+        UserError: the checkpoint does not exist, is damaged, or belongs to another model.
     """
     run.check_model(build_model)
     while True:
@@ -135,5 +135,5 @@ def _fault_of(run: RunFolder, manifest: dict[str, Any]) -> str | None:
         try:
             differing += differing_settings(make_config(run.facts["config"]), make_config(manifest["config"]))
         except UserError as error:
-            return f"it was saved with settings that this release does not know: {error}"
+            return f"it was saved with settings that this release does not have: {error}"
     return f"it is of another run: {shortened(differing)}." if differing else None

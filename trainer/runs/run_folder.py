@@ -69,7 +69,8 @@ class RunFolder:
         is_new: whether this process has made the folder.
 
     Raises:
-        UserError: there is no run, one of its files was damaged or changed, or an override would change the result.
+        UserError: the folder holds no run, one of its files was damaged or changed, or an override would change the
+            result.
     """
 
     def __init__(self, path: str | Location, overrides: Sequence[str] = ()) -> None:
@@ -83,7 +84,7 @@ class RunFolder:
         except UserError as error:
             raise UserError(
                 f"{self.path / RECORD} was written by another release of trainer, whose settings this one does not "
-                f"know: {error} Use that release to go on."
+                f"have: {error} Use that release to go on."
             ) from None
         self._check_config_file(started)
         self.config = make_config(settings, overrides)
@@ -95,7 +96,7 @@ class RunFolder:
         If the config's micro-batch is "auto", the size that the run has found on the device stays.
 
         Raises:
-            UserError: there is no run, or it was started with other settings.
+            UserError: the folder holds no run, or its run was started with other settings.
         """
         run = cls(config.run_folder)
         check_same_run(config, run.config)
