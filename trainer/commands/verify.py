@@ -22,11 +22,11 @@ TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "mixed_bfloat16": 1e-2, "mixed_f
 
 
 class Trace(NamedTuple):
-    """What some steps computed.
+    """The results of some steps.
 
     Attributes:
         losses: the loss of each step that was not skipped.
-        grad_norms: the norm of its gradients.
+        grad_norms: the gradient norm of each of these steps.
         weights: all weights after the last step, as one vector.
     """
 
@@ -39,9 +39,9 @@ class Difference(NamedTuple):
     """The largest relative differences between two traces.
 
     Attributes:
-        loss: between their losses.
-        grad_norm: between their gradient norms.
-        weights: between their weights.
+        loss: the difference between their losses.
+        grad_norm: the difference between their gradient norms.
+        weights: the difference between their weights.
     """
 
     loss: float
@@ -54,11 +54,11 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
 
     The replicas are GPUs if distribution.kind is "gpu" or distribution.gpus names some, otherwise parts of the CPU.
     Each number is trained in a new process. All use the same micro-batches, so on a CPU they make the same bits after
-    any number of steps. "auto" counts as no setting.
+    any number of steps. train.micro_batch_size="auto" is treated like no setting.
 
     Args:
         config: the configuration, whose data, model and precision are used.
-        replicas: the numbers of replicas; the others are compared with the first.
+        replicas: the numbers of replicas; the first is compared with each of the others.
         num_steps: the number of steps to train.
         say: prints a line.
 

@@ -97,7 +97,7 @@ def whole_number(text: str) -> int | None:
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
-# What a resumed run may change: where it runs and what that costs, but not the model that comes out.
+# The settings that a resumed run may change: they decide the devices and the costs, but not the resulting model.
 RESUMABLE = (
     "distribution.",
     "train.micro_batch_size",
@@ -136,8 +136,8 @@ def differing_settings(config: Config, started: Config, resumable: bool = False)
     """Returns the settings in which a config differs from the one that a run was started with.
 
     Args:
-        config: the config as it is now.
-        started: the config as it was.
+        config: the new config.
+        started: the config that the run was started with.
         resumable: whether to return the settings that a resumed run may change, or all others.
 
     Returns:
@@ -184,8 +184,8 @@ def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> C
 
 
 def _check_effect(data: DataConfig, overrides: Iterable[str]) -> None:
-    """Raises UserError if an override has no effect with the rest of the config. In a file that is allowed: the file
-    may be meant for several texts."""
+    """Raises UserError if an override has no effect with the rest of the config. A file may have such a setting: it may
+    be meant for several texts."""
     in_vain = {} if data.is_storybook() else dict.fromkeys(_OF_STORYBOOK, f"data.train={list(data.train)}")
     if data.validation is not None:
         in_vain["data.held_out_fraction"] = f"data.validation={list(data.validation)}"

@@ -139,7 +139,7 @@ def _read_override(text: str, kinds: Sequence[Any]) -> Any:
             return _read_list(bare, value, list(_plain_types(typing.get_args(kind)[0])))
         if any(sections_of(kind)) and isinstance(value, dict):
             return value
-    # In brackets a TOML comment swallows the closing one, so `"Hi" # said he` does not count as a quoted text.
+    # In brackets a TOML comment hides the closing bracket, so `"Hi" # he wrote` does not count as a quoted text.
     return value if isinstance(value, str) and read_toml(f"[{bare}]") is not None else text
 
 

@@ -1,7 +1,7 @@
 """The settings of a run and their checks: frozen, strict models, one class for each section of the TOML file.
 
 Every check that needs neither data nor a device is made here or in file.py, before TensorFlow is imported. Each
-default has its one home in a class below. Where a setting has a counterpart in the tutorial, the default is the
+default is written only here, in a class below. If a setting has a counterpart in the tutorial, the default is the
 tutorial's. file.py reads files and overrides into these models.
 """
 
@@ -84,7 +84,7 @@ class DataConfig(Section):
     into train.sequence_length. false is the tutorial's recipe; its models do not stop at the end of a document."""
     weights: tuple[PositiveFloat, ...] | None = None
     """How often an example comes from each source of data.train, relative to the others. data.validation, if it is
-    given, names one source for each of them, and each is also scored by itself. By default all of data.train is one
+    given, names one source for each of them, and each is also scored separately. By default all of data.train is one
     text."""
     shuffle_window_mb: PositiveInt | None = None
     """For data larger than the memory of any host: blocks of 8 MB are read in a shuffled order, and the examples of
@@ -94,7 +94,7 @@ class DataConfig(Section):
     storybook_seed: Seed = 0
     """The seed of the stories; another seed tells other stories."""
     prepared_folder: Annotated[str, Field(min_length=1)] = "prepared"
-    """The folder that holds all prepared data sets, each in a folder of its own."""
+    """The folder that holds all prepared data sets, each in a separate folder."""
 
     @pydantic.field_validator("train", "validation", mode="before", json_schema_input_type=str | tuple[str, ...] | None)
     @classmethod
@@ -141,7 +141,7 @@ class DataConfig(Section):
             raise ValueError("data.shuffle_window_mb and data.weights cannot be used together; leave out one of them.")
 
     def sources(self) -> "tuple[DataConfig, ...]":
-        """Returns the settings of each source that data.weights mixes; without weights, of the only source."""
+        """Returns the settings of each source that data.weights mixes. Without weights there is one source."""
         if self.weights is None:
             return (self,)
         validation = [None] * len(self.train) if self.validation is None else [(each,) for each in self.validation]
@@ -482,7 +482,7 @@ class ProfileConfig(Section):
     at_step: PositiveInt | None = None
     """The number of steps before the profile begins. By default there is no profile."""
     num_steps: PositiveInt = 5
-    """The number of steps in the profile, each in a call of its own, so that they can be told apart."""
+    """The number of steps in the profile, each in a separate call, so that they can be told apart."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,1 +1,1 @@
-"""How several devices and several workers take one step together."""
+"""The devices and the workers of a run, and how they find each other."""

@@ -1,4 +1,4 @@
-"""Which devices a run uses. Only this module makes a strategy of tf.distribute."""
+"""Chooses the devices of a run. Only this module makes a strategy of tf.distribute."""
 
 import contextlib
 import os

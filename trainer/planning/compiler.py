@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 
 
 class CompiledStep(NamedTuple):
-    """What a compiler reports about a step on one device.
+    """The report of a compiler about a step on one device.
 
     Attributes:
         arguments_bytes: memory of weights, moments and batch.

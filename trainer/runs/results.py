@@ -13,7 +13,7 @@ from trainer.system.storage import reason_and_remedy
 
 
 class Evaluation(NamedTuple):
-    """How well a model predicts the validation text.
+    """The score of a model on the validation text.
 
     Attributes:
         loss: nats per scored token. The ends of documents are scored, too.

@@ -42,10 +42,10 @@ _READ_BYTES = 1 << 20
 
 @dataclasses.dataclass
 class Progress:
-    """How much of the files has been read.
+    """The progress of a reading.
 
     Attributes:
-        done: the bytes that were read; of packed files, the packed bytes.
+        done: the bytes that were read; if a file is packed, its packed bytes.
         total: the bytes of all files.
     """
 
@@ -221,7 +221,7 @@ def _read_bytes(path: Location, progress: Progress | None) -> Iterator[bytes]:
                     raise UserError(fault)
                 is_start = False
                 if progress is not None:
-                    # A place in the packed file: files in a store have one as well.
+                    # The place in the packed file, which files in a store have as well.
                     progress.done, before = progress.done + packed.tell() - before, packed.tell()
                 yield chunk
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -1,4 +1,4 @@
-"""Which part of a text is held out for validation: documents, or the end of each file."""
+"""Decides which part of a text is held out for validation: some documents, or the end of each file."""
 
 import hashlib
 import itertools

@@ -20,7 +20,7 @@ from trainer.text.held_out import is_held_out, peek, split_file
 
 File = Location | Dataset
 
-# This many broken records are named one by one.
+# The most broken records that a message names.
 _NUM_NAMED = 5
 _NO_BYTES = hashlib.sha256().digest()
 
@@ -37,8 +37,8 @@ class Tally:
         longest_bytes: the bytes of the longest document, by setting.
         num_yielded: the number of documents in each split.
         num_broken: the number of records that were left out.
-        broken: a line on each of the first such records.
-        advice: what is wrong with the first file that is not UTF-8, and what to do.
+        broken: a line about each of the first such records.
+        advice: the fault of the first file that is not UTF-8, and what to do.
     """
 
     num_seen: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -73,7 +73,7 @@ class Source:
         train_files: the files of data.train; none for the storybook.
         validation_files: the files of data.validation; none if part of the training text is held out.
         suffix: the end of the splits' names.
-        progress: how far the latest reading is.
+        progress: the progress of the latest reading.
     """
 
     data: DataConfig
@@ -151,7 +151,7 @@ class Source:
                 continue
             tally.num_used[setting] += 1
             tally.num_used_bytes[setting] += num_bytes
-            # Not self.validation_files, which is empty in the sources that files_apart returns.
+            # Not self.validation_files: it can be empty in a source that `files_apart` has returned.
             is_whole = self.data.validation is not None
             for split, part in [(setting, document)] if is_whole else self._split(document, file):
                 tally.num_yielded[split] += 1
@@ -206,7 +206,7 @@ class Source:
         ]
 
     def num_bytes(self) -> int:
-        """Returns the size of all files, of packed files the packed size."""
+        """Returns the size of all files; if a file is packed, its packed size."""
         files = (file for file in (*self.train_files, *self.validation_files) if not isinstance(file, Dataset))
         return sum(file.stat().st_size for file in files)
 
@@ -306,7 +306,7 @@ def _same_texts(train: dict[File, bytes], validation: dict[File, bytes]) -> Iter
     yield from _twins(train)
     for content, file in _first_with(validation).items():
         other = first_in_train.get(content, file)
-        if str(other) != str(file):  # The same file in both settings gets a warning of its own.
+        if str(other) != str(file):  # The same file in both settings gets a separate warning.
             yield f"warning: {file} of data.validation holds the same text as {other} of data.train"
     yield from _twins(validation)
 

@@ -33,7 +33,7 @@ class Mixture:
 
     @property
     def progress(self) -> Progress:
-        """How far the latest reading of all sources is."""
+        """The progress of the latest reading of all sources."""
         parts = [source.progress for source in self.sources]
         return Progress(sum(part.done for part in parts), sum(part.total for part in parts))
 

@@ -35,7 +35,7 @@ class BpeTokenizer(Tokenizer):
         file: the whole text of a tokenizer.json of Hugging Face.
 
     Raises:
-        ValueError: it is not one, or of another kind, or lacks the token before a document.
+        ValueError: it is not a tokenizer.json, is of another kind, or lacks the token before a document.
     """
 
     kind = "bpe"
@@ -47,11 +47,11 @@ class BpeTokenizer(Tokenizer):
         self.file = file
         self.fingerprint = fingerprint_of(self.settings(), [file])
         self.encoder = parse_tokenizer_json(file, "BPE")
-        # A file may ask for what a model's training needs: texts cut and filled up, and other tokens each time.
+        # A file may turn on truncation, padding, and BPE dropout, which gives other tokens each time.
         self.encoder.no_truncation()
         self.encoder.no_padding()
         self.encoder.model.dropout = None
-        # The name of a special token in a text is text.
+        # If a text holds the name of a special token, the name is encoded like any other text.
         self.encoder.encode_special_tokens = True
         ids = self.encoder.get_vocab()
         self.vocabulary_size = max(ids.values()) + 1
@@ -91,7 +91,7 @@ class BpeTokenizer(Tokenizer):
         lengths = np.zeros(self.vocabulary_size, np.int32)
         for token, id in self.encoder.get_vocab().items():
             lengths[id] = len(token)
-        # A token that the file adds to the vocabulary is written as it is in a text.
+        # A token that the file adds to the vocabulary decodes to its own characters.
         for id, added in self.encoder.get_added_tokens_decoder().items():
             lengths[id] = len(added.content.encode())
         return lengths
@@ -102,7 +102,7 @@ class BpeTokenizer(Tokenizer):
 
 
 def check_round_trip(tokenizer: BpeTokenizer) -> None:
-    """Checks a tokenizer whose file somebody else wrote.
+    """Checks a tokenizer whose file trainer did not write.
 
     Raises:
         ValueError: a byte has no token, some text does not come back, or words do not end where `cut` expects it.
@@ -115,7 +115,7 @@ def check_round_trip(tokenizer: BpeTokenizer) -> None:
     whole = tokenizer.encode(text)
     if tokenizer.decode(whole) != text:
         raise ValueError("a text does not come back from its tokens")
-    # An added token is taken whole, but decoded as the bytes that its characters stand for: "é" as a single byte.
+    # An added token is encoded whole, but decoded as the bytes that its characters stand for: "é" as a single byte.
     for id, added in tokenizer.encoder.get_added_tokens_decoder().items():
         name = f"a {added.content} b"
         if id not in (tokenizer.pad_id, tokenizer.bos_id) and tokenizer.decode(tokenizer.encode(name)) != name:
@@ -127,7 +127,7 @@ def check_round_trip(tokenizer: BpeTokenizer) -> None:
 
 
 class _TokensOfWord(dict[str, bytes]):
-    """The tokens of words as bytes of int32, each word encoded once: most words of a text were there before."""
+    """The tokens of words as bytes of int32. Each word is encoded once: most words of a text occur many times."""
 
     MAX_WORDS = 1 << 18
 
@@ -144,8 +144,8 @@ class _TokensOfWord(dict[str, bytes]):
 
 
 def _splits_as_gpt2(encoder: Any) -> bool:
-    """Whether words are GPT-2's, and nothing else happens to a text before it is split or looks across words."""
-    asked = json.loads(encoder.to_str())
+    """Whether words are split as GPT-2 splits them, no text is changed before, and no added token crosses words."""
+    settings = json.loads(encoder.to_str())
     splits = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    is_alike = splits.items() <= (asked["pre_tokenizer"] or {}).items()
-    return is_alike and asked["normalizer"] is None and all(token["special"] for token in asked["added_tokens"])
+    is_alike = splits.items() <= (settings["pre_tokenizer"] or {}).items()
+    return is_alike and settings["normalizer"] is None and all(token["special"] for token in settings["added_tokens"])

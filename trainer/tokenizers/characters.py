@@ -14,7 +14,7 @@ from trainer.tokenizers.vocabulary import BYTE_SPECIAL_TOKENS, SPECIAL_TOKENS
 
 
 class CharTokenizer(Tokenizer):
-    """One token for each Unicode code point of the text it was made from; decoding gives those back exactly.
+    """One token for each Unicode code point of the text it was made from; these come back exactly.
 
     Attributes:
         vocabulary: the tokens; a token's index is its id.

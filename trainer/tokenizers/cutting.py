@@ -5,15 +5,16 @@ from collections.abc import Iterable, Iterator
 
 from trainer.text.files import Document, parts_of
 
-# WordPiece makes each of these, and all other Unicode punctuation, a word of its own: punctuation and ideographs.
+# Punctuation and ideographs. WordPiece makes a separate word of each of these characters, and of each other character
+# that is punctuation in Unicode.
 LONE_CHARACTER = (
     "[!-/:-@\\[-`{-~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
 )
-# A match ends where a word ends whatever surrounds it, so that a cut there changes no token.
+# A word ends at the end of a match, whatever surrounds it, so a cut there changes no token.
 WORDPIECE_BREAKS = re.compile(r"[ \t\n\r\f!-/:-@\[-`{-~\u3400-\u4dbf\u4e00-\u9fff]")
-# Spaces belong to the word after them. The letters are listed, and few: which characters are letters changes with the
-# version of Unicode, and Python and the encoder may have different versions.
+# A space belongs to the word after it. The letters are listed, and are only a few scripts: which characters are letters
+# depends on the version of Unicode, and Python and the encoder may have different versions.
 BPE_BREAKS = re.compile(
     r"\S(?= )|[A-Za-z\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3](?=[\n,.!?、。，！？])"
 )
@@ -25,7 +26,7 @@ _PIECE_CHARS = 1 << 16
 def cut(text: str, breaks: re.Pattern[str], num_chars: int = _PIECE_CHARS) -> Iterator[str]:
     """Yields a text in pieces whose tokens, joined, are the tokens of the whole; at least one piece.
 
-    A word itself is cut, as if it ended there, only if nothing breaks it for num_chars characters.
+    A word is cut inside only if it has no break for num_chars characters. Its parts are then two words.
 
     Args:
         text: the text.

@@ -1,9 +1,8 @@
-"""What all tokenizers have: text to tokens and back, a fingerprint, and the files of a folder that keeps one.
+"""The interface of all tokenizers: text to tokens and back, a fingerprint, and the files of a tokenizer's folder.
 
 wordpiece.py, bpe.py and characters.py hold the kinds; tokenizer_files.py makes, loads and reads them. Each kind also
-writes a tokenizer.json for other tools. It gives the same tokens, except for WordPiece, where it gives the same tokens
-for plain text and nearly the same for other text: Hugging Face folds the case of a text before it splits words, and
-keras_nlp after it.
+writes a tokenizer.json for other tools, which gives the same tokens. Only WordPiece's file gives slightly different
+tokens for text that is not plain: Hugging Face folds the case of a text before it splits words, keras_nlp afterwards.
 """
 
 import hashlib
@@ -19,21 +18,22 @@ import tokenizers
 
 from trainer.tokenizers.cutting import cut
 
-# The names that vocabularies give to padding, and to the token before a document, which the end of the last one may be.
+# The names that vocabularies give to padding, and to the token before a document; GPT-2's is named after the end of a
+# document.
 PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")
 BOS_NAMES = ("[BOS]", "[CLS]", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
 
 
 class Tokenizer(Protocol):
-    """What all kinds have.
+    """The methods and attributes of all kinds of tokenizers.
 
     Attributes:
-        kind: as in tokenizer.kind.
-        is_lossy: whether decoding may give another text than was encoded, even if no token is unknown.
-        breaks: where a text may be cut without a change to its tokens; see `cut`.
+        kind: the value of tokenizer.kind.
+        is_lossy: whether a decoded text may differ from the encoded one, even if no token is unknown.
+        breaks: matches the places at which a text may be cut without a change to its tokens; see `cut`.
         vocabulary_size: number of tokens, the special ones included.
         pad_id: token of padding; bos_id if the vocabulary has none.
-        unknown_id: token of what the vocabulary cannot spell; -1 if it can spell everything.
+        unknown_id: token for words or characters that the vocabulary cannot spell; -1 if it can spell everything.
         bos_id: token before each document. The tokens of a text never hold it, even if the text holds its name.
         fingerprint: SHA-256 of all that decides how text becomes tokens.
     """
@@ -74,7 +74,7 @@ class Tokenizer(Protocol):
 
     def decoded_bytes(self) -> np.ndarray:
         """Returns how many bytes of UTF-8 each token adds to a decoded text: int32 [vocabulary_size]. The figures of
-        special tokens mean nothing; the token of what the vocabulary cannot spell counts as one byte, or as its name.
+        special tokens have no meaning; unknown_id counts as one byte, or as the bytes of its name.
         """
         ...
 
@@ -115,7 +115,7 @@ def parse_tokenizer_json(file: str, kind: str) -> tokenizers.Tokenizer:
 
     Args:
         file: the text of the file.
-        kind: the kind of model that it has to have: BPE or WordPiece.
+        kind: the kind of model that the file must have: BPE or WordPiece.
 
     Raises:
         ValueError: it is not a tokenizer.json, or of another kind.

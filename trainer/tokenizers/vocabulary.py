@@ -1,7 +1,7 @@
 """Training WordPiece and byte-level BPE vocabularies.
 
-Hugging Face's trainer does the counting. For WordPiece it is tens of times faster than keras_nlp's, and gets words that
-`split_into_words` has split, because it would split and normalize texts in another way itself.
+Hugging Face's trainer does the counting. For WordPiece it is tens of times faster than keras_nlp's. There it gets words
+that `split_into_words` has already split and normalized, because its own way differs.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ from trainer.text.files import Document
 from trainer.tokenizers.cutting import BPE_BREAKS, LONE_CHARACTER, WORDPIECE_BREAKS, cut, cut_document
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[BOS]")
-# Bytes can spell everything.
+# Without [UNK]: bytes can spell everything.
 BYTE_SPECIAL_TOKENS = ("[PAD]", "[BOS]")
 
 _BATCH_BYTES = 1 << 20
-# This many times as many tokens are merged as are kept.
+# The number of tokens that are merged, divided by the number that are kept.
 _CANDIDATES = 1.2
 # BPE makes no token that the text has less often: a model could not learn it, and other tokens spell the same text.
 # So the vocabulary grows with the text: 20 kB of a play make 528 tokens, 1.1 MB of it 4,700.
 MIN_BPE_COUNT = 10
-# This many different chunks are held at a time.
+# The most different chunks that are held at a time.
 _MAX_CHUNKS = 200_000
 # tensorflow_text refuses tokens of over 256 bytes.
 _MAX_TOKEN_CHARS = 64
@@ -62,7 +62,7 @@ def train_wordpiece(config: WordPieceConfig, documents: Iterable[Document]) -> l
         )
     num_needed = len(SPECIAL_TOKENS) + len(forms)
     if config.vocabulary_size < num_needed:
-        # The vocabulary_size of the config file would count for BPE too.
+        # The vocabulary_size of the config file would be BPE's, too.
         bpe = "tokenizer.kind=bpe"
         if config.vocabulary_size < MIN_BPE_TOKENS:
             bpe = f"{bpe} with tokenizer.vocabulary_size=none"
@@ -97,7 +97,7 @@ def train_bpe(config: BpeConfig, documents: Iterable[Document]) -> str:
     pieces = (piece for text in sample.texts() for piece in cut(text.decode(), BPE_BREAKS, _MAX_WORD_CHARS))
     model.train_from_iterator(pieces, trainer)
     settings = json.loads(model.to_str())
-    # Unlisted, special tokens are never looked for in a text.
+    # If special tokens are not listed here, the encoder does not look for them in a text.
     settings["added_tokens"] = []
     return json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
 

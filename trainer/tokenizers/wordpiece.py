@@ -36,14 +36,14 @@ _LONE_JAMO = re.compile(
 _PLAIN_TOKEN = re.compile("[!-~]+")
 _CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f]")
 
-# In RE2's syntax: a character that is a word of its own, and white space, which is left out.
+# In RE2's syntax: a character that is always a separate word, and white space, which is left out.
 _LONE_WORD = rf"{LONE_CHARACTER}|\p{{P}}"
 _SPACE = r"[\s\p{Cc}\p{Cf}]"
 
 
 def split_into_words(texts: tf.Tensor | Sequence[bytes], lowercase: bool) -> tf.RaggedTensor:
     """Splits texts into words as keras_nlp does: at white space and control characters; a punctuation mark and an
-    ideograph are words of their own.
+    ideograph are separate words.
 
     Args:
         texts: string [texts].
@@ -60,8 +60,9 @@ def split_into_words(texts: tf.Tensor | Sequence[bytes], lowercase: bool) -> tf.
 class WordPieceTokenizer(Tokenizer):
     """WordPiece with the tutorial's settings: words end at whitespace, punctuation and ideographs; case is folded.
 
-    Differs from the tutorial's in one point: a word of more than 100 bytes is split into tokens like any other, while
-    keras_nlp makes it one [UNK]. Scripts that put no spaces between words, such as Thai, are full of such words.
+    Differs from the tutorial's tokenizer in one point: a word of more than 100 bytes is split into tokens like any
+    other word, while keras_nlp makes it one [UNK]. Scripts that put no spaces between words, such as Thai, are full of
+    such words.
 
     A decoded text differs from the encoded one in spacing, case and form.
 
@@ -138,7 +139,7 @@ class WordPieceTokenizer(Tokenizer):
         kept = without_special(self, tokens)
         if not len(kept):
             return ""
-        # The text that keras_nlp's layer gives, which takes a millisecond for it.
+        # The same text as from keras_nlp's layer, which takes a millisecond.
         text = self.vocabulary[kept[0]] + "".join(self._continued[id] for id in kept[1:].tolist())
         if self.lowercase:
             text = _LONE_JAMO.sub(lambda jamo: _LETTER_OF_JAMO.get(jamo[0], jamo[0]), text)
@@ -180,8 +181,8 @@ def _fast_encoder(vocabulary: list[str], no_pretokenization: bool = False) -> te
 
 
 def _traced(function: Any) -> Any:
-    """Returns a tf.function, traced: each tokenizer's first call traces the same code, and TensorFlow warns when one
-    call after the other does.
+    """Returns a tf.function that has been traced. If calls traced it, TensorFlow would warn, because the first call of
+    each tokenizer traces the same code.
     """
     if not function.experimental_get_tracing_count():
         function.get_concrete_function()

@@ -46,7 +46,7 @@ from trainer.version import __version__
 
 
 class Request(NamedTuple):
-    """What is to be trained.
+    """A request to start or resume a run.
 
     Attributes:
         config: the run's configuration.
@@ -102,7 +102,7 @@ def resume(
         step: the checkpoint's step, or "best"; None: the newest checkpoint.
 
     Raises:
-        UserError: there is no such run or checkpoint, or its data is gone, or the workers do not agree.
+        UserError: the run or the checkpoint does not exist, or its data is gone, or the workers do not agree.
     """
     say = _printing(say)
     run_folder, step = run_and_step(run_folder, step)
@@ -192,7 +192,7 @@ def _prepared(request: Request, prepare_text: Callable[..., PreparedData], say: 
     """Returns the data of a run; prepares it if that is still to be done and allowed.
 
     Args:
-        request: what is to be trained.
+        request: the run to start or resume.
         prepare_text: `prepare`, or a function that calls it in another process.
         say: prints a line.
     """
