@@ -137,7 +137,7 @@ def test_resumed_run_drops_what_was_logged_past_its_checkpoint(tmp_path: Path):
 
 def test_utilisation_is_shown_if_the_peak_is_known(tmp_path: Path):
     terminal = io.StringIO()
-    watched = Monitor(tmp_path / "known", CONFIG, 0, 30, 0.5, False, terminal, tokens_per_sec_at_peak=4e6)
+    watched = Monitor(tmp_path / "known", CONFIG, 0, 30, 0.5, False, terminal, peak_tokens_per_sec=4e6)
     with watched.running():
         watched.interval(10, interval())
     train = curves(tmp_path / "known" / "train")

@@ -111,7 +111,7 @@ class Monitor:
         terminal: the stream for lines and the progress bar; None: standard output.
         say: prints a line, in place of terminal; then there is no progress bar. None: terminal is used.
         steps_per_epoch: the steps of an epoch; None: the run has no epochs.
-        tokens_per_sec_at_peak: the speed at a model FLOPs utilisation of 1; None: unknown, and the curve is left out.
+        peak_tokens_per_sec: the speed at a model FLOPs utilisation of 1; None: unknown, and the curve is left out.
     """
 
     def __init__(
@@ -125,10 +125,10 @@ class Monitor:
         terminal: TextIO | None = None,
         say: Say | None = None,
         steps_per_epoch: float | None = None,
-        tokens_per_sec_at_peak: float | None = None,
+        peak_tokens_per_sec: float | None = None,
     ) -> None:
         self.total_steps = total_steps
-        self._tokens_per_sec_at_peak = tokens_per_sec_at_peak
+        self._peak_tokens_per_sec = peak_tokens_per_sec
         self._bits_per_token_byte = bits_per_token_byte
         self._bits_tag = _bits_tag(is_lossy)
         self._terminal = terminal or sys.stdout
@@ -243,9 +243,9 @@ class Monitor:
             norm = f"norm {interval.grad_norm:.2f}  "
         in_steps, overall = interval.tokens_per_sec_in_steps, interval.tokens_per_sec_overall
         speed, short = f"{in_steps:,.0f} tokens/s in steps, {overall:,.0f} overall", f"{overall:,.0f} tokens/s"
-        if self._tokens_per_sec_at_peak is not None:
-            values["mfu_in_steps"] = in_steps / self._tokens_per_sec_at_peak
-            values["mfu_overall"] = overall / self._tokens_per_sec_at_peak
+        if self._peak_tokens_per_sec is not None:
+            values["mfu_in_steps"] = in_steps / self._peak_tokens_per_sec
+            values["mfu_overall"] = overall / self._peak_tokens_per_sec
             speed += f"  mfu {values['mfu_in_steps']:.1%} in steps, {values['mfu_overall']:.1%} overall"
         # An unknown value gets no point: TensorBoard would draw 0 as the best loss.
         self._train.scalars(step, {name: value for name, value in values.items() if value is not None})
@@ -341,7 +341,7 @@ def make_monitor(
         # print_line is the default of launch.py: in its place the Monitor may show a progress bar.
         say=None if say is print_line else say,
         steps_per_epoch=num_examples(split, config) / config.train.global_batch_size if has_epochs else None,
-        tokens_per_sec_at_peak=find_peak(config, model, prepared.vocabulary_size, strategy, say),
+        peak_tokens_per_sec=find_peak(config, model, prepared.vocabulary_size, strategy, say),
     )
 
 
