@@ -248,7 +248,7 @@ def fingerprints(config: Config, build_model: BuildModel | None) -> dict[str, st
         "the version of trainer": __version__,
         "the version of TensorFlow": tf.__version__,
         "the version of Keras": keras.__version__,
-        "the devices": devices_of_this_worker(),
+        "the set of devices": devices_of_this_worker(),
         "the function that builds the model": "trainer's own" if build_model is None else _name_of(build_model),
     } | settings
 
@@ -261,7 +261,7 @@ def contents(run: RunFolder, step: CheckpointStep | None) -> dict[str, str]:
         # Without the seal: `RunFolder.keep` renews the seal in the file, but not in `facts`.
         f"the record of {run.path}": json.dumps(run.facts | {"sha256": None}, sort_keys=True),
         f"the checkpoint to go on from in {run.path}": "none" if checkpoint is None else checkpoint.manifest["sha256"],
-        f"the validation losses so far in {run.path}": str(sorted(checkpoints.scores.items())),
+        f"the list of validation losses in {run.path}": str(sorted(checkpoints.scores.items())),
     }
 
 
