@@ -91,12 +91,27 @@ def settings_of(tmp_path, name="run", **overrides):
     return settings
 
 
-def start(verb, what, *overrides, pause=0.0, tf_config=None):
+# Sends SIGTERM to the process when it has taken its last step.
+STOP_AFTER_THE_LAST_STEP = """
+import os, signal, time
+from trainer.runs.checkpoint import Checkpoints
+wait = Checkpoints.wait
+def wait_and_be_stopped(checkpoints):
+    Checkpoints.wait = wait
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+    checkpoints.wait()
+Checkpoints.wait = wait_and_be_stopped
+"""
+
+
+def start(verb, what, *overrides, pause=0.0, tf_config=None, first=""):
+    """Starts a process that trains; it runs the code first before anything else."""
     variables = {"PAUSE": str(pause), "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
     if tf_config is not None:
         variables["TF_CONFIG"] = json.dumps(tf_config)
     return subprocess.Popen(
-        [sys.executable, "-c", RUN, verb, what, *overrides],
+        [sys.executable, "-c", first + RUN, verb, what, *overrides],
         env=os.environ | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -247,6 +262,26 @@ def test_a_signal_to_one_worker_stops_all_of_them_saved(tmp_path, free_addresses
         assert returncode == 75, output
     folder = max((run / "checkpoints").iterdir())
     assert 4 <= int(folder.name.removeprefix("step_")) < 40
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_worker_after_the_last_step_is_named_by_the_others_and_loses_nothing(tmp_path, free_addresses):
+    workers, settings = free_addresses(2), json.dumps(settings_of(tmp_path, train__total_steps=8))
+    chief, other = (
+        start(
+            "train",
+            settings,
+            tf_config={"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}},
+            first=STOP_AFTER_THE_LAST_STEP if i == 1 else "",
+        )
+        for i in range(2)
+    )
+    assert finish(other)[0] == 75
+    returncode, output = finish(chief)
+    assert returncode == 1, output
+    assert f"UserError: worker 1 ({workers[1]}) " in output
+    assert f"trainer train --resume {tmp_path / 'run'}" in output
+    assert (tmp_path / "run/checkpoints/step_000000008").is_dir()
 
 
 @pytest.mark.slow
