@@ -253,7 +253,10 @@ class Checkpoints:
                 secs = LAST_RETRY_SECS if self._is_awaited else secs
                 self.say(f"{error} Trying again in {secs:.0f} s; what was saved before is still there.")
             # The event interrupts the first wait when the run is over. After that, each try waits its full time.
-            time.sleep(secs) if self._is_awaited else self._woken.wait(secs)
+            if self._is_awaited:
+                time.sleep(secs)
+            else:
+                self._woken.wait(secs)
             if self._is_superseded:
                 return
 

@@ -1,4 +1,4 @@
-"""Finds the prepared data that a run was started on, which may have moved since, and loads the run's tokenizer."""
+"""Finds the prepared data that a run was started on, even if it was moved, and loads the run's tokenizer."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ def find_prepared(run: RunFolder, prepare_again: Callable[[], PreparedData] | No
 
     Args:
         run: the run.
-        prepare_again: prepares the data; called if it is gone. None: that is an error.
+        prepare_again: prepares the data; called if the data is gone. None: missing data is an error.
 
     Raises:
         UserError: the data is gone, or is not the same.
