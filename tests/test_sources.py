@@ -321,4 +321,4 @@ def test_a_shipped_config_without_its_text_is_an_error_that_shows_how_to_give_on
         with pytest.raises(UserError, match=r"data\.validation=") as error:
             open_source(load_config(path, given).data)
         given.append("data.validation=none")
-    assert [file.name for file in open_source(load_config(path, given).data).train_files] == ["a.txt"]
+    assert [file.name for file in open_source(load_config(path, given).data).train_inputs] == ["a.txt"]

@@ -233,7 +233,9 @@ def _add_plan(verbs: Any) -> None:
         "--utilisation", type=float, help="the model FLOPs utilisation to compute hours with, such as 0.5"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="report the memory that the target's own compiler needs; takes minutes"
+        "--compile",
+        action="store_true",
+        help="report how much memory the step needs, by the target's own compiler; takes minutes",
     )
     parser.add_argument("--weights", action="store_true", help="list every weight")
     parser.add_argument(

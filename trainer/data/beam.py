@@ -24,14 +24,15 @@ from typing import Any
 
 from trainer.config.settings import Config
 from trainer.data.encoding import Findings, Writers, encode_documents
-from trainer.data.prepare import Say, prepare
+from trainer.data.prepare import prepare
 from trainer.data.shard_writer import SplitWriter
 from trainer.data.shards import SHARD_TOKENS, PreparedData, split_of
 from trainer.errors import UserError
 from trainer.system.machine import num_cores
 from trainer.system.storage import Location, Url, copy_folder, locate, on_disk, remove_folder
+from trainer.system.terminal import Say
 from trainer.system.whole import write_whole
-from trainer.text.source import File, Source, Tally
+from trainer.text.source import Input, Source, Tally
 from trainer.text.sources import Mixture
 from trainer.tokenizers.tokenizer import Tokenizer
 from trainer.tokenizers.tokenizer_files import load_tokenizer
@@ -99,7 +100,7 @@ def _encode(
     parts = (folder.absolute() if isinstance(home, Path) else home / folder.name) / "parts"
     remove_folder(parts)  # A killed process may have left it.
     sources = source.sources if isinstance(source, Mixture) else (source,)
-    units = [unit for each in sources for unit in each.files_apart()]
+    units = [unit for each in sources for unit in each.inputs_apart()]
     try:
         copy_folder(folder / "tokenizer", parts / "tokenizer")
         # As bytes, which Beam does not convert.
@@ -119,15 +120,17 @@ def _encode(
 def _absolute(unit: Source) -> Source:
     """Returns a source with absolute paths, as a worker may have another working directory."""
 
-    def moved(files: tuple[File, ...]) -> tuple[File, ...]:
+    def moved(files: tuple[Input, ...]) -> tuple[Input, ...]:
         return tuple(file.absolute() if isinstance(file, Path) else file for file in files)
 
-    return dataclasses.replace(unit, train_files=moved(unit.train_files), validation_files=moved(unit.validation_files))
+    return dataclasses.replace(
+        unit, train_inputs=moved(unit.train_inputs), validation_inputs=moved(unit.validation_inputs)
+    )
 
 
 def _as_named_here(text: str, unit: Source) -> str:
     """Returns a worker's message about a unit, with the files named as in the config."""
-    for file in (*unit.train_files, *unit.validation_files):
+    for file in (*unit.train_inputs, *unit.validation_inputs):
         text = text.replace(str(file.absolute()), str(file)) if isinstance(file, Path) else text
     return text
 
@@ -273,7 +276,7 @@ def _join(sources: tuple[Source, ...], parts: Location, prepared_folder: str, wr
     stems, findings, number = _stems(parts), Findings(), 0
     for source in sources:
         tally = Tally()
-        for unit in source.files_apart():
+        for unit in source.inputs_apart():
             if number not in stems:
                 of = ", ".join(itertools.chain(*unit.names().values())) or "the storybook"
                 raise UserError(

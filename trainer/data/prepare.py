@@ -1,6 +1,8 @@
 """Preparing: makes a config's text into token shards, once, in bounded memory and on all cores.
 
-A folder gets its name when all of it is on the disk; until then it is hidden beside, and an error removes it.
+A folder gets its name when all of it is on the disk. Until then it is a hidden folder beside that place, which an error
+removes. The next preparation takes up the hidden folder of one that was killed, or that Ctrl-C stopped after it had
+saved its progress.
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ from trainer.data.shards import (
 from trainer.errors import UserError
 from trainer.system.manifest import unsealed, write_sealed
 from trainer.system.storage import Url, copy_folder, locate, place_on_disk
+from trainer.system.terminal import Say
 from trainer.system.whole import copy_whole_folder
 from trainer.text.files import Document
 from trainer.text.source import Source
@@ -40,8 +43,6 @@ _PROGRESS_SECS = 5.0
 # How often a preparation saves how far it is.
 _SAVE_SECS = 20.0
 
-# Prints a line.
-Say = Callable[[str], None]
 # Writes what `encode_documents` writes, given the tokenizer and the folder that it is saved in.
 Encode = Callable[[Source | Mixture, Tokenizer, Path, Writers, Say], Findings]
 
@@ -143,7 +144,7 @@ def _prepare_on_disk(
         prepared = load_prepared(folder)
         say(f"{folder}: already prepared; {_describe(prepared)}")
         return prepared
-    for path in set(source.train_files) & set(source.validation_files):
+    for path in set(source.train_inputs) & set(source.validation_inputs):
         say(f"warning: {path} is in data.train and in data.validation")
     if others := sorted(folder.parent.glob(f"{glob.escape(config.prepared_name())}-*")):
         of_file = isinstance(config.tokenizer, WordPieceFileConfig | BpeFileConfig)
@@ -155,11 +156,11 @@ def _prepare_on_disk(
                 say(line)
     start = time.monotonic()
     with written_whole(folder, say) as partial:
-        entries, report = _write(config, source, partial, say, shard_tokens, encode)
+        entries, lines = _write(config, source, partial, say, shard_tokens, encode)
         write_manifest(partial, {**entries, "source_fingerprint": fingerprint, "sources": source.names()})
     prepared = load_prepared(folder, check_hashes=False)
     say(f"{folder}: prepared in {time.monotonic() - start:.0f} s; {_describe(prepared)}")
-    for line in report:
+    for line in lines:
         say(line)
     return prepared
 

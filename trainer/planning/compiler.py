@@ -18,6 +18,7 @@ from typing import NamedTuple
 from trainer.config.settings import Config
 from trainer.errors import UserError
 from trainer.hardware.devices import Target, compiler_settings
+from trainer.system.terminal import Say
 from trainer.system.whole import write_whole
 
 PACKAGES = {
@@ -26,8 +27,6 @@ PACKAGES = {
 }
 
 NO_NETWORK = re.compile("from versions: none|NewConnectionError|ConnectTimeout|ProxyError|SSLError|name resolution")
-
-Say = Callable[[str], None]
 
 
 class CompiledStep(NamedTuple):

@@ -39,7 +39,7 @@ def print_plan(
     Args:
         config: the run's configuration.
         vocabulary_size: number of tokens; None: the number in the prepared data, or in the config.
-        target: the devices to plan for; None: the CPU, if the config's distribution names it.
+        target: the devices to plan for; None: the CPU, if `own_target` returns it.
         utilisation: model FLOPs utilisation that the hours follow from; None: ASSUMED_UTILISATION, which is printed.
         with_weights: whether to list every weight.
 
@@ -135,7 +135,9 @@ def find_vocabulary_size(config: Config, given: int | None = None) -> int:
 
 
 def own_target(config: Config) -> Target | None:
-    """Returns the CPU if a config's distribution names it. No other distribution names its device."""
+    """Returns the CPU if distribution.kind is "cpu", or is "auto" without distribution.gpus; otherwise None, because
+    the config does not name its devices. With "auto" a run uses the GPUs of its machine, which the plan cannot see.
+    """
     distribution = config.distribution
     is_cpu = distribution.kind in ("auto", "cpu") and distribution.gpus is None
     return cpu(distribution.logical_devices) if is_cpu else None

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder per step, with named arrays and a manifest, that is there whole or not at all.
+"""Checkpoints: a folder per step, with named arrays and a manifest, that exists complete or not at all.
 
 On a disk a folder is written under another name and renamed. An object store cannot rename a tree: there the manifest
 is written last, and a folder counts as a checkpoint once its manifest is there and agrees with its files.

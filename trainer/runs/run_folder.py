@@ -56,7 +56,7 @@ CheckpointStep = int | Literal["best"]
 
 
 class RunFolder:
-    """The folder of a run that is there.
+    """The folder of an existing run.
 
     Args:
         path: a folder on a disk, or a URL such as gs://bucket/run.

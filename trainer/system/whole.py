@@ -35,6 +35,9 @@ def write_whole(file: Location, text: str) -> None:
 def write_whole_folder(folder: Location, files: Mapping[str, bytes]) -> None:
     """Writes a folder of files, or replaces an existing one. The caller syncs the folder that it is in.
 
+    An existing folder is removed before the new one gets its name, because a rename cannot replace a folder that has
+    files: a process that is killed between the two leaves neither.
+
     Args:
         folder: the folder. The folder that it is in is made if it is missing; only one process may write there at a
             time.

@@ -18,7 +18,8 @@ from trainer.text.files import LONG_CHARS, Document, Progress, digest, first_fau
 from trainer.text.formats import is_json_lines
 from trainer.text.held_out import is_held_out, peek, split_file
 
-File = Location | Dataset
+# What a source is read from; the storybook has none.
+Input = Location | Dataset
 
 # The most broken records that a message names.
 _NUM_NAMED = 5
@@ -66,31 +67,32 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The text that a config names, found and ready to be read as often as needed.
+    """The text of one source, or of several that are read one after the other, ready to be read as often as needed.
 
     Attributes:
         data: the settings; "auto" is decided.
-        train_files: the files of data.train; none for the storybook.
-        validation_files: the files of data.validation; none if part of the training text is held out.
+        train_inputs: the files and data sets of data.train; none for the storybook.
+        validation_inputs: the files and data sets of data.validation; none if part of the training text is held out.
         suffix: the end of the splits' names.
         progress: the progress of the latest reading.
     """
 
     data: DataConfig
-    train_files: tuple[File, ...]
-    validation_files: tuple[File, ...]
+    train_inputs: tuple[Input, ...]
+    validation_inputs: tuple[Input, ...]
     suffix: str = ""
     progress: Progress = dataclasses.field(default_factory=Progress, compare=False)
 
     def names(self) -> dict[str, list[str]]:
-        """Returns the files of each split, for people to read."""
+        """Returns the files and data sets of each split, for people to read."""
         return {
-            f"train{self.suffix}": [str(path) for path in self.train_files],
-            f"validation{self.suffix}": [str(path) for path in self.validation_files],
+            f"train{self.suffix}": [str(path) for path in self.train_inputs],
+            f"validation{self.suffix}": [str(path) for path in self.validation_inputs],
         }
 
     def fingerprint(self, say: Callable[[str], None] | None = None) -> str:
-        """Returns a SHA-256 of the files' contents in order, whatever their names, or of the storybook's recipe.
+        """Returns a SHA-256 of the contents of the files in order, whatever the names of the files. The name and split
+        of a data set are hashed too, and so is the recipe of the storybook.
 
         Args:
             say: prints a line about files that hold the same bytes.
@@ -99,8 +101,8 @@ class Source:
         if self.data.is_storybook():
             recipe = storybook.recipe(self.data.storybook_seed, self.data.storybook_stories)
             digests.update(json.dumps(recipe).encode())
-        contents: list[dict[File, bytes]] = []
-        for files in (self.train_files, self.validation_files):
+        contents: list[dict[Input, bytes]] = []
+        for files in (self.train_inputs, self.validation_inputs):
             digests.update(len(files).to_bytes(8, "little"))
             contents.append({file: file.digest() if isinstance(file, Dataset) else digest(file) for file in files})
             digests.update(b"".join(contents[-1].values()))
@@ -151,7 +153,7 @@ class Source:
                 continue
             tally.num_used[setting] += 1
             tally.num_used_bytes[setting] += num_bytes
-            # Not self.validation_files: it can be empty in a source that `files_apart` has returned.
+            # Not self.validation_inputs: it can be empty in a source that `inputs_apart` has returned.
             is_whole = self.data.validation is not None
             for split, part in [(setting, document)] if is_whole else self._split(document, file):
                 tally.num_yielded[split] += 1
@@ -186,7 +188,7 @@ class Source:
 
     def documents_found(self) -> str | None:
         """Returns a line on what data.documents="auto" decided; None if no file is a text file."""
-        first = next(filter(is_text_file, (*self.train_files, *self.validation_files)), None)
+        first = next(filter(is_text_file, (*self.train_inputs, *self.validation_inputs)), None)
         if first is None:
             return None
         many = "" if self.data.documents == "paragraph" else "hardly any "
@@ -195,27 +197,27 @@ class Source:
             "lines"
         )
 
-    def files_apart(self) -> "list[Source]":
-        """Returns a source for each file. Read one after the other, they give the documents of this source. The
+    def inputs_apart(self) -> "list[Source]":
+        """Returns a source for each input. Read one after the other, they give the documents of this source. The
         storybook's stories stay together."""
         if self.data.is_storybook():
             return [self]
-        train = [dataclasses.replace(self, train_files=(file,), validation_files=()) for file in self.train_files]
+        train = [dataclasses.replace(self, train_inputs=(file,), validation_inputs=()) for file in self.train_inputs]
         return train + [
-            dataclasses.replace(self, train_files=(), validation_files=(file,)) for file in self.validation_files
+            dataclasses.replace(self, train_inputs=(), validation_inputs=(file,)) for file in self.validation_inputs
         ]
 
     def num_bytes(self) -> int:
         """Returns the size of all files; if a file is packed, its packed size."""
-        files = (file for file in (*self.train_files, *self.validation_files) if not isinstance(file, Dataset))
+        files = (file for file in (*self.train_inputs, *self.validation_inputs) if not isinstance(file, Dataset))
         return sum(file.stat().st_size for file in files)
 
-    def _unsplit(self, tally: Tally) -> Iterator[tuple[str, File | None, int, Document]]:
+    def _unsplit(self, tally: Tally) -> Iterator[tuple[str, Input | None, int, Document]]:
         """Yields (setting, file, number in that file from 1 on, document)."""
         if self.data.is_storybook():
             stories = storybook.stories(self.data.storybook_seed, self.data.storybook_stories)
             yield from (("train", None, number, story) for number, story in enumerate(stories, start=1))
-        for setting, files in (("train", self.train_files), ("validation", self.validation_files)):
+        for setting, files in (("train", self.train_inputs), ("validation", self.validation_inputs)):
             for file in files:
                 records = self._records(file)
                 if records is None:
@@ -232,7 +234,7 @@ class Source:
                         yield setting, file, number, record
 
     def _leave_out(
-        self, tally: Tally, file: File | None, what: str, explain: Callable[[Location], str | None] | None = None
+        self, tally: Tally, file: Input | None, what: str, explain: Callable[[Location], str | None] | None = None
     ) -> None:
         tally.num_broken += 1
         if explain is not None and isinstance(file, Location) and not tally.advice:
@@ -244,13 +246,13 @@ class Source:
         if len(tally.broken) < _NUM_NAMED:
             tally.broken.append(f"{file}: {what}")
 
-    def _records(self, file: File) -> Iterator[str | ValueError] | None:
+    def _records(self, file: Input) -> Iterator[str | ValueError] | None:
         """Returns the texts of a file whose records are documents, whatever data.documents is; None for other files."""
         if isinstance(file, Dataset):
             return file.records(self.data.text_field)
         return read_records(file, self.data.text_field, self.progress) if is_json_lines(file) else None
 
-    def _split(self, document: Document, file: File | None) -> Iterable[tuple[str, Document]]:
+    def _split(self, document: Document, file: Input | None) -> Iterable[tuple[str, Document]]:
         fraction = self.data.held_out_fraction
         if self.data.documents != "file" or file is None or isinstance(file, Dataset) or is_json_lines(file):
             start, document = peek(document)
@@ -258,7 +260,7 @@ class Source:
         return split_file(document, file, fraction)
 
     def _check_not_empty(self, tally: Tally) -> None:
-        for setting in ("train", "validation") if self.validation_files else ("train",):
+        for setting in ("train", "validation") if self.validation_inputs else ("train",):
             if not tally.num_used[setting]:
                 raise UserError(self._why_empty(setting, tally))
         for split in ("train", "validation"):
@@ -279,7 +281,7 @@ class Source:
         )
 
     def _other_ways_to_hold_out(self, empty_split: str, num_documents: int) -> str:
-        has_files = any(map(is_text_file, self.train_files))
+        has_files = any(map(is_text_file, self.train_inputs))
         ways = ["give more data.storybook_stories" if self.data.is_storybook() else "give more text, data.validation"]
         # Documents are held out whole, so no fraction divides a single document, except a file, whose end is held out.
         if num_documents > 1 or self.data.is_storybook() or (has_files and self.data.documents == "file"):
@@ -294,11 +296,11 @@ class Source:
     def _plural(self) -> str:
         if self.data.is_storybook():
             return "stories"
-        has_text_files = any(map(is_text_file, (*self.train_files, *self.validation_files)))
+        has_text_files = any(map(is_text_file, (*self.train_inputs, *self.validation_inputs)))
         return f"{self.data.documents}s" if has_text_files else "records"
 
 
-def _same_texts(train: dict[File, bytes], validation: dict[File, bytes]) -> Iterator[str]:
+def _same_texts(train: dict[Input, bytes], validation: dict[Input, bytes]) -> Iterator[str]:
     """Yields warnings about files that hold the same text, given the digest of each file of data.train and of
     data.validation.
     """
@@ -311,7 +313,7 @@ def _same_texts(train: dict[File, bytes], validation: dict[File, bytes]) -> Iter
     yield from _twins(validation)
 
 
-def _twins(digests: dict[File, bytes]) -> Iterator[str]:
+def _twins(digests: dict[Input, bytes]) -> Iterator[str]:
     first = _first_with(digests)
     twins = [f"{file} as {first[each]}" for file, each in digests.items() if first.get(each, file) != file]
     if twins:
@@ -319,16 +321,16 @@ def _twins(digests: dict[File, bytes]) -> Iterator[str]:
         yield f"warning: files that hold the same text are all used: {twins[0]}{more}; leave out all except one"
 
 
-def _first_with(digests: dict[File, bytes]) -> dict[bytes, File]:
+def _first_with(digests: dict[Input, bytes]) -> dict[bytes, Input]:
     """Returns the first file with each digest, without empty files."""
-    first: dict[bytes, File] = {}
+    first: dict[bytes, Input] = {}
     for file, each in digests.items():
         if each != _NO_BYTES:
             first.setdefault(each, file)
     return first
 
 
-def _checked(document: Iterator[str], file: File | None) -> Iterator[str]:
+def _checked(document: Iterator[str], file: Input | None) -> Iterator[str]:
     """Yields the parts of a long document. A broken part is an error, because earlier parts are already written."""
     for part in document:
         try:
@@ -341,6 +343,6 @@ def _checked(document: Iterator[str], file: File | None) -> Iterator[str]:
         yield part
 
 
-def is_text_file(file: File) -> bool:
+def is_text_file(file: Input) -> bool:
     """Whether a file is plain text, neither JSON Lines nor a data set."""
     return isinstance(file, Location) and not is_json_lines(file)

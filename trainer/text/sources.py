@@ -12,7 +12,7 @@ from trainer.text.datasets import Dataset, is_dataset
 from trainer.text.files import Document, Progress, has_paragraphs
 from trainer.text.find_files import each_once, find_files
 from trainer.text.formats import is_json_lines
-from trainer.text.source import File, Source, is_text_file
+from trainer.text.source import Input, Source, is_text_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Mixture:
     sources: tuple[Source, ...]
 
     @property
-    def train_files(self) -> tuple[File, ...]:
-        """Files of data.train."""
-        return tuple(itertools.chain.from_iterable(source.train_files for source in self.sources))
+    def train_inputs(self) -> tuple[Input, ...]:
+        """Files and data sets of data.train."""
+        return tuple(itertools.chain.from_iterable(source.train_inputs for source in self.sources))
 
     @property
-    def validation_files(self) -> tuple[File, ...]:
-        """Files of data.validation."""
-        return tuple(itertools.chain.from_iterable(source.validation_files for source in self.sources))
+    def validation_inputs(self) -> tuple[Input, ...]:
+        """Files and data sets of data.validation."""
+        return tuple(itertools.chain.from_iterable(source.validation_inputs for source in self.sources))
 
     @property
     def progress(self) -> Progress:
@@ -38,7 +38,7 @@ class Mixture:
         return Progress(sum(part.done for part in parts), sum(part.total for part in parts))
 
     def names(self) -> dict[str, list[str]]:
-        """Returns the files of each split, for people to read."""
+        """Returns the files and data sets of each split, for people to read."""
         return {split: names for source in self.sources for split, names in source.names().items()}
 
     def fingerprint(self, say: Callable[[str], None] | None = None) -> str:
@@ -65,11 +65,11 @@ def open_source(data: DataConfig) -> Source | Mixture:
         source = Mixture(tuple(_open(each, f"-{i}") for i, each in enumerate(data.sources())))
     else:
         source = _open(data)
-    _check_effect(data, [*source.train_files, *source.validation_files])
+    _check_effect(data, [*source.train_inputs, *source.validation_inputs])
     return source
 
 
-def _check_effect(data: DataConfig, files: list[File]) -> None:
+def _check_effect(data: DataConfig, files: list[Input]) -> None:
     """Raises UserError if a setting has an effect on none of the files."""
     has_records = [isinstance(file, Dataset) or is_json_lines(file) for file in files]
     defaults = {name: field.default for name, field in DataConfig.model_fields.items()}
@@ -92,7 +92,7 @@ def _open(data: DataConfig, suffix: str = "") -> Source:
     return Source(_with_documents(data, (*train, *validation)), train, validation, suffix)
 
 
-def _with_documents(data: DataConfig, files: Iterable[File]) -> DataConfig:
+def _with_documents(data: DataConfig, files: Iterable[Input]) -> DataConfig:
     """Returns the settings with data.documents="auto" decided by the first text file."""
     if data.documents != "auto":
         return data
@@ -101,8 +101,8 @@ def _with_documents(data: DataConfig, files: Iterable[File]) -> DataConfig:
     return data.model_copy(update={"documents": documents})
 
 
-def _find(names: Iterable[str], setting: str) -> tuple[File, ...]:
-    files: list[File] = []
+def _find(names: Iterable[str], setting: str) -> tuple[Input, ...]:
+    files: list[Input] = []
     for name in names:
         files += [Dataset.find(name, setting)] if is_dataset(name) else find_files([name], setting)
     return tuple(each_once(files))

@@ -155,7 +155,8 @@ def _launch_several(request: Request, workers: Workers, say: Say) -> TrainingRes
 
     with Meeting(workers) as meeting:
         meeting.agree(fingerprints(config, request.build_model))
-        # The chief prepares the data; then the others find it. Because of this order a shared folder needs no locks.
+        # The chief prepares the data; then the others find it. Because of this order the shared prepared folder needs
+        # no locks.
         prepared = meeting.in_turn(lambda: _prepared(request, prepare_elsewhere, say))
         meeting.agree({"the prepared data": prepared.fingerprint})
         if workers.is_chief and request.run is not None and request.may_prepare:
