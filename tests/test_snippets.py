@@ -53,7 +53,8 @@ LANGUAGES = ("sh", "python", "toml", "text", "mermaid")
 FILLED_IN = {
     "YOUR/*.txt.gz": "texts/*.txt.gz",
     "YOUR/*.txt": "texts/*.txt",
-    "YOURS.txt.gz": "texts/b.txt.gz",
+    "TRAIN/*.txt.gz": "texts/*.txt.gz",
+    "VALIDATION.txt.gz": "texts/b.txt.gz",
     "YOUR.txt": "texts/a.txt",
     "YOUR.jsonl.gz": "texts/c.jsonl",
     "/text/texts": "texts",
