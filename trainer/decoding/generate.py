@@ -333,6 +333,7 @@ def _pick(decoder: Decoder, logits: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         return most_likely(logits)
     if decoder.name == "top-k":
         return draw_top_k(logits, decoder.top_k, decoder.temperature, seed)
+    assert decoder.name == "top-p", decoder.name  # Beam search picks beams, not tokens.
     return draw_top_p(logits, decoder.top_p, decoder.temperature, seed)
 
 
