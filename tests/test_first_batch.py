@@ -23,7 +23,7 @@ def test_another_order_of_the_batches_is_refused_and_another_release_reported(ru
     check_first_batch(run, "abc", refuse)
     with pytest.raises(UserError, match=r"the batches of this run come in another order here\. It was started with Te"):
         check_first_batch(run, "abd", refuse)
-    run.keep(tensorflow="2.20.0")
+    run.record(tensorflow="2.20.0")
     said: list[str] = []
     check_first_batch(run, "abc", said.append)
     assert len(said) == 1 and "was started with TensorFlow 2.20.0 and Keras" in said[0]

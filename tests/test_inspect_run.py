@@ -202,7 +202,7 @@ def test_a_run_whose_data_is_gone_or_replaced_is_an_error(prepared, pristine, tm
     (tmp_path / "other").mkdir()
     (tmp_path / "other/text.txt").write_text("\n".join(LINES[:100]), encoding="utf-8")
     other = prepare(config_for(tmp_path / "other", tmp_path / "other/text.txt", CHAR), quiet)
-    run.keep(prepared_folder=str(other.folder), data_fingerprint="of another")
+    run.record(prepared_folder=str(other.folder), data_fingerprint="of another")
     assert main(["inspect", str(run.path)]) == 1
     assert capsys.readouterr().err == f"trainer: {other.folder} is not the data that {run.path} was started on.\n"
     shutil.rmtree(other.folder)

@@ -740,7 +740,7 @@ def test_workers_that_read_different_records_or_checkpoints_of_a_run_differ(copy
     run, later = RunFolder(copy_of_trained), RunFolder(copy_of_trained)
     assert launch.contents(run, None) == launch.contents(later, None)
     assert launch.contents(run, None) != launch.contents(run, 20)
-    later.keep(first_batch="another")
+    later.record(first_batch="another")
     assert launch.contents(run, None) != launch.contents(later, None) == launch.contents(RunFolder(run.path), None)
 
 
@@ -768,7 +768,7 @@ def test_a_validation_loss_that_rises_is_reported_with_the_best_step(copy_of_tra
     lines = []
     scores = {10: 2.5}
     assert [
-        results.keep_score(run, Workers(), step, loss, scores, lines.append)
+        results.record_score(run, Workers(), step, loss, scores, lines.append)
         for step, loss in ((20, 2.0), (30, 2.125), (40, 2.0), (50, float("nan")), (60, 1.0))
     ] == [True, False, False, False, True]
     assert len(lines) == 2 and lines[0] == (

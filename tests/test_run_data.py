@@ -17,7 +17,7 @@ from trainer.config.file import load_config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.errors import UserError
-from trainer.runs.run_data import find_prepared, keep_place_of, load_tokenizer_of
+from trainer.runs.run_data import find_prepared, load_tokenizer_of, record_place_of
 from trainer.runs.run_folder import RunFolder, find_run
 from trainer.tokenizers.characters import CharTokenizer
 
@@ -124,7 +124,7 @@ def test_text_changed_after_the_start_of_a_run_changes_nothing_in_it(tmp_path: P
 def test_other_data_is_refused(run: RunFolder, tmp_path: Path):
     other = prepared_text(tmp_path, "another text about a dog\n" * 30)
     shutil.rmtree(find_prepared(run).folder)
-    run.keep(prepared_folder=str(other.folder))
+    run.record(prepared_folder=str(other.folder))
     with pytest.raises(UserError, match=r"is not the data .*run was started on; start a new run for other data\."):
         find_prepared(RunFolder(run.path))
 
@@ -167,7 +167,7 @@ def test_a_moved_project_finds_its_data_by_fingerprint(tmp_path: Path, monkeypat
     found.folder.rename(moved / "runs" / "text")
     run = RunFolder(moved / "runs/a")
     assert find_prepared(run).folder == moved / "runs" / "text"
-    keep_place_of(run, find_prepared(run))
+    record_place_of(run, find_prepared(run))
     assert RunFolder(moved / "runs/a").facts["prepared_folder"] == str(moved / "runs" / "text")
     # And in a folder that is named.
     (tmp_path / "mounted").mkdir()

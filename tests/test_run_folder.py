@@ -213,11 +213,11 @@ def test_a_micro_batch_that_was_found_is_kept_if_the_run_s_setting_is_auto(tmp_p
     run = RunFolder.create(auto, prepared_text(tmp_path))
     assert RunFolder.of(auto).config == auto
     before = RunFolder(run.path, ["train.xla=off"])
-    before.keep_micro_batch_size(1)
+    before.record_micro_batch_size(1)
     assert RunFolder(run.path).config == numbered  # And of the overrides nothing.
     assert RunFolder.of(auto).config == numbered
     # As an override it is valid only for that process.
-    RunFolder(run.path, ["train.micro_batch_size=auto"]).keep_micro_batch_size(2)
+    RunFolder(run.path, ["train.micro_batch_size=auto"]).record_micro_batch_size(2)
     assert RunFolder(run.path).config == numbered
     assert RunFolder(run.path, ["train.micro_batch_size=auto"]).config == auto
 
@@ -226,7 +226,7 @@ def test_a_micro_batch_that_cannot_be_kept_is_an_error(tmp_path: Path):
     run = RunFolder.create(tiny(tmp_path, "train.micro_batch_size=auto"), prepared_text(tmp_path))
     (run.path / "config.toml.partial").mkdir()
     with pytest.raises(UserError, match=r"run/config.toml cannot be written: Is a directory\."):
-        run.keep_micro_batch_size(1)
+        run.record_micro_batch_size(1)
 
 
 def test_a_run_with_other_settings_is_not_resumed(run: RunFolder, tmp_path: Path):
@@ -331,10 +331,10 @@ def test_a_damaged_file_of_a_run_is_an_error_that_names_it(run: RunFolder, name:
 
 def test_the_record_of_another_release_is_refused_by_its_format_or_its_settings(run: RunFolder):
     before = run.facts["config"]
-    run.keep(config={**before, "train": {**before["train"], "magic": 3}})
+    run.record(config={**before, "train": {**before["train"], "magic": 3}})
     with pytest.raises(UserError, match=r"run\.json was written by another release of trainer, .* train\.magic is not"):
         RunFolder(run.path)
-    run.keep(format=1)
+    run.record(format=1)
     with pytest.raises(UserError, match=r"run\.json is of format 1, not 2; use the release that wrote it\."):
         RunFolder(run.path)
     # The first releases kept three facts, and did not seal them.
@@ -347,7 +347,7 @@ def test_the_record_of_another_release_is_refused_by_its_format_or_its_settings(
 def test_a_micro_batch_kept_by_a_process_that_was_killed_is_not_a_change_by_hand(tmp_path: Path):
     run = RunFolder.create(tiny(tmp_path, "train.micro_batch_size=auto"), prepared_text(tmp_path))
     record = (run.path / "run.json").read_bytes()
-    run.keep_micro_batch_size(2)
+    run.record_micro_batch_size(2)
     (run.path / "run.json").write_bytes(record)
     assert RunFolder(run.path).config == run.config
 

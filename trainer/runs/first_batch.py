@@ -36,7 +36,7 @@ def check_first_batch(run: RunFolder, digest: str, say: Callable[[str], None]) -
     before = _releases(run.facts)
     now = _releases({"tensorflow": tf.__version__, "keras": keras.__version__})
     if "first_batch" not in run.facts:
-        run.keep(first_batch=digest)
+        run.record(first_batch=digest)
     if run.facts["first_batch"] != digest:
         raise UserError(
             f"{run.path}: the batches of this run come in another order here. It was started with {before}; this "

@@ -111,7 +111,7 @@ def scores_to_keep(checkpoints: Checkpoints, step: int, from_step: CheckpointSte
     return {at: loss for at, loss in checkpoints.scores.items() if at <= step or at in later}
 
 
-def keep_score(
+def record_score(
     run: RunFolder, workers: Workers, step: int, loss: float, scores: dict[int, float], say: Callable[[str], None]
 ) -> bool:
     """Adds a validation loss to the losses so far, which the chief writes. Prints a line if the loss has risen.

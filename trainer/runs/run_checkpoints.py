@@ -28,7 +28,7 @@ def open_checkpoints(run: RunFolder, say: Callable[[str], None] = print) -> Chec
 
     def note_saved() -> None:
         if not run.facts.get("has_saved"):
-            run.keep(has_saved=True)
+            run.record(has_saved=True)
 
     return Checkpoints(
         run.path / "checkpoints",

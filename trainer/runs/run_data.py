@@ -66,7 +66,7 @@ def find_data_folder(run: RunFolder) -> Location:
     )
 
 
-def keep_place_of(run: RunFolder, prepared: PreparedData) -> None:
+def record_place_of(run: RunFolder, prepared: PreparedData) -> None:
     """Writes into the run's record where its data is, if the data has moved.
 
     Raises:
@@ -74,7 +74,7 @@ def keep_place_of(run: RunFolder, prepared: PreparedData) -> None:
     """
     place = place_of(prepared, run.path)
     if any(run.facts.get(key) != value for key, value in place.items()):
-        run.keep(**place)
+        run.record(**place)
 
 
 def _folders_to_try(run: RunFolder) -> Iterator[Location]:

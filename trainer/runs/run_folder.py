@@ -193,7 +193,7 @@ class RunFolder:
             reason = str(error).removeprefix(f"{file}: ").removesuffix(".")
             raise UserError(f"{file} is damaged: {reason}. {restore}.") from None
         changed, may_change = differing_settings(found, started), differing_settings(found, started, resumable=True)
-        # `keep_micro_batch_size` writes config.toml before the record; a process killed in between leaves this.
+        # `record_micro_batch_size` writes config.toml before the record; a process killed in between leaves this.
         if started.train.micro_batch_size == "auto" and found.train.micro_batch_size != "auto":
             may_change = differing_settings(found.with_micro_batch_size("auto"), started, resumable=True)
         if changed:
@@ -208,7 +208,7 @@ class RunFolder:
                 f"to change as overrides: trainer train --resume {quoted(self.path)} {keys}"
             )
 
-    def keep(self, **facts: Any) -> None:
+    def record(self, **facts: Any) -> None:
         """Adds facts to the run's record.
 
         Raises:
@@ -236,7 +236,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{file} cannot be written: {reason_and_remedy(error)}.") from None
 
-    def keep_micro_batch_size(self, size: int) -> None:
+    def record_micro_batch_size(self, size: int) -> None:
         """Writes the micro-batch that was found for "auto" into the run's config, if "auto" is the run's own setting.
 
         Raises:
@@ -247,7 +247,7 @@ class RunFolder:
             return  # "auto" is an override, which is valid only for this process.
         started = started.with_micro_batch_size(size)
         self._write_config_file(started)
-        self.keep(config=started.model_dump(mode="json", exclude_none=True))
+        self.record(config=started.model_dump(mode="json", exclude_none=True))
 
     def check_model(self, build_model: BuildModel | None) -> None:
         """Raises UserError if the run's model is foreign and build_model is missing, or is the GPT and it is given."""

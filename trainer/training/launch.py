@@ -259,7 +259,7 @@ def contents(run: RunFolder, step: CheckpointStep | None) -> dict[str, str]:
     checkpoints = open_checkpoints(run, _be_silent)  # `train` looks again, and prints which checkpoints it skips.
     checkpoint = find_checkpoint(run, checkpoints, step)
     return {
-        # Without the seal: `RunFolder.keep` renews the seal in the file, but not in `facts`.
+        # Without the seal: `RunFolder.record` renews the seal in the file, but not in `facts`.
         f"the record of {run.path}": json.dumps(run.facts | {"sha256": None}, sort_keys=True),
         f"the checkpoint to go on from in {run.path}": "none" if checkpoint is None else checkpoint.manifest["sha256"],
         f"the list of validation losses in {run.path}": str(sorted(checkpoints.scores.items())),

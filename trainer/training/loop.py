@@ -35,9 +35,9 @@ from trainer.errors import quoted
 from trainer.model.build import BuildModel, make_model
 from trainer.runs.checkpoint import Checkpoints
 from trainer.runs.first_batch import check_first_batch, hash_of_first_batch
-from trainer.runs.results import Evaluation, keep_score, read_result, scores_to_keep, write_result
+from trainer.runs.results import Evaluation, read_result, record_score, scores_to_keep, write_result
 from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints
-from trainer.runs.run_data import keep_place_of, load_tokenizer_of
+from trainer.runs.run_data import load_tokenizer_of, record_place_of
 from trainer.runs.run_folder import CheckpointStep, RunFolder
 from trainer.system.signals import stop_on_signals
 from trainer.system.terminal import Say
@@ -92,7 +92,7 @@ def train(
         if step == total_steps and (written := read_result(run, step)) is not None:
             say(f"{run.path}: all {total_steps} steps are taken, and this is the result.")
             return result._replace(evaluation=written[0], samples=written[1], best_step=checkpoints.best_step())
-        # One dict with two users: `keep_score` adds a loss, and the checkpoints keep the one with the lowest loss.
+        # One dict with two users: `record_score` adds a loss, and the checkpoints keep the one with the lowest loss.
         scores = scores_to_keep(checkpoints, step, from_step)
         checkpoints.scores = scores
         say(describe_run(run, prepared, model, step, total_steps))
@@ -124,7 +124,7 @@ def train(
         if score is None:
             return False
         monitor.evaluation(step, score)
-        return keep_score(run, workers, step, score.loss, scores, monitor.say)
+        return record_score(run, workers, step, score.loss, scores, monitor.say)
 
     is_stopped, meter = False, Meter()
     with monitor.running(), checkpoints:
@@ -184,7 +184,7 @@ def train(
             # Earlier scores used num_batches batches: compare with the score of the same batches.
             comparable = evaluation if num_batches is None else evaluator(num_batches)
         monitor.evaluation(step, evaluation)
-        keep_score(run, workers, step, comparable.loss, scores, monitor.say)
+        record_score(run, workers, step, comparable.loss, scores, monitor.say)
         with spent.on("sample"), monitor.doing(step, "sampling"):
             samples = write_samples(generator, config.samples, monitor.say) if workers.is_chief else {}
         monitor.samples(step, samples)
@@ -223,7 +223,7 @@ def bring_up_to_date(run: RunFolder, prepared: PreparedData, total_steps: int, s
         UserError: the batches would come in another order, or the folder cannot be written.
     """
     run.write_config_file()
-    keep_place_of(run, prepared)
+    record_place_of(run, prepared)
     check_first_batch(run, hash_of_first_batch(prepared, run.config, total_steps), say)
 
 

@@ -29,7 +29,7 @@ def settle_micro_batch(run: RunFolder, workers: Workers, step: TrainingStep, say
     say(f"train.micro_batch_size='auto' comes to {size} of a replica's {step.execution.examples} examples.")
     run.config = run.config.with_micro_batch_size(size)
     if workers.is_chief:
-        run.keep_micro_batch_size(size)
+        run.record_micro_batch_size(size)
     return run.config
 
 
