@@ -345,7 +345,7 @@ def held_on_replicas(configs: list[Config]) -> list[tuple[Held, set[str]]]:
 
         @tf.function(autograph=False)
         def take() -> Any:
-            return strategy.run(step.take_on_replica, (batch, tf.constant(False)))  # noqa: B023
+            return strategy.run(step.take_step_on_replica, (batch, tf.constant(False)))  # noqa: B023
 
         definition = take.get_concrete_function().graph.as_graph_def()
         nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]

@@ -323,7 +323,7 @@ def test_recomputed_blocks_run_twice():
 
 def test_another_model_has_nothing_to_recompute():
     config = config_of(train={"recompute": "blocks"})
-    with pytest.raises(UserError, match=r"train.recompute='blocks' works with trainer's own GPT only"):
+    with pytest.raises(UserError, match=r"train.recompute='blocks' works only with trainer's own GPT"):
         TrainingStep(
             config,
             10,

@@ -73,8 +73,8 @@ def test_the_step_is_built_for_every_core_of_a_slice():
         step = TrainingStep(config, 10, model, strategy)
         batch = tuple(tf.compat.v1.placeholder(dtype, [4, 8]) for dtype in (tf.int32, tf.int32, tf.float32))
         # As in a function that is not converted, which the loop is.
-        take_on_replica = tf.autograph.experimental.do_not_convert(step.take_on_replica)
-        strategy.run(take_on_replica, (batch, tf.constant(False)))
+        take_step_on_replica = tf.autograph.experimental.do_not_convert(step.take_step_on_replica)
+        strategy.run(take_step_on_replica, (batch, tf.constant(False)))
     replicated = [node for node in graph.get_operations() if "_tpu_replicate" in node.node_def.attr]
     types = {node.type for node in replicated}
     assert {"CrossReplicaSum", "ResourceApplyAdam"} <= types | {

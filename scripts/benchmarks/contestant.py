@@ -66,7 +66,7 @@ def alone(training: Training) -> Take:
     """
     batch, step = next(training.batches), training.step
     stop = tf.constant(False)
-    take_step = tf.function(lambda: training.strategy.run(step.take_on_replica, (batch, stop)), autograph=False)
+    take_step = tf.function(lambda: training.strategy.run(step.take_step_on_replica, (batch, stop)), autograph=False)
 
     variables = [*step.named_variables.values(), *step.state().values(), step.step]
 

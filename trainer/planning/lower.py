@@ -47,7 +47,7 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
 
     @tf.function(autograph=False, jit_compile=True)
     def take_step(inputs: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return step.take_on_replica((inputs, targets, weights), tf.constant(False))
+        return step.take_step_on_replica((inputs, targets, weights), tf.constant(False))
 
     shape = [execution.examples, train.sequence_length]
     specs = [tf.TensorSpec(shape, dtype) for dtype in (tf.int32, tf.int32, tf.float32)]

@@ -8,7 +8,7 @@ launch    Every worker, in launch.py. A single worker opens its devices, gets th
           run's folder. Several workers first meet; then they get the data, make or open the folder, and open their
           devices last. On the way they compare their settings, data and checkpoint.
 build     Every worker builds the same model, optimizer and compiled step.
-restore   Every worker loads the newest checkpoint, if the run has one.
+restore   Every worker loads a checkpoint if the run has one: the newest, or the one that --step names.
 loop      Every worker takes the same steps. In a step (step.py) each replica computes the gradients of its share of the
           batch, the gradients are summed over all replicas, and each replica makes the same update of its copy of the
           model.
@@ -77,15 +77,16 @@ def train(
         # Build, every worker: the model, and everything else that a step changes.
         with strategy.scope():
             model = make_model(build_model, config, prepared.vocabulary_size, prepared.bos_id)
-        step_function = TrainingStep(config, total_steps, model, strategy)
-        # The micro-batch, the examples that a replica computes at a time, is the config's. If the config has none,
-        # execution.py decides by the kind of device; if it is "auto", the largest that fits the devices is found here.
+        training_step = TrainingStep(config, total_steps, model, strategy)
+        # The micro-batch is the examples that a replica computes at a time. TrainingStep has asked `resolve`, which
+        # decides it from the config, the number of replicas and the kind of device. If it is "auto", that is only the
+        # default; here the default is kept, or replaced by the largest smaller one that fits the devices.
         if config.train.micro_batch_size == "auto":
-            config = settle_micro_batch(run, workers, step_function, say)
+            config = settle_micro_batch(run, workers, training_step, say)
 
         # Restore, every worker: the values of a checkpoint. The chief brings the folder up to date.
         checkpoints = open_checkpoints(run, say)
-        step = restore(step_function, find_checkpoint(run, checkpoints, from_step))
+        step = restore(training_step, find_checkpoint(run, checkpoints, from_step))
         if workers.is_chief:
             bring_up_to_date(run, prepared, total_steps, say)
         result = TrainingResult(run_folder=str(run.path), model=model, step=step, samples={})
@@ -106,16 +107,16 @@ def train(
         batches = iter(
             distributed(strategy, lambda share: training_batches(prepared, config, step, total_steps, share).repeat())
         )
-        run_steps = step_function.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
+        run_steps = training_step.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
 
     def stop_requested() -> bool:
         # Several workers have to stop after the same step: each step counts their votes, see metrics.stop_votes.
-        return not workers.are_several and bool(step_function.stop_requested.numpy())
+        return not workers.are_several and bool(training_step.stop_requested.numpy())
 
     def save_now() -> None:
         if workers.is_chief:
             with spent.on("checkpoint"), monitor.doing(step, "saving"):
-                save(checkpoints, step_function, run)
+                save(checkpoints, training_step, run)
 
     def evaluate() -> bool:
         """Scores the model and keeps the score; returns whether it is the best so far."""
@@ -128,7 +129,7 @@ def train(
 
     is_stopped, meter = False, Meter()
     with monitor.running(), checkpoints:
-        with stop_on_signals(lambda: step_function.stop_requested.assign(True), monitor.say):
+        with stop_on_signals(lambda: training_step.stop_requested.assign(True), monitor.say):
             if is_due(step, config.evaluation.every_steps) and step < total_steps and step not in scores:
                 evaluate()  # The previous process was stopped between saving this step and scoring it.
             while step < total_steps and not (is_stopped or stop_requested()):
@@ -142,12 +143,12 @@ def train(
                 meter.add(metrics, lap())
                 monitor.advance(step)
                 checkpoints.check()
-                skipped_in_a_row = int(step_function.skipped_in_a_row.numpy())
-                check_is_learning(step, total_steps, skipped_in_a_row, int(step_function.optimizer.num_updates.numpy()))
+                skipped_in_a_row = int(training_step.skipped_in_a_row.numpy())
+                check_is_learning(step, total_steps, skipped_in_a_row, int(training_step.optimizer.num_updates.numpy()))
 
                 # Log, the chief.
                 if is_due(step, config.log.every_steps) or step == total_steps:
-                    log(step, step_function, meter, monitor)
+                    log(step, training_step, meter, monitor)
 
                 # Save, the chief.
                 is_saved = is_due(step, config.checkpoint.every_steps) or step == total_steps
@@ -172,7 +173,7 @@ def train(
                 checkpoints.wait()
             # A signal after the last step: no step has counted it. If there are several workers, only those that got it
             # stop here; the others fail while they score the text below, and name the missing worker. All is saved.
-            is_stopped = is_stopped or bool(step_function.stop_requested.numpy())
+            is_stopped = is_stopped or bool(training_step.stop_requested.numpy())
         if is_stopped:
             say(f"Stopped at step {step} of {total_steps}, saved. {how_to_go_on(run, checkpoints, step)}")
             return result._replace(step=step, is_stopped=True, best_step=checkpoints.best_step())
@@ -227,9 +228,9 @@ def bring_up_to_date(run: RunFolder, prepared: PreparedData, total_steps: int, s
     check_first_batch(run, hash_of_first_batch(prepared, run.config, total_steps), say)
 
 
-def log(step: int, step_function: TrainingStep, meter: Meter, monitor: Monitor | SilentMonitor) -> None:
+def log(step: int, training_step: TrainingStep, meter: Meter, monitor: Monitor | SilentMonitor) -> None:
     """Reports the steps since the last report, and how many of them were skipped."""
-    config, total_steps, loss_scale = step_function.config, step_function.total_steps, step_function.loss_scale
+    config, total_steps, loss_scale = training_step.config, training_step.total_steps, training_step.loss_scale
     interval = meter.report(float(learning_rate(config.optimizer, step - 1, total_steps)))
     monitor.interval(step, interval)
     scale = None if loss_scale is None else float(loss_scale.value.numpy())

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 import tensorflow as tf
 
 from trainer.config.settings import Config
-from trainer.distributed.strategy import processor_of
 from trainer.distributed.workers import Workers
 from trainer.errors import UserError, quoted
-from trainer.execution import resolve
 from trainer.runs.run_folder import RunFolder
 from trainer.training.step import TrainingStep
 
 
-def settle_micro_batch(run: RunFolder, workers: Workers, step: TrainingStep, say: Callable[[str], None]) -> Config:
-    """Finds the largest micro-batch that fits, and keeps it in the run's config, which the chief writes.
+def settle_micro_batch(
+    run: RunFolder, workers: Workers, training_step: TrainingStep, say: Callable[[str], None]
+) -> Config:
+    """Finds the micro-batch that fits, see `fit_micro_batch`, and sets it in the run's config, which the chief writes.
 
     Returns:
         The run's config with that micro-batch.
@@ -24,9 +24,9 @@ def settle_micro_batch(run: RunFolder, workers: Workers, step: TrainingStep, say
     Raises:
         UserError: one example at a time does not fit either.
     """
-    fit_micro_batch(step, say)
-    size = step.execution.micro_batch_size
-    say(f"train.micro_batch_size='auto' comes to {size} of a replica's {step.execution.examples} examples.")
+    fit_micro_batch(training_step, say)
+    size = training_step.execution.micro_batch_size
+    say(f"train.micro_batch_size='auto' comes to {size} of a replica's {training_step.execution.examples} examples.")
     run.config = run.config.with_micro_batch_size(size)
     if workers.is_chief:
         run.record_micro_batch_size(size)
@@ -47,26 +47,25 @@ def advising_on_memory(run: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def fit_micro_batch(step: TrainingStep, say: Callable[[str], None]) -> None:
-    """Lowers a step's micro-batch to the largest that fits every device of the run; all workers find the same size.
+def fit_micro_batch(training_step: TrainingStep, say: Callable[[str], None]) -> None:
+    """Keeps a step's micro-batch if it fits every device of the run; otherwise lowers it to the largest that fits.
+
+    All workers find the same size.
 
     Args:
-        step: a step that is not traced yet. Its variables, which hold the optimizer's memory, stay as they are.
+        training_step: a step that is not traced yet. Its variables, which hold the optimizer's memory, keep their
+            values.
         say: prints a line; called for each size that does not fit.
 
     Raises:
         UserError: one example at a time does not fit either.
     """
-    examples = step.execution.examples
-    sizes = [size for size in range(step.execution.micro_batch_size, 0, -1) if examples % size == 0]
-
-    def set_size(size: int) -> None:
-        strategy = step.strategy
-        step.execution = resolve(step.config, processor_of(strategy), strategy.num_replicas_in_sync, size)
+    examples = training_step.execution.examples
+    sizes = [size for size in range(training_step.execution.micro_batch_size, 0, -1) if examples % size == 0]
 
     def fits(size: int) -> bool:
-        set_size(size)
-        is_enough = _has_memory(step)
+        training_step.set_micro_batch_size(size)
+        is_enough = _has_memory(training_step)
         if not is_enough:
             say(f"train.micro_batch_size='auto': {size} of a replica's {examples} examples at a time do not fit.")
         return is_enough
@@ -75,10 +74,10 @@ def fit_micro_batch(step: TrainingStep, say: Callable[[str], None]) -> None:
     if best is None:
         raise UserError(
             "train.micro_batch_size='auto': not even one example at a time fits the device; lower "
-            f"train.sequence_length={step.config.train.sequence_length}, make the model smaller, or use a device with "
-            "more memory."
+            f"train.sequence_length={training_step.config.train.sequence_length}, make the model smaller, or use a "
+            "device with more memory."
         )
-    set_size(best)
+    training_step.set_micro_batch_size(best)
 
 
 def first_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -92,18 +91,18 @@ def first_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | 
     return sizes[place] if place < len(sizes) else None
 
 
-def _has_memory(step: TrainingStep) -> bool:
-    strategy = step.strategy
-    shape = [step.execution.examples, step.config.train.sequence_length]
+def _has_memory(training_step: TrainingStep) -> bool:
+    strategy = training_step.strategy
+    shape = [training_step.execution.examples, training_step.config.train.sequence_length]
 
     # The batch is an argument: TensorFlow would compute what follows from a constant once, and keep it.
     @tf.function(autograph=False)
     def rehearse(*batch: tf.Tensor) -> tf.Tensor:
-        return strategy.run(step.rehearse_on_replica, (batch,))
+        return strategy.run(training_step.rehearse_on_replica, (batch,))
 
     def count_on_replica(failed: tf.Tensor) -> list[tf.Tensor]:
         own = tf.identity(failed)  # The sum is made on the devices of its terms, and an argument is on none of them.
-        return step.sum_over_replicas(tf.distribute.get_replica_context(), [own])
+        return training_step.sum_over_replicas(tf.distribute.get_replica_context(), [own])
 
     @tf.function(autograph=False)
     def count(failed: tf.Tensor) -> list[tf.Tensor]:

@@ -10,7 +10,7 @@ from trainer.runs.run_folder import RunFolder
 from trainer.training.step import TrainingStep
 
 
-def restore(step_function: TrainingStep, checkpoint: Checkpoint | None) -> int:
+def restore(training_step: TrainingStep, checkpoint: Checkpoint | None) -> int:
     """Gives the model, the optimizer and the step counter the values of a checkpoint.
 
     Returns:
@@ -18,21 +18,21 @@ def restore(step_function: TrainingStep, checkpoint: Checkpoint | None) -> int:
     """
     if checkpoint is None:
         return 0
-    assign(step_function.named_variables, checkpoint.arrays("weights"), checkpoint.folder)
+    assign(training_step.named_variables, checkpoint.arrays("weights"), checkpoint.folder)
     # Runs of older releases did not count the steps that were skipped in a row.
     state = {"skipped_in_a_row": np.zeros([], np.int64), **checkpoint.arrays("optimizer")}
-    assign(step_function.state(), state, checkpoint.folder)
-    step_function.step.assign(checkpoint.step)
+    assign(training_step.state(), state, checkpoint.folder)
+    training_step.step.assign(checkpoint.step)
     return checkpoint.step
 
 
-def save(checkpoints: Checkpoints, step_function: TrainingStep, run: RunFolder) -> None:
+def save(checkpoints: Checkpoints, training_step: TrainingStep, run: RunFolder) -> None:
     """Saves everything that a step changes."""
     groups = {
-        "weights": _snapshot(step_function.named_variables),
-        "optimizer": _snapshot(step_function.state()),
+        "weights": _snapshot(training_step.named_variables),
+        "optimizer": _snapshot(training_step.state()),
     }
-    checkpoints.save(int(step_function.step.numpy()), groups, facts_of(run))
+    checkpoints.save(int(training_step.step.numpy()), groups, facts_of(run))
 
 
 def _snapshot(variables: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -1,10 +1,10 @@
 """The training step, from the top down.
 
-run_steps           many steps in one compiled call: the next batch, then
-take_on_replica     a step on every replica: the replica's gradients -> one all-reduce -> clip -> AdamW
-accumulate          a replica's gradients: one micro-batch after another, added up
-forward_backward    the loss and the gradients of a micro-batch
-mean_and_clip       sums -> means, scaled down to a largest norm
+run_steps              many steps in one compiled call: the next batch, then
+take_step_on_replica   a step on every replica: the replica's gradients -> one all-reduce -> clip -> AdamW
+accumulate             a replica's gradients: the sums of its micro-batches, in order; on a CPU two are computed at once
+forward_backward       the loss and the gradients of a micro-batch
+mean_and_clip          sums -> means, scaled down to a largest norm
 """
 
 import functools
@@ -32,6 +32,18 @@ from trainer.training.schedule import learning_rate
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
 
+class StepMetrics(NamedTuple):
+    """What a step reports, the same on every replica: `CallMetrics` of one step, without input_secs."""
+
+    num_steps: tf.Tensor
+    num_skipped: tf.Tensor
+    loss_sum: tf.Tensor
+    num_targets: tf.Tensor
+    grad_norm_sum: tf.Tensor
+    num_clipped: tf.Tensor
+    stop_votes: tf.Tensor
+
+
 class CallMetrics(NamedTuple):
     """What a call of `run_steps` reports, summed over its steps.
 
@@ -42,7 +54,7 @@ class CallMetrics(NamedTuple):
         num_targets: predicted tokens of the applied steps, in the weights' dtype.
         grad_norm_sum: norms of the applied steps' gradients before clipping, float64.
         num_clipped: applied steps whose gradients were clipped, int64.
-        stop_votes: replicas whose workers want to stop, in the weights' dtype.
+        stop_votes: replicas whose worker received a stop signal, in the weights' dtype.
         input_secs: time spent waiting for batches, float64.
     """
 
@@ -84,15 +96,16 @@ class TrainingStep:
         total_steps: steps of the run; the learning-rate schedule ends there.
         model: a model that was built under the strategy's scope.
         strategy: the run's strategy.
-        execution: how each replica computes; None: as the config says for the strategy's devices.
+        execution: how each replica computes; None: what `resolve` returns for the config and the strategy's devices.
 
     Attributes:
         run_steps: the compiled `_run_steps`.
-        execution: how each replica computes. Replace it before run_steps is traced, as `fit_micro_batch` does.
-        stop_requested: bool variable. Set it, from any thread, to end a call of run_steps after the step under way.
+        execution: how each replica computes.
+        stop_requested: bool variable, read at the start of each step. Set it, from any thread, to end a call of
+            run_steps after the next step, which sees it.
 
     Raises:
-        UserError: the batch cannot be spread evenly over the replicas, the model cannot be trained by several, or
+        UserError: the batch cannot be spread evenly over the replicas, several replicas cannot train the model, or
             train.recompute asks for what only trainer's own GPT can do.
     """
 
@@ -130,6 +143,11 @@ class TrainingStep:
         if self.execution.is_compiled:
             self._forward_backward = tf.function(self._forward_backward, autograph=False, jit_compile=True)
 
+    def set_micro_batch_size(self, size: int) -> None:
+        """Changes the examples that a replica computes at a time. Call it before run_steps is traced."""
+        kind, num_replicas = processor_of(self.strategy), self.strategy.num_replicas_in_sync
+        self.execution = resolve(self.config, kind, num_replicas, size)
+
     def state(self) -> dict[str, tf.Variable]:
         """Returns every variable that a step changes by name, except the model's variables and the step itself."""
         scale = {} if self.loss_scale is None else self.loss_scale.state()
@@ -137,7 +155,7 @@ class TrainingStep:
         return self.optimizer.state() | counters | scale
 
     def _run_steps(self, batches: tf.data.Iterator, num_steps: tf.Tensor) -> CallMetrics:
-        """Takes num_steps steps, or fewer: if stop_requested is set on any worker, the step under way is the last.
+        """Takes num_steps steps, or fewer: a step that finds stop_requested set on any worker is the last.
 
         Args:
             batches: an iterator of a distributed data set.
@@ -150,29 +168,27 @@ class TrainingStep:
         def take_step(i: tf.Tensor, metrics: CallMetrics) -> tuple[tf.Tensor, CallMetrics]:
             stop = self.stop_requested.read_value()
             batch, input_secs = _timed_next(batches)
-            # Otherwise the part of a step that needs no batch, such as clearing its sums, counts as waiting for one.
+            # The step starts only after the wait is measured. Otherwise the work that needs no batch, such as clearing
+            # the sums, counts as input time.
             with tf.control_dependencies([input_secs]):
-                replicas = self.strategy.run(self.take_on_replica, (batch, stop))
-            # Already summed over replicas: read any one of them.
-            own = (self.strategy.experimental_local_results(metric)[0] for metric in replicas)
-            step = CallMetrics._make((*own, input_secs))
+                replicas = self.strategy.run(self.take_step_on_replica, (batch, stop))
+            # Every replica has the same sums, so the first is taken.
+            metrics_of_step = StepMetrics(*(self.strategy.experimental_local_results(each)[0] for each in replicas))
+            step = CallMetrics(**metrics_of_step._asdict(), input_secs=input_secs)
             return i + 1, CallMetrics(*(total + new for total, new in zip(metrics, step, strict=True)))
 
         first = tf.zeros([], tf.int64)
         _, metrics = tf.while_loop(goes_on, take_step, (first, self._no_metrics()), parallel_iterations=1)
         return metrics
 
-    def take_on_replica(self, batch: Batch, stop: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def take_step_on_replica(self, batch: Batch, stop: tf.Tensor) -> StepMetrics:
         """Takes a step on every replica at once; call it through `strategy.run`.
 
         Args:
             batch: this replica's share.
-            stop: bool scalar, whether this worker wants to stop.
-
-        Returns:
-            `CallMetrics` of this step without input_secs; the same on every replica.
+            stop: bool scalar, whether this worker received a stop signal.
         """
-        # Across workers TensorFlow forgets how many examples there are.
+        # With several workers the number of examples is not in the batch's static shape.
         shape = [self.execution.examples, self.config.train.sequence_length]
         inputs, targets, target_weights = (tf.ensure_shape(part, shape) for part in batch)
         batch = (inputs, targets, target_weights)
@@ -195,14 +211,14 @@ class TrainingStep:
         self._update_if(finite, clipped, local.state, hash_sum)
         one, zero = tf.ones([], tf.int64), tf.zeros([], tf.int64)
         is_clipped = finite & (grad_norm > tf.constant(clip_norm or float("inf"), grad_norm.dtype))
-        return (
-            one,
-            tf.where(finite, zero, one),
-            tf.where(finite, loss_sum, tf.zeros([], dtype)),
-            tf.where(finite, num_targets, tf.zeros([], dtype)),
-            tf.where(finite, tf.cast(grad_norm, tf.float64), tf.zeros([], tf.float64)),
-            tf.where(is_clipped, one, zero),
-            stop_votes,
+        return StepMetrics(
+            num_steps=one,
+            num_skipped=tf.where(finite, zero, one),
+            loss_sum=tf.where(finite, loss_sum, tf.zeros([], dtype)),
+            num_targets=tf.where(finite, num_targets, tf.zeros([], dtype)),
+            grad_norm_sum=tf.where(finite, tf.cast(grad_norm, tf.float64), tf.zeros([], tf.float64)),
+            num_clipped=tf.where(is_clipped, one, zero),
+            stop_votes=stop_votes,
         )
 
     def _sums_on_replica(self, batch: Batch, first_example: tf.Tensor, scale: tf.Tensor | None) -> Gradients:
@@ -217,8 +233,16 @@ class TrainingStep:
         ) -> Gradients:
             return self._forward_backward(weights, state, batch, DropoutDraw(seed, number, first_example), scale)
 
-        how = (execution.micro_batch_size, execution.at_once, tf.as_dtype(execution.sum_dtype))
-        return accumulate(gradients_of, weights, state, batch, first_example, *how)
+        return accumulate(
+            gradients_of,
+            weights,
+            state,
+            batch,
+            first_example,
+            micro_batch_size=execution.micro_batch_size,
+            at_once=execution.at_once,
+            sum_dtype=tf.as_dtype(execution.sum_dtype),
+        )
 
     def sum_over_replicas(self, replica: tf.distribute.ReplicaContext, summands: list[tf.Tensor]) -> list[tf.Tensor]:
         """Sums tensors of one dtype over all replicas, in one operation."""
@@ -241,25 +265,25 @@ class TrainingStep:
         tf.cond(finite, update, lambda: None)
         self.step.assign_add(1)
         one, zero = tf.ones([], tf.int64), tf.zeros([], tf.int64)
-        # Skips that lower the loss scale are how the scale is found, and are not counted.
+        # The loss scale is found by overflowing. Such a skip is normal, so it is not counted.
         is_routine = tf.constant(False) if self.loss_scale is None else self.loss_scale.adapt(finite)
         self.skipped_in_a_row.assign(tf.where(finite, zero, self.skipped_in_a_row + tf.where(is_routine, zero, one)))
 
     def rehearse_on_replica(self, batch: Batch) -> tf.Tensor:
-        """Allocates all the memory that `take_on_replica` needs, and changes nothing.
+        """Allocates all the memory that `take_step_on_replica` needs, and changes nothing.
 
-        It leaves out the sum over replicas: if memory runs out on one worker, the others would wait in that sum for
-        ever. And it leaves out the update, which AdamW makes in place.
+        It leaves out the sum over replicas: if one worker ran out of memory, the others would wait in that sum forever.
+        It also leaves out the update, which AdamW makes in place.
 
         Args:
             batch: a batch of the size of this replica's share.
 
         Returns:
-            A scalar that depends on everything that was computed.
+            A scalar that depends on every tensor that was computed.
         """
         scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
         local = self._sums_on_replica(batch, tf.zeros([], tf.int64), scale)
-        # The sum over replicas joins its summands into one tensor; so does this.
+        # This stands for the sum over replicas, which joins its summands into one tensor.
         summands = [*local.weights, local.loss_sum, local.num_targets]
         joined = tf.concat([tf.reshape(summand, [-1]) for summand in summands], axis=0)
         parts = tf.split(joined, [summand.shape.num_elements() for summand in summands])
@@ -284,7 +308,7 @@ def accumulate(
     at_once: int = 1,
     sum_dtype: tf.DType | None = None,
 ) -> Gradients:
-    """Adds up the gradients of a batch, one micro-batch after another.
+    """Adds up the gradients of a batch's micro-batches, in order.
 
     Args:
         gradients_of: computes the gradients of a micro-batch.
@@ -294,7 +318,7 @@ def accumulate(
         batch: tensors of static shape.
         first_example: int64 scalar, the place of the batch's first example in the global batch.
         micro_batch_size: examples at a time; divides the examples of the batch.
-        at_once: micro-batches that may be under way at the same time. The sums are made in order all the same.
+        at_once: micro-batches that may be computed at the same time. Their gradients are added in order even so.
         sum_dtype: the dtype of the result; None: the accumulation dtype.
     """
     examples, dtype = batch[0].shape[0], sum_dtype or accumulation_dtype(weights[0].dtype)
@@ -306,8 +330,9 @@ def accumulate(
         inputs, targets, target_weights = (tf.gather(part, i) for part in parts)
         first = first_example + tf.cast(i * micro_batch_size, tf.int64)
         new = _cast_sums(gradients_of(weights, sums.state, (inputs, targets, target_weights), first), dtype)
-        # The shapes are known; ensure_shape keeps grappler from joining this sum with the sums inside a gradient. It
-        # would make one AddN of them, in a temporary variable that it creates twice if two micro-batches are under way.
+        # The shapes are known. ensure_shape keeps grappler, TensorFlow's graph optimizer, from merging this addition
+        # with the additions inside a gradient into one AddN. The AddN uses a temporary variable, which would be created
+        # twice if two micro-batches are computed at once.
         apart = [tf.ensure_shape(gradient, gradient.shape) for gradient in new.weights]
         gradients = [total + gradient for total, gradient in zip(sums.weights, apart, strict=True)]
         return i + 1, Gradients(gradients, sums.loss_sum + new.loss_sum, sums.num_targets + new.num_targets, new.state)
@@ -337,7 +362,7 @@ def forward_backward(
         state: values for model.non_trainable_variables.
         batch: inputs int32, targets int32 and weights float32, each [batch, sequence].
         draw: what the dropout masks depend on; None drops nothing.
-        loss_scale: scalar, multiplies the gradients.
+        loss_scale: scalar that multiplies the gradients.
         z_loss: see `next_token_loss`.
         ops: the GPT's way of computing.
 
@@ -392,18 +417,18 @@ def _check_model(config: Config, model: keras.Model, strategy: tf.distribute.Str
         )
     if config.train.recompute in ("attention", "blocks") and not adapt(model).is_gpt:
         raise UserError(
-            f"train.recompute={config.train.recompute!r} works with trainer's own GPT only, and this is another model; "
+            f"train.recompute={config.train.recompute!r} works only with trainer's own GPT, and this is another model; "
             "leave it out."
         )
 
 
 def _timed_next(batches: tf.data.Iterator) -> tuple[Batch, tf.Tensor]:
     """Returns the next batch, and the seconds spent waiting for it."""
-    asked = tf.timestamp()
-    with tf.control_dependencies([asked]):
+    wait_started = tf.timestamp()
+    with tf.control_dependencies([wait_started]):
         batch = next(batches)
     with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
-        return batch, tf.timestamp() - asked
+        return batch, tf.timestamp() - wait_started
 
 
 def _cast_sums(sums: Gradients, dtype: tf.DType) -> Gradients:
