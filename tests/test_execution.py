@@ -29,6 +29,11 @@ def execution_of(device: Processor = SLOW_CPU, num_replicas: int = 1, use="train
     return resolve(make_config({"run_folder": "unused", "train": train}), device, num_replicas, use=use)
 
 
+def test_an_unknown_kind_of_device_is_refused():
+    with pytest.raises(ValueError, match=r"device\.kind='NPU' .*use one of CPU, GPU, TPU"):
+        execution_of(Processor("NPU"))
+
+
 @pytest.mark.parametrize(
     ("train", "size"),
     [

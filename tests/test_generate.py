@@ -365,6 +365,12 @@ def test_impossible_requests_are_refused(model, generator):
         Generator(model, TOKENIZER, SEQUENCE + 1)
 
 
+def test_a_decoder_that_nothing_implements_is_refused(generator, monkeypatch):
+    monkeypatch.setattr("trainer.decoding.decoder.DECODERS", (*DECODERS, "new"))
+    with pytest.raises(ValueError, match=r"Decoder\.name='new' .*greedy, beam, top-k, top-p"):
+        generator.generate([""], Decoder("new"), 1)
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_model_with_damaged_weights_is_refused(name):
     model = make_bigram_model((BOS, 3, 9.0), (3, 4, float("nan")))

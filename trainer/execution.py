@@ -6,7 +6,7 @@ Pure functions of settings and device. They import no TensorFlow, so that `train
 from typing import Literal, NamedTuple
 
 from trainer.config.settings import Config, examples_per_replica
-from trainer.hardware.processor import Processor
+from trainer.hardware.processor import KINDS, Processor
 
 OpsName = Literal["plain", "cpu", "xla"]
 Recompute = Literal["nothing", "attention", "blocks"]
@@ -44,8 +44,8 @@ class Execution(NamedTuple):
     Attributes:
         examples: the replica's share of the global batch.
         micro_batch_size: examples at a time; divides examples.
-        at_once: micro-batches that may be under way at the same time.
-        num_micro_batches: the micro-batches of all replicas.
+        at_once: micro-batches of a replica that may be under way at the same time.
+        total_micro_batches: the micro-batches of all replicas.
         is_compiled: whether we compile forward and backward pass with XLA. A TPU's strategy compiles the whole step
             anyway.
         ops: the way of computing: "cpu" for operations one by one on a CPU, "plain" for operations one by one on
@@ -62,7 +62,7 @@ class Execution(NamedTuple):
     examples: int
     micro_batch_size: int
     at_once: int
-    num_micro_batches: int
+    total_micro_batches: int
     is_compiled: bool
     ops: OpsName
     recompute: Recompute
@@ -94,9 +94,10 @@ class Execution(NamedTuple):
         return DTYPE_BYTES[self.sum_dtype]
 
     @property
-    def summed_bytes(self) -> int:
-        """Bytes per weight that a replica keeps beside the gradients of the examples under way: their sum over several
-        micro-batches; with a single micro-batch a copy, if replicas add up in a wider dtype; otherwise nothing.
+    def gradient_sum_bytes(self) -> int:
+        """Bytes per weight of the sum of gradients, which a replica keeps beside the gradients of the examples under
+        way. With a single micro-batch the sum is a copy if replicas add up in a wider dtype; otherwise there is none,
+        and this is 0.
         """
         return self.sum_bytes if self.micro_batch_size < self.examples or self.sum_bytes > self.weight_bytes else 0
 
@@ -114,7 +115,7 @@ def resolve(
         config: the run's configuration.
         device: the kind of device that every replica is on.
         num_replicas: replicas that share the global batch.
-        micro_batch_size: replaces the config's own.
+        micro_batch_size: the micro-batch to use instead of the config's own; None: the config's own.
         use: "training"; or "evaluation" or "decoding", which compute no gradients and are not compiled with XLA, except
             that a TPU's strategy compiles an evaluation.
 
@@ -129,18 +130,19 @@ def resolve(
     ops = ops_of(device, is_compiled, use)
     recompute = _recompute(config, device) if use == "training" else "nothing"
     weight_dtype = WEIGHT_DTYPES[train.precision]
-    num_micro_batches = train.global_batch_size // size
-    # In float64 a sum of float32 gradients does not depend on the order of its terms, so a CPU makes the same bits of
-    # the same micro-batches on any number of replicas. Two terms have one order only. Accelerators are slow in float64,
-    # or lack it.
-    is_wide = is_cpu and num_micro_batches > 2
+    total_micro_batches = train.global_batch_size // size
+    # A CPU adds up float32 gradients in float64, which has 29 more bits, and rounds the sum to float32. In practice the
+    # result does not depend on the order of the terms, unless they differ by more than a factor of 2**29. So the same
+    # micro-batches give the same bits on any number of replicas. Two terms give the same bits in either order, and need
+    # no wider sum. Accelerators are slow in float64, or lack it.
+    is_wide = is_cpu and total_micro_batches > 2
     return Execution(
         examples=examples,
         micro_batch_size=size,
         # On a CPU two micro-batches run side by side: the cores that the sums and softmaxes of one leave idle compute
         # the matrix products of the other. One micro-batch fills any other device.
         at_once=2 if is_cpu else 1,
-        num_micro_batches=num_micro_batches,
+        total_micro_batches=total_micro_batches,
         is_compiled=is_compiled,
         ops=ops,
         recompute=recompute,
@@ -154,7 +156,13 @@ def resolve(
 
 
 def ops_of(device: Processor, is_compiled: bool = False, use: Use = "training") -> OpsName:
-    """Returns the way of computing on a device; see `Execution.ops`."""
+    """Returns the way of computing on a device; see `Execution.ops`.
+
+    Raises:
+        ValueError: the kind of device is unknown.
+    """
+    if device.kind not in KINDS:
+        raise ValueError(f"device.kind={device.kind!r} has no way of computing; use one of {', '.join(KINDS)}.")
     if is_compiled or (device.kind == "TPU" and use != "decoding"):
         return "xla"
     return "cpu" if device.kind == "CPU" else "plain"
@@ -182,7 +190,7 @@ def query_blocks(sequence: int, block: int) -> list[tuple[int, int]]:
 
 
 def _examples_at_a_time(examples: int, sequence: int, device: Processor) -> int:
-    """Returns the micro-batch of a share whose config leaves it open: all of it, or on a CPU half of a large one."""
+    """Returns the micro-batch if the config sets none: the whole share; on a CPU, half of a large share."""
     is_halved = device.kind == "CPU" and examples % 2 == 0 and examples * sequence >= HALVED_FROM_TOKENS
     return examples // 2 if is_halved else examples
 
@@ -190,5 +198,5 @@ def _examples_at_a_time(examples: int, sequence: int, device: Processor) -> int:
 def _recompute(config: Config, device: Processor) -> Recompute:
     if config.train.recompute != "auto":
         return config.train.recompute
-    # A CPU has memory, and multiplies matrices no faster than it reads them.
+    # A CPU usually has enough memory, and recomputing saves it no time.
     return "nothing" if device.kind == "CPU" else "attention"

@@ -29,7 +29,7 @@ class Decoder:
     Attributes:
         name: one of DECODERS.
         top_k: number of likeliest tokens that top-k draws from.
-        top_p: least probability that the tokens top-p draws from have together.
+        top_p: the least probability that the tokens which top-p draws from have together.
         num_beams: number of unfinished texts that beam keeps.
         temperature: divides the logits of top-k and top-p.
 
@@ -80,7 +80,7 @@ class Decoder:
         Args:
             name: one of DECODERS.
             config: the run's samples settings.
-            options: `k`, `p`, `num_beams`, `temperature` and `seed`; None if an option is not given.
+            options: `k`, `p`, `num_beams`, `temperature` and `seed`; None stands for an option that is not given.
 
         Raises:
             UserError: a value is impossible, or an option has no effect on what this decoder writes.

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.decoding.decoder import Decoder, is_count
+from trainer.decoding.decoder import DECODERS, Decoder, is_count
 from trainer.decoding.sampling import best_beams, draw_top_k, draw_top_p, most_likely
 from trainer.errors import UserError
 from trainer.model.attention import Cache
@@ -23,7 +23,7 @@ from trainer.tokenizers.tokenizer import Tokenizer
 
 
 class NotFinite(UserError):
-    """The model's logits are NaN or infinite, so nothing can be written."""
+    """The model's logits are NaN or infinite, so no text can be written."""
 
 
 class Generator:
@@ -96,7 +96,7 @@ class Generator:
         return [self._decode(row[:end], length, stop) for row, length, end in rows]
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns [BOS] and the tokens of each prompt, int32 [batch, sequence], and the number of these, int32 [batch].
+        """Returns [BOS] and the tokens of each prompt, int32 [batch, sequence], and their number, int32 [batch].
 
         Raises:
             UserError: a prompt leaves no room for a continuation, or is not text.
@@ -149,7 +149,7 @@ class Generator:
 
         Args:
             prompts: see `generate`.
-            num_tokens: see `generate`; None: as many as there is room for.
+            num_tokens: see `generate`; None: as many as sequence_length has room for.
             stop: see `generate`.
             prefix: beginning of the arguments' names in the lines, such as "samples." if they are settings.
 
@@ -289,7 +289,7 @@ class Generator:
 
 
 class _Prompts(NamedTuple):
-    """What is to be written.
+    """The prompts to continue.
 
     Attributes:
         tokens: int32 [rows, sequence], the prompts; with beam search a row for each beam of a text.
@@ -305,7 +305,7 @@ class _Prompts(NamedTuple):
 
 
 class _Texts(NamedTuple):
-    """What is written so far.
+    """The texts that are written so far.
 
     Attributes:
         index: int32 scalar, the position to write next.
@@ -333,8 +333,11 @@ def _pick(decoder: Decoder, logits: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         return most_likely(logits)
     if decoder.name == "top-k":
         return draw_top_k(logits, decoder.top_k, decoder.temperature, seed)
-    assert decoder.name == "top-p", decoder.name  # Beam search picks beams, not tokens.
-    return draw_top_p(logits, decoder.top_p, decoder.temperature, seed)
+    if decoder.name == "top-p":
+        return draw_top_p(logits, decoder.top_p, decoder.temperature, seed)
+    raise ValueError(
+        f"Decoder.name={decoder.name!r} picks no tokens here; add it, or use one of {', '.join(DECODERS)}."
+    )
 
 
 def _shortened(text: str) -> str:

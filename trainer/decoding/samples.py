@@ -8,7 +8,9 @@ from trainer.decoding.generate import Generator, NotFinite
 
 
 def warn_about_samples(generator: Generator, config: SamplesConfig, say: Callable[[str], None]) -> None:
-    """Prints a warning for each sample setting that will not do what it says: better now than in an hour.
+    """Prints a warning for each sample setting that has another effect than it seems to have.
+
+    It is called before the first step, and not only when the samples are written.
 
     Raises:
         UserError: no samples can be written with these settings.

@@ -29,7 +29,7 @@ def draw_top_p(logits: tf.Tensor, p: float, temperature: float, seed: tf.Tensor)
     """
     probabilities, tokens = _likeliest(logits, logits.shape[-1], temperature)
     cumulative = tf.cumsum(probabilities, axis=-1)
-    is_drawn = cumulative - probabilities < p  # The likelier tokens do not reach p without it.
+    is_drawn = cumulative - probabilities < p  # The likelier tokens do not reach p without this token.
     return _draw(tokens, cumulative, tf.reduce_max(tf.where(is_drawn, cumulative, 0.0), axis=-1, keepdims=True), seed)
 
 
@@ -63,5 +63,5 @@ def _draw(tokens: tf.Tensor, cumulative: tf.Tensor, total: tf.Tensor, seed: tf.T
     """Draws one of tokens [rows, k]; their cumulative probabilities [rows, k] count up to total [rows, 1]."""
     at = total * tf.random.stateless_uniform(tf.shape(total), seed)
     place = tf.reduce_sum(tf.cast(cumulative <= at, tf.int32), axis=-1)
-    # If probabilities are NaN, nothing is counted and the place is 0, which exists.
+    # If probabilities are NaN, no comparison is true, so the place is 0, which exists.
     return tf.gather(tokens, place, batch_dims=1)

@@ -47,7 +47,7 @@ def share_cores(config: Config, workers: Workers) -> None:
     num_replicas = len(workers.addresses) if workers.are_several else distribution.logical_devices
     execution = resolve(config, processor("CPU"), num_replicas)
     # XLA compiles a step as one operation.
-    if execution.ops == "xla" or execution.num_micro_batches == 1 or "TF_NUM_INTRAOP_THREADS" in os.environ:
+    if execution.ops == "xla" or execution.total_micro_batches == 1 or "TF_NUM_INTRAOP_THREADS" in os.environ:
         return
     with contextlib.suppress(RuntimeError):  # This process has used TensorFlow already.
         tf.config.threading.set_intra_op_parallelism_threads(max(1, num_cores() // 2))

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 CPUINFO = Path("/proc/cpuinfo")
+# As TensorFlow names the kinds of device that trainer runs on.
+KINDS = ("CPU", "GPU", "TPU")
 
 
 class Processor(NamedTuple):

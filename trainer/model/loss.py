@@ -28,7 +28,7 @@ def next_token_loss(
 
     Args:
         hidden: float [batch, sequence, hidden_dim].
-        unembedding: float [vocabulary, hidden_dim]; its gradient is added up in its dtype.
+        unembedding: float [vocabulary, hidden_dim]; its gradient is added up in its own dtype.
         bias: float [vocabulary], or None.
         targets: int32 [batch, sequence].
         weights: float [batch, sequence], 0 where a target is padding.
@@ -165,7 +165,7 @@ def _losses_and_softmax(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Returns the cross-entropy of each row [rows], the logits and their softmax, both [rows, vocabulary].
 
-    TensorFlow writes the softmax over the logits if nothing else reads them; see `Ops.kept_or_made_again`.
+    TensorFlow writes the softmax over the logits if nothing else reads them; see `Ops.keep_or_recompute`.
     """
     logits = logits_of()
     softmax = tf.nn.softmax(logits)
@@ -173,11 +173,11 @@ def _losses_and_softmax(
     probability = tf.gather_nd(softmax, places)
 
     def from_largest() -> tf.Tensor:
-        rare = ops.kept_or_made_again(logits, logits_of)
+        logits_again = ops.keep_or_recompute(logits, logits_of)
         # With m the largest logit and p its probability, log(sum(exp(logits))) = m - log(p). The probability p is at
         # least 1 / vocabulary and cannot underflow, as the target's own probability can.
-        log_sum_exp = tf.reduce_max(rare, axis=-1) - tf.math.log(tf.reduce_max(softmax, axis=-1))
-        return log_sum_exp - tf.gather_nd(rare, places)
+        log_sum_exp = tf.reduce_max(logits_again, axis=-1) - tf.math.log(tf.reduce_max(softmax, axis=-1))
+        return log_sum_exp - tf.gather_nd(logits_again, places)
 
     is_vanishing = tf.reduce_min(probability) < 1e-30
     return tf.cond(is_vanishing, from_largest, lambda: -tf.math.log(probability)), logits, softmax

@@ -12,7 +12,7 @@ def estimate_memory(
     """Estimates what a replica's step needs of its device, in bytes by part, at the worst instant.
 
     Two instants compete. Right after the loss, everything that the backward pass will read is there, with the gradient
-    of the output projection and a chunk of logits with its gradient. At the end of the backward pass none of that is
+    of the unembedding and a chunk of logits with its gradient. At the end of the backward pass none of that is
     there, but the gradients of all weights are. At both instants there are the sum over micro-batches, if there are
     several, the weights with a copy of their matrices in the compute dtype, and AdamW's two moments.
 
@@ -20,7 +20,7 @@ def estimate_memory(
         config: the run's configuration.
         vocabulary_size: number of tokens.
         target: the devices that the run uses.
-        micro_batch_size: replaces the config's own.
+        micro_batch_size: the micro-batch to use instead of the config's own; None: the config's own.
 
     Raises:
         UserError: the batch cannot be spread over that many devices.
@@ -30,7 +30,7 @@ def estimate_memory(
     num_weights = count_parameters(config, vocabulary_size)
     num_logits = config.model.num_logits(vocabulary_size)
     copies = matrix_parameters(config, vocabulary_size) * compute_bytes if compute_bytes < weight_bytes else 0
-    sums = num_weights * execution.summed_bytes
+    sums = num_weights * execution.gradient_sum_bytes
     always = {"weights": float(num_weights * weight_bytes + copies), "optimizer": 2.0 * num_weights * weight_bytes}
     logit_rows = min(execution.logit_rows, execution.examples_at_once * config.train.sequence_length)
     after_loss = {
@@ -55,15 +55,15 @@ def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> f
         and unless they are computed again, the probabilities, for each block of queries and the keys up to its end,
         and the feed-forward layer after its activation
 
-    For a GPU, XLA multiplies matrices that are arrays in memory; for a TPU it makes the operands of a product on the
-    way. Their buffer assignments show both. So with copies_operands a block keeps the outputs of its norms too; the
-    queries, keys and values that each block of queries meets, by themselves, in place of all queries, keys and values;
-    and if the compute dtype is narrower than float32, one residual stream in float32.
+    For a GPU, XLA multiplies matrices that are arrays in memory; so does TensorFlow on a CPU. For a TPU, XLA makes the
+    operands of a product on the way. XLA's buffer assignments show both. So with copies_operands a block also keeps the
+    outputs of its norms; the queries, keys and values that each block of queries meets, by themselves, instead of all
+    queries, keys and values; and if the compute dtype is narrower than float32, one residual stream in float32.
 
     Args:
         config: the run's configuration.
         execution: how the replica computes.
-        copies_operands: whether matrix products read all operands from memory, as they do on a GPU.
+        copies_operands: whether matrix products read all operands from memory, as on every device except a TPU.
     """
     model, sequence, compute_bytes = config.model, config.train.sequence_length, execution.compute_bytes
     examples, recompute = execution.examples_at_once, execution.recompute

@@ -48,8 +48,8 @@ class CpuOps(Ops):
         # The plain form copies all of x first. XLA lacks this operation.
         return tf.raw_ops.ScatterNdNonAliasingAdd(input=x, indices=places, updates=-updates)
 
-    def kept_or_made_again(self, kept: tf.Tensor, make: Callable[[], tf.Tensor]) -> tf.Tensor:
-        """Calls make again, so that nothing holds kept: its last reader may overwrite it then."""
+    def keep_or_recompute(self, kept: tf.Tensor, make: Callable[[], tf.Tensor]) -> tf.Tensor:
+        """Calls make again, so that nothing holds kept, and the last operation that reads kept may overwrite it."""
         return make()
 
 

@@ -101,8 +101,8 @@ class Ops:
         """Subtracts updates [n] from x at places int32 [n, rank of x]."""
         return tf.tensor_scatter_nd_sub(x, places, updates)
 
-    def kept_or_made_again(self, kept: tf.Tensor, make: Callable[[], tf.Tensor]) -> tf.Tensor:
-        """Returns kept, which make returned before; a way of computing may call make again instead."""
+    def keep_or_recompute(self, kept: tf.Tensor, make: Callable[[], tf.Tensor]) -> tf.Tensor:
+        """Returns kept, which is what make returned before. A way of computing may call make again instead."""
         return kept
 
     def _dense_rows(self, rows: tf.Tensor, layer: keras.layers.Dense) -> tf.Tensor:

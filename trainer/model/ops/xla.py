@@ -29,6 +29,7 @@ class XlaOps(Ops):
 
     def write(self, kept: tf.Tensor, new: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
         """Writes new [batch, heads, new, width] into kept [batch, heads, capacity, width], from place index on."""
-        # Without XLA around it this operation would be compiled for each shape by itself, and copy all of kept. XLA
-        # lacks the operation that the plain way writes with.
+        # For a caller that compiles `GPT.decode` as a whole with XLA, which lacks the operation that the plain way
+        # writes with. Outside of such a function this operation would be compiled by itself for each shape, and copy
+        # all of kept: trainer itself decodes the plain way, on a TPU too (see `ops_of`).
         return keras.ops.slice_update(kept, (0, 0, index, 0), new)
