@@ -18,8 +18,8 @@ Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 # For each shard its tokens, and in lines mode its documents' offsets: mapped files, read page by page when touched.
 Shards = tuple[tuple[tf.Tensor, ...], ...]
 
-# One call of the pipeline's function reads this many tokens, which are split into elements after that: with small
-# batches, the time would go into starting operations.
+# One call of the pipeline's function reads this many tokens, which are split into elements after that. Otherwise small
+# batches would spend their time on the overhead of starting operations.
 TOKENS_PER_READ = 1 << 16
 # Large enough that a disk reads a block at its full speed.
 BLOCK_BYTES = 8_000_000
@@ -63,12 +63,14 @@ def training_batches(
 ) -> tf.data.Dataset:
     """Returns the batches of steps first_step to total_steps - 1, in order.
 
-    Example n of the run is example permute(seed, epoch, n % N) of the data with epoch = n // N. Each epoch has another
-    order, and no example is dropped: a batch may hold the end of one epoch and the start of the next.
+    Place n of the run holds one of the data's N examples: `shuffled` of n % N in epoch n // N. Each epoch has another
+    order, and no example is dropped: a batch may hold the end of one epoch and the start of the next. With data.weights
+    it holds the example that `mixed` returns for n.
 
     Args:
         prepared: the data.
-        config: the settings: data.mode and train's sequence_length, global_batch_size and seed count.
+        config: the run's configuration. The batches depend on data.mode, predict_end, weights and shuffle_window_mb,
+            and on train.sequence_length, global_batch_size and seed.
         first_step: the first batch to make; earlier batches cost nothing.
         total_steps: the length of the run.
         share: the part of each batch to make, which is all that is read; by default all of it.
@@ -99,11 +101,13 @@ def evaluation_batches(
     share: Share = ALL,
     split: Split | None = None,
 ) -> tf.data.Dataset:
-    """Returns the validation examples in the order of the text, each once; the last batch is filled up at weight 0.
+    """Returns the validation examples in the order of the text, each once. The last batch is padded with examples of
+    weight 0.
 
     Args:
         prepared: the data.
-        config: the settings: data.mode, train.sequence_length and train.global_batch_size count.
+        config: the run's configuration. The batches depend on data.mode and predict_end, and on train.sequence_length
+            and global_batch_size.
         num_batches: the most batches to make; None for all. If some are left out, the examples lie at equal distances
             in the whole split, the same each time, so that they represent a sorted text as well.
         share: the part of each batch to make.
@@ -139,7 +143,7 @@ def total_steps(prepared: PreparedData, config: Config) -> int:
 
 
 class Window(NamedTuple):
-    """The bounds of a shuffle of data that no memory holds.
+    """The bounds of a shuffle of data larger than memory.
 
     Attributes:
         block_examples: this many examples that follow each other in the data are a block.
@@ -151,7 +155,7 @@ class Window(NamedTuple):
 
 
 def shuffled(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int, window: Window | None = None) -> tf.Tensor:
-    """Maps positions in an epoch to examples, one to one: int64 [n] below count to the same.
+    """Maps positions in an epoch to examples, one to one. Takes and returns int64 [n], each in [0, count).
 
     Args:
         index: the positions.
@@ -159,7 +163,7 @@ def shuffled(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int, window: 
         count: examples in an epoch.
         seed: the order's seed.
         window: None if any example may come anywhere. Otherwise the blocks are read in a shuffled order, a few at a
-            time, so that data which no memory holds is not read at random places. Blocks begin elsewhere each epoch.
+            time, so that data larger than memory is not read at random places. Blocks begin elsewhere each epoch.
     """
     if window is None or count <= window.block_examples * window.num_blocks:
         return permuted(index, epoch, count, seed)
@@ -173,6 +177,7 @@ def shuffled(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int, window: 
     size = tf.where(index < whole, per_window, tf.where(index < in_blocks, in_blocks - whole, count - in_blocks))
     size = tf.cast(size, tf.int64)
     start = tf.where(index < in_blocks, start, in_blocks)
+    # Another seed than the blocks' own; % 2**63 because the largest seed has no successor in int64.
     place = start + _permuted_below(index - start, epoch, size, (seed + 1) % 2**63, number)
     block = _permuted_once(tf.minimum(place // window.block_examples, num_blocks - 1), epoch, num_blocks, seed)
     example = tf.where(place < in_blocks, block * window.block_examples + place % window.block_examples, place)
@@ -181,7 +186,9 @@ def shuffled(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int, window: 
 
 
 def _permuted_once(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:
-    """Does what `permuted` does, but only once for each (epoch, index): with a small count, one takes up to 1 ms."""
+    """Returns what `permuted` returns, computed once for each (epoch, index): with a small count, one permutation takes
+    up to 1 ms.
+    """
     each, which = tf.unique(epoch * count + index)
     return tf.gather(permuted(each % count, each // count, count, seed), which)
 
@@ -220,7 +227,7 @@ def shares_of(weights: Sequence[float]) -> list[int]:
 
 
 def permuted(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:
-    """Maps positions in an epoch to examples, one to one and at random: int64 [n] below count to the same.
+    """Maps positions in an epoch to examples, one to one, at random. Takes and returns int64 [n], each in [0, count).
 
     Source: a cipher over the index (Simon, Beaulieu et al. 2013), repeated until the result is below count: the example
     at a position is found without the others.

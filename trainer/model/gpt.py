@@ -29,7 +29,7 @@ class GPT(keras.Model):
         config: the model's shape.
         vocabulary_size: number of tokens. The embedding and the logits have `config.num_logits` rows; those beyond the
             vocabulary stand for no token.
-        sequence_length: number of positions it can tell apart, and that its cache has room for.
+        sequence_length: number of positions that the model can tell apart, and that its cache has room for.
         seed: seed of the initial weights.
         dtype: a Keras dtype policy.
         bos_id: token before each document; a document_mask finds the documents by it.
@@ -106,6 +106,7 @@ class GPT(keras.Model):
             x = dropout(x, self.config.dropout, 0, draw)
         attend = functools.partial(ops.attention, starts=starts)
         for block in self.blocks:
+            # block.__call__, because mypy does not accept a Keras layer as an argument of partial.
             run = functools.partial(block.__call__, positions=positions, attend=attend, draw=draw, ops=ops)
             x = recomputed(block, run, x) if ops.recompute == "blocks" else run(x)
         return x if self.final_norm is None else self.final_norm(x, ops=ops)
@@ -126,7 +127,7 @@ class GPT(keras.Model):
         z_loss: float = 0.0,
         ops: Ops = PLAIN,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns (loss_sum, num_targets) with gradients; see `next_token_loss`, and `hidden_states`."""
+        """Returns (loss_sum, num_targets); loss_sum can be differentiated. See `next_token_loss`, `hidden_states`."""
         hidden = self.hidden_states(tokens, draw, ops)
         return next_token_loss(hidden, *self._output_projection(), targets, weights, loss_scale, z_loss, ops)
 
@@ -153,7 +154,8 @@ class GPT(keras.Model):
         Args:
             tokens: int32 [batch, new], at the positions from index on. Each row is one document, which begins at 0: a
                 second [BOS] does not start another one here, even with a document_mask.
-            cache: what `empty_cache` or an earlier call returned. No position is written twice.
+            cache: what `empty_cache` or an earlier call returned. Never write a position twice: `ops.write` adds to
+                zeros.
             index: int32 scalar; index + new is at most sequence_length.
             ops: the way of computing, the same that made the cache.
 
@@ -164,13 +166,13 @@ class GPT(keras.Model):
         x = self._embed(tokens, positions, ops)
         filled: list[Cache] = []
 
-        def attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
-            keys, values = cache[len(filled)]
-            filled.append((ops.write(keys, key, index), ops.write(values, value, index)))
-            return cached_attention(query, *filled[-1], index)
+        def attend(cache: Cache, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+            keys, values = ops.write(cache[0], key, index), ops.write(cache[1], value, index)
+            filled.append((keys, values))
+            return cached_attention(query, keys, values, index)
 
-        for block in self.blocks:
-            x = block(x, positions=positions, attend=attend, ops=ops)
+        for block, cache_of_block in zip(self.blocks, cache, strict=True):
+            x = block(x, positions=positions, attend=functools.partial(attend, cache_of_block), ops=ops)
         x = x if self.final_norm is None else self.final_norm(x, ops=ops)
         return self.logits(x), filled
 

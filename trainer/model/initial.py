@@ -11,14 +11,14 @@ import tensorflow as tf
 
 from trainer.config.settings import ModelConfig
 
-# GPT-2's spread of initial weights (Radford et al. 2019).
+# The standard deviation of GPT-2's initial weights (Radford et al. 2019).
 KERNEL_STDDEV = 0.02
 
 # Wider than GPT-2's: at 0.02 what the first blocks add drowns the tokens, and small models learn late to copy a name.
 # Tied embeddings are as wide as the logits allow.
 EMBEDDING_STDDEV = 0.1
 
-# Spread of the logits of a new model. Half of its square is added to the loss of guessing, which is ln V.
+# The standard deviation of a new model's logits. Half of its square is added to the loss of a uniform guess, ln V.
 LOGIT_STDDEV = 0.4
 
 # Limit of Keras's "uniform", which the tutorial's embeddings start from.
@@ -30,7 +30,7 @@ class Initializers:
 
     Without pre_norm they are the initializers of the tutorial's KerasNLP layers, so that the same model also starts
     alike; with pre_norm they are GPT-2's. The exception is what makes logits, which can be far from small with both: a
-    new model knows nothing, and a loss that begins above the loss of guessing is learning time lost.
+    new model knows nothing, and a loss that begins above the loss of a uniform guess is learning time lost.
 
     Args:
         seed: the model's seed.
@@ -60,7 +60,7 @@ class Initializers:
 
     def query_key_value(self) -> keras.Initializer:
         """Makes the initializer of the projection to queries, keys and values."""
-        # The fans are those of a kernel that makes only queries, as in KerasNLP, where each of the three has its own.
+        # The fans of a kernel that makes only queries, as in KerasNLP, where queries, keys and values have one each.
         return self._kernel(KERNEL_STDDEV, self._config.hidden_dim + self._attention_dim())
 
     def attention_output(self) -> keras.Initializer:
@@ -100,9 +100,9 @@ class Initializers:
 class _Alternating(keras.initializers.Initializer):
     """Makes 1 and -1 in turn: the last scales of a model with tied embeddings.
 
-    The residual stream still holds a token's embedding when it meets the same embedding in the output projection. With
-    scales of 1 all products have one sign, and a new model is sure that every token comes again. With both signs their
-    sum is nearly 0, as it is for any other token.
+    The residual stream still holds a token's embedding when it meets the same embedding in the output projection.
+    With scales of 1 all products have one sign, and a new model is sure that every token comes again. With both signs
+    their sum is nearly 0, as it is for any other token.
     """
 
     def __call__(self, shape: Sequence[int], dtype: str | None = None) -> tf.Tensor:
@@ -113,6 +113,6 @@ def _seed_of_weight(seed: int, number: int) -> int:
     """Returns the seed of a model's weight by the weight's number, below the modulus of Keras's seeds."""
     if seed < 2**15:
         return seed * 2**16 + number
-    # Products of larger seeds would collide modulo 2**31: those of 2**31 with those of 2.
+    # Products of larger seeds would collide modulo 2**31 - 2: seed 2**31 would give the products of seed 2.
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "little") % (2**31 - 2)

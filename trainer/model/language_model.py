@@ -48,7 +48,7 @@ class LanguageModel:
         z_loss: float = 0.0,
         ops: Ops = PLAIN,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns (loss_sum, num_targets) with gradients; see `next_token_loss`."""
+        """Returns (loss_sum, num_targets); loss_sum can be differentiated. See `next_token_loss`."""
         logits = self.model(tokens, training=True)
         return next_token_loss_from_logits(logits, targets, weights, loss_scale, z_loss)
 

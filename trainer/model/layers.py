@@ -37,7 +37,7 @@ def make_norm(config: ModelConfig, name: str, dtype: str, scales: keras.Initiali
 
 
 class Unembedding(keras.layers.Layer):
-    """Weights of the output projection: kernel [num_logits, hidden_dim] and, unless left out, bias [num_logits].
+    """The weights of the output projection: kernel [num_logits, hidden_dim] and, with use_bias, bias [num_logits].
 
     It holds them and does not apply them: the loss computes the logits a chunk of rows at a time.
 

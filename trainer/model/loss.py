@@ -31,7 +31,7 @@ def next_token_loss(
         unembedding: float [vocabulary, hidden_dim]; its gradient is added up in its own dtype.
         bias: float [vocabulary], or None.
         targets: int32 [batch, sequence].
-        weights: float [batch, sequence], 0 where a target is padding.
+        weights: float [batch, sequence], 0 if the target is padding.
         loss_scale: scalar that multiplies the gradient, and not the loss, before the gradient is rounded to the dtype
             of hidden: it keeps the gradient from vanishing in float16.
         z_loss: adds the gradient of z_loss * log(sum(exp(logits)))**2 of each target, and nothing to the loss.
@@ -67,7 +67,7 @@ def next_token_loss_from_logits(
     Args:
         logits: float [batch, sequence, vocabulary].
         targets: int32 [batch, sequence].
-        weights: float [batch, sequence], 0 where a target is padding.
+        weights: float [batch, sequence], 0 if the target is padding.
         loss_scale: see `next_token_loss`.
         z_loss: see `next_token_loss`.
 

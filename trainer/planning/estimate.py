@@ -12,7 +12,7 @@ def estimate_memory(
     """Estimates what a replica's step needs of its device, in bytes by part, at the worst instant.
 
     Two instants compete. Right after the loss, everything that the backward pass will read is there, with the gradient
-    of the unembedding and a chunk of logits with its gradient. At the end of the backward pass none of that is
+    of the output projection and a chunk of logits with its gradient. At the end of the backward pass none of that is
     there, but the gradients of all weights are. At both instants there are the sum over micro-batches, if there are
     several, the weights with a copy of their matrices in the compute dtype, and AdamW's two moments.
 

@@ -78,9 +78,9 @@ def train(
         with strategy.scope():
             model = make_model(build_model, config, prepared.vocabulary_size, prepared.bos_id)
         training_step = TrainingStep(config, total_steps, model, strategy)
-        # The micro-batch is the examples that a replica computes at a time. TrainingStep has asked `resolve`, which
-        # decides it from the config, the number of replicas and the kind of device. If it is "auto", that is only the
-        # default; here the default is kept, or replaced by the largest smaller one that fits the devices.
+        # The micro-batch is the examples that a replica computes at a time. `resolve` (execution.py) decides it from
+        # the config, the kind of device and the number of replicas. If the setting is "auto", the result is only a
+        # default: here it is kept if it fits the devices, or replaced by the largest smaller one that fits.
         if config.train.micro_batch_size == "auto":
             config = settle_micro_batch(run, workers, training_step, say)
 

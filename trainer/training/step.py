@@ -106,7 +106,7 @@ class TrainingStep:
 
     Raises:
         UserError: the batch cannot be spread evenly over the replicas, several replicas cannot train the model, or
-            train.recompute asks for what only trainer's own GPT can do.
+            train.recompute needs trainer's own GPT and the model is another one.
     """
 
     def __init__(
