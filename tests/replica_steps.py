@@ -85,13 +85,13 @@ def break_on_purpose(what):
 
     def clip_before_reduce(*arguments):
         local = accumulate(*arguments)
-        clipped, _ = tf.clip_by_global_norm(local.weights, 0.1 * tf.maximum(local.num_targets, 1))
-        return local._replace(weights=clipped)
+        clipped, _ = tf.clip_by_global_norm(local.by_weight, 0.1 * tf.maximum(local.num_targets, 1))
+        return local._replace(by_weight=clipped)
 
     def mean_of_means(*arguments):
         local = accumulate(*arguments)
         count = tf.maximum(local.num_targets, 1)
-        return local._replace(weights=[g / count for g in local.weights], num_targets=tf.ones_like(count))
+        return local._replace(by_weight=[g / count for g in local.by_weight], num_targets=tf.ones_like(count))
 
     def dropped_last_example(gradients_of, weights, state, batch, *rest):
         inputs, targets, target_weights = batch

@@ -221,7 +221,7 @@ def held_by(step: TrainingStep) -> Held:
 
     @tf.function(autograph=False)
     def gradients(*batch: tf.Tensor) -> list[tf.Tensor]:
-        return step._sums_on_replica(batch, tf.constant(0, tf.int64), None).weights
+        return step._sums_on_replica(batch, tf.constant(0, tf.int64), None).by_weight
 
     specs = [tf.TensorSpec(shape, dtype) for dtype in (tf.int32, tf.int32, tf.float32)]
     graph = gradients.get_concrete_function(*specs).graph

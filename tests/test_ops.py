@@ -76,7 +76,7 @@ def loss_and_gradients(model, sequence, ops, jit_compile=None):
 
     def run(*weights):
         found = forward_backward(model, weights, [], (*batch, target_weights), draw, scale, 0.1, ops)
-        return found.loss_sum, *found.weights
+        return found.loss_sum, *found.by_weight
 
     return tf.function(run, autograph=False, jit_compile=jit_compile)(*weights)
 
@@ -302,9 +302,9 @@ def test_a_step_in_bfloat16_computes_in_the_dtype_of_its_execution_and_comes_nea
     assert dtypes["mixed_bfloat16"] == {tf.float32, tf.as_dtype(compute_dtype)}
     exact, narrow = results["float32"], results["mixed_bfloat16"]
     np.testing.assert_allclose(narrow.loss_sum, exact.loss_sum, rtol=1e-2)
-    assert {gradient.dtype for gradient in narrow.weights} == {tf.float32}
+    assert {gradient.dtype for gradient in narrow.by_weight} == {tf.float32}
     # Something was rounded, and not much.
-    assert 1e-4 < difference(narrow.weights, exact.weights) < 3e-2
+    assert 1e-4 < difference(narrow.by_weight, exact.by_weight) < 3e-2
 
 
 def test_texts_are_decoded_in_the_dtype_that_is_fast_on_the_device():

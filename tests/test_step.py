@@ -99,7 +99,7 @@ def test_gradients_are_those_of_the_summed_loss():
     result = forward_backward(model, values, [], (inputs, targets, weights), None)
     np.testing.assert_allclose(result.loss_sum, loss, rtol=1e-12)
     assert result.num_targets == np.sum(weights)
-    for gradient, reference in zip(result.weights, expected, strict=True):
+    for gradient, reference in zip(result.by_weight, expected, strict=True):
         np.testing.assert_allclose(gradient, tf.convert_to_tensor(reference), atol=1e-12)
 
 
@@ -116,7 +116,7 @@ def test_z_loss_is_trained_for_and_not_reported():
         assert_allclose = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)
         assert_allclose(take(step, batches(config), 1).loss_sum, plain.loss_sum)
         for moment, gradient, without in zip(
-            step.optimizer.first_moments, with_z_loss.weights, plain.weights, strict=True
+            step.optimizer.first_moments, with_z_loss.by_weight, plain.by_weight, strict=True
         ):
             assert_allclose(moment, (1 - step.optimizer.config.beta_1) * gradient / plain.num_targets)
             assert relative_difference(gradient, without) > 1e-2
@@ -127,7 +127,7 @@ def test_tied_embeddings_get_the_gradient_of_both_their_uses():
     model = GPT(config.model, VOCABULARY, 6, dtype="float64")
     batch = next(iter(batches(config)))
     values = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
-    gradient = forward_backward(model, values, [], batch, None).weights[0]
+    gradient = forward_backward(model, values, [], batch, None).by_weight[0]
 
     def loss_at(table):
         return float(forward_backward(model, [table, *values[1:]], [], batch, None).loss_sum)
@@ -148,7 +148,7 @@ def test_forward_backward_reads_the_weights_it_is_given_and_no_variable():
         variable.assign(tf.zeros_like(variable.value))
     after = forward_backward(model, values, [], batch, None)
     np.testing.assert_array_equal(before.loss_sum, after.loss_sum)
-    function = tf.function(lambda *weights: forward_backward(model, weights, [], batch, None).weights, autograph=False)
+    function = tf.function(lambda *given: forward_backward(model, given, [], batch, None).by_weight, autograph=False)
     captured = function.get_concrete_function(*values).captured_inputs
     assert not [tensor for tensor in captured if tensor.dtype == tf.resource]
 
@@ -170,7 +170,7 @@ def test_micro_batches_add_up_to_the_batch(micro_batch_size, at_once):
     parts = accumulate(gradients_of, values, [], batch, first_example, micro_batch_size, at_once)
     np.testing.assert_allclose(parts.loss_sum, whole.loss_sum, rtol=1e-14)
     assert parts.num_targets == whole.num_targets
-    for part, reference in zip(parts.weights, whole.weights, strict=True):
+    for part, reference in zip(parts.by_weight, whole.by_weight, strict=True):
         np.testing.assert_allclose(part, reference, atol=1e-14)
 
 
@@ -210,7 +210,7 @@ def test_the_loss_scale_multiplies_the_gradients_and_not_the_loss(tied):
         plain = forward_backward(model, values, [], batch, None)
         scaled = forward_backward(model, values, [], batch, None, tf.constant(8.0))
         assert scaled.loss_sum == plain.loss_sum
-        for one, eight in zip(plain.weights, scaled.weights, strict=True):
+        for one, eight in zip(plain.by_weight, scaled.by_weight, strict=True):
             np.testing.assert_allclose(eight, 8 * one, rtol=1e-12)
 
 
@@ -311,7 +311,7 @@ def test_recomputed_blocks_run_twice():
 
         @tf.function(autograph=False)
         def gradients(*batch):
-            return forward_backward(model, weights, [], batch, None, ops=Ops(recompute)).weights
+            return forward_backward(model, weights, [], batch, None, ops=Ops(recompute)).by_weight
 
         graph = gradients.get_concrete_function(*next(iter(batches(config)))).graph
         return sum(op.type == "Softmax" for op in graph.get_operations())

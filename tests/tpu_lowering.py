@@ -44,7 +44,7 @@ def lower(model_settings, z_loss):
         batch = (inputs, targets, target_weights)
         sums = accumulate(gradients_of, weights, [], batch, first_example, ROWS // 2)
         found = hash_from_floats(hash_to_floats(batch_hash(batch, first_example)))
-        return mean_and_clip(sums.weights, sums.num_targets, 1.0), found
+        return mean_and_clip(sums.by_weight, sums.num_targets, 1.0), found
 
     @tf.function(jit_compile=True, autograph=False)
     def decode(tokens, index, *tensors):

@@ -132,10 +132,10 @@ def take_steps(config: Config, prepared: PreparedData, distribution: Distributio
     strategy = make_strategy(distribution)
     with strategy.scope():
         model = build_gpt(config, prepared.vocabulary_size, prepared.bos_id)
-    step = TrainingStep(config, num_steps, model, strategy)
+    training_step = TrainingStep(config, num_steps, model, strategy)
     data = distributed(strategy, lambda share: training_batches(prepared, config, 0, num_steps, share))
     batches, one = iter(data), tf.constant(1, tf.int64)
-    metrics = [step.run_steps(batches, one) for _ in range(num_steps)]
+    metrics = [training_step.run_steps(batches, one) for _ in range(num_steps)]
     # The first steps of a float16 run overflow and are skipped, until the loss scale is low enough.
     metrics = [each for each in metrics if not int(each.num_skipped)]
     if not metrics:

@@ -55,11 +55,11 @@ class Share(NamedTuple):
         return element // self.num_replicas, places
 
 
-ALL = Share()
+WHOLE_BATCH = Share()
 
 
 def training_batches(
-    prepared: PreparedData, config: Config, first_step: int, total_steps: int, share: Share = ALL
+    prepared: PreparedData, config: Config, first_step: int, total_steps: int, share: Share = WHOLE_BATCH
 ) -> tf.data.Dataset:
     """Returns the batches of steps first_step to total_steps - 1, in order.
 
@@ -98,7 +98,7 @@ def evaluation_batches(
     prepared: PreparedData,
     config: Config,
     num_batches: int | None = None,
-    share: Share = ALL,
+    share: Share = WHOLE_BATCH,
     split: Split | None = None,
 ) -> tf.data.Dataset:
     """Returns the validation examples in the order of the text, each once. The last batch is padded with examples of

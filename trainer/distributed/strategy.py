@@ -10,7 +10,7 @@ from concurrent.futures import Future
 import tensorflow as tf
 
 from trainer.config.settings import Config, DistributionConfig
-from trainer.data.batches import ALL, Share
+from trainer.data.batches import WHOLE_BATCH, Share
 from trainer.distributed.tpu_install import check_tpu_install
 from trainer.distributed.workers import Workers, find_workers
 from trainer.errors import UserError
@@ -94,7 +94,7 @@ def distributed(
     if strategy.num_replicas_in_sync == 1 and device_kind(strategy) == "CPU":
         # The batches are already where they are needed. A distributed dataset would pass each batch through two more
         # threads.
-        return batches_of(ALL)
+        return batches_of(WHOLE_BATCH)
 
     def batches_of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
         per_worker = context.num_replicas_in_sync // context.num_input_pipelines

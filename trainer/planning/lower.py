@@ -42,12 +42,12 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
     with strategy.scope():
         # The number of the [BOS] token makes no difference to what the program costs.
         model = build_gpt(config, vocabulary_size, bos_id=0)
-    step = _StepOfMany(config, train.total_steps or 1, model, strategy, execution)
-    step.num_replicas = target.num_devices
+    training_step = _StepOfMany(config, train.total_steps or 1, model, strategy, execution)
+    training_step.num_replicas = target.num_devices
 
     @tf.function(autograph=False, jit_compile=True)
     def take_step(inputs: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return step.take_step_on_replica((inputs, targets, weights), tf.constant(False))
+        return training_step.take_step_on_replica((inputs, targets, weights), tf.constant(False))
 
     shape = [execution.examples, train.sequence_length]
     specs = [tf.TensorSpec(shape, dtype) for dtype in (tf.int32, tf.int32, tf.float32)]

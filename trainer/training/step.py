@@ -72,13 +72,13 @@ class Gradients(NamedTuple):
     """The gradients of some examples; sums, not means.
 
     Attributes:
-        weights: one dense gradient of loss_sum per trainable variable.
+        by_weight: the dense gradient of loss_sum for each trainable variable.
         loss_sum: scalar, nats.
         num_targets: scalar, tokens that were predicted.
         state: new values of the variables that are not trained. A foreign model can have some, the GPT has none.
     """
 
-    weights: list[tf.Tensor]
+    by_weight: list[tf.Tensor]
     loss_sum: tf.Tensor
     num_targets: tf.Tensor
     state: list[tf.Tensor]
@@ -201,7 +201,7 @@ class TrainingStep:
         # there are. The summands are one list of one dtype, so that one operation sums all of them.
         sum_dtype, dtype = tf.as_dtype(self.execution.sum_dtype), tf.as_dtype(self.execution.weight_dtype)
         local_hash = tf.cast(hash_to_floats(batch_hash(batch, first_example)), sum_dtype)
-        summands = [*local.weights, local.loss_sum, local.num_targets, local_hash, tf.cast(stop, sum_dtype)]
+        summands = [*local.by_weight, local.loss_sum, local.num_targets, local_hash, tf.cast(stop, sum_dtype)]
         sums = self.sum_over_replicas(replica, summands)
         *gradients, loss_sum, num_targets, hash_sum, stop_votes = (tf.cast(total, dtype) for total in sums)
 
@@ -284,7 +284,7 @@ class TrainingStep:
         scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
         local = self._sums_on_replica(batch, tf.zeros([], tf.int64), scale)
         # This stands for the sum over replicas, which joins its summands into one tensor.
-        summands = [*local.weights, local.loss_sum, local.num_targets]
+        summands = [*local.by_weight, local.loss_sum, local.num_targets]
         joined = tf.concat([tf.reshape(summand, [-1]) for summand in summands], axis=0)
         parts = tf.split(joined, [summand.shape.num_elements() for summand in summands])
         sums = [tf.reshape(part, summand.shape) for part, summand in zip(parts, summands, strict=True)]
@@ -333,8 +333,8 @@ def accumulate(
         # The shapes are known. ensure_shape keeps grappler, TensorFlow's graph optimizer, from merging this addition
         # with the additions inside a gradient into one AddN. The AddN uses a temporary variable, which would be created
         # twice if two micro-batches are computed at once.
-        apart = [tf.ensure_shape(gradient, gradient.shape) for gradient in new.weights]
-        gradients = [total + gradient for total, gradient in zip(sums.weights, apart, strict=True)]
+        apart = [tf.ensure_shape(gradient, gradient.shape) for gradient in new.by_weight]
+        gradients = [total + gradient for total, gradient in zip(sums.by_weight, apart, strict=True)]
         return i + 1, Gradients(gradients, sums.loss_sum + new.loss_sum, sums.num_targets + new.num_targets, new.state)
 
     none = tf.zeros([], dtype)
@@ -432,5 +432,5 @@ def _timed_next(batches: tf.data.Iterator) -> tuple[Batch, tf.Tensor]:
 
 
 def _cast_sums(sums: Gradients, dtype: tf.DType) -> Gradients:
-    weights = [tf.cast(gradient, dtype) for gradient in sums.weights]
+    weights = [tf.cast(gradient, dtype) for gradient in sums.by_weight]
     return Gradients(weights, tf.cast(sums.loss_sum, dtype), tf.cast(sums.num_targets, dtype), sums.state)
