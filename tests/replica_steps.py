@@ -83,21 +83,21 @@ def break_on_purpose(what):
     """Makes a mistake that a trainer could make."""
     accumulate = step_module.accumulate
 
-    def clip_before_reduce(*arguments):
-        local = accumulate(*arguments)
+    def clip_before_reduce(*arguments, **options):
+        local = accumulate(*arguments, **options)
         clipped, _ = tf.clip_by_global_norm(local.by_weight, 0.1 * tf.maximum(local.num_targets, 1))
         return local._replace(by_weight=clipped)
 
-    def mean_of_means(*arguments):
-        local = accumulate(*arguments)
+    def mean_of_means(*arguments, **options):
+        local = accumulate(*arguments, **options)
         count = tf.maximum(local.num_targets, 1)
         return local._replace(by_weight=[g / count for g in local.by_weight], num_targets=tf.ones_like(count))
 
-    def dropped_last_example(gradients_of, weights, state, batch, *rest):
+    def dropped_last_example(gradients_of, weights, state, batch, first_example, **options):
         inputs, targets, target_weights = batch
         last = tf.range(target_weights.shape[0]) == target_weights.shape[0] - 1
         kept = tf.where(last[:, tf.newaxis], 0.0, target_weights)
-        return accumulate(gradients_of, weights, state, (inputs, targets, kept), *rest)
+        return accumulate(gradients_of, weights, state, (inputs, targets, kept), first_example, **options)
 
     def one_mask_for_all(seed, step, first_example):
         return DropoutDraw(seed, step, tf.zeros_like(first_example))
