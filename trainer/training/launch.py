@@ -2,11 +2,12 @@
 
 `start` takes a config, `resume` the folder of a run. Both, on every worker:
 1. find out which worker this process is: the only one, or one of the several that TF_CONFIG or SLURM name;
-2. lock the run's folder until the run is over, if this worker is the chief;
+2. lock the run's folder until the run is over, if this worker is the chief, and open the run to go on with, if there is
+   one;
 3. get the devices, the prepared data and the folder. A single worker opens its devices, gets the data, and then makes
-   or opens the folder (`_launch_one`). Several workers first meet and compare what they have: TensorFlow waits for a
-   missing worker for ever, and workers with different settings would spoil the model. Then they get the data, make or
-   open the folder, and open their devices last (`_launch_several`);
+   the folder if the run is new (`_launch_one`). Several workers first meet and compare what they have: TensorFlow waits
+   for a missing worker for ever, and workers with different settings would spoil the model. Then they get the data,
+   make or open the folder, and open their devices last (`_launch_several`);
 4. call `loop.train`.
 """
 

@@ -1,19 +1,22 @@
 """The story of a training run: `train`, from top to bottom.
 
-A run has one worker or several. A worker is a process, usually one per host. Each of its devices is a replica, which
-holds the whole model. Worker 0 is the chief: only the chief writes checkpoints, logs, samples and results. On a single
-machine the only worker is the chief.
+A run has one worker or several. A worker is a process, usually one per host (a Cloud TPU slice has one worker for all
+its hosts). Each of its devices is a replica, which holds the whole model. Worker 0 is the chief: only the chief writes
+checkpoints, logs, samples and results. On a single machine the only worker is the chief.
 
-launch    Every worker, in launch.py. A single worker opens its devices, gets the prepared data, and makes or opens the
-          run's folder. Several workers first meet; then they get the data, make or open the folder, and open their
-          devices last. On the way they compare their settings, data and checkpoint.
-build     Every worker builds the same model, optimizer and compiled step.
+launch    Every worker, in launch.py. The chief locks the run's folder; a run to go on with is opened. A single worker
+          then opens its devices, gets the prepared data, and makes the folder if the run is new. Several workers first
+          meet; then they get the data, make or open the folder, and open their devices last. On the way they compare
+          their settings, data and checkpoint.
+build     Every worker builds the same model and optimizer, and finds the micro-batch if it is "auto".
 restore   Every worker loads a checkpoint if the run has one: the newest, or the one that --step names.
+prepare   Every worker makes the batches, the compiled steps, and what scores, samples and reports.
 loop      Every worker takes the same steps. In a step (step.py) each replica computes the gradients of its share of the
           batch, the gradients are summed over all replicas, and each replica makes the same update of its copy of the
           model.
-          Between steps, whenever it is due: the chief logs; the chief saves a checkpoint; every worker scores its share
-          of the validation text; the chief writes samples.
+          Between calls of the compiled loop, whenever it is due: the chief logs; the chief saves a checkpoint; every
+          worker scores its share of the validation text; the chief writes samples. If a signal stops the run, it is
+          saved, and ends here.
 finish    Every worker scores its share of the whole validation text. The chief writes samples and the results.
 """
 
@@ -78,7 +81,7 @@ def train(
         with strategy.scope():
             model = make_model(build_model, config, prepared.vocabulary_size, prepared.bos_id)
         training_step = TrainingStep(config, total_steps, model, strategy)
-        # The micro-batch is the examples that a replica computes at a time. `resolve` (execution.py) decides it from
+        # The micro-batch is the examples of one forward and backward pass. `resolve` (execution.py) decides it from
         # the config, the kind of device and the number of replicas. If the setting is "auto", the result is only a
         # default: here it is kept if it fits the devices, or replaced by the largest smaller one that fits.
         if config.train.micro_batch_size == "auto":
@@ -110,7 +113,8 @@ def train(
         run_steps = training_step.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
 
     def stop_requested() -> bool:
-        # Several workers have to stop after the same step: each step counts their votes, see metrics.stop_votes.
+        # With several workers always False: only the votes counted in a step (metrics.stop_votes) stop them, so that
+        # all stop after the same step.
         return not workers.are_several and bool(training_step.stop_requested.numpy())
 
     def save_now() -> None:
