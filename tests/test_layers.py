@@ -32,6 +32,7 @@ ROOMS = (
     "trainer.decoding",
     "trainer.distributed",
     "trainer.runs",
+    "trainer.exchange",
     "trainer.training",
     "trainer.planning",
     "trainer.commands",
@@ -62,6 +63,7 @@ LATE = {
     "trainer.model.build": SLOW,
     "trainer.distributed.workers": SLOW,
     "trainer.runs.run_folder": SLOW,
+    "trainer.exchange.open": SLOW,
     # A program for another environment: JAX reads the environment variables that the top of this module sets.
     "trainer.planning.compile_hlo": frozenset(["jax", "jaxlib", "jax_plugins"]),
 }

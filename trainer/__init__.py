@@ -170,25 +170,22 @@ def generate(
     """
     check_not_forked()
     from trainer.decoding.decoder import Decoder
-    from trainer.runs.run_folder import RunFolder, run_and_step
+    from trainer.exchange.open import open_model, read_config
 
-    run_folder, step = run_and_step(run_folder, step)
-    run = RunFolder(run_folder)
-    samples = run.config.samples
     # Before TensorFlow and the model are loaded: a mistake is reported at once.
+    samples = read_config(run_folder, build_model, step).samples
     decoder = Decoder.from_options(sampler, samples, k=k, p=p, num_beams=num_beams, temperature=temperature, seed=seed)
     with quiet_import():
         from trainer.decoding.generate import Generator
-        from trainer.runs.run_checkpoints import load_model
-        from trainer.runs.run_data import load_tokenizer_of
-    model, _ = load_model(run, build_model, warn, step)
-    generator = Generator(model, load_tokenizer_of(run), run.config.train.sequence_length)
+    opened = open_model(run_folder, build_model, step, warn)
+    sequence_length = opened.config.train.sequence_length
+    generator = Generator(opened.model, opened.tokenizer, sequence_length)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     num_tokens = samples.num_tokens if num_tokens is None else num_tokens
     stop = samples.stop if stop is None else stop
     for remark in generator.remarks(texts, num_tokens, stop):
         warn(f"warning: {remark}")
-    num_tokens = run.config.train.sequence_length if num_tokens is None else num_tokens
+    num_tokens = sequence_length if num_tokens is None else num_tokens
     return generator.generate(texts, decoder, num_tokens, seed or 0, stop)
 
 
@@ -215,6 +212,7 @@ def score(
         UserError: the run does not exist or has no checkpoint, or its data is gone.
     """
     check_not_forked()
+    from trainer.exchange.open import open_model
     from trainer.runs.run_folder import RunFolder, run_and_step
 
     run_folder, step = run_and_step(run_folder, step)
@@ -222,13 +220,12 @@ def score(
     run.check_model(build_model)
     with quiet_import():
         from trainer.distributed.strategy import make_strategy
-        from trainer.runs.run_checkpoints import load_model
         from trainer.runs.run_data import find_prepared
         from trainer.training.evaluation import Evaluator
     strategy = make_strategy(run.config.distribution, ignore_workers=True)
     prepared = find_prepared(run)
     with strategy.scope():
-        model, checkpoint = load_model(run, build_model, say, step)
-    evaluation = Evaluator(model, strategy, prepared, run.config)()
-    say(f"step {checkpoint.step}: {evaluation}")
+        opened = open_model(run_folder, build_model, step, say)
+    evaluation = Evaluator(opened.model, strategy, prepared, run.config)()
+    say(f"step {opened.step}: {evaluation}")
     return evaluation

@@ -19,6 +19,7 @@ from trainer.decoding.decoder import Decoder
 from trainer.distributed.tpu_install import check_tpu_install
 from trainer.distributed.workers import Workers, find_workers
 from trainer.errors import UserError
+from trainer.exchange.open import open_model, read_config
 from trainer.exit_status import ExitStatus
 from trainer.hardware.devices import parse_target
 from trainer.planning.plan import print_compiled, print_plan
@@ -145,11 +146,11 @@ def evaluate(options: argparse.Namespace) -> None:
                 f"{override}: evaluate changes only the devices of a run, distribution.*, and the place of its data, "
                 "data.prepared_folder; leave it out."
             )
-    run_folder, step = _run_of(options)
+    run_folder, step = run_and_step(options.run_folder, options.step)
     run = RunFolder(run_folder, options.overrides)
+    run.check_model(None)
     with quiet_import():
         from trainer.distributed.strategy import describe_devices, make_strategy
-        from trainer.runs.run_checkpoints import load_model
         from trainer.training.evaluation import Evaluator
 
     strategy = make_strategy(run.config.distribution, ignore_workers=True)
@@ -157,8 +158,8 @@ def evaluate(options: argparse.Namespace) -> None:
         warn(line)
     prepared = find_prepared(run)
     with strategy.scope():
-        model, checkpoint = load_model(run, say=warn, step=step)
-    say(f"step {checkpoint.step}: {Evaluator(model, strategy, prepared, run.config)()}")
+        opened = open_model(run_folder, step=step, say=warn)
+    say(f"step {opened.step}: {Evaluator(opened.model, strategy, prepared, run.config)()}")
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -167,9 +168,9 @@ def generate(options: argparse.Namespace) -> None:
         raise UserError(f"{options.text!r} and --prompt {options.prompt!r} are two prompts; leave out one.")
     if options.num_samples < 1:
         raise UserError(f"--num-samples {options.num_samples} must be at least 1.")
-    run_folder, step = _run_of(options)
+    samples = read_config(options.run_folder, step=options.step).samples
     given = {name: getattr(options, name) for name in ("k", "p", "num_beams", "temperature", "seed")}
-    decoder = Decoder.from_options(options.sampler, RunFolder(run_folder).config.samples, **given)
+    decoder = Decoder.from_options(options.sampler, samples, **given)
     if options.num_samples > 1 and not decoder.is_random:
         with_k = " with k=1" if decoder.name == "top-k" else ""
         raise UserError(
@@ -181,22 +182,15 @@ def generate(options: argparse.Namespace) -> None:
     if warning := unseen_gpu():
         warn(f"warning: {warning}")
     texts = trainer.generate(
-        run_folder,
+        options.run_folder,
         [options.prompt or options.text or ""] * options.num_samples,
         options.sampler,
         options.num_tokens,
         stop=options.stop,
-        step=step,
+        step=options.step,
         **given,
     )
     say("\n\n".join(texts))
-
-
-def _run_of(options: argparse.Namespace) -> tuple[str, CheckpointStep | None]:
-    """Returns the folder and the step of the checkpoint that the options name."""
-    run_folder, step = run_and_step(options.run_folder, options.step)
-    RunFolder(run_folder).check_model(None)
-    return run_folder, step
 
 
 def verify(options: argparse.Namespace) -> ExitStatus:

@@ -1,0 +1,80 @@
+"""Opens a model by its folder: a run, or one of its checkpoints.
+
+Whatever scores or writes with a model gets it from here, so that a further kind of folder is a change of this module.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from trainer.config.settings import Config
+from trainer.model.build import BuildModel
+from trainer.runs.run_data import load_tokenizer_of
+from trainer.runs.run_folder import CheckpointStep, RunFolder, run_and_step
+from trainer.system.storage import Location
+from trainer.system.terminal import quiet_import
+from trainer.tokenizers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import keras
+
+
+class OpenedModel(NamedTuple):
+    """A model with what belongs to it.
+
+    Attributes:
+        model: the model, with its weights.
+        tokenizer: the tokenizer of its tokens.
+        config: the settings that it was made with, and the defaults for what it writes, `config.samples`.
+        step: the steps that it was trained for.
+        folder: the folder that it was read from: the folder of the run.
+    """
+
+    model: "keras.Model"
+    tokenizer: Tokenizer
+    config: Config
+    step: int
+    folder: Location
+
+
+def read_config(path: str, build_model: BuildModel | None = None, step: str | CheckpointStep | None = None) -> Config:
+    """Returns the settings of the model in a folder. Loads no TensorFlow: a mistake is reported at once.
+
+    Args:
+        path: see `open_model`.
+        build_model: see `open_model`.
+        step: see `open_model`.
+
+    Raises:
+        UserError: the folder holds no model, or another kind of model than build_model builds.
+    """
+    run_folder, _ = run_and_step(path, step)
+    run = RunFolder(run_folder)
+    run.check_model(build_model)
+    return run.config
+
+
+def open_model(
+    path: str,
+    build_model: BuildModel | None = None,
+    step: str | CheckpointStep | None = None,
+    say: Callable[[str], None] = print,
+) -> OpenedModel:
+    """Builds the model of a folder, and reads its weights. Call it in the scope of a strategy to place them on devices.
+
+    Args:
+        path: the folder of a run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
+        build_model: the function that was given to `trainer.train`.
+        step: the step of the checkpoint, or "best" for the one with the lowest validation loss; None: the newest.
+        say: prints a line.
+
+    Raises:
+        UserError: the folder holds no model, the model is of another kind than build_model builds, or the checkpoint
+            does not exist or is damaged.
+    """
+    with quiet_import():
+        from trainer.runs.run_checkpoints import load_model
+
+    run_folder, at = run_and_step(path, step)
+    run = RunFolder(run_folder)
+    model, checkpoint = load_model(run, build_model, say, at)
+    return OpenedModel(model, load_tokenizer_of(run), run.config, checkpoint.step, run.path)
