@@ -31,6 +31,7 @@ ROOMS = (
     "trainer.model",
     "trainer.decoding",
     "trainer.distributed",
+    "trainer.scoring",
     "trainer.runs",
     "trainer.exchange",
     "trainer.training",

@@ -17,8 +17,9 @@ from trainer.model.documents import document_starts
 from trainer.model.dropout import DropoutDraw, dropout
 from trainer.model.initial import Initializers
 from trainer.model.layers import Unembedding, make_norm
-from trainer.model.loss import next_token_loss, next_token_loss_without_gradient
+from trainer.model.loss import next_token_loss, next_token_loss_without_gradient, next_token_scores
 from trainer.model.ops.plain import PLAIN, Ops
+from trainer.model.precision import accumulation_dtype
 from trainer.model.recompute import recomputed
 
 
@@ -137,6 +138,20 @@ class GPT(keras.Model):
         """Returns (loss_sum, num_targets) for evaluation."""
         hidden = self.hidden_states(tokens, ops=ops)
         return next_token_loss_without_gradient(hidden, *self._output_projection(), targets, weights, ops)
+
+    def token_scores(
+        self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, ops: Ops = PLAIN
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns (losses, are_likeliest) of each target; see `next_token_scores`."""
+        hidden, (kernel, bias) = self.hidden_states(tokens, ops=ops), self._output_projection()
+        kernel = tf.cast(kernel, hidden.dtype)
+
+        def logits_of(rows: tf.Tensor) -> tf.Tensor:
+            # As in the loss: the bias is added in the dtype of the sums.
+            logits = tf.cast(tf.matmul(rows, kernel, transpose_b=True), accumulation_dtype(rows.dtype))
+            return logits if bias is None else logits + tf.cast(bias, logits.dtype)
+
+        return next_token_scores(hidden, logits_of, targets, weights, self.vocabulary_size, ops)
 
     def empty_cache(self, batch: int | tf.Tensor, ops: Ops = PLAIN) -> list[Cache]:
         """Returns zeros for `decode` to fill: for each block its keys and its values, each

@@ -10,8 +10,8 @@ from trainer.hardware.processor import processor
 from trainer.model.attention import Cache
 from trainer.model.dropout import DropoutDraw
 from trainer.model.gpt import GPT
-from trainer.model.loss import next_token_loss_from_logits
-from trainer.model.ops import decoding_ops
+from trainer.model.loss import next_token_loss_from_logits, next_token_scores
+from trainer.model.ops import decoding_ops, scoring_ops
 from trainer.model.ops.plain import PLAIN, Ops
 
 
@@ -58,6 +58,13 @@ class LanguageModel:
         """Returns (loss_sum, num_targets) for evaluation."""
         return next_token_loss_from_logits(self.model(tokens, training=False), targets, weights)
 
+    def token_scores(
+        self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, ops: Ops = PLAIN
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns (losses, are_likeliest) of each target; see `next_token_scores`."""
+        logits = self.model(tokens, training=False)
+        return next_token_scores(logits, lambda rows: rows, targets, weights, self.num_tokens(logits), ops)
+
     def max_length(self) -> int | None:
         """Returns the number of positions it can tell apart; None if that is not known."""
         return None
@@ -65,6 +72,10 @@ class LanguageModel:
     def num_tokens(self, logits: tf.Tensor) -> int:
         """Returns the number of tokens that its logits [..., num_logits] stand for."""
         return int(logits.shape[-1])
+
+    def scoring_ops(self) -> Ops:
+        """Returns the way of computing that is the fastest for scores on the device that holds the model."""
+        return PLAIN
 
     def decoding_ops(self) -> Ops:
         """Returns the way of computing that is the fastest for decoding on the device that holds the model."""
@@ -123,11 +134,20 @@ class _GptModel(LanguageModel):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         return self.model.evaluation_loss(tokens, targets, weights, ops)
 
+    def token_scores(
+        self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, ops: Ops = PLAIN
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        return self.model.token_scores(tokens, targets, weights, ops)
+
     def max_length(self) -> int | None:
         return self.model.sequence_length
 
     def num_tokens(self, logits: tf.Tensor) -> int:
         return self.model.vocabulary_size
+
+    def scoring_ops(self) -> Ops:
+        device = tf.DeviceSpec.from_string(self.model.variables[0].value.device)
+        return scoring_ops(self.model.dtype_policy.name, processor(device.device_type))
 
     def decoding_ops(self) -> Ops:
         device = tf.DeviceSpec.from_string(self.model.variables[0].value.device)

@@ -111,6 +111,44 @@ def next_token_loss_without_gradient(
     return loss_sum, tf.reduce_sum(tf.cast(weights, dtype))
 
 
+def next_token_scores(
+    states: tf.Tensor,
+    logits_of: Callable[[tf.Tensor], tf.Tensor],
+    targets: tf.Tensor,
+    weights: tf.Tensor,
+    vocabulary_size: int,
+    ops: Ops = PLAIN,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Scores each target token, a chunk of rows at a time. The sums over texts are the caller's.
+
+    Args:
+        states: float [batch, sequence, width], what the logits are made of: hidden states, or the logits themselves.
+        logits_of: makes float logits [rows, num_logits] of states [rows, width].
+        targets: int32 [batch, sequence].
+        weights: float [batch, sequence], 0 if the target is not scored.
+        vocabulary_size: the logits beyond it stand for no token.
+        ops: the way of computing; its logit_rows are the rows of a chunk.
+
+    Returns:
+        (losses, are_likeliest), each [batch, sequence]: the cross-entropy of the target in nats, of the accumulation
+        dtype, and whether no token is likelier, bool. 0 and False, or anything, if the target is not scored.
+    """
+    dtype = accumulation_dtype(states.dtype)
+    chunks = _Chunks(states, targets, tf.cast(weights, dtype), ops.logit_rows)
+
+    def write_chunk(i: tf.Tensor, scores: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
+        rows, row_targets, _ = chunks.at(i)
+        logits = tf.cast(logits_of(rows), dtype)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(row_targets, logits)
+        likeliest = tf.argmax(logits[:, :vocabulary_size], axis=-1, output_type=tf.int32)
+        return i + 1, scores.write(i, tf.stack([losses, tf.cast(likeliest == row_targets, dtype)], axis=-1))
+
+    scores = tf.TensorArray(dtype, chunks.capacity, element_shape=[chunks.chunk_rows, 2])
+    _, scores = tf.while_loop(lambda i, _: i < chunks.count, write_chunk, (0, scores), parallel_iterations=1)
+    joined = tf.reshape(chunks.unsorted(scores.stack()), [*targets.shape, 2])
+    return joined[..., 0], joined[..., 1] > 0
+
+
 @tf.custom_gradient
 def _scale_gradient(x: tf.Tensor, scale: tf.Tensor) -> tuple[tf.Tensor, object]:
     return tf.identity(x), lambda upstream: (upstream * tf.cast(scale, upstream.dtype), None)
@@ -151,8 +189,11 @@ class _Chunks:
 
     def joined(self, chunks: tf.Tensor) -> tf.Tensor:
         """Returns [capacity, chunk_rows, hidden_dim] in the shape and order of the hidden states."""
-        places = tf.math.invert_permutation(self._order)
-        return tf.reshape(tf.gather(tf.reshape(chunks, [-1, chunks.shape[-1]]), places), self._shape)
+        return tf.reshape(self.unsorted(chunks), self._shape)
+
+    def unsorted(self, chunks: tf.Tensor) -> tf.Tensor:
+        """Returns [capacity, chunk_rows, width] as [rows, width], in the order of the hidden states."""
+        return tf.gather(tf.reshape(chunks, [-1, chunks.shape[-1]]), tf.math.invert_permutation(self._order))
 
 
 def _logits(rows: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None, dtype: tf.DType) -> tf.Tensor:

@@ -24,3 +24,9 @@ def decoding_ops(precision: str, device: Processor) -> Ops:
     """
     name = ops_of(device, use="decoding")
     return _WAYS[name](compute_dtype=compute_dtype_of(precision, device, name))
+
+
+def scoring_ops(precision: str, device: Processor) -> Ops:
+    """Returns the way of computing that scores texts on a device; the arguments are those of `decoding_ops`."""
+    name = ops_of(device, use="evaluation")
+    return _WAYS[name](compute_dtype=compute_dtype_of(precision, device, name))
