@@ -65,6 +65,7 @@ LATE = {
     "trainer.distributed.workers": SLOW,
     "trainer.runs.run_folder": SLOW,
     "trainer.exchange.open": SLOW,
+    "trainer.exchange.export": SLOW,
     # A program for another environment: JAX reads the environment variables that the top of this module sets.
     "trainer.planning.compile_hlo": frozenset(["jax", "jaxlib", "jax_plugins"]),
 }

@@ -25,14 +25,18 @@ if TYPE_CHECKING:
 
     from trainer.config.file import load_config, make_config
     from trainer.config.settings import Config
+    from trainer.exchange.export import Exported
+    from trainer.model.gpt import GPT
     from trainer.runs.results import Evaluation
     from trainer.training.loop import TrainingResult
 
 __all__ = [
+    "GPT",
     "Config",
     "UserError",
     "__version__",
     "batches",
+    "export",
     "generate",
     "load_config",
     "make_config",
@@ -48,6 +52,11 @@ def __getattr__(name: str) -> Any:
         from trainer.config import file
 
         return getattr(file, name)
+    if name == "GPT":  # Keras loads a .keras file once it knows this class.
+        with quiet_import():
+            from trainer.model.gpt import GPT
+
+        return GPT
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -229,3 +238,32 @@ def score(
     evaluation = Evaluator(opened.model, strategy, prepared, run.config)()
     say(f"step {opened.step}: {evaluation}")
     return evaluation
+
+
+def export(
+    run_folder: str,
+    to: str,
+    output: str | None = None,
+    step: int | Literal["best"] | None = None,
+    say: Callable[[str], None] = print,
+) -> Exported:
+    """Writes the newest checkpoint of a run, or another one, in the format of other programs.
+
+    Args:
+        run_folder: the folder of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
+        to: "keras" for a .keras file.
+        output: the file or folder to write, which must not exist; by default beside the run's folder.
+        step: the step of the checkpoint to write, or "best" for the one with the lowest validation loss.
+        say: a function that prints a line.
+
+    Returns:
+        The path of what was written, and Python code that loads it.
+
+    Raises:
+        UserError: the run does not exist or has no checkpoint, its model does not fit the format, or output exists or
+            cannot be written.
+    """
+    check_not_forked()
+    from trainer.exchange.export import export as export_run
+
+    return export_run(run_folder, to, output, step, say)

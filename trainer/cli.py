@@ -124,7 +124,16 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"trainer {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
-    for add in (_add_prepare, _add_train, _add_inspect, _add_evaluate, _add_generate, _add_verify, _add_plan):
+    for add in (
+        _add_prepare,
+        _add_train,
+        _add_inspect,
+        _add_evaluate,
+        _add_generate,
+        _add_export,
+        _add_verify,
+        _add_plan,
+    ):
         add(verbs)
     return parser
 
@@ -216,6 +225,16 @@ def _add_generate(verbs: Any) -> None:
     )
     parser.add_argument("--seed", type=int, help="the seed of top-k and top-p (default: 0)")
     parser.add_argument("--num-samples", type=int, default=1, help="the number of texts (default: %(default)s)")
+
+
+def _add_export(verbs: Any) -> None:
+    parser = verbs.add_parser("export", help="write a run's newest checkpoint in the format of other programs")
+    parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
+    parser.add_argument("--to", required=True, metavar="FORMAT", help="keras: a .keras file")
+    _add_step(parser, "the checkpoint to write")
+    parser.add_argument(
+        "--output", metavar="PATH", help="the file or folder to write (default: beside the run's folder)"
+    )
 
 
 def _add_verify(verbs: Any) -> None:

@@ -193,6 +193,11 @@ def generate(options: argparse.Namespace) -> None:
     say("\n\n".join(texts))
 
 
+def export(options: argparse.Namespace) -> None:
+    """Writes a checkpoint in the format of other programs."""
+    say(str(trainer.export(options.run_folder, options.to, options.output, options.step, warn)))
+
+
 def verify(options: argparse.Namespace) -> ExitStatus:
     """Compares the first steps of a config on several numbers of replicas."""
     config = load_config(options.config, options.overrides)

@@ -6,6 +6,8 @@ the model inside `keras.StatelessScope` to give it tensors instead.
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
@@ -23,6 +25,7 @@ from trainer.model.precision import accumulation_dtype
 from trainer.model.recompute import recomputed
 
 
+@keras.saving.register_keras_serializable("trainer")
 class GPT(keras.Model):
     """A decoder-only transformer that predicts the next token at every position.
 
@@ -34,6 +37,10 @@ class GPT(keras.Model):
         seed: seed of the initial weights.
         dtype: a Keras dtype policy.
         bos_id: token before each document; a document_mask finds the documents by it.
+
+    Attributes:
+        files: the content of the files that belong to the model, by their names, such as its tokenizer's; Keras saves
+            them with it.
 
     Raises:
         ValueError: there is a document_mask and no bos_id.
@@ -55,6 +62,7 @@ class GPT(keras.Model):
         self.vocabulary_size = vocabulary_size
         self.sequence_length = sequence_length
         self.bos_id = bos_id
+        self.files: dict[str, bytes] = {}
         initial = Initializers(seed, config)
         num_logits = config.num_logits(vocabulary_size)
 
@@ -79,6 +87,33 @@ class GPT(keras.Model):
             if layer is not None:
                 layer.build(width)
         self.built = True
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor as Keras saves them. Weights are saved too, so a seed is not."""
+        return {
+            "config": self.config.model_dump(mode="json", exclude_none=True),
+            "vocabulary_size": self.vocabulary_size,
+            "sequence_length": self.sequence_length,
+            "dtype": self.dtype_policy.name,
+            "bos_id": self.bos_id,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Builds the model that `get_config` describes."""
+        return cls(**{**config, "config": ModelConfig(**config["config"])})
+
+    def save_assets(self, folder: str) -> None:
+        """Writes `files` into a folder, for Keras."""
+        for name, content in self.files.items():
+            file = Path(folder) / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+
+    def load_assets(self, folder: str) -> None:
+        """Reads the files that `save_assets` wrote."""
+        found = [file for file in Path(folder).rglob("*") if file.is_file()]
+        self.files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
 
     def call(self, tokens: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Returns the logits of the next token: int32 [batch, sequence] to float [batch, sequence, num_logits]."""

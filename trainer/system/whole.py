@@ -10,7 +10,7 @@ There is one way for each kind of place:
 import contextlib
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from trainer.errors import UserError
@@ -66,6 +66,31 @@ def write_whole_folder(folder: Location, files: Mapping[str, bytes]) -> None:
         with contextlib.suppress(OSError, UserError):
             remove_tree(written)
         raise
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yields a place at which to write a file or folder. It gets its name, path, when the block ends without an error.
+
+    The place has the last name of path, for programs that read a file's kind from its name.
+
+    Raises:
+        OSError: the disk cannot be written. Nothing half-written is left.
+        FileExistsError: path was made meanwhile.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        remove_tree(partial)  # A killed process may have left it.
+        make_folder(partial)
+        yield partial / path.name
+        sync_tree(partial)
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        (partial / path.name).rename(path)
+        sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            remove_tree(partial)
 
 
 def copy_whole_folder(source: Path, target: Url, manifest: str) -> None:

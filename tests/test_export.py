@@ -1,0 +1,114 @@
+"""What leaves a run computes and writes the same elsewhere, and what cannot leave is refused by name."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from random_run import PROMPTS, SEQUENCE_LENGTH, random_run  # type: ignore[import-not-found]
+from tiny import quiet  # type: ignore[import-not-found]
+
+import trainer
+from trainer import cli
+from trainer.errors import UserError
+from trainer.model.gpt import GPT
+from trainer.runs.run_checkpoints import load_model
+from trainer.runs.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return random_run(tmp_path_factory.mktemp("exported"))
+
+
+def in_fresh_process(program: str, *arguments: str) -> str:
+    """Returns what a Python program prints; warnings of its libraries are not errors."""
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_keras_file_computes_the_logits_of_the_run_and_brings_its_files(run: RunFolder, tmp_path: Path):
+    exported = trainer.export(str(run.path), "keras", str(tmp_path / "a.keras"), say=quiet)
+    model, _ = load_model(run, say=quiet)
+    loaded = keras.saving.load_model(exported.path)
+    assert isinstance(loaded, GPT)
+    tokens = np.random.default_rng(0).integers(0, model.vocabulary_size, [3, SEQUENCE_LENGTH], np.int32)
+    np.testing.assert_array_equal(model.predict(tokens, verbose=0), loaded.predict(tokens, verbose=0))
+    again = tmp_path / "again.keras"
+    loaded.save(again)
+    assert keras.saving.load_model(again).files == loaded.files
+    assert loaded.files["config.toml"].decode() == run.config.to_toml()
+    assert loaded.files["tokenizer/settings.json"] == (run.path / "tokenizer/settings.json").read_bytes()
+
+
+def test_what_is_there_is_never_overwritten(run: RunFolder, tmp_path: Path):
+    (tmp_path / "a.keras").write_text("mine")
+    with pytest.raises(UserError, match=r"a\.keras is there already; delete it, or name another place with --output"):
+        trainer.export(str(run.path), "keras", str(tmp_path / "a.keras"))
+    assert (tmp_path / "a.keras").read_text() == "mine"
+
+
+def test_a_failed_export_leaves_nothing(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", fail)
+    with pytest.raises(UserError, match=r"a\.keras cannot be written: .*nothing half-written is left"):
+        trainer.export(str(run.path), "keras", str(tmp_path / "a.keras"), say=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_refused_with_the_way_that_works(run: RunFolder, tmp_path: Path):
+    path = str(run.path)
+    with pytest.raises(UserError, match=r"to='kears' is not a format; choose one of .*\. Did you mean keras\?"):
+        trainer.export(path, "kears")
+    with pytest.raises(UserError, match=r"Keras reads only files whose name ends with \.keras; add that"):
+        trainer.export(path, "keras", str(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"ram://a\.keras: an export is written to a disk; name a place there"):
+        trainer.export(path, "keras", "ram://a.keras")
+    with pytest.raises(UserError, match="has no checkpoint of step 7; it has: 2"):
+        trainer.export(path, "keras", step=7)
+    assert not Path(f"{path}.keras").exists()
+
+
+def test_card_says_what_the_model_is(run: RunFolder, tmp_path: Path):
+    exported = trainer.export(str(run.path), "keras", str(tmp_path / "a.keras"), say=quiet)
+    card = zipfile.ZipFile(exported.path).read("assets/README.md").decode()
+    assert f"| trained on | `{run.config.data.train}` |" in card
+    assert "| steps | 2, each of 2 examples of at most 24 tokens |" in card
+    assert "| validation |" not in card  # This run was never scored.
+    assert run.config.to_toml().strip() in card
+    assert "keras.saving.load_model('a.keras')" in card
+
+
+@pytest.mark.slow
+def test_keras_file_writes_the_greedy_text_of_the_run_in_a_fresh_process(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "a.keras"
+    assert cli.main(["export", str(run.path), "--to", "keras", "--output", str(file)]) == 0
+    printed = capsys.readouterr().out
+    _, _, program = printed.partition("To load it:\n\n")
+    program += """
+import sys
+import tempfile
+from pathlib import Path
+from trainer.decoding.decoder import Decoder
+from trainer.decoding.generate import Generator
+from trainer.tokenizers.tokenizer_files import load_tokenizer
+with tempfile.TemporaryDirectory() as folder:
+    model.save_assets(folder)
+    tokenizer = load_tokenizer(Path(folder) / "tokenizer")
+generator = Generator(model, tokenizer, model.sequence_length)
+print(repr(generator.generate(eval(sys.argv[1]), Decoder("greedy"), 20)))
+"""
+    expected = trainer.generate(str(run.path), PROMPTS, "greedy", 20)
+    assert in_fresh_process(program, repr(PROMPTS)).strip() == repr(expected)
+    assert len(set(expected)) == len(PROMPTS)

@@ -1,0 +1,66 @@
+"""The card of a model: what it was trained on, for how long, and how well it does, as Markdown.
+
+A number that the run does not know is left out.
+"""
+
+import math
+from typing import NamedTuple
+
+from trainer.config.settings import Config
+from trainer.runs.results import Evaluation
+from trainer.version import __version__
+
+
+class Card(NamedTuple):
+    """What is known about a model that leaves its run.
+
+    Attributes:
+        name: the name of the run.
+        config: the settings of the run.
+        step: the steps that the model was trained for.
+        num_parameters: the number of weights.
+        vocabulary_size: the number of tokens.
+        evaluation: the score on the whole validation text; None if this step has none.
+        loss: nats per token on the validation batches of an evaluation while training; None if this step has none.
+    """
+
+    name: str
+    config: Config
+    step: int
+    num_parameters: int
+    vocabulary_size: int
+    evaluation: Evaluation | None
+    loss: float | None
+
+    def to_markdown(self, how_to_load: str) -> str:
+        """Returns the card.
+
+        Args:
+            how_to_load: Python code that loads the model.
+        """
+        train = self.config.train
+        rows = {
+            "trained on": f"`{self.config.data.train}`",
+            "steps": f"{self.step:,}, each of {train.global_batch_size:,} examples of at most "
+            f"{train.sequence_length:,} tokens",
+            **self._score(),
+            "parameters": f"{self.num_parameters:,}",
+            "vocabulary": f"{self.vocabulary_size:,} tokens, {self.config.tokenizer.kind}",
+            "context": f"{train.sequence_length:,} tokens, the first of which begins a document",
+            "trainer": __version__,
+        }
+        table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+        return (
+            f"# {self.name}\n\nA GPT language model.\n\n| what | value |\n|---|---|\n{table}\n\n"
+            f"## How to load it\n\n```python\n{how_to_load}\n```\n\n"
+            f"## Settings\n\n```toml\n{self.config.to_toml().strip()}\n```\n"
+        )
+
+    def _score(self) -> dict[str, str]:
+        if self.evaluation is not None:
+            return {"validation": str(self.evaluation)}
+        if self.loss is not None:
+            batches = self.config.evaluation.num_batches
+            on = "the validation text" if batches is None else f"{batches:,} batches of the validation text"
+            return {"validation": f"loss {self.loss:.4f} nats per token, perplexity {math.exp(self.loss):.2f}, on {on}"}
+        return {}

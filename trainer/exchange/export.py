@@ -1,0 +1,133 @@
+"""Writes the model of a run in the format of other programs, with its tokenizer and its card.
+
+All that can be refused is refused before TensorFlow is loaded. What is written is whole or not there.
+"""
+
+import contextlib
+import difflib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.errors import UserError, quoted
+from trainer.exchange.card import Card
+from trainer.exchange.open import OpenedModel, open_model
+from trainer.model.build import GPT_MODEL
+from trainer.model.size import count_parameters
+from trainer.runs.results import read_result, read_scores
+from trainer.runs.run_folder import CONFIG, CheckpointStep, RunFolder, run_and_step
+from trainer.system.storage import locate, on_disk, reason_and_remedy
+from trainer.system.terminal import quiet_import
+from trainer.system.whole import written_whole
+
+FORMATS = ("keras",)
+# The name of the card in a folder or file, and of the facts that trainer itself reads again.
+CARD = "README.md"
+FACTS = "export.json"
+
+
+class Exported(NamedTuple):
+    """A model that was written.
+
+    Attributes:
+        path: the file or folder.
+        step: the steps that the model was trained for.
+        num_bytes: the size of all its files.
+        how_to_load: Python code that loads the model.
+    """
+
+    path: Path
+    step: int
+    num_bytes: int
+    how_to_load: str
+
+    def __str__(self) -> str:
+        size = f"{self.num_bytes / 1e6:,.1f} MB"
+        return f"{self.path}: the model of step {self.step:,}, {size}. To load it:\n\n{self.how_to_load}"
+
+
+def export(
+    path: str,
+    to: str,
+    output: str | None = None,
+    step: str | CheckpointStep | None = None,
+    say: Callable[[str], None] = print,
+) -> Exported:
+    """Writes the model of a run; see `trainer.export`."""
+    run = RunFolder(run_and_step(path, step)[0])
+    _check(run, to)
+    target = _target(run, to, output)
+    with quiet_import():
+        from trainer.exchange.keras_file import HOW_TO_LOAD, write_keras
+
+    opened = open_model(path, step=step, say=say)
+    card = _card(run, opened).to_markdown(HOW_TO_LOAD.format(path=target.name))
+    with _reported(target), written_whole(target) as partial:
+        write_keras(opened.model, _files(run, card, opened.step), partial)
+        num_bytes = _num_bytes(partial)
+    return Exported(target, opened.step, num_bytes, HOW_TO_LOAD.format(path=str(target)))
+
+
+def _check(run: RunFolder, to: str) -> None:
+    """Raises UserError if the run's model cannot be written in a format."""
+    if to not in FORMATS:
+        nearest = difflib.get_close_matches(str(to), FORMATS, n=1)
+        hint = f" Did you mean {nearest[0]}?" if nearest else ""
+        raise UserError(f"to={to!r} is not a format; choose one of {', '.join(FORMATS)}.{hint}")
+    if run.facts["model"] != GPT_MODEL:
+        raise UserError(
+            f"{run.path} trains a foreign model, which {run.facts['model']} built, and export writes only trainer's "
+            f"GPT. From Python, trainer.resume({str(run.path)!r}, build_model).model is that model; call its save()."
+        )
+
+
+def _target(run: RunFolder, to: str, output: str | None) -> Path:
+    """Returns the file or folder to write, which is not there yet."""
+    suffix = ".keras" if to == "keras" else f"-{to}"
+    home = Path.cwd() if run.path == Path() else run.path
+    target = locate(f"{home}{suffix}" if output is None else output)
+    if not isinstance(target, Path):
+        raise UserError(f"{target}: an export is written to a disk; name a place there with --output, and copy it.")
+    if to == "keras" and target.suffix != ".keras":
+        raise UserError(f"output={str(target)!r}: Keras reads only files whose name ends with .keras; add that.")
+    if target.exists():
+        raise UserError(f"{target} is there already; delete it, or name another place with --output.")
+    return target
+
+
+@contextlib.contextmanager
+def _reported(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written: {reason_and_remedy(error)}, or name another place with --output "
+            f"{quoted('FOLDER')}; nothing half-written is left."
+        ) from None
+
+
+def _card(run: RunFolder, opened: OpenedModel) -> Card:
+    result, vocabulary_size = read_result(run, opened.step), opened.tokenizer.vocabulary_size
+    return Card(
+        name=run.path.name,
+        config=run.config,
+        step=opened.step,
+        num_parameters=count_parameters(run.config, vocabulary_size),
+        vocabulary_size=vocabulary_size,
+        evaluation=None if result is None else result[0],
+        loss=read_scores(run).get(opened.step),
+    )
+
+
+def _files(run: RunFolder, card: str, step: int) -> dict[str, bytes]:
+    """Returns the files that belong to the model, by their names."""
+    with on_disk(run.path / "tokenizer") as folder:
+        tokenizer = {f"tokenizer/{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
+    facts = json.dumps({"step": step}) + "\n"
+    return {CARD: card.encode(), CONFIG: run.config.to_toml().encode(), FACTS: facts.encode(), **tokenizer}
+
+
+def _num_bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
