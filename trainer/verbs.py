@@ -20,6 +20,7 @@ from trainer.distributed.tpu_install import check_tpu_install
 from trainer.distributed.workers import Workers, find_workers
 from trainer.errors import UserError
 from trainer.exchange.open import open_model, read_config
+from trainer.exchange.source import check_source
 from trainer.exit_status import ExitStatus
 from trainer.hardware.devices import parse_target
 from trainer.planning.plan import print_compiled, print_plan
@@ -41,7 +42,7 @@ def prepare(options: argparse.Namespace) -> None:
     # Here Ctrl-C ends the process at once: an import may catch KeyboardInterrupt.
     with ended_by([signal.SIGINT], Ending()), quiet_import():
         check_sources(config)
-        if config.tokenizer.kind == "wordpiece":
+        if config.tokenizer.kind in ("wordpiece", "saved"):
             import trainer.tokenizers.wordpiece  # noqa: F401
     if options.runner == "beam":
         prepare_with_beam(config, options.beam_options, say)
@@ -102,6 +103,7 @@ def _check_started(options: argparse.Namespace) -> Config:
     options.ending.advice = lambda: how_to_resume(config)
     with quiet_import():
         if is_new:
+            check_source(config)
             check_sources(config)
         find_workers(config.distribution)  # Loads TensorFlow if SLURM started this process.
     return config

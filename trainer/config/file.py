@@ -17,7 +17,7 @@ import pydantic
 
 from trainer.config.overrides import FLOAT, apply_overrides, read_toml
 from trainer.config.refusals import explain, shown, unwritable
-from trainer.config.settings import Config, DataConfig
+from trainer.config.settings import Config, DataConfig, learns_vocabulary, tokenizer_tag
 from trainer.errors import UserError, quoted
 
 # The configs that ship with trainer; in a checkout this folder is a link to configs/.
@@ -97,6 +97,17 @@ def whole_number(text: str) -> int | None:
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
+def split_step(path: str) -> tuple[str, str | None]:
+    """Returns a run's folder, and the step of the checkpoint that a path also names: RUN@1000, RUN@best, or the
+    checkpoint's own folder, RUN/checkpoints/step_000001000. The step is None if the path names none.
+    """
+    if named := re.fullmatch(r"(.*[^/])@(best|[0-9]{1,18})", path, re.DOTALL):
+        return named[1], named[2]
+    if named := re.fullmatch(r"(?:(.*)/)?checkpoints/step_([0-9]{1,18})/*", path, re.DOTALL):
+        return named[1] or ".", named[2]
+    return path, None
+
+
 # The settings that a resumed run may change: they decide the devices and the costs, but not the resulting model.
 RESUMABLE = (
     "distribution.",
@@ -171,6 +182,7 @@ def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> C
     merged = copy.deepcopy(dict(settings))
     overrides = list(overrides)
     apply_overrides(merged, overrides)
+    _take_tokenizer_of_source(merged, overrides)
     problems = [*unwritable(merged, "")]
     if problems:
         raise UserError("\n".join(problems))
@@ -181,6 +193,29 @@ def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> C
         raise UserError("\n".join(explain(problem) for problem in error.errors())) from None
     _check_effect(config.data, overrides)
     return config
+
+
+def _take_tokenizer_of_source(settings: dict[str, Any], overrides: Iterable[str]) -> None:
+    """With init.from, replaces a tokenizer that would learn another vocabulary by the tokenizer of that model, in
+    place. A file may describe such a tokenizer, because it may be meant for runs from the start, too.
+
+    Raises:
+        UserError: an override describes such a tokenizer.
+    """
+    init, tokenizer = settings.get("init"), settings.get("tokenizer", {})
+    source = init.get("from") if isinstance(init, dict) else None
+    if not isinstance(source, str) or not source:
+        return
+    if isinstance(tokenizer, dict) and (not tokenizer or learns_vocabulary(tokenizer_tag(tokenizer))):
+        for override in overrides:
+            if override.startswith("tokenizer") and override.partition("=")[2].strip().lower() != "none":
+                raise UserError(
+                    f"{shown(override)} has no effect with init.from={source!r}, whose tokenizer is used; leave out "
+                    "one of the two."
+                )
+        tokenizer = settings["tokenizer"] = {"kind": "saved"}
+    if isinstance(tokenizer, dict) and tokenizer.get("kind") == "saved":
+        tokenizer.setdefault("path", split_step(source)[0])
 
 
 def _check_effect(data: DataConfig, overrides: Iterable[str]) -> None:

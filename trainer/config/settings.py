@@ -198,6 +198,15 @@ class BpeFileConfig(Section):
     """A tokenizer.json of Hugging Face."""
 
 
+class SavedTokenizerConfig(Section):
+    """The tokenizer of a run or of a Hugging Face model, of whatever kind."""
+
+    kind: Literal["saved"]
+    path: Annotated[str, Field(min_length=1)]
+    """The folder of a run, or a folder with a tokenizer.json of Hugging Face. With init.from this is the default, and
+    the folder is the one of init.from."""
+
+
 class CharConfig(Section):
     """One token per character of the text."""
 
@@ -223,15 +232,45 @@ def tokenizer_tag(settings: Any) -> str | None:
     return f"{kind} file" if kind in ("wordpiece", "bpe") and "path" in settings else kind
 
 
+def learns_vocabulary(tag: str | None) -> bool:
+    """Returns whether the tokenizer of a tag takes its vocabulary from the text."""
+    return tag in ("wordpiece", "bpe", "char")
+
+
 TokenizerConfig = Annotated[
     Annotated[WordPieceConfig, Tag("wordpiece")]
     | Annotated[WordPieceFileConfig, Tag("wordpiece file")]
     | Annotated[BpeConfig, Tag("bpe")]
     | Annotated[BpeFileConfig, Tag("bpe file")]
+    | Annotated[SavedTokenizerConfig, Tag("saved")]
     | Annotated[CharConfig, Tag("char")]
     | Annotated[ByteConfig, Tag("byte")],
     Discriminator(tokenizer_tag),
 ]
+
+
+# No class body can have a field of this name, because `from` is a keyword of Python.
+_FROM: dict[str, Any] = {
+    "from": (
+        Annotated[str, Field(min_length=1)] | None,
+        Field(
+            None,
+            description="The model whose weights a new run begins with: a run, RUN@1000 or RUN@best for another of its "
+            "checkpoints than the newest, or a folder of Hugging Face. The sizes of the model must be the same. Steps "
+            "and optimizer begin anew. By default the weights are random.",
+        ),
+    )
+}
+
+
+class InitConfig(pydantic.create_model("_From", __base__=Section, **_FROM)):  # type: ignore[misc]
+    """What a new run begins with."""
+
+    @property
+    def source(self) -> str | None:
+        """The value of init.from."""
+        value: str | None = getattr(self, "from")
+        return value
 
 
 class ModelConfig(Section):
@@ -556,6 +595,7 @@ class Config(Section):
     tokenizer: TokenizerConfig = WordPieceConfig(kind="wordpiece")
     model: ModelConfig = ModelConfig()
     train: TrainConfig
+    init: InitConfig = InitConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     samples: SamplesConfig = SamplesConfig()
@@ -636,7 +676,7 @@ class Config(Section):
 
     def vocabulary_size(self) -> int | None:
         """Returns the most tokens that there can be; None if only the text or a file decides."""
-        if isinstance(self.tokenizer, CharConfig | WordPieceFileConfig | BpeFileConfig):
+        if isinstance(self.tokenizer, CharConfig | WordPieceFileConfig | BpeFileConfig | SavedTokenizerConfig):
             return None
         return self.tokenizer.vocabulary_size
 

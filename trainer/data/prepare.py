@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config.settings import BpeFileConfig, Config, WordPieceFileConfig
+from trainer.config.settings import BpeFileConfig, Config, SavedTokenizerConfig, WordPieceFileConfig
 from trainer.data.coverage import notes_on_examples
 from trainer.data.encoding import Findings, Writers, encode_documents, report
 from trainer.data.partial_folder import PROGRESS, empty, written_whole
@@ -147,7 +147,7 @@ def _prepare_on_disk(
     for path in set(source.train_inputs) & set(source.validation_inputs):
         say(f"warning: {path} is in data.train and in data.validation")
     if others := sorted(folder.parent.glob(f"{glob.escape(config.prepared_name())}-*")):
-        of_file = isinstance(config.tokenizer, WordPieceFileConfig | BpeFileConfig)
+        of_file = isinstance(config.tokenizer, WordPieceFileConfig | BpeFileConfig | SavedTokenizerConfig)
         what = "the text or the file of tokenizer.path" if of_file else "the text"
         say(f"{what} is not the one of {others[-1]}; preparing it anew (that folder stays)")
     if config.data.documents == "auto":

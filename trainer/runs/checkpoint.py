@@ -59,6 +59,10 @@ class Checkpoint(NamedTuple):
         """The number of steps taken before it was saved."""
         return int(self.manifest["step"])
 
+    def has(self, group: str) -> bool:
+        """Returns whether the checkpoint has a group. The first one of a run may lack `optimizer`: it begins anew."""
+        return f"{group}.safetensors" in self.manifest["files"]
+
     def arrays(self, group: str) -> dict[str, np.ndarray]:
         """Reads a group of arrays, such as `weights`, and verifies it again.
 
@@ -228,7 +232,7 @@ class Checkpoints:
         return min(steps, key=lambda step: (self.scores[step], step), default=None)
 
     def _folder_of(self, step: int) -> Location:
-        return self.folder / f"step_{step:09d}"
+        return folder_of(self.folder, step)
 
     def _write_or_try_again(self, step: int, groups: Mapping[str, Arrays], facts: Mapping[str, Any]) -> None:
         tries_left = LAST_TRIES
@@ -262,14 +266,11 @@ class Checkpoints:
 
     def _write(self, step: int, groups: Mapping[str, Arrays], facts: Mapping[str, Any]) -> None:
         final = self._folder_of(step)
-        files = {f"{group}.safetensors": _serialized(arrays) for group, arrays in groups.items()}
-        manifest = sealed(
-            {"format": FORMAT, "step": step, **facts, "files": {n: _identity(d) for n, d in files.items()}}
-        )
+        files, manifest = _files_of(step, groups, facts)
         # A resumed run that is stopped before its first step saves the checkpoint that it has just read, perhaps its
         # only one. Replacing the folder would leave a moment without it. The facts may differ by an override.
         if not self._holds(step, manifest["files"]):
-            self._write_folder(final, files, manifest)
+            _write_folder(final, files, manifest)
         if not isinstance(self.folder, Url):
             with _as_user_error(f"The checkpoint {final} is whole, but a loss of power could still undo it"):
                 sync(self.folder)
@@ -282,10 +283,6 @@ class Checkpoints:
             return bool(self.of_step(step).manifest["files"] == files)
         except UserError:
             return False
-
-    def _write_folder(self, final: Location, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
-        with _as_user_error(f"Cannot write the checkpoint {final}"):
-            write_whole_folder(final, {**files, MANIFEST: json.dumps(manifest, indent=2).encode()})
 
     def _remove_before(self, step: int) -> None:
         """Removes old checkpoints except the best one. If one cannot be removed, the next call tries again."""
@@ -326,6 +323,42 @@ def _as_user_error(what: str) -> Iterator[None]:
         yield
     except (OSError, UserError, tf.errors.OpError) as error:
         raise UserError(f"{what}: {reason_and_remedy(error)}.") from error
+
+
+def folder_of(checkpoints: Location, step: int) -> Location:
+    """Returns the folder of the checkpoint of a step, given the folder of all of them."""
+    return checkpoints / f"step_{step:09d}"
+
+
+def write_first(checkpoints: Location, step: int, groups: Mapping[str, Arrays], facts: Mapping[str, Any]) -> None:
+    """Writes the first checkpoint of a new run, whose other checkpoints `Checkpoints` writes. Waits until it is there.
+
+    Args:
+        checkpoints: the folder that will hold a folder per step.
+        step: the steps taken so far.
+        groups: arrays by name, by group.
+        facts: more entries for the manifest; JSON.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    _write_folder(folder_of(checkpoints, step), *_files_of(step, groups, facts))
+    if not isinstance(checkpoints, Url):
+        sync(checkpoints)
+
+
+def _files_of(
+    step: int, groups: Mapping[str, Arrays], facts: Mapping[str, Any]
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Returns the files of a checkpoint, and its manifest."""
+    files = {f"{group}.safetensors": _serialized(arrays) for group, arrays in groups.items()}
+    identities = {name: _identity(content) for name, content in files.items()}
+    return files, sealed({"format": FORMAT, "step": step, **facts, "files": identities})
+
+
+def _write_folder(final: Location, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
+    with _as_user_error(f"Cannot write the checkpoint {final}"):
+        write_whole_folder(final, {**files, MANIFEST: json.dumps(manifest, indent=2).encode()})
 
 
 def assign(variables: Mapping[str, Any], arrays: Arrays, source: str | Location) -> None:

@@ -1,18 +1,21 @@
 """Opens the checkpoints of a run, finds the one that is meant, and loads a model from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from trainer.config.file import differing_settings, make_config, shortened
 from trainer.errors import UserError, quoted
 from trainer.model.build import BuildModel, make_model
 from trainer.model.language_model import adapt
-from trainer.runs.checkpoint import Checkpoint, Checkpoints, assign
+from trainer.runs.checkpoint import Checkpoint, Checkpoints, assign, write_first
+from trainer.runs.parentage import Beginning
 from trainer.runs.results import read_scores
 from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import CONFIG, CheckpointStep, RunFolder
+from trainer.system.storage import Location
 
 # The facts of a run's record that the manifest of each checkpoint repeats.
 _FACTS = ("data_fingerprint", "tokenizer_fingerprint", "model")
@@ -98,6 +101,30 @@ def load_model(
         UserError: the checkpoint does not exist, is damaged, or belongs to another model.
     """
     run.check_model(build_model)
+    checkpoint, groups = read_checkpoint(run, ("weights",), say, step)
+    tokenizer = load_tokenizer_of(run)
+    model = make_model(build_model, run.config, tokenizer.vocabulary_size, tokenizer.bos_id)
+    assign(adapt(model).named_variables(), groups["weights"], checkpoint.folder)
+    return model, checkpoint
+
+
+def read_checkpoint(
+    run: RunFolder,
+    names: Sequence[str],
+    say: Callable[[str], None] = print,
+    step: CheckpointStep | None = None,
+) -> tuple[Checkpoint, dict[str, dict[str, np.ndarray]]]:
+    """Reads groups of arrays of a checkpoint of a run, in which another process may be training.
+
+    Args:
+        run: the run.
+        names: the groups to read; a group that the checkpoint does not have is left out.
+        say: prints a line.
+        step: the checkpoint's step, or "best" for the one with the lowest validation loss; None: the newest.
+
+    Raises:
+        UserError: the checkpoint does not exist, is damaged, or belongs to another run.
+    """
     while True:
         checkpoints = open_checkpoints(run, say)
         seen = checkpoints.steps(), checkpoints.scores
@@ -107,21 +134,27 @@ def load_model(
                 raise UserError(
                     f"{run.path} has no checkpoint yet; train on with: trainer train --resume {quoted(run.path)}"
                 )
-            weights = checkpoint.arrays("weights")
-            break
+            return checkpoint, {name: checkpoint.arrays(name) for name in names if checkpoint.has(name)}
         except UserError:
             # The process that trains may have replaced it by a newer or a better one since it was listed.
             if seen == (checkpoints.steps(), read_scores(run)):
                 raise
-    tokenizer = load_tokenizer_of(run)
-    model = make_model(build_model, run.config, tokenizer.vocabulary_size, tokenizer.bos_id)
-    assign(adapt(model).named_variables(), weights, checkpoint.folder)
-    return model, checkpoint
 
 
 def facts_of(run: RunFolder) -> dict[str, Any]:
     """Returns the facts about a run that the manifest of each checkpoint repeats."""
     return {key: run.facts[key] for key in _FACTS} | {"config": run.config.model_dump(mode="json")}
+
+
+def write_beginning(beginning: Beginning, folder: Location, facts: dict[str, Any]) -> None:
+    """Writes the first checkpoint of a new run, and adds to the run's record where it comes from.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    manifest = {key: facts[key] for key in (*_FACTS, "config")}
+    write_first(folder / "checkpoints", beginning.step, beginning.groups, manifest)
+    facts |= {"has_saved": True, "parents": list(beginning.parents), "first_step": beginning.step}
 
 
 def _fault_of(run: RunFolder, manifest: dict[str, Any]) -> str | None:

@@ -12,8 +12,7 @@ logs/         for TensorBoard; see monitor.py
 
 import contextlib
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -24,6 +23,7 @@ from trainer.config.file import (
     make_config,
     parse_config,
     shortened,
+    split_step,
     whole_number,
 )
 from trainer.config.settings import Config
@@ -49,8 +49,10 @@ CONFIG = "config.toml"
 SCORES = "scores.json"
 RESULT = "result.json"
 FORMAT = 2
+# Marks a folder in which a first checkpoint is written before the record. Without it checkpoints/ is the user's.
+_BEGUN = "begun"
 # What a process that was killed while it made a run's folder can have left. A folder with only these is free.
-_MADE_BEFORE_RECORD = {"lock", "tokenizer", f"{RECORD}.partial"}
+_MADE_BEFORE_RECORD = {"lock", "tokenizer", f"{RECORD}.partial", _BEGUN, f"{_BEGUN}.partial"}
 
 CheckpointStep = int | Literal["best"]
 
@@ -107,8 +109,21 @@ class RunFolder:
         return run
 
     @classmethod
-    def create(cls, config: Config, prepared: "PreparedData", build_model: BuildModel | None = None) -> Self:
+    def create(
+        cls,
+        config: Config,
+        prepared: "PreparedData",
+        build_model: BuildModel | None = None,
+        write_first: Callable[[Location, dict[str, Any]], None] | None = None,
+    ) -> Self:
         """Makes the folder of a new run. If other processes could do so too, call it under `run_lock.only_run_in`.
+
+        Args:
+            config: the run's configuration.
+            prepared: the run's data.
+            build_model: builds the run's model; None: the GPT that config describes.
+            write_first: writes the run's first checkpoint, given the folder and the record, and adds to the record;
+                None: the run begins with random weights.
 
         Raises:
             UserError: the folder is there already and not empty, or cannot be written.
@@ -130,10 +145,17 @@ class RunFolder:
         }
         try:
             make_folder(path)
+            if (path / _BEGUN).is_file():  # A process was killed here.
+                _undo(path)
+            if write_first is not None:
+                # Before the record: a run that has one never begins with random weights.
+                write_whole(path / _BEGUN, "")
+                write_first(path, facts)
             copy_folder(prepared.folder / "tokenizer", path / "tokenizer")
             if isinstance(path, Path):
                 sync_tree(path / "tokenizer")
             _write_record(path, facts)  # A folder with a record is a run: the rest can be made from it.
+            remove_file(path / _BEGUN)
             write_whole(path / CONFIG, config.to_toml())
         except BaseException as error:
             _undo(path)
@@ -221,11 +243,13 @@ class RunFolder:
         self.facts = self.facts | facts
 
     def write_config_file(self) -> None:
-        """Writes config.toml from the record, if it is not there.
+        """Writes config.toml from the record, if it is not there, and removes what a killed process has left.
 
         Raises:
             UserError: the file cannot be written.
         """
+        with contextlib.suppress(OSError, UserError):
+            remove_file(self.path / _BEGUN)
         if not (self.path / CONFIG).is_file():
             self._write_config_file(make_config(self.facts["config"]))
 
@@ -269,7 +293,7 @@ def run_and_step(path: str, step: str | int | None = None) -> tuple[str, Checkpo
     """Returns a run's folder and the step of the checkpoint that the user means; None for the newest checkpoint.
 
     Args:
-        path: a run's folder, or the folder of one of its checkpoints: RUN/checkpoints/step_000001000.
+        path: a run's folder, RUN@1000 or RUN@best, or the folder of a checkpoint: RUN/checkpoints/step_000001000.
         step: a number of steps, or "best"; None: the step in path, if there is one.
 
     Raises:
@@ -278,12 +302,13 @@ def run_and_step(path: str, step: str | int | None = None) -> tuple[str, Checkpo
     given: CheckpointStep | None = "best" if step == "best" else whole_number(str(step))
     if step is not None and given is None:
         raise UserError(f"step={step!r} is not a step of a checkpoint; give a number of steps, or 'best'.")
-    named = re.fullmatch(r"(?:(.*)/)?checkpoints/step_([0-9]{1,18})/*", str(path))
-    if named is None:
-        return str(path), given
-    if given is not None and given != int(named[2]):
+    folder, in_path = split_step(str(path))
+    if in_path is None:
+        return folder, given
+    named: CheckpointStep = "best" if in_path == "best" else int(in_path)
+    if given not in (None, named):
         raise UserError(f"{path} and step={step!r} are two different checkpoints; leave out one of them.")
-    return named[1] or ".", int(named[2])
+    return folder, named
 
 
 def find_run(config: Config, or_resume: bool) -> RunFolder | None:
@@ -319,6 +344,8 @@ def check_is_free(config: Config) -> None:
         )
     # A process that was killed has left its lock, too. Without a lock, a tokenizer/ is a file of the user.
     may_be_there = _MADE_BEFORE_RECORD if "lock" in names or isinstance(path, Url) else set()
+    if _BEGUN in names:
+        may_be_there = may_be_there | {"checkpoints"}
     if path.is_file() or not names <= may_be_there:
         raise UserError(f"run_folder={config.run_folder!r} is there already and is not a run; choose another folder.")
 
@@ -327,7 +354,7 @@ def _undo(path: Location) -> None:
     """Removes the files of a run in which no step was taken."""
     for name in ("logs", "checkpoints"):
         remove_folder(path / name)
-    for name in (CONFIG, f"{CONFIG}.partial", RECORD, f"{RECORD}.partial"):
+    for name in (CONFIG, f"{CONFIG}.partial", RECORD, f"{RECORD}.partial", f"{_BEGUN}.partial", _BEGUN):
         remove_file(path / name)
     # Last: `check_is_free` accepts a folder in which only the tokenizer is left.
     remove_folder(path / "tokenizer")

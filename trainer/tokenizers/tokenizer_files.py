@@ -12,18 +12,22 @@ from trainer.config.settings import (
     BpeConfig,
     BpeFileConfig,
     CharConfig,
+    SavedTokenizerConfig,
     TokenizerConfig,
     WordPieceConfig,
     WordPieceFileConfig,
 )
 from trainer.errors import UserError
-from trainer.system.storage import locate
+from trainer.system.storage import Location, locate, on_disk
 from trainer.text.files import Document, parts_of
 from trainer.text.formats import SAMPLE_BYTES, START_BYTES, fault_of_bytes, fault_of_start
 from trainer.tokenizers.bpe import BpeTokenizer, check_round_trip
 from trainer.tokenizers.characters import ByteTokenizer, CharTokenizer
 from trainer.tokenizers.tokenizer import Tokenizer, parse_tokenizer_json
 from trainer.tokenizers.vocabulary import SPECIAL_TOKENS, train_bpe, train_wordpiece
+
+# The file of a saved tokenizer that names its kind and its fingerprint.
+SETTINGS = "settings.json"
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -35,7 +39,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     tokenizer: Tokenizer
     try:
-        settings = json.loads((folder / "settings.json").read_text("utf-8"))
+        settings = json.loads((folder / SETTINGS).read_text("utf-8"))
         if settings["kind"] == "wordpiece":
             lines = (folder / "vocab.txt").read_bytes().decode().split("\n")[:-1]  # A token may hold \r.
             tokenizer = _wordpiece(lines, settings["lowercase"])
@@ -65,6 +69,8 @@ def train_tokenizer(config: TokenizerConfig, documents: Iterable[Document]) -> T
     Raises:
         UserError: the vocabulary is too small for the characters of the text, or tokenizer.path cannot be used.
     """
+    if isinstance(config, SavedTokenizerConfig):
+        return _saved(config)
     if isinstance(config, WordPieceFileConfig | BpeFileConfig):
         return _from_file(config)
     if isinstance(config, WordPieceConfig):
@@ -80,14 +86,17 @@ def train_tokenizer(config: TokenizerConfig, documents: Iterable[Document]) -> T
 
 
 def read_tokenizer_file(config: TokenizerConfig) -> bytes | None:
-    """Returns the content of the file that tokenizer.path names, or None if the config names none.
+    """Returns the content of the file that tokenizer.path names, or None if the config names none. In a run's folder
+    the file is the one that has the tokenizer's fingerprint.
 
     Raises:
         UserError: it cannot be read.
     """
-    if not isinstance(config, WordPieceFileConfig | BpeFileConfig):
+    if not isinstance(config, WordPieceFileConfig | BpeFileConfig | SavedTokenizerConfig):
         return None
     path = locate(config.path)
+    if isinstance(config, SavedTokenizerConfig):
+        path = _saved_file(config)
     try:
         # A pipe would have to be read more than once, and a device may have no end.
         if isinstance(path, Path) and stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
@@ -95,6 +104,30 @@ def read_tokenizer_file(config: TokenizerConfig) -> bytes | None:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"tokenizer.path={config.path!r}: cannot be read: {error.strerror or error}.") from None
+
+
+def _saved_file(config: SavedTokenizerConfig) -> Location:
+    """Returns the file that shows which tokenizer a folder holds."""
+    folder = locate(config.path)
+    for file in (folder / "tokenizer" / SETTINGS, folder / SETTINGS, folder / "tokenizer.json"):
+        if file.is_file():
+            return file
+    raise UserError(
+        f"tokenizer.path={config.path!r} has no tokenizer: it is neither a run's folder, which has a tokenizer/, nor a "
+        "folder with a tokenizer.json of Hugging Face. Give one of these, or another tokenizer.kind and tokenizer.path."
+    )
+
+
+def _saved(config: SavedTokenizerConfig) -> Tokenizer:
+    file = _saved_file(config)
+    if file.name != SETTINGS:
+        return _from_file(BpeFileConfig(kind="bpe", path=str(file)))
+    folder = locate(str(file).removesuffix(f"/{SETTINGS}"))
+    with on_disk(folder) as copy:
+        try:
+            return load_tokenizer(copy)
+        except UserError as error:
+            raise UserError(f"tokenizer.path={config.path!r}: {str(error).partition('; delete')[0]}.") from None
 
 
 def _wordpiece(vocabulary: list[str], lowercase: bool) -> Tokenizer:

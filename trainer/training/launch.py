@@ -33,8 +33,10 @@ from trainer.distributed.strategy import (
 )
 from trainer.distributed.workers import Workers, describe_loss, find_workers
 from trainer.errors import UserError, quoted
+from trainer.exchange.starting_weights import read_beginning
 from trainer.model.build import BuildModel
-from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints
+from trainer.runs.parentage import Beginning
+from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints, write_beginning
 from trainer.runs.run_data import find_prepared
 from trainer.runs.run_folder import CheckpointStep, RunFolder, find_run, run_and_step
 from trainer.runs.run_lock import only_run_in
@@ -139,10 +141,11 @@ def _launch_one(request: Request, workers: Workers, say: Say) -> TrainingResult:
     config = request.config
     strategy = open_devices(config, workers, say)
     _check_shares(config, strategy.num_replicas_in_sync)
+    beginning = _beginning(request, read_beginning, say)
     prepared = _prepared(request, prepare, say)
     if request.run is not None and request.may_prepare:
         report_changed_text(config, prepared, say, text_fingerprint)
-    run = request.run or RunFolder.create(config, prepared, request.build_model)
+    run = request.run or _create(request, prepared, beginning)
     return train(run, workers, strategy, prepared, request.build_model, say, request.step)
 
 
@@ -156,29 +159,50 @@ def _launch_several(request: Request, workers: Workers, say: Say) -> TrainingRes
 
     with Meeting(workers) as meeting:
         meeting.agree(fingerprints(config, request.build_model))
+        read_elsewhere = functools.partial(call_in_new_process, read_beginning)
+        beginning = meeting.in_turn(lambda: _beginning(request, read_elsewhere, say) if workers.is_chief else None)
         # The chief prepares the data; then the others find it. Because of this order the shared prepared folder needs
         # no locks.
         prepared = meeting.in_turn(lambda: _prepared(request, prepare_elsewhere, say))
         meeting.agree({"the prepared data": prepared.fingerprint})
         if workers.is_chief and request.run is not None and request.may_prepare:
             report_changed_text(config, prepared, say, functools.partial(call_in_new_process, text_fingerprint))
-        run = meeting.in_turn(lambda: _run_of_several(request, workers, prepared))
+        run = meeting.in_turn(lambda: _run_of_several(request, workers, prepared, beginning))
         meeting.agree(contents(run, request.step))
     with _reporting_lost_workers(run, workers):
         strategy = open_devices(run.config, workers, say)
         return train(run, workers, strategy, prepared, request.build_model, say, request.step)
 
 
-def _run_of_several(request: Request, workers: Workers, prepared: PreparedData) -> RunFolder:
+def _run_of_several(
+    request: Request, workers: Workers, prepared: PreparedData, beginning: Beginning | None
+) -> RunFolder:
     """Returns the run to go on with, or the new one, which the chief makes before the others open it."""
     if request.run is not None:
         return request.run
     if not workers.is_chief:
         return RunFolder.of(request.config)
-    run = RunFolder.create(request.config, prepared, request.build_model)
+    run = _create(request, prepared, beginning)
     # Keep the folder if a worker is lost before the first step: the message advises to resume the run.
     run.is_new = False
     return run
+
+
+def _beginning(request: Request, read: Callable[..., Beginning | None], say: Say) -> Beginning | None:
+    """Returns what a new run begins with; None: random weights, or the run is not new.
+
+    Args:
+        request: the run to start or resume.
+        read: `read_beginning`, or a function that calls it in another process.
+        say: prints a line.
+    """
+    return None if request.run is not None else read(request.config, request.build_model is not None, say=say)
+
+
+def _create(request: Request, prepared: PreparedData, beginning: Beginning | None) -> RunFolder:
+    """Makes the folder of a new run, with its first checkpoint if it does not begin with random weights."""
+    write_first = None if beginning is None else functools.partial(write_beginning, beginning)
+    return RunFolder.create(request.config, prepared, request.build_model, write_first)
 
 
 def _be_silent(_: str) -> None:

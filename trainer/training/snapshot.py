@@ -19,6 +19,8 @@ def restore(training_step: TrainingStep, checkpoint: Checkpoint | None) -> int:
     if checkpoint is None:
         return 0
     assign(training_step.named_variables, checkpoint.arrays("weights"), checkpoint.folder)
+    if checkpoint.step == 0 and not checkpoint.has("optimizer"):
+        return 0  # A new run, which begins with the weights of another model.
     # Runs of older releases did not count the steps that were skipped in a row.
     state = {"skipped_in_a_row": np.zeros([], np.int64), **checkpoint.arrays("optimizer")}
     assign(training_step.state(), state, checkpoint.folder)

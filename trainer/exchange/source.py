@@ -1,0 +1,47 @@
+"""What init.from names: a run, a folder of Hugging Face, or a preset of KerasHub. TensorFlow is not needed to tell."""
+
+from typing import Literal
+
+from trainer.config.file import split_step
+from trainer.config.settings import Config
+from trainer.errors import UserError
+from trainer.runs.run_folder import RECORD, RunFolder
+from trainer.system.storage import locate
+
+KERASHUB = "kerashub:"
+
+SourceKind = Literal["run", "huggingface", "kerashub"]
+
+
+def kind_of_source(source: str) -> SourceKind:
+    """Returns what init.from names.
+
+    Raises:
+        UserError: it names none of the three.
+    """
+    if source.startswith(KERASHUB):
+        return "kerashub"
+    folder = locate(split_step(source)[0])
+    if (folder / RECORD).is_file():
+        return "run"
+    if (locate(source) / "config.json").is_file():
+        return "huggingface"
+    raise UserError(
+        f"init.from={source!r} is neither a run, whose folder has a {RECORD}, nor a folder of Hugging Face, which has "
+        f"a config.json and *.safetensors, nor a preset, such as {KERASHUB}gpt2_base_en. Correct the path, or leave "
+        "out init.from for random weights."
+    )
+
+
+def check_source(config: Config) -> None:
+    """Raises UserError if init.from names nothing that a run can begin with, as far as that can be seen early."""
+    source = config.init.source
+    if source is None or kind_of_source(source) != "run":
+        return
+    folder = split_step(source)[0]
+    if locate(folder) == locate(config.run_folder):
+        raise UserError(
+            f"init.from={source!r} is the run_folder of the new run itself; choose another run_folder, or go on with "
+            f"that run: trainer train --resume {folder}"
+        )
+    RunFolder(folder)

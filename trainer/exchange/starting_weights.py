@@ -1,0 +1,144 @@
+"""Reads the weights that init.from names, for the first checkpoint of a new run: step 0, without an optimizer.
+
+The run's own folder then has all that it needs: it can be killed and resumed at any time without the model that it came
+from, and several workers read it there.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from trainer.config.file import differing_settings, split_step
+from trainer.config.settings import Config
+from trainer.errors import UserError
+from trainer.exchange.source import kind_of_source
+from trainer.model.build import GPT_MODEL
+from trainer.model.size import parameter_shapes
+from trainer.runs.parentage import Beginning, parents_by_run
+from trainer.runs.run_checkpoints import read_checkpoint
+from trainer.runs.run_data import load_tokenizer_of
+from trainer.runs.run_folder import RunFolder, run_and_step
+from trainer.system.terminal import Say
+from trainer.tokenizers.tokenizer import Tokenizer
+from trainer.tokenizers.tokenizer_files import train_tokenizer
+
+POSITIONS = "gpt/position_embedding/embeddings"
+
+Weights = Mapping[str, np.ndarray]
+
+
+def read_beginning(config: Config, is_foreign: bool, say: Say) -> Beginning | None:
+    """Returns what a new run begins with; None if init.from is not set.
+
+    Args:
+        config: the new run's configuration.
+        is_foreign: whether the model is one that a function of the user builds, and not the GPT of the config.
+        say: prints a line for each difference that is not an error.
+
+    Raises:
+        UserError: init.from cannot be read, or its weights or its tokenizer are not those of the config.
+    """
+    source = config.init.source
+    if source is None:
+        return None
+    kind = kind_of_source(source)
+    # With init.from no tokenizer is learned from a text, see `make_config`.
+    tokenizer = train_tokenizer(config.tokenizer, ())
+    if kind == "run":
+        return _from_run(source, config, is_foreign, tokenizer, say)
+    raise UserError(f"init.from={source!r}: only runs can be read so far.")
+
+
+def _from_run(source: str, config: Config, is_foreign: bool, tokenizer: Tokenizer, say: Say) -> Beginning:
+    folder, step = run_and_step(source)
+    parent = RunFolder(folder)
+    check_tokenizer(source, tokenizer, load_tokenizer_of(parent))
+    if is_foreign == (parent.facts["model"] == GPT_MODEL):
+        one, other = ("a foreign model", "the GPT") if is_foreign else ("the GPT", "a foreign model")
+        raise UserError(f"init.from={source!r} has the weights of {other}, and the new run trains {one}.")
+    checkpoint, groups = read_checkpoint(parent, ("weights",), say, step)
+    weights: Weights = groups["weights"]
+    changed = differing_settings(config, parent.config)
+    if not is_foreign:
+        weights = fitted(weights, config, tokenizer.vocabulary_size, source, say, hint=advice(config, parent.config))
+        report_other_meaning(config, parent.config, say)
+    say(f"The run begins with the weights of {parent.path}, step {checkpoint.step}.")
+    return Beginning(0, {"weights": weights}, parents_by_run(parent, checkpoint, "init", changed))
+
+
+def check_tokenizer(source: str, tokenizer: Tokenizer, of_source: Tokenizer) -> None:
+    """Raises UserError if a new run's tokenizer is not the one that the weights were trained with."""
+    if tokenizer.fingerprint != of_source.fingerprint:
+        raise UserError(
+            f"init.from={source!r} was trained with another tokenizer ({of_source.kind}, "
+            f"{of_source.vocabulary_size:,} tokens) than tokenizer.* describes ({tokenizer.kind}, "
+            f"{tokenizer.vocabulary_size:,} tokens), so its weights mean other tokens. Add: tokenizer.kind=saved "
+            f"tokenizer.path={split_step(source)[0]}"
+        )
+
+
+def fitted(
+    weights: Weights, config: Config, vocabulary_size: int, source: str, say: Say, hint: str = ""
+) -> dict[str, np.ndarray]:
+    """Returns weights in the order, shapes and dtype of a config's GPT.
+
+    Positions beyond train.sequence_length are left out, with a line.
+
+    Args:
+        weights: arrays by the names of `parameter_shapes`.
+        config: the config of the GPT.
+        vocabulary_size: the number of tokens.
+        source: the value of init.from, for messages.
+        say: prints a line.
+        hint: what to change, for messages.
+
+    Raises:
+        UserError: a weight is missing, is not of this GPT, or has another shape; the message names the first one.
+    """
+    dtype = np.float64 if config.train.precision == "float64" else np.float32
+    shapes = dict(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
+    found: dict[str, np.ndarray] = {}
+    for name, wanted in shapes.items():
+        array = weights.get(name)
+        if array is not None and name == POSITIONS and len(array) > wanted[0] and array.shape[1:] == wanted[1:]:
+            say(f"init.from={source!r} has {len(array)} positions: the first {wanted[0]} are used.")
+            array = array[: wanted[0]]
+        if array is None or array.shape != wanted:
+            there = "no such weight" if array is None else list(array.shape)
+            raise UserError(
+                f"init.from={source!r} does not fit this config: {name} is {list(wanted)} by the config, and there it "
+                f"is {there}. {hint or 'Change model.* and train.sequence_length to its sizes.'}"
+            )
+        found[name] = array.astype(dtype)
+    for name in weights.keys() - shapes.keys():
+        raise UserError(
+            f"init.from={source!r} does not fit this config: it has {name}, {list(weights[name].shape)}, and the "
+            f"config's model has no such weight. {hint or 'Change model.* to its sizes.'}"
+        )
+    return found
+
+
+def _differences(config: Config, parent: Config) -> Iterator[tuple[str, object, object]]:
+    before = parent.model.model_dump(mode="json")
+    for name, value in config.model.model_dump(mode="json").items():
+        if value != before[name]:
+            yield f"model.{name}", value, before[name]
+
+
+def advice(config: Config, parent: Config) -> str:
+    """Returns the overrides by which a config gets the sizes of its parent's model, as a sentence; "" if none."""
+    overrides = [f"{key}={'none' if was is None else str(was).lower()}" for key, _, was in _differences(config, parent)]
+    if config.model.positions == "learned" and config.train.sequence_length > parent.train.sequence_length:
+        overrides.append(f"train.sequence_length={parent.train.sequence_length}")
+    return f"The sizes of its own config are: {' '.join(overrides)}" if overrides else ""
+
+
+def report_other_meaning(config: Config, parent: Config, say: Say) -> None:
+    """Prints a line if weights of the same shapes are used by another formula: the model is not the parent's."""
+    others = [
+        f"{key}={value} (the parent's: {was})"
+        for key, value, was in _differences(config, parent)
+        if key not in ("model.dropout", "model.num_key_value_heads")
+    ]
+    if others:
+        say(f"warning: the weights fit, but the model computes something else with {'; '.join(others)}.")
