@@ -11,12 +11,18 @@ from trainer.model.ops.plain import PLAIN, Ops
 from trainer.model.ops.xla import XlaOps
 
 X = np.random.default_rng(0).normal(0, 2, (5, 6))
-UPSTREAM = {"relu": X[::-1], "gelu": X[::-1], "swiglu": X[::-1, :3]}
+UPSTREAM = {"relu": X[::-1], "gelu": X[::-1], "gelu_tanh": X[::-1], "swiglu": X[::-1, :3]}
 
 
 def gelu_and_slope(x):
     below = 0.5 + 0.5 * np.vectorize(math.erf)(x / math.sqrt(2))
     return x * below, below + x * np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+
+
+def gelu_tanh_and_slope(x):
+    root = math.sqrt(2 / math.pi)
+    tanh = np.tanh(root * (x + 0.044715 * x**3))
+    return x * (1 + tanh) / 2, (1 + tanh) / 2 + x * (1 - tanh**2) * root * (1 + 3 * 0.044715 * x**2) / 2
 
 
 def expected(activation, x, upstream):
@@ -25,6 +31,9 @@ def expected(activation, x, upstream):
         return np.maximum(x, 0), upstream * (x > 0)
     if activation == "gelu":
         y, slope = gelu_and_slope(x)
+        return y, upstream * slope
+    if activation == "gelu_tanh":
+        y, slope = gelu_tanh_and_slope(x)
         return y, upstream * slope
     gate, linear = np.split(x, 2, axis=1)
     sigmoid = 1 / (1 + np.exp(-gate))

@@ -30,7 +30,7 @@ def refusal(*overrides: str) -> str:
 def test_defaults_are_the_tutorial_s():
     config = make_config(SETTINGS)
     assert (config.model.num_layers, config.model.num_heads, config.model.hidden_dim) == (2, 3, 256)
-    assert config.model.head_dim() == 85
+    assert config.model.head_width() == 85
     assert config.tokenizer.vocabulary_size == 5000
     assert (config.train.sequence_length, config.train.global_batch_size) == (128, 64)
 
@@ -120,7 +120,16 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
         (["train.total_steps=none"], "train.total_steps=None and train.num_epochs=None: set exactly one of the two"),
         (
             ["model.num_heads=3", "model.hidden_dim=2"],
-            "model.num_heads=3 is more than model.hidden_dim=2; a head needs a width of at least 1.",
+            "model.num_heads=3 is more than model.hidden_dim=2; a head needs a width of at least 1; change",
+        ),
+        (["model.head_dim=5", "model.positions=rope"], "model.head_dim=5 is an odd width; change it."),
+        (
+            ["model.use_bias=[unembedding]", "model.tied_embeddings=true"],
+            "model.use_bias=['unembedding']: 'unembedding' has no effect with model.tied_embeddings=true",
+        ),
+        (
+            ["model.use_bias=[query]"],
+            "model.use_bias=['query']: input should be true, false, or a list of: query_key_value, attention_output, ",
         ),
         (
             ["model.num_heads=4", "model.num_key_value_heads=3"],

@@ -11,7 +11,6 @@ import tensorflow as tf
 from trainer.config.settings import ModelConfig
 from trainer.model.documents import document_starts
 from trainer.model.gpt import GPT
-from trainer.model.normalization import NORM_EPSILON
 
 SHAPES = [
     ModelConfig(num_heads=3, hidden_dim=16, intermediate_dim=12),
@@ -45,6 +44,15 @@ MODERN_SHAPES = [
     for norm, positions, key_heads, activation in itertools.product(
         ("layer", "rms"), ("learned", "rope"), (None, 2), ("relu", "swiglu")
     )
+] + [
+    # What the families of Hugging Face's models need in addition.
+    ModelConfig(num_layers=1, num_heads=3, hidden_dim=8, head_dim=4, intermediate_dim=12, **settings)
+    for settings in (
+        {"activation": "gelu_tanh", "norm_epsilon": 0.1, "use_bias": False},
+        {"positions": "rope", "norm": "rms", "norm_epsilon": 0.1, "use_bias": ("query_key_value",)},
+        {"use_bias": ("attention_output", "norm"), "pre_norm": True},
+        {"use_bias": ("feedforward", "unembedding"), "activation": "swiglu"},
+    )
 ]
 MASKED_SHAPES = [config.model_copy(update={"document_mask": True}) for config in SHAPES]
 BOS = 2
@@ -71,7 +79,7 @@ def tutorial_model(config, vocabulary_size, sequence_length):
 def copy_weights(model, reference):
     """Gives a KerasNLP model the weights of ours."""
     values = {variable.path.removeprefix("gpt/"): variable.numpy() for variable in model.variables}
-    heads, width = model.config.num_heads, model.config.head_dim()
+    heads, width = model.config.num_heads, model.config.head_width()
     _, embedding, *decoders, dense = reference.layers
     embedding.set_weights([values["token_embedding/embeddings"], values["position_embedding/embeddings"]])
     for i, decoder in enumerate(decoders):
@@ -245,20 +253,20 @@ def test_dropout_in_keras_fit_is_refused_rather_than_left_out():
 def plain_logits(model, tokens, starts):
     """The GPT by the formulas of its papers, a step at a time and with nothing fused."""
     config, weights = model.config, {variable.path.removeprefix("gpt/"): variable.value for variable in model.variables}
-    heads, width = config.num_heads, config.head_dim()
+    heads, width = config.num_heads, config.head_width()
     key_heads = config.num_key_value_heads or heads
     positions = np.arange(tokens.shape[1])
     allowed = (positions <= positions[:, np.newaxis]) & (positions >= starts[..., np.newaxis])
     positions = positions - starts
 
     def dense(x, name):
-        return tf.einsum("...i,io->...o", x, weights[f"{name}/kernel"]) + weights[f"{name}/bias"]
+        return tf.einsum("...i,io->...o", x, weights[f"{name}/kernel"]) + weights.get(f"{name}/bias", 0.0)
 
     def norm(x, name):
         if config.norm == "layer":
             x -= tf.reduce_mean(x, axis=-1, keepdims=True)
-        x /= tf.sqrt(tf.reduce_mean(x**2, axis=-1, keepdims=True) + NORM_EPSILON)
-        return x * weights[f"{name}/gamma"] + weights[f"{name}/beta"]
+        x /= tf.sqrt(tf.reduce_mean(x**2, axis=-1, keepdims=True) + config.norm_epsilon)
+        return x * weights[f"{name}/gamma"] + weights.get(f"{name}/beta", 0.0)
 
     def turned(x):
         pairs = x.shape[-1] // 2
@@ -287,6 +295,8 @@ def plain_logits(model, tokens, starts):
         if config.activation == "swiglu":
             gate, x = x[..., : config.intermediate_dim], x[..., config.intermediate_dim :]
             x = gate / (1 + tf.exp(-gate)) * x
+        elif config.activation == "gelu_tanh":
+            x *= 0.5 * (1 + tf.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
         else:
             x *= tf.cast(x > 0, x.dtype)
         return dense(x, f"{block}/output")
@@ -301,7 +311,7 @@ def plain_logits(model, tokens, starts):
             else:
                 x = norm(x + part(x, f"block_{i}"), f"block_{i}/{name}")
     x = norm(x, "final_norm") if config.pre_norm else x
-    return tf.einsum("btd,vd->btv", x, weights["unembedding/kernel"]) + weights["unembedding/bias"]
+    return tf.einsum("btd,vd->btv", x, weights["unembedding/kernel"]) + weights.get("unembedding/bias", 0.0)
 
 
 @pytest.mark.parametrize("document_mask", [False, True])

@@ -66,7 +66,7 @@ def model_settings():
         "tied_embeddings": (True, False),
         "norm": ("layer", "rms"),
         "positions": ("learned", "rope"),
-        "activation": ("relu", "gelu", "swiglu"),
+        "activation": ("relu", "gelu", "gelu_tanh", "swiglu"),
         "use_bias": (True, False),
         "num_key_value_heads": (None, 2),
         "num_layers": (1, 2, 4),

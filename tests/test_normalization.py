@@ -8,11 +8,11 @@ import pytest
 import tensorflow as tf
 
 from trainer.model.layers import Norm
-from trainer.model.normalization import NORM_EPSILON
 from trainer.model.ops.cpu import CpuOps
 from trainer.model.ops.plain import Ops
 from trainer.model.ops.xla import XlaOps
 
+EPSILON = 1e-3
 WAYS = pytest.mark.parametrize("ops", [Ops(), CpuOps(), XlaOps()], ids=["plain", "cpu", "xla"])
 
 
@@ -34,8 +34,8 @@ def with_gradients(normalize, weights, x, upstream, is_traced):
 def test_normalization_equals_keras_in_value_and_every_gradient(center, is_traced, ops):
     random = np.random.default_rng(0)
     x, upstream = (tf.constant(random.normal(2, 3, (2, 5, 7))) for _ in range(2))
-    ours = Norm("layer", center=center, dtype="float64")
-    theirs = keras.layers.LayerNormalization(epsilon=NORM_EPSILON, center=center, dtype="float64")
+    ours = Norm("layer", epsilon=EPSILON, center=center, dtype="float64")
+    theirs = keras.layers.LayerNormalization(epsilon=EPSILON, center=center, dtype="float64")
     results = []
     for layer, normalize in ((ours, functools.partial(ours.__call__, ops=ops)), (theirs, theirs)):
         layer.build(x.shape)
@@ -54,13 +54,13 @@ def test_rms_normalization_equals_the_formula_in_value_and_every_gradient(center
     # So small that epsilon counts, and so large that it does not.
     x = tf.constant(random.normal(2, 3, (2, 5, 7)) * np.array([1e-3, 1.0])[:, np.newaxis, np.newaxis])
     upstream = tf.constant(random.normal(2, 3, (2, 5, 7)))
-    layer = Norm("rms", center=center, dtype="float64")
+    layer = Norm("rms", epsilon=EPSILON, center=center, dtype="float64")
     layer.build(x.shape)
     for variable in layer.variables:
         variable.assign(np.linspace(-1, 2, 7))
 
     def formula(x):
-        unit = x / tf.sqrt(tf.reduce_mean(x**2, axis=-1, keepdims=True) + NORM_EPSILON)
+        unit = x / tf.sqrt(tf.reduce_mean(x**2, axis=-1, keepdims=True) + EPSILON)
         return unit * layer.gamma + (0 if layer.beta is None else layer.beta)
 
     results = [
@@ -75,5 +75,5 @@ def test_rms_normalization_equals_the_formula_in_value_and_every_gradient(center
 def test_narrow_numbers_are_normalized_by_wide_statistics(ops):
     x = tf.cast(np.random.default_rng(0).normal(2, 3, (5, 64)), tf.bfloat16)
     for kind in ("layer", "rms"):
-        narrow, wide = (Norm(kind, dtype=dtype) for dtype in ("bfloat16", "float32"))
+        narrow, wide = (Norm(kind, epsilon=EPSILON, dtype=dtype) for dtype in ("bfloat16", "float32"))
         np.testing.assert_array_equal(narrow(x, ops=ops), tf.cast(wide(tf.cast(x, tf.float32), ops=ops), tf.bfloat16))

@@ -41,6 +41,12 @@ SHAPES = {
     "tied": ModelConfig(
         **WIDTHS, **GROUPED, tied_embeddings=True, positions="rope", norm="rms", activation="gelu", document_mask=True
     ),
+    "parts": ModelConfig(
+        **WIDTHS | {"num_heads": 3, "head_dim": 6},
+        activation="gelu_tanh",
+        norm_epsilon=0.1,
+        use_bias=("query_key_value", "norm"),
+    ),
     "wide": ModelConfig(
         **WIDTHS, pre_norm=True, tied_embeddings=True, activation="swiglu", dropout=0.1, vocabulary_multiple=16
     ),

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import pydantic
 import tomli_w
@@ -29,6 +29,8 @@ TEMPERATURES = (1e-6, 1e6)
 _MAX_STEM_BYTES = 100
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+# The parts of the GPT that can have a bias.
+BiasedPart = Literal["query_key_value", "attention_output", "feedforward", "norm", "unembedding"]
 # The largest number below 1 that 32 bits hold: training would read a number closer to 1 as 1.
 BelowOne = Annotated[float, Field(ge=0, le=1 - 2.0**-24)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -279,7 +281,9 @@ class ModelConfig(Section):
     num_layers: Annotated[int, Field(ge=1, le=10_000)] = 2
     """The number of transformer blocks."""
     num_heads: PositiveInt = 3
-    """The attention heads of each block; the width of a head is hidden_dim // num_heads."""
+    """The attention heads of each block."""
+    head_dim: PositiveInt | None = None
+    """The width of an attention head. By default hidden_dim // num_heads."""
     num_key_value_heads: PositiveInt | None = None
     """The heads of the keys and values; each serves the same number of attention heads. Fewer of them make the cache
     smaller that text is written with. By default num_heads."""
@@ -287,11 +291,14 @@ class ModelConfig(Section):
     """The width of the embeddings and of every block."""
     intermediate_dim: PositiveInt = 256
     """The width of the feed-forward layer."""
-    activation: Literal["relu", "gelu", "swiglu"] = "relu"
-    """The activation of the feed-forward layer. gelu is the exact one, with the error function. swiglu multiplies the
-    layer by a gate, which needs half as many weights again for the same intermediate_dim."""
+    activation: Literal["relu", "gelu", "gelu_tanh", "swiglu"] = "relu"
+    """The activation of the feed-forward layer. gelu is the exact one, with the error function; gelu_tanh is the
+    approximation that GPT-2 was trained with. swiglu multiplies the layer by a gate, which needs half as many weights
+    again for the same intermediate_dim."""
     norm: Literal["layer", "rms"] = "layer"
     """layer: normalize by mean and variance. rms: normalize by the root mean square only."""
+    norm_epsilon: Fraction = 1e-5
+    """Added to the variance, or to the mean square with rms, before its root is taken."""
     positions: Literal["learned", "rope"] = "learned"
     """learned: an embedding of each position. rope: queries and keys are rotated by an angle that grows with the
     position."""
@@ -301,8 +308,9 @@ class ModelConfig(Section):
     """Normalize before attention and before the feed-forward layer, and once at the end, instead of after each sum."""
     tied_embeddings: bool = False
     """Use the token embedding as the output projection too, without a bias."""
-    use_bias: bool = True
-    """Whether projections and normalizations have biases."""
+    use_bias: bool | tuple[BiasedPart, ...] = True
+    """Whether projections and normalizations have biases: true, false, or a list of the parts that have them, such as
+    ["query_key_value"]. With tied_embeddings the output projection never has one."""
     dropout: BelowOne = 0.0
     """The share of activations that is dropped after attention, after the feed-forward layer and, with pre_norm, after
     the embeddings."""
@@ -312,9 +320,9 @@ class ModelConfig(Section):
     document_mask: bool = False
     """With packed data: a token attends only to tokens of its own document, and positions count from its start."""
 
-    def head_dim(self) -> int:
+    def head_width(self) -> int:
         """Returns the width of one attention head."""
-        return self.hidden_dim // self.num_heads
+        return self.head_dim or self.hidden_dim // self.num_heads
 
     def key_value_heads(self) -> int:
         """Returns the number of heads of the keys and values."""
@@ -322,33 +330,59 @@ class ModelConfig(Section):
 
     def query_key_value_dim(self) -> int:
         """Returns the width of the queries, keys and values of all heads together."""
-        return (self.num_heads + 2 * self.key_value_heads()) * self.head_dim()
+        return (self.num_heads + 2 * self.key_value_heads()) * self.head_width()
 
     def intermediate_projection_dim(self) -> int:
         """Returns the width of the first projection of the feed-forward layer, which includes the gate of swiglu."""
         return 2 * self.intermediate_dim if self.activation == "swiglu" else self.intermediate_dim
 
+    def biases(self) -> frozenset[BiasedPart]:
+        """Returns the parts that have a bias."""
+        parts: tuple[BiasedPart, ...] = self.use_bias if isinstance(self.use_bias, tuple) else ()
+        if self.use_bias is True:
+            parts = get_args(BiasedPart)
+        return frozenset(parts) - ({"unembedding"} if self.tied_embeddings else set())
+
     def num_logits(self, vocabulary_size: int) -> int:
         """Returns the rows of the embedding and of the logits for a vocabulary of this size."""
         return -(-vocabulary_size // self.vocabulary_multiple) * self.vocabulary_multiple
 
+    @pydantic.field_validator("use_bias", mode="before")
+    @classmethod
+    def _check_parts(cls, value: Any) -> Any:
+        parts = get_args(BiasedPart)
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, list | tuple) and set(map(str, value)) <= set(parts):
+            return tuple(value)
+        raise PydanticCustomError("parts", f"input should be true, false, or a list of: {', '.join(parts)}")
+
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
-        if self.num_heads > self.hidden_dim:
+        if self.head_dim is None and self.num_heads > self.hidden_dim:
             raise ValueError(
                 f"model.num_heads={self.num_heads} is more than model.hidden_dim={self.hidden_dim}; "
-                "a head needs a width of at least 1."
+                "a head needs a width of at least 1; change one of the two, or set model.head_dim."
             )
         if self.num_heads % self.key_value_heads():
             raise ValueError(
                 f"model.num_heads={self.num_heads} is not a multiple of model.num_key_value_heads="
                 f"{self.num_key_value_heads}; each of these must serve the same number of heads. Change one of the two."
             )
-        if self.positions == "rope" and self.head_dim() % 2:
+        if self.positions == "rope" and self.head_width() % 2:
+            width, remedy = f"model.head_dim={self.head_dim} is", "change it"
+            if self.head_dim is None:
+                width = (
+                    f"model.hidden_dim={self.hidden_dim} // model.num_heads={self.num_heads} is {self.head_width()},"
+                )
+                remedy = "change one of the two"
             raise ValueError(
-                "model.positions='rope' rotates the numbers of a head in pairs, but model.hidden_dim="
-                f"{self.hidden_dim} // model.num_heads={self.num_heads} is {self.head_dim()}, an odd width; change one "
-                "of the two."
+                f"model.positions='rope' rotates the numbers of a head in pairs, but {width} an odd width; {remedy}."
+            )
+        if isinstance(self.use_bias, tuple) and self.tied_embeddings and "unembedding" in self.use_bias:
+            raise ValueError(
+                f"model.use_bias={list(self.use_bias)}: 'unembedding' has no effect with model.tied_embeddings=true, "
+                "because a token embedding has no bias; leave it out of the list."
             )
         if self.positions != "rope" and self.rope_theta != type(self).model_fields["rope_theta"].default:
             raise ValueError(

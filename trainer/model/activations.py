@@ -20,6 +20,17 @@ def gelu(x: tf.Tensor) -> tf.Tensor:
     return tf.cast(wide * (0.5 + 0.5 * tf.math.erf(wide * math.sqrt(0.5))), x.dtype)
 
 
+def gelu_tanh(x: tf.Tensor) -> tf.Tensor:
+    """Approximates `gelu` by a hyperbolic tangent, in the accumulation dtype.
+
+    Source: Hendrycks and Gimpel 2016, section 2. The share (1 + tanh z) / 2 is written as sigmoid(2 z), which keeps its
+    digits far below zero.
+    """
+    wide = tf.cast(x, accumulation_dtype(x.dtype))
+    z = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+    return tf.cast(wide * tf.sigmoid(2 * z), x.dtype)
+
+
 def swiglu(x: tf.Tensor) -> tf.Tensor:
     """Multiplies the second half of [rows, 2 * width] by silu of the first half.
 
@@ -59,5 +70,6 @@ def computed_again(
 ACTIVATIONS: dict[str, Activation] = {
     "relu": tf.nn.relu,
     "gelu": computed_again(gelu),
+    "gelu_tanh": computed_again(gelu_tanh),
     "swiglu": computed_again(swiglu),
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from trainer.config.settings import ModelConfig
+from trainer.config.settings import BiasedPart, ModelConfig
 from trainer.model.attention import rotate
 from trainer.model.dropout import DropoutDraw, dropout
 from trainer.model.initial import Initializers
@@ -37,23 +37,29 @@ class Block(keras.layers.Layer):
         self.config = config
         self.index = index
 
-        def dense(units: int, initializer: keras.Initializer, name: str) -> keras.layers.Dense:
-            settings = {"use_bias": config.use_bias, "kernel_initializer": initializer, "name": name}
+        def dense(name: str, units: int, initializer: keras.Initializer, part: BiasedPart) -> keras.layers.Dense:
+            settings = {"use_bias": part in config.biases(), "kernel_initializer": initializer, "name": name}
             return keras.layers.Dense(units, dtype=dtype, autocast=False, **settings)
 
         # One product for queries, keys and values: a third of the reads of x.
-        self.query_key_value = dense(config.query_key_value_dim(), initial.query_key_value(), "query_key_value")
-        self.attention_output = dense(config.hidden_dim, initial.attention_output(), "attention_output")
+        self.query_key_value = dense(
+            "query_key_value", config.query_key_value_dim(), initial.query_key_value(), "query_key_value"
+        )
+        self.attention_output = dense(
+            "attention_output", config.hidden_dim, initial.attention_output(), "attention_output"
+        )
         self.attention_norm = make_norm(config, "attention_norm", dtype)
-        self.intermediate = dense(config.intermediate_projection_dim(), initial.intermediate(), "intermediate")
-        self.output_dense = dense(config.hidden_dim, initial.output(), "output")
+        self.intermediate = dense(
+            "intermediate", config.intermediate_projection_dim(), initial.intermediate(), "feedforward"
+        )
+        self.output_dense = dense("output", config.hidden_dim, initial.output(), "feedforward")
         is_last = index == config.num_layers - 1 and not config.pre_norm
         scales = initial.last_scales() if is_last else "ones"
         self.feedforward_norm = make_norm(config, "feedforward_norm", dtype, scales)
 
     def build(self, input_shape: tuple) -> None:
         """Creates the variables of all parts."""
-        attention_shape = (*input_shape[:-1], self.config.num_heads * self.config.head_dim())
+        attention_shape = (*input_shape[:-1], self.config.num_heads * self.config.head_width())
         for layer in (self.query_key_value, self.attention_norm, self.intermediate, self.feedforward_norm):
             layer.build(input_shape)
         self.attention_output.build(attention_shape)

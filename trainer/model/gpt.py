@@ -192,7 +192,7 @@ class GPT(keras.Model):
         """Returns zeros for `decode` to fill: for each block its keys and its values, each
         [batch, key_heads, sequence_length, head_dim].
         """
-        shape = [batch, self.config.key_value_heads(), self.sequence_length, self.config.head_dim()]
+        shape = [batch, self.config.key_value_heads(), self.sequence_length, self.config.head_width()]
         dtype = ops.compute_dtype or self.compute_dtype
         return [(tf.zeros(shape, dtype), tf.zeros(shape, dtype)) for _ in self.blocks]
 

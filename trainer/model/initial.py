@@ -76,7 +76,7 @@ class Initializers:
         return self._kernel(self._residual_stddev(), self._config.hidden_dim + self._config.intermediate_dim)
 
     def _attention_dim(self) -> int:
-        return self._config.num_heads * self._config.head_dim()
+        return self._config.num_heads * self._config.head_width()
 
     def _logit_stddev(self) -> float:
         # The projection reads hidden_dim numbers of variance 1.

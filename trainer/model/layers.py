@@ -7,7 +7,6 @@ import tensorflow as tf
 
 from trainer.config.settings import ModelConfig
 from trainer.model.initial import Initializers
-from trainer.model.normalization import NORM_EPSILON
 from trainer.model.ops.plain import PLAIN, Ops
 from trainer.model.precision import accumulation_dtype
 
@@ -17,27 +16,28 @@ class Norm(keras.layers.LayerNormalization):
 
     Args:
         kind: "layer", or "rms" for the root mean square instead of mean and variance.
-        settings: arguments of Keras's layer.
+        settings: arguments of Keras's layer, such as epsilon.
     """
 
     def __init__(self, kind: str, **settings: Any) -> None:
-        super().__init__(epsilon=NORM_EPSILON, **settings)
+        super().__init__(**settings)
         self.kind = kind
 
     def call(self, x: tf.Tensor, ops: Ops = PLAIN) -> tf.Tensor:
         """Normalizes float [..., width]."""
         dtype = accumulation_dtype(x.dtype)
         scales = (tf.cast(scale, dtype) for scale in (self.gamma, self.beta) if scale is not None)
-        return ops.norm(x, self.kind, *scales)
+        return ops.norm(x, self.kind, self.epsilon, *scales)
 
 
 def make_norm(config: ModelConfig, name: str, dtype: str, scales: keras.Initializer | str = "ones") -> Norm:
     """Returns a normalization of a model's hidden states, whose gamma begins as scales."""
-    return Norm(config.norm, center=config.use_bias, gamma_initializer=scales, dtype=dtype, name=name, autocast=False)
+    settings = {"epsilon": config.norm_epsilon, "center": "norm" in config.biases(), "gamma_initializer": scales}
+    return Norm(config.norm, **settings, dtype=dtype, name=name, autocast=False)
 
 
 class Unembedding(keras.layers.Layer):
-    """The weights of the output projection: kernel [num_logits, hidden_dim] and, with use_bias, bias [num_logits].
+    """The weights of the output projection: kernel [num_logits, hidden_dim] and, if it has one, bias [num_logits].
 
     It holds them and does not apply them: the loss computes the logits a chunk of rows at a time.
 
@@ -51,7 +51,7 @@ class Unembedding(keras.layers.Layer):
     def __init__(self, num_logits: int, config: ModelConfig, initial: Initializers, dtype: str) -> None:
         super().__init__(name="unembedding", dtype=dtype)
         self.num_logits = num_logits
-        self.use_bias = config.use_bias
+        self.use_bias = "unembedding" in config.biases()
         self.initializer = initial.unembedding(num_logits)
         self.bias = None
 

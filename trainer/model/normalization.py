@@ -1,11 +1,10 @@
 """Normalization of each row of numbers. The gradient, by hand, keeps only what went in and two numbers per row."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import tensorflow as tf
-
-NORM_EPSILON = 1e-5
 
 RowMeans = Callable[[tf.Tensor], tf.Tensor]
 
@@ -27,7 +26,7 @@ def normalize(passes: Passes, x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) 
     """Normalizes each row of x, multiplies it by gamma, and adds beta if it is given.
 
     Args:
-        passes: the kind of normalization, such as PASSES["layer"].
+        passes: the kind of normalization, from `make_passes`.
         x: float [..., width].
         gamma: [width], of the accumulation dtype.
         beta: [width], of the accumulation dtype.
@@ -48,7 +47,7 @@ def row_means(rows: tf.Tensor) -> tf.Tensor:
 
 
 def layer_norm(
-    x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor, means: RowMeans = row_means
+    x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor, epsilon: float, means: RowMeans
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Scales each row to mean 0 and variance 1; returns it with the mean and the inverse of the standard deviation.
 
@@ -57,19 +56,19 @@ def layer_norm(
     rows = _rows(x, gamma)
     mean = means(rows)
     centered = rows - mean
-    inverse = _inverse_root(centered, means)
+    inverse = _inverse_root(centered, epsilon, means)
     return _like(x, _scaled(centered * inverse, gamma, *beta)), mean, inverse
 
 
 def rms_norm(
-    x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor, means: RowMeans = row_means
+    x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor, epsilon: float, means: RowMeans
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Scales each row to root mean square 1; returns it with the inverse of the root mean square.
 
     Source: Zhang and Sennrich 2019, equation 4.
     """
     rows = _rows(x, gamma)
-    inverse = _inverse_root(rows, means)
+    inverse = _inverse_root(rows, epsilon, means)
     return _like(x, _scaled(rows * inverse, gamma, *beta)), inverse
 
 
@@ -91,8 +90,25 @@ def rms_norm_gradient(x: tf.Tensor, inverse: tf.Tensor, gamma: tf.Tensor, upstre
     return _like(x, d_x), column_sums(d_gamma), column_sums(upstream)
 
 
-# What each model.norm is, with operations that run one by one or that XLA compiles with all the rest.
-PASSES = {"layer": Passes(layer_norm, layer_norm_gradient), "rms": Passes(rms_norm, rms_norm_gradient)}
+_KINDS: dict[str, tuple[Callable, Callable]] = {
+    "layer": (layer_norm, layer_norm_gradient),
+    "rms": (rms_norm, rms_norm_gradient),
+}
+
+
+def make_passes(
+    kind: str, epsilon: float, means: RowMeans = row_means, wrap: Callable[[Callable], Callable] = lambda pass_: pass_
+) -> Passes:
+    """Returns the passes of a normalization.
+
+    Args:
+        kind: a value of model.norm.
+        epsilon: added to the variance, or to the mean square, before its root is taken.
+        means: how the mean of each row is computed.
+        wrap: applied to both passes.
+    """
+    forward, backward = _KINDS[kind]
+    return Passes(wrap(functools.partial(forward, epsilon=epsilon, means=means)), wrap(backward))
 
 
 def _rows(x: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
@@ -117,8 +133,8 @@ def _mean_of_scaled(rows: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
     return tf.matmul(rows, gamma[:, tf.newaxis]) / tf.constant(rows.shape[-1], rows.dtype)
 
 
-def _inverse_root(rows: tf.Tensor, means: RowMeans) -> tf.Tensor:
-    return tf.math.rsqrt(means(tf.square(rows)) + tf.constant(NORM_EPSILON, rows.dtype))
+def _inverse_root(rows: tf.Tensor, epsilon: float, means: RowMeans) -> tf.Tensor:
+    return tf.math.rsqrt(means(tf.square(rows)) + tf.constant(epsilon, rows.dtype))
 
 
 def _scaled(unit: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tf.Tensor:

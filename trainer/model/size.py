@@ -15,24 +15,27 @@ Shape = tuple[int, ...]
 
 def parameter_shapes(model: ModelConfig, vocabulary_size: int, sequence_length: int) -> Iterator[tuple[str, Shape]]:
     """Yields the path and shape of every weight of the GPT, without building it."""
-    width, attention_dim = model.hidden_dim, model.num_heads * model.head_dim()
-    num_logits = model.num_logits(vocabulary_size)
+    width, attention_dim = model.hidden_dim, model.num_heads * model.head_width()
+    num_logits, biases = model.num_logits(vocabulary_size), model.biases()
     yield "gpt/token_embedding/embeddings", (num_logits, width)
     if model.positions == "learned":
         yield "gpt/position_embedding/embeddings", (sequence_length, width)
     for i in range(model.num_layers):
         block = f"gpt/block_{i}"
-        yield from _projection(f"{block}/query_key_value", (width, model.query_key_value_dim()), model.use_bias)
-        yield from _projection(f"{block}/attention_output", (attention_dim, width), model.use_bias)
+        yield from _projection(
+            f"{block}/query_key_value", (width, model.query_key_value_dim()), "query_key_value" in biases
+        )
+        yield from _projection(f"{block}/attention_output", (attention_dim, width), "attention_output" in biases)
         yield from _norm(f"{block}/attention_norm", model)
-        yield from _projection(f"{block}/intermediate", (width, model.intermediate_projection_dim()), model.use_bias)
-        yield from _projection(f"{block}/output", (model.intermediate_dim, width), model.use_bias)
+        has_bias = "feedforward" in biases
+        yield from _projection(f"{block}/intermediate", (width, model.intermediate_projection_dim()), has_bias)
+        yield from _projection(f"{block}/output", (model.intermediate_dim, width), has_bias)
         yield from _norm(f"{block}/feedforward_norm", model)
     if model.pre_norm:
         yield from _norm("gpt/final_norm", model)
     if not model.tied_embeddings:
         yield "gpt/unembedding/kernel", (num_logits, width)
-        if model.use_bias:
+        if "unembedding" in biases:
             yield "gpt/unembedding/bias", (num_logits,)
 
 
@@ -61,7 +64,7 @@ def flops_per_token(config: Config, vocabulary_size: int) -> float:
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     model = config.model
-    attention = model.num_layers * model.num_heads * model.head_dim() * config.train.sequence_length
+    attention = model.num_layers * model.num_heads * model.head_width() * config.train.sequence_length
     return 6.0 * matrix_parameters(config, vocabulary_size) + 12.0 * attention
 
 
@@ -73,13 +76,13 @@ def tokens_per_sec_at_peak(config: Config, vocabulary_size: int, target: Target)
     return None if peak is None else target.num_devices * peak / flops_per_token(config, vocabulary_size)
 
 
-def _projection(path: str, shape: Shape, use_bias: bool) -> Iterator[tuple[str, Shape]]:
+def _projection(path: str, shape: Shape, has_bias: bool) -> Iterator[tuple[str, Shape]]:
     yield f"{path}/kernel", shape
-    if use_bias:
+    if has_bias:
         yield f"{path}/bias", shape[-1:]
 
 
 def _norm(path: str, model: ModelConfig) -> Iterator[tuple[str, Shape]]:
     yield f"{path}/gamma", (model.hidden_dim,)
-    if model.use_bias:
+    if "norm" in model.biases():
         yield f"{path}/beta", (model.hidden_dim,)

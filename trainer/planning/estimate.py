@@ -67,7 +67,7 @@ def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> f
     """
     model, sequence, compute_bytes = config.model, config.train.sequence_length, execution.compute_bytes
     examples, recompute = execution.examples_at_once, execution.recompute
-    tokens, width, attention = examples * sequence, model.hidden_dim, model.num_heads * model.head_dim()
+    tokens, width, attention = examples * sequence, model.hidden_dim, model.num_heads * model.head_width()
     blocks = query_blocks(sequence, execution.query_block)
     scores = examples * model.num_heads * sum((end - first) * end for first, end in blocks)
     scores *= execution.keeps_probabilities

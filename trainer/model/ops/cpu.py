@@ -7,15 +7,8 @@ from importlib import metadata
 
 import tensorflow as tf
 
-from trainer.model.activations import ACTIVATIONS, Activation, computed_again, gelu, swiglu
-from trainer.model.normalization import (
-    Passes,
-    layer_norm,
-    layer_norm_gradient,
-    normalize,
-    rms_norm,
-    rms_norm_gradient,
-)
+from trainer.model.activations import ACTIVATIONS, Activation, computed_again, gelu, gelu_tanh, swiglu
+from trainer.model.normalization import Passes, make_passes, normalize
 from trainer.model.ops.plain import Ops
 
 
@@ -23,9 +16,9 @@ from trainer.model.ops.plain import Ops
 class CpuOps(Ops):
     """Reads and writes memory less often: in place, in one pass, and by matrix products, which are fast."""
 
-    def norm(self, x: tf.Tensor, kind: str, gamma: tf.Tensor, *beta: tf.Tensor) -> tf.Tensor:
+    def norm(self, x: tf.Tensor, kind: str, epsilon: float, gamma: tf.Tensor, *beta: tf.Tensor) -> tf.Tensor:
         """Normalizes float [..., width], each pass over it compiled by XLA."""
-        return normalize(_PASSES[kind], x, gamma, *beta)
+        return normalize(_compiled_passes(kind, epsilon), x, gamma, *beta)
 
     def activation(self, name: str) -> Activation:
         """Returns an activation whose passes XLA compiles; ReLU, which is a single operation, as it is."""
@@ -85,21 +78,13 @@ def _can_compile() -> bool:
     return False
 
 
-@in_one_pass
-def _layer_norm(x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    return layer_norm(x, gamma, *beta, means=means_by_product)
+@functools.cache
+def _compiled_passes(kind: str, epsilon: float) -> Passes:
+    return make_passes(kind, epsilon, means_by_product, in_one_pass)
 
 
-@in_one_pass
-def _rms_norm(x: tf.Tensor, gamma: tf.Tensor, *beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    return rms_norm(x, gamma, *beta, means=means_by_product)
-
-
-_PASSES = {
-    "layer": Passes(_layer_norm, in_one_pass(layer_norm_gradient)),
-    "rms": Passes(_rms_norm, in_one_pass(rms_norm_gradient)),
-}
 _ACTIVATIONS = ACTIVATIONS | {
     "gelu": computed_again(gelu, in_one_pass),
+    "gelu_tanh": computed_again(gelu_tanh, in_one_pass),
     "swiglu": computed_again(swiglu, in_one_pass),
 }

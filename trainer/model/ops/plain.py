@@ -9,7 +9,7 @@ import tensorflow as tf
 from trainer.execution import LOGIT_ROWS, QUERY_BLOCK, Recompute
 from trainer.model.activations import ACTIVATIONS, Activation
 from trainer.model.attention import causal_attention, unforeseen_zero
-from trainer.model.normalization import PASSES, normalize, with_axes_of
+from trainer.model.normalization import make_passes, normalize, with_axes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Ops:
         """Maps float [..., width] to [..., units]."""
         return with_axes_of(x, self._dense_rows(tf.reshape(x, [-1, x.shape[-1]]), layer))
 
-    def norm(self, x: tf.Tensor, kind: str, gamma: tf.Tensor, *beta: tf.Tensor) -> tf.Tensor:
-        """Normalizes float [..., width]; see `normalize`."""
-        return normalize(PASSES[kind], x, gamma, *beta)
+    def norm(self, x: tf.Tensor, kind: str, epsilon: float, gamma: tf.Tensor, *beta: tf.Tensor) -> tf.Tensor:
+        """Normalizes float [..., width]; see `make_passes` and `normalize`."""
+        return normalize(make_passes(kind, epsilon), x, gamma, *beta)
 
     def split_heads(self, x: tf.Tensor, layer: keras.layers.Dense, heads: Sequence[int]) -> list[tf.Tensor]:
         """Maps float [batch, sequence, width] to one tensor [batch, n, sequence, head_dim] for each n of heads."""
