@@ -8,7 +8,9 @@ from trainer.errors import UserError
 
 
 def test_decoder_refuses_impossible_settings():
-    with pytest.raises(UserError, match=r"'top_k' is not a sampler; .*greedy, beam, top-k, top-p\. Did you mean top-k"):
+    with pytest.raises(
+        UserError, match=r"'top_k' is not a sampler; .*greedy, beam, random, top-k, top-p, min-p\. Did you mean"
+    ):
         Decoder("top_k")
     for setting, value, option in [
         ("top_k", 0, "^k=0 is impossible"),
@@ -18,7 +20,10 @@ def test_decoder_refuses_impossible_settings():
         ("top_p", "0.9", "^p='0.9' is impossible"),
         ("top_p", 0.0, "^p=0.0 is"),
         ("top_p", 1.5, "^p=1.5 is"),
+        ("min_p", 0.0, "^min_p=0.0 is impossible; give a number above 0 and at most 1"),
         ("num_beams", 0, "^num_beams=0 is"),
+        ("repetition_penalty", 0.0, "^repetition_penalty=0.0 is impossible; give a number from 0.01 to 100"),
+        ("length_penalty", -0.5, "^length_penalty=-0.5 is impossible; give a number from 0 to 10"),
         ("temperature", 0.0, "^temperature=0.0 is"),
         ("temperature", 1e38, "^temperature=1e\\+38 is impossible; give a number from 1e-06 to 1e\\+06"),
         ("temperature", 1e-38, "^temperature=1e-38 is"),
@@ -30,20 +35,28 @@ def test_decoder_refuses_impossible_settings():
 
 def test_decoder_takes_the_settings_of_the_run():
     config = SamplesConfig(top_k=3, top_p=0.25, num_beams=4, temperature=0.5)
-    assert Decoder.from_config("top-p", config) == Decoder("top-p", 3, 0.25, 4, 0.5)
+    for name, field in (("top-k", {"top_k": 3}), ("top-p", {"top_p": 0.25}), ("min-p", {"min_p": 0.1}), ("random", {})):
+        assert Decoder.from_options(name, config) == Decoder(name, num_beams=4, temperature=0.5, **field)
+    assert Decoder("random").cuts() == {"k": None, "p": None, "min_p": None}
+    assert Decoder("top-k", top_p=0.5).cuts() == {"k": 10, "p": None, "min_p": None}
 
 
 def test_an_option_that_the_decoder_does_not_read_is_refused():
     samples = SamplesConfig()
-    readers = {"k": ["top-k"], "p": ["top-p"], "num_beams": ["beam"], "temperature": ["top-k", "top-p"]}
-    for option, value in (("k", 3), ("p", 0.25), ("num_beams", 4), ("temperature", 0.5), ("seed", 0)):
+    drawn = ["random", "top-k", "top-p", "min-p"]
+    readers = {"k": ["top-k", "random"], "p": ["top-p", "random"], "min_p": ["min-p", "random"], "num_beams": ["beam"]}
+    readers |= {"length_penalty": ["beam"], "repetition_penalty": list(DECODERS), "temperature": drawn, "seed": drawn}
+    values = {"k": 3, "p": 0.25, "min_p": 0.2, "num_beams": 4, "temperature": 0.5, "seed": 0}
+    values |= {"length_penalty": 0.6, "repetition_penalty": 1.2}
+    for option, value in values.items():
         for name in DECODERS:
-            if name in readers.get(option, ["top-k", "top-p"]):
+            if name in readers[option]:
                 Decoder.from_options(name, samples, **{option: value})
                 continue
             with pytest.raises(UserError, match=f"^{option}={value} has no effect with the sampler {name}, only with"):
                 Decoder.from_options(name, samples, **{option: value})
-    for option, value in (("temperature", 0.5), ("seed", 3)):
+    for name, option, value in (("top-k", "temperature", 0.5), ("top-k", "seed", 3), ("random", "p", 0.3)):
         with pytest.raises(UserError, match=f"^{option}={value} has no effect with k=1"):
-            Decoder.from_options("top-k", samples, k=1, **{option: value})
+            Decoder.from_options(name, samples, k=1, **{option: value})
     assert Decoder.from_options("top-k", samples, k=3, p=None) == Decoder("top-k", top_k=3)
+    assert Decoder.from_options("random", samples, p=0.9, k=40).cuts() == {"k": 40, "p": 0.9, "min_p": None}

@@ -12,6 +12,7 @@ import tensorflow as tf
 from trainer.config.settings import ModelConfig
 from trainer.decoding.decoder import DECODERS, Decoder
 from trainer.decoding.generate import Generator
+from trainer.decoding.request import Request
 from trainer.errors import UserError
 from trainer.model.gpt import GPT
 from trainer.model.language_model import adapt
@@ -177,7 +178,7 @@ def test_beam_search_over_everything_finds_the_likeliest_text():
 
 def test_top_k_draws_from_the_k_likeliest_tokens(model, generator):
     likeliest = TOKENIZER.decode(np.argsort(next_log_probs(model, [BOS, *TOKENIZER.encode("a")]))[-3:])
-    texts = generator.generate(["a"] * 64, Decoder("top-k", top_k=3, temperature=100.0), 1)
+    texts = generator.generate(["a"], Decoder("top-k", top_k=3, temperature=100.0), 1, num_samples=64)
     # At that temperature the three are about equally likely.
     assert {text[1:] for text in texts} == set(likeliest)
 
@@ -186,7 +187,7 @@ def test_top_p_draws_from_the_fewest_tokens_that_reach_p():
     model = make_bigram_model((BOS, 3, np.log(60)), (BOS, 4, np.log(30)), (BOS, 5, np.log(9)))  # and [BOS] 1
     generator = Generator(model, TINY_TOKENIZER, SEQUENCE)
     for p, drawn in [(0.5, {"a"}), (0.8, {"a", "b"}), (0.95, {"a", "b", "c"})]:
-        assert set(generator.generate([""] * 64, Decoder("top-p", top_p=p), 1)) == drawn
+        assert set(generator.generate([""], Decoder("top-p", top_p=p), 1, num_samples=64)) == drawn
 
 
 @pytest.mark.parametrize("decoder", [TOP_K, TOP_P], ids=lambda decoder: decoder.name)
@@ -206,7 +207,10 @@ def test_no_prompt_seed_length_or_weight_traces_again(model, generator, decoder)
     after = generator.generate(["a"], decoder, 5)
     model.set_weights(weights)
     assert after != before
-    assert generator._compiled[decoder].experimental_get_tracing_count() == 1
+    assert [
+        function.experimental_get_tracing_count()
+        for function in (generator._loops[decoder].begin, generator._loops[decoder].write)
+    ] == [1, 1]
 
 
 @pytest.mark.parametrize("decoder", [GREEDY, BEAM], ids=lambda decoder: decoder.name)
@@ -310,7 +314,7 @@ def test_other_precisions_work(dtype, compute_dtype):
     model = make_model(MODERN, dtype=dtype, seed=2)
     generator = Generator(model, TOKENIZER, SEQUENCE, CpuOps(compute_dtype=compute_dtype))
     texts = generator.generate(["", "bad"], GREEDY, 6)
-    tokens = tf.constant(generator.encode(["bad"])[0])
+    tokens = tf.constant([generator.encode("bad")])
     (key, value), *_ = adapt(model).read(tokens, tf.constant(3), CpuOps(compute_dtype=compute_dtype))
     assert key.dtype == value.dtype == compute_dtype
     if dtype == "float64":  # The others round the cached and the full pass to different texts.
@@ -323,10 +327,13 @@ def test_no_prompts_give_no_texts(generator):
 
 
 @pytest.mark.parametrize("decoder", [TOP_K, TOP_P], ids=lambda decoder: decoder.name)
-def test_a_seed_draws_a_prompt_the_same_text_whatever_comes_after_it(generator, decoder):
-    [alone] = generator.generate(["bad"], decoder, 12, seed=5)
-    for others in (["cab"], ["", "a", "fedcba"]):
-        assert generator.generate(["bad", *others], decoder, 12, seed=5)[0] == alone
+def test_the_same_seed_draws_the_same_texts_in_any_batch(generator, decoder):
+    alone = generator.generate(["bad"], decoder, 12, seed=5, num_samples=3)
+    assert len(set(alone)) == 3 and [text.sample for text in alone] == [0, 1, 2]
+    assert generator.generate(["bad"], decoder, 12, seed=5) == alone[:1]
+    for before, after, batch_size in ((["cab"], [], 32), (["", "a", "fedcba"], ["bad"], 5), ([], ["a"] * 3, 1)):
+        texts = generator.generate([*before, "bad", *after], decoder, 12, 5, num_samples=3, batch_size=batch_size)
+        assert texts[3 * len(before) :][:3] == alone
 
 
 @pytest.mark.parametrize("decoder", [GREEDY, BEAM, TOP_K, TOP_P], ids=lambda decoder: decoder.name)
@@ -367,7 +374,7 @@ def test_impossible_requests_are_refused(model, generator):
 
 def test_a_decoder_that_nothing_implements_is_refused(generator, monkeypatch):
     monkeypatch.setattr("trainer.decoding.decoder.DECODERS", (*DECODERS, "new"))
-    with pytest.raises(ValueError, match=r"Decoder\.name='new' .*greedy, beam, top-k, top-p"):
+    with pytest.raises(ValueError, match=r"Decoder\.name='new' .*greedy, beam, random, top-k"):
         generator.generate([""], Decoder("new"), 1)
 
 
@@ -410,10 +417,10 @@ def test_a_stop_is_searched_for_as_the_tokenizer_writes_it():
     ):
         assert generator.as_written(stop) == written
         assert generator.generate([""], GREEDY, 5, stop=stop) == [expected]
-        assert generator.remarks([""], None, stop, "samples.") == [
+        assert generator.remarks([""], Request(GREEDY, None, stop=stop), "samples.") == [
             f"samples.stop={stop!r} is searched for as {written!r}, as the tokenizer writes it."
         ]
-    assert generator.remarks(["the"], 3, "his .") == []
+    assert generator.remarks(["the"], Request(GREEDY, 3, stop="his .")) == []
 
 
 def test_a_stop_that_can_never_be_written_is_refused():
@@ -426,7 +433,7 @@ def test_a_stop_that_can_never_be_written_is_refused():
         (letters, "\\n", r"no token for '\\', 'n'. \n is a backslash and a letter here; in bash, $'\n' is"),
     ):
         with pytest.raises(UserError) as error:
-            generator.remarks([""], None, stop, "samples.")
+            generator.remarks([""], Request(GREEDY, None, stop=stop), "samples.")
         said = str(error.value)
         assert said.startswith(f"samples.stop={stop!r} can never be written: ") and reason in said
         with pytest.raises(UserError, match=r"^stop=.* can never be written"):
@@ -435,22 +442,22 @@ def test_a_stop_that_can_never_be_written_is_refused():
 
 def test_the_shell_s_line_break_is_explained_if_it_could_be_meant():
     generator = Generator(make_bigram_model(tokenizer=ByteTokenizer()), ByteTokenizer(), SEQUENCE)
-    assert generator.remarks([""], None, "\n") == []
-    (line,) = generator.remarks([""], None, "a\\n")
+    assert generator.remarks([""], Request(GREEDY, None, stop="\n")) == []
+    (line,) = generator.remarks([""], Request(GREEDY, None, stop="a\\n"))
     assert line == (
         r"stop='a\\n': \n is a backslash and a letter here; in bash, $'\n' is the character that it stands for."
     )
 
 
 def test_tokens_beyond_the_context_and_unknown_characters_are_reported(generator):
-    assert generator.remarks(["", "bad"], 12, None) == []
-    assert generator.remarks(["", "bad", "bad"], 13, None) == [
+    assert generator.remarks(["", "bad"], Request(GREEDY, 12)) == []
+    assert generator.remarks(["", "bad", "bad"], Request(GREEDY, 13)) == [
         "num_tokens=13: train.sequence_length=16 has room for 12 after the prompt 'bad', and no more are written."
     ]
-    assert generator.remarks([""], 16, None, "samples.") == [
+    assert generator.remarks([""], Request(GREEDY, 16), "samples.") == [
         "samples.num_tokens=16: train.sequence_length=16 has room for 15 after [BOS], and no more are written."
     ]
-    assert generator.remarks(["bad", "b☃d?"], None, None) == [
+    assert generator.remarks(["bad", "b☃d?"], Request(GREEDY)) == [
         "prompt='b☃d?': the vocabulary has no token for '☃', '?'; the model reads [UNK] instead."
     ]
 

@@ -55,7 +55,7 @@ SETTINGS = {
 }
 
 # To compile all decoders takes several times as long as these runs.
-SOME_DECODERS = ("greedy", "top-p")
+SOME_SAMPLED = ("greedy", "top-p")
 
 # A run in a new process, which waits PAUSE seconds before each call of the compiled loop.
 RUN = f"""
@@ -63,7 +63,7 @@ import json, os, sys, time
 import trainer
 from trainer.decoding import samples
 from trainer.training import launch, loop
-samples.DECODERS = {SOME_DECODERS}
+samples.SAMPLED = {SOME_SAMPLED}
 pause = float(os.environ["PAUSE"])
 if pause:
     due = loop.steps_until_due
@@ -314,7 +314,7 @@ def test_workers_that_train_or_resume_start_then_go_on_and_a_difference_is_an_er
 
 @pytest.mark.slow
 def test_train_or_resume_starts_then_goes_on_then_reports_the_result_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
+    monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
     lines = []
     settings = settings_of(tmp_path)
     # Made, and killed before the first checkpoint.
@@ -354,7 +354,7 @@ def test_a_checkpoint_without_a_count_of_skipped_steps_restores_0(tmp_path):
 
 @pytest.mark.slow
 def test_a_routine_overflow_does_not_stop_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "DECODERS", ("greedy",))
+    monkeypatch.setattr(samples, "SAMPLED", ("greedy",))
     # Doubled after each step, the scale overflows again and again, each time in a step with a report of its own.
     monkeypatch.setattr(LossScale, "STEPS_TO_DOUBLE", 1)
     settings = settings_of(
@@ -464,7 +464,7 @@ def test_run_leaves_all_that_is_needed_and_a_finished_run_reports_again(trained,
         and scores[60] == result.evaluation.loss
         and result.best_step == min(scores, key=scores.get)
     )
-    monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
+    monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
     logs = {path: path.stat().st_size for path in run.rglob("*tfevents*")}
     again = trainer.resume(str(run), say=lambda _: None)
     assert again.evaluation == result.evaluation
@@ -509,7 +509,7 @@ def subclassed(config, vocabulary_size):
 
 @pytest.mark.parametrize("build", [sequential, functional, subclassed])
 def test_a_foreign_keras_model_of_any_style_trains_resumes_and_writes(tmp_path, monkeypatch, build):
-    monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
+    monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
     settings = settings_of(tmp_path, model__dropout=0.0, evaluation__every_steps=None, samples__every_steps=None)
     config = trainer.make_config(settings)
     said, said_again = [], []
@@ -546,7 +546,7 @@ def test_a_foreign_model_that_returns_no_logits_is_refused(build, message):
 
 
 def test_a_run_that_fails_before_its_first_step_leaves_its_folder_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
+    monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
 
     def build_wrongly(config, vocabulary_size):
         raise KeyError("a slip in a first draft")
@@ -655,7 +655,7 @@ def test_cadences_meet_at_their_multiples():
 @pytest.mark.slow
 @pytest.mark.parametrize("data", [{}, {"mode": "lines"}])
 def test_models_of_short_documents_write_their_ends(tmp_path, monkeypatch, data):
-    monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
+    monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
     names = [one + two for one in ("ka", "mi", "lo", "an", "er") for two in ("ra", "na", "li", "so")]
     (tmp_path / "text.txt").write_text("\n".join(names * 20) + "\n")
     settings = settings_of(tmp_path, train__total_steps=150, train__sequence_length=16, train__global_batch_size=16)
@@ -665,7 +665,7 @@ def test_models_of_short_documents_write_their_ends(tmp_path, monkeypatch, data)
     settings["samples"] = {}  # Up to the model's last position.
     settings["optimizer"] = {"learning_rate": 0.01}
     run = trainer.train(trainer.make_config(settings), say=lambda _: None)
-    written = trainer.generate(run.run_folder, [""] * 20, "top-k", k=5)
+    written = trainer.generate(run.run_folder, "", "top-k", k=5, num_samples=20)
     assert {len(name) for name in written} == {4}
     assert len(set(written) & set(names)) > 0.8 * len(set(written))
 
@@ -673,7 +673,7 @@ def test_models_of_short_documents_write_their_ends(tmp_path, monkeypatch, data)
 @pytest.fixture
 def copy_of_trained(trained, tmp_path, monkeypatch):
     """A run of 60 steps, scored after 30 and 60 of them, which may be changed."""
-    monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
+    monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
     return shutil.copytree(trained[1].run_folder, tmp_path / "run")
 
 
@@ -816,7 +816,7 @@ def short_retries(monkeypatch):
 
 
 def test_a_changed_text_is_reported_when_a_run_goes_on_without_it(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "DECODERS", SOME_DECODERS)
+    monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
     config, result = trained
     text = Path(config.data.train[0])
     whole = text.read_text()

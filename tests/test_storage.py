@@ -186,7 +186,7 @@ def test_a_manifest_damaged_in_the_store_is_an_error_though_the_copy_is_whole(st
 @pytest.mark.slow
 def test_a_run_in_a_store_is_the_same_as_on_a_disk(store, tmp_path, monkeypatch):
     """Trained, stopped in the middle, resumed and used, with nothing of it on a disk but the copy of the data."""
-    monkeypatch.setattr(samples, "DECODERS", ("greedy", "top-p"))  # To compile all of them takes longer than the rest.
+    monkeypatch.setattr(samples, "SAMPLED", ("greedy", "top-p"))  # To compile all of them takes longer than the rest.
     on_a_disk = trainer.train(config_in(store, f"run_folder={tmp_path / 'run'}"), say=quiet)
 
     config = config_in(store, "checkpoint.every_steps=1")

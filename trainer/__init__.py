@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from trainer.config.file import load_config, make_config
     from trainer.config.settings import Config
+    from trainer.decoding.writing import Text
     from trainer.exchange.export import Exported
     from trainer.model.gpt import GPT
     from trainer.runs.results import Evaluation
@@ -145,57 +146,88 @@ def generate(
     sampler: str = "top-p",
     num_tokens: int | None = None,
     seed: int | None = None,
-    stop: str | None = None,
+    stop: str | Sequence[str] | None = None,
     k: int | None = None,
     p: float | None = None,
     num_beams: int | None = None,
     temperature: float | None = None,
     build_model: Callable[[Config, int], keras.Model] | None = None,
     step: int | Literal["best"] | None = None,
-) -> list[str]:
+    *,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    length_penalty: float | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    num_samples: int | None = None,
+    sliding_window: bool | None = None,
+    batch_size: int | None = None,
+) -> list[Text]:
     """Continues prompts with the newest checkpoint of a run, or with another one.
 
-    The defaults of num_tokens, stop, k, p, num_beams and temperature are the run's own `samples` settings.
+    The defaults of num_tokens, stop, k, p, num_beams and temperature are the run's own `samples` settings. An option
+    that the sampler does not read is an error.
 
     Args:
         run_folder: the folder of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
         prompts: one text or several.
-        sampler: "greedy", "beam", "top-k" or "top-p".
+        sampler: "greedy", "beam", "random", "top-k", "top-p" or "min-p". "random" draws from all tokens, or from those
+            that k, p and min_p leave, in this order.
         num_tokens: the most tokens to write.
-        seed: the seed of top-k and top-p, by default 0.
-        stop: a text that ends a continuation.
-        k: the number of tokens that top-k draws from.
-        p: the probability of the tokens that top-p draws from.
+        seed: decides what is drawn, by default 0; the same seed draws the same text in any batch.
+        stop: a text that ends a continuation, or several.
+        k: draws from this many likeliest tokens.
+        p: draws from the fewest tokens that have this probability together.
         num_beams: the number of beams of beam search.
-        temperature: divides the logits of top-k and top-p.
+        temperature: divides the logits before a draw.
         build_model: the function that was given to `train`.
         step: the step of the checkpoint to use, or "best" for the one with the lowest validation loss.
+        min_p: draws from tokens with at least this share of the likeliest token's probability.
+        repetition_penalty: more than 1 makes tokens less likely that the prompt or the continuation holds.
+        length_penalty: more than 0 makes beam search prefer longer texts.
+        stop_tokens: tokens that end a text as [BOS] does; the text does not hold them.
+        num_samples: the number of texts for each prompt; with beam search its best texts.
+        sliding_window: whether a text goes on when the context is full, with its last half as the new context.
+        batch_size: the most texts that are written at a time; each beam counts as one.
 
     Returns:
-        The prompts with their continuations.
+        The prompts with their continuations, as texts that know more: `prompt`, `continuation`, `num_tokens`, `finish`
+        ("end", "stop" or "length"), `sample` and `score`.
 
     Raises:
         UserError: the run does not exist or has no checkpoint, or a prompt or setting cannot be used.
     """
     check_not_forked()
-    from trainer.decoding.decoder import Decoder
+    from trainer.decoding.request import Request
     from trainer.exchange.open import open_model, read_config
 
     # Before TensorFlow and the model are loaded: a mistake is reported at once.
     samples = read_config(run_folder, build_model, step).samples
-    decoder = Decoder.from_options(sampler, samples, k=k, p=p, num_beams=num_beams, temperature=temperature, seed=seed)
+    request = Request.from_options(
+        samples,
+        sampler,
+        num_tokens=num_tokens,
+        seed=seed,
+        stop=stop,
+        k=k,
+        p=p,
+        min_p=min_p,
+        num_beams=num_beams,
+        temperature=temperature,
+        repetition_penalty=repetition_penalty,
+        length_penalty=length_penalty,
+        stop_tokens=stop_tokens,
+        num_samples=num_samples,
+        sliding_window=sliding_window,
+        batch_size=batch_size,
+    )
     with quiet_import():
         from trainer.decoding.generate import Generator
     opened = open_model(run_folder, build_model, step, warn)
-    sequence_length = opened.config.train.sequence_length
-    generator = Generator(opened.model, opened.tokenizer, sequence_length)
+    generator = Generator(opened.model, opened.tokenizer, opened.config.train.sequence_length)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    num_tokens = samples.num_tokens if num_tokens is None else num_tokens
-    stop = samples.stop if stop is None else stop
-    for remark in generator.remarks(texts, num_tokens, stop):
+    for remark in generator.remarks(texts, request):
         warn(f"warning: {remark}")
-    num_tokens = sequence_length if num_tokens is None else num_tokens
-    return generator.generate(texts, decoder, num_tokens, seed or 0, stop)
+    return list(generator.texts(texts, request))
 
 
 def score(

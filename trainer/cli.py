@@ -207,24 +207,57 @@ def _add_generate(verbs: Any) -> None:
         "text", nargs="?", metavar="PROMPT", help="the text to continue (default: none, which begins a new text)"
     )
     parser.add_argument("--prompt", help="the same as PROMPT")
-    parser.add_argument("--sampler", default="top-p", help="greedy, beam, top-k or top-p (default: %(default)s)")
     run_s = "(default: the run's own, samples.{})"
-    parser.add_argument("--k", type=int, help=f"the number of tokens that top-k draws from {run_s.format('top_k')}")
+    parser.add_argument(
+        "--sampler",
+        default="top-p",
+        help="greedy, beam, random, top-k, top-p or min-p; random draws from all tokens, or from those that --k, --p "
+        "and --min-p leave (default: %(default)s)",
+    )
+    parser.add_argument("--k", type=int, help=f"draw from this many likeliest tokens {run_s.format('top_k')}")
     parser.add_argument(
         "--p",
         type=float,
-        help=f"top-p draws from the fewest tokens that together have this probability {run_s.format('top_p')}",
+        help=f"draw from the fewest tokens that together have this probability {run_s.format('top_p')}",
+    )
+    parser.add_argument(
+        "--min-p", type=float, help="draw from tokens with this share of the likeliest one's probability (default: 0.1)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, help=f"divides the logits before a draw {run_s.format('temperature')}"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, help="more than 1: tokens that the text holds become less likely"
     )
     parser.add_argument("--num-beams", type=int, help=f"the number of beams {run_s.format('num_beams')}")
-    parser.add_argument(
-        "--temperature", type=float, help=f"divides the logits of top-k and top-p {run_s.format('temperature')}"
-    )
+    parser.add_argument("--length-penalty", type=float, help="more than 0: beam search prefers longer texts")
     parser.add_argument("--num-tokens", type=int, help=f"the most tokens to write {run_s.format('num_tokens')}")
     parser.add_argument(
-        "--stop", help=f"a text that ends a sample; in bash a line break is $'\\n' {run_s.format('stop')}"
+        "--stop",
+        action="append",
+        help=f"a text that ends a sample, or several: repeat it; in bash a line break is $'\\n' {run_s.format('stop')}",
     )
-    parser.add_argument("--seed", type=int, help="the seed of top-k and top-p (default: 0)")
-    parser.add_argument("--num-samples", type=int, default=1, help="the number of texts (default: %(default)s)")
+    parser.add_argument(
+        "--stop-token",
+        dest="stop_tokens",
+        metavar="ID",
+        type=int,
+        action="append",
+        help="a token that ends a sample and is left out, by its number; may be repeated",
+    )
+    parser.add_argument("--seed", type=int, help="decides what is drawn (default: 0)")
+    parser.add_argument(
+        "--num-samples", type=int, help="the number of texts for each prompt; beam: its best texts (default: 1)"
+    )
+    parser.add_argument(
+        "--sliding-window",
+        action="store_true",
+        default=None,
+        help="go on when the context is full, with the last half of the text as the new context",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="the most texts to write at a time; each beam counts as one (default: 32)"
+    )
 
 
 def _add_export(verbs: Any) -> None:

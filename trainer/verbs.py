@@ -15,7 +15,7 @@ from trainer.config.settings import Config
 from trainer.data.beam import prepare_with_beam
 from trainer.data.prepare import check_sources
 from trainer.data.prepare import prepare as prepare_text
-from trainer.decoding.decoder import Decoder
+from trainer.decoding.request import Request
 from trainer.distributed.tpu_install import check_tpu_install
 from trainer.distributed.workers import Workers, find_workers
 from trainer.errors import UserError
@@ -164,34 +164,37 @@ def evaluate(options: argparse.Namespace) -> None:
     say(f"step {opened.step}: {Evaluator(opened.model, strategy, prepared, run.config)()}")
 
 
+_GENERATE_OPTIONS = (
+    "sampler",
+    "num_tokens",
+    "seed",
+    "stop",
+    "k",
+    "p",
+    "min_p",
+    "num_beams",
+    "temperature",
+    "repetition_penalty",
+    "length_penalty",
+    "stop_tokens",
+    "num_samples",
+    "sliding_window",
+    "batch_size",
+)
+
+
 def generate(options: argparse.Namespace) -> None:
     """Writes text with a checkpoint."""
     if options.text is not None and options.prompt is not None:
         raise UserError(f"{options.text!r} and --prompt {options.prompt!r} are two prompts; leave out one.")
-    if options.num_samples < 1:
-        raise UserError(f"--num-samples {options.num_samples} must be at least 1.")
-    samples = read_config(options.run_folder, step=options.step).samples
-    given = {name: getattr(options, name) for name in ("k", "p", "num_beams", "temperature", "seed")}
-    decoder = Decoder.from_options(options.sampler, samples, **given)
-    if options.num_samples > 1 and not decoder.is_random:
-        with_k = " with k=1" if decoder.name == "top-k" else ""
-        raise UserError(
-            f"--num-samples {options.num_samples}: {decoder.name}{with_k} always writes the same text; ask for 1."
-        )
+    given = {name: getattr(options, name) for name in _GENERATE_OPTIONS}
+    Request.from_options(read_config(options.run_folder, step=options.step).samples, **given)
     with quiet_import():
         from trainer.distributed.strategy import unseen_gpu
 
     if warning := unseen_gpu():
         warn(f"warning: {warning}")
-    texts = trainer.generate(
-        options.run_folder,
-        [options.prompt or options.text or ""] * options.num_samples,
-        options.sampler,
-        options.num_tokens,
-        stop=options.stop,
-        step=options.step,
-        **given,
-    )
+    texts = trainer.generate(options.run_folder, options.prompt or options.text or "", step=options.step, **given)
     say("\n\n".join(texts))
 
 

@@ -37,7 +37,9 @@ def prompt(lab: Lab, rng: random.Random) -> bool:
         lab.note("generate", (kind, text, number, seed, stop))
         try:
             with lab.heard() as heard:
-                (written,) = lab.generator(kind).generate([text], Decoder("top-p"), number, seed, stop)
+                (written,) = lab.generator(kind).generate(
+                    [text], Decoder("top-p"), number, seed, () if stop is None else stop
+                )
         except UserError as error:
             expect_message(lab, error)
             return False

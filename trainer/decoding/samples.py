@@ -1,10 +1,14 @@
-"""Writes the samples that show what a model has learned, with every decoder."""
+"""Writes the samples that show what a model has learned, with several decoders."""
 
 from collections.abc import Callable
 
 from trainer.config.settings import SamplesConfig
-from trainer.decoding.decoder import DECODERS, Decoder
-from trainer.decoding.generate import Generator, NotFinite
+from trainer.decoding.generate import Generator
+from trainer.decoding.request import Request
+from trainer.decoding.writing import NotFinite
+
+# The tutorial's decoders, except random: each compiles its own loop.
+SAMPLED = ("greedy", "beam", "top-k", "top-p")
 
 
 def warn_about_samples(generator: Generator, config: SamplesConfig, say: Callable[[str], None]) -> None:
@@ -15,7 +19,8 @@ def warn_about_samples(generator: Generator, config: SamplesConfig, say: Callabl
     Raises:
         UserError: no samples can be written with these settings.
     """
-    for remark in generator.remarks([config.prompt], config.num_tokens, config.stop, "samples."):
+    request = Request.from_options(config, "greedy")
+    for remark in generator.remarks([config.prompt], request, "samples."):
         say(f"warning: {remark}")
 
 
@@ -34,14 +39,13 @@ def write_samples(
             decided by `check_is_learning`.
         stop_requested: called before each decoder; once it returns True, the remaining decoders are left out.
     """
-    num_tokens = config.num_tokens or generator.sequence_length
-    samples = {}
-    for name in DECODERS:
+    samples: dict[str, str] = {}
+    for name in SAMPLED:
         if stop_requested():
             break
-        decoder = Decoder.from_config(name, config)
         try:
-            (samples[name],) = generator.generate([config.prompt], decoder, num_tokens, stop=config.stop)
+            (text,) = generator.texts([config.prompt], Request.from_options(config, name))
+            samples[name] = str(text)
         except NotFinite:
             say("No samples: the model's logits are not finite.")
             break
