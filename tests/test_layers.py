@@ -37,6 +37,7 @@ ROOMS = (
     "trainer.training",
     "trainer.planning",
     "trainer.commands",
+    "trainer.loaded",
     "trainer",
     "trainer.verbs",
     "trainer.cli",

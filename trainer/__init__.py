@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trainer.config.settings import Config
     from trainer.decoding.writing import Text
     from trainer.exchange.export import Exported
+    from trainer.loaded import LoadedModel
     from trainer.model.gpt import GPT
     from trainer.runs.results import Evaluation
     from trainer.training.loop import TrainingResult
@@ -39,6 +40,7 @@ __all__ = [
     "batches",
     "export",
     "generate",
+    "load",
     "load_config",
     "make_config",
     "resume",
@@ -138,6 +140,36 @@ def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = pr
 
     prepared = prepare(config, say)
     return training_batches(prepared, config, first_step, total_steps(prepared, config))
+
+
+def load(
+    run_folder: str,
+    step: int | Literal["best"] | None = None,
+    build_model: Callable[[Config, int], keras.Model] | None = None,
+) -> LoadedModel:
+    """Loads the newest checkpoint of a run, or another one, as an object: `run = trainer.load("runs/quickstart")`.
+
+    `run.model` is the Keras model, `run.tokenizer` encodes and decodes, `run.generate` writes, `run.score` scores
+    texts, and `run.history` has the curves.
+
+    Args:
+        run_folder: the folder of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
+        step: the step of the checkpoint to load, or "best" for the one with the lowest validation loss.
+        build_model: the function that was given to `train`.
+
+    Returns:
+        The model with all that belongs to it.
+
+    Raises:
+        UserError: the run does not exist or has no checkpoint.
+    """
+    check_not_forked()
+    from trainer.exchange.open import open_model, read_config
+
+    read_config(run_folder, build_model, step)  # Before TensorFlow is loaded: a mistake is reported at once.
+    with quiet_import():
+        from trainer.loaded import LoadedModel
+    return LoadedModel(open_model(run_folder, build_model, step, warn))
 
 
 def generate(

@@ -147,7 +147,7 @@ def _try_tokenizer(lab: Lab, rng: random.Random, name: str, kind: str, seed: byt
             lines = data.decode("utf-8-sig").rstrip("\n").split("\n")
             while not lines[-1].strip(" \t\r\f"):
                 del lines[-1]
-            words_of: list[str] = tokenizer.vocabulary  # type: ignore[attr-defined]
+            words_of: list[str] = tokenizer.vocabulary
             expect(len(words_of) == len(lines), f"{len(words_of)} tokens of {len(lines)} lines")
             # Blanks around a token do not belong to it, unless they distinguish it from another token.
             wrong = [pair for pair in zip(words_of, lines, strict=True) if pair[0].strip() != pair[1].strip()]

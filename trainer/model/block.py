@@ -66,6 +66,10 @@ class Block(keras.layers.Layer):
         self.output_dense.build((*input_shape[:-1], self.config.intermediate_dim))
         self.built = True
 
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        """Returns the shape of what `call` returns, which `summary` prints."""
+        return input_shape
+
     def call(
         self, x: tf.Tensor, positions: tf.Tensor, attend: Attend, draw: DropoutDraw | None = None, ops: Ops = PLAIN
     ) -> tf.Tensor:

@@ -60,3 +60,7 @@ class Unembedding(keras.layers.Layer):
         self.kernel = self.add_weight((self.num_logits, input_shape[-1]), self.initializer, name="kernel")
         if self.use_bias:
             self.bias = self.add_weight((self.num_logits,), "zeros", name="bias")
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        """Returns the shape of the logits, which `summary` prints."""
+        return (*input_shape[:-1], self.num_logits)

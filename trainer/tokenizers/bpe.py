@@ -62,6 +62,8 @@ class BpeTokenizer(Tokenizer):
         if self.vocabulary_size > 2 * len(ids):
             raise ValueError(f"token numbers up to {self.vocabulary_size - 1}, for {len(ids)} tokens; count from 0 on")
         self._tokens_of_word = _TokensOfWord(self.encoder) if _splits_as_gpt2(self.encoder) else None
+        names = {id: token for token, id in ids.items()}
+        self.vocabulary = [names.get(id, "") for id in range(self.vocabulary_size)]
         self.bos_id = ids[first_of(BOS_NAMES, ids)]
         self.pad_id = next((ids[name] for name in PAD_NAMES if name in ids), self.bos_id)
 

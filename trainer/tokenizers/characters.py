@@ -71,6 +71,11 @@ class ByteTokenizer(Tokenizer):
 
     def __init__(self) -> None:
         self.fingerprint = fingerprint_of(self.settings(), [])
+        # BPE writes a byte as a letter: the visible ones of Latin-1 as themselves, the others from U+0100 on.
+        seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        unseen = sorted(set(range(0x100)) - set(seen))
+        letters = {**{byte: chr(byte) for byte in seen}, **{byte: chr(0x100 + i) for i, byte in enumerate(unseen)}}
+        self.vocabulary = [*BYTE_SPECIAL_TOKENS, *(letters[byte] for byte in range(0x100))]
 
     def encode_pieces(self, pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encodes texts."""
@@ -89,12 +94,7 @@ class ByteTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and settings.json into a folder."""
-        # BPE writes a byte as a letter: the visible ones of Latin-1 as themselves, the others from U+0100 on.
-        seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        unseen = sorted(set(range(0x100)) - set(seen))
-        letters = {**{byte: chr(byte) for byte in seen}, **{byte: chr(0x100 + i) for i, byte in enumerate(unseen)}}
-        tokens = [*BYTE_SPECIAL_TOKENS, *(letters[byte] for byte in range(0x100))]
-        twin = tokenizers.Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, []))
+        twin = tokenizers.Tokenizer(models.BPE({token: id for id, token in enumerate(self.vocabulary)}, []))
         twin.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         twin.decoder = decoders.ByteLevel()
         save_files(self, folder, twin.to_str(pretty=True))

@@ -31,6 +31,8 @@ class Tokenizer(Protocol):
         kind: the value of tokenizer.kind.
         is_lossy: whether a decoded text may differ from the encoded one, even if no token is unknown.
         breaks: matches the places at which a text may be cut without a change to its tokens; see `cut`.
+        vocabulary: the tokens; a token's index is its id. BPE and byte write each byte as a letter, as tokenizer.json
+            does; "" stands for an id that a file has left out.
         vocabulary_size: number of tokens, the special ones included.
         pad_id: token of padding; bos_id if the vocabulary has none.
         unknown_id: token for words or characters that the vocabulary cannot spell; -1 if it can spell everything.
@@ -41,6 +43,7 @@ class Tokenizer(Protocol):
     kind: ClassVar[str]
     is_lossy: ClassVar[bool]
     breaks: ClassVar[re.Pattern[str]]
+    vocabulary: list[str]
     vocabulary_size: int
     pad_id: int
     unknown_id: int

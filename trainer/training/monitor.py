@@ -231,7 +231,7 @@ class Monitor:
 
     def interval(self, step: int, interval: Interval) -> None:
         """Reports the steps since the last report."""
-        values = interval._asdict() | {"skipped_steps": interval.num_skipped}
+        values = interval._asdict() | {"skipped_steps": interval.num_skipped, "epoch": self._epochs_at(step)}
         del values["num_steps"], values["num_skipped"]
         loss, learned, norm = "no step was applied", "no step was applied", ""
         if interval.loss is not None:
@@ -264,6 +264,7 @@ class Monitor:
             "perplexity": evaluation.perplexity,
             _bits_tag(evaluation.is_lossy): evaluation.bits_per_byte,
             "excess_nats_per_token": evaluation.excess,
+            "epoch": self._epochs_at(step),
         }
         values |= {f"loss_of_source_{i}": loss for i, loss in enumerate(evaluation.losses)}
         self._validation.scalars(step, {name: value for name, value in values.items() if value is not None})
@@ -277,11 +278,15 @@ class Monitor:
         return f"step {step}/{self.total_steps}  {self._epoch_at(step)}".rstrip()
 
     def _epoch_at(self, step: int) -> str:
+        epochs = self._epochs_at(step)
+        return "" if epochs is None else f"epoch {epochs:.2f}/{self._num_epochs:g}  "
+
+    def _epochs_at(self, step: int) -> float | None:
+        """Returns the epochs that are done after step steps; None if the run has no epochs."""
         if self._steps_per_epoch is None:
-            return ""
+            return None
         # The batch of the last step may be filled with examples of the next epoch.
-        done = min(step / self._steps_per_epoch, self._num_epochs)
-        return f"epoch {done:.2f}/{self._num_epochs:g}  "
+        return min(step / self._steps_per_epoch, self._num_epochs)
 
     def _secs_left(self, step: int) -> float:
         per_step = (time.monotonic() - self._started) / max(1, step - self._first_step)

@@ -1,0 +1,172 @@
+"""Laws of a loaded run: its parts work together, and each form of text and tokens comes back in its own form."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from every_kind import bpe_of_every_kind, nasty_texts, wordpiece_of_every_kind  # type: ignore[import-not-found]
+from tiny_run import prepared_text, save_checkpoint, tiny  # type: ignore[import-not-found]
+
+import trainer
+from trainer.errors import UserError
+from trainer.loaded import LoadedModel, TextTokenizer
+from trainer.runs.run_folder import RunFolder
+from trainer.tokenizers.characters import ByteTokenizer, CharTokenizer
+from trainer.training.event_log import EventLog
+
+MAKERS = {
+    "wordpiece": wordpiece_of_every_kind,
+    "bpe": bpe_of_every_kind,
+    "char": lambda: CharTokenizer(["[PAD]", "[UNK]", "[BOS]", *sorted(set("".join(nasty_texts(50))))]),
+    "byte": ByteTokenizer,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loaded")
+    run = RunFolder.create(tiny(folder), prepared_text(folder))
+    save_checkpoint(run, 1)
+    save_checkpoint(run, 2)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> LoadedModel:
+    return trainer.load(str(folder))
+
+
+def test_a_loaded_run_knows_its_step_and_settings(run: LoadedModel, folder: Path):
+    assert (run.step, str(run.folder), run.config.train.sequence_length) == (2, str(folder), 8)
+    assert trainer.load(str(folder), step=1).step == trainer.load(f"{folder}/checkpoints/step_000000001").step == 1
+    assert repr(run) == f"<{folder} at step 2: {run.model.count_params():,} parameters, char vocabulary of 14>"
+
+
+def test_a_run_without_a_checkpoint_and_a_wrong_folder_are_refused(folder: Path, tmp_path: Path):
+    RunFolder.create(tiny(tmp_path), prepared_text(tmp_path))
+    with pytest.raises(UserError, match="has no checkpoint yet; train on with: trainer train --resume"):
+        trainer.load(str(tmp_path / "run"))
+    with pytest.raises(UserError, match=f"{folder.parent} is not a run folder.* Runs near it: {folder}"):
+        trainer.load(str(folder.parent))
+    with pytest.raises(UserError, match="has no checkpoint of step 3; it has: 1, 2"):
+        trainer.load(str(folder), step=3)
+
+
+def test_the_model_is_a_keras_model_that_predicts_and_prints_its_layers(run: LoadedModel):
+    tokens = np.array([[run.tokenizer.bos_id, *run.tokenizer.encode("the ")]], np.int32)
+    logits = run.model.predict(tokens, verbose=0)
+    assert logits.shape == (1, 5, run.tokenizer.vocabulary_size)
+    np.testing.assert_array_equal(logits, run.model(tokens))
+    lines: list[str] = []
+    run.model.summary(print_fn=lines.append, line_length=120)
+    table = "\n".join(lines)
+    for layer, shape in (("token_embedding", 4), ("block_0", 4), ("unembedding", run.tokenizer.vocabulary_size)):
+        (row,) = [line for line in table.split("\n") if f" {layer} " in line]
+        assert f"(None, None, {shape})" in row, row
+    assert f"Total params: {run.model.count_params():,}" in table
+
+
+def test_generate_writes_what_trainer_generate_writes(run: LoadedModel, folder: Path):
+    given: dict[str, Any] = {"sampler": "top-k", "k": 2, "seed": 5, "stop": "t", "num_tokens": 3}
+    for options in (given, {}):
+        of_function = trainer.generate(str(folder), ["the ", "a"], **options)
+        assert run.generate(["the ", "a"], **options) == run.generate(["the ", "a"], **options) == of_function
+    with pytest.raises(UserError, match="k=3 has no effect with the sampler greedy"):
+        run.generate("", "greedy", k=3)
+
+
+def test_a_score_is_the_sum_of_the_model_s_own_losses(run: LoadedModel):
+    texts = ["the cat", "a", "the cat sat on the mat"]  # The last is longer than the context of 8 tokens.
+    scores = run.score(texts)
+    for text, score in zip(texts[:2], scores[:2], strict=True):
+        tokens = run.tokenizer.encode(text)
+        logits = run.model(np.array([[run.tokenizer.bos_id, *tokens]], np.int32))[0].numpy().astype(np.float64)
+        by_hand = sum(np.log(np.exp(row).sum()) - row[token] for row, token in zip(logits[:-1], tokens, strict=True))
+        assert abs(score.nats - by_hand) <= 1e-5 * by_hand  # float32: separates a bug from rounding
+        assert (score.num_tokens, score.num_bytes) == (len(tokens), len(text))
+        assert score.bits_per_byte == score.nats / np.log(2) / len(text)
+        assert run.score(text)._replace(nats=score.nats) == score
+    assert run.score(texts[2], stride=1).num_tokens == scores[2].num_tokens == len(texts[2])
+    assert run.score([]) == []
+    wrong: Any
+    for wrong in (5, None, ["a", 5]):
+        with pytest.raises(UserError, match="is not a text"):
+            run.score(wrong)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_each_form_of_text_is_encoded_and_decoded_in_its_own_form(kind: str):
+    wrapped = MAKERS[kind]()
+    tokenizer = TextTokenizer(wrapped)
+    texts = ["hello world!", "", *nasty_texts(20)]
+    rows = [wrapped.encode(text).tolist() for text in texts]
+    back = [wrapped.decode(row) for row in rows]
+    tensor = tf.constant(texts)
+    assert [tokenizer.encode(text) for text in texts] == tokenizer.encode(texts) == rows
+    assert [tokenizer.decode(row) for row in rows] == tokenizer.decode(rows) == back
+    ragged = tokenizer.encode(tensor)
+    assert ragged.dtype == tf.int32 and ragged.to_list() == rows
+    assert tokenizer.encode(tensor[0]).numpy().tolist() == rows[0]
+    assert [text.decode() for text in tokenizer.decode(ragged).numpy()] == back
+    assert tokenizer.decode(tf.constant(rows[0])).numpy().decode() == back[0]
+    assert tokenizer.decode(np.array([rows[0]])) == [back[0]]
+    assert tokenizer.encode([]) == [] and tokenizer.decode([]) == ""
+    in_pipeline = tf.data.Dataset.from_tensor_slices(texts).batch(len(texts)).map(tokenizer.encode)
+    assert next(iter(in_pipeline)).to_list() == rows
+    assert next(iter(tf.data.Dataset.from_tensors(texts[0]).map(tokenizer.encode))).numpy().tolist() == rows[0]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_vocabulary_names_each_token(kind: str):
+    tokenizer = TextTokenizer(MAKERS[kind]())
+    assert len(tokenizer.vocabulary) == tokenizer.vocabulary_size
+    ids = range(tokenizer.vocabulary_size)
+    assert [tokenizer.token_to_id(tokenizer.id_to_token(id)) for id in ids] == list(ids)
+    assert tokenizer.id_to_token(tokenizer.bos_id) == "[BOS]" and tokenizer.token_to_id("[PAD]") == tokenizer.pad_id
+    assert tokenizer.id_to_token(tf.constant(tokenizer.bos_id)) == "[BOS]"
+    assert [tokenizer.decode([id]) for id in tokenizer.encode("a!")] == ["a", "!"]
+
+
+@pytest.mark.parametrize("value", ["\ud800", b"\xff", 5, None, [5], tf.constant(5), tf.constant([["a"]])], ids=repr)
+def test_what_is_not_text_is_not_encoded(value: object):
+    with pytest.raises(UserError, match=r"give (a text|a string|texts)"):
+        TextTokenizer(ByteTokenizer()).encode(value)
+
+
+@pytest.mark.parametrize("value", [[-1], [258], [1.5], "a", 10**20, None, tf.constant(["a"]), [[1], [300]]], ids=repr)
+def test_what_is_no_token_is_not_decoded(value: object):
+    with pytest.raises(UserError, match="is not a token; tokens are the integers from 0 to 257"):
+        TextTokenizer(ByteTokenizer()).decode(value)
+
+
+def test_an_unknown_token_has_no_number():
+    tokenizer = TextTokenizer(ByteTokenizer())
+    with pytest.raises(UserError, match="'hello' is not in the vocabulary of 258 tokens"):
+        tokenizer.token_to_id("hello")
+    with pytest.raises(UserError, match="-1 is not a token"):
+        tokenizer.id_to_token(-1)
+
+
+def test_history_has_each_step_of_a_resumed_run_once_with_its_newest_value(run: LoadedModel, folder: Path):
+    assert run.history == {}
+    first = EventLog(folder / "logs" / "train", 0)
+    for step in (10, 20, 30):
+        first.scalars(step, {"loss": step, "gone": 1.0} if step > 10 else {"loss": step})
+    first.close()
+    again = EventLog(folder / "logs" / "train", 10)  # It was killed after step 30, and goes on from step 10.
+    again.scalars(20, {"loss": 0.5})
+    again.texts(20, {"samples/greedy": "the cat"})
+    again.close()
+    score = EventLog(folder / "logs" / "validation", 0)
+    score.scalars(20, {"perplexity": 1e300})
+    score.close()
+    history = run.history
+    assert set(history) == {"train/loss", "validation/perplexity"}
+    steps, values = history["train/loss"]
+    assert steps.tolist() == [10, 20] and values.tolist() == [10.0, 0.5]
+    assert history["validation/perplexity"].values.tolist() == [np.finfo(np.float32).max]
+    for file in (folder / "logs" / "train").iterdir():
+        file.write_bytes(file.read_bytes()[:-3])  # Killed while it wrote: the last event is lost.
+    assert run.history["train/loss"].steps.tolist() == [10, 20]
