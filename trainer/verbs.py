@@ -5,12 +5,13 @@ reported at once.
 """
 
 import argparse
+import json
 import shlex
 import signal
 
 import trainer
 from trainer.commands.inspect_run import inspect as inspect_data
-from trainer.config.file import load_config, whole_number
+from trainer.config.file import load_config, make_config, whole_number
 from trainer.config.settings import Config
 from trainer.data.beam import prepare_with_beam
 from trainer.data.prepare import check_sources
@@ -30,6 +31,7 @@ from trainer.storybook.storybook import log_probability
 from trainer.system.signals import Ending, ended_by
 from trainer.system.storage import Url, locate
 from trainer.system.terminal import lasting_output, quiet_import, say, warn
+from trainer.text.sources import find_inputs
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -142,14 +144,24 @@ def inspect(options: argparse.Namespace) -> ExitStatus:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Scores a checkpoint."""
-    for override in options.overrides:
-        if not override.startswith(("distribution.", "data.prepared_folder=")):
+    # After --data argparse takes all words for files.
+    files = [word for word in options.data or [] if not word.startswith("distribution.")]
+    overrides = [*options.overrides, *(word for word in options.data or [] if word not in files)]
+    allowed = ("distribution.",) if options.data else ("distribution.", "data.prepared_folder=")
+    for override in overrides:
+        if not override.startswith(allowed):
             raise UserError(
                 f"{override}: evaluate changes only the devices of a run, distribution.*, and the place of its data, "
-                "data.prepared_folder; leave it out."
+                "data.prepared_folder, which --data does not read; leave it out."
             )
+    if options.data:
+        _evaluate_texts(options, files, overrides)
+        return
+    for name in ("name", "documents", "text_field", "stride", "with_ends", "last_word"):
+        if getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')} goes with --data FILE; leave it out.")
     run_folder, step = run_and_step(options.run_folder, options.step)
-    run = RunFolder(run_folder, options.overrides)
+    run = RunFolder(run_folder, overrides)
     run.check_model(None)
     with quiet_import():
         from trainer.distributed.strategy import describe_devices, make_strategy
@@ -161,7 +173,36 @@ def evaluate(options: argparse.Namespace) -> None:
     prepared = find_prepared(run)
     with strategy.scope():
         opened = open_model(run_folder, step=step, say=warn)
-    say(f"step {opened.step}: {Evaluator(opened.model, strategy, prepared, run.config)()}")
+    evaluation = Evaluator(opened.model, strategy, prepared, run.config)()
+    if options.json:
+        print(json.dumps({"model": str(opened.folder), "step": opened.step, **evaluation.figures()}), flush=True)
+    else:
+        say(f"step {opened.step}: {evaluation}")
+
+
+def _evaluate_texts(options: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
+    """Scores a checkpoint on files."""
+    if not files:
+        raise UserError(f"--data {' '.join(overrides)} names no file; name one first.")
+    if options.last_word and (options.stride is not None or options.with_ends):
+        other = "--with-ends" if options.with_ends else f"--stride {options.stride}"
+        raise UserError(f"--last-word and {other}: a last word has neither windows nor an end to score; leave out one.")
+    if options.stride is not None and options.stride < 1:
+        raise UserError(f"--stride {options.stride} must be at least 1.")
+    config = make_config(read_config(options.run_folder, step=options.step).model_dump(mode="json"), overrides)
+    with quiet_import():
+        inputs = find_inputs(files, "--data")
+        from trainer.commands.evaluate_texts import Texts, evaluate_texts
+    texts = Texts(
+        options.name or " ".join(files),
+        inputs,
+        options.documents or "file",
+        options.text_field or "text",
+        options.stride,
+        options.with_ends,
+        options.last_word,
+    )
+    evaluate_texts(options.run_folder, options.step, config.distribution, texts, options.json)
 
 
 _GENERATE_OPTIONS = (
