@@ -25,6 +25,7 @@ from trainer.exchange.source import check_source
 from trainer.exit_status import ExitStatus
 from trainer.hardware.devices import parse_target
 from trainer.planning.plan import print_compiled, print_plan
+from trainer.runs.run_changes import check_length, newest_step
 from trainer.runs.run_data import find_prepared
 from trainer.runs.run_folder import RECORD, CheckpointStep, RunFolder, find_run, run_and_step
 from trainer.storybook.storybook import log_probability
@@ -88,6 +89,8 @@ def _check_resumed(options: argparse.Namespace) -> tuple[str, CheckpointStep | N
     run_folder, step = run_and_step(options.resume, options.step)
     run = RunFolder(run_folder, overrides)
     run.check_model(None)
+    if step != "best":
+        check_length(run, newest_step(run) if step is None else step)
     options.ending.advice = lambda: _resume_command(run_folder)
     return run_folder, step, overrides, run.config
 
@@ -101,10 +104,12 @@ def _check_started(options: argparse.Namespace) -> Config:
     config = load_config(options.config, options.overrides)
     if config.distribution.kind == "tpu":
         check_tpu_install()
-    is_new = find_run(config, options.or_resume) is None
+    run = find_run(config, options.or_resume)
+    if run is not None:
+        check_length(run, newest_step(run))
     options.ending.advice = lambda: how_to_resume(config)
     with quiet_import():
-        if is_new:
+        if run is None:
             check_source(config)
             check_sources(config)
         find_workers(config.distribution)  # Loads TensorFlow if SLURM started this process.
