@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Makes .venv in the repository root, or brings it up to date, and leaves it alone when there is nothing to do.
 # Other scripts source this file and call `make_environment core`, or name an extra of setup.cfg in place of core; the
-# variables root and venv then hold the two folders.
+# variables root and venv then hold the two folders. `make_environment EXTRA FOLDER` makes another folder than .venv.
 #
 #   TRAINER_PYTHON   the Python to use, in place of the first fitting one on PATH
 #
@@ -18,8 +18,7 @@ fi
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 lock=$root/requirements.lock
-home_stamp=$venv/trainer.home # the path at which .venv was made: the programs in it carry that path
-newest=                       # yes: install the newest versions that setup.cfg allows, and write the lock file anew
+newest= # yes: install the newest versions that setup.cfg allows, and write the lock file anew
 
 fail() {
     printf '%s\n' "$@" >&2
@@ -28,6 +27,8 @@ fail() {
 
 make_environment() {
     local extra=$1
+    venv=$root/${2:-.venv}
+    home_stamp=$venv/trainer.home # the path at which it was made: the programs in it carry that path
     read_python_range
     # A program on PATH may be only a shim, as with Python below: it counts only if it runs.
     has_uv=
@@ -93,7 +94,7 @@ discard_unusable_environment() {
     if [[ ! -e $venv/pyvenv.cfg && ! -e $home_stamp ]]; then
         fail "$venv is in the way: it is not a virtual environment. Move it elsewhere, then run this again."
     fi
-    echo "Making .venv again: $reason."
+    echo "Making ${venv##*/} again: $reason."
     find_python # before anything is removed
     rm -rf "$venv"
 }
@@ -193,9 +194,11 @@ install_trainer() {
     # An install that is interrupted from here on counts as not done.
     rm -f "$venv"/trainer.installed.*
     printf '%s\n' "$venv" >"$home_stamp" || explain_failure "No space left on device"
-    echo "Installing gpt-trainer ($extra) into .venv; the first time this takes some minutes."
+    echo "Installing gpt-trainer ($extra) into ${venv##*/}; the first time this takes some minutes."
     if [[ -n $has_uv ]]; then
-        # pip compiles too. Without it every first start is slow, and each start if Python may not write.
+        # pip compiles too. Without it every first start is slow, and each start if Python may not write. Of PyTorch, an
+        # extra's, uv can take the small build for a CPU; on Linux pip takes the one with CUDA, which works too.
+        export UV_TORCH_BACKEND=${UV_TORCH_BACKEND:-cpu}
         installer=(uv pip install --compile-bytecode --python "$venv/bin/python")
     else
         # uv makes environments without pip.

@@ -18,7 +18,6 @@ ROOMS = (
     "trainer.exit_status",
     "trainer.config.settings",
     "trainer.config.refusals",
-    "trainer.config.schedule",
     "trainer.config.overrides",
     "trainer.config.file",
     "trainer.config",

@@ -1,4 +1,4 @@
-"""Opens a model by its folder: a run, or one of its checkpoints.
+"""Opens a model by its folder: a run, one of its checkpoints, or a model in Hugging Face's form.
 
 Whatever scores or writes with a model gets it from here, so that a further kind of folder is a change of this module.
 """
@@ -7,12 +7,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.config.settings import Config
-from trainer.model.build import BuildModel
+from trainer.errors import UserError
+from trainer.exchange.huggingface import config_of, is_huggingface, read_weights
+from trainer.model.build import BuildModel, build_gpt
 from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import CheckpointStep, RunFolder, run_and_step
-from trainer.system.storage import Location
+from trainer.system.storage import Location, locate
 from trainer.system.terminal import quiet_import
 from trainer.tokenizers.tokenizer import Tokenizer
+from trainer.tokenizers.tokenizer_files import train_tokenizer
 
 if TYPE_CHECKING:
     import keras
@@ -25,7 +28,7 @@ class OpenedModel(NamedTuple):
         model: the model, with its weights.
         tokenizer: the tokenizer of its tokens.
         config: the settings that it was made with, and the defaults for what it writes, `config.samples`.
-        step: the steps that it was trained for.
+        step: the steps that it was trained for; 0 if they are not known.
         folder: the folder that it was read from: the folder of the run.
     """
 
@@ -47,6 +50,9 @@ def read_config(path: str, build_model: BuildModel | None = None, step: str | Ch
     Raises:
         UserError: the folder holds no model, or another kind of model than build_model builds.
     """
+    if is_huggingface(path):
+        _check_is_plain(path, build_model, step)
+        return config_of(path)
     run_folder, _ = run_and_step(path, step)
     run = RunFolder(run_folder)
     run.check_model(build_model)
@@ -62,7 +68,8 @@ def open_model(
     """Builds the model of a folder, and reads its weights. Call it in the scope of a strategy to place them on devices.
 
     Args:
-        path: the folder of a run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
+        path: the folder of a run, or of one of its checkpoints: RUN/checkpoints/step_000001000; or a folder with a
+            config.json of Hugging Face.
         build_model: the function that was given to `trainer.train`.
         step: the step of the checkpoint, or "best" for the one with the lowest validation loss; None: the newest.
         say: prints a line.
@@ -72,9 +79,25 @@ def open_model(
             does not exist or is damaged.
     """
     with quiet_import():
+        from trainer.runs.checkpoint import assign
         from trainer.runs.run_checkpoints import load_model
 
+    if is_huggingface(path):
+        _check_is_plain(path, build_model, step)
+        config = config_of(path)
+        tokenizer = train_tokenizer(config.tokenizer, ())  # It is read from the folder.
+        model = build_gpt(config, tokenizer.vocabulary_size, tokenizer.bos_id)
+        weights = read_weights(path, config, tokenizer.vocabulary_size, say)
+        assign({variable.path: variable for variable in model.variables}, weights, path)
+        return OpenedModel(model, tokenizer, config, step=0, folder=locate(path))
     run_folder, at = run_and_step(path, step)
     run = RunFolder(run_folder)
     model, checkpoint = load_model(run, build_model, say, at)
     return OpenedModel(model, load_tokenizer_of(run), run.config, checkpoint.step, run.path)
+
+
+def _check_is_plain(path: str, build_model: BuildModel | None, step: str | CheckpointStep | None) -> None:
+    """Raises UserError if something is given that a model in Hugging Face's form does not have."""
+    for name, value in (("build_model", build_model), ("step", step)):
+        if value is not None:
+            raise UserError(f"{path} is a model in Hugging Face's form, which has no {name}; leave out {name}={value}.")

@@ -5,6 +5,7 @@ from typing import Literal
 from trainer.config.file import split_step
 from trainer.config.settings import Config
 from trainer.errors import UserError
+from trainer.exchange.huggingface import check_settings, is_huggingface
 from trainer.runs.run_folder import RECORD, RunFolder
 from trainer.system.storage import locate
 
@@ -24,7 +25,7 @@ def kind_of_source(source: str) -> SourceKind:
     folder = locate(split_step(source)[0])
     if (folder / RECORD).is_file():
         return "run"
-    if (locate(source) / "config.json").is_file():
+    if is_huggingface(source):
         return "huggingface"
     raise UserError(
         f"init.from={source!r} is neither a run, whose folder has a {RECORD}, nor a folder of Hugging Face, which has "
@@ -36,7 +37,12 @@ def kind_of_source(source: str) -> SourceKind:
 def check_source(config: Config) -> None:
     """Raises UserError if init.from names nothing that a run can begin with, as far as that can be seen early."""
     source = config.init.source
-    if source is None or kind_of_source(source) != "run":
+    if source is None:
+        return
+    kind = kind_of_source(source)
+    if kind == "huggingface":
+        check_settings(source, config)
+    if kind != "run":
         return
     folder = split_step(source)[0]
     if locate(folder) == locate(config.run_folder):

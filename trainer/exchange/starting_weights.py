@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from trainer.config.file import differing_settings, split_step
-from trainer.config.settings import Config
+from trainer.config.settings import Config, SavedTokenizerConfig
 from trainer.errors import UserError
+from trainer.exchange.huggingface import TOKENIZER, digest_of_weights, read_weights
 from trainer.exchange.source import kind_of_source
 from trainer.model.build import GPT_MODEL
 from trainer.model.size import parameter_shapes
@@ -18,6 +19,7 @@ from trainer.runs.parentage import Beginning, parents_by_run
 from trainer.runs.run_checkpoints import read_checkpoint
 from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import RunFolder, run_and_step
+from trainer.system.storage import locate
 from trainer.system.terminal import Say
 from trainer.tokenizers.tokenizer import Tokenizer
 from trainer.tokenizers.tokenizer_files import train_tokenizer
@@ -46,7 +48,9 @@ def read_beginning(config: Config, is_foreign: bool, say: Say) -> Beginning | No
     tokenizer = train_tokenizer(config.tokenizer, ())
     if kind == "run":
         return _from_run(source, config, is_foreign, tokenizer, say)
-    raise UserError(f"init.from={source!r}: only runs can be read so far.")
+    if kind == "huggingface":
+        return _from_huggingface(source, config, is_foreign, tokenizer, say)
+    raise UserError(f"init.from={source!r}: only runs and folders of Hugging Face can be read so far.")
 
 
 def _from_run(source: str, config: Config, is_foreign: bool, tokenizer: Tokenizer, say: Say) -> Beginning:
@@ -64,6 +68,17 @@ def _from_run(source: str, config: Config, is_foreign: bool, tokenizer: Tokenize
         report_other_meaning(config, parent.config, say)
     say(f"The run begins with the weights of {parent.path}, step {checkpoint.step}.")
     return Beginning(0, {"weights": weights}, parents_by_run(parent, checkpoint, "init", changed))
+
+
+def _from_huggingface(source: str, config: Config, is_foreign: bool, tokenizer: Tokenizer, say: Say) -> Beginning:
+    if is_foreign:
+        raise UserError(f"init.from={source!r} has the weights of a GPT, and the new run trains a foreign model.")
+    if (locate(source) / TOKENIZER).is_file():
+        check_tokenizer(source, tokenizer, train_tokenizer(SavedTokenizerConfig(kind="saved", path=source), ()))
+    weights = read_weights(source, config, tokenizer.vocabulary_size, say)
+    say(f"The run begins with the weights of {source}.")
+    entry = {"kind": "init", "from": source, "weights_sha256": digest_of_weights(source), "changed": []}
+    return Beginning(0, {"weights": fitted(weights, config, tokenizer.vocabulary_size, source, say)}, [entry])
 
 
 def check_tokenizer(source: str, tokenizer: Tokenizer, of_source: Tokenizer) -> None:
@@ -109,7 +124,7 @@ def fitted(
                 f"init.from={source!r} does not fit this config: {name} is {list(wanted)} by the config, and there it "
                 f"is {there}. {hint or 'Change model.* and train.sequence_length to its sizes.'}"
             )
-        found[name] = array.astype(dtype)
+        found[name] = array.astype(dtype, copy=False)
     for name in weights.keys() - shapes.keys():
         raise UserError(
             f"init.from={source!r} does not fit this config: it has {name}, {list(weights[name].shape)}, and the "

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,6 @@ import safetensors.numpy
 import tensorflow as tf
 
 from trainer.errors import UserError
-from trainer.runs.run_folder import steps_in
 from trainer.system.manifest import DamagedError, sealed, unsealed
 from trainer.system.storage import (
     Location,
@@ -218,7 +218,13 @@ class Checkpoints:
         Raises:
             UserError: the disk or the store cannot be read.
         """
-        return steps_in(self.folder)
+        try:
+            if not self.folder.is_dir():
+                return []
+            names = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.iterdir())
+            return sorted(int(match.group(1)) for match in names if match)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be listed: {reason_and_remedy(error)}.") from None
 
     def best_step(self) -> int | None:
         """Returns the step of the checkpoint with the lowest validation loss; None if no checkpoint was scored."""
