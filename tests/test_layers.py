@@ -18,6 +18,7 @@ ROOMS = (
     "trainer.exit_status",
     "trainer.config.settings",
     "trainer.config.refusals",
+    "trainer.config.schedule",
     "trainer.config.overrides",
     "trainer.config.file",
     "trainer.config",

@@ -235,7 +235,7 @@ def test_a_run_with_other_settings_is_not_resumed(run: RunFolder, tmp_path: Path
         find_run(tiny(tmp_path, *others), or_resume=True)
     assert str(error.value).startswith(
         f"run_folder='{run.path}' holds a run that was started with other settings: model.dropout=0.5 (was 0.0); "
-        "train.seed=7 (was 0); optimizer.clip_norm=1.0 (was None); and 1 more. Go on with the settings that it was "
+        "train.seed=7 (was 0); optimizer.clip_norm=1.0 (was None). Go on with the settings that it was "
     )
     with pytest.raises(UserError, match=r"tokenizer.kind='wordpiece' \(was 'char'\)"):
         find_run(tiny(tmp_path, "tokenizer={kind='wordpiece'}"), or_resume=True)

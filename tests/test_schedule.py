@@ -2,12 +2,14 @@
 
 import itertools
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
 from trainer.config.file import make_config
+from trainer.config.schedule import can_extend, learning_rate
 from trainer.config.settings import OptimizerConfig
 from trainer.errors import UserError
-from trainer.training.schedule import learning_rate
 
 
 def rates(total_steps, **settings):
@@ -56,6 +58,35 @@ def test_the_last_step_has_the_final_rate(schedule):
     assert values[5] == pytest.approx(0.6, rel=1e-12)
     assert values[-1] == pytest.approx(0.2, rel=1e-12)
     assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "allowed"),
+    [
+        ({"schedule": "constant"}, 20, True),
+        ({"schedule": "constant", "warmup_steps": 15}, 20, True),
+        ({"schedule": "linear", "warmup_steps": 15}, 15, True),
+        ({"schedule": "linear", "warmup_steps": 15}, 16, False),
+        ({"schedule": "cosine"}, 0, True),
+        ({"schedule": "cosine"}, 1, True),
+        ({"schedule": "cosine"}, 2, False),
+    ],
+)
+def test_a_run_may_get_longer_as_long_as_all_its_rates_are_those_of_the_longer_run(settings, step, allowed):
+    config = OptimizerConfig(**settings)
+    assert can_extend(config, 20, 30, step) == can_extend(config, 30, 20, step) == allowed
+    same = [float(learning_rate(config, i, 20)) == float(learning_rate(config, i, 30)) for i in range(step)]
+    assert all(same) == allowed
+    assert can_extend(config, 20, 20, step)
+
+
+def test_the_rate_that_is_checked_is_the_rate_that_trains():
+    for schedule in ("constant", "linear", "cosine"):
+        config = OptimizerConfig(schedule=schedule, warmup_steps=7)
+        steps = np.arange(50, dtype=np.float64)
+        np.testing.assert_allclose(
+            learning_rate(config, steps, 50), learning_rate(config, tf.constant(steps), 50, tf), rtol=1e-14
+        )
 
 
 def test_cosine_follows_its_formula():

@@ -13,6 +13,7 @@ from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.model.build import build_gpt
 from trainer.model.gpt import GPT
+from trainer.scoring.last_word import score_last_words
 from trainer.scoring.score import Score, total
 from trainer.scoring.scorer import Scorer, tokenized
 from trainer.scoring.windows import batches_of, windows_of
@@ -204,3 +205,48 @@ def test_figures_follow_from_the_sums():
     assert figures["word_perplexity"] == pytest.approx(math.e)
     assert figures["bits_per_byte"] == pytest.approx(3 / math.log(2) / 16)
     assert total([]).figures()["loss"] is None
+
+
+def test_last_words_equal_a_plain_loop_and_are_right_if_greedy_decoding_writes_them(folder):
+    _, prepared, model, strategy = cached_world(folder)
+    tokenizer = prepared.tokenizer()
+    texts = ["the cat, it", "  said ", "the cat, it is said, sat. The CAT of tab\tand  quoted"]
+    # Texts that the model goes on with as greedy decoding does: a last word that is right.
+    split = {
+        "the cat, it": ("the cat,", " it"),
+        "  said ": ("", " said"),
+        texts[2]: (texts[2][:-8].rstrip(), " quoted"),
+    }
+    nats, num_tokens, num_right = 0.0, 0, 0
+    for before, word in split.values():
+        tokens = np.array([tokenizer.bos_id, *tokenizer.encode(before + word)], np.int32)
+        first = 1 + len(tokenizer.encode(before))
+        # One window, which ends with the text.
+        last = tokens[-WIDTH - 1 :]
+        losses = [plain_score(model, last[: place + 1]) for place in range(len(last))]
+        nats += losses[-1][0] - losses[first - len(tokens) - 1][0]
+        num_tokens += len(tokens) - first
+        num_right += all(losses[-1][1][first - len(tokens) :])
+    found = score_last_words(Scorer(model, tokenizer, WIDTH, strategy), texts)
+    assert found.score.nats == pytest.approx(nats, rel=1e-12)
+    assert (found.score.num_tokens, found.score.num_words, found.score.num_texts) == (num_tokens, 3, 3)
+    assert found.num_right == num_right
+    assert found.accuracy == num_right / 3
+    assert f"{found.accuracy:.2%} of 3 texts" in str(found)
+
+
+def test_a_last_word_is_right_if_each_of_its_tokens_is_the_likeliest(folder):
+    _, prepared, *_ = cached_world(folder, "char")
+    tokenizer = prepared.tokenizer()
+    # A model of pairs of characters: after a comma and [BOS] a blank is likeliest, then an "i", then a "t".
+    table = np.zeros([tokenizer.vocabulary_size] * 2, np.float32)
+    table[tokenizer.bos_id, tokenizer.encode(" ")] = 1
+    for pair in (", ", " i", "it"):
+        table[tuple(tokenizer.encode(pair))] = 1
+    embedding = keras.layers.Embedding(tokenizer.vocabulary_size, tokenizer.vocabulary_size)
+    model = keras.Sequential([keras.Input((None,), dtype="int32"), embedding])
+    embedding.set_weights([table])
+    found = score_last_words(Scorer(model, tokenizer, WIDTH), ["the cat, it", "the cat, at", "the cat, is", "it"])
+    assert found.num_right == 2
+    likely = math.log(1 + (tokenizer.vocabulary_size - 1) / math.e)  # Nats of the likeliest token after these.
+    assert found.score.nats == pytest.approx(11 * likely + 2 + math.log(tokenizer.vocabulary_size), rel=1e-6)

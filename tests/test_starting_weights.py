@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import quiet, tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
+from tiny import quiet, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
+from tiny_run import text_run  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 import trainer
 from trainer.cli import main
@@ -21,30 +22,10 @@ from trainer.runs.run_checkpoints import find_checkpoint, load_model, open_check
 from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import RunFolder
 
-TEXT = "the cat sat on the mat with a hat\n" * 60
-
 
 @pytest.fixture(autouse=True)
 def _one_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "DECODERS", ("greedy",))
-
-
-def config_of(folder: Path, name: str, *overrides: str) -> Config:
-    text = folder / "a.txt"
-    if not text.exists():
-        text.write_text(TEXT, encoding="utf-8")
-    return tiny_config(
-        folder,
-        f"run_folder={folder}/{name}",
-        *overrides,
-        data={"train": str(text), "documents": "file", "held_out_fraction": 0.1},
-        tokenizer={"kind": "char"},
-        train={"total_steps": 3, "sequence_length": 8, "global_batch_size": 4},
-        optimizer={"learning_rate": 0.01},
-        samples={"num_tokens": 2},
-        log={"every_steps": 1},
-        checkpoint={"every_steps": 1},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +33,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = tmp_path_factory.mktemp("parent")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(samples, "DECODERS", ("greedy",))
-        trainer.train(config_of(folder, "parent"), say=quiet)
+        trainer.train(text_run(folder, "parent"), say=quiet)
     return RunFolder(folder / "parent")
 
 
@@ -61,7 +42,7 @@ def folder_of(parent: RunFolder) -> Path:
 
 
 def child(parent: RunFolder, name: str, *overrides: str) -> Config:
-    return config_of(folder_of(parent), name, f"init.from={parent.path}", *overrides)
+    return text_run(folder_of(parent), name, f"init.from={parent.path}", *overrides)
 
 
 def first_loss(run: str) -> float:
@@ -95,7 +76,7 @@ def test_the_first_loss_is_the_parent_s(parent: RunFolder):
 
 
 def test_another_text_gets_the_parent_s_tokenizer_even_if_the_parent_is_gone_later(tmp_path: Path):
-    trainer.train(config_of(tmp_path, "parent"), say=quiet)
+    trainer.train(text_run(tmp_path, "parent"), say=quiet)
     parent = RunFolder(tmp_path / "parent")
     (tmp_path / "b.txt").write_text("that hat is on a hot mat\n" * 60, encoding="utf-8")
     config = child(parent, "other", f"data.train={tmp_path}/b.txt", "train.seed=5")
@@ -182,7 +163,7 @@ def test_a_foreign_model_does_not_take_the_weights_of_the_gpt(parent: RunFolder)
 
 
 def test_a_missing_parent_is_refused_before_the_text_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    config_of(tmp_path, "run")
+    text_run(tmp_path, "run")
     (tmp_path / "my.toml").write_text('[train]\nprecision = "float32"\ntotal_steps = 3\n')
     assert main(["train", f"{tmp_path}/my.toml", f"init.from={tmp_path}/nothing", f"run_folder={tmp_path}/new"]) == 2
     assert "/nothing' is neither a run, whose folder has a run.json, nor a folder of" in capsys.readouterr().err
@@ -230,7 +211,7 @@ def test_a_process_that_is_killed_while_it_makes_the_run_leaves_no_run_with_rand
 def test_the_checkpoint_of_a_killed_process_does_not_get_into_another_run(parent: RunFolder, tmp_path: Path):
     folder = tmp_path / "run"
     (folder / "checkpoints/step_000000000").mkdir(parents=True)
-    config = config_of(folder_of(parent), "unused", f"run_folder={folder}")
+    config = text_run(folder_of(parent), "unused", f"run_folder={folder}")
     with pytest.raises(UserError, match="is there already and is not a run"):
         RunFolder.create(config, tiny_prepared(config))  # Nothing shows that it is not the user's.
     (folder / "lock").touch()

@@ -8,9 +8,41 @@ from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  #
 from trainer.config.settings import Config
 from trainer.data.shards import PreparedData
 from trainer.model.build import build_gpt
-from trainer.runs.run_checkpoints import open_checkpoints
+from trainer.runs.run_checkpoints import facts_of, open_checkpoints
 from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import RunFolder
+
+
+def text_run(folder: Path, name: str, *overrides: str) -> Config:
+    """Makes the config of a run that trains three steps on a text in a folder, within seconds."""
+    text = folder / "text.txt"
+    if not text.exists():
+        text.write_text("the cat sat on the mat with a hat\n" * 60, encoding="utf-8")
+    return tiny_config(
+        folder,
+        f"run_folder={folder}/{name}",
+        *overrides,
+        data={"train": str(text), "documents": "file", "held_out_fraction": 0.1},
+        tokenizer={"kind": "char"},
+        train={"total_steps": 3, "sequence_length": 8, "global_batch_size": 4},
+        optimizer={"learning_rate": 0.01},
+        samples={"num_tokens": 2},
+        log={"every_steps": 1},
+        checkpoint={"every_steps": 1, "keep_last": 20},
+    )
+
+
+def saved(run: str | Path, step: int) -> dict[str, np.ndarray]:
+    """Returns all arrays of a checkpoint."""
+    checkpoint = open_checkpoints(RunFolder(run)).of_step(step)
+    arrays = {group: checkpoint.arrays(group) for group in ("weights", "optimizer")}
+    return {f"{group}/{name}": array for group in arrays for name, array in arrays[group].items()}
+
+
+def assert_same_bits(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> None:
+    assert one.keys() == two.keys()
+    for name, array in one.items():
+        assert array.tobytes() == two[name].tobytes(), name
 
 
 def refuse(line: str) -> None:
@@ -36,12 +68,14 @@ def folder_of(run: RunFolder) -> Path:
     return run.path
 
 
-def save_checkpoint(run: RunFolder, step: int, config: Config | None = None) -> dict[str, np.ndarray]:
+def save_checkpoint(
+    run: RunFolder, step: int, config: Config | None = None, with_facts: bool = False
+) -> dict[str, np.ndarray]:
     tokenizer = load_tokenizer_of(run)
     model = build_gpt(config or run.config, tokenizer.vocabulary_size, tokenizer.bos_id)
     weights = {variable.path: variable.numpy() + 1 for variable in model.variables}
     checkpoints = open_checkpoints(run)
-    checkpoints.save(step, {"weights": weights}, {})
+    checkpoints.save(step, {"weights": weights}, facts_of(run) if with_facts else {})
     checkpoints.wait()
     return weights
 

@@ -104,8 +104,8 @@ def resume(
         run_folder: the folder of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
         build_model: the function that was given to `train`.
         say: a function that prints a line.
-        overrides: `section.key=value` strings for settings that do not change the model, such as
-            `distribution.logical_devices=4`.
+        overrides: `section.key=value` strings for settings that leave the weights as they are, such as
+            `distribution.logical_devices=4`, and for a length that the schedule allows, `train.total_steps=3000`.
         step: the step of the checkpoint to resume from, or "best" for the one with the lowest validation loss.
 
     Returns:

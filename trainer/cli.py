@@ -187,7 +187,7 @@ def _add_inspect(verbs: Any) -> None:
 
 
 def _add_evaluate(verbs: Any) -> None:
-    parser = verbs.add_parser("evaluate", help="score a run's newest checkpoint on the whole validation text")
+    parser = verbs.add_parser("evaluate", help="score a model on its run's validation text, or on any text")
     parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
     parser.add_argument(
         "overrides",
@@ -197,6 +197,40 @@ def _add_evaluate(verbs: Any) -> None:
         "data.prepared_folder=FOLDER",
     )
     _add_step(parser, "the checkpoint to score")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="text files or JSON Lines, plain or packed with gzip, or globs of these in quotation marks (default: the "
+        "validation text of the run)",
+    )
+    parser.add_argument("--name", help="with --data: the name of these texts in the output (default: the files)")
+    parser.add_argument(
+        "--documents",
+        choices=("file", "line", "paragraph", "auto"),
+        help="with --data: what is one text of a text file, as in data.documents; each record of JSON Lines is one "
+        "(default: file)",
+    )
+    parser.add_argument("--text-field", help="with --data: the field of JSON Lines that holds a text (default: text)")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="with --data: how a text longer than the model's context is read. Each window after the first scores only "
+        "N tokens, and has the tokens before them as context: smaller is slower and more exact (default: the context, "
+        "which reads every token once)",
+    )
+    parser.add_argument(
+        "--with-ends",
+        action="store_true",
+        help="with --data: also score the end of each text, as the run's own evaluation does",
+    )
+    parser.add_argument(
+        "--last-word",
+        action="store_true",
+        help="with --data: score only the last word of each text, as the LAMBADA benchmark does",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 
 def _add_generate(verbs: Any) -> None:

@@ -5,12 +5,13 @@ reported at once.
 """
 
 import argparse
+import json
 import shlex
 import signal
 
 import trainer
 from trainer.commands.inspect_run import inspect as inspect_data
-from trainer.config.file import load_config, whole_number
+from trainer.config.file import load_config, make_config, whole_number
 from trainer.config.settings import Config
 from trainer.data.beam import prepare_with_beam
 from trainer.data.prepare import check_sources
@@ -24,12 +25,14 @@ from trainer.exchange.source import check_source
 from trainer.exit_status import ExitStatus
 from trainer.hardware.devices import parse_target
 from trainer.planning.plan import print_compiled, print_plan
+from trainer.runs.run_changes import check_length, newest_step
 from trainer.runs.run_data import find_prepared
 from trainer.runs.run_folder import RECORD, CheckpointStep, RunFolder, find_run, run_and_step
 from trainer.storybook.storybook import log_probability
 from trainer.system.signals import Ending, ended_by
 from trainer.system.storage import Url, locate
 from trainer.system.terminal import lasting_output, quiet_import, say, warn
+from trainer.text.sources import find_inputs
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -86,6 +89,8 @@ def _check_resumed(options: argparse.Namespace) -> tuple[str, CheckpointStep | N
     run_folder, step = run_and_step(options.resume, options.step)
     run = RunFolder(run_folder, overrides)
     run.check_model(None)
+    if step != "best":
+        check_length(run, newest_step(run) if step is None else step)
     options.ending.advice = lambda: _resume_command(run_folder)
     return run_folder, step, overrides, run.config
 
@@ -99,10 +104,12 @@ def _check_started(options: argparse.Namespace) -> Config:
     config = load_config(options.config, options.overrides)
     if config.distribution.kind == "tpu":
         check_tpu_install()
-    is_new = find_run(config, options.or_resume) is None
+    run = find_run(config, options.or_resume)
+    if run is not None:
+        check_length(run, newest_step(run))
     options.ending.advice = lambda: how_to_resume(config)
     with quiet_import():
-        if is_new:
+        if run is None:
             check_source(config)
             check_sources(config)
         find_workers(config.distribution)  # Loads TensorFlow if SLURM started this process.
@@ -142,14 +149,24 @@ def inspect(options: argparse.Namespace) -> ExitStatus:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Scores a checkpoint."""
-    for override in options.overrides:
-        if not override.startswith(("distribution.", "data.prepared_folder=")):
+    # After --data argparse takes all words for files.
+    files = [word for word in options.data or [] if not word.startswith("distribution.")]
+    overrides = [*options.overrides, *(word for word in options.data or [] if word not in files)]
+    allowed = ("distribution.",) if options.data else ("distribution.", "data.prepared_folder=")
+    for override in overrides:
+        if not override.startswith(allowed):
             raise UserError(
                 f"{override}: evaluate changes only the devices of a run, distribution.*, and the place of its data, "
-                "data.prepared_folder; leave it out."
+                "data.prepared_folder, which --data does not read; leave it out."
             )
+    if options.data:
+        _evaluate_texts(options, files, overrides)
+        return
+    for name in ("name", "documents", "text_field", "stride", "with_ends", "last_word"):
+        if getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')} goes with --data FILE; leave it out.")
     run_folder, step = run_and_step(options.run_folder, options.step)
-    run = RunFolder(run_folder, options.overrides)
+    run = RunFolder(run_folder, overrides)
     run.check_model(None)
     with quiet_import():
         from trainer.distributed.strategy import describe_devices, make_strategy
@@ -161,7 +178,36 @@ def evaluate(options: argparse.Namespace) -> None:
     prepared = find_prepared(run)
     with strategy.scope():
         opened = open_model(run_folder, step=step, say=warn)
-    say(f"step {opened.step}: {Evaluator(opened.model, strategy, prepared, run.config)()}")
+    evaluation = Evaluator(opened.model, strategy, prepared, run.config)()
+    if options.json:
+        print(json.dumps({"model": str(opened.folder), "step": opened.step, **evaluation.figures()}), flush=True)
+    else:
+        say(f"step {opened.step}: {evaluation}")
+
+
+def _evaluate_texts(options: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
+    """Scores a checkpoint on files."""
+    if not files:
+        raise UserError(f"--data {' '.join(overrides)} names no file; name one first.")
+    if options.last_word and (options.stride is not None or options.with_ends):
+        other = "--with-ends" if options.with_ends else f"--stride {options.stride}"
+        raise UserError(f"--last-word and {other}: a last word has neither windows nor an end to score; leave out one.")
+    if options.stride is not None and options.stride < 1:
+        raise UserError(f"--stride {options.stride} must be at least 1.")
+    config = make_config(read_config(options.run_folder, step=options.step).model_dump(mode="json"), overrides)
+    with quiet_import():
+        inputs = find_inputs(files, "--data")
+        from trainer.commands.evaluate_texts import Texts, evaluate_texts
+    texts = Texts(
+        options.name or " ".join(files),
+        inputs,
+        options.documents or "file",
+        options.text_field or "text",
+        options.stride,
+        options.with_ends,
+        options.last_word,
+    )
+    evaluate_texts(options.run_folder, options.step, config.distribution, texts, options.json)
 
 
 _GENERATE_OPTIONS = (

@@ -108,8 +108,9 @@ def split_step(path: str) -> tuple[str, str | None]:
     return path, None
 
 
-# The settings that a resumed run may change: they decide the devices and the costs, but not the resulting model.
-RESUMABLE = (
+# The settings that a resumed run may change. These belong to the machine, and a change is valid for one process: they
+# decide the devices and the costs, but not the resulting model.
+OF_PROCESS = (
     "distribution.",
     "train.micro_batch_size",
     "train.steps_per_call",
@@ -120,16 +121,20 @@ RESUMABLE = (
     "checkpoint.",
     "data.prepared_folder",
 )
+# These belong to the run, and a change is kept for all processes that follow.
+OF_RUN = ("samples.", "evaluation.", "train.total_steps", "train.num_epochs")
+RESUMABLE = OF_PROCESS + OF_RUN
 _RESUMABLE_TEXT = ", ".join(f"{key}*" if key.endswith(".") else key for key in RESUMABLE)
 
 
-def check_resumable(overrides: Iterable[str]) -> None:
+def check_resumable(overrides: Iterable[str], run_folder: object) -> None:
     """Raises UserError if an override would make a resumed run another run."""
     for override in overrides:
         if not override.startswith(RESUMABLE):
             raise UserError(
                 f"{override}: a resumed run keeps the config that it was started with; only {_RESUMABLE_TEXT} can "
-                "change. Start a new run for anything else."
+                f"change. For anything else fork the run: trainer fork {quoted(run_folder)} "
+                f"{quoted(f'run_folder={run_folder}-2')} {quoted(override)}"
             )
 
 
@@ -138,8 +143,9 @@ def check_same_run(config: Config, started: Config) -> None:
     if differing := differing_settings(config, started):
         raise UserError(
             f"run_folder={config.run_folder!r} holds a run that was started with other settings: {shortened(differing)}"
-            f". Go on with the settings that it was started with (only {_RESUMABLE_TEXT} can change), or choose "
-            "another run_folder for a new run."
+            f". Go on with the settings that it was started with (only {_RESUMABLE_TEXT} can change), choose another "
+            f"run_folder for a new run, or fork this one: trainer fork {quoted(config.run_folder)} "
+            f"{quoted(f'run_folder={config.run_folder}-2')} KEY=VALUE"
         )
 
 
@@ -160,6 +166,20 @@ def differing_settings(config: Config, started: Config, resumable: bool = False)
         for key in {**before, **now}
         if now.get(key) != before.get(key) and key.startswith(RESUMABLE) == resumable
     ]
+
+
+def kept_changes(config: Config, recorded: Config) -> list[str]:
+    """Returns the settings that belong to the run and are others than in its record, as `differing_settings` does."""
+    return [each for each in differing_settings(config, recorded, resumable=True) if each.startswith(OF_RUN)]
+
+
+def with_kept_changes(config: Config, recorded: Config) -> Config:
+    """Returns the config of a run's record, with the settings of another config that belong to the run."""
+    settings, now = recorded.model_dump(mode="json"), config.model_dump(mode="json")
+    for section, values in now.items():
+        if isinstance(values, dict):
+            settings[section] |= {key: each for key, each in values.items() if f"{section}.{key}".startswith(OF_RUN)}
+    return make_config(settings)
 
 
 def shortened(differing: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ import safetensors.numpy
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.runs.run_folder import steps_in
 from trainer.system.manifest import DamagedError, sealed, unsealed
 from trainer.system.storage import (
     Location,
@@ -218,13 +218,7 @@ class Checkpoints:
         Raises:
             UserError: the disk or the store cannot be read.
         """
-        try:
-            if not self.folder.is_dir():
-                return []
-            names = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.iterdir())
-            return sorted(int(match.group(1)) for match in names if match)
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be listed: {reason_and_remedy(error)}.") from None
+        return steps_in(self.folder)
 
     def best_step(self) -> int | None:
         """Returns the step of the checkpoint with the lowest validation loss; None if no checkpoint was scored."""

@@ -43,6 +43,12 @@ class Evaluation(NamedTuple):
         """The exponential of the loss."""
         return math.exp(min(self.loss, 700.0))
 
+    def figures(self) -> dict[str, Any]:
+        """Returns the figures by name, as JSON can hold them; None if a figure is not known or not a number."""
+        values = {"loss": self.loss, "perplexity": self.perplexity, **self._asdict()}
+        is_number = {name: not isinstance(value, float) or math.isfinite(value) for name, value in values.items()}
+        return {name: value if is_number[name] else None for name, value in values.items()}
+
     def __str__(self) -> str:
         lossy = ""
         if self.is_lossy:

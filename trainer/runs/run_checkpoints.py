@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from trainer.config.file import differing_settings, make_config, shortened
+from trainer.config.schedule import can_extend
 from trainer.errors import UserError, quoted
 from trainer.model.build import BuildModel, make_model
 from trainer.model.language_model import adapt
@@ -166,7 +167,12 @@ def _fault_of(run: RunFolder, manifest: dict[str, Any]) -> str | None:
     ]
     if "config" in manifest:
         try:
-            differing += differing_settings(make_config(run.facts["config"]), make_config(manifest["config"]))
+            saved = make_config(manifest["config"])
+            differing += differing_settings(run.recorded, saved)
+            now, then = run.recorded.train.total_steps, saved.train.total_steps
+            # A run that was made longer keeps the checkpoints of before.
+            if now and then and not can_extend(saved.optimizer, then, now, min(manifest["step"], then, now)):
+                differing.append(f"train.total_steps={now} (was {then})")
         except UserError as error:
             return f"it was saved with settings that this release does not have: {error}"
     return f"it is of another run: {shortened(differing)}." if differing else None

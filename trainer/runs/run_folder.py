@@ -12,6 +12,7 @@ logs/         for TensorBoard; see monitor.py
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -25,6 +26,7 @@ from trainer.config.file import (
     shortened,
     split_step,
     whole_number,
+    with_kept_changes,
 )
 from trainer.config.settings import Config
 from trainer.errors import UserError, quoted
@@ -68,6 +70,7 @@ class RunFolder:
         path: the folder.
         facts: the entries of the record.
         config: the run's configuration, with the overrides.
+        recorded: the run's configuration as its record has it.
         is_new: whether this process has made the folder.
 
     Raises:
@@ -76,20 +79,21 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Location, overrides: Sequence[str] = ()) -> None:
-        check_resumable(overrides)
+        check_resumable(overrides, path)
         self.is_new = False
         self.path = locate(path)
         self.facts = self._read_record()
         settings = self.facts["config"]
         try:
-            started = make_config(settings)
+            self.recorded = make_config(settings)
         except UserError as error:
             raise UserError(
                 f"{self.path / RECORD} was written by another release of trainer, whose settings this one does not "
                 f"have: {error} Use that release to go on."
             ) from None
-        self._check_config_file(started)
+        self._check_config_file(self.recorded)
         self.config = make_config(settings, overrides)
+        with_kept_changes(self.config, self.recorded)  # What will be recorded has to be a config, too.
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -106,6 +110,7 @@ class RunFolder:
         if config.train.micro_batch_size == "auto" and found is not None:
             config = config.with_micro_batch_size(found)
         run.config = config
+        with_kept_changes(config, run.recorded)
         return run
 
     @classmethod
@@ -260,18 +265,34 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{file} cannot be written: {reason_and_remedy(error)}.") from None
 
+    def record_config(self, config: Config, **facts: Any) -> None:
+        """Writes another config into the record, with more facts, and into config.toml.
+
+        Raises:
+            UserError: the record or the config cannot be written.
+        """
+        # In this order: a process that is killed between two of these leaves no config.toml that differs.
+        try:
+            remove_file(self.path / CONFIG)
+        except OSError as error:
+            raise UserError(f"{self.path / CONFIG} cannot be written: {reason_and_remedy(error)}.") from None
+        self.record(config=config.model_dump(mode="json", exclude_none=True), **facts)
+        self.recorded = config
+        self._write_config_file(config)
+
     def record_micro_batch_size(self, size: int) -> None:
         """Writes the micro-batch that was found for "auto" into the run's config, if "auto" is the run's own setting.
 
         Raises:
             UserError: the config cannot be written.
         """
-        started = make_config(self.facts["config"])
+        started = self.recorded
         if started.train.micro_batch_size != "auto":
             return  # "auto" is an override, which is valid only for this process.
         started = started.with_micro_batch_size(size)
         self._write_config_file(started)
         self.record(config=started.model_dump(mode="json", exclude_none=True))
+        self.recorded = started
 
     def check_model(self, build_model: BuildModel | None) -> None:
         """Raises UserError if the run's model is foreign and build_model is missing, or is the GPT and it is given."""
@@ -287,6 +308,21 @@ class RunFolder:
                 f"{self.path} trains the GPT of its config, and not a model of {model_name(build_model)}; leave out "
                 "build_model, or start a new run with it."
             )
+
+
+def steps_in(checkpoints: Location) -> list[int]:
+    """Returns the steps that have a folder in the folder of a run's checkpoints, oldest first.
+
+    Raises:
+        UserError: the disk or the store cannot be read.
+    """
+    try:
+        if not checkpoints.is_dir():
+            return []
+        names = (re.fullmatch(r"step_(\d+)", path.name) for path in checkpoints.iterdir())
+        return sorted(int(match.group(1)) for match in names if match)
+    except OSError as error:
+        raise UserError(f"{checkpoints} cannot be listed: {reason_and_remedy(error)}.") from None
 
 
 def run_and_step(path: str, step: str | int | None = None) -> tuple[str, CheckpointStep | None]:

@@ -3,16 +3,30 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
 
+from trainer.config.refusals import is_utf8
 from trainer.config.settings import DataConfig
 from trainer.errors import UserError
 from trainer.system.storage import Location
 from trainer.text.datasets import Dataset, is_dataset
-from trainer.text.files import Document, Progress, has_paragraphs
+from trainer.text.files import (
+    Document,
+    Kind,
+    Progress,
+    first_fault,
+    has_paragraphs,
+    parts_of,
+    read_documents,
+    read_records,
+)
 from trainer.text.find_files import each_once, find_files
 from trainer.text.formats import is_json_lines
 from trainer.text.source import Input, Source, is_text_file
+
+# What one document of a text file is, as in data.documents.
+Documents = Literal["line", "paragraph", "file", "auto"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,22 +101,79 @@ def _check_effect(data: DataConfig, files: list[Input]) -> None:
 
 
 def _open(data: DataConfig, suffix: str = "") -> Source:
-    train = () if data.is_storybook() else _find(data.train, "data.train")
-    validation = () if data.validation is None else _find(data.validation, "data.validation")
+    train = () if data.is_storybook() else find_inputs(data.train, "data.train")
+    validation = () if data.validation is None else find_inputs(data.validation, "data.validation")
     return Source(_with_documents(data, (*train, *validation)), train, validation, suffix)
 
 
 def _with_documents(data: DataConfig, files: Iterable[Input]) -> DataConfig:
-    """Returns the settings with data.documents="auto" decided by the first text file."""
-    if data.documents != "auto":
-        return data
+    """Returns the settings with data.documents="auto" decided."""
+    return data.model_copy(update={"documents": _documents_of(data.documents, files)})
+
+
+def _documents_of(documents: Documents, files: Iterable[Input]) -> Kind:
+    """Returns what a document of a text file is; the first text file decides what "auto" means."""
+    if documents != "auto":
+        return documents
     first = next(filter(is_text_file, files), None)
-    documents = "paragraph" if isinstance(first, Location) and has_paragraphs(first) else "line"
-    return data.model_copy(update={"documents": documents})
+    return "paragraph" if isinstance(first, Location) and has_paragraphs(first) else "line"
 
 
-def _find(names: Iterable[str], setting: str) -> tuple[Input, ...]:
+def find_inputs(names: Iterable[str], setting: str) -> tuple[Input, ...]:
+    """Finds the files and data sets that a setting names.
+
+    Args:
+        names: files, globs or data sets, as in data.train.
+        setting: the setting that names them, for errors.
+
+    Raises:
+        UserError: as in find_files; or a data set of tensorflow-datasets cannot be used.
+    """
     files: list[Input] = []
     for name in names:
         files += [Dataset.find(name, setting)] if is_dataset(name) else find_files([name], setting)
     return tuple(each_once(files))
+
+
+def read_texts(
+    inputs: Sequence[Input],
+    setting: str,
+    documents: Documents,
+    text_field: str,
+    field_setting: str = "data.text_field",
+) -> Iterator[str]:
+    """Yields the texts of files and data sets, whole and in order. Leaves out texts of white space only.
+
+    Args:
+        inputs: the files and data sets.
+        setting: the setting that names them, for errors.
+        documents: what is one text of a text file, as in data.documents.
+        text_field: the field of a record that holds a text.
+        field_setting: the setting that names this field, for errors.
+
+    Raises:
+        UserError: a file cannot be read, a record is broken, or there is no text.
+    """
+    kind = _documents_of(documents, inputs)
+    is_empty = True
+    for file in inputs:
+        for text in _texts_of(file, kind, text_field):
+            if isinstance(text, ValueError):
+                fault = first_fault(file) if isinstance(text, UnicodeError) and isinstance(file, Location) else None
+                raise UserError(fault or f"{file}: {text}; mend it.".replace("data.text_field", field_setting))
+            if text and not text.isspace():
+                is_empty = False
+                yield text
+    if is_empty:
+        raise UserError(f"{setting}={[str(file) for file in inputs]}: only white space in it; give files with text.")
+
+
+def _texts_of(file: Input, kind: Kind, text_field: str) -> Iterator[str | ValueError]:
+    if isinstance(file, Dataset):
+        yield from file.records(text_field)
+    elif is_json_lines(file):
+        yield from read_records(file, text_field)
+    else:
+        for document in read_documents(file, kind):
+            text = "".join(parts_of(document))
+            yield text if is_utf8(text) and "\0" not in text else UnicodeError("not text in UTF-8")

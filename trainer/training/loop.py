@@ -26,6 +26,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from trainer.config.schedule import learning_rate
 from trainer.config.settings import Config
 from trainer.data.batches import total_steps as count_steps
 from trainer.data.batches import training_batches
@@ -39,6 +40,7 @@ from trainer.model.build import BuildModel, make_model
 from trainer.runs.checkpoint import Checkpoints
 from trainer.runs.first_batch import check_first_batch, hash_of_first_batch
 from trainer.runs.results import Evaluation, read_result, record_score, scores_to_keep, write_result
+from trainer.runs.run_changes import changes_of, check_length, has_other_scores, record_changes
 from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints
 from trainer.runs.run_data import load_tokenizer_of, record_place_of
 from trainer.runs.run_folder import CheckpointStep, RunFolder
@@ -48,7 +50,6 @@ from trainer.training.evaluation import Evaluator
 from trainer.training.health import check_is_learning, report_skipped
 from trainer.training.micro_batch import advising_on_memory, settle_micro_batch
 from trainer.training.monitor import Meter, Monitor, SilentMonitor, describe_run, make_monitor
-from trainer.training.schedule import learning_rate
 from trainer.training.snapshot import restore, save
 from trainer.training.step import TrainingStep
 from trainer.training.stopwatch import Stopwatch
@@ -90,14 +91,17 @@ def train(
         # Restore, every worker: the values of a checkpoint. The chief brings the folder up to date.
         checkpoints = open_checkpoints(run, say)
         step = restore(training_step, find_checkpoint(run, checkpoints, from_step))
+        check_length(run, step, count_steps(prepared, run.recorded), total_steps)
+        # Before the chief records what has changed.
+        has_changed, is_scored_otherwise = bool(changes_of(run)), has_other_scores(run)
         if workers.is_chief:
-            bring_up_to_date(run, prepared, total_steps, say)
+            bring_up_to_date(run, prepared, step, total_steps, say)
         result = TrainingResult(run_folder=str(run.path), model=model, step=step, samples={})
-        if step == total_steps and (written := read_result(run, step)) is not None:
+        if step == total_steps and not has_changed and (written := read_result(run, step)) is not None:
             say(f"{run.path}: all {total_steps} steps are taken, and this is the result.")
             return result._replace(evaluation=written[0], samples=written[1], best_step=checkpoints.best_step())
         # One dict with two users: `record_score` adds a loss, and the checkpoints keep the one with the lowest loss.
-        scores = scores_to_keep(checkpoints, step, from_step)
+        scores = {} if is_scored_otherwise else scores_to_keep(checkpoints, step, from_step)
         checkpoints.scores = scores
         say(describe_run(run, prepared, model, step, total_steps))
 
@@ -221,8 +225,9 @@ class TrainingResult(NamedTuple):
     best_step: int | None = None
 
 
-def bring_up_to_date(run: RunFolder, prepared: PreparedData, total_steps: int, say: Say) -> None:
-    """Writes the files that are missing in a run's folder, and the place of its data; checks the order of the data.
+def bring_up_to_date(run: RunFolder, prepared: PreparedData, step: int, total_steps: int, say: Say) -> None:
+    """Writes the files that are missing in a run's folder, the place of its data, and the settings that are others from
+    this step on; checks the order of the data.
 
     Raises:
         UserError: the batches would come in another order, or the folder cannot be written.
@@ -230,6 +235,7 @@ def bring_up_to_date(run: RunFolder, prepared: PreparedData, total_steps: int, s
     run.write_config_file()
     record_place_of(run, prepared)
     check_first_batch(run, hash_of_first_batch(prepared, run.config, total_steps), say)
+    record_changes(run, step, say)
 
 
 def log(step: int, training_step: TrainingStep, meter: Meter, monitor: Monitor | SilentMonitor) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from trainer.config.schedule import learning_rate
 from trainer.config.settings import Config
 from trainer.distributed.strategy import processor_of
 from trainer.errors import UserError
@@ -26,7 +27,6 @@ from trainer.model.precision import accumulation_dtype
 from trainer.training.batch_hash import batch_hash, hash_from_floats, hash_to_floats
 from trainer.training.loss_scale import LossScale
 from trainer.training.optimizer import AdamW, counter
-from trainer.training.schedule import learning_rate
 
 # Inputs int32, targets int32 and weights float32, each [batch, sequence]. The weight is 0 if the target is padding.
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
@@ -253,7 +253,7 @@ class TrainingStep:
         self, finite: tf.Tensor, gradients: list[tf.Tensor], state: list[tf.Tensor], hash_sum: tf.Tensor
     ) -> None:
         """Applies the gradients if they are finite, and counts the step either way."""
-        rate = learning_rate(self.config.optimizer, self.step, self.total_steps)
+        rate = learning_rate(self.config.optimizer, tf.cast(self.step, tf.float64), self.total_steps, tf)
 
         def update() -> None:
             self.optimizer.apply(gradients, rate)

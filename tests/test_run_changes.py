@@ -1,0 +1,159 @@
+"""What a resumed run may change: whatever leaves the weights as they are, and its length if its past stays the same."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from tiny import quiet, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
+from tiny_run import (  # type: ignore[import-not-found]  # pytest has this folder on its path
+    assert_same_bits,
+    prepared_text,
+    save_checkpoint,
+    saved,
+    text_run,
+    tiny,
+)
+
+import trainer
+from trainer.cli import main
+from trainer.config.file import load_config
+from trainer.decoding import samples
+from trainer.errors import UserError
+from trainer.runs.results import read_scores, write_scores
+from trainer.runs.run_changes import changes_of, check_length, has_other_scores, record_changes
+from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints
+from trainer.runs.run_folder import RunFolder, find_run
+from trainer.training import launch
+
+
+@pytest.fixture(autouse=True)
+def _one_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "DECODERS", ("greedy",))
+
+
+@pytest.mark.slow
+def test_an_extended_run_equals_the_longer_run_bit_for_bit(tmp_path: Path):
+    evaluated = ("optimizer.warmup_steps=2", "evaluation.every_steps=2")
+    trainer.train(text_run(tmp_path, "long", "train.total_steps=6", *evaluated), say=quiet)
+    trainer.train(text_run(tmp_path, "short", *evaluated), say=quiet)
+    run, long = tmp_path / "short", tmp_path / "long"
+    assert (run / "result.json").exists()
+    assert trainer.resume(str(run), say=quiet, overrides=["train.total_steps=6"]).step == 6
+    assert_same_bits(saved(run, 6), saved(long, 6))
+    scores = read_scores(RunFolder(run))
+    assert {step: scores[step] for step in (2, 4, 6)} == read_scores(RunFolder(long))
+    assert load_config(run / "config.toml").train.total_steps == 6
+    assert RunFolder(run).facts["changes"] == [{"step": 3, "changed": ["train.total_steps=6 (was 3)"]}]
+    # The new length stays, and the checkpoints of before stay checkpoints of this run.
+    said: list[str] = []
+    assert trainer.resume(str(run), say=said.append).step == 6
+    assert said[-1] == f"{run}: all 6 steps are taken, and this is the result."
+    assert launch.resume(str(run), say=quiet, step=1).step == 6
+    assert_same_bits(saved(run, 6), saved(long, 6))
+
+
+def test_or_resume_takes_the_length_of_the_config(tmp_path: Path):
+    trainer.train(text_run(tmp_path, "run"), say=quiet)
+    longer = text_run(tmp_path, "run", "train.total_steps=4", "samples.prompt=the")
+    said: list[str] = []
+    assert launch.start(longer, or_resume=True, say=said.append).step == 4
+    assert "train.total_steps=4 (was 3); samples.prompt='the' (was '')" in "".join(said)
+    assert RunFolder(tmp_path / "run").config == longer
+    with pytest.raises(UserError, match=r"total_steps=3 \(was 4\).*the run has taken 4 steps already\. Give"):
+        launch.start(text_run(tmp_path, "run", "samples.prompt=the"), or_resume=True, say=quiet)
+
+
+@pytest.fixture
+def cosine(tmp_path: Path) -> RunFolder:
+    config = tiny(tmp_path, "optimizer.schedule=cosine", "train.total_steps=9", "optimizer.warmup_steps=3")
+    return RunFolder.create(config, prepared_text(tmp_path))
+
+
+def test_a_run_that_would_have_had_other_rates_is_not_extended_and_the_fork_is_named(
+    cosine: RunFolder, capsys: pytest.CaptureFixture[str]
+):
+    longer = RunFolder(cosine.path, ["train.total_steps=12"])
+    check_length(longer, 3)  # All rates so far are the warm-up's.
+    with pytest.raises(UserError) as error:
+        check_length(longer, 5)
+    assert str(error.value).startswith(
+        "train.total_steps=12 (was 9): with optimizer.schedule='cosine' a run of this length has other learning rates "
+        "in the first 5 steps, which are taken. Fork the run, and the fork goes on from here by the new plan: "
+    )
+    words = shlex.split(str(error.value).rpartition("plan: ")[2])
+    assert words == [
+        "trainer", "fork", f"{cosine.path}@5", f"run_folder={cosine.path}-2", "train.total_steps=12",
+    ]  # fmt: skip
+    # On the command line before TensorFlow is loaded: this run has no checkpoint that could be.
+    save_checkpoint(cosine, 5)
+    assert main(["train", "--resume", str(cosine.path), "train.total_steps=12"]) == 2
+    assert "Fork the run" in capsys.readouterr().err
+
+
+def test_a_run_may_get_shorter_down_to_the_steps_that_are_taken(tmp_path: Path):
+    run = RunFolder.create(tiny(tmp_path, "train.total_steps=9"), prepared_text(tmp_path))
+    shorter = RunFolder(run.path, ["train.total_steps=5"])
+    check_length(shorter, 5)
+    with pytest.raises(UserError, match=r"total_steps=5 \(was 9\): the run has taken 6 steps already\."):
+        check_length(shorter, 6)
+    # By epochs too, of which only the data tell the steps.
+    epochs = RunFolder(run.path, ["train.num_epochs=2"])
+    check_length(epochs, 6)
+    with pytest.raises(UserError, match=r"total_steps=None \(was 9\); train.num_epochs=2 \(was None\): the run"):
+        check_length(epochs, 6, before=9, now=5)
+
+
+def test_checkpoints_of_another_length_are_of_another_run_if_their_rates_are_others(cosine: RunFolder, tmp_path: Path):
+    longer = tiny(tmp_path, "optimizer.schedule=cosine", "train.total_steps=12", "optimizer.warmup_steps=3")
+    other = RunFolder.create(longer.model_copy(update={"run_folder": f"{tmp_path}/other"}), tiny_prepared(longer))
+    for step in (3, 5):
+        save_checkpoint(other, step, with_facts=True)
+    (tmp_path / "other/checkpoints").rename(tmp_path / "run/checkpoints")
+    said: list[str] = []
+    found = find_checkpoint(cosine, open_checkpoints(cosine, said.append))
+    assert found is not None and found.step == 3
+    assert "it is of another run: train.total_steps=9 (was 12)" in said[0]
+
+
+def test_changes_of_the_run_stay_and_changes_of_the_process_do_not(tmp_path: Path):
+    run = RunFolder.create(tiny(tmp_path), prepared_text(tmp_path))
+    again = RunFolder(run.path, ["samples.prompt=the", "samples.num_tokens=3", "log.every_steps=7", "train.xla=off"])
+    assert changes_of(again) == ["samples.prompt='the' (was '')", "samples.num_tokens=3 (was None)"]
+    said: list[str] = []
+    record_changes(again, 1, said.append)
+    assert said == [
+        f"From step 1 on, as {run.path} records: samples.prompt='the' (was ''); samples.num_tokens=3 (was None)"
+    ]
+    kept = RunFolder(run.path)
+    assert (kept.config.samples.prompt, kept.config.samples.num_tokens) == ("the", 3)
+    assert (kept.config.log.every_steps, kept.config.train.xla) == (50, "auto")
+    record_changes(RunFolder(run.path, ["samples.num_tokens=none"]), 2, quiet)
+    assert RunFolder(run.path).config.samples.num_tokens is None
+    assert [each["step"] for each in RunFolder(run.path).facts["changes"]] == [1, 2]
+    # A process that is killed before config.toml is written again.
+    (tmp_path / "run/config.toml").unlink()
+    assert RunFolder(run.path).config.samples.prompt == "the"
+
+
+def test_losses_of_other_batches_are_not_compared(tmp_path: Path):
+    run = RunFolder.create(tiny(tmp_path, "evaluation.every_steps=1"), prepared_text(tmp_path))
+    write_scores(run, {1: 2.5})
+    other = RunFolder(run.path, ["evaluation.every_steps=2"])
+    assert not has_other_scores(other)
+    record_changes(other, 1, quiet)
+    assert read_scores(other) == {1: 2.5}
+    fewer = RunFolder(run.path, ["evaluation.num_batches=1"])
+    assert has_other_scores(fewer)
+    said: list[str] = []
+    record_changes(fewer, 1, said.append)
+    assert said[0].startswith(
+        "evaluation.num_batches has changed, so the validation losses so far are of other batches"
+    )
+    assert read_scores(fewer) == {} and not has_other_scores(RunFolder(run.path))
+
+
+def test_what_is_to_be_recorded_has_to_be_a_config(tmp_path: Path):
+    run = RunFolder.create(tiny(tmp_path, "profile.at_step=1", "profile.num_steps=1"), prepared_text(tmp_path))
+    with pytest.raises(UserError, match=r"profile.at_step=1 and profile.num_steps=1 go beyond train.total_steps=1"):
+        RunFolder(run.path, ["train.total_steps=1", "profile.at_step=none", "profile.num_steps=none"])
+    assert find_run(tiny(tmp_path, "profile.at_step=1", "profile.num_steps=1", "samples.top_k=3"), or_resume=True)

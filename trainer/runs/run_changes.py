@@ -1,0 +1,78 @@
+"""What a resumed run changes for good: its length, its samples and its evaluation."""
+
+from collections.abc import Callable
+
+from trainer.config.file import kept_changes, shortened, with_kept_changes
+from trainer.config.schedule import can_extend
+from trainer.errors import UserError, quoted
+from trainer.runs.run_folder import RESULT, SCORES, RunFolder, steps_in
+from trainer.system.storage import remove_file
+
+
+def newest_step(run: RunFolder) -> int:
+    """Returns the newest step that has the folder of a checkpoint; 0 if none has."""
+    return max(steps_in(run.path / "checkpoints"), default=0)
+
+
+def changes_of(run: RunFolder) -> list[str]:
+    """Returns the settings of a run's config that change the run for good, one `key=value (was value)` for each."""
+    return kept_changes(run.config, run.recorded)
+
+
+def check_length(run: RunFolder, step: int, before: int | None = None, now: int | None = None) -> None:
+    """Raises UserError if a run cannot go on from a step with another number of steps than it had.
+
+    Args:
+        run: the run.
+        step: the steps taken so far.
+        before: the number of steps of the run by its record; None: train.total_steps, if that is set.
+        now: the number of steps by its config; None: train.total_steps, if that is set.
+    """
+    train = run.config.train
+    old, new = before or run.recorded.train.total_steps, now or train.total_steps
+    changed = [each for each in changes_of(run) if each.startswith("train.")]
+    if not changed or old is None or new is None:
+        return
+    what = shortened(changed)
+    if new < step:
+        raise UserError(
+            f"{what}: the run has taken {step} steps already. Give at least as many, or go on from an earlier "
+            "checkpoint, with --step."
+        )
+    if not can_extend(run.config.optimizer, old, new, min(step, old)):
+        length = f"train.total_steps={train.total_steps}" if train.num_epochs is None else ""
+        raise UserError(
+            f"{what}: with optimizer.schedule={run.config.optimizer.schedule!r} a run of this length has other "
+            f"learning rates in the first {step} steps, which are taken. Fork the run, and the fork goes on from here "
+            f"by the new plan: trainer fork {quoted(f'{run.path}@{step}')} {quoted(f'run_folder={run.path}-2')} "
+            f"{length or f'train.num_epochs={train.num_epochs}'}"
+        )
+
+
+def has_other_scores(run: RunFolder) -> bool:
+    """Returns whether the validation losses so far are of other batches than those that the run's config scores."""
+    return run.config.evaluation.num_batches != run.recorded.evaluation.num_batches
+
+
+def record_changes(run: RunFolder, step: int, say: Callable[[str], None]) -> None:
+    """Records the settings that belong to the run and are others from a step on, and prints them.
+
+    The result of a finished run is dropped: the run goes on, or is scored again. If the validation losses so far are of
+    other batches, they are dropped, too: no later loss can be compared with them.
+
+    Raises:
+        UserError: the record or the config cannot be written.
+    """
+    changed = changes_of(run)
+    if not changed:
+        return
+    remove_file(run.path / RESULT)
+    if has_other_scores(run):
+        remove_file(run.path / SCORES)
+        say(
+            "evaluation.num_batches has changed, so the validation losses so far are of other batches: the best "
+            "checkpoint is looked for among those that are scored from here on."
+        )
+    entry = {"step": step, "changed": changed}
+    run.record_config(with_kept_changes(run.config, run.recorded), changes=[*run.facts.get("changes", []), entry])
+    say(f"From step {step} on, as {run.path} records: {'; '.join(changed)}")
