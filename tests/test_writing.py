@@ -83,8 +83,10 @@ def everything(prompt, length):
 
 @pytest.mark.parametrize(
     ("width", "penalty"),
-    [(1, 1.0), (2, 0.0), (3, 0.0), (3, 0.6), (3, 1.0), (3, 2.5), (7, 0.6), (40, 0.0), (341, 1.0), (1364, 0.0)]
-    + [(1364, 0.6), (1364, 2.5), (5**5, 1.0)],
+    [
+        *[(1, 1.0), (2, 0.0), (7, 0.6), (40, 0.0), (341, 1.0), (5**5, 1.0)],
+        *[(width, penalty) for width in (3, 1364) for penalty in (0.0, 0.6, 1.0, 2.5)],
+    ],
 )
 def test_beam_search_is_the_plain_one_and_over_everything_finds_the_best_text(width, penalty):
     length, prompts = 5, ("", "abdc", "c")
