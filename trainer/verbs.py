@@ -74,6 +74,8 @@ def train(options: argparse.Namespace) -> ExitStatus:
         for name, text in result.samples.items():
             say(f"\n{name}{story_verdict(text) if config.data.is_storybook() else ''}:\n{text}")
         say(f"\nvalidation: {result.evaluation}")
+        for name, score in result.evaluation.sets.items() if result.evaluation is not None else ():
+            say(f"{name}: {score}")
     return ExitStatus.DONE
 
 
