@@ -1,5 +1,8 @@
 """A run with random weights, whose next token depends on all tokens before it, for tests of what is made of a run."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +87,12 @@ def random_run(folder: Path, *overrides: str, seed: int = 1) -> RunFolder:
     checkpoints.save(2, {"weights": {path: value.astype(np.float32) for path, value in weights.items()}}, {})
     checkpoints.wait()
     return run
+
+
+def in_fresh_process(program: str, *arguments: str) -> str:
+    """Returns what a Python program prints; warnings of its libraries are not errors."""
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,16 +1,14 @@
 """What leaves a run computes and writes the same elsewhere, and what cannot leave is refused by name."""
 
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from random_run import PROMPTS, SEQUENCE_LENGTH, random_run  # type: ignore[import-not-found]
+from random_run import PROMPTS, SEQUENCE_LENGTH, in_fresh_process, random_run  # type: ignore[import-not-found]
 from tiny import quiet  # type: ignore[import-not-found]
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import trainer
 from trainer import cli
@@ -23,15 +21,6 @@ from trainer.runs.run_folder import RunFolder
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return random_run(tmp_path_factory.mktemp("exported"))
-
-
-def in_fresh_process(program: str, *arguments: str) -> str:
-    """Returns what a Python program prints; warnings of its libraries are not errors."""
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_keras_file_computes_the_logits_of_the_run_and_brings_its_files(run: RunFolder, tmp_path: Path):
@@ -73,9 +62,28 @@ def test_what_cannot_be_exported_is_refused_with_the_way_that_works(run: RunFold
         trainer.export(path, "keras", str(tmp_path / "model"))
     with pytest.raises(UserError, match=r"ram://a\.keras: an export is written to a disk; name a place there"):
         trainer.export(path, "keras", "ram://a.keras")
+    with pytest.raises(UserError, match=r"dtype='bfloat16': only --to huggingface writes 16-bit weights; leave it out"):
+        trainer.export(path, "keras", dtype="bfloat16")
+    with pytest.raises(UserError, match="dtype='float8' is not possible; choose one of float32, bfloat16"):
+        trainer.export(path, "huggingface", dtype="float8")  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match=r"No Hugging Face class .* model\.pre_norm=false.*: --to savedmodel, --to keras"
+    ):
+        trainer.export(path, "huggingface")
     with pytest.raises(UserError, match="has no checkpoint of step 7; it has: 2"):
         trainer.export(path, "keras", step=7)
     assert not Path(f"{path}.keras").exists()
+
+
+def test_a_tokenizer_that_changes_text_is_refused_before_a_saved_model_is_made(tmp_path: Path):
+    letters = {token: id for id, token in enumerate(["<s>", *pre_tokenizers.ByteLevel.alphabet()])}
+    twin = Tokenizer(models.BPE(letters, []))
+    twin.pre_tokenizer, twin.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    twin.add_tokens(["cat"])
+    twin.save(str(tmp_path / "a.json"))
+    run = random_run(tmp_path, f"tokenizer={{kind='bpe',path='{tmp_path}/a.json'}}")
+    with pytest.raises(UserError, match=r"this tokenizer\.json does something else, .* --to keras, --to huggingface"):
+        trainer.export(str(run.path), "savedmodel")
 
 
 def test_card_says_what_the_model_is(run: RunFolder, tmp_path: Path):

@@ -309,15 +309,17 @@ def export(
     to: str,
     output: str | None = None,
     step: int | Literal["best"] | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     say: Callable[[str], None] = print,
 ) -> Exported:
     """Writes the newest checkpoint of a run, or another one, in the format of other programs.
 
     Args:
         run_folder: the folder of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
-        to: "keras" for a .keras file.
+        to: "huggingface", "savedmodel" or "keras"; see docs/exchange.md.
         output: the file or folder to write, which must not exist; by default beside the run's folder.
         step: the step of the checkpoint to write, or "best" for the one with the lowest validation loss.
+        dtype: "float32" or, with "huggingface", "bfloat16".
         say: a function that prints a line.
 
     Returns:
@@ -330,4 +332,4 @@ def export(
     check_not_forked()
     from trainer.exchange.export import export as export_run
 
-    return export_run(run_folder, to, output, step, say)
+    return export_run(run_folder, to, output, step, dtype, say)

@@ -14,12 +14,13 @@ def most_likely(logits: tf.Tensor) -> tf.Tensor:
 def draw(
     logits: tf.Tensor,
     at: tf.Tensor,
-    temperature: float = 1.0,
-    k: int | None = None,
-    p: float | None = None,
-    min_p: float | None = None,
+    temperature: float | tf.Tensor = 1.0,
+    k: int | tf.Tensor | None = None,
+    p: float | tf.Tensor | None = None,
+    min_p: float | tf.Tensor | None = None,
 ) -> tf.Tensor:
     """Draws a token of each row: int32 [rows]. What is left out of k, p and min_p leaves out no token.
+    They and the temperature are numbers, or scalar tensors.
 
     Args:
         logits: float32 [rows, vocabulary].
@@ -31,7 +32,8 @@ def draw(
         min_p: draws from the tokens that have at least min_p of the likeliest token's probability. Source: Nguyen et
             al. 2024, section 3.
     """
-    logits, tokens = tf.math.top_k(logits, min(k or logits.shape[-1], logits.shape[-1]))
+    size = logits.shape[-1]
+    logits, tokens = tf.math.top_k(logits, size if k is None else tf.minimum(k, size))
     # The largest is subtracted before the division, which with a small temperature would overflow.
     probabilities = tf.nn.softmax((logits - logits[:, :1]) / temperature)
     cumulative = tf.cumsum(probabilities, axis=-1)

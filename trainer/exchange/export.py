@@ -8,20 +8,23 @@ import difflib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from trainer.errors import UserError, quoted
 from trainer.exchange.card import Card
+from trainer.exchange.huggingface_export import Dtype, layout_for
 from trainer.exchange.open import OpenedModel, open_model
 from trainer.model.build import GPT_MODEL
 from trainer.model.size import count_parameters
 from trainer.runs.results import read_result, read_scores
+from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import CONFIG, CheckpointStep, RunFolder, run_and_step
 from trainer.system.storage import locate, on_disk, reason_and_remedy
 from trainer.system.terminal import quiet_import
 from trainer.system.whole import written_whole
+from trainer.tokenizers.bpe import BpeTokenizer
 
-FORMATS = ("keras",)
+FORMATS = ("huggingface", "savedmodel", "keras")
 # The name of the card in a folder or file, and of the facts that trainer itself reads again.
 CARD = "README.md"
 FACTS = "export.json"
@@ -52,25 +55,26 @@ def export(
     to: str,
     output: str | None = None,
     step: str | CheckpointStep | None = None,
+    dtype: Dtype = "float32",
     say: Callable[[str], None] = print,
 ) -> Exported:
     """Writes the model of a run; see `trainer.export`."""
     run = RunFolder(run_and_step(path, step)[0])
-    _check(run, to)
+    _check(run, to, dtype)
     target = _target(run, to, output)
     with quiet_import():
-        from trainer.exchange.keras_file import HOW_TO_LOAD, write_keras
+        from trainer.exchange.formats import FORMATS as formats
 
-    opened = open_model(path, step=step, say=say)
-    card = _card(run, opened).to_markdown(HOW_TO_LOAD.format(path=target.name))
+    opened, form = open_model(path, step=step, say=say), formats[to]
+    card = _card(run, opened).to_markdown(form.how_to_load(run.config, target.name))
     with _reported(target), written_whole(target) as partial:
-        write_keras(opened.model, _files(run, card, opened.step), partial)
+        form.write(opened, _files(run, card, opened.step), partial, dtype)
         num_bytes = _num_bytes(partial)
-    return Exported(target, opened.step, num_bytes, HOW_TO_LOAD.format(path=str(target)))
+    return Exported(target, opened.step, num_bytes, form.how_to_load(run.config, str(target)))
 
 
-def _check(run: RunFolder, to: str) -> None:
-    """Raises UserError if the run's model cannot be written in a format."""
+def _check(run: RunFolder, to: str, dtype: Dtype) -> None:
+    """Raises UserError if the run's model cannot be written in a format, or in a dtype."""
     if to not in FORMATS:
         nearest = difflib.get_close_matches(str(to), FORMATS, n=1)
         hint = f" Did you mean {nearest[0]}?" if nearest else ""
@@ -80,6 +84,19 @@ def _check(run: RunFolder, to: str) -> None:
             f"{run.path} trains a foreign model, which {run.facts['model']} built, and export writes only trainer's "
             f"GPT. From Python, trainer.resume({str(run.path)!r}, build_model).model is that model; call its save()."
         )
+    if dtype not in get_args(Dtype):
+        raise UserError(f"dtype={dtype!r} is not possible; choose one of {', '.join(get_args(Dtype))}.")
+    if to == "huggingface":
+        layout_for(run.config.model)
+    elif dtype != "float32":
+        raise UserError(f"dtype={dtype!r}: only --to huggingface writes 16-bit weights; leave it out.")
+    if to == "savedmodel" and run.config.tokenizer.kind == "bpe":
+        tokenizer = load_tokenizer_of(run)
+        if not (isinstance(tokenizer, BpeTokenizer) and tokenizer.is_as_gpt2):
+            raise UserError(
+                f"{run.path / 'tokenizer'}: a SavedModel makes tokens of text as GPT-2 does, and this tokenizer.json "
+                "does something else, such as a normalizer. These write it: --to keras, --to huggingface."
+            )
 
 
 def _target(run: RunFolder, to: str, output: str | None) -> Path:

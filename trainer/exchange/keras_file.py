@@ -5,11 +5,16 @@ from pathlib import Path
 
 from trainer.model.gpt import GPT
 
-HOW_TO_LOAD = """\
+_HOW_TO_LOAD = """\
 import keras
 from trainer import GPT  # Keras loads only classes that it knows.
 
 model = keras.saving.load_model({path!r})"""
+
+
+def how_to_load(path: str) -> str:
+    """Returns Python code that loads a .keras file."""
+    return _HOW_TO_LOAD.format(path=path)
 
 
 def write_keras(model: GPT, files: Mapping[str, bytes], path: Path) -> None:

@@ -34,6 +34,10 @@ class BpeTokenizer(Tokenizer):
     Args:
         file: the whole text of a tokenizer.json of Hugging Face.
 
+    Attributes:
+        encoder: Hugging Face's tokenizer.
+        is_as_gpt2: whether text becomes tokens as with GPT-2's tokenizer, except for the vocabulary.
+
     Raises:
         ValueError: it is not a tokenizer.json, is of another kind, or lacks the token before a document.
     """
@@ -61,7 +65,9 @@ class BpeTokenizer(Tokenizer):
         # library goes through all of them whenever it writes the file.
         if self.vocabulary_size > 2 * len(ids):
             raise ValueError(f"token numbers up to {self.vocabulary_size - 1}, for {len(ids)} tokens; count from 0 on")
-        self._tokens_of_word = _TokensOfWord(self.encoder) if _splits_as_gpt2(self.encoder) else None
+        splits_as_gpt2 = _splits_as_gpt2(self.encoder)
+        self.is_as_gpt2 = splits_as_gpt2 and _merges_as_gpt2(self.encoder)
+        self._tokens_of_word = _TokensOfWord(self.encoder) if splits_as_gpt2 else None
         names = {id: token for token, id in ids.items()}
         self.vocabulary = [names.get(id, "") for id in range(self.vocabulary_size)]
         self.bos_id = ids[first_of(BOS_NAMES, ids)]
@@ -151,3 +157,9 @@ def _splits_as_gpt2(encoder: Any) -> bool:
     splits = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     is_alike = splits.items() <= (settings["pre_tokenizer"] or {}).items()
     return is_alike and settings["normalizer"] is None and all(token["special"] for token in settings["added_tokens"])
+
+
+def _merges_as_gpt2(encoder: Any) -> bool:
+    """Whether a word's bytes are merged by the ranks of pairs, and by nothing else."""
+    model = json.loads(encoder.to_str())["model"]
+    return not any(model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"))

@@ -28,7 +28,7 @@ from trainer.tokenizers.tokenizer import (
 
 # Folding turns the letter ㅋ (U+314B) into ᄏ (U+110F), the first part of a syllable. Without the other parts it can
 # only have been that letter.
-_LETTER_OF_JAMO = {unicodedata.normalize("NFKC", chr(code)): chr(code) for code in range(0x3131, 0x3164)}
+LETTER_OF_JAMO = {unicodedata.normalize("NFKC", chr(code)): chr(code) for code in range(0x3131, 0x3164)}
 _LONE_JAMO = re.compile(
     r"[\u1100-\u115f](?![\u1160-\u11a7])|(?<![\u1100-\u115f])[\u1160-\u11a7]"
     r"|(?<![\u1160-\u11a7\uac00-\ud7a3])[\u11a8-\u11ff]"
@@ -69,6 +69,8 @@ class WordPieceTokenizer(Tokenizer):
     Attributes:
         vocabulary: the tokens; a token's index is its id.
         lowercase: whether case is folded, by Unicode's NFKC case folding.
+        continued: the text that each token adds to a decoded text, unless it is the first one.
+        tokenize: a tf.function from string [texts] to their tokens, int32 [texts, tokens].
 
     Raises:
         ValueError: the vocabulary lacks a special token.
@@ -86,9 +88,9 @@ class WordPieceTokenizer(Tokenizer):
         ids = {token: id for id, token in enumerate(self.vocabulary)}
         names = [first_of(names, ids) for names in (PAD_NAMES, ("[UNK]",), BOS_NAMES)]
         self.pad_id, self.unknown_id, self.bos_id = (ids[name] for name in names)
-        self._continued = [token[2:] if re.match("##.", token, re.DOTALL) else f" {token}" for token in self.vocabulary]
+        self.continued = [token[2:] if re.match("##.", token, re.DOTALL) else f" {token}" for token in self.vocabulary]
         texts = [tf.TensorSpec([None], tf.string)]
-        self._tokenize = tf.function(self._encoder(), texts, autograph=False)
+        self.tokenize = tf.function(self._encoder(), texts, autograph=False)
         self._tokenize_ascii = tf.function(self._encoder_of_ascii(), texts, autograph=False)
 
     def _encoder(self) -> Any:
@@ -128,7 +130,7 @@ class WordPieceTokenizer(Tokenizer):
                 tf.constant([pieces[i] for i in np.flatnonzero(chosen).tolist()], tf.string)
                 for chosen in (is_plain, ~is_plain)
             )
-            tokens = tf.concat([_traced(self._tokenize_ascii)(plain), _traced(self._tokenize)(other)], axis=0)
+            tokens = tf.concat([_traced(self._tokenize_ascii)(plain), _traced(self.tokenize)(other)], axis=0)
             places = np.empty(len(pieces), np.int64)
             places[np.concatenate([np.flatnonzero(is_plain), np.flatnonzero(~is_plain)])] = np.arange(len(pieces))
             tokens = tf.gather(tokens, places)
@@ -140,16 +142,16 @@ class WordPieceTokenizer(Tokenizer):
         if not len(kept):
             return ""
         # The same text as from keras_nlp's layer, which takes a millisecond.
-        text = self.vocabulary[kept[0]] + "".join(self._continued[id] for id in kept[1:].tolist())
+        text = self.vocabulary[kept[0]] + "".join(self.continued[id] for id in kept[1:].tolist())
         if self.lowercase:
-            text = _LONE_JAMO.sub(lambda jamo: _LETTER_OF_JAMO.get(jamo[0], jamo[0]), text)
+            text = _LONE_JAMO.sub(lambda jamo: LETTER_OF_JAMO.get(jamo[0], jamo[0]), text)
         return text
 
     def decoded_bytes(self) -> np.ndarray:
         """Returns how many bytes each token adds to a decoded text: int32 [vocabulary_size]. A word's first token adds
         the space before it.
         """
-        return np.array([len(text.encode()) for text in self._continued], np.int32)
+        return np.array([len(text.encode()) for text in self.continued], np.int32)
 
     def save(self, folder: Path) -> None:
         """Writes vocab.txt, which keras_nlp and BERT's tools read, tokenizer.json and settings.json into a folder."""
