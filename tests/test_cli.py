@@ -243,8 +243,16 @@ def test_a_mistake_in_the_options_of_generate_is_reported_before_tensorflow_is_l
         (["--k", "1"], "k=1 has no effect with the sampler top-p, only with top-k and random; choose another"),
         (["--temperature", "2", "--sampler", "greedy"], "temperature=2.0 has no effect with the sampler greedy"),
         (["--temperature", "1e38"], "temperature=1e+38 is impossible; give a number from 1e-06 to 1e+06."),
-        (["--seed", "1", "once", "--prompt", "upon"], "'once' and --prompt 'upon' are two prompts; leave out one."),
-        (["once", "--prompt", "upon"], "'once' and --prompt 'upon' are two prompts; leave out one."),
+        (
+            ["--seed", "1", "once", "--prompt", "upon"],
+            "PROMPT 'once' and --prompt 'upon' are two ways to give prompts; leave out one.",
+        ),
+        (
+            ["once", "--prompt", "upon"],
+            "PROMPT 'once' and --prompt 'upon' are two ways to give prompts; leave out one.",
+        ),
+        (["once", "--prompts", "f"], "PROMPT 'once' and --prompts 'f' are two ways to give prompts; leave out one."),
+        (["--prompts", f"{run}/none.txt"], f"{run}/none.txt"),
         (["--sampler", "top-k", "--k", "1", "--num-samples", "2"], "top-k with k=1 always writes the same text"),
     ):
         assert message in refusal(["generate", run, *arguments], capsys)

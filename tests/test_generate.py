@@ -122,7 +122,27 @@ def log_probs(model, prompt, continuations, tokenizer):
     ]
 
 
-@pytest.mark.parametrize("config", [TUTORIAL_LIKE, MODERN], ids=["post-norm", "pre-norm"])
+EACH_SETTING: list[dict[str, object]] = [
+    {},
+    {"activation": "gelu"},
+    {"activation": "gelu_tanh"},
+    {"activation": "swiglu"},
+    {"norm": "rms", "norm_epsilon": 1e-3},
+    {"positions": "rope", "rope_theta": 100.0},
+    {"num_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
+    {"pre_norm": True},
+    {"tied_embeddings": True},
+    {"use_bias": False},
+    {"use_bias": ("query_key_value",)},
+    {"vocabulary_multiple": 16},
+]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MODERN, *(ModelConfig(**{**TUTORIAL_LIKE.model_dump(), **setting}) for setting in EACH_SETTING)],
+    ids=["modern", *(", ".join(setting) or "tutorial" for setting in EACH_SETTING)],
+)
 def test_cached_step_gives_the_logits_of_the_full_forward_pass(config):
     model = make_model(config)
     tokens = np.random.default_rng(1).integers(0, TOKENIZER.vocabulary_size, [3, SEQUENCE], np.int32)

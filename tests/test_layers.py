@@ -66,6 +66,8 @@ LATE = {
     "trainer.model.build": SLOW,
     "trainer.distributed.workers": SLOW,
     "trainer.runs.run_folder": SLOW,
+    # It changes how `input` reads, and can write to the terminal: only for the prompt loop.
+    "trainer.commands.generate": frozenset(["readline"]),
     "trainer.exchange.open": SLOW,
     "trainer.exchange.export": SLOW,
     # A program for another environment: JAX reads the environment variables that the top of this module sets.

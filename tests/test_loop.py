@@ -24,12 +24,15 @@ from trainer.data.prepare import prepare
 from trainer.decoding import samples
 from trainer.distributed.strategy import make_strategy
 from trainer.distributed.workers import Workers
+from trainer.exchange.open import open_model
 from trainer.model.build import make_model
 from trainer.model.gpt import GPT
 from trainer.runs import checkpoint, results
 from trainer.runs.results import read_scores, write_scores
 from trainer.runs.run_checkpoints import open_checkpoints
 from trainer.runs.run_folder import RunFolder
+from trainer.scoring.score import total
+from trainer.scoring.scorer import Scorer
 from trainer.training import launch
 from trainer.training.loop import is_due, steps_until_due
 from trainer.training.loss_scale import LossScale
@@ -236,9 +239,16 @@ def test_a_run_killed_and_resumed_on_other_devices_sees_the_same_batches(tmp_pat
     process.communicate()
     assert not (run / "checkpoints" / "step_000000040").exists()
 
-    for process in two_workers(free_addresses(2), "resume", str(run)):
+    for process in two_workers(free_addresses(2), "resume", str(run), f"evaluation.sets.foxes={tmp_path}/text.txt"):
         returncode, output = finish(process)
         assert returncode == 0, output
+    # Each worker has scored its share of the set.
+    opened = open_model(str(run))
+    scorer = Scorer(opened.model, opened.tokenizer, opened.config.train.sequence_length)
+    alone = total(scorer.scores([(tmp_path / "text.txt").read_text()]))
+    together = json.loads((run / "result.json").read_text())["evaluation"]["sets"]["foxes"]
+    assert (together["num_texts"], together["num_tokens"]) == (alone.num_texts, alone.num_tokens)
+    assert together["nats"] == pytest.approx(alone.nats, rel=1e-6)
     expected, found = saved(uninterrupted, 40), saved(run, 40)
     assert found["optimizer/batches_hash"] == expected["optimizer/batches_hash"]
     weights = [name for name in expected if name.startswith("weights/")]

@@ -17,6 +17,7 @@ from trainer.config.file import make_config
 from trainer.config.settings import ProfileConfig, SamplesConfig
 from trainer.errors import UserError
 from trainer.runs.results import Evaluation
+from trainer.scoring.score import Score
 from trainer.system.terminal import printable
 from trainer.training.event_log import EventLog, literal
 from trainer.training.monitor import Interval, Meter, Monitor
@@ -46,6 +47,19 @@ def curves(folder: Path) -> Mapping[str, dict[int, Any]]:
         tag: {event.step: tf.make_ndarray(event.tensor_proto)[()] for event in events.Tensors(tag)}
         for tag in events.Tags()["tensors"]
     }
+
+
+def test_each_evaluation_set_has_its_own_curves_and_line(tmp_path: Path):
+    terminal = io.StringIO()
+    watched = monitor(tmp_path, terminal=terminal)
+    books, news = Score(20.0, 10, 40, 5), Score(30.0, 10, 40, 5, num_unknown=1)
+    with watched.running():
+        watched.evaluation(20, SCORE._replace(sets={"books": books, "news": news}))
+    validation = curves(tmp_path / "validation")
+    assert (validation["loss"], validation["loss/books"], validation["loss/news"]) == ({20: 2.0}, {20: 2.0}, {20: 3.0})
+    assert validation["bits_per_byte/books"] == pytest.approx({20: books.bits_per_byte})
+    assert validation["bits_per_byte_lossy/news"] == pytest.approx({20: news.bits_per_byte})
+    assert f"step 20/30  books: {books}\nstep 20/30  news: {news}\n" in terminal.getvalue()
 
 
 def test_curves_hold_each_point_at_its_step(tmp_path: Path):

@@ -56,6 +56,7 @@ FILLED_IN = {
     "TRAIN/*.txt.gz": "texts/*.txt.gz",
     "VALIDATION.txt.gz": "texts/b.txt.gz",
     "YOUR.txt": "texts/a.txt",
+    "PROMPTS.txt": "texts/prompts.txt",
     "YOUR.jsonl.gz": "texts/c.jsonl",
     "/text/texts": "texts",
     "CONFIG": "configs/quickstart.toml",
@@ -170,6 +171,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     texts.mkdir()
     (texts / "a.txt").write_text("".join(f"The {i} cats sat on a mat.\n" for i in range(300)), encoding="utf-8")
     (texts / "b.txt.gz").touch()
+    (texts / "prompts.txt").write_text("once\n\nonce upon\n", encoding="utf-8")
     (texts / "c.jsonl").write_text('{"text": "A cat."}\n', encoding="utf-8")
     (tmp_path / "tinyshakespeare.txt").touch()
     simplebooks = tmp_path / ".keras/datasets/simplebooks/simplebooks-92-raw"

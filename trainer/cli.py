@@ -238,9 +238,18 @@ def _add_generate(verbs: Any) -> None:
     parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
     _add_step(parser, "the checkpoint to write with")
     parser.add_argument(
-        "text", nargs="?", metavar="PROMPT", help="the text to continue (default: none, which begins a new text)"
+        "text",
+        nargs="?",
+        metavar="PROMPT",
+        help="the text to continue (default: on a terminal, ask for prompts; otherwise none, which begins a new text)",
     )
     parser.add_argument("--prompt", help="the same as PROMPT")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='a file of prompts: a line each, or JSON Lines (.jsonl) with "prompt"; prints JSON Lines',
+    )
+    parser.add_argument("--json", action="store_true", help="print each text as JSON, with what is known about it")
     run_s = "(default: the run's own, samples.{})"
     parser.add_argument(
         "--sampler",

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -69,6 +69,23 @@ class LoadedModel:
         for remark in self._generator.remarks(texts, request):
             warn(f"warning: {remark}")
         return list(self._generator.texts(texts, request))
+
+    def stream(self, prompt: str = "", sampler: str = "top-p", **options: Any) -> Iterator[str]:
+        """Yields a text in pieces while it is made, as `for piece in run.stream("once"): print(piece, end="")`. Joined,
+        they are the text that `generate` returns.
+
+        Args:
+            prompt: the text to continue, which comes first.
+            sampler: see `trainer.generate`; not beam, which knows its text at the end.
+            options: see `generate`; no num_samples.
+
+        Raises:
+            UserError: the prompt or an option cannot be used.
+        """
+        request = Request.from_options(self.config.samples, sampler, **options)
+        for remark in self._generator.remarks([prompt], request):
+            warn(f"warning: {remark}")
+        return self._generator.stream(prompt, request)
 
     @functools.cached_property
     def _scorer(self) -> Scorer:

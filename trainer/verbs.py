@@ -8,8 +8,10 @@ import argparse
 import json
 import shlex
 import signal
+import sys
 
 import trainer
+from trainer.commands.generate import answer_prompts, read_prompts, write_texts
 from trainer.commands.inspect_run import inspect as inspect_data
 from trainer.config.file import load_config, make_config, whole_number
 from trainer.config.settings import Config
@@ -72,6 +74,8 @@ def train(options: argparse.Namespace) -> ExitStatus:
         for name, text in result.samples.items():
             say(f"\n{name}{story_verdict(text) if config.data.is_storybook() else ''}:\n{text}")
         say(f"\nvalidation: {result.evaluation}")
+        for name, score in result.evaluation.sets.items() if result.evaluation is not None else ():
+            say(f"{name}: {score}")
     return ExitStatus.DONE
 
 
@@ -231,17 +235,25 @@ _GENERATE_OPTIONS = (
 
 def generate(options: argparse.Namespace) -> None:
     """Writes text with a checkpoint."""
-    if options.text is not None and options.prompt is not None:
-        raise UserError(f"{options.text!r} and --prompt {options.prompt!r} are two prompts; leave out one.")
-    given = {name: getattr(options, name) for name in _GENERATE_OPTIONS}
-    Request.from_options(read_config(options.run_folder, step=options.step).samples, **given)
+    names = {"PROMPT": options.text, "--prompt": options.prompt, "--prompts": options.prompts}
+    given = [f"{name} {value!r}" for name, value in names.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are two ways to give prompts; leave out one.")
+    config = read_config(options.run_folder, step=options.step)
+    request = Request.from_options(config.samples, **{name: getattr(options, name) for name in _GENERATE_OPTIONS})
+    prompts = read_prompts(options.prompts) if options.prompts else [options.prompt or options.text or ""]
     with quiet_import():
+        from trainer.decoding.generate import Generator
         from trainer.distributed.strategy import unseen_gpu
 
     if warning := unseen_gpu():
         warn(f"warning: {warning}")
-    texts = trainer.generate(options.run_folder, options.prompt or options.text or "", step=options.step, **given)
-    say("\n\n".join(texts))
+    opened = open_model(options.run_folder, step=options.step, say=warn)
+    generator = Generator(opened.model, opened.tokenizer, config.train.sequence_length)
+    if not given and not options.json and sys.stdin.isatty() and sys.stdout.isatty():
+        answer_prompts(generator, request)
+    else:
+        write_texts(generator, prompts, request, options.json or options.prompts is not None)
 
 
 def export(options: argparse.Namespace) -> None:

@@ -79,7 +79,10 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
         if not isinstance(settings, dict):
             raise UserError(f"{shown(override)}: {section} is a setting, not a section.")
     # A misspelt key is refused below.
-    if text.strip().lower() == "none" and key in {*setting_names(), *Config.model_fields}:
+    is_known = key in {*setting_names(), *Config.model_fields} or any(
+        map(_is_mapping, _annotations(".".join(sections)))
+    )
+    if text.strip().lower() == "none" and is_known:
         settings.pop(name, None)
         return
     annotations = _annotations(key)
@@ -94,10 +97,18 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
 def _annotations(key: str) -> list[Any]:
     """Returns the annotations of a setting: several if kinds of tokenizer share it, none if it is unknown."""
     found: list[Any] = [Config]
-    for name in key.split("."):
+    for name in filter(None, key.split(".")):
+        if any(map(_is_mapping, found)):
+            found = [typing.get_args(annotation)[1] for annotation in found]
+            continue
         sections = [section for annotation in found for section in sections_of(annotation)]
         found = [section.model_fields[name].annotation for section in sections if name in section.model_fields]
     return found
+
+
+def _is_mapping(annotation: Any) -> bool:
+    """Whether a setting has entries whose names the user chooses."""
+    return typing.get_origin(annotation) is dict
 
 
 def _plain_types(annotation: Any) -> Iterator[Any]:
@@ -137,7 +148,7 @@ def _read_override(text: str, kinds: Sequence[Any]) -> Any:
             return float(bare)
         if typing.get_origin(kind) is tuple and bare.startswith("[") and bare.endswith("]"):
             return _read_list(bare, value, list(_plain_types(typing.get_args(kind)[0])))
-        if any(sections_of(kind)) and isinstance(value, dict):
+        if (any(sections_of(kind)) or _is_mapping(kind)) and isinstance(value, dict):
             return value
     # In brackets a TOML comment hides the closing bracket, so `"Hi" # he wrote` does not count as a quoted text.
     return value if isinstance(value, str) and read_toml(f"[{bare}]") is not None else text

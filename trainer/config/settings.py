@@ -497,7 +497,24 @@ class EvaluationConfig(Section):
     every_steps: PositiveInt | None = None
     """The number of steps between two evaluations. By default only the end is scored."""
     num_batches: PositiveInt | None = None
-    """Score only this many batches during training. By default all are scored, as they always are at the end."""
+    """Score only this many batches of the validation text during training. By default all are scored, as they always
+    are at the end."""
+    sets: dict[str, tuple[str, ...]] = {}
+    """Other texts that are scored whenever the validation text is, each by its name: files or globs of text or JSON
+    Lines. data.documents and data.text_field apply to them, too. A text is scored whole, its end is not."""
+
+    @pydantic.field_validator("sets", mode="before", json_schema_input_type=dict[str, str | tuple[str, ...]])
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError(f"evaluation.sets={value!r} has no names; write evaluation.sets.NAME=FILE for each text.")
+        for name, sources in value.items():
+            listed = [sources] if isinstance(sources, str) else sources
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"evaluation.sets: {name!r} is not a name; use letters, digits, _ and -.")
+            if not isinstance(listed, list | tuple) or not listed or not all(isinstance(each, str) for each in listed):
+                raise ValueError(f"evaluation.sets.{name}={sources!r} is not a file, a glob or a list of these.")
+        return {name: (each,) if isinstance(each, str) else tuple(each) for name, each in value.items()}
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:

@@ -35,7 +35,7 @@ from trainer.system.terminal import Say
 from trainer.system.whole import copy_whole_folder
 from trainer.text.files import Document
 from trainer.text.source import Source
-from trainer.text.sources import Mixture, open_source
+from trainer.text.sources import Mixture, find_inputs, open_source
 from trainer.tokenizers.tokenizer import Tokenizer
 from trainer.tokenizers.tokenizer_files import load_tokenizer, read_tokenizer_file, train_tokenizer
 
@@ -92,6 +92,8 @@ def check_sources(config: Config) -> None:
     """Raises UserError if the files that a config names are missing, or can be seen to be of no use."""
     read_tokenizer_file(config.tokenizer)
     open_source(config.data)
+    for name, sources in config.evaluation.sets.items():
+        find_inputs(sources, f"evaluation.sets.{name}")
 
 
 def text_fingerprint(config: Config) -> str:

@@ -100,7 +100,7 @@ class Generator:
             UserError: see `generate`; or the request is for several texts, or for beam search, whose text is known only
                 at its end.
         """
-        if request.decoder.name == "beam" or request.num_samples > 1:
+        if not request.is_stream:
             raise UserError("A stream is one text that is made from its start to its end: not beam, nor several texts.")
         writing = self._begin([(prompt, 0)], request)
         text, num_tokens = "", 1

@@ -57,6 +57,11 @@ class Request:
         if self.sliding_window and self.num_tokens is None:
             raise UserError("sliding_window=True lets a text go on for ever; give num_tokens too.")
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether the text can be shown while it is made: it is one, and not chosen at the end by beam search."""
+        return self.num_samples == 1 and self.decoder.name != "beam"
+
     def _check_num_samples(self) -> None:
         decoder, number = self.decoder, self.num_samples
         if decoder.name == "beam":

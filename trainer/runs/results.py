@@ -8,6 +8,7 @@ from trainer.distributed.workers import Workers
 from trainer.errors import UserError, quoted
 from trainer.runs.checkpoint import Checkpoints
 from trainer.runs.run_folder import RESULT, SCORES, CheckpointStep, RunFolder
+from trainer.scoring.score import Score
 from trainer.system.manifest import DamagedError, unsealed, write_sealed
 from trainer.system.storage import reason_and_remedy
 
@@ -28,6 +29,7 @@ class Evaluation(NamedTuple):
             the storybook, if every story was scored whole.
         losses: the loss of each source that data.weights mixes.
         cut_share: the share of the validation tokens that lines mode cuts off.
+        sets: the score of each text of evaluation.sets, by its name.
     """
 
     loss: float
@@ -37,6 +39,7 @@ class Evaluation(NamedTuple):
     excess: float | None
     losses: tuple[float, ...] = ()
     cut_share: float = 0.0
+    sets: dict[str, Score] = {}  # noqa: RUF012 (nothing changes it)
 
     @property
     def perplexity(self) -> float:
@@ -46,6 +49,7 @@ class Evaluation(NamedTuple):
     def figures(self) -> dict[str, Any]:
         """Returns the figures by name, as JSON can hold them; None if a figure is not known or not a number."""
         values = {"loss": self.loss, "perplexity": self.perplexity, **self._asdict()}
+        values["sets"] = {name: score.figures() for name, score in self.sets.items()}
         is_number = {name: not isinstance(value, float) or math.isfinite(value) for name, value in values.items()}
         return {name: value if is_number[name] else None for name, value in values.items()}
 
@@ -155,14 +159,16 @@ def write_result(
 ) -> None:
     """Writes the last evaluation and samples of a finished run. Prints a line if they cannot be written."""
     try:
-        write_sealed(run.path / RESULT, {"step": step, "evaluation": evaluation._asdict(), "samples": samples})
+        sets = {name: score.figures() | score._asdict() for name, score in evaluation.sets.items()}
+        values = evaluation._asdict() | {"sets": sets}
+        write_sealed(run.path / RESULT, {"step": step, "evaluation": values, "samples": samples})
     except (OSError, UserError) as error:
         say(f"{run.path / RESULT} cannot be written: {reason_and_remedy(error)}. The checkpoint is whole.")
 
 
 def read_result(run: RunFolder, step: int) -> tuple[Evaluation, dict[str, str]] | None:
     """Returns the evaluation and the samples that were written after this step; None if there are none in the form that
-    this release writes.
+    this release writes, or if the evaluation has other sets than the run's config.
     """
     file = run.path / RESULT
     if not file.is_file():
@@ -172,6 +178,11 @@ def read_result(run: RunFolder, step: int) -> tuple[Evaluation, dict[str, str]] 
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in result["evaluation"].items()
         }
-        return (Evaluation(**values), dict(result["samples"])) if result["step"] == step else None
+        sets = {
+            name: Score._make(figures[field] for field in Score._fields)
+            for name, figures in values.pop("sets", {}).items()
+        }
+        is_of_run = result["step"] == step and sets.keys() == run.config.evaluation.sets.keys()
+        return (Evaluation(**values, sets=sets), dict(result["samples"])) if is_of_run else None
     except (ValueError, TypeError, KeyError, AttributeError):
         return None  # The run is scored again.

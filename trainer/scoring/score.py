@@ -15,7 +15,7 @@ class Score(NamedTuple):
         num_words: the words of the original texts, which white space separates.
         num_unknown: how many of the scored tokens are [UNK].
         num_texts: the texts.
-        is_lossy: whether the tokenizer may lose some of a text, so that the nats are about less than all bytes.
+        is_lossy: whether the tokenizer may lose some of a text, even if no token is [UNK].
     """
 
     nats: float
@@ -46,6 +46,11 @@ class Score(NamedTuple):
         """Bits per byte of the original texts."""
         return _ratio(self.nats / math.log(2), self.num_bytes)
 
+    @property
+    def loses_text(self) -> bool:
+        """Whether the nats are about less than all bytes: the tokenizer is lossy, or a token is [UNK]."""
+        return self.is_lossy or self.num_unknown > 0
+
     def figures(self) -> dict[str, Any]:
         """Returns the figures and the sums, by name; None if a figure is not a number."""
         names = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
@@ -54,7 +59,7 @@ class Score(NamedTuple):
 
     def __str__(self) -> str:
         lossy = ""
-        if self.is_lossy or self.num_unknown:
+        if self.loses_text:
             unknown = f", with {self.num_unknown:,} [UNK]" if self.num_unknown else ""
             lossy = f" (of what the tokenizer keeps{unknown})"
         return (

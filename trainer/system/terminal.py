@@ -41,6 +41,12 @@ def say(line: str) -> None:
     _print(line, sys.stdout)
 
 
+def show(text: str) -> None:
+    """Prints a part of a line, or several lines, to standard output at once and as they are; see `printable`."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def warn(line: str) -> None:
     """Prints a line to standard error, as `say` does."""
     _print(line, sys.stderr)

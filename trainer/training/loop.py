@@ -15,9 +15,10 @@ loop      Every worker takes the same steps. In a step (step.py) each replica co
           batch, the gradients are summed over all replicas, and each replica makes the same update of its copy of the
           model.
           Between calls of the compiled loop, whenever it is due: the chief logs; the chief saves a checkpoint; every
-          worker scores its share of the validation text; the chief writes samples. If a signal stops the run, it is
-          saved, and ends here.
-finish    Every worker scores its share of the whole validation text. The chief writes samples and the results.
+          worker scores its share of the validation text and of evaluation.sets; the chief writes samples. If a signal
+          stops the run, it is saved, and ends here.
+finish    Every worker scores its share of the whole validation text and of evaluation.sets. The chief writes samples
+          and the results.
 """
 
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ from trainer.runs.run_folder import CheckpointStep, RunFolder
 from trainer.system.signals import stop_on_signals
 from trainer.system.terminal import Say
 from trainer.training.evaluation import Evaluator
+from trainer.training.evaluation_sets import EvaluationSets
 from trainer.training.health import check_is_learning, report_skipped
 from trainer.training.micro_batch import advising_on_memory, settle_micro_batch
 from trainer.training.monitor import Meter, Monitor, SilentMonitor, describe_run, make_monitor
@@ -106,8 +108,10 @@ def train(
         say(describe_run(run, prepared, model, step, total_steps))
 
         # Prepare the loop, every worker: what scores, samples and reports; the batches; the compiled steps.
+        tokenizer = load_tokenizer_of(run)
         evaluator = Evaluator(model, strategy, prepared, config)
-        generator = Generator(model, load_tokenizer_of(run), config.train.sequence_length)
+        evaluation_sets = EvaluationSets(model, strategy, tokenizer, config)
+        generator = Generator(model, tokenizer, config.train.sequence_length)
         warn_about_samples(generator, config.samples, say)
         monitor = make_monitor(run, prepared, model, strategy, step, say) if workers.is_chief else SilentMonitor()
         # repeat(): with a finite dataset TensorFlow synchronizes the workers before every step to ask if data is left.
@@ -130,9 +134,10 @@ def train(
         """Scores the model and keeps the score; returns whether it is the best so far."""
         with spent.on("evaluate"), monitor.doing(step, "evaluating"):
             score = evaluator.until_stopped(stop_requested, config.evaluation.num_batches)
-        if score is None:
+            sets = evaluation_sets.until_stopped(stop_requested)
+        if score is None or sets is None:
             return False
-        monitor.evaluation(step, score)
+        monitor.evaluation(step, score._replace(sets=sets))
         return record_score(run, workers, step, score.loss, scores, monitor.say)
 
     is_stopped, meter = False, Meter()
@@ -192,6 +197,7 @@ def train(
             evaluation, num_batches = evaluator(), config.evaluation.num_batches
             # Earlier scores used num_batches batches: compare with the score of the same batches.
             comparable = evaluation if num_batches is None else evaluator(num_batches)
+            evaluation = evaluation._replace(sets=evaluation_sets())
         monitor.evaluation(step, evaluation)
         record_score(run, workers, step, comparable.loss, scores, monitor.say)
         with spent.on("sample"), monitor.doing(step, "sampling"):

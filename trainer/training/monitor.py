@@ -267,8 +267,12 @@ class Monitor:
             "epoch": self._epochs_at(step),
         }
         values |= {f"loss_of_source_{i}": loss for i, loss in enumerate(evaluation.losses)}
+        for name, score in evaluation.sets.items():
+            values |= {f"loss/{name}": score.loss, f"{_bits_tag(score.loses_text)}/{name}": score.bits_per_byte}
         self._validation.scalars(step, {name: value for name, value in values.items() if value is not None})
         self.say(f"{self._place_at(step)}  validation: {evaluation}")
+        for name, score in evaluation.sets.items():
+            self.say(f"{self._place_at(step)}  {name}: {score}")
 
     def samples(self, step: int, samples: Mapping[str, str]) -> None:
         """Reports the samples, by the decoder that wrote them."""
