@@ -10,6 +10,7 @@ from every_kind import bpe_of_every_kind, nasty_texts, wordpiece_of_every_kind  
 from tiny_run import prepared_text, save_checkpoint, tiny  # type: ignore[import-not-found]
 
 import trainer
+from trainer.decoding.request import Request
 from trainer.errors import UserError
 from trainer.loaded import LoadedModel, TextTokenizer
 from trainer.runs.run_folder import RunFolder
@@ -170,3 +171,33 @@ def test_history_has_each_step_of_a_resumed_run_once_with_its_newest_value(run: 
     for file in (folder / "logs" / "train").iterdir():
         file.write_bytes(file.read_bytes()[:-3])  # Killed while it wrote: the last event is lost.
     assert run.history["train/loss"].steps.tolist() == [10, 20]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": "x"}, "seed='x' is not a whole number"),
+        ({"seed": 1.5}, "seed=1.5 is not a whole number"),
+        ({"stop": 5}, "stop=5 is not a text; give a string"),
+        ({"stop": ["a", None]}, "stop=None is not a text"),
+        ({"stop_tokens": [0.5]}, "stop_tokens=0.5 is not a token"),
+        ({"sampler": None}, "None is not a sampler; choose one of greedy"),
+        ({"prompts": 5}, "The prompt 5 is not a text"),
+        ({"prompts": b"the"}, "The prompt b'the' is not a text"),
+        ({"prompts": ["the", None]}, "The prompt None is not a text"),
+        ({"prompts": "\ud800"}, r"The prompt '\\ud800' is not UTF-8"),
+    ],
+)
+def test_what_cannot_be_written_with_is_refused(run: LoadedModel, options: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        run.generate(**{"prompts": "the", "num_tokens": 2, **options})
+
+
+def test_one_stop_token_and_a_huge_number_of_samples_need_no_list(run: LoadedModel):
+    assert run.generate("the", "greedy", num_tokens=2, stop_tokens=5) == run.generate(
+        "the", "greedy", num_tokens=2, stop_tokens=[5]
+    )
+    request = Request.from_options(run.config.samples, num_tokens=1, num_samples=10**15, batch_size=2)
+    assert next(run._generator.texts(["the"], request)).startswith("the")
+    with pytest.raises(UserError, match=r"a stride of 1\.5 must be from 1 to 8"):
+        run.score("the cat", stride=1.5)  # type: ignore[arg-type]

@@ -232,34 +232,27 @@ def generate(
     from trainer.decoding.request import Request
     from trainer.exchange.open import open_model, read_config
 
+    options = {
+        "num_tokens": num_tokens,
+        "seed": seed,
+        "stop": stop,
+        "k": k,
+        "p": p,
+        "min_p": min_p,
+        "num_beams": num_beams,
+        "temperature": temperature,
+        "repetition_penalty": repetition_penalty,
+        "length_penalty": length_penalty,
+        "stop_tokens": stop_tokens,
+        "num_samples": num_samples,
+        "sliding_window": sliding_window,
+        "batch_size": batch_size,
+    }
     # Before TensorFlow and the model are loaded: a mistake is reported at once.
-    samples = read_config(run_folder, build_model, step).samples
-    request = Request.from_options(
-        samples,
-        sampler,
-        num_tokens=num_tokens,
-        seed=seed,
-        stop=stop,
-        k=k,
-        p=p,
-        min_p=min_p,
-        num_beams=num_beams,
-        temperature=temperature,
-        repetition_penalty=repetition_penalty,
-        length_penalty=length_penalty,
-        stop_tokens=stop_tokens,
-        num_samples=num_samples,
-        sliding_window=sliding_window,
-        batch_size=batch_size,
-    )
+    Request.from_options(read_config(run_folder, build_model, step).samples, sampler, **options)
     with quiet_import():
-        from trainer.decoding.generate import Generator
-    opened = open_model(run_folder, build_model, step, warn)
-    generator = Generator(opened.model, opened.tokenizer, opened.config.train.sequence_length)
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    for remark in generator.remarks(texts, request):
-        warn(f"warning: {remark}")
-    return list(generator.texts(texts, request))
+        from trainer.loaded import LoadedModel
+    return LoadedModel(open_model(run_folder, build_model, step, warn)).generate(prompts, sampler, **options)
 
 
 def score(

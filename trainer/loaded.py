@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from trainer.config.settings import Config
 from trainer.decoding.generate import Generator
-from trainer.decoding.request import Request
+from trainer.decoding.request import Request, one_or_several
 from trainer.decoding.writing import Text
 from trainer.errors import UserError
 from trainer.exchange.open import OpenedModel
@@ -41,8 +41,9 @@ class LoadedModel:
         self.folder: Location = opened.folder
 
     def __repr__(self) -> str:
+        trained = f" at step {self.step:,}" if self.step else ""
         return (
-            f"<{self.folder} at step {self.step:,}: {self.model.count_params():,} parameters, {self.tokenizer.kind} "
+            f"<{self.folder}{trained}: {self.model.count_params():,} parameters, {self.tokenizer.kind} "
             f"vocabulary of {self.tokenizer.vocabulary_size:,}>"
         )
 
@@ -65,7 +66,7 @@ class LoadedModel:
             UserError: a prompt or an option cannot be used.
         """
         request = Request.from_options(self.config.samples, sampler, **options)
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = one_or_several(prompts)
         for remark in self._generator.remarks(texts, request):
             warn(f"warning: {remark}")
         return list(self._generator.texts(texts, request))

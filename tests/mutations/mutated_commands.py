@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mutated_values import ENGLISH, NUMBERS, TEXTS, mutated_bytes, mutated_json, mutated_text, nasty
+from mutated_values import ENGLISH, NUMBERS, TEXTS, mutated_bytes, mutated_json, mutated_text, nasty, prompt_text
 from mutation_lab import (
-    ANY_TOKENIZER,
+    TOKENIZERS,
     Answer,
     Lab,
     as_argument,
@@ -25,28 +25,31 @@ from mutation_lab import (
 
 def prompt(lab: Lab, rng: random.Random) -> bool:
     """A prompt, and the other options of generate."""
-    kind = rng.choice(ANY_TOKENIZER)
-    text = as_argument(mutated_text(rng, rng.choice(("The cat", "고양이", "", "🙂", ENGLISH))))
-    if rng.random() < 0.8:
-        from trainer.decoding.decoder import Decoder
-        from trainer.errors import UserError
+    from trainer.errors import UserError
 
-        stop = None if rng.random() < 0.7 else as_argument(mutated_text(rng, rng.choice(TEXTS)[:5]))
-        number, seed = (rng.choice((3, nasty(rng))) for _ in range(2))
-        number, seed = (value if isinstance(value, int) else 1 for value in (number, seed))
-        lab.note("generate", (kind, text, number, seed, stop))
+    kind = rng.choice(TOKENIZERS)
+    text = prompt_text(rng) if rng.random() < 0.8 else mutated_text(rng, rng.choice(("The cat", "고양이", "", ENGLISH)))
+    run = lab.loaded(kind)
+    with contextlib.suppress(UserError):
+        tokens = run.tokenizer.encode(text)
+        expect(not {run.tokenizer.bos_id, run.tokenizer.pad_id} & {*tokens}, f"a special token among {tokens}")
+    if rng.random() < 0.95:
+        stop = None if rng.random() < 0.7 else mutated_text(rng, rng.choice(TEXTS)[:5])
+        # With a sliding window a text may be longer than the context, and goes on for as long as it is told to.
+        options = {"num_tokens": 3, "sliding_window": True} if rng.random() < 0.6 else {"num_tokens": nasty(rng)}
+        options |= {"seed": rng.choice((3, 2**63, -1, nasty(rng))), "stop": stop}
+        lab.note("generate", (kind, text, options))
         try:
             with lab.heard() as heard:
-                (written,) = lab.generator(kind).generate(
-                    [text], Decoder("top-p"), number, seed, () if stop is None else stop
-                )
+                (written,) = run.generate([text], **options)
         except UserError as error:
             expect_message(lab, error)
             return False
         judge(Answer(0, *heard), (0,))
-        tokenizer = lab.generator(kind).tokenizer
+        tokenizer = run.tokenizer.wrapped
         expect(tokenizer.is_lossy or kind == "char" or written.startswith(text), f"{text!r} became {written!r}")
         return True
+    text = as_argument(text)
     words = ["generate", str(lab.seed(kind) / "run"), "--prompt", text]
     words += ["--sampler", rng.choice(("greedy", "top-p", "top-k", "beam"))] if rng.random() < 0.5 else []
     names = ["k", "p", "temperature", "num-tokens", "stop", "seed", "num-samples", "num-beams", "sampler"]

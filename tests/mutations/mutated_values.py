@@ -82,6 +82,42 @@ def mutated_text(rng: random.Random, text: str, other: str = ENGLISH) -> str:
     return text[:place] + rng.choice((*STRINGS, *map(str, NUMBERS[:-5]))) + text[end:]
 
 
+SPECIAL_NAMES = (
+    "[BOS]", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<s>", "</s>", "<pad>", "<unk>", "<|endoftext|>", "<|pad|>",
+    "<|begin_of_text|>", "##", "##a", " ##the", "Ġ", "Ġthe", "\u2581", "<0x0A>", "[bos]", "[ BOS ]", "[BOS", "BOS]",
+)  # fmt: skip
+ESCAPES = (
+    "\x1b[2J", "\x1b[31m", "\x1b]0;title\x07", "\x1bP+q\x1b\\", "\x1bc", "\x9b31m", "\x90", "\b" * 9, "\r", "\v", "\f",
+    "\0", "\x7f", "\x85", "\u2028", "\u202e", "\u2066", "\ufeff", "\u200b", "\U000e0041",
+)  # fmt: skip
+SCRIPTS = (
+    "안녕 세상", "ㅋㅋㅠ", "שלום", "مرحبا بالعالم", "हिन्दी में", "ไม่มีช่องว่าง", "我能吞下玻璃", "ﬁ½℀", "İ ß",
+    "👩\u200d👩\u200d👧\u200d👦", "🇰🇷🇰", "👍🏽",
+    "e\u0301" * 5, "Z" + "\u0335\u0489" * 40, "\U0001d400", "\ufffd", "\ufffe", "\u3000",
+)  # fmt: skip
+LONE_SURROGATES = ("\ud800", "\udbff", "\udc00", "\udfff", "\udc80\udcff", "\ude00\ud83d")
+
+
+def prompt_text(rng: random.Random) -> str:
+    """Returns a text that somebody may give as a prompt, by mistake or to do harm; it may be empty or very long."""
+
+    def any_character() -> str:
+        plane = rng.choice((0x80, 0x100, 0x3000, 0x10000, 0x20000, 0x110000))
+        return chr(rng.randrange(plane))
+
+    def piece() -> str:
+        of = rng.randrange(10)
+        if of == 0:
+            return "".join(any_character() for _ in range(rng.choice((1, 3, 20))))
+        if of == 1:
+            return rng.choice(LONE_SURROGATES) if rng.random() < 0.2 else rng.choice(("", " ", "\n", "\t", "   "))
+        kinds = (SPECIAL_NAMES, SPECIAL_NAMES, ESCAPES, SCRIPTS, STRINGS, ENGLISH.split(" "))
+        return rng.choice(rng.choice(kinds))
+
+    text = "".join(piece() for _ in range(rng.choice((0, 1, 1, 2, 3, 6))))
+    return text * rng.choice((1,) * 12 + (50, 5_000)) if len(text) < 100 else text
+
+
 def mutated_tree(rng: random.Random, tree: Any) -> Any:
     """Returns the contents of a JSON or TOML file with values replaced, removed, renamed, swapped or wrapped."""
     tree = json.loads(json.dumps(tree))

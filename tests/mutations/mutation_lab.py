@@ -23,6 +23,8 @@ LOG = "log.txt"
 # A library's log lines, and Python's warnings.
 NOISE = re.compile(r"^(Traceback|WARNING|ERROR|[WEF]\d{4} ).*|^.*\.py:\d+: \w*Warning.*", re.MULTILINE)
 # TensorFlow warns of retracing in each process that loads many models, and prints a line when it is imported.
+# Characters that control a terminal, or that change the direction of its text.
+_CONTROL = re.compile(r"[^\n\t -~\u00a0-\u2027\u202f-\u2065\u206a-\U0010ffff]")
 HARMLESS = ("out of the last", "All log messages before absl")
 
 CONFIG = """\
@@ -93,7 +95,7 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self.folder, self.seeds = folder, folder / "seeds"
         self.notes: list[str] = []
-        self._generators: dict[str, Any] = {}
+        self._loaded: dict[str, Any] = {}
 
     def seed(self, kind: str) -> Path:
         """Returns a folder with prepared/, stopped/ and run/ for a kind of tokenizer; the first call makes it."""
@@ -111,18 +113,13 @@ class Lab:
             (folder / "whole").touch()
         return folder
 
-    def generator(self, kind: str) -> Any:
-        """Returns the Generator of a run; it compiles its decoders only once."""
-        if kind not in self._generators:
-            from trainer.decoding.generate import Generator
-            from trainer.runs.run_checkpoints import load_model
-            from trainer.runs.run_data import load_tokenizer_of
-            from trainer.runs.run_folder import RunFolder
+    def loaded(self, kind: str) -> Any:
+        """Returns a run as `trainer.load` loads it, once: it compiles each of its decoders only once."""
+        if kind not in self._loaded:
+            import trainer
 
-            run = RunFolder(str(self.seed(kind) / "run"))
-            model, _ = load_model(run)
-            self._generators[kind] = Generator(model, load_tokenizer_of(run), run.config.train.sequence_length)
-        return self._generators[kind]
+            self._loaded[kind] = trainer.load(str(self.seed(kind) / "run"))
+        return self._loaded[kind]
 
     @contextlib.contextmanager
     def case(self) -> Iterator[None]:
@@ -209,8 +206,9 @@ def judge(answer: Answer, statuses: Sequence[int]) -> None:
         raise Fault(f"refused without a message: {answer.err[:300]!r}")
     if answer.status and len(answer.err) > MAX_MESSAGE_CHARS:
         raise Fault(f"a message of {len(answer.err)} characters: {answer.err[:200]!r}")
-    if found := re.search(r"[^\n\t -~\u00a0-\U0010ffff]", answer.err):
-        raise Fault(f"a message with the control character {found[0]!r}: {answer.err[:300]!r}")
+    for stream in (answer.out, answer.err):
+        if found := _CONTROL.search(stream):
+            raise Fault(f"it prints the control character {found[0]!r}: {stream[:300]!r}")
 
 
 def expect(is_right: bool, what: str) -> None:

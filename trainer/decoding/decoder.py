@@ -63,7 +63,7 @@ class Decoder:
 
     def __post_init__(self) -> None:
         if self.name not in DECODERS:
-            nearest = difflib.get_close_matches(self.name, DECODERS, n=1)
+            nearest = difflib.get_close_matches(str(self.name), DECODERS, n=1)
             hint = f" Did you mean {nearest[0]}?" if nearest else ""
             raise UserError(f"{self.name!r} is not a sampler; choose one of {', '.join(DECODERS)}.{hint}")
         for setting, value in _DEFAULTS.get(self.name, {}).items():

@@ -86,7 +86,7 @@ class Generator:
     def texts(self, prompts: Iterable[str], request: Request) -> Iterator[Text]:
         """Yields the texts of each prompt, a batch at a time; see `generate`."""
         samples = range(1 if request.decoder.name == "beam" else request.num_samples)
-        rows = itertools.product(prompts, samples)
+        rows = ((prompt, sample) for prompt in prompts for sample in samples)
         rows_per_text = request.decoder.num_beams if request.decoder.name == "beam" else 1
         while batch := list(itertools.islice(rows, max(1, request.batch_size // rows_per_text))):
             for texts in self._begin(batch, request).finish():
@@ -230,6 +230,8 @@ def _about_escapes(text: str) -> str:
 
 
 def _check_is_text(name: str, text: str) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"{name}{text!r:.80} is not a text; give a string.")
     try:
         text.encode()
     except UnicodeEncodeError:

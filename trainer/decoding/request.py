@@ -2,7 +2,7 @@
 
 import dataclasses
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from trainer.config.settings import SamplesConfig
@@ -40,13 +40,15 @@ class Request:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
+        object.__setattr__(self, "stop", one_or_several(self.stop) if self.stop else ())
+        object.__setattr__(self, "stop_tokens", one_or_several(self.stop_tokens))
         if self.num_tokens is not None and not is_count(self.num_tokens):
             raise UserError(f"num_tokens={self.num_tokens!r} leaves nothing to write; give a count of at least 1.")
         for option, value in (("num_samples", self.num_samples), ("batch_size", self.batch_size)):
             if not is_count(value):
                 raise UserError(f"{option}={value!r} must be at least 1.")
+        if not isinstance(self.seed, numbers.Integral):
+            raise UserError(f"seed={self.seed!r} is not a whole number.")
         for token in self.stop_tokens:
             if not isinstance(token, numbers.Integral):
                 raise UserError(f"stop_tokens={token!r} is not a token; give its number in the vocabulary.")
@@ -91,3 +93,8 @@ class Request:
         decoder = Decoder.from_options(sampler, samples, **{name: given[name] for name in given if name in READ_BY})
         defaults = {"num_tokens": samples.num_tokens, "stop": samples.stop or ()}
         return cls(decoder, **defaults | {name: given[name] for name in given if name == "seed" or name not in READ_BY})
+
+
+def one_or_several(value: Any) -> tuple[Any, ...]:
+    """Returns the values of an argument that may be one value or several: a string is one."""
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else (value,)

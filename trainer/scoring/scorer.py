@@ -6,6 +6,7 @@ score it.
 """
 
 import itertools
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -227,9 +228,9 @@ def checked_stride(stride: int | None, sequence_length: int) -> int:
     Raises:
         UserError: it is not from 1 to sequence_length.
     """
-    if stride is not None and not 1 <= stride <= sequence_length:
+    if stride is not None and not (isinstance(stride, numbers.Integral) and 1 <= stride <= sequence_length):
         raise UserError(
-            f"a stride of {stride} must be from 1 to {sequence_length}, the most tokens the model can read."
+            f"a stride of {stride!r} must be from 1 to {sequence_length}, the most tokens the model can read."
         )
     return stride or sequence_length
 
