@@ -19,7 +19,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*(ROOT / name for name in ("README.md", "README.ko.md", "CONTRIBUTING.md", "docker/README.md")), *DOCS]
 # What looks like a setting and is not: functions of Keras, and files of others.
 NOT_SETTINGS = ("model.compile", "model.fit", "tokenizer.json")
-ALL_TESTS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+ALL_TESTS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
 
 
 def name_of(path: Path) -> str:

@@ -18,7 +18,7 @@ from trainer.config.settings import Config
 from trainer.errors import UserError
 from trainer.exchange import huggingface_export
 from trainer.exchange.huggingface import check_settings, config_of, read_weights
-from trainer.exchange.huggingface_export import layout_for, write_huggingface
+from trainer.exchange.huggingface_export import layout_for, remarks, write_huggingface
 from trainer.model.build import build_gpt
 from trainer.model.size import parameter_shapes
 from trainer.tokenizers.characters import ByteTokenizer, CharTokenizer
@@ -389,6 +389,17 @@ def test_a_model_that_no_class_can_hold_is_refused_with_the_ways_that_work(tmp_p
     )
     assert not (tmp_path / "out").exists()
     assert layout_for(config_for("llama tied").model).architecture == "LlamaForCausalLM"
+
+
+def test_settings_that_do_not_go_along_are_said():
+    gpt2 = config_for("gpt2 tied", dropout=0.1, document_mask=True).model
+    assert remarks(gpt2) == [
+        "model.document_mask=true: GPT2LMHeadModel has no such mask; give it one document at a time."
+    ]
+    assert remarks(config_for("llama tied", dropout=0.1).model) == [
+        "model.dropout=0.1: LlamaForCausalLM has no such dropout, so a training that goes on there has none."
+    ]
+    assert remarks(config_for("llama tied").model) == []
 
 
 # --- the tokenizer ---

@@ -12,7 +12,7 @@ from typing import NamedTuple, get_args
 
 from trainer.errors import UserError, quoted
 from trainer.exchange.card import Card
-from trainer.exchange.huggingface_export import Dtype, layout_for
+from trainer.exchange.huggingface_export import Dtype, layout_for, remarks
 from trainer.exchange.open import OpenedModel, open_model
 from trainer.model.build import GPT_MODEL
 from trainer.model.size import count_parameters
@@ -62,6 +62,8 @@ def export(
     run = RunFolder(run_and_step(path, step)[0])
     _check(run, to, dtype)
     target = _target(run, to, output)
+    for remark in remarks(run.config.model) if to == "huggingface" else ():
+        say(f"warning: {remark}")
     with quiet_import():
         from trainer.exchange.formats import FORMATS as formats
 

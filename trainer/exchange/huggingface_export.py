@@ -40,6 +40,21 @@ def layout_for(model: ModelConfig) -> Layout:
     )
 
 
+def remarks(model: ModelConfig) -> list[str]:
+    """Returns a line for each setting of a model that does not go along."""
+    layout, lines = layout_for(model), []
+    if model.document_mask:
+        lines.append(
+            f"model.document_mask=true: {layout.architecture} has no such mask; give it one document at a time."
+        )
+    if model.dropout and layout.dropout_keys == ():
+        lines.append(
+            f"model.dropout={model.dropout}: {layout.architecture} has no such dropout, so a training that goes on "
+            "there has none."
+        )
+    return lines
+
+
 def write_huggingface(
     weights: Mapping[str, np.ndarray], config: Config, tokenizer: Tokenizer, folder: Path, dtype: Dtype = "float32"
 ) -> None:

@@ -47,7 +47,9 @@ class Layout(NamedTuple):
         activations: the names in config.json of our activations; the first is the one that is written.
         activation_key: where these names stand.
         always: our settings that the class cannot have otherwise.
-        fixed: names in config.json that must have this value if they are there: trainer lacks what others mean.
+        dropout_keys: the names in config.json of our dropout.
+    zero_keys: the names in config.json of dropouts that trainer does not have.
+    fixed: names in config.json that must have this value if they are there: trainer lacks what others mean.
     """
 
     model_type: str
@@ -62,6 +64,8 @@ class Layout(NamedTuple):
     activation_key: str
     biases: Mapping[tuple[BiasedPart, ...], Literal[True] | str]
     always: Settings
+    dropout_keys: tuple[str, ...]
+    zero_keys: tuple[str, ...]
     fixed: Settings
 
     def is_computed(self, name: str) -> bool:
@@ -125,6 +129,8 @@ GPT2 = Layout(
     activation_key="activation_function",
     biases={("query_key_value", "attention_output", "feedforward", "norm"): True},
     always={"norm": "layer", "positions": "learned", "pre_norm": True},
+    dropout_keys=("resid_pdrop", "embd_pdrop"),
+    zero_keys=("attn_pdrop",),  # The dropout of attention probabilities.
     fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
 )
 
@@ -181,6 +187,8 @@ LLAMA = Layout(
     activation_key="hidden_act",
     biases={("query_key_value", "attention_output"): "attention_bias", ("feedforward",): "mlp_bias"},
     always={"norm": "rms", "positions": "rope", "pre_norm": True},
+    dropout_keys=(),
+    zero_keys=("attention_dropout",),
     fixed={"sliding_window": None},
 )
 
@@ -329,10 +337,7 @@ def config_json(layout: Layout, model: ModelConfig, num_logits: int, sequence_le
         written |= {"rope_parameters": rope, "rope_theta": model.rope_theta}
     if "num_key_value_heads" in layout.keys:
         written |= {"num_key_value_heads": model.key_value_heads(), "head_dim": model.head_width()}
-    if layout is GPT2:
-        # The class would also drop attention probabilities, which trainer does not.
-        written |= {"resid_pdrop": model.dropout, "embd_pdrop": model.dropout, "attn_pdrop": 0.0}
-    return written
+    return written | dict.fromkeys(layout.dropout_keys, model.dropout) | dict.fromkeys(layout.zero_keys, 0.0)
 
 
 def misfits(layout: Layout, model: ModelConfig) -> list[str]:
