@@ -13,6 +13,7 @@ TOP_P = Decoder("top-p")
 def test_impossible_requests_are_refused():
     for decoder, options, message in (
         (TOP_P, {"num_tokens": 0}, r"^num_tokens=0 leaves nothing to write; give a count of at least 1"),
+        (TOP_P, {"seed": 1.5}, r"^seed=1\.5 is not a whole number"),
         (TOP_P, {"num_samples": 0}, r"^num_samples=0 must be at least 1"),
         (TOP_P, {"batch_size": 1.5}, r"^batch_size=1\.5 must be at least 1"),
         (TOP_P, {"stop_tokens": ["a"]}, r"^stop_tokens='a' is not a token; give its number"),

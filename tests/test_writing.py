@@ -12,7 +12,7 @@ from every_kind import bpe_of_every_kind, wordpiece_of_every_kind  # type: ignor
 from trainer.decoding.decoder import Decoder
 from trainer.decoding.generate import Generator
 from trainer.decoding.request import Request
-from trainer.decoding.writing import stable
+from trainer.decoding.writing import Writing, stable
 from trainer.errors import UserError
 from trainer.tokenizers.characters import ByteTokenizer, CharTokenizer
 from trainer.tokenizers.vocabulary import SPECIAL_TOKENS
@@ -252,3 +252,14 @@ def drawn(logits, seed, position):
 
     at = uniform(tf.constant([seed, position], tf.int64), tf.constant([0]))
     return int(draw(tf.constant(logits[np.newaxis]), at)[0])
+
+
+def test_beam_search_ends_when_nothing_can_overtake_its_best_texts(monkeypatch):
+    generator, decoder = make_generator(sequence_length=60, seed=4, scale=0.7), Decoder("beam", num_beams=6)
+    [best] = generator.generate(["ab"], decoder)
+    assert best.finish == "end" and best.num_tokens < 10
+    indexes = []
+    advance = Writing.advance
+    monkeypatch.setattr(Writing, "advance", lambda self, number: advance(self, number) or indexes.append(self._index))
+    assert generator.generate(["ab"], decoder) == [best]
+    assert indexes[-1] == best.num_tokens + 4  # [BOS], two letters, and the token that ended it.

@@ -51,8 +51,12 @@ def prompt(lab: Lab, rng: random.Random) -> bool:
         return True
     text = as_argument(text)
     words = ["generate", str(lab.seed(kind) / "run"), "--prompt", text]
-    words += ["--sampler", rng.choice(("greedy", "top-p", "top-k", "beam"))] if rng.random() < 0.5 else []
-    names = ["k", "p", "temperature", "num-tokens", "stop", "seed", "num-samples", "num-beams", "sampler"]
+    words += (
+        ["--sampler", rng.choice(("greedy", "top-p", "top-k", "beam", "random", "min-p"))] if rng.random() < 0.5 else []
+    )
+    words += rng.sample(["--json", "--sliding-window"], rng.choice((0, 0, 1, 2)))
+    names = ["k", "p", "min-p", "temperature", "repetition-penalty", "length-penalty", "num-tokens", "stop", "seed"]
+    names += ["stop-token", "num-samples", "num-beams", "batch-size", "sampler"]
     for name in rng.sample(names, rng.choice((0, 1, 1, 2))):
         value = nasty(rng)
         if isinstance(value, int) and value > 64 and name in ("num-samples", "num-beams"):

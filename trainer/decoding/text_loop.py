@@ -24,6 +24,7 @@ class Prompts(NamedTuple):
         ends: int32 [rows], the position before which each text ends at the latest.
         samples: int32 [rows], which of the texts of the same prompt each row is.
         end_tokens: int32 [any], the tokens that end a text.
+        num_best: int32 scalar, the number of texts of a prompt that are asked for; read by beam search only.
         seed: int64 scalar.
         offset: int64 scalar, the position of the first token in the whole text, by which tokens are drawn.
     """
@@ -33,6 +34,7 @@ class Prompts(NamedTuple):
     ends: tf.Tensor
     samples: tf.Tensor
     end_tokens: tf.Tensor
+    num_best: tf.Tensor
     seed: tf.Tensor
     offset: tf.Tensor
 
@@ -80,7 +82,8 @@ class TextLoop:
         self._num_beams = decoder.num_beams if decoder.name == "beam" else 1
         per_row, number = tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.int64)
         tokens = tf.TensorSpec([None, sequence_length], tf.int32)
-        prompts = Prompts(tokens, per_row, per_row, per_row, per_row, number, number)
+        num_best = tf.TensorSpec([], tf.int32)
+        prompts = Prompts(tokens, per_row, per_row, per_row, per_row, num_best, number, number)
         self.begin = tf.function(self._begin, [prompts], autograph=False)
         # Traced here: TensorFlow warns if many calls trace the same code, as generators in one process do.
         texts = self.begin.get_concrete_function().structured_outputs
@@ -144,6 +147,11 @@ class TextLoop:
         tokens = tf.where(tf.range(self._sequence_length) == index, picked[:, tf.newaxis], tokens)
         is_end = tf.reduce_any(picked[:, tf.newaxis] == prompts.end_tokens, axis=1) & ~is_prompt
         ends = tf.where(is_end, tf.minimum(ends, index), ends)
+        if decoder.name == "beam" and not decoder.length_penalty:
+            # A probability only falls: once the best texts are over, nothing that is longer can overtake them.
+            is_over = tf.reshape(index + 1 >= ends, [-1, self._num_beams])[:, : prompts.num_best]
+            is_decided = tf.repeat(tf.reduce_all(is_over, axis=1), self._num_beams)
+            ends = tf.where(is_decided, tf.minimum(ends, index + 1), ends)
         return Texts(index + 1, tokens, ends, is_finite, scores, cache)
 
     def _possible(self, logits: tf.Tensor, newest: tf.Tensor) -> tf.Tensor:

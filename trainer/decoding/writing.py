@@ -107,6 +107,7 @@ class Writing:
             ends=tf.constant(np.clip(self._ends - offset, 0, length), tf.int32),
             samples=tf.constant(self._samples),
             end_tokens=tf.constant([self._tokenizer.bos_id, *self._request.stop_tokens], tf.int32),
+            num_best=tf.constant(self._request.num_samples, tf.int32),
             seed=tf.constant(self._request.seed % 2**63, tf.int64),
             offset=tf.constant(offset, tf.int64),
         )
