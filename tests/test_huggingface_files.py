@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
+from random_run import SEQUENCE_LENGTH, random_run  # type: ignore[import-not-found]
 from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
+import trainer
 from trainer.config.settings import Config
 from trainer.errors import UserError
 from trainer.exchange import huggingface_export
 from trainer.exchange.huggingface import check_settings, config_of, read_weights
 from trainer.exchange.huggingface_export import layout_for, remarks, write_huggingface
+from trainer.exchange.open import open_model
 from trainer.model.build import build_gpt
 from trainer.model.size import parameter_shapes
 from trainer.tokenizers.characters import ByteTokenizer, CharTokenizer
@@ -262,6 +265,19 @@ def test_half_precision_is_read(tmp_path: Path):
     edit_tensors(tmp_path, transformer__ln_f__weight=np.ones(12, np.int8))
     with pytest.raises(UserError, match=r"the tensor transformer\.ln_f\.weight is I8; only float32, bfloat16 and"):
         read_weights(tmp_path, config, 258)
+
+
+def test_an_exported_run_computes_the_bits_of_the_run(tmp_path: Path):
+    shape = ("model.pre_norm=true", "model.tied_embeddings=true", "model.vocabulary_multiple=64")
+    run = random_run(tmp_path / "run", *shape)
+    out = trainer.export(str(run.path), "huggingface", str(tmp_path / "out"), say=lambda line: None)
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {
+        each.name for each in out.path.iterdir()
+    }
+    tokens = np.random.default_rng(1).integers(0, 258, (2, SEQUENCE_LENGTH)).astype(np.int32)
+    of_run, again = (open_model(str(path)) for path in (run.path, out.path))
+    assert np.array_equal(of_run.model(tokens), again.model(tokens))
+    assert of_run.tokenizer.fingerprint == again.tokenizer.fingerprint
 
 
 # --- what does not fit ---

@@ -12,12 +12,14 @@ REASON = "scripts/parity installs what this needs, and runs it"
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
+from random_run import PROMPTS, SEQUENCE_LENGTH, random_run  # type: ignore[import-not-found]  # noqa: E402
 from tiny import tiny_config  # type: ignore[import-not-found]  # noqa: E402
 
 import trainer  # noqa: E402
 from trainer.config.settings import BpeConfig, ByteConfig, CharConfig, TokenizerConfig, WordPieceConfig  # noqa: E402
 from trainer.exchange.huggingface import check_settings  # noqa: E402
 from trainer.exchange.huggingface_export import write_huggingface  # noqa: E402
+from trainer.exchange.layouts import written  # noqa: E402
 from trainer.exchange.open import OpenedModel, open_model  # noqa: E402
 from trainer.model.size import parameter_shapes  # noqa: E402
 from trainer.tokenizers.tokenizer import Tokenizer  # noqa: E402
@@ -143,16 +145,30 @@ def test_logits_greedy_texts_and_bits_per_byte_are_equal(make: Any, shape: str, 
     assert different == []
 
 
+@pytest.mark.parametrize("shape", ["gpt2 padded", "llama tied, grouped"])
+def test_an_exported_run_writes_the_greedy_text_of_the_run(shape: str, tmp_path: Path):
+    settings = [f"model.{name}={written(value)}" for name, value in OURS[shape].items()]
+    run = random_run(tmp_path / "run", *settings)
+    folder = trainer.export(str(run.path), "huggingface", str(tmp_path / "out"), say=lambda line: None).path
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    fast = transformers.AutoTokenizer.from_pretrained(folder)
+    prompts = [prompt for prompt in PROMPTS if prompt]  # After an empty one transformers can end at once.
+    written_by_run = trainer.generate(str(run.path), prompts, sampler="greedy", num_tokens=NUM_NEW)
+    num_tokens = [min(NUM_NEW, SEQUENCE_LENGTH - 1 - len(prompt.encode())) for prompt in prompts]
+    expected = [continued(theirs, fast, *each) for each in zip(prompts, num_tokens, strict=True)]
+    assert written_by_run == expected
+
+
 def logits_of(model: Any, tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         logits: np.ndarray = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     return logits
 
 
-def continued(model: Any, fast: Any, prompt: str) -> str:
+def continued(model: Any, fast: Any, prompt: str, num_tokens: int = NUM_NEW) -> str:
     ids = [fast.bos_token_id, *fast(prompt, add_special_tokens=False).input_ids]
     tokens = torch.tensor([ids])
-    out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NUM_NEW, do_sample=False)
+    out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=num_tokens, do_sample=False)
     text: str = fast.decode(out[0], skip_special_tokens=True)
     return text
 
