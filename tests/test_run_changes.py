@@ -28,7 +28,7 @@ from trainer.training import launch
 
 @pytest.fixture(autouse=True)
 def _one_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "DECODERS", ("greedy",))
+    monkeypatch.setattr(samples, "SAMPLED", ("greedy",))
 
 
 @pytest.mark.slow

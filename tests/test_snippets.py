@@ -198,7 +198,8 @@ def check_trainer(words: list[str]) -> None:
     if run is not None:
         # What `train --resume RUN x=y` reads as a config is an override, too.
         overrides += [word for word in [getattr(options, "config", None)] if word]
-        trainer.config.file.check_resumable(overrides, run)
+        if words[0] != "fork":
+            trainer.config.file.check_resumable(overrides, run)
         make_config(SMALLEST, overrides)
     elif getattr(options, "config", None) is not None:
         config = load_config(options.config, overrides)

@@ -25,14 +25,14 @@ from trainer.runs.run_folder import RunFolder
 
 @pytest.fixture(autouse=True)
 def _one_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "DECODERS", ("greedy",))
+    monkeypatch.setattr(samples, "SAMPLED", ("greedy",))
 
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = tmp_path_factory.mktemp("parent")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(samples, "DECODERS", ("greedy",))
+        patched.setattr(samples, "SAMPLED", ("greedy",))
         trainer.train(text_run(folder, "parent"), say=quiet)
     return RunFolder(folder / "parent")
 

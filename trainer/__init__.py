@@ -39,6 +39,7 @@ __all__ = [
     "__version__",
     "batches",
     "export",
+    "fork",
     "generate",
     "load",
     "load_config",
@@ -120,6 +121,39 @@ def resume(
 
     with lasting_output():
         return launch.resume(run_folder, build_model, say, overrides, step)
+
+
+def fork(
+    run_folder: str,
+    overrides: Sequence[str],
+    build_model: Callable[[Config, int], keras.Model] | None = None,
+    say: Callable[[str], None] = print,
+    step: int | Literal["best"] | None = None,
+) -> TrainingResult:
+    """Trains a new run that goes on from a checkpoint of another one, by another plan.
+
+    The fork has the weights, the optimizer, the steps and the tokenizer of its parent.
+
+    Args:
+        run_folder: the folder of the parent, or of one of its checkpoints, or RUN@1000.
+        overrides: `section.key=value` strings: run_folder, the folder of the fork, and the settings that are not to be
+            the parent's, such as `train.total_steps=3000`.
+        build_model: the function that was given to `train`.
+        say: a function that prints a line.
+        step: the step of the parent's checkpoint, or "best" for the one with the lowest validation loss.
+
+    Returns:
+        The fork's folder, the trained model, its evaluation and its samples.
+
+    Raises:
+        UserError: the parent does not exist, or a setting cannot change in a fork.
+    """
+    check_not_forked()
+    with quiet_import():
+        from trainer.training import launch
+
+    with lasting_output():
+        return launch.fork(run_folder, overrides, build_model, say, step)
 
 
 def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = print) -> tf.data.Dataset:

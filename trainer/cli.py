@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with lasting_errors():
         if words[:1] == ["prepare"]:  # Here Ctrl-C raises KeyboardInterrupt: the text prepared so far is kept.
             return _run(words, Ending())
-        if words[:1] != ["train"]:
+        if words[:1] not in (["train"], ["fork"]):
             with ended_by([signal.SIGINT], Ending()):
                 return _run(words, Ending())
         ending = Ending(ExitStatus.STOPPED, lambda: "No run was begun. Start it again with the same command.")
@@ -127,6 +127,7 @@ def _parser() -> _Parser:
     for add in (
         _add_prepare,
         _add_train,
+        _add_fork,
         _add_inspect,
         _add_evaluate,
         _add_generate,
@@ -167,6 +168,24 @@ def _add_train(verbs: Any) -> None:
         "--or-resume", action="store_true", help="if the config's run_folder already holds a run, resume that run"
     )
     _add_step(parser, "with --resume: the checkpoint to resume from")
+
+
+def _add_fork(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "fork",
+        help="go on from a run's newest checkpoint as a new run, by another plan",
+        epilog="A fork has the weights, the optimizer, the steps and the tokenizer of its parent. Its learning rate,\n"
+        "schedule, length, batch size or text may be others. Signals stop it as they stop train. Go on with it by\n"
+        "trainer train --resume NEW.",
+    )
+    parser.add_argument("run_folder", metavar="RUN", help=f"{_RUN_HELP}, or RUN@N")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="run_folder=NEW, and the settings that are not the parent's, such as train.total_steps=3000",
+    )
+    _add_step(parser, "the checkpoint to go on from")
 
 
 def _add_inspect(verbs: Any) -> None:

@@ -9,6 +9,7 @@ import json
 import shlex
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 import trainer
 from trainer.commands.generate import answer_prompts, read_prompts, write_texts
@@ -27,14 +28,18 @@ from trainer.exchange.source import check_source
 from trainer.exit_status import ExitStatus
 from trainer.hardware.devices import parse_target
 from trainer.planning.plan import print_compiled, print_plan
+from trainer.runs.fork import plan_fork
 from trainer.runs.run_changes import check_length, newest_step
 from trainer.runs.run_data import find_prepared
-from trainer.runs.run_folder import RECORD, CheckpointStep, RunFolder, find_run, run_and_step
+from trainer.runs.run_folder import RECORD, CheckpointStep, RunFolder, check_is_free, find_run, run_and_step
 from trainer.storybook.storybook import log_probability
 from trainer.system.signals import Ending, ended_by
 from trainer.system.storage import Url, locate
 from trainer.system.terminal import lasting_output, quiet_import, say, warn
 from trainer.text.sources import find_inputs
+
+if TYPE_CHECKING:
+    from trainer.training.loop import TrainingResult
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -69,13 +74,34 @@ def train(options: argparse.Namespace) -> ExitStatus:
             result = launch.resume(run_folder, overrides=overrides, step=step)
         else:
             result = launch.start(config, or_resume=options.or_resume)
-        if result.is_stopped:
-            return ExitStatus.STOPPED
-        for name, text in result.samples.items():
-            say(f"\n{name}{story_verdict(text) if config.data.is_storybook() else ''}:\n{text}")
-        say(f"\nvalidation: {result.evaluation}")
-        for name, score in result.evaluation.sets.items() if result.evaluation is not None else ():
-            say(f"{name}: {score}")
+        return _report(result, config)
+
+
+def fork(options: argparse.Namespace) -> ExitStatus:
+    """Trains a fork of a run."""
+    planned = plan_fork(options.run_folder, options.overrides, options.step)
+    planned.parent.check_model(None)
+    config = planned.config
+    check_is_free(config)
+    options.ending.advice = lambda: how_to_resume(config)
+    with quiet_import():
+        if not planned.keeps_data:
+            check_sources(config)
+        from trainer.training import launch
+
+    with lasting_output():
+        return _report(launch.fork(options.run_folder, options.overrides, step=planned.step), config)
+
+
+def _report(result: "TrainingResult", config: Config) -> ExitStatus:
+    """Prints what a finished run has written; returns how it ended."""
+    if result.is_stopped:
+        return ExitStatus.STOPPED
+    for name, text in result.samples.items():
+        say(f"\n{name}{story_verdict(text) if config.data.is_storybook() else ''}:\n{text}")
+    say(f"\nvalidation: {result.evaluation}")
+    for name, score in result.evaluation.sets.items() if result.evaluation is not None else ():
+        say(f"{name}: {score}")
     return ExitStatus.DONE
 
 

@@ -16,6 +16,7 @@ import rich.text
 from trainer.data.coverage import lengths_of
 from trainer.data.shards import MANIFEST, PreparedData, Split, faults_of_files, prepared_in
 from trainer.errors import UserError
+from trainer.runs.parentage import describe_history
 from trainer.runs.run_data import find_data_folder
 from trainer.runs.run_folder import RECORD, RunFolder, run_and_step
 from trainer.system.storage import Location, Url, locate, on_disk
@@ -31,8 +32,8 @@ def inspect(path: str, split_name: str = "train", num_examples: int = 3, sequenc
     """Prints what is in prepared data, and whether all its files are as they were written.
 
     Args:
-        path: a prepared folder, or a run's folder for the data that the run was started on. If it is in an object
-            store, a copy is read.
+        path: a prepared folder; or a run's folder, for what the run comes from and the data it was started on. If it is
+            in an object store, a copy is read.
         split_name: the split whose lengths and documents are shown: "train" or "validation".
         num_examples: the number of documents to show.
         sequence_length: a length; how much lines mode would cut at it is shown, too.
@@ -48,8 +49,11 @@ def inspect(path: str, split_name: str = "train", num_examples: int = 3, sequenc
         raise UserError(f"--examples {num_examples} must be at least 0.")
     if sequence_length is not None and sequence_length < 1:
         raise UserError(f"--sequence-length {sequence_length} must be at least 1.")
-    stored, run = _data_of(path)
+    run = _run_of(path)
     console = rich.console.Console(highlight=False)
+    for line in [] if run is None else describe_history(run):  # Before the data, which may be gone.
+        console.print(_visible(line))
+    stored = _data_of(path, run)
     with on_disk(stored) as folder:
         try:
             prepared = prepared_in(folder)
@@ -81,21 +85,23 @@ def document(prepared: PreparedData, split: Split, number: int, max_tokens: int)
     return end - start - 1, np.array(tokens[start + 1 : min(end, start + 1 + max_tokens)])
 
 
-def _data_of(path: str) -> tuple[Location, RunFolder | None]:
-    """Returns the folder of prepared data that path names; and the run, if path is a run or one of its checkpoints."""
+def _run_of(path: str) -> RunFolder | None:
+    """Returns the run that path names, by its folder or by one of its checkpoints; None if it names none."""
+    run_folder, _ = run_and_step(path)
+    return RunFolder(run_folder) if (locate(run_folder) / RECORD).is_file() else None
+
+
+def _data_of(path: str, run: RunFolder | None) -> Location:
+    """Returns the folder of prepared data that path names: its own, or that of the run."""
+    if run is not None:
+        return find_data_folder(run)
     location = locate(path)
-    run_folder, step = run_and_step(path)
-    if step is not None and (locate(run_folder) / RECORD).is_file():
-        location = locate(run_folder)  # The path names one of its checkpoints.
-    if (location / RECORD).is_file():
-        run = RunFolder(location)
-        return find_data_folder(run), run
     if not (location / MANIFEST).is_file() and not _has_shards(location):
         raise UserError(
             f"{location} is neither prepared data, which has a {MANIFEST}, nor a run folder, which has a {RECORD}."
             f"{_data_near(location)}"
         )
-    return location, None
+    return location
 
 
 def _has_shards(folder: Location) -> bool:

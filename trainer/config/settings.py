@@ -428,12 +428,17 @@ class TrainConfig(Section):
     seed: Seed = 0
     """The seed of the initial weights, of the order of the examples and of the dropout masks."""
 
-    def steps_for(self, num_examples: int) -> int:
-        """Returns the steps of the run: total_steps, or num_epochs passes over this many examples, rounded up."""
+    def steps_for(self, num_examples: int, data_offset: int = 0) -> int:
+        """Returns the steps of the run: total_steps, or num_epochs passes over this many examples, rounded up.
+
+        Args:
+            num_examples: the examples of the data.
+            data_offset: the place in the data at which step 0 begins; see `training_batches`.
+        """
         if self.total_steps is not None:
             return self.total_steps
         assert self.num_epochs is not None  # The check below ensures that one of the two is set.
-        return -(-num_examples * self.num_epochs // self.global_batch_size)
+        return -((data_offset - num_examples * self.num_epochs) // self.global_batch_size)
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:

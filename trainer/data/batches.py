@@ -59,13 +59,19 @@ WHOLE_BATCH = Share()
 
 
 def training_batches(
-    prepared: PreparedData, config: Config, first_step: int, total_steps: int, share: Share = WHOLE_BATCH
+    prepared: PreparedData,
+    config: Config,
+    first_step: int,
+    total_steps: int,
+    share: Share = WHOLE_BATCH,
+    data_offset: int = 0,
 ) -> tf.data.Dataset:
     """Returns the batches of steps first_step to total_steps - 1, in order.
 
-    Place n of the run holds one of the data's N examples: `shuffled` of n % N in epoch n // N. Each epoch has another
-    order, and no example is dropped: a batch may hold the end of one epoch and the start of the next. With data.weights
-    it holds the example that `mixed` returns for n.
+    Step s takes the places from s * global_batch_size + data_offset on. Place n of the run holds one of the data's N
+    examples: `shuffled` of n % N in epoch n // N. Each epoch has another order, and no example is dropped: a batch may
+    hold the end of one epoch and the start of the next. With data.weights it holds the example that `mixed` returns for
+    n.
 
     Args:
         prepared: the data.
@@ -74,6 +80,8 @@ def training_batches(
         first_step: the first batch to make; earlier batches cost nothing.
         total_steps: the length of the run.
         share: the part of each batch to make, which is all that is read; by default all of it.
+        data_offset: the place of the first example of step 0. It may be negative if first_step is not 0: no place of a
+            batch that is made may be negative.
 
     Returns:
         A data set of (inputs int32, targets int32, weights float32), each [examples, sequence_length]. An element
@@ -87,6 +95,7 @@ def training_batches(
     counts = [num_examples(part, config) for part in prepared.parts("train")]
 
     def examples_at(n: tf.Tensor, shards: Shards) -> Batch:
+        n += data_offset
         if weights is not None:
             return read(mixed(n, counts, weights, seed), shards)
         return read(shuffled(n % count, n // count, count, seed, window), shards)
@@ -130,13 +139,13 @@ def evaluation_batches(
     return _pipeline(prepared, split, config, share, 0, end, examples_at)
 
 
-def total_steps(prepared: PreparedData, config: Config) -> int:
+def total_steps(prepared: PreparedData, config: Config, data_offset: int = 0) -> int:
     """Returns the length of the run in steps: train.total_steps, or the steps of num_epochs epochs, rounded up.
 
     Raises:
         UserError: a setting does not fit into the steps of num_epochs epochs.
     """
-    steps = config.train.steps_for(num_examples(prepared.split("train"), config))
+    steps = config.train.steps_for(num_examples(prepared.split("train"), config), data_offset)
     if config.train.total_steps is None:
         config.check_total_steps(steps, f"the {steps} steps that train.num_epochs={config.train.num_epochs} takes")
     return steps

@@ -14,9 +14,9 @@ from trainer.errors import UserError
 from trainer.runs.run_folder import RunFolder
 
 
-def hash_of_first_batch(prepared: PreparedData, config: Config, total_steps: int) -> str:
-    """Returns the SHA-256 of the first batch of a run."""
-    batch = next(iter(training_batches(prepared, config, 0, total_steps)))
+def hash_of_first_batch(prepared: PreparedData, config: Config, first_step: int = 0, data_offset: int = 0) -> str:
+    """Returns the SHA-256 of the first batch of a run; the arguments are those of `training_batches`."""
+    batch = next(iter(training_batches(prepared, config, first_step, first_step + 1, data_offset=data_offset)))
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in batch)).hexdigest()
 
 

@@ -1,12 +1,14 @@
 """Where a run comes from: its record keeps its parents, nearest first, so that a parent may be moved or deleted."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
-
-from trainer.runs.checkpoint import Checkpoint
 from trainer.runs.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from trainer.runs.checkpoint import Checkpoint
 
 
 class Beginning(NamedTuple):
@@ -16,17 +18,17 @@ class Beginning(NamedTuple):
         step: the number of steps that were taken before.
         groups: the arrays of its first checkpoint, by group: `weights`, and `optimizer` unless that begins anew.
         parents: the entries of its record about its parents, nearest first.
-        first_example: see `RunFolder.first_example`.
+        data_offset: see `RunFolder.data_offset`.
     """
 
     step: int
-    groups: Mapping[str, Mapping[str, np.ndarray]]
+    groups: "Mapping[str, Mapping[str, np.ndarray]]"
     parents: Sequence[Mapping[str, Any]]
-    first_example: int = 0
+    data_offset: int = 0
 
 
 def parents_by_run(
-    run: RunFolder, checkpoint: Checkpoint, kind: Literal["init", "fork"], changed: Sequence[str]
+    run: RunFolder, checkpoint: "Checkpoint", kind: Literal["init", "fork"], changed: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Returns the entries about the parents of a run that begins with a checkpoint of another run.
 
@@ -47,9 +49,12 @@ def parents_by_run(
     return [entry, *run.facts.get("parents", [])]
 
 
-def describe_parents(facts: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each parent of a run with this record, nearest first."""
-    return [_describe(entry) for entry in facts.get("parents", [])]
+def describe_history(run: RunFolder) -> list[str]:
+    """Returns a line for each change that a run has recorded since it began, newest first, and for each of its parents,
+    nearest first.
+    """
+    changes = [f"from step {each['step']} on: {'; '.join(each['changed'])}" for each in run.facts.get("changes", [])]
+    return [*reversed(changes), *map(_describe, run.facts.get("parents", []))]
 
 
 def _describe(entry: Mapping[str, Any]) -> str:

@@ -155,7 +155,12 @@ def write_beginning(beginning: Beginning, folder: Location, facts: dict[str, Any
     """
     manifest = {key: facts[key] for key in (*_FACTS, "config")}
     write_first(folder / "checkpoints", beginning.step, beginning.groups, manifest)
-    facts |= {"has_saved": True, "parents": list(beginning.parents), "first_step": beginning.step}
+    facts |= {
+        "has_saved": True,
+        "parents": list(beginning.parents),
+        "first_step": beginning.step,
+        "data_offset": beginning.data_offset,
+    }
 
 
 def _fault_of(run: RunFolder, manifest: dict[str, Any]) -> str | None:

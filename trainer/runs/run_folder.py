@@ -174,6 +174,18 @@ class RunFolder:
         run.is_new = True
         return run
 
+    @property
+    def first_step(self) -> int:
+        """The step that the run began with: that of the parent's checkpoint for a fork, otherwise 0."""
+        return int(self.facts.get("first_step", 0))
+
+    @property
+    def data_offset(self) -> int:
+        """The place in the data of the first example of step 0, counted in examples; see `training_batches`. It is not
+        0 only in a fork with other data, which begin at the fork, or with another batch size.
+        """
+        return int(self.facts.get("data_offset", 0))
+
     @contextlib.contextmanager
     def undone_if_it_fails(self) -> Iterator[None]:
         """Removes what `create` made if the block raises an error, so that the same command can be tried again. No step

@@ -1,6 +1,6 @@
 """Starts and resumes runs: everything that happens before loop.py.
 
-`start` takes a config, `resume` the folder of a run. Both, on every worker:
+`start` takes a config, `resume` the folder of a run, `fork` that of a parent. All, on every worker:
 1. find out which worker this process is: the only one, or one of the several that TF_CONFIG or SLURM name;
 2. lock the run's folder until the run is over, if this worker is the chief, and open the run to go on with, if there is
    one;
@@ -21,6 +21,7 @@ import keras
 import tensorflow as tf
 
 from trainer.config.settings import Config, examples_per_replica
+from trainer.data.batches import total_steps
 from trainer.data.prepare import prepare, text_fingerprint
 from trainer.data.shards import PreparedData
 from trainer.distributed.meeting import Meeting
@@ -35,10 +36,11 @@ from trainer.distributed.workers import Workers, describe_loss, find_workers
 from trainer.errors import UserError, quoted
 from trainer.exchange.starting_weights import read_beginning
 from trainer.model.build import BuildModel
-from trainer.runs.parentage import Beginning
-from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints, write_beginning
+from trainer.runs.fork import Fork, check_has_steps, place_in_data, plan_fork
+from trainer.runs.parentage import Beginning, parents_by_run
+from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints, read_checkpoint, write_beginning
 from trainer.runs.run_data import find_prepared
-from trainer.runs.run_folder import CheckpointStep, RunFolder, find_run, run_and_step
+from trainer.runs.run_folder import CheckpointStep, RunFolder, check_is_free, find_run, run_and_step
 from trainer.runs.run_lock import only_run_in
 from trainer.system.process import call_in_new_process
 from trainer.system.storage import Location, locate
@@ -57,6 +59,7 @@ class Request(NamedTuple):
         build_model: builds the model; None: the GPT that config describes.
         may_prepare: whether the text is prepared if its prepared data is missing.
         step: the checkpoint to go on from: a step, or "best"; None: the newest.
+        fork: the run that a new one is a fork of; None: it is none.
     """
 
     config: Config
@@ -64,6 +67,7 @@ class Request(NamedTuple):
     build_model: BuildModel | None
     may_prepare: bool
     step: CheckpointStep | None = None
+    fork: Fork | None = None
 
 
 def start(
@@ -117,6 +121,37 @@ def resume(
         return _launch(Request(run.config, run, build_model, may_prepare=False, step=step), workers, say)
 
 
+def fork(
+    run: str,
+    overrides: Sequence[str],
+    build_model: BuildModel | None = None,
+    say: Say = print,
+    step: CheckpointStep | None = None,
+) -> TrainingResult:
+    """Makes a new run that goes on from a checkpoint of another one by another plan, and trains it.
+
+    Args:
+        run: the folder of the parent, or of one of its checkpoints, or RUN@step.
+        overrides: `section.key=value` strings: run_folder, and what is not to be the parent's.
+        build_model: the function that was given to `start`.
+        say: prints a line.
+        step: the step of the parent's checkpoint, or "best"; None: the newest checkpoint.
+
+    Raises:
+        UserError: the parent or its checkpoint does not exist, a setting cannot change in a fork, the new folder is not
+            free, or the workers do not agree.
+    """
+    say = _printing(say)
+    planned = plan_fork(run, overrides, step)
+    config = planned.config
+    planned.parent.check_model(build_model)
+    workers = find_workers(config.distribution)
+    check_is_free(config)
+    with _locked_by_chief(locate(config.run_folder), workers, say):
+        check_is_free(config)  # Again: the folder may have changed before this process had the lock.
+        return _launch(Request(config, None, build_model, may_prepare=True, fork=planned), workers, say)
+
+
 def _printing(say: Say) -> Say:
     """Returns a function that prints a line: print_line in place of `print`, which is the default for users. print_line
     escapes control characters, and a Monitor that gets it may show a progress bar.
@@ -145,7 +180,7 @@ def _launch_one(request: Request, workers: Workers, say: Say) -> TrainingResult:
     prepared = _prepared(request, prepare, say)
     if request.run is not None and request.may_prepare:
         report_changed_text(config, prepared, say, text_fingerprint)
-    run = request.run or _create(request, prepared, beginning)
+    run = request.run or _create(request, prepared, beginning, say)
     return train(run, workers, strategy, prepared, request.build_model, say, request.step)
 
 
@@ -167,7 +202,7 @@ def _launch_several(request: Request, workers: Workers, say: Say) -> TrainingRes
         meeting.agree({"the prepared data": prepared.fingerprint})
         if workers.is_chief and request.run is not None and request.may_prepare:
             report_changed_text(config, prepared, say, functools.partial(call_in_new_process, text_fingerprint))
-        run = meeting.in_turn(lambda: _run_of_several(request, workers, prepared, beginning))
+        run = meeting.in_turn(lambda: _run_of_several(request, workers, prepared, beginning, say))
         meeting.agree(contents(run, request.step))
     with _reporting_lost_workers(run, workers):
         strategy = open_devices(run.config, workers, say)
@@ -175,14 +210,14 @@ def _launch_several(request: Request, workers: Workers, say: Say) -> TrainingRes
 
 
 def _run_of_several(
-    request: Request, workers: Workers, prepared: PreparedData, beginning: Beginning | None
+    request: Request, workers: Workers, prepared: PreparedData, beginning: Beginning | None, say: Say
 ) -> RunFolder:
     """Returns the run to go on with, or the new one, which the chief makes before the others open it."""
     if request.run is not None:
         return request.run
     if not workers.is_chief:
         return RunFolder.of(request.config)
-    run = _create(request, prepared, beginning)
+    run = _create(request, prepared, beginning, say)
     # Keep the folder if a worker is lost before the first step: the message advises to resume the run.
     run.is_new = False
     return run
@@ -196,11 +231,23 @@ def _beginning(request: Request, read: Callable[..., Beginning | None], say: Say
         read: `read_beginning`, or a function that calls it in another process.
         say: prints a line.
     """
-    return None if request.run is not None else read(request.config, request.build_model is not None, say=say)
+    if request.run is not None:
+        return None
+    if request.fork is None:
+        return read(request.config, request.build_model is not None, say=say)
+    parent = request.fork.parent
+    checkpoint, groups = read_checkpoint(parent, ("weights", "optimizer"), say, request.fork.step)
+    parents = parents_by_run(parent, checkpoint, "fork", request.fork.changed)
+    return Beginning(checkpoint.step, groups, parents)
 
 
-def _create(request: Request, prepared: PreparedData, beginning: Beginning | None) -> RunFolder:
+def _create(request: Request, prepared: PreparedData, beginning: Beginning | None, say: Say) -> RunFolder:
     """Makes the folder of a new run, with its first checkpoint if it does not begin with random weights."""
+    if beginning is not None and request.fork is not None:
+        offset, line = place_in_data(request.fork, prepared, beginning.step)
+        check_has_steps(request.fork, beginning.step, total_steps(prepared, request.config, offset))
+        beginning = beginning._replace(data_offset=offset)
+        say(f"A fork of {request.fork.parent.path}, step {beginning.step}. {line}")
     write_first = None if beginning is None else functools.partial(write_beginning, beginning)
     return RunFolder.create(request.config, prepared, request.build_model, write_first)
 
@@ -226,6 +273,8 @@ def _prepared(request: Request, prepare_text: Callable[..., PreparedData], say: 
     def prepare_now() -> PreparedData:
         return prepare_text(request.config, say=say)
 
+    if request.fork is not None and request.fork.keeps_data:
+        return find_prepared(request.fork.parent, prepare_now)
     if request.run is None:
         return prepare_now()
     return find_prepared(request.run, prepare_now if request.may_prepare else None)

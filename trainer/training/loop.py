@@ -77,7 +77,8 @@ def train(
         say: prints a line.
         from_step: the step of the checkpoint to go on from, or "best"; None: the newest.
     """
-    config, total_steps, spent = run.config, count_steps(prepared, run.config), Stopwatch()
+    config, spent = run.config, Stopwatch()
+    total_steps = count_steps(prepared, config, run.data_offset)
 
     with spent.on("start"), run.undone_if_it_fails():
         # Build, every worker: the model, and everything else that a step changes.
@@ -93,11 +94,11 @@ def train(
         # Restore, every worker: the values of a checkpoint. The chief brings the folder up to date.
         checkpoints = open_checkpoints(run, say)
         step = restore(training_step, find_checkpoint(run, checkpoints, from_step))
-        check_length(run, step, count_steps(prepared, run.recorded), total_steps)
+        check_length(run, step, count_steps(prepared, run.recorded, run.data_offset), total_steps)
         # Before the chief records what has changed.
         has_changed, is_scored_otherwise = bool(changes_of(run)), has_other_scores(run)
         if workers.is_chief:
-            bring_up_to_date(run, prepared, step, total_steps, say)
+            bring_up_to_date(run, prepared, step, say)
         result = TrainingResult(run_folder=str(run.path), model=model, step=step, samples={})
         if step == total_steps and not has_changed and (written := read_result(run, step)) is not None:
             say(f"{run.path}: all {total_steps} steps are taken, and this is the result.")
@@ -116,7 +117,10 @@ def train(
         monitor = make_monitor(run, prepared, model, strategy, step, say) if workers.is_chief else SilentMonitor()
         # repeat(): with a finite dataset TensorFlow synchronizes the workers before every step to ask if data is left.
         batches = iter(
-            distributed(strategy, lambda share: training_batches(prepared, config, step, total_steps, share).repeat())
+            distributed(
+                strategy,
+                lambda share: training_batches(prepared, config, step, total_steps, share, run.data_offset).repeat(),
+            )
         )
         run_steps = training_step.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
 
@@ -231,7 +235,7 @@ class TrainingResult(NamedTuple):
     best_step: int | None = None
 
 
-def bring_up_to_date(run: RunFolder, prepared: PreparedData, step: int, total_steps: int, say: Say) -> None:
+def bring_up_to_date(run: RunFolder, prepared: PreparedData, step: int, say: Say) -> None:
     """Writes the files that are missing in a run's folder, the place of its data, and the settings that are others from
     this step on; checks the order of the data.
 
@@ -240,7 +244,7 @@ def bring_up_to_date(run: RunFolder, prepared: PreparedData, step: int, total_st
     """
     run.write_config_file()
     record_place_of(run, prepared)
-    check_first_batch(run, hash_of_first_batch(prepared, run.config, total_steps), say)
+    check_first_batch(run, hash_of_first_batch(prepared, run.config, run.first_step, run.data_offset), say)
     record_changes(run, step, say)
 
 

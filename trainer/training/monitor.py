@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TextIO
 
 import keras
@@ -19,6 +19,7 @@ from trainer.data.shards import PreparedData
 from trainer.distributed.strategy import device_kind, device_names, find_devices
 from trainer.model.language_model import adapt
 from trainer.model.size import tokens_per_sec_at_peak
+from trainer.runs.parentage import describe_history
 from trainer.runs.results import Evaluation
 from trainer.runs.run_folder import RunFolder
 from trainer.system.storage import Location
@@ -111,6 +112,8 @@ class Monitor:
         terminal: the stream for lines and the progress bar; None: standard output.
         say: prints a line, in place of terminal; then there is no progress bar. None: terminal is used.
         steps_per_epoch: the steps of an epoch; None: the run has no epochs.
+        data_begins_at: the step at which the first epoch begins; not 0 only in a fork with other data or batches.
+        history: a line for each run that this one comes from, and for each change.
         peak_tokens_per_sec: the speed at a model FLOPs utilisation of 1; None: unknown, and the curve is left out.
     """
 
@@ -125,6 +128,8 @@ class Monitor:
         terminal: TextIO | None = None,
         say: Say | None = None,
         steps_per_epoch: float | None = None,
+        data_begins_at: float = 0.0,
+        history: Sequence[str] = (),
         peak_tokens_per_sec: float | None = None,
     ) -> None:
         self.total_steps = total_steps
@@ -134,7 +139,10 @@ class Monitor:
         self._terminal = terminal or sys.stdout
         self._say = say
         self._steps_per_epoch = steps_per_epoch
-        self._num_epochs = config.train.num_epochs or round(total_steps / (steps_per_epoch or total_steps), 2)
+        self._num_epochs = config.train.num_epochs or round(
+            (total_steps - data_begins_at) / (steps_per_epoch or total_steps), 2
+        )
+        self._data_begins_at = data_begins_at
         self._console = console(self._terminal)
         self._has_bar = say is None and self._console.is_terminal
         self._progress = rich.progress.Progress(
@@ -151,7 +159,10 @@ class Monitor:
         # A run that has taken all its steps is resumed only to be scored: a score that an earlier process has logged at
         # this step is written again, so it must not stay.
         self._validation = EventLog(logs / "validation", first_step - (first_step == total_steps), self.say)
-        self._train.texts(first_step, {"config": f"```toml\n{config.to_toml()}\n```"})
+        texts = {"config": f"```toml\n{config.to_toml()}\n```"}
+        if history:
+            texts["history"] = literal("\n".join(history))
+        self._train.texts(first_step, texts)
         self._profile = config.profile
         self._is_profiling = False
         self._started = time.monotonic()
@@ -290,7 +301,7 @@ class Monitor:
         if self._steps_per_epoch is None:
             return None
         # The batch of the last step may be filled with examples of the next epoch.
-        return min(step / self._steps_per_epoch, self._num_epochs)
+        return min((step - self._data_begins_at) / self._steps_per_epoch, self._num_epochs)
 
     def _secs_left(self, step: int) -> float:
         per_step = (time.monotonic() - self._started) / max(1, step - self._first_step)
@@ -344,12 +355,14 @@ def make_monitor(
         run.path / "logs",
         config,
         first_step=first_step,
-        total_steps=count_steps(prepared, config),
+        total_steps=count_steps(prepared, config, run.data_offset),
         bits_per_token_byte=1 / (text_bytes.of_target(config) * math.log(2)),
         is_lossy=is_cut or any(map(text_bytes.is_lossy, parts)),
         # print_line is the default of launch.py: in its place the Monitor may show a progress bar.
         say=None if say is print_line else say,
         steps_per_epoch=num_examples(split, config) / config.train.global_batch_size if has_epochs else None,
+        data_begins_at=-run.data_offset / config.train.global_batch_size,
+        history=describe_history(run),
         peak_tokens_per_sec=find_peak(config, model, prepared.vocabulary_size, strategy, say),
     )
 

@@ -23,9 +23,17 @@ def restore(training_step: TrainingStep, checkpoint: Checkpoint | None) -> int:
         return 0  # A new run, which begins with the weights of another model.
     # Runs of older releases did not count the steps that were skipped in a row.
     state = {"skipped_in_a_row": np.zeros([], np.int64), **checkpoint.arrays("optimizer")}
-    assign(training_step.state(), state, checkpoint.folder)
+    assign(training_step.state(), _with_loss_scale(state, training_step), checkpoint.folder)
     training_step.step.assign(checkpoint.step)
     return checkpoint.step
+
+
+def _with_loss_scale(state: dict[str, Any], training_step: TrainingStep) -> dict[str, Any]:
+    """Returns a state with a loss scale if the step has one, and without if not: a fork may change the precision."""
+    names = ("loss_scale", "good_steps")
+    if training_step.loss_scale is None:
+        return {name: array for name, array in state.items() if name not in names}
+    return {name: variable.numpy() for name, variable in training_step.loss_scale.state().items()} | state
 
 
 def save(checkpoints: Checkpoints, training_step: TrainingStep, run: RunFolder) -> None:

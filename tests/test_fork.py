@@ -1,0 +1,218 @@
+"""Laws of forks: a fork that changes nothing is its parent, and what changes is written down."""
+
+import html
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import quiet  # type: ignore[import-not-found]  # pytest has this folder on its path
+from tiny_run import (  # type: ignore[import-not-found]  # pytest has this folder on its path
+    assert_same_bits,
+    damage_one_bit,
+    saved,
+    text_run,
+)
+
+import trainer
+from trainer.cli import main
+from trainer.data.batches import total_steps, training_batches
+from trainer.decoding import samples
+from trainer.errors import UserError
+from trainer.runs.fork import Fork, place_in_data, plan_fork
+from trainer.runs.run_checkpoints import open_checkpoints
+from trainer.runs.run_data import find_prepared
+from trainer.runs.run_folder import RunFolder
+from trainer.runs.run_lock import only_run_in
+
+
+@pytest.fixture(autouse=True)
+def _one_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "SAMPLED", ("greedy",))
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of three steps, with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("parent")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(samples, "SAMPLED", ("greedy",))
+        trainer.train(text_run(folder, "parent"), say=quiet)
+    return RunFolder(folder / "parent")
+
+
+def in_new_process(code: str, *arguments: object) -> None:
+    """Runs code that trains: a process can train only once on several devices."""
+    first = "import sys, tomllib, trainer\nfrom trainer.decoding import samples\nsamples.SAMPLED = ('greedy',)\n"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    subprocess.run([sys.executable, "-c", first + code, *map(str, arguments)], env=environment, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("replicas", "more_steps"), [(1, 100), (2, 20)])
+def test_a_fork_that_changes_nothing_ends_with_the_parent_s_bits(tmp_path: Path, replicas: int, more_steps: int):
+    last = 10 + more_steps
+    config = text_run(
+        tmp_path,
+        "parent",
+        f"train.total_steps={last}",
+        "model.dropout=0.1",
+        "optimizer.schedule=cosine",
+        "train.micro_batch_size=2",
+        "checkpoint.every_steps=10",
+        f"distribution.logical_devices={replicas}",
+    )
+    fork = tmp_path / "fork"
+    in_new_process("trainer.train(trainer.make_config(tomllib.loads(sys.argv[1])))", config.to_toml())
+    in_new_process(f"trainer.fork(sys.argv[1], ['run_folder={fork}'])", f"{config.run_folder}@10")
+    assert_same_bits(saved(fork, last), saved(config.run_folder, last))
+
+
+def test_what_a_fork_comes_from_is_in_its_record_in_tensorboard_and_in_inspect(
+    parent: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    one, two = tmp_path / "one", tmp_path / "two"
+    rate = "optimizer.learning_rate=0.02"
+    with only_run_in(parent.path):  # Another process trains in it.
+        trainer.fork(f"{parent.path}@2", [f"run_folder={one}", rate], say=quiet)
+    assert trainer.fork(str(one), [f"run_folder={two}", "train.total_steps=4"], say=quiet).step == 4
+    facts = RunFolder(two).facts
+    assert [each["from"] for each in facts["parents"]] == [str(one), str(parent.path)]
+    assert [each["step"] for each in facts["parents"]] == [3, 2]
+    assert facts["parents"][1]["changed"] == ["optimizer.learning_rate=0.02 (was 0.01)"]
+    manifest = open_checkpoints(parent).of_step(2).manifest
+    assert facts["parents"][1]["weights_sha256"] == manifest["files"]["weights.safetensors"]["sha256"]
+    shutil.rmtree(one)  # A parent that is gone is no error.
+    capsys.readouterr()
+    assert main(["inspect", str(two), "--examples", "0"]) == 0
+    lines = capsys.readouterr().out.replace("\n", "")
+    assert f"forked from {one}, step 3, weights " in lines and "train.total_steps=4 (was 3)" in lines
+    assert lines.index(str(one)) < lines.index(f"forked from {parent.path}, step 2")
+    events = EventAccumulator(f"{two}/logs/train")
+    events.Reload()
+    assert [event.step for event in events.Tensors("loss")] == [4]  # The curve begins after the fork.
+    text = tf.make_ndarray(events.Tensors("history")[0].tensor_proto).item()
+    assert f"forked from {parent.path}, step 2" in html.unescape(text.decode())
+
+
+def planned(parent: RunFolder, *overrides: str) -> Fork:
+    return plan_fork(str(parent.path), [f"run_folder={parent.path}-fork", *overrides])
+
+
+def place(fork: Fork, step: int = 3) -> int:
+    return place_in_data(fork, find_prepared(fork.parent), step)[0] + step * fork.config.train.global_batch_size
+
+
+def test_the_place_in_the_data_is_the_parent_s_with_another_batch_size_too(parent: RunFolder):
+    longer = "train.total_steps=9"
+    assert place(planned(parent, longer)) == 12
+    fork = planned(parent, longer, "train.global_batch_size=2")
+    assert place(fork) == 12
+    prepared = find_prepared(parent)
+    offset, line = place_in_data(fork, prepared, 3)
+    assert offset == 12 - 3 * 2 and line == "The fork's batches go on where the parent's ended, at example 12."
+    of_parent = next(iter(training_batches(prepared, parent.config, 3, 4)))
+    halves = list(training_batches(prepared, fork.config, 3, 5, data_offset=offset))
+    for parts, whole in zip(zip(*halves, strict=True), of_parent, strict=True):
+        tf.debugging.assert_equal(tf.concat(parts, axis=0), whole)
+
+
+@pytest.mark.parametrize("override", ["train.seed=1", "data.shuffle_window_mb=1", "data.mode=lines"])
+def test_another_order_begins_at_its_beginning(parent: RunFolder, override: str):
+    fork = planned(parent, "train.total_steps=9", override)
+    assert fork.keeps_data and place(fork) == 0
+    key = override.partition("=")[0]
+    assert place_in_data(fork, find_prepared(parent), 3)[1] == (
+        f"The fork's batches begin at the beginning, because of {key}."
+    )
+
+
+def test_epochs_count_from_the_place_where_the_data_begin(parent: RunFolder):
+    prepared = find_prepared(parent)
+    fork = planned(parent, "train.num_epochs=2", "train.seed=1")
+    alone = total_steps(prepared, fork.config)
+    assert total_steps(prepared, fork.config, place_in_data(fork, prepared, 3)[0]) == 3 + alone
+
+
+def test_another_text_is_read_from_its_beginning_with_the_parent_s_tokenizer(parent: RunFolder, tmp_path: Path):
+    (tmp_path / "b.txt").write_text("that hat is on a hot mat\n" * 60, encoding="utf-8")
+    fork = tmp_path / "fork"
+    said: list[str] = []
+    overrides = [f"run_folder={fork}", f"data.train={tmp_path}/b.txt", "train.num_epochs=1"]
+    result = trainer.fork(str(parent.path), overrides, say=said.append)
+    assert f"A fork of {parent.path}, step 3. The fork's batches begin at the beginning, of its own text." in said
+    run = RunFolder(fork)
+    assert run.facts["tokenizer_fingerprint"] == parent.facts["tokenizer_fingerprint"]
+    prepared = find_prepared(run)
+    assert prepared.source_fingerprint != find_prepared(parent).source_fingerprint
+    assert result.step == 3 + total_steps(prepared, run.config) == total_steps(prepared, run.config, run.data_offset)
+    # A resumed fork finds its place again.
+    assert trainer.resume(str(fork), say=quiet, step=40).step == result.step
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.hidden_dim=16"],
+            r"^model.hidden_dim=16 \(was 8\): gpt/token_embedding/embeddings would be \[1, 16\] and",
+        ),
+        (["model.num_layers=2"], r"gpt/block_1/.* would be .* and is no such weight in .*init.from="),
+        (["train.sequence_length=4"], r"train.sequence_length=4 \(was 8\): gpt/position_embedding/embeddings would be"),
+        (
+            ["train.precision=float64"],
+            r"train.precision='float64' \(was 'float32'\): weights and optimizer have another",
+        ),
+        (
+            ["tokenizer.kind=byte"],
+            r"^tokenizer.kind cannot change in a fork, which keeps the weights and the tokenizer",
+        ),
+        (["init.from=x"], r"^init.from cannot change in a fork"),
+        ([], r"has taken 3 steps, and the fork's train.total_steps=3 leaves it none to take; give more, such as "),
+        (["run_folder=none"], r"^run_folder is missing"),
+        (["train.total_stepz=9"], r"^train.total_stepz is not a setting\. Did you mean train.total_steps\?"),
+    ],
+)
+def test_what_cannot_change_is_refused(parent: RunFolder, overrides: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        trainer.fork(str(parent.path), [f"run_folder={parent.path}-fork", *overrides], say=quiet)
+    assert not Path(f"{parent.path}-fork").exists()
+
+
+def test_a_fork_has_a_folder_of_its_own(parent: RunFolder, tmp_path: Path):
+    with pytest.raises(UserError, match=r"^A fork needs a folder of its own; add run_folder=\S+/parent-2$"):
+        trainer.fork(str(parent.path), [], say=quiet)
+    with pytest.raises(UserError, match=r"is the run that is to be forked; choose another folder, such as run_folder="):
+        trainer.fork(str(parent.path), [f"run_folder={parent.path}"], say=quiet)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is there already and is not a run"):
+        trainer.fork(str(parent.path), [f"run_folder={tmp_path}/taken", "train.total_steps=9"], say=quiet)
+
+
+def test_a_parent_or_checkpoint_that_is_missing_or_damaged_is_named(parent: RunFolder, tmp_path: Path):
+    overrides = [f"run_folder={tmp_path}/fork", "train.total_steps=9"]
+    with pytest.raises(UserError, match=r"/nothing is not a run folder"):
+        trainer.fork(f"{tmp_path}/nothing", overrides, say=quiet)
+    with pytest.raises(UserError, match=r"has no checkpoint of step 7; it has: 1, 2, 3\."):
+        trainer.fork(f"{parent.path}@7", overrides, say=quiet)
+    shutil.copytree(str(parent.path), tmp_path / "damaged")
+    damage_one_bit(tmp_path / "damaged/checkpoints/step_000000002/optimizer.safetensors")
+    with pytest.raises(UserError, match=r"step 2 cannot be used: .*optimizer.safetensors is damaged"):
+        trainer.fork(f"{tmp_path}/damaged@2", overrides, say=quiet)
+    assert not (tmp_path / "fork").exists()
+
+
+def test_the_command_checks_before_tensorflow_and_the_commands_that_refusals_show_work(
+    parent: RunFolder, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["fork", str(parent.path)]) == 2
+    words = shlex.split(capsys.readouterr().err.rpartition("add ")[2])
+    assert plan_fork(str(parent.path), [*words, "train.total_steps=9"]).config.run_folder == f"{parent.path}-2"
+    assert main(["fork", str(parent.path), f"run_folder={parent.path}-2"]) == 2
+    assert "leaves it none to take; give more, such as train.total_steps=6" in capsys.readouterr().err

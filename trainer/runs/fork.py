@@ -1,0 +1,128 @@
+"""Forks: a new run that goes on from a checkpoint of another one by another plan. TensorFlow is not needed here.
+
+A fork keeps the weights, the optimizer, the steps, the tokenizer, and the place in the data if the data are the same.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from trainer.config.file import differing_settings, make_config
+from trainer.config.settings import Config, learns_vocabulary, tokenizer_tag
+from trainer.errors import UserError, quoted
+from trainer.model.build import GPT_MODEL
+from trainer.model.size import parameter_shapes
+from trainer.runs.run_folder import CheckpointStep, RunFolder, run_and_step, steps_in
+from trainer.system.storage import locate
+
+if TYPE_CHECKING:
+    from trainer.data.shards import PreparedData
+
+# The settings that decide the order of the examples, besides the data.
+_ORDER = ("data.mode=", "data.predict_end=", "data.weights=", "data.shuffle_window_mb=", "train.sequence_length=")
+_SEED = "train.seed="
+
+
+class Fork(NamedTuple):
+    """A fork that is to be made.
+
+    Attributes:
+        parent: the run that it begins with.
+        step: the step of the parent's checkpoint, or "best"; None: the newest.
+        config: the fork's configuration.
+        changed: the settings that are not the parent's, one `key=value (was value)` for each.
+        keeps_data: whether it trains on the data that the parent was started on.
+    """
+
+    parent: RunFolder
+    step: CheckpointStep | None
+    config: Config
+    changed: tuple[str, ...]
+    keeps_data: bool
+
+
+def plan_fork(run: str, overrides: Sequence[str], step: str | int | None = None) -> Fork:
+    """Returns the fork that the user means.
+
+    Args:
+        run: the folder of the parent, or of one of its checkpoints, or RUN@step.
+        overrides: `section.key=value` strings: run_folder, and what is not to be the parent's.
+        step: the step of the parent's checkpoint, or "best".
+
+    Raises:
+        UserError: the parent is no run, run_folder is not given, or a setting cannot change in a fork.
+    """
+    folder, at = run_and_step(run, step)
+    parent = RunFolder(folder, [each for each in overrides if each.startswith("data.prepared_folder=")])
+    given = {each.partition("=")[0].strip() for each in overrides}
+    if "run_folder" not in given:
+        raise UserError(f"A fork needs a folder of its own; add {quoted(f'run_folder={parent.path}-2')}")
+    for key in sorted(given):
+        if key.startswith(("tokenizer", "init")):
+            raise UserError(
+                f"{key} cannot change in a fork, which keeps the weights and the tokenizer; leave it out, or begin a "
+                f"new run with the weights only: trainer train CONFIG init.from={quoted(parent.path)}"
+            )
+    config = make_config(parent.recorded.model_dump(mode="json", exclude_none=True), overrides)
+    if locate(config.run_folder) == parent.path:
+        raise UserError(
+            f"run_folder={config.run_folder!r} is the run that is to be forked; choose another folder, such as "
+            f"{quoted(f'run_folder={parent.path}-2')}"
+        )
+    changed = differing_settings(config, parent.recorded) + differing_settings(config, parent.recorded, resumable=True)
+    keeps_data = config.prepared_name() == parent.recorded.prepared_name()
+    if not keeps_data and learns_vocabulary(tokenizer_tag(config.tokenizer)):
+        # Another text would make another vocabulary.
+        settings = config.model_dump(mode="json", exclude_none=True)
+        config = make_config(settings | {"tokenizer": {"kind": "saved", "path": str(parent.path)}})
+    fork = Fork(parent, at, config, tuple(changed), keeps_data)
+    _check_sizes(fork)
+    known = at if isinstance(at, int) else max(steps_in(parent.path / "checkpoints"), default=0)
+    if config.train.total_steps is not None and at != "best":
+        check_has_steps(fork, known, config.train.total_steps)
+    return fork
+
+
+def check_has_steps(fork: Fork, step: int, total_steps: int) -> None:
+    """Raises UserError if a fork from this step has no step left to take."""
+    if step >= total_steps:
+        key = "train.total_steps" if fork.config.train.num_epochs is None else "train.num_epochs"
+        raise UserError(
+            f"{fork.parent.path} has taken {step} steps, and the fork's {key}={getattr(fork.config.train, key[6:])} "
+            f"leaves it none to take; give more, such as train.total_steps={2 * step}"
+        )
+
+
+def _check_sizes(fork: Fork) -> None:
+    """Raises UserError if a weight has another shape or dtype than in the parent; a foreign model is not checked."""
+    before, now = fork.parent.recorded, fork.config
+    is_wide = [each.train.precision == "float64" for each in (before, now)]
+    instead = f"Leave that out, or begin a new run with the weights only: init.from={quoted(fork.parent.path)}"
+    if is_wide[0] != is_wide[1]:
+        raise UserError(
+            f"train.precision={now.train.precision!r} (was {before.train.precision!r}): weights and optimizer have "
+            f"another dtype, and a fork keeps it. {instead}"
+        )
+    if fork.parent.facts["model"] != GPT_MODEL:
+        return
+    # The vocabulary is the same, and no other shape depends on it.
+    had, has = (dict(parameter_shapes(each.model, 1, each.train.sequence_length)) for each in (before, now))
+    for name in {**had, **has}:
+        if had.get(name) != has.get(name):
+            shapes = [list(shape) if (shape := each.get(name)) else "no such weight" for each in (had, has)]
+            what = [each for each in fork.changed if each.startswith(("model.", "train.sequence_length"))]
+            raise UserError(
+                f"{'; '.join(what)}: {name} would be {shapes[1]} and is {shapes[0]} in {fork.parent.path}, and a fork "
+                f"keeps the sizes (shown for a vocabulary of 1). {instead}"
+            )
+
+
+def place_in_data(fork: Fork, prepared: "PreparedData", step: int) -> tuple[int, str]:
+    """Returns the data_offset of a fork from this step, see `RunFolder.data_offset`, and a line about it."""
+    had, has = fork.parent.recorded.train.global_batch_size, fork.config.train.global_batch_size
+    is_same = prepared.fingerprint == fork.parent.facts["data_fingerprint"]
+    reordered = [each.partition("=")[0] for each in fork.changed if each.startswith((*_ORDER, _SEED))]
+    if not is_same or reordered:
+        why = f"because of {', '.join(reordered)}" if is_same else "of its own text"
+        return -step * has, f"The fork's batches begin at the beginning, {why}."
+    place = step * had + fork.parent.data_offset
+    return place - step * has, f"The fork's batches go on where the parent's ended, at example {place:,}."
