@@ -161,6 +161,36 @@ def test_bits_per_byte_are_of_exactly_what_was_scored(folder, monkeypatch, kind,
 
 
 @pytest.mark.parametrize("mode", ["packed", "lines"])
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "char", "byte"])
+def test_bits_per_byte_equal_a_count_from_the_raw_bytes_for_every_tokenizer(folder, kind, mode):
+    width = 64
+    train = text_of(folder, "counted_train", PLAIN)
+    lines = ["The  cat, it is said ('quoted').", "한국어, é", *PLAIN[:2]]
+    validation = text_of(folder, "counted", lines)
+    tokenizer = {"kind": kind, **({} if kind in ("char", "byte") else {"vocabulary_size": 400})}
+    data = {"train": train, "validation": validation, "mode": mode}
+    evaluator = evaluator_of(folder, sequence_length=width, tokenizer=tokenizer, **data)
+    found, bos = evaluator.prepared.tokenizer(), evaluator.prepared.bos_id
+    texts = [[bos, *found.encode(line)] for line in lines]
+    # Lines: each text and its end. Packed: windows of all texts, each of which begins with the last target of the one
+    # before.
+    stream = [token for text in texts for token in text] + [bos]
+    windows = [[*text, bos] for text in texts]
+    if mode == "packed":
+        windows = [stream[first : first + width + 1] for first in range(0, len(stream) - 1, width)]
+    nats = 0.0
+    for window in windows:
+        logits = np.asarray(evaluator.model(np.array([window[:-1]], np.int32))[0], np.float64)
+        log_sums = np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)) + logits.max(axis=1)
+        nats += (log_sums - logits[np.arange(len(window) - 1), window[1:]]).sum()
+    num_bytes = np.count_nonzero(np.fromfile(validation[0], np.uint8) != ord("\n"))
+    evaluation = evaluator()
+    assert evaluation.num_tokens == len(stream) - 1
+    assert evaluation.bits_per_byte == pytest.approx(nats / np.log(2) / num_bytes, rel=1e-12)
+    assert evaluation.is_lossy == (kind in ("wordpiece", "char"))
+
+
+@pytest.mark.parametrize("mode", ["packed", "lines"])
 def test_bits_per_byte_of_a_tokenizer_that_loses_text_are_of_the_original_text(folder, mode):
     lines = [f"The  CAT,it is said ({i})." for i in range(40)]
     text = text_of(folder, "capitals", lines)
