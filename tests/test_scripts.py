@@ -129,6 +129,17 @@ def test_python_at_either_end_of_the_range_is_taken(checkout: Checkout, version:
     assert checkout.uv_calls("venv") == [f"venv --python {checkout.bin}/python3 {checkout.root}/.venv"]
 
 
+def test_an_extra_can_have_an_environment_of_its_own(checkout: Checkout) -> None:
+    checkout.add_uv()
+    checkout.add_python("python3", f"3.{FIRST_MINOR}.4")
+    made = checkout.make_environment("parity .venv-parity")
+    assert made.returncode == 0
+    assert "Installing gpt-trainer (parity) into .venv-parity;" in made.stdout
+    assert checkout.uv_calls("venv") == [f"venv --python {checkout.bin}/python3 {checkout.root}/.venv-parity"]
+    assert "--editable .[parity]" in checkout.uv_calls("pip")[0]
+    assert not (checkout.root / ".venv").exists()
+
+
 def test_a_missing_python_is_reported(checkout: Checkout) -> None:
     result = checkout.make_environment()
     assert result.returncode == 1
@@ -445,8 +456,8 @@ def test_a_program_explains_itself_and_refuses_what_it_does_not_know_before_it_d
         asked = programs.run(program, option)
         assert asked.returncode == 0
         assert f"{program} " in asked.stdout or f"usage: {Path(program).name} " in asked.stdout
-    # pytest, or the program after it, judges what follows these two.
-    if program not in ("scripts/test", "scripts/venv_python"):
+    # pytest, or the program after it, judges what follows these.
+    if program not in ("scripts/test", "scripts/parity", "scripts/venv_python"):
         wrong = programs.run(program, "--nonsense")
         assert wrong.returncode in (1, 2)
         assert "--nonsense" in wrong.stdout or f"{program} " in wrong.stdout or "required: " in wrong.stdout
