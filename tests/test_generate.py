@@ -356,6 +356,22 @@ def test_the_same_seed_draws_the_same_texts_in_any_batch(generator, decoder):
         assert texts[3 * len(before) :][:3] == alone
 
 
+def test_a_cache_that_is_kept_between_calls_or_made_again_gives_the_text_of_the_full_forward_pass(model, generator):
+    for prompt in ("", "bad"):
+        expected = greedy_text(model, prompt, SEQUENCE)
+        assert "".join(generator.stream(prompt, Request(GREEDY))) == expected
+        tokens = [BOS, *TOKENIZER.encode(expected)]
+        while len(tokens) < 3 * SEQUENCE:  # Each position has the context that it is written in.
+            half = SEQUENCE // 2
+            offset = 0 if len(tokens) < SEQUENCE else ((len(tokens) - SEQUENCE) // half + 1) * half
+            tokens.append(int(np.argmax(next_log_probs(model, [BOS, *tokens[offset + 1 :]]))))
+            if tokens[-1] == BOS:
+                break
+        request = Request(GREEDY, 3 * SEQUENCE - 1 - len(prompt), sliding_window=True)
+        [whole], pieces = generator.texts([prompt], request), generator.stream(prompt, request)
+        assert len(whole) > SEQUENCE and whole == "".join(pieces) == TOKENIZER.decode(tokens)
+
+
 @pytest.mark.parametrize("decoder", [GREEDY, BEAM, TOP_K, TOP_P], ids=lambda decoder: decoder.name)
 def test_other_devices_write_the_same_texts(model, generator, decoder):
     prompts = ["", "bad", "fedcba"]
