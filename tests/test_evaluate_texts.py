@@ -93,6 +93,12 @@ def test_what_cannot_be_scored_is_refused(run, tmp_path: Path, capsys):
         assert message in refused(run, capsys, *words)
 
 
+def test_another_program_s_model_has_no_validation_text(tmp_path: Path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "which has no validation text; name a text with --data FILE." in capsys.readouterr().err
+
+
 def test_last_words_are_scored_after_the_text_before_them(run, tmp_path: Path, capsys):
     lines = ["the cat sat on the mat ", "mat", "the cat"]
     (tmp_path / "words.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), "utf-8")

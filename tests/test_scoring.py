@@ -250,3 +250,12 @@ def test_a_last_word_is_right_if_each_of_its_tokens_is_the_likeliest(folder):
     assert found.num_right == 2
     likely = math.log(1 + (tokenizer.vocabulary_size - 1) / math.e)  # Nats of the likeliest token after these.
     assert found.score.nats == pytest.approx(11 * likely + 2 + math.log(tokenizer.vocabulary_size), rel=1e-6)
+
+
+def test_texts_of_many_shapes_are_scored_without_a_warning(folder, caplog):
+    # TensorFlow warns if the calls of a function trace it again and again.
+    _, prepared, model, strategy = cached_world(folder, "char")
+    scorer = Scorer(model, prepared.tokenizer(), WIDTH, strategy)
+    for count in range(1, 8):
+        assert len(list(scorer.scores(["the cat"] * count))) == count
+    assert "retracing" not in caplog.text

@@ -207,7 +207,9 @@ def _add_inspect(verbs: Any) -> None:
 
 def _add_evaluate(verbs: Any) -> None:
     parser = verbs.add_parser("evaluate", help="score a model on its run's validation text, or on any text")
-    parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
+    parser.add_argument(
+        "run_folder", metavar="RUN", help=f"{_RUN_HELP}; with --data also a model in Hugging Face's form"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -23,6 +23,7 @@ from trainer.decoding.request import Request
 from trainer.distributed.tpu_install import check_tpu_install
 from trainer.distributed.workers import Workers, find_workers
 from trainer.errors import UserError
+from trainer.exchange.huggingface import is_huggingface
 from trainer.exchange.open import open_model, read_config
 from trainer.exchange.source import check_source
 from trainer.exit_status import ExitStatus
@@ -195,6 +196,11 @@ def evaluate(options: argparse.Namespace) -> None:
     for name in ("name", "documents", "text_field", "stride", "with_ends", "last_word"):
         if getattr(options, name):
             raise UserError(f"--{name.replace('_', '-')} goes with --data FILE; leave it out.")
+    if is_huggingface(options.run_folder):
+        raise UserError(
+            f"{options.run_folder} is a model in Hugging Face's form, which has no validation text; name a text with "
+            "--data FILE."
+        )
     run_folder, step = run_and_step(options.run_folder, options.step)
     run = RunFolder(run_folder, overrides)
     run.check_model(None)

@@ -17,7 +17,7 @@ import tensorflow as tf
 from trainer.errors import UserError
 from trainer.model.language_model import adapt
 from trainer.scoring.score import Score, total
-from trainer.scoring.windows import Batch, batches_of, windows_of
+from trainer.scoring.windows import TOKENS_PER_BATCH, Batch, batches_of, windows_of
 from trainer.tokenizers.tokenizer import Tokenizer
 
 # This many texts are tokenized at a time, and texts of this many tokens are scored before the next are tokenized.
@@ -80,6 +80,9 @@ class Scorer:
         self._model = adapt(model)
         self._ops = self._model.scoring_ops()
         self._score_batch = tf.function(self._score_shares, autograph=False)
+        self._traced_shapes: set[tuple[int, ...]] = set()
+        # A foreign model returns the logits of all its tokens at once.
+        self._tokens_per_batch = TOKENS_PER_BATCH if self._model.is_gpt else TOKENS_PER_BATCH // 8
 
     def scores(self, texts: Iterable[str], stride: int | None = None, with_ends: bool = False) -> Iterator[Score]:
         """Yields the score of each text, in order.
@@ -157,11 +160,13 @@ class Scorer:
             for window in windows_of(i, text.first, len(text.tokens) - 1, self.sequence_length, stride)
         ]
         tokens = [text.tokens for text in texts]
-        for batch in batches_of(windows, tokens, self.sequence_length, self.strategy.num_replicas_in_sync):
+        num_replicas = self.strategy.num_replicas_in_sync
+        for batch in batches_of(windows, tokens, self.sequence_length, num_replicas, self._tokens_per_batch):
             rows, values = self._shares_of(batch)
-            if not self._score_batch.experimental_get_tracing_count():
-                # Trace it here: TensorFlow warns if many calls trace the same code, as runs in one process do.
+            if batch.inputs.shape not in self._traced_shapes:
+                # Trace it here: TensorFlow warns if many calls trace the same code, as texts of many lengths do.
                 self._score_batch.get_concrete_function(values)
+                self._traced_shapes.add(batch.inputs.shape)
             scores = [self.strategy.experimental_local_results(each) for each in self._score_batch(values)]
             for of_replica, losses, are_likeliest in zip(rows, *scores, strict=True):
                 numbers = np.array([window.text for window in batch.windows[of_replica]], np.int64)

@@ -80,7 +80,7 @@ def batches_of(
     tokens: Sequence[np.ndarray],
     sequence_length: int,
     num_replicas: int,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_batch: int,
 ) -> Iterator[Batch]:
     """Yields batches that hold each window once, the longest windows first.
 
