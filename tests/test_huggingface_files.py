@@ -380,7 +380,8 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path):
         ("config.json", None, "has no config.json that can be read"),
         ("config.json", b"{", "config.json: not JSON"),
         ("config.json", b"[]", "config.json: not a JSON object"),
-        ("config.json", b'{"model_type": "gpt2", "n_layer": "2"}', "trainer has no such model: num_layers: Input"),
+        ("config.json", b'{"model_type": "gpt2", "n_layer": "2"}', "n_layer='2' is not a count"),
+        ("config.json", b'{"model_type": "gpt2", "layer_norm_epsilon": 2}', "no such model: norm_epsilon: Input"),
         ("config.json", b'{"model_type": "gpt2", "n_positions": -1}', "n_positions=-1 is not a count"),
         ("tokenizer.json", b'{"model": {"vocab": [["a", 1]]}}', "tokenizer.json: its vocabulary is not one of"),
     ]:

@@ -21,6 +21,7 @@ from trainer.exchange.layouts import (
     Layout,
     Part,
     Settings,
+    check_count,
     joined,
     layout_of,
     model_settings,
@@ -54,7 +55,7 @@ def config_of(path: str | Location) -> Config:
     folder, theirs = locate(path), _Described(path)
     model = {name: value for name, value in theirs.model.model_dump(mode="json").items() if value is not None}
     if (vocabulary_size := _vocabulary_size(folder)) is not None:
-        model["vocabulary_multiple"] = _multiple(vocabulary_size, theirs.num_logits)
+        model["vocabulary_multiple"] = _multiple(vocabulary_size, theirs.num_logits, str(folder))
     train = {"precision": "float32", "total_steps": 1, "sequence_length": theirs.num_positions}
     tokenizer = {"kind": "saved", "path": str(folder)}
     return make_config({"run_folder": str(folder), "model": model, "train": train, "tokenizer": tokenizer})
@@ -77,7 +78,7 @@ def check_settings(path: str | Location, config: Config) -> None:
     if isinstance(config.tokenizer, SavedTokenizerConfig):
         vocabulary_size = _vocabulary_size(locate(config.tokenizer.path))
         if vocabulary_size is not None and config.model.num_logits(vocabulary_size) != theirs.num_logits:
-            overrides.append(f"model.vocabulary_multiple={_multiple(vocabulary_size, theirs.num_logits)}")
+            overrides.append(f"model.vocabulary_multiple={_multiple(vocabulary_size, theirs.num_logits, path)}")
     if overrides:
         raise UserError(
             f"{theirs.place}: the settings describe another model. Give: {' '.join(map(quoted, overrides))}"
@@ -169,9 +170,8 @@ class _Described:
         self.num_positions = self._count(settings, self.layout.positions_key)
 
     def _count(self, settings: Settings, key: str) -> int:
-        value = settings.get(key, self.layout.defaults[key])
-        if type(value) is not int or value < 1:
-            raise UserError(f"{self.place}: {key}={value!r} is not a count.")
+        value: int = settings.get(key, self.layout.defaults[key])
+        check_count(value, key, self.place)
         return value
 
 
@@ -215,7 +215,7 @@ class _Tensors:
             return
         advice = ""
         if weight == _EMBEDDINGS and len(shape) == 2 and shape[0] >= vocabulary_size:
-            multiple = _multiple(vocabulary_size, shape[0])
+            multiple = _multiple(vocabulary_size, shape[0], self._place)
             advice = f" With model.vocabulary_multiple={multiple} the {vocabulary_size} tokens have {shape[0]} rows."
         elif weight == _POSITIONS and len(shape) == 2:
             advice = f" Give train.sequence_length={shape[0]} or less."
@@ -270,7 +270,7 @@ def _read_json(folder: Location, name: str) -> dict[str, Any]:
         read = json.loads((folder / name).read_bytes())
     except OSError as error:
         raise UserError(f"{folder} has no {name} that can be read ({error.strerror or error}).") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / name}: not JSON: {error}; copy or download it again.") from None
     if not isinstance(read, dict):
         raise UserError(f"{folder / name}: not a JSON object; copy or download it again.")
@@ -291,7 +291,7 @@ def _vocabulary_size(folder: Location) -> int | None:
         ) from None
 
 
-def _multiple(vocabulary_size: int, num_rows: int) -> int:
+def _multiple(vocabulary_size: int, num_rows: int, place: object) -> int:
     """Returns the smallest model.vocabulary_multiple that gives a vocabulary this many rows.
 
     Raises:
@@ -299,7 +299,8 @@ def _multiple(vocabulary_size: int, num_rows: int) -> int:
     """
     if num_rows < vocabulary_size:
         raise UserError(
-            f"The model has {num_rows} rows for {vocabulary_size} tokens: the tokenizer is not the model's own."
+            f"{place}: the model has {num_rows} rows for the {vocabulary_size} tokens of the tokenizer, which is "
+            "therefore not the one that it was trained with. Give the tokenizer of the model."
         )
     return next(m for m in range(num_rows - vocabulary_size + 1, num_rows + 1) if num_rows % m == 0)
 

@@ -283,6 +283,9 @@ def model_settings(settings: Settings, place: str) -> dict[str, Any]:
             raise UserError(f"{place}: {key}={theirs[key]!r} is not in trainer, only {key}={json.dumps(needed)}.")
     activation = theirs[layout.activation_key]
     ours = {**layout.always, **{name: theirs.get(key) for name, key in layout.keys.items()}}
+    for name, key in layout.keys.items():
+        if name.startswith("num_") or name.endswith("_dim"):
+            check_count(1 if ours[name] is None else ours[name], key, place)
     ours["activation"] = next((name for name, names in layout.activations.items() if activation in names), None)
     if ours["activation"] is None:
         known = ", ".join(name for names in layout.activations.values() for name in names)
@@ -302,12 +305,18 @@ def model_settings(settings: Settings, place: str) -> dict[str, Any]:
     return ours
 
 
+def check_count(value: object, key: str, place: str) -> None:
+    """Raises UserError if the value of a key is not a count."""
+    if type(value) is not int or not 0 < value < 2**31:
+        raise UserError(f"{place}: {key}={value!r} is not a count.")
+
+
 def _rope_theta(theirs: Settings, place: str) -> Any:
     """Returns the base of the rotary frequencies; refuses frequencies that are scaled."""
     theta = theirs.get("rope_theta", ModelConfig.model_fields["rope_theta"].default)
     for key in ("rope_scaling", "rope_parameters"):  # The names of transformers 4 and 5.
         rope = theirs.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
         if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise UserError(f"{place}: {key}={rope} is not in trainer, only rope_type='default'.")
         theta = rope.get("rope_theta", theta)
