@@ -83,6 +83,9 @@ def random_run(folder: Path, *overrides: str, seed: int = 1) -> RunFolder:
         each.path: random.normal(each.path.endswith("gamma"), 0.5 if len(each.shape) == 2 else 0.1, each.shape)
         for each in model.variables
     }
+    for path, value in weights.items():
+        if path.endswith(("embeddings", "unembedding/kernel")):
+            value[tokenizer.pad_id] = 0  # Trained models do not write padding. Other programs would, if it were likely.
     checkpoints = open_checkpoints(run)
     checkpoints.save(2, {"weights": {path: value.astype(np.float32) for path, value in weights.items()}}, {})
     checkpoints.wait()

@@ -70,6 +70,7 @@ LATE = {
     "trainer.commands.generate": frozenset(["readline"]),
     "trainer.exchange.open": SLOW,
     "trainer.exchange.export": SLOW,
+    "trainer.exchange.starting_weights": SLOW,
     # A program for another environment: JAX reads the environment variables that the top of this module sets.
     "trainer.planning.compile_hlo": frozenset(["jax", "jaxlib", "jax_plugins"]),
 }

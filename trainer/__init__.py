@@ -343,7 +343,7 @@ def export(
 
     Args:
         run_folder: the folder of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
-        to: "huggingface", "savedmodel" or "keras"; see docs/exchange.md.
+        to: "huggingface", "savedmodel", "keras" or "kerashub"; see docs/exchange.md.
         output: the file or folder to write, which must not exist; by default beside the run's folder.
         step: the step of the checkpoint to write, or "best" for the one with the lowest validation loss.
         dtype: "float32" or, with "huggingface", "bfloat16".

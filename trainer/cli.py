@@ -327,7 +327,7 @@ def _add_generate(verbs: Any) -> None:
 def _add_export(verbs: Any) -> None:
     parser = verbs.add_parser("export", help="write a run's newest checkpoint in the format of other programs")
     parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
-    parser.add_argument("--to", required=True, metavar="FORMAT", help="huggingface, savedmodel or keras")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help="huggingface, savedmodel, keras or kerashub")
     _add_step(parser, "the checkpoint to write")
     parser.add_argument(
         "--dtype", default="float32", help="float32, or bfloat16 for huggingface (default: %(default)s)"

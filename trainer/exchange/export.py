@@ -13,6 +13,7 @@ from typing import NamedTuple, get_args
 from trainer.errors import UserError, quoted
 from trainer.exchange.card import Card
 from trainer.exchange.huggingface_export import Dtype, layout_for, remarks
+from trainer.exchange.kerashub import family_for
 from trainer.exchange.open import OpenedModel, open_model
 from trainer.model.build import GPT_MODEL
 from trainer.model.size import count_parameters
@@ -23,8 +24,9 @@ from trainer.system.storage import locate, on_disk, reason_and_remedy
 from trainer.system.terminal import quiet_import
 from trainer.system.whole import written_whole
 from trainer.tokenizers.bpe import BpeTokenizer
+from trainer.tokenizers.tokenizer_files import SETTINGS
 
-FORMATS = ("huggingface", "savedmodel", "keras")
+FORMATS = ("huggingface", "savedmodel", "keras", "kerashub")
 # The name of the card in a folder or file, and of the facts that trainer itself reads again.
 CARD = "README.md"
 FACTS = "export.json"
@@ -68,11 +70,11 @@ def export(
         from trainer.exchange.formats import FORMATS as formats
 
     opened, form = open_model(path, step=step, say=say), formats[to]
-    card = _card(run, opened).to_markdown(form.how_to_load(run.config, target.name))
+    card = _card(run, opened).to_markdown(form.how_to_load(opened, target.name))
     with _reported(target), written_whole(target) as partial:
         form.write(opened, _files(run, card, opened.step), partial, dtype)
         num_bytes = _num_bytes(partial)
-    return Exported(target, opened.step, num_bytes, form.how_to_load(run.config, str(target)))
+    return Exported(target, opened.step, num_bytes, form.how_to_load(opened, str(target)))
 
 
 def _check(run: RunFolder, to: str, dtype: Dtype) -> None:
@@ -92,13 +94,29 @@ def _check(run: RunFolder, to: str, dtype: Dtype) -> None:
         layout_for(run.config.model)
     elif dtype != "float32":
         raise UserError(f"dtype={dtype!r}: only --to huggingface writes 16-bit weights; leave it out.")
-    if to == "savedmodel" and run.config.tokenizer.kind == "bpe":
-        tokenizer = load_tokenizer_of(run)
-        if not (isinstance(tokenizer, BpeTokenizer) and tokenizer.is_as_gpt2):
+    if to == "kerashub":
+        family_for(run.config.model)
+    if to in ("savedmodel", "kerashub"):
+        _check_tokenizer(run, to)
+
+
+def _check_tokenizer(run: RunFolder, to: str) -> None:
+    """Raises UserError if a format cannot have the run's tokenizer. WordPiece is not loaded: it needs TensorFlow."""
+    file = run.path / "tokenizer" / SETTINGS
+    kind = json.loads(file.read_bytes())["kind"] if file.is_file() else ""
+    tokenizer = None if kind == "wordpiece" else load_tokenizer_of(run)
+    others = "These write it: --to keras, --to huggingface"
+    if isinstance(tokenizer, BpeTokenizer):
+        if not tokenizer.is_as_gpt2:
             raise UserError(
-                f"{run.path / 'tokenizer'}: a SavedModel makes tokens of text as GPT-2 does, and this tokenizer.json "
-                "does something else, such as a normalizer. These write it: --to keras, --to huggingface."
+                f"{run.path / 'tokenizer'}: --to {to} makes tokens of text as GPT-2 does, and this tokenizer.json does "
+                f"something else, such as a normalizer. {others}."
             )
+    elif to == "kerashub":
+        raise UserError(
+            f"{run.path / 'tokenizer'}: KerasHub's GPT-2 and Llama 3 have byte-level BPE, and this tokenizer is "
+            f"{kind}. {others}, --to savedmodel."
+        )
 
 
 def _target(run: RunFolder, to: str, output: str | None) -> Path:

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.config.settings import Config
-from trainer.exchange import keras_file, saved_model
+from trainer.exchange import keras_file, kerashub_preset, saved_model
 from trainer.exchange.huggingface_export import Dtype, write_huggingface
 from trainer.exchange.open import OpenedModel
 from trainer.model.language_model import adapt
@@ -19,11 +18,11 @@ class Format(NamedTuple):
     Attributes:
         write: writes a model, and the files that belong to it by their names, into the file or folder at a path, with
             numbers of a dtype.
-        how_to_load: returns Python code that loads what was written at a path, for the settings of a run.
+        how_to_load: returns Python code that loads what was written at a path.
     """
 
     write: Callable[[OpenedModel, Mapping[str, bytes], Path, Dtype], None]
-    how_to_load: Callable[[Config, str], str]
+    how_to_load: Callable[[OpenedModel, str], str]
 
 
 def _write_keras(opened: OpenedModel, files: Mapping[str, bytes], path: Path, dtype: Dtype) -> None:
@@ -39,6 +38,12 @@ def _write_huggingface(opened: OpenedModel, files: Mapping[str, bytes], path: Pa
     _write_files(files, path)
     # Last, because a folder counts once it has config.json.
     write_huggingface(_weights(opened), opened.config, opened.tokenizer, path, dtype)
+
+
+def _write_preset(opened: OpenedModel, files: Mapping[str, bytes], path: Path, dtype: Dtype) -> None:
+    # KerasHub writes a README.md of its own, which is replaced.
+    kerashub_preset.write_preset(_weights(opened), opened.config, opened.tokenizer, path)
+    _write_files(files, path)
 
 
 def _weights(opened: OpenedModel) -> dict[str, np.ndarray]:
@@ -59,7 +64,10 @@ model = AutoModelForCausalLM.from_pretrained({path!r})
 tokenizer = AutoTokenizer.from_pretrained({path!r})"""
 
 FORMATS = {
-    "huggingface": Format(_write_huggingface, lambda config, path: _LOAD_HUGGINGFACE.format(path=path)),
-    "keras": Format(_write_keras, lambda config, path: keras_file.how_to_load(path)),
-    "savedmodel": Format(_write_saved_model, saved_model.how_to_load),
+    "huggingface": Format(_write_huggingface, lambda opened, path: _LOAD_HUGGINGFACE.format(path=path)),
+    "keras": Format(_write_keras, lambda opened, path: keras_file.how_to_load(path)),
+    "kerashub": Format(
+        _write_preset, lambda opened, path: kerashub_preset.how_to_load(opened.config, path, opened.tokenizer)
+    ),
+    "savedmodel": Format(_write_saved_model, lambda opened, path: saved_model.how_to_load(opened.tokenizer, path)),
 }

@@ -69,10 +69,7 @@ def check_settings(path: str | Location, config: Config) -> None:
             model in Hugging Face's form, or a kind that trainer does not have.
     """
     theirs = _Described(path)
-    overrides = []
-    if _meaning(theirs.model) != _meaning(config.model):
-        now, needed = (model.model_dump(mode="json", exclude=_FREE) for model in (config.model, theirs.model))
-        overrides = [f"model.{name}={written(value)}" for name, value in needed.items() if value != now[name]]
+    overrides = overrides_for(config.model, theirs.model)
     if theirs.model.positions == "learned" and config.train.sequence_length > theirs.num_positions:
         overrides.append(f"train.sequence_length={theirs.num_positions}")
     if isinstance(config.tokenizer, SavedTokenizerConfig):
@@ -303,6 +300,14 @@ def _multiple(vocabulary_size: int, num_rows: int, place: object) -> int:
             "therefore not the one that it was trained with. Give the tokenizer of the model."
         )
     return next(m for m in range(num_rows - vocabulary_size + 1, num_rows + 1) if num_rows % m == 0)
+
+
+def overrides_for(model: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """Returns the overrides that make settings describe another model with the same weights and the same logits."""
+    if _meaning(theirs) == _meaning(model):
+        return []
+    now, needed = (each.model_dump(mode="json", exclude=_FREE) for each in (model, theirs))
+    return [f"model.{name}={written(value)}" for name, value in needed.items() if value != now[name]]
 
 
 def _meaning(model: ModelConfig) -> dict[str, Any]:

@@ -30,9 +30,9 @@ _IMPORT_TEXT = "import tensorflow_text  # It has operations of the tokenizer.\n"
 _TOKENS_AT_A_TIME = 1 << 11
 
 
-def how_to_load(config: Config, path: str) -> str:
+def how_to_load(tokenizer: Tokenizer, path: str) -> str:
     """Returns Python code that loads the SavedModel of a run."""
-    return _HOW_TO_LOAD.format(imports=_IMPORT_TEXT if config.tokenizer.kind == "wordpiece" else "", path=path)
+    return _HOW_TO_LOAD.format(imports=_IMPORT_TEXT if tokenizer.kind == "wordpiece" else "", path=path)
 
 
 def write_saved_model(weights: dict[str, np.ndarray], config: Config, tokenizer: Tokenizer, folder: Path) -> None:

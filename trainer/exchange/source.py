@@ -5,11 +5,10 @@ from typing import Literal
 from trainer.config.file import split_step
 from trainer.config.settings import Config
 from trainer.errors import UserError
+from trainer.exchange import kerashub
 from trainer.exchange.huggingface import check_settings, is_huggingface
 from trainer.runs.run_folder import RECORD, RunFolder
 from trainer.system.storage import locate
-
-KERASHUB = "kerashub:"
 
 SourceKind = Literal["run", "huggingface", "kerashub"]
 
@@ -20,17 +19,17 @@ def kind_of_source(source: str) -> SourceKind:
     Raises:
         UserError: it names none of the three.
     """
-    if source.startswith(KERASHUB):
-        return "kerashub"
     folder = locate(split_step(source)[0])
     if (folder / RECORD).is_file():
         return "run"
+    if kerashub.is_preset(source):
+        return "kerashub"
     if is_huggingface(source):
         return "huggingface"
     raise UserError(
         f"init.from={source!r} is neither a run, whose folder has a {RECORD}, nor a folder of Hugging Face, which has "
-        f"a config.json and *.safetensors, nor a preset, such as {KERASHUB}gpt2_base_en. Correct the path, or leave "
-        "out init.from for random weights."
+        "a config.json and *.safetensors, nor a preset of KerasHub, which has a config.json and model.weights.h5. "
+        "Correct the path, or leave out init.from for random weights."
     )
 
 
@@ -42,6 +41,8 @@ def check_source(config: Config) -> None:
     kind = kind_of_source(source)
     if kind == "huggingface":
         check_settings(source, config)
+    if kind == "kerashub":
+        kerashub.check_settings(source, config)
     if kind != "run":
         return
     folder = split_step(source)[0]

@@ -50,7 +50,7 @@ def read_beginning(config: Config, is_foreign: bool, say: Say) -> Beginning | No
         return _from_run(source, config, is_foreign, tokenizer, say)
     if kind == "huggingface":
         return _from_huggingface(source, config, is_foreign, tokenizer, say)
-    raise UserError(f"init.from={source!r}: only runs and folders of Hugging Face can be read so far.")
+    return _from_kerashub(source, config, is_foreign, tokenizer, say)
 
 
 def _from_run(source: str, config: Config, is_foreign: bool, tokenizer: Tokenizer, say: Say) -> Beginning:
@@ -78,6 +78,18 @@ def _from_huggingface(source: str, config: Config, is_foreign: bool, tokenizer: 
     weights = read_weights(source, config, tokenizer.vocabulary_size, say)
     say(f"The run begins with the weights of {source}.")
     entry = {"kind": "init", "from": source, "weights_sha256": digest_of_weights(source), "changed": []}
+    return Beginning(0, {"weights": fitted(weights, config, tokenizer.vocabulary_size, source, say)}, [entry])
+
+
+def _from_kerashub(source: str, config: Config, is_foreign: bool, tokenizer: Tokenizer, say: Say) -> Beginning:
+    # Here and not at the top: it loads KerasHub.
+    from trainer.exchange import kerashub_preset
+
+    if is_foreign:
+        raise UserError(f"init.from={source!r} has the weights of a GPT, and the new run trains a foreign model.")
+    weights = kerashub_preset.read_weights(source, config, tokenizer.vocabulary_size)
+    say(f"The run begins with the weights of {source}.")
+    entry = {"kind": "init", "from": source, "weights_sha256": kerashub_preset.digest_of_weights(source), "changed": []}
     return Beginning(0, {"weights": fitted(weights, config, tokenizer.vocabulary_size, source, say)}, [entry])
 
 

@@ -8,6 +8,8 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+import tokenizers
+
 from trainer.config.settings import (
     BpeConfig,
     BpeFileConfig,
@@ -28,6 +30,8 @@ from trainer.tokenizers.vocabulary import SPECIAL_TOKENS, train_bpe, train_wordp
 
 # The file of a saved tokenizer that names its kind and its fingerprint.
 SETTINGS = "settings.json"
+# The vocabulary of a KerasHub preset.
+PRESET_VOCABULARY = "vocabulary.json"
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -109,7 +113,8 @@ def read_tokenizer_file(config: TokenizerConfig) -> bytes | None:
 def _saved_file(config: SavedTokenizerConfig) -> Location:
     """Returns the file that shows which tokenizer a folder holds."""
     folder = locate(config.path)
-    for file in (folder / "tokenizer" / SETTINGS, folder / SETTINGS, folder / "tokenizer.json"):
+    of_preset = folder / "assets" / "tokenizer" / PRESET_VOCABULARY
+    for file in (folder / "tokenizer" / SETTINGS, folder / SETTINGS, of_preset, folder / "tokenizer.json"):
         if file.is_file():
             return file
     raise UserError(
@@ -120,6 +125,8 @@ def _saved_file(config: SavedTokenizerConfig) -> Location:
 
 def _saved(config: SavedTokenizerConfig) -> Tokenizer:
     file = _saved_file(config)
+    if file.name == PRESET_VOCABULARY:
+        return _of_preset(config, file)
     if file.name != SETTINGS:
         return _from_file(BpeFileConfig(kind="bpe", path=str(file)))
     folder = locate(str(file).removesuffix(f"/{SETTINGS}"))
@@ -128,6 +135,23 @@ def _saved(config: SavedTokenizerConfig) -> Tokenizer:
             return load_tokenizer(copy)
         except UserError as error:
             raise UserError(f"tokenizer.path={config.path!r}: {str(error).partition('; delete')[0]}.") from None
+
+
+def _of_preset(config: SavedTokenizerConfig, vocabulary: Location) -> Tokenizer:
+    """Returns the byte-level BPE of a KerasHub preset; words are split as by GPT-2."""
+    merges = locate(str(vocabulary).replace(PRESET_VOCABULARY, "merges.txt"))
+    try:
+        lines = merges.read_text("utf-8").split("\n")
+        pairs = [(first, last) for first, _, last in (line.partition(" ") for line in lines) if last]
+        pairs = pairs[lines[0].startswith("#version") :]
+        twin = tokenizers.Tokenizer(tokenizers.models.BPE(json.loads(vocabulary.read_text("utf-8")), pairs))
+        twin.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        twin.decoder = tokenizers.decoders.ByteLevel()
+        tokenizer = BpeTokenizer(twin.to_str())
+        check_round_trip(tokenizer)
+    except Exception as error:  # The library raises nothing more precise.
+        raise UserError(f"tokenizer.path={config.path!r}: {vocabulary} is not byte-level BPE: {error}.") from None
+    return tokenizer
 
 
 def _wordpiece(vocabulary: list[str], lowercase: bool) -> Tokenizer:
