@@ -29,7 +29,7 @@ def test_prompts_are_the_lines_of_a_file_or_the_prompts_of_its_records(tmp_path:
 
 def test_a_file_without_usable_prompts_is_refused(tmp_path: Path):
     for name, content, message in (
-        ("a.txt", " \n\n", r"a\.txt has no prompt: it is empty, or all of its lines are blank"),
+        ("a.txt", " \n\n", r"a\.txt has no prompt: it is empty, a pipe, or all of its lines are blank"),
         ("a.jsonl", '{"prompt": "a"}\nb', r"a\.jsonl: record 2 is not JSON \(.*write a record on each line, or name"),
         ("a.jsonl", "[" * 100_000, r"record 1 is not JSON"),
         ("a.jsonl", '["a"]', r'record 1 has no text in "prompt"; write {"prompt": "\.\.\."} on each line'),

@@ -35,7 +35,10 @@ def read_prompts(path: str) -> list[str]:
     location = locate(path)
     lines = ["".join(parts_of(document)) for document in read_documents(location, "line")]
     if not lines:
-        raise UserError(f"{path} has no prompt: it is empty, or all of its lines are blank.")
+        raise UserError(
+            f"{path} has no prompt: it is empty, a pipe, or all of its lines are blank; give a file with a prompt on "
+            "each line."
+        )
     if not is_json_lines(location):
         return lines
     return [_prompt_of(line, f"{path}: record {number}") for number, line in enumerate(lines, start=1)]

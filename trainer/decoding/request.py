@@ -40,7 +40,7 @@ class Request:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", one_or_several(self.stop) if self.stop else ())
+        object.__setattr__(self, "stop", () if self.stop is None else one_or_several(self.stop))
         object.__setattr__(self, "stop_tokens", one_or_several(self.stop_tokens))
         if self.num_tokens is not None and not is_count(self.num_tokens):
             raise UserError(f"num_tokens={self.num_tokens!r} leaves nothing to write; give a count of at least 1.")
