@@ -2,6 +2,7 @@
 
 import html
 import os
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -24,11 +25,13 @@ from trainer.cli import main
 from trainer.data.batches import total_steps, training_batches
 from trainer.decoding import samples
 from trainer.errors import UserError
+from trainer.exchange.starting_weights import read_beginning
 from trainer.runs.fork import Fork, place_in_data, plan_fork
 from trainer.runs.run_checkpoints import open_checkpoints
 from trainer.runs.run_data import find_prepared
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.run_lock import only_run_in
+from trainer.system.storage import copy_folder, locate
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +101,25 @@ def test_what_a_fork_comes_from_is_in_its_record_in_tensorboard_and_in_inspect(
     assert [event.step for event in events.Tensors("loss")] == [4]  # The curve begins after the fork.
     text = tf.make_ndarray(events.Tensors("history")[0].tensor_proto).item()
     assert f"forked from {parent.path}, step 2" in html.unescape(text.decode())
+
+
+def test_runs_in_an_object_store_are_forked_and_begun_with(
+    parent: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert isinstance(parent.path, Path)
+    store = f"ram://{secrets.token_hex(4)}"
+    copy_folder(parent.path, locate(f"{store}/parent"))
+    result = trainer.fork(f"{store}/parent@2", [f"run_folder={store}/fork"], say=quiet)
+    assert result.step == 3
+    run = RunFolder(f"{store}/fork")
+    assert run.facts["parents"][0]["from"] == f"{store}/parent"
+    assert_same_bits(saved(run.path, 3), saved(parent.path, 3))
+    assert {entry.name for entry in locate(run.path).iterdir()} >= {"run.json", "config.toml", "checkpoints"}
+    assert not (run.path / "begun").is_file()
+    child = text_run(parent.path.parent, "unused", f"init.from={store}/parent@1")
+    beginning = read_beginning(child, is_foreign=False, say=quiet)
+    assert beginning is not None and beginning.parents[0]["step"] == 1
 
 
 def planned(parent: RunFolder, *overrides: str) -> Fork:

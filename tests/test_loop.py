@@ -362,6 +362,27 @@ def test_a_checkpoint_without_a_count_of_skipped_steps_restores_0(tmp_path):
     assert (step.skipped_in_a_row.numpy(), step.step.numpy()) == (0, 7)
 
 
+def test_a_fork_may_change_the_precision_and_gets_or_loses_the_loss_scale(tmp_path):
+    def step_in(precision):
+        config = trainer.make_config(settings_of(tmp_path, train__precision=precision))
+        with strategy.scope():
+            return TrainingStep(config, 40, GPT(config.model, 13, config.train.sequence_length), strategy)
+
+    def arrays_of(step):
+        groups = {"weights": step.named_variables, "optimizer": step.state()}
+        return {group: {name: value.numpy() for name, value in values.items()} for group, values in groups.items()}
+
+    strategy = make_strategy(trainer.make_config(settings_of(tmp_path)).distribution)
+    single, half = step_in("float32"), step_in("mixed_float16")
+    first_scale = half.loss_scale.value.numpy()
+    single.optimizer.num_updates.assign(7)
+    restore(half, SimpleNamespace(arrays=arrays_of(single).get, folder="parent", step=7))
+    assert (half.loss_scale.value.numpy(), half.optimizer.num_updates.numpy()) == (first_scale, 7)
+    single.optimizer.num_updates.assign(0)
+    restore(single, SimpleNamespace(arrays=arrays_of(half).get, folder="parent", step=7))
+    assert single.optimizer.num_updates.numpy() == 7
+
+
 @pytest.mark.slow
 def test_a_routine_overflow_does_not_stop_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "SAMPLED", ("greedy",))

@@ -163,7 +163,12 @@ def _add_train(verbs: Any) -> None:
     )
     parser.add_argument("config", nargs="?", help=_CONFIG_HELP)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=_OVERRIDES_HELP)
-    parser.add_argument("--resume", metavar="RUN", help="resume the run in this folder, with the config saved there")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="resume the run in this folder, with the config saved there; the overrides may change what "
+        "leaves the weights as they are, and train.total_steps if the schedule allows it",
+    )
     parser.add_argument(
         "--or-resume", action="store_true", help="if the config's run_folder already holds a run, resume that run"
     )
