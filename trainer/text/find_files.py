@@ -151,8 +151,9 @@ def _nothing_there(source: str, setting: str) -> str:
             "or train on your own text: data.train=PATH"
         )
     what = "no file matches" if glob.has_magic(source) else "no such file"
-    # Without data.validation, part of data.train is held out.
-    without = ", or leave it out with data.validation=none" if setting == "data.validation" else ""
+    # Without data.validation, part of data.train is held out; a set of evaluation.sets is only scored.
+    is_needless = setting == "data.validation" or setting.startswith("evaluation.sets.")
+    without = f", or leave it out with {setting}=none" if is_needless else ""
     return (
         f"{what}, seen from {Path.cwd()}. Check the path, or give your own text: {setting}=PATH, a file or a glob in "
         f"quotes, such as '{setting}=texts/*.txt'{without}."
