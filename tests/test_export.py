@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import trainer
 from trainer import cli
 from trainer.errors import UserError
+from trainer.exchange.open import open_model
 from trainer.model.gpt import GPT
 from trainer.runs.run_checkpoints import load_model
 from trainer.runs.run_folder import RunFolder
@@ -35,6 +36,19 @@ def test_keras_file_computes_the_logits_of_the_run_and_brings_its_files(run: Run
     assert keras.saving.load_model(again).files == loaded.files
     assert loaded.files["config.toml"].decode() == run.config.to_toml()
     assert loaded.files["tokenizer/settings.json"] == (run.path / "tokenizer/settings.json").read_bytes()
+
+
+def test_trainer_opens_a_keras_file_in_place_of_its_run(run: RunFolder, tmp_path: Path):
+    exported = trainer.export(str(run.path), "keras", str(tmp_path / "a.keras"), say=quiet)
+    texts = trainer.generate(str(exported.path), PROMPTS[:3], "greedy", 5)
+    assert texts == trainer.generate(str(run.path), PROMPTS[:3], "greedy", 5)
+    opened = open_model(str(exported.path))
+    assert (opened.step, opened.config) == (2, run.config)
+    with pytest.raises(UserError, match="so it has no step; leave out step=2"):
+        open_model(str(exported.path), step=2)
+    (tmp_path / "b.keras").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"b\.keras: not a \.keras file that trainer export wrote, or damaged"):
+        open_model(str(tmp_path / "b.keras"))
 
 
 def test_what_is_there_is_never_overwritten(run: RunFolder, tmp_path: Path):

@@ -116,5 +116,5 @@ def test_another_tokenizer_is_refused(downloaded: Path):
 
 
 def test_options_that_such_a_folder_does_not_have_are_refused(downloaded: Path):
-    with pytest.raises(UserError, match=r"is a model in Hugging Face's form, which has no step; leave out step=3"):
+    with pytest.raises(UserError, match=r"is a model and not a run, so it has no step; leave out step=3"):
         trainer.generate(str(downloaded), step=3)

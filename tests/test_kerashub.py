@@ -1,6 +1,7 @@
 """A preset of KerasHub computes what the run computes, and a run begins with one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from random_run import PROMPTS, SEQUENCE_LENGTH, TEXT, random_run  # type: ignor
 from tiny import quiet  # type: ignore[import-not-found]
 
 import trainer
-from trainer.config.settings import ModelConfig
+from trainer.config.settings import ModelConfig, SavedTokenizerConfig
 from trainer.errors import UserError
 from trainer.exchange.kerashub import check_settings, family_for, read_preset
 from trainer.exchange.kerashub_preset import read_weights
 from trainer.exchange.open import open_model
 from trainer.exchange.starting_weights import read_beginning
 from trainer.runs.run_folder import RunFolder
+from trainer.tokenizers.tokenizer_files import train_tokenizer
 
 BPE = "tokenizer={kind='bpe',vocabulary_size=300}"
 GPT2 = ("model.pre_norm=true", "model.tied_embeddings=true", "model.activation=gelu_tanh")
@@ -128,6 +130,17 @@ def test_preset_writes_the_greedy_text_of_the_run(shape: str, tmp_path: Path):
     assert f"max_length={SEQUENCE_LENGTH}" in exported.how_to_load
     texts = model.generate(PROMPTS, max_length=SEQUENCE_LENGTH, stop_token_ids=[opened.tokenizer.bos_id])
     assert [str(text) for text in texts] == [str(text) for text in trainer.generate(str(run.path), PROMPTS, "greedy")]
+
+
+def test_a_preset_without_files_of_trainer_has_its_own_vocabulary(tmp_path: Path):
+    run = random_run(tmp_path, BPE, *GPT2)
+    preset = trainer.export(str(run.path), "kerashub", say=quiet).path
+    shutil.rmtree(preset / "tokenizer")
+    tokenizer = train_tokenizer(SavedTokenizerConfig(kind="saved", path=str(preset)), ())
+    ours = open_model(str(run.path), say=quiet).tokenizer
+    assert (tokenizer.bos_id, tokenizer.pad_id) == (ours.bos_id, ours.pad_id)
+    for line in [*TEXT.splitlines()[:7], *PROMPTS]:
+        assert tokenizer.encode(line).tolist() == ours.encode(line).tolist()
 
 
 def test_the_tokenizer_of_a_preset_gives_the_tokens_of_the_run_on_these_lines(tmp_path: Path):

@@ -4,6 +4,7 @@ A number that the run does not know is left out.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from trainer.config.settings import Config
@@ -22,6 +23,7 @@ class Card(NamedTuple):
         vocabulary_size: the number of tokens.
         evaluation: the score on the whole validation text; None if this step has none.
         loss: nats per token on the validation batches of an evaluation while training; None if this step has none.
+        history: a line for each change of the settings while it was trained, and for each model that it comes from.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Card(NamedTuple):
     vocabulary_size: int
     evaluation: Evaluation | None
     loss: float | None
+    history: Sequence[str]
 
     def to_markdown(self, how_to_load: str) -> str:
         """Returns the card.
@@ -44,6 +47,7 @@ class Card(NamedTuple):
             "steps": f"{self.step:,}, each of {train.global_batch_size:,} examples of at most "
             f"{train.sequence_length:,} tokens",
             **self._score(),
+            **({"history": "<br>".join(self.history)} if self.history else {}),
             "parameters": f"{self.num_parameters:,}",
             "vocabulary": f"{self.vocabulary_size:,} tokens, {self.config.tokenizer.kind}",
             "context": f"{train.sequence_length:,} tokens, the first of which begins a document",

@@ -13,10 +13,12 @@ from typing import NamedTuple, get_args
 from trainer.errors import UserError, quoted
 from trainer.exchange.card import Card
 from trainer.exchange.huggingface_export import Dtype, layout_for, remarks
+from trainer.exchange.keras_file import FACTS
 from trainer.exchange.kerashub import family_for
 from trainer.exchange.open import OpenedModel, open_model
 from trainer.model.build import GPT_MODEL
 from trainer.model.size import count_parameters
+from trainer.runs.parentage import describe_history
 from trainer.runs.results import read_result, read_scores
 from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import CONFIG, CheckpointStep, RunFolder, run_and_step
@@ -27,9 +29,7 @@ from trainer.tokenizers.bpe import BpeTokenizer
 from trainer.tokenizers.tokenizer_files import SETTINGS
 
 FORMATS = ("huggingface", "savedmodel", "keras", "kerashub")
-# The name of the card in a folder or file, and of the facts that trainer itself reads again.
 CARD = "README.md"
-FACTS = "export.json"
 
 
 class Exported(NamedTuple):
@@ -154,6 +154,7 @@ def _card(run: RunFolder, opened: OpenedModel) -> Card:
         vocabulary_size=vocabulary_size,
         evaluation=None if result is None else result[0],
         loss=read_scores(run).get(opened.step),
+        history=describe_history(run),
     )
 
 

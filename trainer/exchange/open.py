@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from trainer.config.settings import Config
 from trainer.errors import UserError
 from trainer.exchange.huggingface import config_of, is_huggingface, read_weights
+from trainer.exchange.keras_file import KerasFile, is_keras_file
 from trainer.model.build import BuildModel, build_gpt
 from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import CheckpointStep, RunFolder, run_and_step
@@ -29,7 +30,7 @@ class OpenedModel(NamedTuple):
         tokenizer: the tokenizer of its tokens.
         config: the settings that it was made with, and the defaults for what it writes, `config.samples`.
         step: the steps that it was trained for; 0 if they are not known.
-        folder: the folder that it was read from: the folder of the run.
+        folder: the folder or file that it was read from: for a run, the folder of the run.
     """
 
     model: "keras.Model"
@@ -53,6 +54,9 @@ def read_config(path: str, build_model: BuildModel | None = None, step: str | Ch
     if is_huggingface(path):
         _check_is_plain(path, build_model, step)
         return config_of(path)
+    if is_keras_file(path):
+        _check_is_plain(path, build_model, step)
+        return KerasFile(path).config
     run_folder, _ = run_and_step(path, step)
     run = RunFolder(run_folder)
     run.check_model(build_model)
@@ -68,8 +72,8 @@ def open_model(
     """Builds the model of a folder, and reads its weights. Call it in the scope of a strategy to place them on devices.
 
     Args:
-        path: the folder of a run, or of one of its checkpoints: RUN/checkpoints/step_000001000; or a folder with a
-            config.json of Hugging Face.
+        path: the folder of a run, or of one of its checkpoints: RUN/checkpoints/step_000001000; a folder with a
+            config.json of Hugging Face; or a .keras file that trainer exported.
         build_model: the function that was given to `trainer.train`.
         step: the step of the checkpoint, or "best" for the one with the lowest validation loss; None: the newest.
         say: prints a line.
@@ -90,6 +94,13 @@ def open_model(
         weights = read_weights(path, config, tokenizer.vocabulary_size, say)
         assign({variable.path: variable for variable in model.variables}, weights, path)
         return OpenedModel(model, tokenizer, config, step=0, folder=locate(path))
+    if is_keras_file(path):
+        _check_is_plain(path, build_model, step)
+        file = KerasFile(path)
+        tokenizer = file.tokenizer()
+        model = build_gpt(file.config, tokenizer.vocabulary_size, tokenizer.bos_id)
+        model.load_weights(file.path)
+        return OpenedModel(model, tokenizer, file.config, file.step, file.path)
     run_folder, at = run_and_step(path, step)
     run = RunFolder(run_folder)
     model, checkpoint = load_model(run, build_model, say, at)
@@ -97,7 +108,7 @@ def open_model(
 
 
 def _check_is_plain(path: str, build_model: BuildModel | None, step: str | CheckpointStep | None) -> None:
-    """Raises UserError if something is given that a model in Hugging Face's form does not have."""
+    """Raises UserError if something is given that only a run has."""
     for name, value in (("build_model", build_model), ("step", step)):
         if value is not None:
-            raise UserError(f"{path} is a model in Hugging Face's form, which has no {name}; leave out {name}={value}.")
+            raise UserError(f"{path} is a model and not a run, so it has no {name}; leave out {name}={value}.")
