@@ -147,17 +147,20 @@ def test_a_text_knows_why_it_ends_and_how_many_tokens_it_has():
         assert (whole.finish == "length") == (len(whole) == 8)
 
 
-def test_a_stop_ends_the_writing_and_not_only_the_text(monkeypatch):
+@pytest.fixture
+def indexes(monkeypatch):
+    """The position that each call of the compiled loop reaches."""
+    reached = []
+    advance = Writing.advance
+    monkeypatch.setattr(Writing, "advance", lambda self, number: advance(self, number) or reached.append(self._index))
+    return reached
+
+
+def test_a_stop_ends_the_writing_and_not_only_the_text(indexes):
     generator = Generator(make_model(ByteTokenizer()), ByteTokenizer(), 4000)
-    asked = []
-    text = generator.generate([""], RANDOM, 9, seed=1)[0]
-    loop = generator._loops[RANDOM]
-    write = loop.write
-    monkeypatch.setattr(
-        loop, "write", lambda given, texts, until: asked.append(int(until)) or write(given, texts, until)
-    )
-    stopped = generator.generate([""], RANDOM, 3000, seed=1, stop=text[-1])[0]
-    assert stopped.finish == "stop" and max(asked) < 100
+    [text] = generator.generate([""], RANDOM, 9, seed=1)
+    [stopped] = generator.generate([""], RANDOM, 3000, seed=1, stop=text[-1])
+    assert stopped.finish == "stop" and max(indexes) < 100
 
 
 def test_a_stop_token_ends_a_text_and_is_left_out():
@@ -254,12 +257,8 @@ def drawn(logits, seed, position):
     return int(draw(tf.constant(logits[np.newaxis]), at)[0])
 
 
-def test_beam_search_ends_when_nothing_can_overtake_its_best_texts(monkeypatch):
+def test_beam_search_ends_when_nothing_can_overtake_its_best_texts(indexes):
     generator, decoder = make_generator(sequence_length=60, seed=4, scale=0.7), Decoder("beam", num_beams=6)
     [best] = generator.generate(["ab"], decoder)
     assert best.finish == "end" and best.num_tokens < 10
-    indexes = []
-    advance = Writing.advance
-    monkeypatch.setattr(Writing, "advance", lambda self, number: advance(self, number) or indexes.append(self._index))
-    assert generator.generate(["ab"], decoder) == [best]
-    assert indexes[-1] == best.num_tokens + 4  # [BOS], two letters, and the token that ended it.
+    assert indexes == [best.num_tokens + 4]  # [BOS], two letters, and the token that ended it.
