@@ -320,6 +320,7 @@ MAKES = {
     "README.md": ("quickstart", "mine", "python"),
     "README.ko.md": ("quickstart", "mine", "korean"),
     "docs/python.md": ("python", "own_model"),
+    "docs/tutorial.md": ("tutorial",),
 }
 
 # Words that make a command of `trainer` one that is only parsed here, and why.

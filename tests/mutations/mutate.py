@@ -34,7 +34,7 @@ from typing import IO, Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from mutated_commands import options, prompt, tf_config
+from mutated_commands import options, prompt, prompts, tf_config
 from mutated_folders import prepared_folder, run_folder, stopped_folder
 from mutated_settings import config, overrides
 from mutated_texts import jsonl, text, tokenizer_json, vocabulary
@@ -54,6 +54,7 @@ KINDS: dict[str, Callable[[Lab, random.Random], bool]] = {
     "vocabulary": vocabulary,
     "tokenizer.json": tokenizer_json,
     "prompt": prompt,
+    "prompts": prompts,
     "run": run_folder,
     "prepared": prepared_folder,
     "stopped": stopped_folder,

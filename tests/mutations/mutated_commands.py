@@ -67,6 +67,26 @@ def prompt(lab: Lab, rng: random.Random) -> bool:
     return not answer.status
 
 
+def prompts(lab: Lab, rng: random.Random) -> bool:
+    """A file of prompts."""
+    kind = rng.choice(TOKENIZERS)
+    texts = [prompt_text(rng)[:80] for _ in range(rng.choice((1, 5, 20)))]
+    is_json = rng.random() < 0.6
+    lines = [json.dumps({"prompt": text}, ensure_ascii=rng.random() < 0.5) for text in texts] if is_json else texts
+    whole = "\n".join(lines).encode(errors="surrogatepass")
+    given = mutated_bytes(rng, whole, ENGLISH.encode()) if rng.random() < 0.3 else whole
+    path = lab.write("prompts.jsonl" if is_json else "prompts.txt", given)
+    words = [str(lab.seed(kind) / "run"), "--prompts", str(path), "--num-tokens", "2", "--sliding-window"]
+    answer = lab.trainer("generate", *words)
+    if answer.status:
+        return False
+    written = [json.loads(line) for line in answer.out.split("\n")[:-1]]
+    if is_json and given == whole:
+        expect([each["prompt"] for each in written] == texts, f"{texts} became {written}")
+    expect(all(isinstance(each["text"], str) for each in written), f"texts {written}")
+    return True
+
+
 def tf_config(lab: Lab, rng: random.Random) -> bool:
     """TF_CONFIG, and the variables of SLURM."""
     from trainer.config.settings import DistributionConfig
