@@ -48,6 +48,7 @@ def test_sets_are_given_by_name_in_a_file_and_by_overrides(tmp_path: Path):
             "evaluation.sets.a={'b': 'a.txt'} is not a file, a glob or a list of these.",
         ),
         ([], {"books": 3}, "evaluation.sets.books=3 is not a file, a glob or a list of these."),
+        (["evaluation.sets.books="], {}, "evaluation.sets.books='' is not a file, a glob or a list of these."),
         ([], {"books": []}, "evaluation.sets.books=[] is not a file, a glob or a list of these."),
         (["evaluation.set.books=a.txt"], {}, "evaluation.set is not a setting. Did you mean evaluation.sets?"),
     ],

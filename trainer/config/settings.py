@@ -517,7 +517,8 @@ class EvaluationConfig(Section):
             listed = [sources] if isinstance(sources, str) else sources
             if not re.fullmatch(r"[\w-]+", name):
                 raise ValueError(f"evaluation.sets: {name!r} is not a name; use letters, digits, _ and -.")
-            if not isinstance(listed, list | tuple) or not listed or not all(isinstance(each, str) for each in listed):
+            is_list = isinstance(listed, list | tuple) and all(isinstance(each, str) and each for each in listed)
+            if not is_list or not listed:
                 raise ValueError(f"evaluation.sets.{name}={sources!r} is not a file, a glob or a list of these.")
         return {name: (each,) if isinstance(each, str) else tuple(each) for name, each in value.items()}
 
