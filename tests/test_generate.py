@@ -227,10 +227,10 @@ def test_no_prompt_seed_length_or_weight_traces_again(model, generator, decoder)
     after = generator.generate(["a"], decoder, 5)
     model.set_weights(weights)
     assert after != before
-    assert [
-        function.experimental_get_tracing_count()
-        for function in (generator._loops[decoder].begin, generator._loops[decoder].write)
-    ] == [1, 1]
+    loops = [loop for (each, _), loop in generator._loops.items() if each == decoder]
+    assert len(loops) == (1 if decoder == BEAM else 2)  # A single row has a loop of its own, except with beams.
+    for loop in loops:
+        assert [each.experimental_get_tracing_count() for each in (loop.begin, loop.write)] == [1, 1]
 
 
 @pytest.mark.parametrize("decoder", [GREEDY, BEAM], ids=lambda decoder: decoder.name)

@@ -4,6 +4,7 @@ Below, each thing that they do differently has a test.
 """
 
 import functools
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from trainer.model.gpt import GPT
 from trainer.model.loss import next_token_loss
 from trainer.model.normalization import row_means
 from trainer.model.ops import cpu, decoding_ops
-from trainer.model.ops.cpu import CpuOps, in_one_pass, means_by_product
+from trainer.model.ops.cpu import CpuDecodingOps, CpuOps, in_one_pass, means_by_product
 from trainer.model.ops.plain import Ops
 from trainer.model.ops.xla import XlaOps
 from trainer.training.step import forward_backward
@@ -147,11 +148,13 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_text_in_every_way(s
     plain.set_weights(model.get_weights())
     tokens = np.random.default_rng(1).integers(BOS + 1, VOCABULARY, (2, 7)).astype(np.int32)
     whole = plain(tokens)
-    for name, ops in ways():
-        cache = model.empty_cache(2, ops)
+    every_way = [*ways(), ("decoding on a CPU", decoding_ops("float64", Processor("CPU")))]
+    # A single text has a way of its own there: blocks compiled by XLA.
+    for (name, ops), num_texts in itertools.product(every_way, (2, 1)):
+        cache = model.empty_cache(num_texts, ops)
         for first, end in ((0, 3), (3, 4), (4, 7)):
-            some, cache = model.decode(tokens[:, first:end], cache, tf.constant(first), ops)
-            np.testing.assert_allclose(some, whole[:, first:end], atol=1e-12, err_msg=name)
+            some, cache = model.decode(tokens[:num_texts, first:end], cache, tf.constant(first), ops)
+            np.testing.assert_allclose(some, whole[:num_texts, first:end], atol=1e-12, err_msg=name)
 
 
 @in_one_pass
@@ -315,10 +318,10 @@ def test_a_step_in_bfloat16_computes_in_the_dtype_of_its_execution_and_comes_nea
 
 def test_texts_are_decoded_in_the_dtype_that_is_fast_on_the_device():
     slow, fast, gpu = Processor("CPU", multiplies_bfloat16=False), Processor("CPU"), Processor("GPU")
-    assert decoding_ops("mixed_bfloat16", slow) == CpuOps(compute_dtype="float32")
-    assert decoding_ops("mixed_bfloat16", fast) == CpuOps(compute_dtype="bfloat16")
+    assert decoding_ops("mixed_bfloat16", slow) == CpuDecodingOps(compute_dtype="float32")
+    assert decoding_ops("mixed_bfloat16", fast) == CpuDecodingOps(compute_dtype="bfloat16")
     assert decoding_ops("mixed_float16", gpu) == Ops(compute_dtype="float16")
-    assert decoding_ops("float64", slow) == CpuOps(compute_dtype="float64")
+    assert decoding_ops("float64", slow) == CpuDecodingOps(compute_dtype="float64")
 
 
 def test_no_flag_of_the_surroundings_changes_what_a_model_computes():

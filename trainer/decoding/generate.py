@@ -43,7 +43,7 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
-        self._loops: dict[Decoder, TextLoop] = {}
+        self._loops: dict[tuple[Decoder, bool], TextLoop] = {}
         self._language_model = adapt(model)
         self._ops = ops or self._language_model.decoding_ops()
         max_length = self._language_model.max_length()
@@ -123,11 +123,10 @@ class Generator:
                     f"{self.tokenizer.vocabulary_size - 1}."
                 )
         prompts = [(prompt, self.encode(prompt, request.sliding_window)) for prompt, _ in rows]
-        if request.decoder not in self._loops:
-            self._loops[request.decoder] = TextLoop(
-                self._language_model, self.tokenizer, self.sequence_length, request.decoder, self._ops
-            )
-        loop = self._loops[request.decoder]
+        key = request.decoder, len(rows) == 1 and request.decoder.name != "beam"
+        if key not in self._loops:
+            self._loops[key] = TextLoop(self._language_model, self.tokenizer, self.sequence_length, *key, self._ops)
+        loop = self._loops[key]
         samples = [sample for _, sample in rows]
         return Writing(loop, self.tokenizer, self.sequence_length, prompts, samples, request, stop)
 

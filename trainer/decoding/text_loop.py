@@ -63,7 +63,16 @@ class Texts(NamedTuple):
 class TextLoop:
     """Writes texts with one decoder, as two compiled functions.
 
-    Only the number of rows is open in the shapes of their arguments, so that each is traced once.
+    Only the number of rows is open in the shapes of their arguments, so that each is traced once. A single row has its
+    own loop, because the model reads it faster if it is known to be single; see `Ops.compiles_blocks`.
+
+    Args:
+        model: the model.
+        tokenizer: the tokenizer of its texts.
+        sequence_length: the most tokens that a text can have.
+        decoder: how tokens are picked.
+        is_single: whether the texts are one row.
+        ops: a GPT's way of computing.
 
     Attributes:
         begin: a function from Prompts to Texts, which reads what all prompts have.
@@ -72,7 +81,13 @@ class TextLoop:
     """
 
     def __init__(
-        self, model: LanguageModel, tokenizer: Tokenizer, sequence_length: int, decoder: Decoder, ops: Ops
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        decoder: Decoder,
+        is_single: bool,
+        ops: Ops,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
@@ -80,10 +95,11 @@ class TextLoop:
         self._decoder = decoder
         self._ops = ops
         self._num_beams = decoder.num_beams if decoder.name == "beam" else 1
-        per_row, number = tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.int64)
-        tokens = tf.TensorSpec([None, sequence_length], tf.int32)
-        num_best = tf.TensorSpec([], tf.int32)
-        prompts = Prompts(tokens, per_row, per_row, per_row, per_row, num_best, number, number)
+        num_rows = 1 if is_single else None
+        per_row, any_number = tf.TensorSpec([num_rows], tf.int32), tf.TensorSpec([None], tf.int32)
+        tokens = tf.TensorSpec([num_rows, sequence_length], tf.int32)
+        num_best, number = tf.TensorSpec([], tf.int32), tf.TensorSpec([], tf.int64)
+        prompts = Prompts(tokens, per_row, per_row, per_row, any_number, num_best, number, number)
         self.begin = tf.function(self._begin, [prompts], autograph=False)
         # Traced here: TensorFlow warns if many calls trace the same code, as generators in one process do.
         texts = self.begin.get_concrete_function().structured_outputs

@@ -1,5 +1,7 @@
 """Causal self-attention, over a whole sequence and over a key-value cache. Functions of tensors, without weights."""
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from trainer.execution import BLOCKS_FROM_QUERIES, QUERY_BLOCK, query_blocks
@@ -7,6 +9,9 @@ from trainer.model.precision import accumulation_dtype
 
 # Keys and values of the positions so far, each [batch, key_heads, capacity, head_dim], with zeros after them.
 Cache = tuple[tf.Tensor, tf.Tensor]
+
+# Multiplies like tf.matmul, with its argument transpose_b.
+Product = Callable[..., tf.Tensor]
 
 # Added to a score before the softmax if the query may not see the key. Finite, so that no row can turn into NaN.
 MASKED = -1e9
@@ -135,27 +140,58 @@ def _sum_from_start(parts: list[tf.Tensor]) -> tf.Tensor:
     return total
 
 
-def cached_attention(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+def cached_attention(
+    query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, allowed: tf.Tensor, product: Product | None = None
+) -> tf.Tensor:
     """Attends from new positions to everything a cache holds up to each of them.
 
     Args:
-        query: float [batch, heads, new, head_dim], for the positions from index on.
+        query: float [batch, heads, new, head_dim].
         key: float [batch, key_heads, capacity, head_dim], filled up to the last of the new positions.
         value: float [batch, key_heads, capacity, head_dim], filled in the same way.
-        index: int32 scalar, position of the first query.
+        allowed: bool [new, capacity], whether a query may see a key; see `filled_up_to`.
+        product: multiplies queries by transposed keys; None: as `tf.matmul` does.
 
     Returns:
         float [batch, heads, new, head_dim].
     """
-    positions = index + tf.range(tf.shape(query)[2])
-    allowed = tf.range(key.shape[2])[tf.newaxis, :] <= positions[:, tf.newaxis]
-    return _attend(query, key, value, allowed)
+    return _attend(query, key, value, allowed, product or tf.matmul)
 
 
-def _attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
+def attention_beside_cache(
+    query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, index: tf.Tensor
+) -> tf.Tensor:
+    """Attends from one new position to itself and to everything before it, without writing to the cache.
+
+    Args:
+        query: float [batch, heads, 1, head_dim], for the position index.
+        key: float [batch, key_heads, 1, head_dim].
+        value: float [batch, key_heads, 1, head_dim].
+        keys: float [batch, key_heads, capacity, head_dim], filled before index.
+        values: float [batch, key_heads, capacity, head_dim], filled in the same way.
+        index: int32 scalar.
+
+    Returns:
+        float [batch, heads, 1, head_dim].
+    """
+    query *= tf.constant(query.shape[-1] ** -0.5, query.dtype)
+    before = _masked(_product(query, keys, transpose_b=True), tf.range(keys.shape[2]) < index)
+    probabilities = tf.nn.softmax(tf.concat([before, _product(query, key, transpose_b=True)], axis=-1))
+    return _product(probabilities[..., :-1], values) + _product(probabilities[..., -1:], value)
+
+
+def filled_up_to(positions: tf.Tensor, capacity: int) -> tf.Tensor:
+    """Returns which places of a cache queries at these positions may see: bool [new, capacity]."""
+    return tf.range(capacity)[tf.newaxis, :] <= positions[:, tf.newaxis]
+
+
+def _attend(
+    query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, allowed: tf.Tensor, product: Product = tf.matmul
+) -> tf.Tensor:
     # To scale the queries costs head_dim / sequence of what it costs to scale the scores.
     query *= tf.constant(query.shape[-1] ** -0.5, query.dtype)
-    return _product(tf.nn.softmax(_masked(_product(query, key, transpose_b=True), allowed)), value)
+    scores = _product(query, key, transpose_b=True, product=product)
+    return _product(tf.nn.softmax(_masked(scores, allowed)), value)
 
 
 def _masked(scores: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
@@ -163,9 +199,9 @@ def _masked(scores: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
     return scores + tf.where(allowed, tf.zeros([], scores.dtype), masked)
 
 
-def _product(x: tf.Tensor, y: tf.Tensor, transpose_b: bool = False) -> tf.Tensor:
+def _product(x: tf.Tensor, y: tf.Tensor, transpose_b: bool = False, product: Product = tf.matmul) -> tf.Tensor:
     """Multiplies each head of x [batch, heads, rows, ...] by the head of y [batch, key_heads, ...] that serves it."""
-    return _with_heads(tf.matmul(_with_heads(x, y.shape[1]), y, transpose_b=transpose_b), x.shape[1])
+    return _with_heads(product(_with_heads(x, y.shape[1]), y, transpose_b=transpose_b), x.shape[1])
 
 
 def _sum_of_products(x: tf.Tensor, y: tf.Tensor, key_heads: int) -> tf.Tensor:

@@ -5,7 +5,7 @@ the model inside `keras.StatelessScope` to give it tensors instead.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from trainer.config.settings import ModelConfig
-from trainer.model.attention import Cache, cached_attention
+from trainer.model.attention import Cache, attention_beside_cache, filled_up_to
 from trainer.model.block import Block
 from trainer.model.documents import document_starts
 from trainer.model.dropout import DropoutDraw, dropout
@@ -147,10 +147,10 @@ class GPT(keras.Model):
             x = recomputed(block, run, x) if ops.recompute == "blocks" else run(x)
         return x if self.final_norm is None else self.final_norm(x, ops=ops)
 
-    def logits(self, hidden: tf.Tensor) -> tf.Tensor:
+    def logits(self, hidden: tf.Tensor, ops: Ops = PLAIN) -> tf.Tensor:
         """Returns float [batch, sequence, num_logits] for hidden states [batch, sequence, hidden_dim]."""
         kernel, bias = self._output_projection()
-        logits = tf.einsum("btd,vd->btv", hidden, tf.cast(kernel, hidden.dtype))
+        logits = ops.logits(hidden, tf.cast(kernel, hidden.dtype))
         return logits if bias is None else logits + tf.cast(bias, hidden.dtype)
 
     def training_loss(
@@ -212,19 +212,60 @@ class GPT(keras.Model):
         Returns:
             (logits float [batch, new, num_logits], cache).
         """
-        positions = index + tf.range(tf.shape(tokens)[1])
+        positions = index + tf.range(tokens.shape[1] or tf.shape(tokens)[1])
         x = self._embed(tokens, positions, ops)
-        filled: list[Cache] = []
+        places = ops.places(cache[0][0], positions)  # Once for all blocks.
+        if ops.compiles_blocks(x):
+            x, new = self._next_in_compiled_blocks(x, cache, index)
+            filled = [
+                (ops.write(keys, key, places), ops.write(values, value, places))
+                for (keys, values), (key, value) in zip(cache, new, strict=True)
+            ]
+        else:
+            filled, allowed = [], filled_up_to(positions, self.sequence_length)
 
-        def attend(cache: Cache, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
-            keys, values = ops.write(cache[0], key, index), ops.write(cache[1], value, index)
-            filled.append((keys, values))
-            return cached_attention(query, keys, values, index)
+            def attend(cache: Cache, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+                keys, values = ops.write(cache[0], key, places), ops.write(cache[1], value, places)
+                filled.append((keys, values))
+                return ops.cached_attention(query, keys, values, allowed)
 
-        for block, cache_of_block in zip(self.blocks, cache, strict=True):
-            x = block(x, positions=positions, attend=functools.partial(attend, cache_of_block), ops=ops)
+            for block, cache_of_block in zip(self.blocks, cache, strict=True):
+                x = block(x, positions=positions, attend=functools.partial(attend, cache_of_block), ops=ops)
         x = x if self.final_norm is None else self.final_norm(x, ops=ops)
-        return self.logits(x), filled
+        return self.logits(x, ops), filled
+
+    def _next_in_compiled_blocks(
+        self, x: tf.Tensor, cache: Sequence[Cache], index: tf.Tensor
+    ) -> tuple[tf.Tensor, list[Cache]]:
+        """Returns what the blocks make of x [batch, 1, hidden_dim], at position index, and the new keys and values of
+        each. The cache is only read: XLA would copy all of it to write to it.
+        """
+        new: list[Cache] = []
+        for block, of_block in zip(self.blocks, cache, strict=True):
+            weights = [tf.convert_to_tensor(variable) for variable in block.variables]
+            x, key, value = self._compiled_block(weights, x, *of_block, index)
+            new.append((key, value))
+        return x, new
+
+    @functools.cached_property
+    def _compiled_block(self) -> Callable[..., tuple[tf.Tensor, ...]]:
+        """A block at one new position, compiled by XLA once for all blocks: their weights are arguments."""
+        block = self.blocks[0]
+
+        def run(
+            weights: Sequence[tf.Tensor], x: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, index: tf.Tensor
+        ) -> tuple[tf.Tensor, ...]:
+            new: list[tf.Tensor] = []
+
+            def attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+                new.extend((key, value))
+                return attention_beside_cache(query, key, value, keys, values, index)
+
+            with keras.StatelessScope(list(zip(block.variables, weights, strict=True))):
+                x = block(x, positions=index[tf.newaxis], attend=attend)
+            return x, *new
+
+        return tf.function(run, autograph=False, jit_compile=True)
 
     def _embed(self, tokens: tf.Tensor, positions: tf.Tensor, ops: Ops) -> tf.Tensor:
         x = self.token_embedding(tokens)

@@ -154,7 +154,7 @@ class _GptModel(LanguageModel):
         return decoding_ops(self.model.dtype_policy.name, processor(device.device_type))
 
     def read(self, tokens: tf.Tensor, length: tf.Tensor, ops: Ops) -> list[Cache]:
-        empty = self.model.empty_cache(tf.shape(tokens)[0], ops)
+        empty = self.model.empty_cache(tokens.shape[0] or tf.shape(tokens)[0], ops)
 
         def read() -> list[Cache]:
             return self.model.decode(tokens[:, :length], empty, tf.constant(0), ops)[1]

@@ -2,7 +2,7 @@
 
 from trainer.execution import Execution, compute_dtype_of, ops_of
 from trainer.hardware.processor import Processor
-from trainer.model.ops.cpu import CpuOps
+from trainer.model.ops.cpu import CpuDecodingOps, CpuOps
 from trainer.model.ops.plain import Ops
 from trainer.model.ops.xla import XlaOps
 
@@ -23,7 +23,8 @@ def decoding_ops(precision: str, device: Processor) -> Ops:
         device: the kind of device that holds the model.
     """
     name = ops_of(device, use="decoding")
-    return _WAYS[name](compute_dtype=compute_dtype_of(precision, device, name))
+    way = CpuDecodingOps if name == "cpu" else _WAYS[name]
+    return way(compute_dtype=compute_dtype_of(precision, device, name))
 
 
 def scoring_ops(precision: str, device: Processor) -> Ops:

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from trainer.execution import LOGIT_ROWS, QUERY_BLOCK, Recompute
 from trainer.model.activations import ACTIVATIONS, Activation
-from trainer.model.attention import causal_attention, unforeseen_zero
+from trainer.model.attention import cached_attention, causal_attention, unforeseen_zero
 from trainer.model.normalization import make_passes, normalize, with_axes_of
 
 
@@ -44,6 +44,10 @@ class Ops:
         sequence = tf.shape(x)[1] if x.shape[1] is None else x.shape[1]
         x = self.dense(x, layer)
         width = layer.units // sum(heads)
+        if x.shape[1] == 1:
+            # With a single position there is nothing to transpose.
+            parts = tf.split(x, [each * width for each in heads], axis=-1)
+            return [tf.reshape(part, [-1, each, 1, width]) for part, each in zip(parts, heads, strict=True)]
         if len(set(heads)) == 1:
             # Equal parts of one tensor, which TensorFlow does not copy.
             parts = tf.transpose(tf.reshape(x, [-1, sequence, len(heads), heads[0], width]), [2, 0, 3, 1, 4])
@@ -60,7 +64,8 @@ class Ops:
     def join_heads(self, x: tf.Tensor, layer: keras.layers.Dense) -> tf.Tensor:
         """Maps float [batch, heads, sequence, head_dim] to [batch, sequence, units]."""
         sequence = tf.shape(x)[2] if x.shape[2] is None else x.shape[2]
-        return self.dense(tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [-1, sequence, x.shape[1] * x.shape[3]]), layer)
+        by_position = x if x.shape[2] == 1 else tf.transpose(x, [0, 2, 1, 3])
+        return self.dense(tf.reshape(by_position, [-1, sequence, x.shape[1] * x.shape[3]]), layer)
 
     def feed_forward(
         self, x: tf.Tensor, first: keras.layers.Dense, activation: str, second: keras.layers.Dense
@@ -83,19 +88,36 @@ class Ops:
         """Adds bias [width] to float [rows, width]."""
         return tf.nn.bias_add(rows, bias)
 
-    def write(self, kept: tf.Tensor, new: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-        """Writes new [batch, heads, new, width] into kept [batch, heads, capacity, width], from place index on, which
-        has to be zero there; in place if nothing reads kept any more.
+    def compiles_blocks(self, x: tf.Tensor) -> bool:
+        """Whether each block that decodes float [batch, new, width] is compiled with XLA as a whole."""
+        return False
+
+    def cached_attention(self, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
+        """Attends from new positions to what a cache holds; see `trainer.model.attention.cached_attention`."""
+        return cached_attention(query, key, value, allowed)
+
+    def places(self, kept: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
+        """Returns where `write` writes numbers for positions int32 [new] into a tensor of the shape of kept [batch,
+        heads, capacity, width].
         """
-        (heads, capacity, width), (batch, _, num_new, _) = kept.shape[1:], tf.unstack(tf.shape(new))
-        places = tf.range(batch * heads)[:, tf.newaxis] * capacity + index + tf.range(num_new)
+        heads, capacity = kept.shape[1:3]
+        first = tf.range(tf.shape(kept)[0] * heads) * capacity
+        return tf.reshape(first[:, tf.newaxis] + positions, [-1, 1])
+
+    def write(self, kept: tf.Tensor, new: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
+        """Writes new [batch, heads, new, width] into kept [batch, heads, capacity, width], at places of `places`, which
+        have to be zero; in place if nothing reads kept any more.
+        """
+        heads, capacity, width = kept.shape[1:]
         # Among TensorFlow's operations that write some rows of a tensor, only this one, which adds, works in place.
         rows = tf.raw_ops.ScatterNdNonAliasingAdd(
-            input=tf.reshape(kept, [-1, width]),
-            indices=tf.reshape(places, [-1, 1]),
-            updates=tf.reshape(new, [-1, width]),
+            input=tf.reshape(kept, [-1, width]), indices=places, updates=tf.reshape(new, [-1, width])
         )
         return tf.reshape(rows, [-1, heads, capacity, width])
+
+    def logits(self, hidden: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        """Maps float [batch, sequence, width] to [batch, sequence, num_logits] by kernel [num_logits, width]."""
+        return tf.einsum("btd,vd->btv", hidden, kernel)
 
     def subtract_at(self, x: tf.Tensor, places: tf.Tensor, updates: tf.Tensor) -> tf.Tensor:
         """Subtracts updates [n] from x at places int32 [n, rank of x]."""

@@ -27,9 +27,13 @@ class XlaOps(Ops):
         kernel = tf.reshape(tf.cast(layer.kernel, x.dtype), [x.shape[1], x.shape[3], layer.units])
         return self._with_bias(tf.einsum("bhtd,hdc->btc", x, kernel), layer)
 
-    def write(self, kept: tf.Tensor, new: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-        """Writes new [batch, heads, new, width] into kept [batch, heads, capacity, width], from place index on."""
+    def places(self, kept: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
+        """Returns the first of the positions, from which `write` writes."""
+        return positions[0]
+
+    def write(self, kept: tf.Tensor, new: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
+        """Writes new [batch, heads, new, width] into kept [batch, heads, capacity, width], from `places` on."""
         # For a caller that compiles `GPT.decode` as a whole with XLA, which lacks the operation that the plain way
         # writes with. Outside of such a function this operation would be compiled by itself for each shape, and copy
         # all of kept: trainer itself decodes the plain way, on a TPU too (see `ops_of`).
-        return keras.ops.slice_update(kept, (0, 0, index, 0), new)
+        return keras.ops.slice_update(kept, (0, 0, places, 0), new)
