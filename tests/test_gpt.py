@@ -349,7 +349,7 @@ def test_cached_logits_equal_the_full_forward_pass_with_all_modern_settings():
         spread_out(model)
         whole, cache = model(tokens), model.empty_cache(2)
         shapes = [kept.shape for of_block in cache for kept in of_block]
-        assert shapes == 2 * config.num_layers * [(2, config.num_key_value_heads or 4, 8, 4)]
+        assert shapes == 2 * config.num_layers * [(2, config.num_key_value_heads or config.num_heads, 8, 4)]
         for first, end in ((0, 3), (3, 4), (4, 6)):
             some, cache = model.decode(tokens[:, first:end], cache, tf.constant(first))
             np.testing.assert_allclose(some, whole[:, first:end], atol=1e-12)
