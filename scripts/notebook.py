@@ -6,11 +6,11 @@
 writes docs/tutorial.ipynb. It runs in an empty folder, so it trains again.
 """
 
+import argparse
 import contextlib
 import io
 import json
 import re
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,12 @@ def run(cells: list[tuple[str, str]]) -> list[str]:
 
 def main() -> None:
     """Writes the notebook of the page that is named on the command line."""
-    page = Path(sys.argv[1]).resolve()
+    description, _, epilog = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("page", type=Path, metavar="PAGE.md")
+    page = parser.parse_args().page.resolve()
     cells = cells_of(page.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         printed = run(cells)

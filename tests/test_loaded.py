@@ -1,5 +1,7 @@
 """Laws of a loaded run: its parts work together, and each form of text and tokens comes back in its own form."""
 
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from every_kind import bpe_of_every_kind, nasty_texts, wordpiece_of_every_kind  
 from tiny_run import prepared_text, save_checkpoint, tiny  # type: ignore[import-not-found]
 
 import trainer
+from mutated_values import SPECIAL_NAMES, prompt_text
 from trainer.decoding.request import Request
 from trainer.errors import UserError
 from trainer.loaded import LoadedModel, TextTokenizer
@@ -17,6 +20,7 @@ from trainer.runs.run_folder import RunFolder
 from trainer.tokenizers.characters import ByteTokenizer, CharTokenizer
 from trainer.training.event_log import EventLog
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 MAKERS = {
     "wordpiece": wordpiece_of_every_kind,
     "bpe": bpe_of_every_kind,
@@ -201,3 +205,25 @@ def test_one_stop_token_and_a_huge_number_of_samples_need_no_list(run: LoadedMod
     assert next(run._generator.texts(["the"], request)).startswith("the")
     with pytest.raises(UserError, match=r"a stride of 1\.5 must be from 1 to 8"):
         run.score("the cat", stride=1.5)  # type: ignore[arg-type]
+
+
+# tests/mutations/mutate.py tries thousands, with other options, on the command line and in files.
+FUZZED = [*SPECIAL_NAMES, "".join(SPECIAL_NAMES), *(prompt_text(random.Random(number))[:300] for number in range(60))]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_no_prompt_becomes_a_special_token(kind: str):
+    tokenizer = TextTokenizer(MAKERS[kind]())
+    for text in FUZZED:
+        if not LONE_SURROGATE.search(text):
+            assert not {tokenizer.bos_id, tokenizer.pad_id} & {*tokenizer.encode(text)}, repr(text)
+
+
+def test_fuzzed_prompts_are_continued_unless_they_are_not_text(run: LoadedModel):
+    for text in FUZZED:
+        if LONE_SURROGATE.search(text):
+            with pytest.raises(UserError, match="is not UTF-8"):
+                run.generate(text, num_tokens=2, sliding_window=True)
+        else:
+            (written,) = run.generate(text, num_tokens=2, sliding_window=True)
+            assert written.prompt == text and written.num_tokens <= 2
