@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import quiet  # type: ignore[import-not-found]  # pytest has this folder on its path
+from tiny import quiet, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 from tiny_run import (  # type: ignore[import-not-found]  # pytest has this folder on its path
     assert_same_bits,
     damage_one_bit,
@@ -228,6 +228,23 @@ def test_a_parent_or_checkpoint_that_is_missing_or_damaged_is_named(parent: RunF
     with pytest.raises(UserError, match=r"step 2 cannot be used: .*optimizer.safetensors is damaged"):
         trainer.fork(f"{tmp_path}/damaged@2", overrides, say=quiet)
     assert not (tmp_path / "fork").exists()
+
+
+def test_a_fork_of_a_foreign_model_needs_its_function(tmp_path: Path):
+    def build_model(config: object, vocabulary_size: int) -> object:
+        raise AssertionError("not called")
+
+    config = text_run(tmp_path, "foreign", "train.total_steps=9")
+    RunFolder.create(config, tiny_prepared(config), build_model)
+    with pytest.raises(UserError, match=r"trains a foreign model, which .*build_model built, and not the GPT"):
+        trainer.fork(config.run_folder, [f"run_folder={tmp_path}/fork"], say=quiet)
+    assert not (tmp_path / "fork").exists()
+
+
+def test_the_tokenizer_of_a_fork_is_the_parent_s_own_copy(parent: RunFolder, tmp_path: Path):
+    fork = planned(parent, "data.train=storybook", "data.documents=none", "train.total_steps=9")
+    assert fork.config.tokenizer.model_dump() == {"kind": "saved", "path": str(parent.path)}
+    assert planned(parent, "train.total_steps=9").config.tokenizer == parent.config.tokenizer
 
 
 def test_the_command_checks_before_tensorflow_and_the_commands_that_refusals_show_work(

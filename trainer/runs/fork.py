@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.config.file import differing_settings, make_config
-from trainer.config.settings import Config, learns_vocabulary, tokenizer_tag
+from trainer.config.settings import Config
 from trainer.errors import UserError, quoted
 from trainer.model.build import GPT_MODEL
 from trainer.model.size import parameter_shapes
@@ -70,8 +70,8 @@ def plan_fork(run: str, overrides: Sequence[str], step: str | int | None = None)
         )
     changed = differing_settings(config, parent.recorded) + differing_settings(config, parent.recorded, resumable=True)
     keeps_data = config.prepared_name() == parent.recorded.prepared_name()
-    if not keeps_data and learns_vocabulary(tokenizer_tag(config.tokenizer)):
-        # Another text would make another vocabulary.
+    if not keeps_data:
+        # Another text would make another vocabulary, and a file of tokenizer.path may be gone: the parent has a copy.
         settings = config.model_dump(mode="json", exclude_none=True)
         config = make_config(settings | {"tokenizer": {"kind": "saved", "path": str(parent.path)}})
     fork = Fork(parent, at, config, tuple(changed), keeps_data)
