@@ -115,6 +115,7 @@ def test_the_checkpoint_is_the_one_that_is_named(parent: RunFolder):
             ["model.positions=rope"],
             r"it has gpt/position_embedding/embeddings, \[8, 8\], and .*model.positions=learned$",
         ),
+        (["model.use_bias=[norm]"], r"has gpt/block_0/.*and the config's model has no such.*: model.use_bias=true$"),
         (["train.sequence_length=9"], r"\[9, 8\] by the config, and there it is \[8, 8\]\. .*train.sequence_length=8$"),
         (
             ["tokenizer.kind=byte"],
@@ -151,6 +152,8 @@ def test_positions_that_are_not_needed_are_left_out_with_a_line(parent: RunFolde
 
 def test_weights_that_fit_and_mean_something_else_are_reported(parent: RunFolder):
     said: list[str] = []
+    read_beginning(child(parent, "same", "model.head_dim=4", "model.dropout=0.1"), is_foreign=False, say=said.append)
+    assert said.pop() == f"The run begins with the weights of {parent.path}, step 3." and not said
     read_beginning(child(parent, "heads", "model.num_heads=4"), is_foreign=False, say=said.append)
     assert said[0] == (
         "warning: the weights fit, but the model computes something else with model.num_heads=4 (the parent's: 2)."

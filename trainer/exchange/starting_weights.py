@@ -4,13 +4,14 @@ The run's own folder then has all that it needs: it can be killed and resumed at
 from, and several workers read it there.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from trainer.config.file import differing_settings, split_step
 from trainer.config.settings import Config, SavedTokenizerConfig
-from trainer.errors import UserError
+from trainer.errors import UserError, quoted
 from trainer.exchange.huggingface import TOKENIZER, digest_of_weights, read_weights
 from trainer.exchange.source import kind_of_source
 from trainer.model.build import GPT_MODEL
@@ -137,7 +138,7 @@ def fitted(
                 f"is {there}. {hint or 'Change model.* and train.sequence_length to its sizes.'}"
             )
         found[name] = array.astype(dtype, copy=False)
-    for name in weights.keys() - shapes.keys():
+    for name in sorted(weights.keys() - shapes.keys()):
         raise UserError(
             f"init.from={source!r} does not fit this config: it has {name}, {list(weights[name].shape)}, and the "
             f"config's model has no such weight. {hint or 'Change model.* to its sizes.'}"
@@ -154,7 +155,10 @@ def _differences(config: Config, parent: Config) -> Iterator[tuple[str, object, 
 
 def advice(config: Config, parent: Config) -> str:
     """Returns the overrides by which a config gets the sizes of its parent's model, as a sentence; "" if none."""
-    overrides = [f"{key}={'none' if was is None else str(was).lower()}" for key, _, was in _differences(config, parent)]
+    overrides = [
+        quoted(f"{key}={'none' if was is None else was if isinstance(was, str) else json.dumps(was)}")
+        for key, _, was in _differences(config, parent)
+    ]
     if config.model.positions == "learned" and config.train.sequence_length > parent.train.sequence_length:
         overrides.append(f"train.sequence_length={parent.train.sequence_length}")
     return f"The sizes of its own config are: {' '.join(overrides)}" if overrides else ""
@@ -165,7 +169,8 @@ def report_other_meaning(config: Config, parent: Config, say: Say) -> None:
     others = [
         f"{key}={value} (the parent's: {was})"
         for key, value, was in _differences(config, parent)
-        if key not in ("model.dropout", "model.num_key_value_heads")
+        if key not in ("model.dropout", "model.num_key_value_heads", "model.use_bias")
+        and not (key == "model.head_dim" and config.model.head_width() == parent.model.head_width())
     ]
     if others:
         say(f"warning: the weights fit, but the model computes something else with {'; '.join(others)}.")
