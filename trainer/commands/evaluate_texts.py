@@ -61,10 +61,8 @@ def evaluate_texts(path: str, step: str | None, distribution: DistributionConfig
     stride = checked_stride(texts.stride, sequence_length)
     score = _score(Scorer(opened.model, opened.tokenizer, sequence_length, strategy), texts)
     if not as_json:
-        step_of_run = (
-            f"step {opened.step}: " if opened.step else ""
-        )  # The step of another program's model is not known.
-        say(f"{step_of_run}{texts.name}: {score}")
+        # The step of another program's model is not known.
+        say(f"{f'step {opened.step}: ' if opened.step else ''}{texts.name}: {score}")
         return
     how = {"documents": texts.documents, "sequence_length": sequence_length, "stride": stride}
     what = {"name": texts.name, "model": str(opened.folder), "step": opened.step, "files": list(map(str, texts.inputs))}
