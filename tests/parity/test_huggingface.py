@@ -187,7 +187,7 @@ def bits_per_byte_of_theirs(model: Any, texts: list[str], tokenizer: Tokenizer) 
     for text in texts:
         tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text)])[: LENGTH + 1]
         with torch.no_grad():
-            logits = model(torch.tensor([tokens[:-1]])).logits[0].double()
+            logits = model(torch.tensor(tokens[np.newaxis, :-1])).logits[0].double()
         nats += torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="sum").item()
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
