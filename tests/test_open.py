@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_run import folder_of, prepared_text, save_checkpoint, tiny  # type: ignore[import-not-found]
 
+import trainer
 from trainer.errors import UserError
 from trainer.exchange.open import open_model, read_config
 from trainer.runs.run_folder import RunFolder
@@ -51,3 +53,25 @@ def test_settings_are_read_without_tensorflow(run: RunFolder):
         "assert 'tensorflow' not in sys.modules and 'keras' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_damaged_keras_file_is_refused_whatever_is_damaged(run: RunFolder, tmp_path: Path):
+    save_checkpoint(run, 1)
+    file = tmp_path / "a.keras"
+    trainer.export(str(run.path), "keras", str(file), say=lambda line: None)
+    with zipfile.ZipFile(file) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    damaged = tmp_path / "damaged.keras"
+    for name in ("model.weights.h5", "assets/config.toml", "assets/export.json", "assets/tokenizer/settings.json"):
+        for content in (None, b"junk{"):
+            with zipfile.ZipFile(damaged, "w") as archive:
+                for other, kept in contents.items():
+                    if other != name or content is not None:
+                        archive.writestr(other, content or b"" if other == name else kept)
+            with pytest.raises(UserError, match=f"{damaged}: not a .keras file that trainer export wrote"):
+                open_model(str(damaged))
+    whole = file.read_bytes()
+    place = whole.find(contents["model.weights.h5"][:8]) + len(contents["model.weights.h5"]) // 2
+    damaged.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(UserError, match="Bad CRC-32"):
+        open_model(str(damaged))

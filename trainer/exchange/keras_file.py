@@ -79,10 +79,24 @@ class KerasFile:
                 }
             self.config: Config = parse_config(self._files[CONFIG].decode(), f"{self.path}/{CONFIG}")
             self.step = int(json.loads(self._files[FACTS])["step"])
-        except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
-            raise UserError(
-                f"{self.path}: not a .keras file that trainer export wrote, or damaged ({error}); export it again."
-            ) from None
+        except Exception as error:  # A damaged file can make these libraries raise anything.
+            raise self._fault(error) from None
+
+    def load_weights(self, model: "GPT") -> None:
+        """Loads the weights into a model of the config.
+
+        Raises:
+            UserError: they are damaged, or of another model.
+        """
+        try:
+            model.load_weights(self.path)
+        except Exception as error:  # A damaged file can make these libraries raise anything.
+            raise self._fault(error) from None
+
+    def _fault(self, reason: object) -> UserError:
+        return UserError(
+            f"{self.path}: not a .keras file that trainer export wrote, or damaged ({reason!s:.300}); export it again."
+        )
 
     def tokenizer(self) -> Tokenizer:
         """Returns the tokenizer of the model.
@@ -98,4 +112,5 @@ class KerasFile:
             try:
                 return load_tokenizer(name)
             except UserError as error:
-                raise UserError(f"{self.path}: {str(error).partition('; delete')[0]}.") from None
+                reason = str(error).removeprefix(f"{name}: ").partition("; delete")[0]
+                raise self._fault(reason) from None

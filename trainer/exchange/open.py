@@ -99,7 +99,7 @@ def open_model(
         file = KerasFile(path)
         tokenizer = file.tokenizer()
         model = build_gpt(file.config, tokenizer.vocabulary_size, tokenizer.bos_id)
-        model.load_weights(file.path)
+        file.load_weights(model)
         return OpenedModel(model, tokenizer, file.config, file.step, file.path)
     run_folder, at = run_and_step(path, step)
     run = RunFolder(run_folder)
