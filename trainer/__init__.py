@@ -187,7 +187,8 @@ def load(
     texts, and `run.history` has the curves.
 
     Args:
-        run_folder: the folder of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000.
+        run_folder: the folder of the run, or of one of its checkpoints: RUN/checkpoints/step_000001000; or a model in
+            another form: a folder of Hugging Face, or a .keras file that trainer exported.
         step: the step of the checkpoint to load, or "best" for the one with the lowest validation loss.
         build_model: the function that was given to `train`.
 
@@ -195,7 +196,7 @@ def load(
         The model with all that belongs to it.
 
     Raises:
-        UserError: the run does not exist or has no checkpoint.
+        UserError: the run does not exist, has no checkpoint, or is damaged.
     """
     check_not_forked()
     from trainer.exchange.open import open_model, read_config
