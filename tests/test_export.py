@@ -100,6 +100,22 @@ def test_a_tokenizer_that_changes_text_is_refused_before_a_saved_model_is_made(t
         trainer.export(str(run.path), "savedmodel")
 
 
+def test_what_is_refused_is_refused_before_tensorflow_is_loaded(run: RunFolder):
+    program = """
+import sys
+import trainer
+for to, output, dtype in (
+    *(("huggingface", None, "float32"), ("kerashub", None, "float32")),
+    *(("keras", "a", "float32"), ("keras", None, "bfloat16")),
+):
+    try:
+        trainer.export(sys.argv[1], to, output, dtype=dtype)
+    except trainer.UserError:
+        print("tensorflow" in sys.modules)
+"""
+    assert in_fresh_process(program, str(run.path)).split() == ["False"] * 4
+
+
 def test_card_says_what_the_model_is(run: RunFolder, tmp_path: Path):
     exported = trainer.export(str(run.path), "keras", str(tmp_path / "a.keras"), say=quiet)
     card = zipfile.ZipFile(exported.path).read("assets/README.md").decode()

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from trainer.config.settings import Config
-from trainer.runs.results import Evaluation
+from trainer.exchange.open import OpenedModel
+from trainer.model.size import count_parameters
+from trainer.runs.parentage import describe_history
+from trainer.runs.results import Evaluation, read_result, read_scores
+from trainer.runs.run_folder import RunFolder
 from trainer.version import __version__
 
 
@@ -68,3 +72,18 @@ class Card(NamedTuple):
             on = "the validation text" if batches is None else f"{batches:,} batches of the validation text"
             return {"validation": f"loss {self.loss:.4f} nats per token, perplexity {math.exp(self.loss):.2f}, on {on}"}
         return {}
+
+
+def card_of(run: RunFolder, opened: OpenedModel) -> Card:
+    """Returns the card of a run's model."""
+    result, vocabulary_size = read_result(run, opened.step), opened.tokenizer.vocabulary_size
+    return Card(
+        name=run.path.name,
+        config=run.config,
+        step=opened.step,
+        num_parameters=count_parameters(run.config, vocabulary_size),
+        vocabulary_size=vocabulary_size,
+        evaluation=None if result is None else result[0],
+        loss=read_scores(run).get(opened.step),
+        history=describe_history(run),
+    )

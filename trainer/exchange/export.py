@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from trainer.errors import UserError, quoted
-from trainer.exchange.card import Card
 from trainer.exchange.huggingface_export import Dtype, layout_for, remarks
 from trainer.exchange.keras_file import FACTS
 from trainer.exchange.kerashub import family_for
-from trainer.exchange.open import OpenedModel, open_model
+from trainer.exchange.open import open_model
 from trainer.model.build import GPT_MODEL
-from trainer.model.size import count_parameters
-from trainer.runs.parentage import describe_history
-from trainer.runs.results import read_result, read_scores
 from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import CONFIG, CheckpointStep, RunFolder, run_and_step
 from trainer.system.storage import locate, on_disk, reason_and_remedy
@@ -67,10 +63,11 @@ def export(
     for remark in remarks(run.config.model) if to == "huggingface" else ():
         say(f"warning: {remark}")
     with quiet_import():
+        from trainer.exchange.card import card_of
         from trainer.exchange.formats import FORMATS as formats
 
     opened, form = open_model(path, step=step, say=say), formats[to]
-    card = _card(run, opened).to_markdown(form.how_to_load(opened, target.name))
+    card = card_of(run, opened).to_markdown(form.how_to_load(opened, target.name))
     with _reported(target), written_whole(target) as partial:
         form.write(opened, _files(run, card, opened.step), partial, dtype)
         num_bytes = _num_bytes(partial)
@@ -142,20 +139,6 @@ def _reported(target: Path) -> Iterator[None]:
             f"{target} cannot be written: {reason_and_remedy(error)}, or name another place with --output "
             f"{quoted('FOLDER')}; nothing half-written is left."
         ) from None
-
-
-def _card(run: RunFolder, opened: OpenedModel) -> Card:
-    result, vocabulary_size = read_result(run, opened.step), opened.tokenizer.vocabulary_size
-    return Card(
-        name=run.path.name,
-        config=run.config,
-        step=opened.step,
-        num_parameters=count_parameters(run.config, vocabulary_size),
-        vocabulary_size=vocabulary_size,
-        evaluation=None if result is None else result[0],
-        loss=read_scores(run).get(opened.step),
-        history=describe_history(run),
-    )
 
 
 def _files(run: RunFolder, card: str, step: int) -> dict[str, bytes]:

@@ -47,11 +47,11 @@ def write_saved_model(weights: dict[str, np.ndarray], config: Config, tokenizer:
     Raises:
         UserError: the tokenizer cannot be in a graph.
     """
-    module = _TextModule(weights, config, tokenizer)
+    module = TextModule(weights, config, tokenizer)
     tf.saved_model.save(module, str(folder), {"generate": module.generate, "score": module.score})
 
 
-class _TextModule(tf.Module):
+class TextModule(tf.Module):
     """A model with its tokenizer, as two functions of strings.
 
     Attributes:
