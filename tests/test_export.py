@@ -100,6 +100,14 @@ def test_a_tokenizer_that_changes_text_is_refused_before_a_saved_model_is_made(t
         trainer.export(str(run.path), "savedmodel")
 
 
+def test_a_damaged_tokenizer_is_reported(tmp_path: Path):
+    run = random_run(tmp_path)
+    (Path(str(run.path)) / "tokenizer" / "settings.json").write_text("{")
+    for to in ("savedmodel", "keras"):
+        with pytest.raises(UserError, match="not a whole tokenizer"):
+            trainer.export(str(run.path), to, say=quiet)
+
+
 def test_what_is_refused_is_refused_before_tensorflow_is_loaded(run: RunFolder):
     program = """
 import sys

@@ -458,7 +458,7 @@ def help_of(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: p
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "inspect", "evaluate", "generate", "verify", "plan"])
+@pytest.mark.parametrize("verb", ["prepare", "train", "inspect", "evaluate", "generate", "export", "verify", "plan"])
 def test_help_s_examples_are_taken(
     checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
 ):

@@ -99,8 +99,10 @@ def _check(run: RunFolder, to: str, dtype: Dtype) -> None:
 
 def _check_tokenizer(run: RunFolder, to: str) -> None:
     """Raises UserError if a format cannot have the run's tokenizer. WordPiece is not loaded: it needs TensorFlow."""
-    file = run.path / "tokenizer" / SETTINGS
-    kind = json.loads(file.read_bytes())["kind"] if file.is_file() else ""
+    try:
+        kind = json.loads((run.path / "tokenizer" / SETTINGS).read_bytes())["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = ""  # `load_tokenizer_of` finds out what is wrong.
     tokenizer = None if kind == "wordpiece" else load_tokenizer_of(run)
     others = "These write it: --to keras, --to huggingface"
     if isinstance(tokenizer, BpeTokenizer):
