@@ -404,7 +404,7 @@ def test_all_benchmarks_run_even_if_one_fails(tmp_path, capfd):
 
 
 def test_every_benchmark_is_among_all_or_left_out_for_a_reason():
-    no_benchmarks = {"all", "contestant", "torch_gpt", "harness", "texts"}
+    no_benchmarks = {"all", "contestant", "torch_gpt", "transformers_gpt2", "harness", "texts"}
     need_something = {"gpu", "tutorial"}
     found = {path.stem for path in BENCHMARKS.glob("*.py")}
     assert found - no_benchmarks - need_something == set(functions_of("all")["NAMES"])
@@ -437,9 +437,21 @@ def test_the_benchmark_of_all_ends_with_the_figures_of_each(tmp_path):
             assert f"{row['tokens_per_sec']:,.0f}" in printed
         # The faster of the two counts.
         best = max(others, key=lambda row: row["tokens_per_sec"])
-        assert case["compared_with"] == best["name"]
+        (ratio,) = case["ratios"]
+        assert ratio["compared_with"] == best["name"]
         each = [theirs / mine for mine, theirs in zip(ours["each_secs"], best["each_secs"], strict=True)]
-        assert case["ratio"] == statistics.median(each)
+        assert ratio["each_ratio"] == each
+        assert ratio["ratio"] == statistics.median(each)
+
+
+@pytest.mark.slow
+def test_transformers_writes_the_greedy_texts_that_trainer_writes():
+    if not (ROOT / ".venv-torch" / "bin" / "python").is_file():
+        pytest.skip("scripts/benchmarks/decoding.py has not made .venv-torch")
+    bench = functions_of("decoding")
+    ours = bench["make_ours"](bench["QUICK"], bench["make_tokenizer"](bench["QUICK"].vocabulary_size))
+    with bench["transformers_beside"](ours, bench["QUICK"], [1, 3]) as theirs:
+        assert theirs.writing("top-k", 3, is_static=False)() == 3 * bench["QUICK"].num_tokens
 
 
 @pytest.mark.slow

@@ -1,22 +1,31 @@
 #!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../venv_python" "$0" "$@"'
-"""Measures the speed of generating with a key-value cache, in turn with KerasNLP's GPT-2 of the same sizes.
+"""Measures the speed of generating with a key-value cache, in turn with GPT-2 in KerasNLP and in transformers.
 
-    scripts/benchmarks/decoding.py [--quick] [--batches 1 16] [--json OUT]
+    scripts/benchmarks/decoding.py [--quick] [--batches 1 16] [--peers keras_nlp transformers] [--json OUT]
 
-Both models have random weights in float32, write the same number of tokens after prompts of the same length, and use
-the same samplers. KerasNLP's model is compiled with XLA and without, and the faster variant counts. It takes tokens and
-returns tokens; trainer's times include encoding the prompts and decoding the texts. A ratio is trainer's speed divided
-by KerasNLP's, in the same round.
+All models have the same sizes and random weights in float32, write the same number of tokens after prompts of the same
+length, and use the same samplers, on the same cores (taskset narrows these). KerasNLP's model is compiled with XLA and
+without. transformers (transformers_gpt2.py beside this file) has trainer's own weights, and runs in its own process,
+with PyTorch in inference mode, its fused attention, and a dynamic or a static cache. Its greedy texts have to be equal
+to trainer's; otherwise nothing is timed. The newest PyTorch and transformers are installed into .venv-torch, once. The
+faster variant of each program counts.
+
+The others take tokens and return tokens; trainer's times include encoding the prompts and decoding the texts. A ratio
+is trainer's speed divided by the other program's, in the same round.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import statistics
 import string
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +37,14 @@ import keras_nlp
 import numpy as np
 import rich.console
 
-from harness import about, table_of
+from harness import TORCH, about, install_torch, table_of
+from trainer.config.file import make_config
 from trainer.config.settings import ModelConfig
 from trainer.decoding.decoder import Decoder
 from trainer.decoding.generate import Generator
+from trainer.exchange.huggingface_export import write_huggingface
 from trainer.model.gpt import GPT
+from trainer.system.machine import num_cores
 from trainer.tokenizers.tokenizer import Tokenizer
 from trainer.tokenizers.vocabulary import SPECIAL_TOKENS
 from trainer.tokenizers.wordpiece import WordPieceTokenizer
@@ -40,6 +52,7 @@ from trainer.tokenizers.wordpiece import WordPieceTokenizer
 ROUNDS = 5
 TOP_K = 5
 SAMPLERS = ("greedy", "top-k")
+PEERS = ("keras_nlp", "transformers")
 SEED = 0
 
 Figures = dict[str, Any]
@@ -94,10 +107,11 @@ def make_ours(sizes: Sizes, tokenizer: Tokenizer) -> Generator:
         tied_embeddings=True,
     )
     model = GPT(config, tokenizer.vocabulary_size, sizes.sequence_length(), SEED, "float32", tokenizer.bos_id)
-    # The logit of [BOS] becomes 0, which is never among the largest of this many.
+    # The logits of [BOS], and of the tokens that trainer keeps back, become 0, which is never among the largest of this
+    # many.
     embeddings = model.token_embedding.embeddings
-    is_other = np.arange(tokenizer.vocabulary_size) != tokenizer.bos_id
-    embeddings.assign(embeddings * is_other[:, np.newaxis].astype(np.float32))
+    is_word = np.arange(tokenizer.vocabulary_size) >= len(SPECIAL_TOKENS)
+    embeddings.assign(embeddings * is_word[:, np.newaxis].astype(np.float32))
     return Generator(model, tokenizer, sizes.sequence_length())
 
 
@@ -116,10 +130,14 @@ def make_theirs(sizes: Sizes) -> keras.Model:
     )
 
 
+def prompt_of(tokenizer: Tokenizer, sizes: Sizes) -> str:
+    """Returns the prompt of all texts, of different words."""
+    return tokenizer.decode(np.arange(len(SPECIAL_TOKENS), len(SPECIAL_TOKENS) + sizes.prompt_tokens))
+
+
 def writing(generator: Generator, sizes: Sizes, sampler: str, batch_size: int) -> Contestant:
     """Returns the function that writes a batch of texts with trainer."""
-    words = generator.tokenizer.decode(np.arange(len(SPECIAL_TOKENS), len(SPECIAL_TOKENS) + sizes.prompt_tokens))
-    decoder = Decoder(sampler, top_k=TOP_K)
+    words, decoder = prompt_of(generator.tokenizer, sizes), Decoder(sampler, top_k=TOP_K)
 
     def write() -> int:
         texts = generator.generate([words] * batch_size, decoder, sizes.num_tokens, SEED)
@@ -149,9 +167,89 @@ def keras_writing(backbone: keras.Model, sizes: Sizes, sampler: str, batch_size:
     return write
 
 
+class Transformers:
+    """transformers' GPT-2 with the weights of trainer's model, in a process of its own.
+
+    Args:
+        generator: trainer's generator.
+        sizes: the sizes of its model.
+        folder: an empty folder for the model's files.
+
+    Attributes:
+        about: the versions of PyTorch and transformers.
+    """
+
+    def __init__(self, generator: Generator, sizes: Sizes, folder: Path) -> None:
+        self._generator, self._sizes = generator, sizes
+        model, tokenizer = generator.model, generator.tokenizer
+        train = {"precision": "float32", "total_steps": 1, "sequence_length": sizes.sequence_length()}
+        described = {"run_folder": str(folder), "train": train}
+        config = make_config(described | {"model": model.config.model_dump(mode="json", exclude_none=True)})
+        weights = {variable.path: variable.numpy() for variable in model.variables}
+        write_huggingface(weights, config, tokenizer, folder)
+        self._prompt = [tokenizer.bos_id, *map(int, tokenizer.encode(prompt_of(tokenizer, sizes)))]
+        program = str(Path(__file__).resolve().parent / "transformers_gpt2.py")
+        self._process = subprocess.Popen(
+            [str(TORCH / "bin" / "python"), program, str(folder), str(num_cores())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.about = self._read()
+
+    def writing(self, sampler: str, batch_size: int, is_static: bool) -> Contestant:
+        """Returns the function that writes a batch of texts, with a static or a dynamic cache."""
+
+        def write() -> int:
+            texts = self._write(sampler, batch_size, is_static)
+            return sum(len(text) - len(self._prompt) for text in texts)
+
+        return write
+
+    def check(self, batch_size: int) -> None:
+        """Ends the program unless transformers writes the greedy texts that trainer writes."""
+        tokenizer = self._generator.tokenizer
+        words = prompt_of(tokenizer, self._sizes)
+        ours = self._generator.generate([words] * batch_size, Decoder("greedy"), self._sizes.num_tokens, SEED)
+        for is_static in (False, True):
+            texts = self._write("greedy", batch_size, is_static)
+            if [tokenizer.decode(np.array(text[1:])) for text in texts] != ours:
+                sys.exit("transformers and trainer write different greedy texts, so their speeds do not compare.")
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _write(self, sampler: str, batch_size: int, is_static: bool) -> list[list[int]]:
+        job = {"prompts": [self._prompt] * batch_size, "num_tokens": self._sizes.num_tokens, "is_static": is_static}
+        assert self._process.stdin is not None
+        print(json.dumps(job | {"top_k": TOP_K if sampler == "top-k" else None}), file=self._process.stdin, flush=True)
+        texts: list[list[int]] = self._read()
+        return texts
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else sys.exit("transformers ended; the lines above have the reason.")
+
+
+@contextlib.contextmanager
+def transformers_beside(generator: Generator, sizes: Sizes, batches: Sequence[int]) -> Iterator[Transformers]:
+    """Runs transformers beside this process; it writes what trainer writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = Transformers(generator, sizes, Path(folder))
+        try:
+            for batch_size in batches:
+                theirs.check(batch_size)
+            yield theirs
+        finally:
+            theirs.end()
+
+
 def compete(contestants: dict[str, Contestant], num_tokens: int) -> Figures:
-    """Lets contestants write this many tokens in turn, and compares the first with the fastest of the others, round by
-    round.
+    """Lets contestants write this many tokens in turn, and compares the first with the fastest variant of each other
+    program, round by round. The name of a variant begins with its program's name and a comma.
     """
     secs: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(1 + ROUNDS):
@@ -162,17 +260,19 @@ def compete(contestants: dict[str, Contestant], num_tokens: int) -> Figures:
                 secs[name].append(time.perf_counter() - start)
             assert num_written == num_tokens, f"{name} wrote {num_written} tokens instead of {num_tokens}"
     ours, *others = contestants
-    best = min(others, key=lambda name: statistics.median(secs[name]))
-    each_ratio = [b / a for a, b in zip(secs[ours], secs[best], strict=True)]
+    ratios = []
+    for program in dict.fromkeys(name.split(",")[0] for name in others):
+        variants = [name for name in others if name.split(",")[0] == program]
+        best = min(variants, key=lambda name: statistics.median(secs[name]))
+        each_ratio = [b / a for a, b in zip(secs[ours], secs[best], strict=True)]
+        ratios.append({"compared_with": best, "each_ratio": each_ratio, "ratio": statistics.median(each_ratio)})
     return {
         "num_tokens": num_tokens,
         "contestants": [
             {"name": name, "tokens_per_sec": num_tokens / statistics.median(each), "each_secs": each}
             for name, each in secs.items()
         ],
-        "compared_with": best,
-        "each_ratio": each_ratio,
-        "ratio": statistics.median(each_ratio),
+        "ratios": ratios,
     }
 
 
@@ -181,12 +281,13 @@ def print_figures(console: rich.console.Console, figures: Figures) -> None:
     rows = [[each["name"], f"{each['tokens_per_sec']:,.0f}"] for each in figures["contestants"]]
     title = f"{figures['sampler']}, batch {figures['batch_size']}"
     console.print(table_of(title, ["written by", "tokens/s"], rows, num_names=1))
-    each_ratio = ", ".join(f"{ratio:.2f}" for ratio in figures["each_ratio"])
-    console.print(
-        f"medians of {ROUNDS} rounds; trainer is {figures['ratio']:.2f} times as fast as {figures['compared_with']}, "
-        f"median of {each_ratio}",
-        highlight=False,
-    )
+    for ratio in figures["ratios"]:
+        each_ratio = ", ".join(f"{each:.2f}" for each in ratio["each_ratio"])
+        console.print(
+            f"medians of {ROUNDS} rounds; trainer is {ratio['ratio']:.2f} times as fast as {ratio['compared_with']}, "
+            f"median of {each_ratio}",
+            highlight=False,
+        )
 
 
 def main() -> None:
@@ -194,19 +295,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, which only show that the benchmark works")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="numbers of texts at once (1 16)")
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS, help="programs to compare with (all; with --quick only keras_nlp)"
+    )
     parser.add_argument("--json", metavar="OUT", type=Path, help="the file to write all figures to")
     options = parser.parse_args()
+    peers = options.peers or (PEERS[:1] if options.quick else PEERS)
     sizes = QUICK if options.quick else FULL
     console = rich.console.Console()
-    ours, theirs = make_ours(sizes, make_tokenizer(sizes.vocabulary_size)), make_theirs(sizes)
+    if "transformers" in peers:
+        install_torch(console, "--peers keras_nlp", "transformers")
+    ours, keras_model = make_ours(sizes, make_tokenizer(sizes.vocabulary_size)), make_theirs(sizes)
     report: Figures = {**about(), "keras_nlp": keras_nlp.__version__, "sizes": sizes._asdict(), "decoding": []}
-    for sampler, batch_size in itertools.product(SAMPLERS, options.batches):
-        contestants = {"trainer": writing(ours, sizes, sampler, batch_size)}
-        for name, is_compiled in (("keras_nlp", False), ("keras_nlp, XLA", True)):
-            contestants[name] = keras_writing(theirs, sizes, sampler, batch_size, is_compiled)
-        figures = compete(contestants, batch_size * sizes.num_tokens)
-        report["decoding"].append({"sampler": sampler, "batch_size": batch_size, **figures})
-        print_figures(console, report["decoding"][-1])
+    with contextlib.ExitStack() as stack:
+        if "transformers" in peers:
+            torch_model = stack.enter_context(transformers_beside(ours, sizes, options.batches))
+            report |= torch_model.about
+        for sampler, batch_size in itertools.product(SAMPLERS, options.batches):
+            contestants = {"trainer": writing(ours, sizes, sampler, batch_size)}
+            if "keras_nlp" in peers:
+                for name, is_compiled in (("keras_nlp", False), ("keras_nlp, XLA", True)):
+                    contestants[name] = keras_writing(keras_model, sizes, sampler, batch_size, is_compiled)
+            if "transformers" in peers:
+                for name, is_static in (("transformers", False), ("transformers, static cache", True)):
+                    contestants[name] = torch_model.writing(sampler, batch_size, is_static)
+            figures = compete(contestants, batch_size * sizes.num_tokens)
+            report["decoding"].append({"sampler": sampler, "batch_size": batch_size, **figures})
+            print_figures(console, report["decoding"][-1])
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 

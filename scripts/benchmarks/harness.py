@@ -1,14 +1,19 @@
 """The parts that benchmarks share: a training to time, the tutorial's model, and tables of figures."""
 
+import shutil
+import subprocess
 import sys
 import time
+import venv
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import keras
 import keras_nlp
 import rich.box
+import rich.console
 import rich.table
 import tensorflow as tf
 
@@ -20,6 +25,9 @@ from trainer.distributed.workers import Workers
 from trainer.model.build import BuildModel, make_model
 from trainer.system.machine import num_cores
 from trainer.training.step import TrainingStep
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCH = ROOT / ".venv-torch"
 
 
 class Training:
@@ -94,3 +102,38 @@ def table_of(title: str, names: Sequence[str], rows: Iterable[Sequence[str]], nu
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def install_torch(console: rich.console.Console, without: str, *others: str) -> None:
+    """Makes the environment for PyTorch and other packages, or adds what it lacks of them.
+
+    Args:
+        console: prints that it takes a while.
+        without: the options with which the benchmark needs none of this.
+        others: names of other packages.
+    """
+    stamp = TORCH / "trainer.installed"
+    installed = {"torch", *stamp.read_text().split()} if stamp.is_file() else set()
+    missing = [package for package in ("torch", *others) if package not in installed]
+    if not missing:
+        return
+    if TORCH.exists() and not (TORCH / "pyvenv.cfg").is_file():
+        sys.exit(f"{TORCH} is in the way: it is not a virtual environment. Move it elsewhere, then run this again.")
+    console.print(f"Installing {' and '.join(missing)} into .venv-torch; the first time this takes some minutes.")
+    if not installed:
+        shutil.rmtree(TORCH, ignore_errors=True)
+        venv.create(TORCH, with_pip=True)
+    pip = [str(TORCH / "bin" / "python"), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
+    # uv finds the builds for the CPU only. On Linux the build that pip finds includes CUDA, and works too.
+    uv = [str(TORCH / "bin" / "uv"), "pip", "install", "--python", str(TORCH), "--torch-backend", "cpu", *missing]
+    tail = ""
+    for commands in ([[*pip, "uv"], uv], [[*pip, *missing]]):
+        for command in commands:
+            process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+            tail = (process.stdout + process.stderr)[-3000:]
+            if process.returncode:
+                break
+        else:
+            stamp.write_text("\n".join(sorted({*installed, *missing})) + "\n")
+            return
+    sys.exit(f"{tail}\nPyTorch cannot be installed; the lines above have the reason. Without it: {without}")

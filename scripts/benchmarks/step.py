@@ -30,13 +30,11 @@ import itertools
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,7 @@ import rich.console
 import rich.live
 import rich.table
 
-from harness import about, table_of
+from harness import TORCH, about, install_torch, table_of
 from trainer.config.file import load_config
 from trainer.config.settings import Config
 from trainer.data.prepare import prepare
@@ -58,7 +56,6 @@ from trainer.errors import UserError
 from trainer.tokenizers.vocabulary import SPECIAL_TOKENS
 
 ROOT = Path(__file__).resolve().parents[2]
-TORCH = ROOT / ".venv-torch"
 ROUNDS = 5
 WARMUP_STEPS = 2
 VOCABULARY_SIZE = 5000
@@ -368,32 +365,6 @@ def print_figures(console: rich.console.Console, figures: Figures) -> None:
     console.print(f"waiting contestants took {figures['idle_cores']:.1%} of a core", highlight=False)
 
 
-def install_torch(console: rich.console.Console) -> None:
-    """Makes the environment for PyTorch, unless it exists."""
-    stamp = TORCH / "trainer.installed"
-    if stamp.is_file():
-        return
-    if TORCH.exists() and not (TORCH / "pyvenv.cfg").is_file():
-        sys.exit(f"{TORCH} is in the way: it is not a virtual environment. Move it elsewhere, then run this again.")
-    console.print("Installing PyTorch into .venv-torch; the first time this takes some minutes.")
-    shutil.rmtree(TORCH, ignore_errors=True)
-    venv.create(TORCH, with_pip=True)
-    pip = [str(TORCH / "bin" / "python"), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
-    # uv finds the builds for the CPU only. On Linux the build that pip finds includes CUDA, and works too.
-    uv = [str(TORCH / "bin" / "uv"), "pip", "install", "--python", str(TORCH), "--torch-backend", "cpu", "torch"]
-    tail = ""
-    for commands in ([[*pip, "uv"], uv], [[*pip, "torch"]]):
-        for command in commands:
-            process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-            tail = (process.stdout + process.stderr)[-3000:]
-            if process.returncode:
-                break
-        else:
-            stamp.touch()
-            return
-    sys.exit(f"{tail}\nPyTorch cannot be installed; the lines above have the reason. Without it: --peers fit gpt2")
-
-
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -414,7 +385,7 @@ def main() -> None:
             parser.error(f"--against {options.against} has no scripts/benchmarks/contestant.py; name a checkout.")
     console = rich.console.Console()
     if "torch" in options.peers:
-        install_torch(console)
+        install_torch(console, "--peers fit gpt2")
     report = {**about(), "sizes": []}
     try:
         for size in options.sizes:
