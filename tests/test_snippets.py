@@ -331,6 +331,9 @@ DRY_WORDS = {
     "gs://": "needs an object store; tests/test_storage.py",
     "--compile": "installs a compiler; tests/test_compile.py",
     "--runner": "needs a cluster; tests/test_beam.py",
+    "fork": "takes thousands of steps; tests/test_fork.py",
+    "train.total_steps=3000": "takes as many steps; tests/test_run_changes.py",
+    "init.from": "trains a whole config; tests/test_starting_weights.py",
 }
 
 
