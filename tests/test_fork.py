@@ -22,6 +22,7 @@ from tiny_run import (  # type: ignore[import-not-found]  # pytest has this fold
 
 import trainer
 from trainer.cli import main
+from trainer.config.file import load_config
 from trainer.data.batches import total_steps, training_batches
 from trainer.decoding import samples
 from trainer.errors import UserError
@@ -184,7 +185,7 @@ def test_another_text_is_read_from_its_beginning_with_the_parent_s_tokenizer(par
             ["model.hidden_dim=16"],
             r"^model.hidden_dim=16 \(was 8\): gpt/token_embedding/embeddings would be \[1, 16\] and",
         ),
-        (["model.num_layers=2"], r"gpt/block_1/.* would be .* and is no such weight in .*init.from="),
+        (["model.num_layers=2"], r"gpt/block_1/.* would be .* and is no such weight in .* or begin a new run"),
         (["train.sequence_length=4"], r"train.sequence_length=4 \(was 8\): gpt/position_embedding/embeddings would be"),
         (
             ["train.precision=float64"],
@@ -253,5 +254,15 @@ def test_the_command_checks_before_tensorflow_and_the_commands_that_refusals_sho
     assert main(["fork", str(parent.path)]) == 2
     words = shlex.split(capsys.readouterr().err.rpartition("add ")[2])
     assert plan_fork(str(parent.path), [*words, "train.total_steps=9"]).config.run_folder == f"{parent.path}-2"
+    for override in ("optimizer.learning_rate=0.5", "data.train=storybook", "model.dropout=0.5"):
+        assert main(["train", "--resume", str(parent.path), override]) == 2
+        command, shown, *words = shlex.split(capsys.readouterr().err.rpartition("For this, fork the run: trainer ")[2])
+        assert plan_fork(shown, [*words, "train.total_steps=9"]).changed and command == "fork"
+    for override in ("model.num_layers=3", "tokenizer.kind=byte"):
+        assert main(["train", "--resume", str(parent.path), override]) == 2
+        words = shlex.split(capsys.readouterr().err.rpartition("For this, start a new run: trainer train ")[2])
+        assert load_config(words[0], words[1:]).run_folder == f"{parent.path}-2" and words[-1] == override
+    assert main(["fork", f"{parent.path}@7", f"run_folder={parent.path}-2"]) == 2
+    assert "has no checkpoint of step 7; it has: 1, 2, 3." in capsys.readouterr().err
     assert main(["fork", str(parent.path), f"run_folder={parent.path}-2"]) == 2
     assert "leaves it none to take; give more, such as train.total_steps=6" in capsys.readouterr().err

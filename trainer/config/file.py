@@ -131,10 +131,13 @@ def check_resumable(overrides: Iterable[str], run_folder: object) -> None:
     """Raises UserError if an override would make a resumed run another run."""
     for override in overrides:
         if not override.startswith(RESUMABLE):
+            changed = f"{quoted(f'run_folder={run_folder}-2')} {quoted(override)}"
+            instead = f"fork the run: trainer fork {quoted(run_folder)} {changed}"
+            if override.startswith(("model.", "tokenizer", "init")) and not override.startswith("model.dropout"):
+                instead = f"start a new run: trainer train {quoted(f'{run_folder}/config.toml')} {changed}"
             raise UserError(
                 f"{override}: a resumed run keeps the config that it was started with; only {_RESUMABLE_TEXT} can "
-                f"change. For anything else fork the run: trainer fork {quoted(run_folder)} "
-                f"{quoted(f'run_folder={run_folder}-2')} {quoted(override)}"
+                f"change. For this, {instead}"
             )
 
 

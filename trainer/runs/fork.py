@@ -11,7 +11,7 @@ from trainer.config.settings import Config
 from trainer.errors import UserError, quoted
 from trainer.model.build import GPT_MODEL
 from trainer.model.size import parameter_shapes
-from trainer.runs.run_folder import CheckpointStep, RunFolder, run_and_step, steps_in
+from trainer.runs.run_folder import CheckpointStep, RunFolder, check_has_checkpoint, run_and_step, steps_in
 from trainer.system.storage import locate
 
 if TYPE_CHECKING:
@@ -76,9 +76,11 @@ def plan_fork(run: str, overrides: Sequence[str], step: str | int | None = None)
         config = make_config(settings | {"tokenizer": {"kind": "saved", "path": str(parent.path)}})
     fork = Fork(parent, at, config, tuple(changed), keeps_data)
     _check_sizes(fork)
-    known = at if isinstance(at, int) else max(steps_in(parent.path / "checkpoints"), default=0)
+    if isinstance(at, int):
+        check_has_checkpoint(parent.path, at)
     if config.train.total_steps is not None and at != "best":
-        check_has_steps(fork, known, config.train.total_steps)
+        newest = max(steps_in(parent.path / "checkpoints"), default=0)
+        check_has_steps(fork, newest if at is None else at, config.train.total_steps)
     return fork
 
 
@@ -96,11 +98,11 @@ def _check_sizes(fork: Fork) -> None:
     """Raises UserError if a weight has another shape or dtype than in the parent; a foreign model is not checked."""
     before, now = fork.parent.recorded, fork.config
     is_wide = [each.train.precision == "float64" for each in (before, now)]
-    instead = f"Leave that out, or begin a new run with the weights only: init.from={quoted(fork.parent.path)}"
     if is_wide[0] != is_wide[1]:
         raise UserError(
             f"train.precision={now.train.precision!r} (was {before.train.precision!r}): weights and optimizer have "
-            f"another dtype, and a fork keeps it. {instead}"
+            "another dtype, and a fork keeps it. Leave that out, or begin a new run with the weights only: "
+            f"init.from={quoted(fork.parent.path)}"
         )
     if fork.parent.facts["model"] != GPT_MODEL:
         return
@@ -112,7 +114,8 @@ def _check_sizes(fork: Fork) -> None:
             what = [each for each in fork.changed if each.startswith(("model.", "train.sequence_length"))]
             raise UserError(
                 f"{'; '.join(what)}: {name} would be {shapes[1]} and is {shapes[0]} in {fork.parent.path}, and a fork "
-                f"keeps the sizes (shown for a vocabulary of 1). {instead}"
+                "keeps the sizes (shown for a vocabulary of 1). Leave that out, or begin a new run: trainer train. "
+                f"With fewer positions it can have the weights of this one: init.from={quoted(fork.parent.path)}"
             )
 
 

@@ -15,7 +15,7 @@ from trainer.runs.checkpoint import Checkpoint, Checkpoints, assign, write_first
 from trainer.runs.parentage import Beginning
 from trainer.runs.results import read_scores
 from trainer.runs.run_data import load_tokenizer_of
-from trainer.runs.run_folder import CONFIG, CheckpointStep, RunFolder
+from trainer.runs.run_folder import CONFIG, CheckpointStep, RunFolder, check_has_checkpoint
 from trainer.system.storage import Location
 
 # The facts of a run's record that the manifest of each checkpoint repeats.
@@ -75,9 +75,7 @@ def find_checkpoint(run: RunFolder, checkpoints: Checkpoints, step: CheckpointSt
                 f"{run.path}: no checkpoint was scored on the validation text, so the best one is not known; a run "
                 "with evaluation.every_steps scores its checkpoints as it trains."
             )
-    if step not in checkpoints.steps():
-        there = ", ".join(map(str, checkpoints.steps())) or "none"
-        raise UserError(f"{run.path} has no checkpoint of step {step}; it has: {there}.")
+    check_has_checkpoint(run.path, step)
     try:
         return checkpoints.of_step(step)
     except UserError as error:

@@ -337,6 +337,14 @@ def steps_in(checkpoints: Location) -> list[int]:
         raise UserError(f"{checkpoints} cannot be listed: {reason_and_remedy(error)}.") from None
 
 
+def check_has_checkpoint(run_folder: Location, step: int) -> None:
+    """Raises UserError if a step has no folder among the checkpoints of a run."""
+    steps = steps_in(run_folder / "checkpoints")
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"{run_folder} has no checkpoint of step {step}; it has: {there}.")
+
+
 def run_and_step(path: str, step: str | int | None = None) -> tuple[str, CheckpointStep | None]:
     """Returns a run's folder and the step of the checkpoint that the user means; None for the newest checkpoint.
 
