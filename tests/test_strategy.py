@@ -17,6 +17,7 @@ from trainer.distributed.strategy import (
     gpu_numbers,
     make_strategy,
     share_cores,
+    use_one_inter_op_thread,
 )
 from trainer.distributed.workers import Workers
 from trainer.errors import UserError
@@ -119,11 +120,23 @@ def test_two_parts_at_once_share_the_cores_of_a_cpu(settings, num_workers, threa
     assert asked == ([] if threads is None else [threads])
 
 
+@pytest.mark.parametrize(("gpus", "threads"), [([], [1]), (["GPU:0"], [])])
+def test_a_process_that_only_writes_on_a_cpu_runs_one_operation_at_a_time(gpus, threads, monkeypatch):
+    asked = []
+    monkeypatch.delenv("TF_NUM_INTEROP_THREADS", raising=False)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
+    monkeypatch.setattr(tf.config.threading, "set_inter_op_parallelism_threads", asked.append)
+    use_one_inter_op_thread()
+    monkeypatch.setenv("TF_NUM_INTEROP_THREADS", "2")
+    use_one_inter_op_thread()
+    assert asked == threads
+
+
 def test_a_process_that_has_used_tensorflow_keeps_its_threads():
     program = """
         import tensorflow as tf
         from trainer.config.file import make_config
-        from trainer.distributed.strategy import make_strategy, share_cores
+        from trainer.distributed.strategy import make_strategy, share_cores, use_one_inter_op_thread
         from trainer.distributed.workers import Workers
         config = make_config({
             "run_folder": "unused",
@@ -134,6 +147,9 @@ def test_a_process_that_has_used_tensorflow_keeps_its_threads():
         before = tf.config.threading.get_intra_op_parallelism_threads()
         share_cores(config, Workers())
         assert tf.config.threading.get_intra_op_parallelism_threads() == before
+        before = tf.config.threading.get_inter_op_parallelism_threads()
+        use_one_inter_op_thread()
+        assert tf.config.threading.get_inter_op_parallelism_threads() == before
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

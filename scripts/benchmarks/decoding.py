@@ -10,6 +10,9 @@ with PyTorch in inference mode, its fused attention, and a dynamic or a static c
 to trainer's; otherwise nothing is timed. The newest PyTorch and transformers are installed into .venv-torch, once. The
 faster variant of each program counts.
 
+TensorFlow has one inter-op thread here, as in `trainer generate`, for trainer and KerasNLP; TF_NUM_INTEROP_THREADS sets
+another number.
+
 The others take tokens and return tokens; trainer's times include encoding the prompts and decoding the texts. A ratio
 is trainer's speed divided by the other program's, in the same round.
 """
@@ -42,6 +45,7 @@ from trainer.config.file import make_config
 from trainer.config.settings import ModelConfig
 from trainer.decoding.decoder import Decoder
 from trainer.decoding.generate import Generator
+from trainer.distributed.strategy import use_one_inter_op_thread
 from trainer.exchange.huggingface_export import write_huggingface
 from trainer.model.gpt import GPT
 from trainer.system.machine import num_cores
@@ -305,6 +309,7 @@ def main() -> None:
     console = rich.console.Console()
     if "transformers" in peers:
         install_torch(console, "--peers keras_nlp", "transformers")
+    use_one_inter_op_thread()
     ours, keras_model = make_ours(sizes, make_tokenizer(sizes.vocabulary_size)), make_theirs(sizes)
     report: Figures = {**about(), "keras_nlp": keras_nlp.__version__, "sizes": sizes._asdict(), "decoding": []}
     with contextlib.ExitStack() as stack:

@@ -53,6 +53,19 @@ def share_cores(config: Config, workers: Workers) -> None:
         tf.config.threading.set_intra_op_parallelism_threads(max(1, num_cores() // 2))
 
 
+def use_one_inter_op_thread() -> None:
+    """Lets TensorFlow run one operation at a time, each on all cores, for a process that only writes text on a CPU.
+
+    A token's operations depend on each other, so that further threads find nothing to do: they only pass the work on.
+    Call it before TensorFlow computes anything; later it has no effect. It has none either if TF_NUM_INTEROP_THREADS is
+    set, or if there is a GPU.
+    """
+    if "TF_NUM_INTEROP_THREADS" in os.environ or tf.config.list_physical_devices("GPU"):
+        return
+    with contextlib.suppress(RuntimeError):  # This process has used TensorFlow already.
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
 def make_strategy(config: DistributionConfig, ignore_workers: bool = False) -> tf.distribute.Strategy:
     """Returns the strategy under which the model is built and the step is run.
 
