@@ -151,7 +151,7 @@ def test_another_order_begins_at_its_beginning(parent: RunFolder, override: str)
     assert fork.keeps_data and place(fork) == 0
     key = override.partition("=")[0]
     assert place_in_data(fork, find_prepared(parent), 3)[1] == (
-        f"The fork's batches begin at the beginning, because of {key}."
+        f"The fork reads the text from the beginning, because of {key}."
     )
 
 
@@ -168,7 +168,7 @@ def test_another_text_is_read_from_its_beginning_with_the_parent_s_tokenizer(par
     said: list[str] = []
     overrides = [f"run_folder={fork}", f"data.train={tmp_path}/b.txt", "train.num_epochs=1"]
     result = trainer.fork(str(parent.path), overrides, say=said.append)
-    assert f"A fork of {parent.path}, step 3. The fork's batches begin at the beginning, of its own text." in said
+    assert f"A fork of {parent.path}, step 3. The fork reads its own text from the beginning." in said
     run = RunFolder(fork)
     assert run.facts["tokenizer_fingerprint"] == parent.facts["tokenizer_fingerprint"]
     prepared = find_prepared(run)
@@ -183,10 +183,13 @@ def test_another_text_is_read_from_its_beginning_with_the_parent_s_tokenizer(par
     [
         (
             ["model.hidden_dim=16"],
-            r"^model.hidden_dim=16 \(was 8\): gpt/token_embedding/embeddings would be \[1, 16\] and",
+            r"^model.hidden_dim=16 \(was 8\): this changes gpt/token_embedding/embeddings from \[1, 8\] to",
         ),
-        (["model.num_layers=2"], r"gpt/block_1/.* would be .* and is no such weight in .* or begin a new run"),
-        (["train.sequence_length=4"], r"train.sequence_length=4 \(was 8\): gpt/position_embedding/embeddings would be"),
+        (["model.num_layers=2"], r"gpt/block_1/.* from none to .* or begin a new run"),
+        (
+            ["train.sequence_length=4"],
+            r"train.sequence_length=4 \(was 8\): this changes gpt/position_embedding/embeddings from",
+        ),
         (
             ["train.precision=float64"],
             r"train.precision='float64' \(was 'float32'\): weights and optimizer have another",
@@ -196,7 +199,10 @@ def test_another_text_is_read_from_its_beginning_with_the_parent_s_tokenizer(par
             r"^tokenizer.kind cannot change in a fork, which keeps the weights and the tokenizer",
         ),
         (["init.from=x"], r"^init.from cannot change in a fork"),
-        ([], r"has taken 3 steps, and the fork's train.total_steps=3 leaves it none to take; give more, such as "),
+        (
+            [],
+            r"^The fork begins at step 3 of .*, and its train.total_steps=3 leaves it no step to take; give more, ",
+        ),
         (["run_folder=none"], r"^run_folder is missing"),
         (["train.total_stepz=9"], r"^train.total_stepz is not a setting\. Did you mean train.total_steps\?"),
     ],
@@ -265,4 +271,4 @@ def test_the_command_checks_before_tensorflow_and_the_commands_that_refusals_sho
     assert main(["fork", f"{parent.path}@7", f"run_folder={parent.path}-2"]) == 2
     assert "has no checkpoint of step 7; it has: 1, 2, 3." in capsys.readouterr().err
     assert main(["fork", str(parent.path), f"run_folder={parent.path}-2"]) == 2
-    assert "leaves it none to take; give more, such as train.total_steps=6" in capsys.readouterr().err
+    assert "leaves it no step to take; give more, such as train.total_steps=6" in capsys.readouterr().err

@@ -16,11 +16,13 @@ from random_run import SEQUENCE_LENGTH, random_run  # type: ignore[import-not-fo
 from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 import trainer
+from trainer.config.file import load_config
 from trainer.config.settings import Config
 from trainer.errors import UserError
 from trainer.exchange import huggingface_export
 from trainer.exchange.huggingface import check_settings, config_of, read_weights
 from trainer.exchange.huggingface_export import layout_for, remarks, write_huggingface
+from trainer.exchange.layouts import LAYOUTS, misfits
 from trainer.exchange.open import open_model
 from trainer.model.build import build_gpt
 from trainer.model.size import parameter_shapes
@@ -54,9 +56,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Their classes have biases that these models lack: zeros are written.
+FEWER_BIASES: dict[str, dict[str, Any]] = {
+    "gpt2 without biases": {**GPT2, "use_bias": False, "activation": "relu"},
+    "llama query biases": {**LLAMA, "use_bias": ["query_key_value"]},
+}
+
 
 def config_for(shape: str, **model: Any) -> Config:
-    settings = {key: value for key, value in {**SHAPES[shape], **model}.items() if value is not None}
+    of_shape = (SHAPES | FEWER_BIASES)[shape]
+    settings = {key: value for key, value in {**of_shape, **model}.items() if value is not None}
     return tiny_config(model={"num_heads": 2, **settings}, train={"sequence_length": LENGTH})
 
 
@@ -174,7 +183,7 @@ def llama_logits(c: dict[str, Any], t: dict[str, np.ndarray], tokens: np.ndarray
     return norm(x, "norm") @ t["model.embed_tokens.weight" if tied else "lm_head.weight"].T
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *FEWER_BIASES])
 def test_the_files_compute_what_the_model_computes(shape: str, tmp_path: Path):
     config, weights = written(tmp_path, shape)
     model = build_gpt(config, ByteTokenizer.vocabulary_size, ByteTokenizer.bos_id)
@@ -394,15 +403,21 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path):
         read_weights(only_torch, config, 258)
 
 
+def test_every_shipped_config_except_the_tutorial_s_can_leave_for_transformers():
+    configs = (Path(__file__).parent.parent / "configs").glob("*.toml")
+    models = {path.stem: load_config(path).model for path in configs}
+    assert {name for name, model in models.items() if all(misfits(layout, model) for layout in LAYOUTS)} == {"minigpt"}
+
+
 def test_a_model_that_no_class_can_hold_is_refused_with_the_ways_that_work(tmp_path: Path):
     tutorial = tiny_config(model={"num_heads": 3, "hidden_dim": 256})
     with pytest.raises(UserError) as error:
         write_huggingface({}, tutorial, ByteTokenizer(), tmp_path / "out")
     assert str(error.value) == (
-        "No Hugging Face class can hold this model: GPT2LMHeadModel has no model.pre_norm=false, model.use_bias=true, "
-        "model.num_heads=3; LlamaForCausalLM has no model.norm=layer, model.positions=learned, model.pre_norm=false, "
-        "model.activation=relu, model.use_bias=true, model.num_heads=3. These hold every model: --to savedmodel, "
-        "--to keras."
+        "No Hugging Face class can hold this model: GPT2LMHeadModel has no model.pre_norm=false, model.num_heads=3, "
+        "model.use_bias=[unembedding]; LlamaForCausalLM has no model.norm=layer, model.positions=learned, "
+        "model.pre_norm=false, model.activation=relu, model.num_heads=3, model.use_bias=[norm,unembedding]. These hold "
+        "every GPT: --to savedmodel, --to keras."
     )
     assert not (tmp_path / "out").exists()
     assert layout_for(config_for("llama tied").model).architecture == "LlamaForCausalLM"

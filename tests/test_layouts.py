@@ -116,9 +116,9 @@ def test_a_config_json_of_settings_gives_the_settings_back(layout, settings):
         ({"norm": "rms"}, ["model.norm=rms"]),
         ({"positions": "rope"}, ["model.positions=rope"]),
         ({"activation": "swiglu"}, ["model.activation=swiglu"]),
-        ({"use_bias": False}, ["model.use_bias=false"]),
-        ({"use_bias": ["norm"]}, ["model.use_bias=[norm]"]),
-        ({"tied_embeddings": False}, ["model.use_bias=true"]),  # The output projection would have one.
+        ({"use_bias": False}, []),  # Its biases are then zeros.
+        ({"use_bias": ["norm"]}, []),
+        ({"tied_embeddings": False}, ["model.use_bias=[unembedding]"]),
         ({"num_heads": 3}, ["model.num_heads=3"]),
         ({"head_dim": 16}, ["model.head_dim=16"]),
         ({"num_key_value_heads": 2}, ["model.num_key_value_heads=2"]),
@@ -136,8 +136,8 @@ def test_every_setting_that_gpt2_cannot_have_is_named(settings, unfit_for_gpt2):
         ({"norm": "layer"}, ["model.norm=layer"]),
         ({"positions": "learned"}, ["model.positions=learned"]),
         ({"activation": "gelu"}, ["model.activation=gelu"]),
-        ({"use_bias": True}, ["model.use_bias=true"]),
-        ({"use_bias": ["query_key_value"]}, ["model.use_bias=[query_key_value]"]),
+        ({"use_bias": True}, ["model.use_bias=[norm,unembedding]"]),
+        ({"use_bias": ["query_key_value"]}, []),
         ({"use_bias": ["unembedding"]}, ["model.use_bias=[unembedding]"]),
         ({"num_heads": 5, "head_dim": 8}, ["model.num_heads=5"]),
     ],

@@ -78,17 +78,17 @@ def test_a_run_that_would_have_had_other_rates_is_not_extended_and_the_fork_is_n
     with pytest.raises(UserError) as error:
         check_length(longer, 5)
     assert str(error.value).startswith(
-        "train.total_steps=12 (was 9): with optimizer.schedule='cosine' a run of this length has other learning rates "
-        "in the first 5 steps, which are taken. Fork the run, and the fork goes on from here by the new plan: "
+        "train.total_steps=12 (was 9): optimizer.schedule='cosine' depends on the length, so the 5 steps that are "
+        "taken would have had other learning rates. Make a fork, which goes on from here with the new schedule: "
     )
-    words = shlex.split(str(error.value).rpartition("plan: ")[2])
+    words = shlex.split(str(error.value).rpartition("schedule: ")[2])
     assert words == [
         "trainer", "fork", f"{cosine.path}@5", f"run_folder={cosine.path}-2", "train.total_steps=12",
     ]  # fmt: skip
     # On the command line before TensorFlow is loaded: this run has no checkpoint that could be.
     save_checkpoint(cosine, 5)
     assert main(["train", "--resume", str(cosine.path), "train.total_steps=12"]) == 2
-    assert "Fork the run" in capsys.readouterr().err
+    assert "Make a fork, which" in capsys.readouterr().err
 
 
 def test_a_run_may_get_shorter_down_to_the_steps_that_are_taken(tmp_path: Path):

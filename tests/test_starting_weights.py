@@ -107,16 +107,16 @@ def test_the_checkpoint_is_the_one_that_is_named(parent: RunFolder):
     [
         (
             ["model.hidden_dim=6"],
-            r"does not fit this config: gpt/token_embedding/embeddings is \[\d+, 6\] by the config, and there it is "
-            r"\[\d+, 8\]\. The sizes of its own config are: model.hidden_dim=8$",
+            r"does not fit this config, which needs gpt/token_embedding/embeddings as \[\d+, 6\]: it has it as "
+            r"\[\d+, 8\]\. Add: model.hidden_dim=8$",
         ),
-        (["model.num_layers=2"], r"gpt/block_1/.* there it is no such weight\. The sizes .*: model.num_layers=1$"),
+        (["model.num_layers=2"], r"needs gpt/block_1/.*: it does not have it\. Add: model.num_layers=1$"),
         (
             ["model.positions=rope"],
-            r"it has gpt/position_embedding/embeddings, \[8, 8\], and .*model.positions=learned$",
+            r"it has gpt/position_embedding/embeddings as \[8, 8\], which .*model.positions=learned$",
         ),
-        (["model.use_bias=[norm]"], r"has gpt/block_0/.*and the config's model has no such.*: model.use_bias=true$"),
-        (["train.sequence_length=9"], r"\[9, 8\] by the config, and there it is \[8, 8\]\. .*train.sequence_length=8$"),
+        (["model.use_bias=[norm]"], r"has gpt/block_0/.*the config's model does not have\. Add: model.use_bias=true$"),
+        (["train.sequence_length=9"], r"as \[9, 8\]: it has it as \[8, 8\]\. .*train.sequence_length=8$"),
         (
             ["tokenizer.kind=byte"],
             r"trained with another tokenizer \(char, \d+ tokens\) than tokenizer.\* describes \(byte, 258 tokens\), so "
@@ -161,7 +161,9 @@ def test_weights_that_fit_and_mean_something_else_are_reported(parent: RunFolder
 
 
 def test_a_foreign_model_does_not_take_the_weights_of_the_gpt(parent: RunFolder):
-    with pytest.raises(UserError, match=r"has the weights of the GPT, and the new run trains a foreign model\."):
+    with pytest.raises(
+        UserError, match=r"has the weights of trainer's GPT, and build_model builds another model; leave out"
+    ):
         read_beginning(child(parent, "foreign"), is_foreign=True, say=quiet)
 
 

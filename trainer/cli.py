@@ -244,12 +244,12 @@ def _add_evaluate(verbs: Any) -> None:
         metavar="N",
         help="with --data: how a text longer than the model's context is read. Each window after the first scores only "
         "N tokens, and has the tokens before them as context: smaller is slower and more exact (default: the context, "
-        "which reads every token once)",
+        "which is fastest)",
     )
     parser.add_argument(
         "--with-ends",
         action="store_true",
-        help="with --data: also score the end of each text, as the run's own evaluation does",
+        help="with --data: also score the end of each text, as the run's own evaluation of whole lines does",
     )
     parser.add_argument(
         "--last-word",

@@ -276,8 +276,9 @@ def generate(options: argparse.Namespace) -> None:
     prompts = read_prompts(options.prompts) if options.prompts else [options.prompt or options.text or ""]
     with quiet_import():
         from trainer.decoding.generate import Generator
-        from trainer.distributed.strategy import unseen_gpu
+        from trainer.distributed.strategy import unseen_gpu, use_one_inter_op_thread
 
+    use_one_inter_op_thread()
     if warning := unseen_gpu():
         warn(f"warning: {warning}")
     opened = open_model(options.run_folder, step=options.step, say=warn)

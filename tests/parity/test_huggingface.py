@@ -43,6 +43,8 @@ OURS: dict[str, dict[str, Any]] = {
     "llama biases": {**LLAMA, "num_key_value_heads": 1, "use_bias": [*ATTENTION, "feedforward"]},
     "llama head_dim": {**LLAMA, "head_dim": 16, "rope_theta": 5e5, "norm_epsilon": 1e-6, "use_bias": ATTENTION},
 }
+# The class has biases, and this model has none: zeros are written.
+WITHOUT_BIASES = {"gpt2 without biases": {**GPT2, "activation": "relu", "use_bias": False}}
 SIZES_OF_GPT2 = {"n_positions": LENGTH, "n_embd": 32, "n_layer": 2, "n_head": 4}
 SIZES_OF_LLAMA = {
     "max_position_embeddings": LENGTH,
@@ -145,9 +147,9 @@ def test_logits_greedy_texts_and_bits_per_byte_are_equal(make: Any, shape: str, 
     assert different == []
 
 
-@pytest.mark.parametrize("shape", ["gpt2 padded", "llama tied, grouped"])
+@pytest.mark.parametrize("shape", ["gpt2 padded", "llama tied, grouped", *WITHOUT_BIASES])
 def test_an_exported_run_writes_the_greedy_text_of_the_run(shape: str, tmp_path: Path):
-    settings = [f"model.{name}={written(value)}" for name, value in OURS[shape].items()]
+    settings = [f"model.{name}={written(value)}" for name, value in (OURS | WITHOUT_BIASES)[shape].items()]
     run = random_run(tmp_path / "run", *settings)
     folder = trainer.export(str(run.path), "huggingface", str(tmp_path / "out"), say=lambda line: None).path
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -14,7 +14,8 @@ from tokenizers import processors
 from trainer.config.settings import Config, ModelConfig
 from trainer.errors import UserError
 from trainer.exchange.huggingface import CONFIG, INDEX, TOKENIZER, WEIGHTS
-from trainer.exchange.layouts import LAYOUTS, Layout, config_json, misfits, split
+from trainer.exchange.layouts import LAYOUTS, Layout, config_json, misfits, split, with_biases_of
+from trainer.model.size import parameter_shapes
 from trainer.tokenizers.tokenizer import Tokenizer
 
 Dtype = Literal["float32", "bfloat16"]
@@ -36,7 +37,7 @@ def layout_for(model: ModelConfig) -> Layout:
             return layout
     reasons = "; ".join(f"{layout.architecture} has no {', '.join(unfit)}" for layout, unfit in found)
     raise UserError(
-        f"No Hugging Face class can hold this model: {reasons}. These hold every model: --to savedmodel, --to keras."
+        f"No Hugging Face class can hold this model: {reasons}. These hold every GPT: --to savedmodel, --to keras."
     )
 
 
@@ -71,18 +72,20 @@ def write_huggingface(
         UserError: no Hugging Face class can hold the model.
     """
     layout = layout_for(config.model)
+    model, length = with_biases_of(layout, config.model), config.train.sequence_length
     folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(folder, layout, config.model, weights, dtype)
-    length = config.train.sequence_length
+    shapes = parameter_shapes(model, tokenizer.vocabulary_size, length)
+    held = {path: weights.get(path, np.zeros(shape, np.float32)) for path, shape in shapes}
+    _write_weights(folder, layout, model, held, dtype)
     _write_tokenizer(folder, tokenizer, length)
-    num_logits = config.model.num_logits(tokenizer.vocabulary_size)
+    num_logits = model.num_logits(tokenizer.vocabulary_size)
     # What trainer never writes: padding, [UNK], and the rows that belong to no token.
     never = {tokenizer.pad_id, tokenizer.unknown_id, *range(tokenizer.vocabulary_size, num_logits)}
     never -= {tokenizer.bos_id, -1}
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
     generation = ids | ({"suppress_tokens": sorted(never)} if never else {})
     _write_json(folder / "generation_config.json", generation)
-    described = config_json(layout, config.model, num_logits, length)
+    described = config_json(layout, model, num_logits, length)
     _write_json(folder / CONFIG, described | ids | {"torch_dtype": dtype})
 
 

@@ -92,7 +92,7 @@ def family_for(model: ModelConfig) -> Family:
             return family
     reasons = "; ".join(f"{family.name} has no {', '.join(unfit)}" for family, unfit in found)
     raise UserError(
-        f"No KerasHub class that trainer writes can hold this model: {reasons}. These hold every model: --to "
+        f"No KerasHub class that trainer writes can hold this model: {reasons}. These hold every GPT: --to "
         "savedmodel, --to keras."
     )
 

@@ -45,11 +45,12 @@ class Layout(NamedTuple):
         positions_key: the name in config.json of the number of positions.
         defaults: what the class takes for a name that config.json leaves out.
         activations: the names in config.json of our activations; the first is the one that is written.
-        activation_key: where these names stand.
+        activation_key: the name in config.json of the activation.
+        biases: groups of parts that have biases together: always, or if this name in config.json is true.
         always: our settings that the class cannot have otherwise.
         dropout_keys: the names in config.json of our dropout.
-    zero_keys: the names in config.json of dropouts that trainer does not have.
-    fixed: names in config.json that must have this value if they are there: trainer lacks what others mean.
+        zero_keys: the names in config.json of dropouts that trainer does not have.
+        fixed: names in config.json that must have this value if they are there: trainer lacks what others mean.
     """
 
     model_type: str
@@ -354,19 +355,23 @@ def misfits(layout: Layout, model: ModelConfig) -> list[str]:
     found = [name for name, needed in layout.always.items() if getattr(model, name) != needed]
     if model.activation not in layout.activations:
         found.append("activation")
-    unexplained = set(model.biases())
-    for parts, key in layout.biases.items():
-        if key is True or unexplained >= set(parts):
-            unexplained ^= set(parts)
-    if unexplained:
-        found.append("use_bias")
     if "head_dim" not in layout.keys and model.head_width() * model.num_heads != model.hidden_dim:
         found.append("head_dim" if model.head_dim else "num_heads")
     elif model.hidden_dim % model.num_heads:
         found.append("num_heads")
     if "num_key_value_heads" not in layout.keys and model.key_value_heads() != model.num_heads:
         found.append("num_key_value_heads")
-    return [f"model.{name}={written(getattr(model, name))}" for name in found]
+    unheld = sorted(model.biases() - with_biases_of(layout, model).biases())
+    biases = [f"model.use_bias={written(unheld)}"] if unheld else []
+    return [f"model.{name}={written(getattr(model, name))}" for name in found] + biases
+
+
+def with_biases_of(layout: Layout, model: ModelConfig) -> ModelConfig:
+    """Returns a model with all biases that the class has if it has those of the model. A bias of zeros is none."""
+    held = [
+        part for parts, key in layout.biases.items() if key is True or model.biases() & set(parts) for part in parts
+    ]
+    return model.model_copy(update={"use_bias": tuple(held) or False})
 
 
 def written(value: object) -> str:

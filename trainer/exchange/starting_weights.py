@@ -26,6 +26,7 @@ from trainer.tokenizers.tokenizer import Tokenizer
 from trainer.tokenizers.tokenizer_files import train_tokenizer
 
 POSITIONS = "gpt/position_embedding/embeddings"
+_FOREIGN = "init.from={source!r} has the weights of trainer's GPT, and build_model builds another model; leave out one."
 
 Weights = Mapping[str, np.ndarray]
 
@@ -59,8 +60,12 @@ def _from_run(source: str, config: Config, is_foreign: bool, tokenizer: Tokenize
     parent = RunFolder(folder)
     check_tokenizer(source, tokenizer, load_tokenizer_of(parent))
     if is_foreign == (parent.facts["model"] == GPT_MODEL):
-        one, other = ("a foreign model", "the GPT") if is_foreign else ("the GPT", "a foreign model")
-        raise UserError(f"init.from={source!r} has the weights of {other}, and the new run trains {one}.")
+        if is_foreign:
+            raise UserError(_FOREIGN.format(source=source))
+        raise UserError(
+            f"init.from={source!r} has the weights of a model that {parent.facts['model']} built; give that function "
+            "as build_model, from Python, or leave out init.from."
+        )
     checkpoint, groups = read_checkpoint(parent, ("weights",), say, step)
     weights: Weights = groups["weights"]
     changed = differing_settings(config, parent.config)
@@ -73,7 +78,7 @@ def _from_run(source: str, config: Config, is_foreign: bool, tokenizer: Tokenize
 
 def _from_huggingface(source: str, config: Config, is_foreign: bool, tokenizer: Tokenizer, say: Say) -> Beginning:
     if is_foreign:
-        raise UserError(f"init.from={source!r} has the weights of a GPT, and the new run trains a foreign model.")
+        raise UserError(_FOREIGN.format(source=source))
     if (locate(source) / TOKENIZER).is_file():
         check_tokenizer(source, tokenizer, train_tokenizer(SavedTokenizerConfig(kind="saved", path=source), ()))
     weights = read_weights(source, config, tokenizer.vocabulary_size, say)
@@ -87,7 +92,7 @@ def _from_kerashub(source: str, config: Config, is_foreign: bool, tokenizer: Tok
     from trainer.exchange import kerashub_preset
 
     if is_foreign:
-        raise UserError(f"init.from={source!r} has the weights of a GPT, and the new run trains a foreign model.")
+        raise UserError(_FOREIGN.format(source=source))
     weights = kerashub_preset.read_weights(source, config, tokenizer.vocabulary_size)
     say(f"The run begins with the weights of {source}.")
     entry = {"kind": "init", "from": source, "weights_sha256": kerashub_preset.digest_of_weights(source), "changed": []}
@@ -132,16 +137,16 @@ def fitted(
             say(f"init.from={source!r} has {len(array)} positions: the first {wanted[0]} are used.")
             array = array[: wanted[0]]
         if array is None or array.shape != wanted:
-            there = "no such weight" if array is None else list(array.shape)
+            there = "does not have it" if array is None else f"has it as {list(array.shape)}"
             raise UserError(
-                f"init.from={source!r} does not fit this config: {name} is {list(wanted)} by the config, and there it "
-                f"is {there}. {hint or 'Change model.* and train.sequence_length to its sizes.'}"
+                f"init.from={source!r} does not fit this config, which needs {name} as {list(wanted)}: it {there}. "
+                f"{hint or 'Change model.* and train.sequence_length to its sizes.'}"
             )
         found[name] = array.astype(dtype, copy=False)
     for name in sorted(weights.keys() - shapes.keys()):
         raise UserError(
-            f"init.from={source!r} does not fit this config: it has {name}, {list(weights[name].shape)}, and the "
-            f"config's model has no such weight. {hint or 'Change model.* to its sizes.'}"
+            f"init.from={source!r} does not fit this config: it has {name} as {list(weights[name].shape)}, which "
+            f"the config's model does not have. {hint or 'Change model.* to its sizes.'}"
         )
     return found
 
@@ -158,10 +163,11 @@ def advice(config: Config, parent: Config) -> str:
     overrides = [
         quoted(f"{key}={'none' if was is None else was if isinstance(was, str) else json.dumps(was)}")
         for key, _, was in _differences(config, parent)
+        if key != "model.dropout"
     ]
     if config.model.positions == "learned" and config.train.sequence_length > parent.train.sequence_length:
         overrides.append(f"train.sequence_length={parent.train.sequence_length}")
-    return f"The sizes of its own config are: {' '.join(overrides)}" if overrides else ""
+    return f"Add: {' '.join(overrides)}" if overrides else ""
 
 
 def report_other_meaning(config: Config, parent: Config, say: Say) -> None:

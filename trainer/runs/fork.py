@@ -89,8 +89,9 @@ def check_has_steps(fork: Fork, step: int, total_steps: int) -> None:
     if step >= total_steps:
         key = "train.total_steps" if fork.config.train.num_epochs is None else "train.num_epochs"
         raise UserError(
-            f"{fork.parent.path} has taken {step} steps, and the fork's {key}={getattr(fork.config.train, key[6:])} "
-            f"leaves it none to take; give more, such as train.total_steps={2 * step}"
+            f"The fork begins at step {step} of {fork.parent.path}, and its {key}="
+            f"{getattr(fork.config.train, key[6:])} leaves it no step to take; give more, such as "
+            f"train.total_steps={2 * step}"
         )
 
 
@@ -110,12 +111,12 @@ def _check_sizes(fork: Fork) -> None:
     had, has = (dict(parameter_shapes(each.model, 1, each.train.sequence_length)) for each in (before, now))
     for name in {**had, **has}:
         if had.get(name) != has.get(name):
-            shapes = [list(shape) if (shape := each.get(name)) else "no such weight" for each in (had, has)]
+            shapes = [list(shape) if (shape := each.get(name)) else "none" for each in (had, has)]
             what = [each for each in fork.changed if each.startswith(("model.", "train.sequence_length"))]
             raise UserError(
-                f"{'; '.join(what)}: {name} would be {shapes[1]} and is {shapes[0]} in {fork.parent.path}, and a fork "
-                "keeps the sizes (shown for a vocabulary of 1). Leave that out, or begin a new run: trainer train. "
-                f"With fewer positions it can have the weights of this one: init.from={quoted(fork.parent.path)}"
+                f"{'; '.join(what)}: this changes {name} from {shapes[0]} to {shapes[1]} (for a vocabulary of one "
+                "token), and a fork keeps all shapes. Leave that out, or begin a new run: trainer train. With fewer  "
+                f"positions it can have the weights of this one: init.from={quoted(fork.parent.path)}"
             )
 
 
@@ -125,7 +126,7 @@ def place_in_data(fork: Fork, prepared: "PreparedData", step: int) -> tuple[int,
     is_same = prepared.fingerprint == fork.parent.facts["data_fingerprint"]
     reordered = [each.partition("=")[0] for each in fork.changed if each.startswith((*_ORDER, _SEED))]
     if not is_same or reordered:
-        why = f"because of {', '.join(reordered)}" if is_same else "of its own text"
-        return -step * has, f"The fork's batches begin at the beginning, {why}."
+        why = f"the text from the beginning, because of {', '.join(reordered)}"
+        return -step * has, f"The fork reads {why if is_same else 'its own text from the beginning'}."
     place = step * had + fork.parent.data_offset
     return place - step * has, f"The fork's batches go on where the parent's ended, at example {place:,}."

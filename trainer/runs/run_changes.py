@@ -42,9 +42,9 @@ def check_length(run: RunFolder, step: int, before: int | None = None, now: int 
     if not can_extend(run.config.optimizer, old, new, min(step, old)):
         length = f"train.total_steps={train.total_steps}" if train.num_epochs is None else ""
         raise UserError(
-            f"{what}: with optimizer.schedule={run.config.optimizer.schedule!r} a run of this length has other "
-            f"learning rates in the first {step} steps, which are taken. Fork the run, and the fork goes on from here "
-            f"by the new plan: trainer fork {quoted(f'{run.path}@{step}')} {quoted(f'run_folder={run.path}-2')} "
+            f"{what}: optimizer.schedule={run.config.optimizer.schedule!r} depends on the length, so the {step} steps "
+            "that are taken would have had other learning rates. Make a fork, which goes on from here with the new "
+            f"schedule: trainer fork {quoted(f'{run.path}@{step}')} {quoted(f'run_folder={run.path}-2')} "
             f"{length or f'train.num_epochs={train.num_epochs}'}"
         )
 
