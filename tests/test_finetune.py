@@ -1,6 +1,8 @@
 """A run begins with a folder of Hugging Face, as a user who has downloaded one does it: by the config that ships."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,11 +10,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import trainer
+from trainer.cli import main
 from trainer.config.file import load_config
 from trainer.config.settings import Config
 from trainer.errors import UserError
-from trainer.exchange.huggingface import config_of, read_weights
+from trainer.exchange.huggingface import config_of, end_tokens, read_weights, remarks_on_bos
 from trainer.exchange.huggingface_export import write_huggingface
+from trainer.exchange.open import open_model
 from trainer.exchange.source import check_source
 from trainer.exchange.starting_weights import read_beginning
 from trainer.model.size import parameter_shapes
@@ -118,3 +122,57 @@ def test_another_tokenizer_is_refused(downloaded: Path):
 def test_options_that_such_a_folder_does_not_have_are_refused(downloaded: Path):
     with pytest.raises(UserError, match=r"is a model and not a run, so it has no step; leave out step=3"):
         trainer.generate(str(downloaded), step=3)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+
+
+def test_the_end_token_of_a_folder_ends_its_texts(downloaded: Path, capsys: pytest.CaptureFixture[str]):
+    edit_json(downloaded / "config.json", eos_token_id=None)
+    whole = trainer.load(str(downloaded))
+    [text] = whole.generate("The", num_tokens=20, seed=3)
+    tokens = whole.tokenizer.encode(text)
+    end = next(id for id in tokens[4:] if tokens.count(id) == 1)
+    expected = whole.tokenizer.decode(tokens[: tokens.index(end)])
+    assert text.finish == "length" and expected != text
+    edit_json(downloaded / "generation_config.json", eos_token_id=[999, end])
+    edit_json(downloaded / "config.json", eos_token_id=tokens[1])  # generation_config.json comes before it.
+    ended = trainer.load(str(downloaded))
+    [again] = ended.generate("The", num_tokens=20, seed=3)
+    assert (again, again.finish) == (expected, "end")
+    assert "".join(ended.stream("The", num_tokens=20, seed=3)) == expected
+    assert main(["generate", str(downloaded), "The", "--num-tokens", "20", "--seed", "3"]) == 0
+    assert expected in (out := capsys.readouterr().out) and text not in out
+
+
+@pytest.mark.parametrize(
+    ("of_generation", "of_config", "expected"),
+    [
+        (None, None, ()),
+        (None, 5, (5,)),
+        ({}, [5, 6], (5, 6)),
+        ({"eos_token_id": None}, 0, (0,)),
+        ({"eos_token_id": 7}, 5, (7,)),
+        ({"eos_token_id": [9, 10, -1, True, "a"]}, 5, (9,)),
+    ],
+)
+def test_end_tokens_are_numbers_of_tokens(of_generation: Any, of_config: Any, expected: Any, tmp_path: Path):
+    edit_json(tmp_path / "config.json", eos_token_id=of_config)
+    if of_generation is not None:
+        edit_json(tmp_path / "generation_config.json", **of_generation)
+    assert end_tokens(tmp_path, vocabulary_size=10) == expected
+
+
+def test_another_token_before_a_text_than_the_folder_s_is_said(downloaded: Path):
+    edit_json(downloaded / "config.json", bos_token_id=5)
+    lines: list[str] = []
+    tokenizer = open_model(str(downloaded), say=lines.append).tokenizer
+    assert lines == [
+        f"warning: {downloaded}/config.json: bos_token_id=5 is {tokenizer.vocabulary[5]!r}, but each text begins with "
+        f"'<|endoftext|>', which is chosen by its name. If {tokenizer.vocabulary[5]!r} is right, name it [BOS] in "
+        "tokenizer.json."
+    ]
+    for silent in (tokenizer.bos_id, tokenizer.vocabulary_size, None):
+        edit_json(downloaded / "config.json", bos_token_id=silent)
+        assert remarks_on_bos(downloaded, tokenizer) == []

@@ -39,6 +39,7 @@ class LoadedModel:
         self.config: Config = opened.config
         self.step: int = opened.step
         self.folder: Location = opened.folder
+        self._end_tokens = opened.end_tokens
 
     def __repr__(self) -> str:
         trained = f" at step {self.step:,}" if self.step else ""
@@ -49,7 +50,8 @@ class LoadedModel:
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        return Generator(self.model, self.tokenizer.wrapped, self.config.train.sequence_length)
+        length = self.config.train.sequence_length
+        return Generator(self.model, self.tokenizer.wrapped, length, end_tokens=self._end_tokens)
 
     def generate(self, prompts: str | Sequence[str] = "", sampler: str = "top-p", **options: Any) -> list[Text]:
         """Continues prompts: `trainer.generate` without loading the model again. A decoder is compiled once.

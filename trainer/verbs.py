@@ -282,7 +282,8 @@ def generate(options: argparse.Namespace) -> None:
     if warning := unseen_gpu():
         warn(f"warning: {warning}")
     opened = open_model(options.run_folder, step=options.step, say=warn)
-    generator = Generator(opened.model, opened.tokenizer, config.train.sequence_length)
+    length = config.train.sequence_length
+    generator = Generator(opened.model, opened.tokenizer, length, end_tokens=opened.end_tokens)
     if not given and not options.json and sys.stdin.isatty() and sys.stdout.isatty():
         answer_prompts(generator, request)
     else:

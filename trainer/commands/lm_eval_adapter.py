@@ -70,7 +70,7 @@ class TrainerModel(TemplateLM):
         self._tokenizer = opened.tokenizer
         self.max_length = adapt(opened.model).max_length() or opened.config.train.sequence_length
         self._scorer = Scorer(opened.model, opened.tokenizer, self.max_length, strategy)
-        self._generator = Generator(opened.model, opened.tokenizer, self.max_length)
+        self._generator = Generator(opened.model, opened.tokenizer, self.max_length, end_tokens=opened.end_tokens)
         self._folder = opened.folder
 
     @property

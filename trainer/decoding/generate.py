@@ -3,6 +3,7 @@
 Checkpoints and runs are not its concern. text_loop.py writes tokens, sampling.py picks them.
 """
 
+import dataclasses
 import itertools
 import re
 import time
@@ -34,15 +35,24 @@ class Generator:
         tokenizer: the tokenizer of the text the model was trained on.
         sequence_length: the most tokens, [BOS] included, that a text can have.
         ops: a GPT's way of computing; None: the fastest on the device that holds it.
+        end_tokens: tokens that end each text as [BOS] does; the text does not hold them.
 
     Raises:
         UserError: the model has fewer positions than sequence_length.
     """
 
-    def __init__(self, model: keras.Model, tokenizer: Tokenizer, sequence_length: int, ops: Ops | None = None) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        ops: Ops | None = None,
+        end_tokens: Sequence[int] = (),
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
+        self._end_tokens = end_tokens
         self._loops: dict[tuple[Decoder, bool], TextLoop] = {}
         self._language_model = adapt(model)
         self._ops = ops or self._language_model.decoding_ops()
@@ -122,6 +132,7 @@ class Generator:
                     f"stop_tokens={token} is not a token; the vocabulary has the tokens 0 to "
                     f"{self.tokenizer.vocabulary_size - 1}."
                 )
+        request = dataclasses.replace(request, stop_tokens=[*self._end_tokens, *request.stop_tokens])
         prompts = [(prompt, self.encode(prompt, request.sliding_window)) for prompt, _ in rows]
         key = request.decoder, len(rows) == 1 and request.decoder.name != "beam"
         if key not in self._loops:

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pydantic
@@ -32,8 +32,10 @@ from trainer.model.size import parameter_shapes
 from trainer.system.storage import Location, locate, on_disk
 from trainer.system.terminal import Say
 from trainer.system.terminal import say as print_line
+from trainer.tokenizers.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+GENERATION = "generation_config.json"
 # The formats of numbers that are read. Others are packed, and only their own libraries unpack them.
 _READABLE = ("F64", "F32", "F16", "BF16")
 _EMBEDDINGS, _POSITIONS = "gpt/token_embedding/embeddings", "gpt/position_embedding/embeddings"
@@ -59,6 +61,37 @@ def config_of(path: str | Location) -> Config:
     train = {"precision": "float32", "total_steps": 1, "sequence_length": theirs.num_positions}
     tokenizer = {"kind": "saved", "path": str(folder)}
     return make_config({"run_folder": str(folder), "model": model, "train": train, "tokenizer": tokenizer})
+
+
+def end_tokens(path: str | Location, vocabulary_size: int) -> tuple[int, ...]:
+    """Returns the tokens that end a text of a folder's model: eos_token_id of generation_config.json, or if that has
+    none, of config.json. Numbers that are no tokens are left out.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    folder = locate(path)
+    for name in (GENERATION, CONFIG):
+        ids = _read_json(folder, name).get("eos_token_id") if (folder / name).is_file() else None
+        if ids is not None:
+            return tuple(id for id in (ids if isinstance(ids, list) else [ids]) if _is_token(id, vocabulary_size))
+    return ()
+
+
+def remarks_on_bos(path: str | Location, tokenizer: Tokenizer) -> list[str]:
+    """Returns a line if config.json has another token before a text than the tokenizer, which chooses it by name."""
+    bos_id = _read_json(locate(path), CONFIG).get("bos_token_id")
+    if not _is_token(bos_id, tokenizer.vocabulary_size) or bos_id == tokenizer.bos_id:
+        return []
+    theirs, ours = tokenizer.vocabulary[bos_id], tokenizer.vocabulary[tokenizer.bos_id]
+    return [
+        f"warning: {locate(path) / CONFIG}: bos_token_id={bos_id} is {theirs!r}, but each text begins with {ours!r}, "
+        f"which is chosen by its name. If {theirs!r} is right, name it [BOS] in {TOKENIZER}."
+    ]
+
+
+def _is_token(id: object, vocabulary_size: int) -> TypeGuard[int]:
+    return type(id) is int and 0 <= id < vocabulary_size
 
 
 def check_settings(path: str | Location, config: Config) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.config.settings import Config
 from trainer.errors import UserError
-from trainer.exchange.huggingface import config_of, is_huggingface, read_weights
+from trainer.exchange.huggingface import config_of, end_tokens, is_huggingface, read_weights, remarks_on_bos
 from trainer.exchange.keras_file import KerasFile, is_keras_file
 from trainer.model.build import BuildModel, build_gpt
 from trainer.runs.run_data import load_tokenizer_of
@@ -31,6 +31,7 @@ class OpenedModel(NamedTuple):
         config: the settings that it was made with, and the defaults for what it writes, `config.samples`.
         step: the steps that it was trained for; 0 if they are not known.
         folder: the folder or file that it was read from: for a run, the folder of the run.
+        end_tokens: the tokens that end a text, as [BOS] does.
     """
 
     model: "keras.Model"
@@ -38,6 +39,7 @@ class OpenedModel(NamedTuple):
     config: Config
     step: int
     folder: Location
+    end_tokens: tuple[int, ...] = ()
 
 
 def read_config(path: str, build_model: BuildModel | None = None, step: str | CheckpointStep | None = None) -> Config:
@@ -93,7 +95,10 @@ def open_model(
         model = build_gpt(config, tokenizer.vocabulary_size, tokenizer.bos_id)
         weights = read_weights(path, config, tokenizer.vocabulary_size, say)
         assign({variable.path: variable for variable in model.variables}, weights, path)
-        return OpenedModel(model, tokenizer, config, step=0, folder=locate(path))
+        for remark in remarks_on_bos(path, tokenizer):
+            say(remark)
+        ends = end_tokens(path, tokenizer.vocabulary_size)
+        return OpenedModel(model, tokenizer, config, step=0, folder=locate(path), end_tokens=ends)
     if is_keras_file(path):
         _check_is_plain(path, build_model, step)
         file = KerasFile(path)
