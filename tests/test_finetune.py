@@ -176,3 +176,24 @@ def test_another_token_before_a_text_than_the_folder_s_is_said(downloaded: Path)
     for silent in (tokenizer.bos_id, tokenizer.vocabulary_size, None):
         edit_json(downloaded / "config.json", bos_token_id=silent)
         assert remarks_on_bos(downloaded, tokenizer) == []
+
+
+def test_tokens_that_were_added_without_rows_are_named(downloaded: Path):
+    file = json.loads((downloaded / "tokenizer.json").read_text())
+    size = len(file["model"]["vocab"]) + 1
+    added = [{**file["added_tokens"][0], "id": size + i, "content": name} for i, name in enumerate(("[PAD]", "<x>"))]
+    edit_json(downloaded / "tokenizer.json", added_tokens=file["added_tokens"] + added)
+    config = config_for(downloaded, *SIZES)
+    for read in (lambda: config_of(downloaded), lambda: check_source(config)):
+        with pytest.raises(UserError) as error:
+            read()
+        assert str(error.value) == (
+            f"{downloaded}: the model has {size} rows for the {size + 2} tokens of the tokenizer, and none for "
+            "'[PAD]', '<x>'; remove them from added_tokens in tokenizer.json."
+        )
+    edit_json(downloaded / "tokenizer.json", added_tokens=file["added_tokens"])
+    assert config_of(downloaded).model.num_logits(size) == size
+    file["model"]["vocab"]["zz"] = size
+    edit_json(downloaded / "tokenizer.json", model=file["model"])
+    with pytest.raises(UserError, match=f"{size} rows for the {size + 1} tokens of the tokenizer, which is therefore"):
+        config_of(downloaded)

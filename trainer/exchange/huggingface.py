@@ -6,9 +6,9 @@ is loaded.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import pydantic
@@ -56,8 +56,8 @@ def config_of(path: str | Location) -> Config:
     """
     folder, theirs = locate(path), _Described(path)
     model = {name: value for name, value in theirs.model.model_dump(mode="json").items() if value is not None}
-    if (vocabulary_size := _vocabulary_size(folder)) is not None:
-        model["vocabulary_multiple"] = _multiple(vocabulary_size, theirs.num_logits, str(folder))
+    if (vocabulary := _vocabulary(folder)) is not None:
+        model["vocabulary_multiple"] = _multiple(vocabulary, theirs.num_logits, str(folder))
     train = {"precision": "float32", "total_steps": 1, "sequence_length": theirs.num_positions}
     tokenizer = {"kind": "saved", "path": str(folder)}
     return make_config({"run_folder": str(folder), "model": model, "train": train, "tokenizer": tokenizer})
@@ -106,9 +106,9 @@ def check_settings(path: str | Location, config: Config) -> None:
     if theirs.model.positions == "learned" and config.train.sequence_length > theirs.num_positions:
         overrides.append(f"train.sequence_length={theirs.num_positions}")
     if isinstance(config.tokenizer, SavedTokenizerConfig):
-        vocabulary_size = _vocabulary_size(locate(config.tokenizer.path))
-        if vocabulary_size is not None and config.model.num_logits(vocabulary_size) != theirs.num_logits:
-            overrides.append(f"model.vocabulary_multiple={_multiple(vocabulary_size, theirs.num_logits, path)}")
+        vocabulary = _vocabulary(locate(config.tokenizer.path))
+        if vocabulary is not None and config.model.num_logits(vocabulary.size) != theirs.num_logits:
+            overrides.append(f"model.vocabulary_multiple={_multiple(vocabulary, theirs.num_logits, path)}")
     if overrides:
         raise UserError(
             f"{theirs.place}: the settings describe another model. Give: {' '.join(map(quoted, overrides))}"
@@ -135,11 +135,12 @@ def read_weights(
     model, length = config.model, config.train.sequence_length
     theirs = _Described(path)
     with on_disk(locate(path)) as folder:
-        num_tokens = _vocabulary_size(folder)
-        if num_tokens not in (None, vocabulary_size):
+        vocabulary = _vocabulary(folder)
+        if vocabulary is not None and vocabulary.size != vocabulary_size:
             raise UserError(
-                f"{locate(path) / TOKENIZER} has {num_tokens} tokens, and the tokenizer of the run {vocabulary_size}, "
-                "so these are not the tokens that the model was trained with. Leave out the settings of the tokenizer."
+                f"{locate(path) / TOKENIZER} has {vocabulary.size} tokens, and the tokenizer of the run "
+                f"{vocabulary_size}, so these are not the tokens that the model was trained with. Leave out the "
+                "settings of the tokenizer."
             )
         tensors = _Tensors(folder, theirs.layout, str(locate(path)))
         found = {
@@ -245,7 +246,7 @@ class _Tensors:
             return
         advice = ""
         if weight == _EMBEDDINGS and len(shape) == 2 and shape[0] >= vocabulary_size:
-            multiple = _multiple(vocabulary_size, shape[0], self._place)
+            multiple = _multiple(_Vocabulary(vocabulary_size, {}), shape[0], self._place)
             advice = f" With model.vocabulary_multiple={multiple} the {vocabulary_size} tokens have {shape[0]} rows."
         elif weight == _POSITIONS and len(shape) == 2:
             advice = f" Give train.sequence_length={shape[0]} or less."
@@ -307,32 +308,48 @@ def _read_json(folder: Location, name: str) -> dict[str, Any]:
     return read
 
 
-def _vocabulary_size(folder: Location) -> int | None:
-    """Returns the number of tokens of the tokenizer.json in a folder; None if there is none."""
+class _Vocabulary(NamedTuple):
+    """The vocabulary of a tokenizer.json.
+
+    Attributes:
+        size: the number of tokens.
+        added: the tokens that are only in added_tokens, by their numbers.
+    """
+
+    size: int
+    added: Mapping[int, str]
+
+
+def _vocabulary(folder: Location) -> _Vocabulary | None:
+    """Returns the vocabulary of the tokenizer.json in a folder; None if there is none."""
     if not (folder / TOKENIZER).is_file():
         return None
     file = _read_json(folder, TOKENIZER)
     try:
-        added = [int(token["id"]) for token in file.get("added_tokens", [])]
-        return max([*file["model"]["vocab"].values(), *added]) + 1
+        added = {int(token["id"]): str(token["content"]) for token in file.get("added_tokens", [])}
+        ids = set(file["model"]["vocab"].values())
+        return _Vocabulary(max(ids | added.keys()) + 1, {id: added[id] for id in added.keys() - ids})
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
             f"{folder / TOKENIZER}: its vocabulary is not one of byte-level BPE or WordPiece, or is damaged."
         ) from None
 
 
-def _multiple(vocabulary_size: int, num_rows: int, place: object) -> int:
+def _multiple(vocabulary: _Vocabulary, num_rows: int, place: object) -> int:
     """Returns the smallest model.vocabulary_multiple that gives a vocabulary this many rows.
 
     Raises:
         UserError: there are fewer rows than tokens.
     """
-    if num_rows < vocabulary_size:
+    if num_rows < vocabulary.size:
+        reason = f"{place}: the model has {num_rows} rows for the {vocabulary.size} tokens of the tokenizer"
+        extra = [repr(token) for id, token in sorted(vocabulary.added.items()) if id >= num_rows]
+        if len(extra) == vocabulary.size - num_rows:
+            raise UserError(f"{reason}, and none for {', '.join(extra)}; remove them from added_tokens in {TOKENIZER}.")
         raise UserError(
-            f"{place}: the model has {num_rows} rows for the {vocabulary_size} tokens of the tokenizer, which is "
-            "therefore not the one that it was trained with. Give the tokenizer of the model."
+            f"{reason}, which is therefore not the one that it was trained with. Give the tokenizer of the model."
         )
-    return next(m for m in range(num_rows - vocabulary_size + 1, num_rows + 1) if num_rows % m == 0)
+    return next(m for m in range(num_rows - vocabulary.size + 1, num_rows + 1) if num_rows % m == 0)
 
 
 def overrides_for(model: ModelConfig, theirs: ModelConfig) -> list[str]:
