@@ -8,13 +8,14 @@ from typing import Any
 import keras_hub
 import numpy as np
 import pytest
+import tokenizers
 from random_run import PROMPTS, SEQUENCE_LENGTH, TEXT, random_run  # type: ignore[import-not-found]
 from tiny import quiet  # type: ignore[import-not-found]
 
 import trainer
 from trainer.config.settings import ModelConfig, SavedTokenizerConfig
 from trainer.errors import UserError
-from trainer.exchange.kerashub import check_settings, family_for, read_preset
+from trainer.exchange.kerashub import check_settings, family_for, is_preset, read_preset
 from trainer.exchange.kerashub_preset import read_weights
 from trainer.exchange.open import open_model
 from trainer.exchange.starting_weights import read_beginning
@@ -150,3 +151,37 @@ def test_the_tokenizer_of_a_preset_gives_the_tokens_of_the_run_on_these_lines(tm
     ours = open_model(str(run.path), say=quiet).tokenizer
     for line in TEXT.splitlines()[:7]:
         assert np.asarray(theirs(line)).tolist() == ours.encode(line).tolist()
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_special_tokens_that_a_file_only_adds_are_in_the_preset(shape: str, tmp_path: Path):
+    run = random_run(tmp_path / "a", BPE, *SHAPES[shape])
+    made = tokenizers.Tokenizer.from_file(str(run.path / "tokenizer" / "tokenizer.json"))
+    file = json.loads(made.to_str())
+    vocabulary = file["model"]["vocab"]
+    vocabulary["unused"] = vocabulary.pop("[BOS]")
+    file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] != "[BOS]"]
+    made = tokenizers.Tokenizer.from_str(json.dumps(file))
+    made.add_special_tokens(["[BOS]", "<|eot_id|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    run = random_run(tmp_path / "b", f"tokenizer={{kind='bpe',path='{tmp_path}/tokenizer.json'}}", *SHAPES[shape])
+    preset = trainer.export(str(run.path), "kerashub", say=quiet).path
+    theirs = json.loads((preset / "assets" / "tokenizer" / "vocabulary.json").read_text())
+    bos = "<|endoftext|>" if shape == "gpt2" else "<|begin_of_text|>"
+    assert (theirs[bos], theirs["<|eot_id|>"]) == (len(vocabulary), len(vocabulary) + 1)
+    assert sorted(theirs.values()) == list(range(len(theirs)))
+
+
+def test_a_preset_by_the_former_name_of_kerashub_is_read(tmp_path: Path):
+    sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 16, "max_sequence_length": 64}
+    for package in ("keras_hub", "keras_nlp"):
+        described = {"registered_name": f"{package}>GPT2Backbone", "config": {**sizes, "vocabulary_size": 300}}
+        (tmp_path / "config.json").write_text(json.dumps(described))
+        assert is_preset(tmp_path) and read_preset(tmp_path).num_positions == 64
+        for read in (trainer.load, trainer.generate):
+            with pytest.raises(
+                UserError, match=r"is a preset of KerasHub, which only init\.from reads; begin a run with"
+            ):
+                read(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"registered_name": "keras>GPT2Backbone"}')
+    assert not is_preset(tmp_path)

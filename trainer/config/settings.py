@@ -258,8 +258,8 @@ _FROM: dict[str, Any] = {
         Field(
             None,
             description="The model whose weights a new run begins with: a run, RUN@1000 or RUN@best for another of its "
-            "checkpoints than the newest, or a folder of Hugging Face. The sizes of the model must be the same. Steps "
-            "and optimizer begin anew. By default the weights are random.",
+            "checkpoints than the newest; a folder of Hugging Face; or a preset of KerasHub. The sizes of the model "
+            "must be the same. Steps and optimizer begin anew. By default the weights are random.",
         ),
     )
 }

@@ -134,7 +134,8 @@ def _read_config(path: str | Location) -> Any:
 
 def _class_of(described: Any) -> str | None:
     name = described.get("registered_name") if isinstance(described, dict) else None
-    return name.removeprefix("keras_hub>") if isinstance(name, str) and name.startswith("keras_hub>") else None
+    package, _, kind = name.partition(">") if isinstance(name, str) else ("", "", "")
+    return kind if package in ("keras_hub", "keras_nlp") else None  # keras_nlp is its former name.
 
 
 class Preset(NamedTuple):

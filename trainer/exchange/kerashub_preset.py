@@ -111,10 +111,12 @@ def _tokenizer(family: Family, tokenizer: Tokenizer, folder: Path) -> Any:
     """Returns the tokenizer of a preset; only the names of the special tokens differ."""
     tokenizer.save(folder / "tokenizer")
     model = json.loads((folder / "tokenizer" / "tokenizer.json").read_bytes())["model"]
-    names = {id: name for name, id in model["vocab"].items()}
-    names |= {model["vocab"].get(family.bos, tokenizer.bos_id): names[tokenizer.bos_id], tokenizer.bos_id: family.bos}
+    names = {id: name for id, name in enumerate(tokenizer.vocabulary) if name}
+    ids = {name: id for id, name in names.items()}
+    names |= {ids.get(family.bos, tokenizer.bos_id): names[tokenizer.bos_id], tokenizer.bos_id: family.bos}
     if family is not GPT2:
-        names |= dict(enumerate(_LLAMA3_NAMES, start=tokenizer.vocabulary_size))
+        missing = [name for name in _LLAMA3_NAMES if name not in ids]
+        names |= dict(enumerate(missing, start=tokenizer.vocabulary_size))
     if not model["merges"]:
         raise UserError(
             "KerasHub's tokenizers need a vocabulary with merged tokens; use --to savedmodel or --to keras."

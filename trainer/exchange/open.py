@@ -10,6 +10,7 @@ from trainer.config.settings import Config
 from trainer.errors import UserError
 from trainer.exchange.huggingface import config_of, end_tokens, is_huggingface, read_weights, remarks_on_bos
 from trainer.exchange.keras_file import KerasFile, is_keras_file
+from trainer.exchange.kerashub import is_preset
 from trainer.model.build import BuildModel, build_gpt
 from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import CheckpointStep, RunFolder, run_and_step
@@ -53,7 +54,7 @@ def read_config(path: str, build_model: BuildModel | None = None, step: str | Ch
     Raises:
         UserError: the folder holds no model, or another kind of model than build_model builds.
     """
-    if is_huggingface(path):
+    if _is_huggingface(path):
         _check_is_plain(path, build_model, step)
         return config_of(path)
     if is_keras_file(path):
@@ -88,7 +89,7 @@ def open_model(
         from trainer.runs.checkpoint import assign
         from trainer.runs.run_checkpoints import load_model
 
-    if is_huggingface(path):
+    if _is_huggingface(path):
         _check_is_plain(path, build_model, step)
         config = config_of(path)
         tokenizer = train_tokenizer(config.tokenizer, ())  # It is read from the folder.
@@ -110,6 +111,13 @@ def open_model(
     run = RunFolder(run_folder)
     model, checkpoint = load_model(run, build_model, say, at)
     return OpenedModel(model, load_tokenizer_of(run), run.config, checkpoint.step, run.path)
+
+
+def _is_huggingface(path: str) -> bool:
+    """Whether a path is a folder in Hugging Face's form. Raises UserError if it is a preset of KerasHub."""
+    if is_preset(path):
+        raise UserError(f"{path} is a preset of KerasHub, which only init.from reads; begin a run with it.")
+    return is_huggingface(path)
 
 
 def _check_is_plain(path: str, build_model: BuildModel | None, step: str | CheckpointStep | None) -> None:
