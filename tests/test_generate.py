@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.config.settings import ModelConfig
+from trainer.decoding import generate
 from trainer.decoding.decoder import DECODERS, Decoder
 from trainer.decoding.generate import Generator
 from trainer.decoding.request import Request
@@ -515,3 +516,20 @@ def test_a_notebook_that_writes_again_and_again_is_not_warned_of_retracing(monke
         tokenizer = WordPieceTokenizer(WORDS, lowercase=True)
         Generator(make_bigram_model(tokenizer=tokenizer), tokenizer, SEQUENCE).generate(["the town"], GREEDY, 1)
     assert warned == []
+
+
+def test_only_the_loops_used_last_are_kept(monkeypatch):
+    compiled: list[Decoder] = []
+
+    class Counted(generate.TextLoop):
+        def __init__(self, model, tokenizer, sequence_length, decoder, *others):
+            compiled.append(decoder)
+            super().__init__(model, tokenizer, sequence_length, decoder, *others)
+
+    monkeypatch.setattr(generate, "TextLoop", Counted)
+    monkeypatch.setattr(generate, "_MAX_LOOPS", 2)
+    generator = Generator(make_bigram_model(), TINY_TOKENIZER, SEQUENCE)
+    a, b, c = (Decoder("random", temperature=temperature) for temperature in (0.5, 1.0, 2.0))
+    for decoder in (a, b, a, c, a, b):
+        generator.generate([""], decoder, 1)
+    assert compiled == [a, b, c, b]

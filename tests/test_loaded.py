@@ -227,3 +227,15 @@ def test_fuzzed_prompts_are_continued_unless_they_are_not_text(run: LoadedModel)
         else:
             (written,) = run.generate(text, num_tokens=2, sliding_window=True)
             assert written.prompt == text and written.num_tokens <= 2
+
+
+def test_no_texts_are_decoded_to_no_texts():
+    tokenizer = TextTokenizer(ByteTokenizer())
+    empty = tf.zeros([0, 5], tf.int32)
+    for tokens in (empty, tf.RaggedTensor.from_tensor(empty), tokenizer.encode(tf.constant([], tf.string))):
+        texts = tokenizer.decode(tokens)
+        assert (texts.dtype, texts.shape.as_list()) == (tf.string, [0])
+    assert tokenizer.decode(np.zeros((0, 5))) == []
+    assert tokenizer.decode(tf.zeros([0], tf.int32)).numpy() == b""
+    assert tokenizer.decode(np.zeros(0)) == tokenizer.decode([]) == ""
+    assert tokenizer.decode(np.zeros((2, 0))) == ["", ""]

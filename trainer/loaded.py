@@ -200,11 +200,12 @@ class TextTokenizer:
         Raises:
             UserError: a number is not a token.
         """
+        if isinstance(tokens, tf.RaggedTensor):
+            return tf.constant([self.decode(row) for row in tokens.to_list()], tf.string)
         if tf.is_tensor(tokens):
-            rows = tokens.to_list() if isinstance(tokens, tf.RaggedTensor) else tokens.numpy()
-            return tf.constant(self.decode(rows), tf.string)
+            return tf.constant(self.decode(tokens.numpy()), tf.string)
         rows = list(tokens) if _is_sequence(tokens) else [tokens]
-        if rows and _is_sequence(rows[0]):
+        if getattr(tokens, "ndim", 1) > 1 or (rows and _is_sequence(rows[0])):
             return [self.decode(row) for row in rows]
         return self.wrapped.decode(np.array([self._checked(token) for token in rows], np.int32))
 

@@ -24,10 +24,12 @@ from trainer.tokenizers.tokenizer import Tokenizer
 
 # A stream writes more tokens at a time as long as they take less than this.
 _PIECE_SECS = 0.05
+# The compiled loops that a generator keeps, those used last.
+_MAX_LOOPS = 8
 
 
 class Generator:
-    """Continues texts with a model, compiled once for each decoder.
+    """Continues texts with a model, compiled once for each of the decoders used last.
 
     Args:
         model: a GPT, which is read through its key-value cache; or any causal Keras model from int32 [batch, sequence]
@@ -135,9 +137,12 @@ class Generator:
         request = dataclasses.replace(request, stop_tokens=[*self._end_tokens, *request.stop_tokens])
         prompts = [(prompt, self.encode(prompt, request.sliding_window)) for prompt, _ in rows]
         key = request.decoder, len(rows) == 1 and request.decoder.name != "beam"
-        if key not in self._loops:
-            self._loops[key] = TextLoop(self._language_model, self.tokenizer, self.sequence_length, *key, self._ops)
-        loop = self._loops[key]
+        loop = self._loops.pop(key, None) or TextLoop(
+            self._language_model, self.tokenizer, self.sequence_length, *key, self._ops
+        )
+        self._loops[key] = loop  # The last one is the newest.
+        if len(self._loops) > _MAX_LOOPS:
+            del self._loops[next(iter(self._loops))]
         samples = [sample for _, sample in rows]
         return Writing(loop, self.tokenizer, self.sequence_length, prompts, samples, request, stop)
 
