@@ -19,10 +19,12 @@ from trainer.cli import main
 from trainer.config.file import load_config
 from trainer.decoding import samples
 from trainer.errors import UserError
+from trainer.runs.fork import plan_fork
 from trainer.runs.results import read_scores, write_scores
-from trainer.runs.run_changes import changes_of, check_length, has_other_scores, record_changes
-from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints
+from trainer.runs.run_changes import changes_of, check_length, has_other_scores, newest_step, record_changes
+from trainer.runs.run_checkpoints import find_checkpoint, load_model, open_checkpoints
 from trainer.runs.run_folder import RunFolder, find_run
+from trainer.training import launch
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +106,32 @@ def test_a_run_may_get_shorter_down_to_the_steps_that_are_taken(tmp_path: Path):
         check_length(epochs, 6, before=9, now=5)
 
 
+@pytest.mark.slow
+def test_a_run_that_was_made_shorter_from_an_earlier_checkpoint_ends_at_its_new_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    trainer.train(text_run(tmp_path, "run", "train.total_steps=5", "evaluation.every_steps=1"), say=quiet)
+    folder = str(tmp_path / "run")
+    write_scores(RunFolder(folder), {2: 3.0, 4: 0.5, 5: 0.0})
+    assert trainer.resume(folder, say=quiet, overrides=["train.total_steps=3"], step=2).step == 3
+    said: list[str] = []
+    assert trainer.resume(folder, say=said.append).step == 3
+    assert sorted(line for line in said if line.startswith("Skipping")) == [
+        f"Skipping {folder}/checkpoints/step_00000000{step}: it is beyond train.total_steps=3." for step in (4, 5)
+    ]
+    assert read_scores(RunFolder(folder)).keys() == {2, 3}
+    assert load_model(RunFolder(folder), say=quiet, step="best")[1].step == 3
+    assert load_model(RunFolder(folder), say=quiet)[1].step == 3
+    with pytest.raises(UserError, match=r"step 5 cannot be used: it is beyond train\.total_steps=3\.$"):
+        load_model(RunFolder(folder), step=5)
+    # The checks before TensorFlow count only the steps up to the end.
+    longer = RunFolder(folder, ["train.total_steps=4"])
+    check_length(longer, newest_step(longer))
+    assert plan_fork(folder, [f"run_folder={folder}-2", "train.total_steps=4"]).config.train.total_steps == 4
+    assert main(["train", "--resume", folder, "--step", "5"]) == 2
+    assert "train.total_steps=3: the run has taken 5 steps already. Give at least" in capsys.readouterr().err
+
+
 def test_checkpoints_of_another_length_are_of_another_run_if_their_rates_are_others(cosine: RunFolder, tmp_path: Path):
     longer = tiny(tmp_path, "optimizer.schedule=cosine", "train.total_steps=12", "optimizer.warmup_steps=3")
     other = RunFolder.create(longer.model_copy(update={"run_folder": f"{tmp_path}/other"}), tiny_prepared(longer))
@@ -151,6 +179,48 @@ def test_losses_of_other_batches_are_not_compared(tmp_path: Path):
         "evaluation.num_batches has changed, so the validation losses so far are of other batches"
     )
     assert read_scores(fewer) == {} and not has_other_scores(RunFolder(run.path))
+
+
+@pytest.mark.slow
+def test_a_change_that_does_not_work_leaves_the_run_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    trainer.train(text_run(tmp_path, "run", "evaluation.every_steps=1"), say=quiet)
+    run = tmp_path / "run"
+
+    def kept() -> dict[str, bytes]:
+        return {name: (run / name).read_bytes() for name in ("run.json", "config.toml", "scores.json", "result.json")}
+
+    before = kept()
+    changed = [f"evaluation.sets.web={tmp_path}/typo.txt", "evaluation.num_batches=1"]
+    with pytest.raises(UserError, match=r"evaluation\.sets\.web.*typo\.txt"):
+        trainer.resume(str(run), say=refuse_records, overrides=changed)
+    assert kept() == before
+    # On the command line before TensorFlow is loaded, in a fork too.
+    for verb in ("resume", "fork"):
+        monkeypatch.setattr(launch, verb, lambda *_, **__: pytest.fail("TensorFlow is loaded"))
+    for words in (["train", "--resume", str(run)], ["fork", f"{run}@1", f"run_folder={run}-2"]):
+        assert main([*words, *changed]) == 2
+        assert "typo.txt" in capsys.readouterr().err
+    assert kept() == before and not Path(f"{run}-2").exists()
+
+
+def refuse_records(line: str) -> None:
+    assert not line.startswith(("From step", "evaluation.num_batches has changed"))
+
+
+def test_results_stay_if_a_change_cannot_be_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = RunFolder.create(tiny(tmp_path, "evaluation.every_steps=1"), prepared_text(tmp_path))
+    write_scores(run, {1: 2.5})
+    (tmp_path / "run/result.json").write_text("{}")
+
+    def full(run: RunFolder, **facts: object) -> None:
+        raise UserError("No space left on device")
+
+    monkeypatch.setattr(RunFolder, "record", full)
+    with pytest.raises(UserError, match="No space left"):
+        record_changes(RunFolder(run.path, ["evaluation.num_batches=1"]), 1, quiet)
+    assert (tmp_path / "run/result.json").exists() and read_scores(run) == {1: 2.5}
 
 
 def test_what_is_to_be_recorded_has_to_be_a_config(tmp_path: Path):

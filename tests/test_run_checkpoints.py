@@ -22,7 +22,7 @@ from trainer.runs.run_folder import RunFolder, run_and_step
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    return RunFolder.create(tiny(tmp_path), prepared_text(tmp_path))
+    return RunFolder.create(tiny(tmp_path, "train.total_steps=6"), prepared_text(tmp_path))
 
 
 def test_run_is_usable_without_its_data(run: RunFolder, tmp_path: Path):

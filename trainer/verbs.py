@@ -17,7 +17,7 @@ from trainer.commands.inspect_run import inspect as inspect_data
 from trainer.config.file import load_config, make_config, whole_number
 from trainer.config.settings import Config
 from trainer.data.beam import prepare_with_beam
-from trainer.data.prepare import check_sources
+from trainer.data.prepare import check_sets, check_sources
 from trainer.data.prepare import prepare as prepare_text
 from trainer.decoding.request import Request
 from trainer.distributed.tpu_install import check_tpu_install
@@ -30,7 +30,7 @@ from trainer.exit_status import ExitStatus
 from trainer.hardware.devices import parse_target
 from trainer.planning.plan import print_compiled, print_plan
 from trainer.runs.fork import plan_fork
-from trainer.runs.run_changes import check_length, newest_step
+from trainer.runs.run_changes import changes_of, check_length, newest_step
 from trainer.runs.run_data import find_prepared
 from trainer.runs.run_folder import RECORD, CheckpointStep, RunFolder, check_is_free, find_run, run_and_step
 from trainer.storybook.storybook import log_probability
@@ -86,8 +86,7 @@ def fork(options: argparse.Namespace) -> ExitStatus:
     check_is_free(config)
     options.ending.advice = lambda: how_to_resume(config)
     with quiet_import():
-        if not planned.keeps_data:
-            check_sources(config)
+        (check_sets if planned.keeps_data else check_sources)(config)
         from trainer.training import launch
 
     with lasting_output():
@@ -123,6 +122,7 @@ def _check_resumed(options: argparse.Namespace) -> tuple[str, CheckpointStep | N
     if step != "best":
         check_length(run, newest_step(run) if step is None else step)
     options.ending.advice = lambda: _resume_command(run_folder)
+    _check_changes(run)
     return run_folder, step, overrides, run.config
 
 
@@ -143,8 +143,17 @@ def _check_started(options: argparse.Namespace) -> Config:
         if run is None:
             check_source(config)
             check_sources(config)
+        else:
+            _check_changes(run)
         find_workers(config.distribution)  # Loads TensorFlow if SLURM started this process.
     return config
+
+
+def _check_changes(run: RunFolder) -> None:
+    """Raises UserError if a run is to go on with other settings, and a file of evaluation.sets is missing."""
+    if changes_of(run):
+        with quiet_import():
+            check_sets(run.config)
 
 
 def how_to_resume(config: Config) -> str:

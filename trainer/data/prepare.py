@@ -92,6 +92,11 @@ def check_sources(config: Config) -> None:
     """Raises UserError if the files that a config names are missing, or can be seen to be of no use."""
     read_tokenizer_file(config.tokenizer)
     open_source(config.data)
+    check_sets(config)
+
+
+def check_sets(config: Config) -> None:
+    """Raises UserError if the files of evaluation.sets are missing."""
     for name, sources in config.evaluation.sets.items():
         find_inputs(sources, f"evaluation.sets.{name}")
 

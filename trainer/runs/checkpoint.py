@@ -10,7 +10,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -219,6 +219,14 @@ class Checkpoints:
             UserError: the disk or the store cannot be read.
         """
         return steps_in(self.folder)
+
+    def usable_steps(self, steps: Iterable[int]) -> list[int]:
+        """Returns those of these steps that have a whole checkpoint of this run."""
+        usable = []
+        for step in steps:
+            with contextlib.suppress(UserError):
+                usable.append(self.of_step(step).step)
+        return usable
 
     def best_step(self) -> int | None:
         """Returns the step of the checkpoint with the lowest validation loss; None if no checkpoint was scored."""

@@ -11,7 +11,8 @@ from trainer.config.settings import Config
 from trainer.errors import UserError, quoted
 from trainer.model.build import GPT_MODEL
 from trainer.model.size import parameter_shapes
-from trainer.runs.run_folder import CheckpointStep, RunFolder, check_has_checkpoint, run_and_step, steps_in
+from trainer.runs.run_changes import newest_step
+from trainer.runs.run_folder import CheckpointStep, RunFolder, check_has_checkpoint, run_and_step
 from trainer.system.storage import locate
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ def plan_fork(run: str, overrides: Sequence[str], step: str | int | None = None)
     if isinstance(at, int):
         check_has_checkpoint(parent.path, at)
     if config.train.total_steps is not None and at != "best":
-        newest = max(steps_in(parent.path / "checkpoints"), default=0)
-        check_has_steps(fork, newest if at is None else at, config.train.total_steps)
+        check_has_steps(fork, newest_step(parent) if at is None else at, config.train.total_steps)
     return fork
 
 

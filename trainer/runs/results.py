@@ -110,14 +110,14 @@ def scores_to_keep(checkpoints: Checkpoints, step: int, from_step: CheckpointSte
     """Returns the validation losses that a process which goes on from a step has to keep.
 
     A process that was killed may have scored steps after its last checkpoint: they are taken and scored again. But if
-    the user has chosen an earlier checkpoint, the losses of the later checkpoints are kept.
+    the user has chosen an earlier checkpoint, the losses of the later checkpoints that can be used are kept.
 
     Args:
         checkpoints: the run's checkpoints, with the losses so far.
         step: the step of the checkpoint to go on from; 0 if there is none.
         from_step: the checkpoint that the user has chosen; None: the newest.
     """
-    later = () if from_step is None else checkpoints.steps()
+    later = () if from_step is None else checkpoints.usable_steps(at for at in checkpoints.scores if at > step)
     return {at: loss for at, loss in checkpoints.scores.items() if at <= step or at in later}
 
 

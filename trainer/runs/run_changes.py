@@ -10,8 +10,9 @@ from trainer.system.storage import remove_file
 
 
 def newest_step(run: RunFolder) -> int:
-    """Returns the newest step that has the folder of a checkpoint; 0 if none has."""
-    return max(steps_in(run.path / "checkpoints"), default=0)
+    """Returns the newest step of the run that has the folder of a checkpoint; 0 if none has."""
+    end = run.recorded.train.total_steps
+    return max((step for step in steps_in(run.path / "checkpoints") if end is None or step <= end), default=0)
 
 
 def changes_of(run: RunFolder) -> list[str]:
@@ -31,21 +32,21 @@ def check_length(run: RunFolder, step: int, before: int | None = None, now: int 
     train = run.config.train
     old, new = before or run.recorded.train.total_steps, now or train.total_steps
     changed = [each for each in changes_of(run) if each.startswith("train.")]
-    if not changed or old is None or new is None:
+    if old is None or new is None:
         return
-    what = shortened(changed)
+    name = "total_steps" if train.num_epochs is None else "num_epochs"
+    length = f"train.{name}={getattr(train, name)}"
+    what = shortened(changed) or length
     if new < step:
         raise UserError(
             f"{what}: the run has taken {step} steps already. Give at least as many, or go on from an earlier "
             "checkpoint, with --step."
         )
     if not can_extend(run.config.optimizer, old, new, min(step, old)):
-        length = f"train.total_steps={train.total_steps}" if train.num_epochs is None else ""
         raise UserError(
             f"{what}: optimizer.schedule={run.config.optimizer.schedule!r} depends on the length, so the {step} steps "
             "that are taken would have had other learning rates. Make a fork, which goes on from here with the new "
-            f"schedule: trainer fork {quoted(f'{run.path}@{step}')} {quoted(f'run_folder={run.path}-2')} "
-            f"{length or f'train.num_epochs={train.num_epochs}'}"
+            f"schedule: trainer fork {quoted(f'{run.path}@{step}')} {quoted(f'run_folder={run.path}-2')} {length}"
         )
 
 
@@ -66,13 +67,13 @@ def record_changes(run: RunFolder, step: int, say: Callable[[str], None]) -> Non
     changed = changes_of(run)
     if not changed:
         return
+    entry, is_scored_otherwise = {"step": step, "changed": changed}, has_other_scores(run)
+    run.record_config(with_kept_changes(run.config, run.recorded), changes=[*run.facts.get("changes", []), entry])
     remove_file(run.path / RESULT)
-    if has_other_scores(run):
+    if is_scored_otherwise:
         remove_file(run.path / SCORES)
         say(
             "evaluation.num_batches has changed, so the validation losses so far are of other batches: the best "
             "checkpoint is looked for among those that are scored from here on."
         )
-    entry = {"step": step, "changed": changed}
-    run.record_config(with_kept_changes(run.config, run.recorded), changes=[*run.facts.get("changes", []), entry])
     say(f"From step {step} on, as {run.path} records: {'; '.join(changed)}")

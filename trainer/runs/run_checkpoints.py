@@ -162,7 +162,9 @@ def write_beginning(beginning: Beginning, folder: Location, facts: dict[str, Any
 
 
 def _fault_of(run: RunFolder, manifest: dict[str, Any]) -> str | None:
-    """Returns how a checkpoint's manifest shows that it belongs to another run; None if it does not."""
+    """Returns how a checkpoint's manifest shows that it belongs to another run, or is beyond the run's end; None if it
+    is of this run.
+    """
     differing = [
         f"{key}={manifest[key]!r} (this run's is {run.facts[key]!r})"
         for key in _FACTS
@@ -178,4 +180,8 @@ def _fault_of(run: RunFolder, manifest: dict[str, Any]) -> str | None:
                 differing.append(f"train.total_steps={now} (was {then})")
         except UserError as error:
             return f"it was saved with settings that this release does not have: {error}"
-    return f"it is of another run: {shortened(differing)}." if differing else None
+    if differing:
+        return f"it is of another run: {shortened(differing)}."
+    # A run that was made shorter, from an earlier checkpoint, has left it.
+    end = run.recorded.train.total_steps
+    return f"it is beyond train.total_steps={end}." if end is not None and manifest["step"] > end else None

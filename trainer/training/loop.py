@@ -10,7 +10,8 @@ launch    Every worker, in launch.py. The chief locks the run's folder; a run to
           their settings, data and checkpoint.
 build     Every worker builds the same model and optimizer, and finds the micro-batch if it is "auto".
 restore   Every worker loads a checkpoint if the run has one: the newest, or the one that --step names.
-prepare   Every worker makes the batches, the compiled steps, and what scores, samples and reports.
+prepare   Every worker makes the batches, the compiled steps, and what scores, samples and reports. The chief records
+          the settings that are others from here on.
 loop      Every worker takes the same steps. In a step (step.py) each replica computes the gradients of its share of the
           batch, the gradients are summed over all replicas, and each replica makes the same update of its copy of the
           model.
@@ -98,14 +99,11 @@ def train(
         # Before the chief records what has changed.
         has_changed, is_scored_otherwise = bool(changes_of(run)), has_other_scores(run)
         if workers.is_chief:
-            bring_up_to_date(run, prepared, step, say)
+            bring_up_to_date(run, prepared, say)
         result = TrainingResult(run_folder=str(run.path), model=model, step=step, samples={})
         if step == total_steps and not has_changed and (written := read_result(run, step)) is not None:
             say(f"{run.path}: all {total_steps} steps are taken, and this is the result.")
             return result._replace(evaluation=written[0], samples=written[1], best_step=checkpoints.best_step())
-        # One dict with two users: `record_score` adds a loss, and the checkpoints keep the one with the lowest loss.
-        scores = {} if is_scored_otherwise else scores_to_keep(checkpoints, step, from_step)
-        checkpoints.scores = scores
         say(describe_run(run, prepared, model, step, total_steps))
 
         # Prepare the loop, every worker: what scores, samples and reports; the batches; the compiled steps.
@@ -114,6 +112,12 @@ def train(
         evaluation_sets = EvaluationSets(model, strategy, tokenizer, config)
         generator = Generator(model, tokenizer, config.train.sequence_length)
         warn_about_samples(generator, config.samples, say)
+        # Not before all of these are made: settings that they refuse must not stay in the record.
+        if workers.is_chief:
+            record_changes(run, step, say)
+        # One dict with two users: `record_score` adds a loss, and the checkpoints keep the one with the lowest loss.
+        scores = {} if is_scored_otherwise else scores_to_keep(checkpoints, step, from_step)
+        checkpoints.scores = scores
         monitor = make_monitor(run, prepared, model, strategy, step, say) if workers.is_chief else SilentMonitor()
         # repeat(): with a finite dataset TensorFlow synchronizes the workers before every step to ask if data is left.
         batches = iter(
@@ -235,9 +239,8 @@ class TrainingResult(NamedTuple):
     best_step: int | None = None
 
 
-def bring_up_to_date(run: RunFolder, prepared: PreparedData, step: int, say: Say) -> None:
-    """Writes the files that are missing in a run's folder, the place of its data, and the settings that are others from
-    this step on; checks the order of the data.
+def bring_up_to_date(run: RunFolder, prepared: PreparedData, say: Say) -> None:
+    """Writes the files that are missing in a run's folder, and the place of its data; checks the order of the data.
 
     Raises:
         UserError: the batches would come in another order, or the folder cannot be written.
@@ -245,7 +248,6 @@ def bring_up_to_date(run: RunFolder, prepared: PreparedData, step: int, say: Say
     run.write_config_file()
     record_place_of(run, prepared)
     check_first_batch(run, hash_of_first_batch(prepared, run.config, run.first_step, run.data_offset), say)
-    record_changes(run, step, say)
 
 
 def log(step: int, training_step: TrainingStep, meter: Meter, monitor: Monitor | SilentMonitor) -> None:
