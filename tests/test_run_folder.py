@@ -28,6 +28,7 @@ from trainer.config.settings import Config
 from trainer.data.shards import PreparedData
 from trainer.errors import UserError
 from trainer.model.build import model_name
+from trainer.runs.run_changes import record_changes
 from trainer.runs.run_checkpoints import load_model, open_checkpoints
 from trainer.runs.run_data import find_prepared, load_tokenizer_of
 from trainer.runs.run_folder import RunFolder, check_is_free, find_run
@@ -376,8 +377,16 @@ def test_all_of_a_new_run_is_synced_before_it_counts(tmp_path: Path, monkeypatch
 
 def test_a_signal_s_advice_is_to_resume_if_there_is_a_run(run: RunFolder, tmp_path: Path):
     (folder_of(run) / "config.toml").unlink()  # It is written again from the record.
-    assert how_to_resume(run.config) == f"Go on with: trainer train --resume {run.path}"
-    assert how_to_resume(tiny(tmp_path, f"run_folder={tmp_path}/none")).startswith("There is no run yet.")
+    assert how_to_resume(run.config, str(run.path)) == f"Go on with: trainer train --resume {run.path}"
+    assert how_to_resume(run.config, f"{tmp_path}/none").startswith("There is no run yet.")
+    longer = RunFolder(run.path, ["train.total_steps=9"])
+    assert how_to_resume(longer.config, str(run.path)) == "Go on with the same command."
+    record_changes(longer, 0, quiet)
+    assert how_to_resume(longer.config, str(run.path)) == f"Go on with: trainer train --resume {run.path}"
+    # A fork has no --or-resume, so the advice is one that all commands can follow.
+    assert how_to_resume(run.config, "s3://bucket/run").endswith(
+        "the same command. Otherwise go on with: trainer train --resume s3://bucket/run"
+    )
 
 
 def build_own(config: Config, vocabulary_size: int) -> Any:

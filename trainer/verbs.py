@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import trainer
 from trainer.commands.generate import answer_prompts, read_prompts, write_texts
 from trainer.commands.inspect_run import inspect as inspect_data
-from trainer.config.file import load_config, make_config, whole_number
+from trainer.config.file import kept_changes, load_config, make_config, whole_number
 from trainer.config.settings import Config
 from trainer.data.beam import prepare_with_beam
 from trainer.data.prepare import check_sets, check_sources
@@ -84,7 +84,7 @@ def fork(options: argparse.Namespace) -> ExitStatus:
     planned.parent.check_model(None)
     config = planned.config
     check_is_free(config)
-    options.ending.advice = lambda: how_to_resume(config)
+    options.ending.advice = lambda: how_to_resume(config, config.run_folder)
     with quiet_import():
         (check_sets if planned.keeps_data else check_sources)(config)
         from trainer.training import launch
@@ -121,7 +121,7 @@ def _check_resumed(options: argparse.Namespace) -> tuple[str, CheckpointStep | N
     run.check_model(None)
     if step != "best":
         check_length(run, newest_step(run) if step is None else step)
-    options.ending.advice = lambda: _resume_command(run_folder)
+    options.ending.advice = lambda: how_to_resume(run.config, run_folder)
     _check_changes(run)
     return run_folder, step, overrides, run.config
 
@@ -138,7 +138,7 @@ def _check_started(options: argparse.Namespace) -> Config:
     run = find_run(config, options.or_resume)
     if run is not None:
         check_length(run, newest_step(run))
-    options.ending.advice = lambda: how_to_resume(config)
+    options.ending.advice = lambda: how_to_resume(config, config.run_folder)
     with quiet_import():
         if run is None:
             check_source(config)
@@ -156,18 +156,17 @@ def _check_changes(run: RunFolder) -> None:
             check_sets(run.config)
 
 
-def how_to_resume(config: Config) -> str:
-    """Returns what to do after a signal has stopped `train` with this config."""
-    folder = locate(config.run_folder)
+def how_to_resume(config: Config, run_folder: str) -> str:
+    """Returns what to do after a signal has stopped a command that trains with this config in this folder."""
+    folder = locate(run_folder)
+    command = f"trainer train --resume {shlex.quote(str(folder))}"
     if isinstance(folder, Url):  # A store may not answer in time.
-        return "Go on with the same command and --or-resume."
-    if (folder / RECORD).is_file():
-        return _resume_command(str(folder))
-    return "There is no run yet. Start it again with the same command."
-
-
-def _resume_command(run_folder: str) -> str:
-    return f"Go on with: trainer train --resume {shlex.quote(run_folder)}"
+        return f"If there is no run yet, start it again with the same command. Otherwise go on with: {command}"
+    if not (folder / RECORD).is_file():
+        return "There is no run yet. Start it again with the same command."
+    if kept_changes(config, RunFolder(folder).recorded):  # Nothing is recorded yet: `command` would lose it.
+        return "Go on with the same command."
+    return f"Go on with: {command}"
 
 
 def story_verdict(text: str) -> str:
