@@ -4,9 +4,11 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -185,6 +187,18 @@ def test_the_harness_finds_the_figures_of_trainer_evaluate(world: dict[str, str]
     assert found["texts/word_perplexity,none"] == pytest.approx(score.word_perplexity, rel=1e-6)
     assert found["words/perplexity,none"] == pytest.approx(words.score.word_perplexity, rel=1e-6)
     assert found["words/acc,none"] == words.accuracy
+
+
+def test_the_end_token_of_a_folder_ends_an_answer(world: dict[str, str], tmp_path: Path):
+    folder = shutil.copytree(world["exported"], tmp_path / "exported")
+    requests = [SimpleNamespace(args=("The cat", {"max_gen_toks": 16}))]
+
+    def answer() -> str:
+        return str(trainer.commands.lm_eval_adapter.TrainerModel(str(folder), device="cpu").generate_until(requests)[0])
+
+    assert len(answer()) > 1
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(400))}))
+    assert answer() == ""
 
 
 def test_four_replicas_are_scored_by_the_command_as_one(world: dict[str, str], tmp_path: Path):
