@@ -486,7 +486,12 @@ def test_a_config_below_the_home_folder_is_found(tmp_path: Path, monkeypatch: py
         load_config("~nobody-here/tiny.toml")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+# finetune_gpt2 has the tokenizer of init.from.
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted((ROOT / "configs").glob("*.toml")) if path.stem != "finetune_gpt2"],
+    ids=lambda path: path.stem,
+)
 @pytest.mark.parametrize(
     "overrides",
     [
