@@ -58,7 +58,7 @@ def test_or_resume_takes_the_length_of_the_config(tmp_path: Path):
     assert found is not None
     check_length(found, 3)
     assert changes_of(found) == ["train.total_steps=4 (was 3)", "samples.prompt='the' (was '')"]
-    record_changes(found, 3, quiet)
+    record_changes(found, 3, 9, quiet)
     assert RunFolder(found.path).config == longer
     shorter = find_run(tiny(tmp_path, "train.total_steps=3", "samples.prompt=the"), or_resume=True)
     assert shorter is not None
@@ -144,19 +144,41 @@ def test_checkpoints_of_another_length_are_of_another_run_if_their_rates_are_oth
     assert "it is of another run: train.total_steps=9 (was 12)" in said[0]
 
 
+def test_a_length_by_epochs_is_compared_in_steps(tmp_path: Path):
+    config = tiny(tmp_path, "optimizer.schedule=cosine", "train.num_epochs=1")
+    run = RunFolder.create(config, prepared_text(tmp_path))
+    save_checkpoint(run, 4, with_facts=True)  # As in older releases, without the number of steps.
+    assert run.total_steps is None
+    record_changes(run, 0, 9, quiet)
+    for step in (1, 5):
+        save_checkpoint(run, step, with_facts=True)
+    record_changes(RunFolder(run.path, ["train.num_epochs=2"]), 1, 18, quiet)
+    checkpoints = open_checkpoints(RunFolder(run.path))
+    with pytest.raises(UserError, match=r"^it is of another run: the 18 steps of train.num_epochs=2 \(was 9\)\.$"):
+        checkpoints.of_step(5)
+    assert checkpoints.usable_steps((1, 4, 5)) == [1, 4]
+    record_changes(RunFolder(run.path, ["train.num_epochs=1"]), 1, 3, quiet)
+    with pytest.raises(UserError, match=r"^it is beyond the 3 steps of train.num_epochs=1\.$"):
+        open_checkpoints(RunFolder(run.path)).of_step(4)
+    assert newest_step(RunFolder(run.path)) == 1
+    # A number of steps takes the place of the epochs.
+    record_changes(RunFolder(run.path, ["train.total_steps=9"]), 1, 9, quiet)
+    assert open_checkpoints(RunFolder(run.path)).usable_steps((1, 4, 5)) == [1, 4, 5]
+
+
 def test_changes_of_the_run_stay_and_changes_of_the_process_do_not(tmp_path: Path):
     run = RunFolder.create(tiny(tmp_path), prepared_text(tmp_path))
     again = RunFolder(run.path, ["samples.prompt=the", "samples.num_tokens=3", "log.every_steps=7", "train.xla=off"])
     assert changes_of(again) == ["samples.prompt='the' (was '')", "samples.num_tokens=3 (was None)"]
     said: list[str] = []
-    record_changes(again, 1, said.append)
+    record_changes(again, 1, 9, said.append)
     assert said == [
         f"From step 1 on, as {run.path} records: samples.prompt='the' (was ''); samples.num_tokens=3 (was None)"
     ]
     kept = RunFolder(run.path)
     assert (kept.config.samples.prompt, kept.config.samples.num_tokens) == ("the", 3)
     assert (kept.config.log.every_steps, kept.config.train.xla) == (50, "auto")
-    record_changes(RunFolder(run.path, ["samples.num_tokens=none"]), 2, quiet)
+    record_changes(RunFolder(run.path, ["samples.num_tokens=none"]), 2, 9, quiet)
     assert RunFolder(run.path).config.samples.num_tokens is None
     assert [each["step"] for each in RunFolder(run.path).facts["changes"]] == [1, 2]
     # A process that is killed before config.toml is written again.
@@ -169,12 +191,12 @@ def test_losses_of_other_batches_are_not_compared(tmp_path: Path):
     write_scores(run, {1: 2.5})
     other = RunFolder(run.path, ["evaluation.every_steps=2"])
     assert not has_other_scores(other)
-    record_changes(other, 1, quiet)
+    record_changes(other, 1, 9, quiet)
     assert read_scores(other) == {1: 2.5}
     fewer = RunFolder(run.path, ["evaluation.num_batches=1"])
     assert has_other_scores(fewer)
     said: list[str] = []
-    record_changes(fewer, 1, said.append)
+    record_changes(fewer, 1, 9, said.append)
     assert said[0].startswith(
         "evaluation.num_batches has changed, so the validation losses so far are of other batches"
     )
@@ -219,7 +241,7 @@ def test_results_stay_if_a_change_cannot_be_recorded(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(RunFolder, "record", full)
     with pytest.raises(UserError, match="No space left"):
-        record_changes(RunFolder(run.path, ["evaluation.num_batches=1"]), 1, quiet)
+        record_changes(RunFolder(run.path, ["evaluation.num_batches=1"]), 1, 9, quiet)
     assert (tmp_path / "run/result.json").exists() and read_scores(run) == {1: 2.5}
 
 

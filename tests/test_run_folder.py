@@ -381,7 +381,7 @@ def test_a_signal_s_advice_is_to_resume_if_there_is_a_run(run: RunFolder, tmp_pa
     assert how_to_resume(run.config, f"{tmp_path}/none").startswith("There is no run yet.")
     longer = RunFolder(run.path, ["train.total_steps=9"])
     assert how_to_resume(longer.config, str(run.path)) == "Go on with the same command."
-    record_changes(longer, 0, quiet)
+    record_changes(longer, 0, 9, quiet)
     assert how_to_resume(longer.config, str(run.path)) == f"Go on with: trainer train --resume {run.path}"
     # A fork has no --or-resume, so the advice is one that all commands can follow.
     assert how_to_resume(run.config, "s3://bucket/run").endswith(

@@ -11,7 +11,7 @@ from trainer.system.storage import remove_file
 
 def newest_step(run: RunFolder) -> int:
     """Returns the newest step of the run that has the folder of a checkpoint; 0 if none has."""
-    end = run.recorded.train.total_steps
+    end = run.total_steps
     return max((step for step in steps_in(run.path / "checkpoints") if end is None or step <= end), default=0)
 
 
@@ -26,11 +26,11 @@ def check_length(run: RunFolder, step: int, before: int | None = None, now: int 
     Args:
         run: the run.
         step: the steps taken so far.
-        before: the number of steps of the run by its record; None: train.total_steps, if that is set.
+        before: the number of steps of the run by its record; None: run.total_steps.
         now: the number of steps by its config; None: train.total_steps, if that is set.
     """
     train = run.config.train
-    old, new = before or run.recorded.train.total_steps, now or train.total_steps
+    old, new = before or run.total_steps, now or train.total_steps
     changed = [each for each in changes_of(run) if each.startswith("train.")]
     if old is None or new is None:
         return
@@ -55,8 +55,9 @@ def has_other_scores(run: RunFolder) -> bool:
     return run.config.evaluation.num_batches != run.recorded.evaluation.num_batches
 
 
-def record_changes(run: RunFolder, step: int, say: Callable[[str], None]) -> None:
-    """Records the settings that belong to the run and are others from a step on, and prints them.
+def record_changes(run: RunFolder, step: int, total_steps: int, say: Callable[[str], None]) -> None:
+    """Records the settings that belong to the run and are others from a step on, and prints them. Records the number of
+    steps of train.num_epochs, too, which only the data tell.
 
     The result of a finished run is dropped: the run goes on, or is scored again. If the validation losses so far are of
     other batches, they are dropped, too: no later loss can be compared with them.
@@ -65,10 +66,14 @@ def record_changes(run: RunFolder, step: int, say: Callable[[str], None]) -> Non
         UserError: the record or the config cannot be written.
     """
     changed = changes_of(run)
+    length = {} if run.config.train.num_epochs is None else {"epochs_steps": total_steps}
     if not changed:
+        if run.facts | length != run.facts:
+            run.record(**length)
         return
     entry, is_scored_otherwise = {"step": step, "changed": changed}, has_other_scores(run)
-    run.record_config(with_kept_changes(run.config, run.recorded), changes=[*run.facts.get("changes", []), entry])
+    changes = [*run.facts.get("changes", []), entry]
+    run.record_config(with_kept_changes(run.config, run.recorded), changes=changes, **length)
     remove_file(run.path / RESULT)
     if is_scored_otherwise:
         remove_file(run.path / SCORES)

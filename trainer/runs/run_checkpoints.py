@@ -142,7 +142,8 @@ def read_checkpoint(
 
 def facts_of(run: RunFolder) -> dict[str, Any]:
     """Returns the facts about a run that the manifest of each checkpoint repeats."""
-    return {key: run.facts[key] for key in _FACTS} | {"config": run.config.model_dump(mode="json")}
+    facts = {key: run.facts[key] for key in _FACTS}
+    return facts | {"config": run.config.model_dump(mode="json"), "total_steps": run.total_steps}
 
 
 def write_beginning(beginning: Beginning, folder: Location, facts: dict[str, Any]) -> None:
@@ -174,14 +175,21 @@ def _fault_of(run: RunFolder, manifest: dict[str, Any]) -> str | None:
         try:
             saved = make_config(manifest["config"])
             differing += differing_settings(run.recorded, saved)
-            now, then = run.recorded.train.total_steps, saved.train.total_steps
+            now, then = run.total_steps, manifest.get("total_steps") or saved.train.total_steps
             # A run that was made longer keeps the checkpoints of before.
             if now and then and not can_extend(saved.optimizer, then, now, min(manifest["step"], then, now)):
-                differing.append(f"train.total_steps={now} (was {then})")
+                differing.append(f"{_length_of(run)} (was {then})")
         except UserError as error:
             return f"it was saved with settings that this release does not have: {error}"
     if differing:
         return f"it is of another run: {shortened(differing)}."
     # A run that was made shorter, from an earlier checkpoint, has left it.
-    end = run.recorded.train.total_steps
-    return f"it is beyond train.total_steps={end}." if end is not None and manifest["step"] > end else None
+    end = run.total_steps
+    return f"it is beyond {_length_of(run)}." if end is not None and manifest["step"] > end else None
+
+
+def _length_of(run: RunFolder) -> str:
+    """Returns the number of steps of a run by its record, and the setting that it comes from."""
+    if run.recorded.train.num_epochs is None:
+        return f"train.total_steps={run.total_steps}"
+    return f"the {run.total_steps} steps of train.num_epochs={run.recorded.train.num_epochs}"

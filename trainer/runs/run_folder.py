@@ -180,6 +180,11 @@ class RunFolder:
         return int(self.facts.get("first_step", 0))
 
     @property
+    def total_steps(self) -> int | None:
+        """The number of steps by the record; None if it is by epochs and no process has recorded their steps yet."""
+        return self.recorded.train.total_steps or self.facts.get("epochs_steps")
+
+    @property
     def data_offset(self) -> int:
         """The place in the data of the first example of step 0, counted in examples; see `training_batches`. It is not
         0 only in a fork with other data, which begin at the fork, or with another batch size.

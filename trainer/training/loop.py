@@ -114,7 +114,7 @@ def train(
         warn_about_samples(generator, config.samples, say)
         # Not before all of these are made: settings that they refuse must not stay in the record.
         if workers.is_chief:
-            record_changes(run, step, say)
+            record_changes(run, step, total_steps, say)
         # One dict with two users: `record_score` adds a loss, and the checkpoints keep the one with the lowest loss.
         scores = {} if is_scored_otherwise else scores_to_keep(checkpoints, step, from_step)
         checkpoints.scores = scores
