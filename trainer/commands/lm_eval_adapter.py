@@ -1,8 +1,8 @@
 """Lets EleutherAI's lm-evaluation-harness score a model of trainer: `lm_eval --model trainer --model_args run=RUN`.
 
-This is the only module that imports the harness, which is no requirement of trainer. The harness finds the class by the
-entry point lm_eval.models. Releases up to 0.4.13 do not look for entry points; for them this module is a program that
-takes the harness's own arguments:
+trainer does not require the harness, and only this module imports it. The harness finds the class by the entry point
+lm_eval.models. Releases up to 0.4.13 do not look for entry points; for them this module is a program that takes the
+harness's own arguments:
 
     python -m trainer.commands.lm_eval_adapter --model trainer --model_args run=RUN --tasks TASK
 """
