@@ -7,6 +7,7 @@ parsed by what would read it, and DRY and DRY_WORDS give the reason. A command t
 """
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -131,6 +132,18 @@ def header_commands(path: Path) -> list[str]:
     own = [line.strip() for line in lines if re.match(r"   (trainer|scripts/|curl)\b", line)]
     sentences = " ".join(line.strip() for line in lines)
     return own + re.findall(r"\((trainer [^)]*)\)", sentences)
+
+
+def expanded_by_zsh(command: str) -> list[str]:
+    """The words of a command that zsh, macOS's shell, would not pass on: globs that match nothing are errors there, and
+    # begins no comment in a command that is typed or pasted.
+    """
+    bare = re.sub(r"""\\.|'[^']*'|"[^"]*"|`[^`]*`""", lambda quoted: "x" * len(quoted[0]), command)
+    return [
+        command[word.start() : word.end()]
+        for word in re.finditer(r"\S+", bare)
+        if set(word[0]) & set("[]*?()^") or word[0].startswith("#")
+    ]
 
 
 def filled_in(command: str) -> str:
@@ -497,3 +510,60 @@ def script_commands(path: Path) -> list[str]:
 def test_a_script_s_own_examples_are_read_by_what_would_run_them(checkout: Path, path: Path):
     for command in script_commands(path):
         check_or_run(command.replace("$run/logs", "runs").replace("$run", "runs/quickstart"))
+
+
+def shell_lines() -> Iterator[tuple[str, str]]:
+    """Yields where it stands and the command, for each that a reader may copy into a shell; overrides, too."""
+    for name in PAGES:
+        for language, block in blocks_of_page(name):
+            if language == "sh":
+                yield from ((name, command) for command in commands_of(block))
+        text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
+        spans = [re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", text)]
+        # TOML has blanks around the =; an option's form is what stands in brackets.
+        yield from ((name, span) for span in spans if re.match(rf"['\"]?({SECTIONS})\.[\w.]+=\S", span))
+        yield from ((name, command) for command in inline_commands(name))
+    for path in CONFIGS:
+        yield from ((path.name, command) for command in header_commands(path))
+    for path in SCRIPTS:
+        yield from ((path.name, command) for command in script_commands(path))
+
+
+SECTIONS = "|".join({name.partition(".")[0] for name in setting_names() if "." in name})
+
+
+def test_every_command_and_override_to_copy_is_quoted_so_that_zsh_takes_it():
+    assert [(where, line) for where, line in shell_lines() if expanded_by_zsh(line)] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "expanded"),
+    [
+        ("trainer train a.toml distribution.gpus=[0,1] x=1", ["distribution.gpus=[0,1]"]),
+        ("trainer train data.train=a/*.txt", ["data.train=a/*.txt"]),
+        ("trainer plan a.toml # what it costs", ["#"]),
+        ("""trainer train 'data.train=a/*.txt' "distribution.gpus=[0,1]" "$(id)" -t 'a?'""", []),
+        (r"trainer train data.train=\[a,b\] run_folder=a#b", []),
+    ],
+)
+def test_what_zsh_would_expand_is_seen(line: str, expanded: list[str]):
+    assert expanded_by_zsh(line) == expanded
+
+
+# `trainer VERB`, with or without --resume, at the end of a piece of a message.
+BEFORE_A_WORD = re.compile(r"\btrainer [a-z]+( --resume| --or-resume)? $")
+
+
+def test_advice_in_messages_help_and_comments_is_quoted_so_that_zsh_takes_it():
+    bare = re.compile(rf"(?<![\w.'\"])(?:{SECTIONS})\.[\w.]+=(?:\[|[\w/.]*\*)\S*")
+    sources = [*(ROOT / "trainer").rglob("*.py"), *CONFIGS, *SCRIPTS]
+    texts = {path: path.read_text(encoding="utf-8") for path in sources}
+    assert {(path.name, found) for path, text in texts.items() for found in bare.findall(text)} == set()
+    for path in (ROOT / "trainer").rglob("*.py"):
+        for node in ast.walk(ast.parse(texts[path])):
+            values = node.values if isinstance(node, ast.JoinedStr) else []
+            for before, after in itertools.pairwise(values):
+                if isinstance(before, ast.Constant) and BEFORE_A_WORD.search(str(before.value)):
+                    assert isinstance(after, ast.FormattedValue)
+                    word = ast.unparse(after.value)
+                    assert word.startswith(("quoted(", "shlex.quote(")), f"{path.name}, line {node.lineno}: {word}"

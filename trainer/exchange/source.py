@@ -4,7 +4,7 @@ from typing import Literal
 
 from trainer.config.file import split_step
 from trainer.config.settings import Config
-from trainer.errors import UserError
+from trainer.errors import UserError, quoted
 from trainer.exchange import kerashub
 from trainer.exchange.huggingface import check_settings, is_huggingface
 from trainer.runs.run_folder import RECORD, RunFolder
@@ -49,6 +49,6 @@ def check_source(config: Config) -> None:
     if locate(folder) == locate(config.run_folder):
         raise UserError(
             f"init.from={source!r} is the run_folder of the new run itself; choose another run_folder, or go on with "
-            f"that run: trainer train --resume {folder}"
+            f"that run: trainer train --resume {quoted(folder)}"
         )
     RunFolder(folder)
