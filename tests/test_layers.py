@@ -41,6 +41,7 @@ ROOMS = (
     "trainer.loaded",
     "trainer",
     "trainer.verbs",
+    "trainer.parser",
     "trainer.cli",
     "trainer.__main__",
 )

@@ -25,7 +25,7 @@ import tomli_w
 
 import trainer
 import trainer.config.file
-from trainer import cli
+from trainer import cli, parser
 from trainer.config.file import load_config, make_config
 from trainer.config.refusals import setting_names
 from trainer.config.settings import examples_per_replica
@@ -203,7 +203,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def check_trainer(words: list[str]) -> None:
     """Has the real parsers read what follows `trainer`: its options, the config, the overrides and the text's place."""
     try:
-        options = cli._parse(words)
+        options = parser.parse(words)
     except SystemExit:
         raise AssertionError(f"trainer does not take {words}") from None
     run = getattr(options, "resume", None) or getattr(options, "run_folder", None)

@@ -310,7 +310,7 @@ def as_argument(text: str) -> str:
 
 def expect_message(lab: Lab, error: Exception) -> None:
     """Checks the message of a UserError, as the command line would print it."""
-    from trainer.cli import _message
+    from trainer.parser import shortened
 
     lab.note("UserError", str(error))
-    judge(Answer(2, "", f"trainer: {_message(str(error))}\n"), (2,))
+    judge(Answer(2, "", f"trainer: {shortened(str(error))}\n"), (2,))
