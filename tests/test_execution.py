@@ -10,6 +10,7 @@ import tensorflow as tf
 from trainer.config.file import make_config
 from trainer.config.settings import Config
 from trainer.distributed.strategy import make_strategy, processor_of
+from trainer.errors import UserError
 from trainer.execution import DTYPE_BYTES, Execution, query_blocks, resolve
 from trainer.hardware.devices import Target, cpu, parse_target
 from trainer.hardware.processor import Processor
@@ -22,6 +23,7 @@ from trainer.training.step import TrainingStep
 
 FAST_CPU, SLOW_CPU = Processor("CPU", True), Processor("CPU", False)
 GPU, TPU = Processor("GPU"), Processor("TPU")
+UNKNOWN_GPU = Processor("GPU", compiles=False)
 
 
 def execution_of(device: Processor = SLOW_CPU, num_replicas: int = 1, use="training", **train) -> Execution:
@@ -61,6 +63,8 @@ def test_a_cpu_takes_a_large_share_in_two_halves_at_once_unless_told_otherwise(t
         (SLOW_CPU, "on", ("xla", True), "cpu", "cpu"),
         (GPU, "auto", ("xla", True), "plain", "plain"),
         (GPU, "off", ("plain", False), "plain", "plain"),
+        (UNKNOWN_GPU, "auto", ("plain", False), "plain", "plain"),
+        (UNKNOWN_GPU, "off", ("plain", False), "plain", "plain"),
         (TPU, "auto", ("xla", False), "xla", "plain"),
         (TPU, "off", ("xla", False), "xla", "plain"),
     ],
@@ -73,6 +77,13 @@ def test_the_way_of_computing_follows_from_the_device_and_from_who_compiles(
     for use, ops in (("evaluation", evaluation), ("decoding", decoding)):
         found = execution_of(device, use=use, xla=xla)
         assert (found.ops, found.is_compiled, found.recompute) == (ops, False, "nothing")
+
+
+def test_xla_is_refused_on_a_gpu_that_the_build_of_tensorflow_does_not_know():
+    with pytest.raises(UserError, match=r"train\.xla='on': this build of TensorFlow does not know this GPU.*xla=off"):
+        execution_of(UNKNOWN_GPU, xla="on")
+    for use in ("evaluation", "decoding"):  # They are never compiled there.
+        assert execution_of(UNKNOWN_GPU, use=use, xla="on") == execution_of(GPU, use=use, xla="on")
 
 
 def test_a_cpu_computes_in_a_wider_dtype_if_it_is_slow_in_16_bits_and_xla_does_not_compile():

@@ -6,6 +6,7 @@ Pure functions of settings and device. They import no TensorFlow, so that `train
 from typing import Literal, NamedTuple
 
 from trainer.config.settings import Config, examples_per_replica
+from trainer.errors import UserError
 from trainer.hardware.processor import KINDS, Processor
 
 OpsName = Literal["plain", "cpu", "xla"]
@@ -120,13 +121,20 @@ def resolve(
             that a TPU's strategy compiles an evaluation.
 
     Raises:
-        UserError: the batch cannot be spread evenly over the replicas.
+        UserError: the batch cannot be spread evenly over the replicas, or train.xla is "on" and XLA cannot compile for
+            the device.
     """
     train, is_cpu = config.train, device.kind == "CPU"
     examples = examples_per_replica(config, num_replicas)
     asked = (micro_batch_size or train.fixed_micro_batch_size()) if use == "training" else None
     size = asked or _examples_at_a_time(examples, train.sequence_length, device)
-    is_compiled = use == "training" and (train.xla == "on" or (train.xla == "auto" and device.kind == "GPU"))
+    if use == "training" and train.xla == "on" and not device.compiles:
+        raise UserError(
+            f"train.xla='on': this build of TensorFlow does not know this {device.kind}, and XLA would abort. "
+            "Set train.xla=off, or leave it out; a build with a newer CUDA may know it."
+        )
+    wants_xla = train.xla == "on" or (train.xla == "auto" and device.kind == "GPU")
+    is_compiled = use == "training" and wants_xla and device.compiles
     ops = ops_of(device, is_compiled, use)
     recompute = _recompute(config, device) if use == "training" else "nothing"
     weight_dtype = WEIGHT_DTYPES[train.precision]

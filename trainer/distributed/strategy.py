@@ -15,6 +15,7 @@ from trainer.distributed.tpu_install import check_tpu_install
 from trainer.distributed.workers import Workers, find_workers
 from trainer.errors import UserError
 from trainer.execution import resolve
+from trainer.hardware.cuda import make_build, support_of
 from trainer.hardware.devices import Target, find_gpu, parse_target
 from trainer.hardware.processor import Processor, processor
 from trainer.hardware.unused import unused_gpu, unused_tpu
@@ -124,7 +125,14 @@ def device_kind(strategy: tf.distribute.Strategy) -> str:
 
 def processor_of(strategy: tf.distribute.Strategy) -> Processor:
     """Returns the kind of device that the replicas of a strategy are on."""
-    return processor(device_kind(strategy))
+    found = processor(device_kind(strategy))
+    if found.kind != "GPU":
+        return found
+    # The devices are open, and XLA has not compiled for them yet: only then would it end the process.
+    build = make_build(tf.__version__, tf.sysconfig.get_build_info())
+    details = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices("GPU"))
+    capabilities = [each["compute_capability"] for each in details if "compute_capability" in each]
+    return found._replace(compiles=all(support_of(build, each).compiles for each in capabilities))
 
 
 def device_names(strategy: tf.distribute.Strategy) -> set[str]:

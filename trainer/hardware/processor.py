@@ -16,10 +16,12 @@ class Processor(NamedTuple):
     Attributes:
         kind: "CPU", "GPU" or "TPU", as TensorFlow names it.
         multiplies_bfloat16: whether it multiplies bfloat16 faster than float32; read for a CPU only.
+        compiles: whether XLA can compile for it; False for GPUs that this build of TensorFlow does not know.
     """
 
     kind: Literal["CPU", "GPU", "TPU"]
     multiplies_bfloat16: bool = True
+    compiles: bool = True
 
 
 def processor(kind: str) -> Processor:
