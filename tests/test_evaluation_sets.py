@@ -13,9 +13,9 @@ from trainer.data.prepare import check_sources
 from trainer.decoding import samples
 from trainer.errors import UserError
 from trainer.exchange.open import open_model
+from trainer.monitoring.curves import read_curves
 from trainer.scoring.score import total
 from trainer.scoring.scorer import Scorer
-from trainer.training.event_log import read_curves
 
 TEXT = "".join(f"the cat sat on mat {i}\n" for i in range(30))
 TINY: dict[str, Any] = {"run_folder": "runs/x", "train": {"precision": "float32", "total_steps": 3}}

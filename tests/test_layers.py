@@ -35,6 +35,7 @@ ROOMS = (
     "trainer.scoring",
     "trainer.runs",
     "trainer.exchange",
+    "trainer.monitoring",
     "trainer.training",
     "trainer.planning",
     "trainer.commands",

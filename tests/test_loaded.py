@@ -16,9 +16,9 @@ from mutated_values import SPECIAL_NAMES, prompt_text
 from trainer.decoding.request import Request
 from trainer.errors import UserError
 from trainer.loaded import LoadedModel, TextTokenizer
+from trainer.monitoring.event_log import EventLog
 from trainer.runs.run_folder import RunFolder
 from trainer.tokenizers.characters import ByteTokenizer, CharTokenizer
-from trainer.training.event_log import EventLog
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 MAKERS = {

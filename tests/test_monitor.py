@@ -16,11 +16,13 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from trainer.config.file import make_config
 from trainer.config.settings import ProfileConfig, SamplesConfig
 from trainer.errors import UserError
+from trainer.monitoring.event_log import EventLog, literal
+from trainer.monitoring.events import Interval
+from trainer.monitoring.monitor import Monitor
 from trainer.runs.results import Evaluation
 from trainer.scoring.score import Score
 from trainer.system.terminal import printable
-from trainer.training.event_log import EventLog, literal
-from trainer.training.monitor import Interval, Meter, Monitor
+from trainer.training.meter import Meter
 from trainer.training.step import CallMetrics
 
 CONFIG = make_config({"run_folder": "r", "train": {"precision": "float32", "total_steps": 30}})
@@ -349,7 +351,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         watched.interval(20, interval())
         watched.say("above the bar")
         with watched.doing(20, "saving"):
-            watched._progress.refresh()
+            time.sleep(0.2)  # The bar is drawn ten times a second.
     shown = terminal.getvalue()
     assert "compiling" in shown and "training" in shown and "saving" in shown and "━" in shown
     assert "20/30" in shown and "10/30" not in shown.rpartition("20/30")[2]

@@ -15,11 +15,11 @@ from trainer.decoding.request import Request, one_or_several
 from trainer.decoding.writing import Text
 from trainer.errors import UserError
 from trainer.exchange.open import OpenedModel
+from trainer.monitoring.curves import Curve, read_curves
 from trainer.scoring.scorer import Scorer
 from trainer.system.storage import Location
 from trainer.system.terminal import warn
 from trainer.tokenizers.tokenizer import Tokenizer
-from trainer.training.event_log import Curve, read_curves
 
 
 class LoadedModel:

@@ -39,6 +39,7 @@ from trainer.distributed.strategy import distributed
 from trainer.distributed.workers import Workers
 from trainer.errors import quoted
 from trainer.model.build import BuildModel, make_model
+from trainer.monitoring.monitor import Monitor, SilentMonitor, describe_run, make_monitor
 from trainer.runs.checkpoint import Checkpoints
 from trainer.runs.first_batch import check_first_batch, hash_of_first_batch
 from trainer.runs.results import Evaluation, read_result, record_score, scores_to_keep, write_result
@@ -51,8 +52,8 @@ from trainer.system.terminal import Say
 from trainer.training.evaluation import Evaluator
 from trainer.training.evaluation_sets import EvaluationSets
 from trainer.training.health import check_is_learning, report_skipped
+from trainer.training.meter import Meter
 from trainer.training.micro_batch import advising_on_memory, settle_micro_batch
-from trainer.training.monitor import Meter, Monitor, SilentMonitor, describe_run, make_monitor
 from trainer.training.snapshot import restore, save
 from trainer.training.step import TrainingStep
 from trainer.training.stopwatch import Stopwatch

@@ -5,8 +5,8 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -57,7 +57,7 @@ class EventLog:
 
     def _open(self) -> RecordWriter:
         tf.io.gfile.makedirs(str(self.folder))
-        names = _event_files(self.folder)
+        names = event_files(self.folder)
         second = int(time.time())
         if names:
             second = max(second, int(_EVENT_FILE.match(names[-1])[1]) + 1)  # type: ignore[index]
@@ -126,57 +126,9 @@ class EventLog:
         self._unwritten.clear()
 
 
-class Curve(NamedTuple):
-    """The points of a curve.
-
-    Attributes:
-        steps: int64 [points], rising.
-        values: float32 [points].
-    """
-
-    steps: np.ndarray
-    values: np.ndarray
-
-
-def read_curves(folder: Location) -> dict[str, Curve]:
-    """Returns the curves in a folder by name, without points that a later file makes void, as TensorBoard shows them.
-
-    Args:
-        folder: the folder that an `EventLog` writes into. If it is not there, there are no curves.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
-    curves: dict[str, dict[int, float]] = {}
-    try:
-        for name in _event_files(folder) if tf.io.gfile.isdir(str(folder)) else []:
-            for event in _events(f"{folder}/{name}"):
-                if event.session_log.status == SessionLog.START:
-                    curves = {
-                        tag: {step: value for step, value in points.items() if step < event.step}
-                        for tag, points in curves.items()
-                    }
-                for value in event.summary.value:
-                    if value.metadata.plugin_data.plugin_name == "scalars":
-                        curves.setdefault(value.tag, {})[event.step] = tf.make_ndarray(value.tensor).item()
-    except (OSError, tf.errors.OpError) as error:
-        raise UserError(f"{folder} cannot be read: {reason_and_remedy(error)}.") from None
-    return {
-        tag: Curve(np.array(sorted(points), np.int64), np.array([points[step] for step in sorted(points)], np.float32))
-        for tag, points in sorted(curves.items())
-        if points
-    }
-
-
-def _event_files(folder: Location) -> list[str]:
+def event_files(folder: Location) -> list[str]:
     """Returns the names of the files for TensorBoard in a folder, in the order in which they are read."""
     return sorted(name for name in tf.io.gfile.listdir(str(folder)) if _EVENT_FILE.match(name))
-
-
-def _events(path: str) -> Iterator[Event]:
-    """Yields the events of a file, up to a damaged one: the file of a run that was killed may end in half a record."""
-    with contextlib.suppress(tf.errors.DataLossError):
-        yield from LegacyEventFileLoader(path).Load()
 
 
 def literal(text: str) -> str:

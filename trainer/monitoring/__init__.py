@@ -1,0 +1,1 @@
+"""What a run shows while it trains: events, and the sinks that show, write or pass them on."""

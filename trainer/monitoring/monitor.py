@@ -1,0 +1,229 @@
+"""Turns what a run measures into the figures that it shows, and passes them to the sinks."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TextIO
+
+import keras
+import tensorflow as tf
+
+from trainer.config.settings import Config
+from trainer.data.batches import num_examples
+from trainer.data.batches import total_steps as count_steps
+from trainer.data.coverage import TextBytes
+from trainer.data.shards import PreparedData
+from trainer.distributed.strategy import device_kind, device_names, find_devices
+from trainer.model.language_model import adapt
+from trainer.model.size import tokens_per_sec_at_peak
+from trainer.monitoring.events import Interval, Place, Sink
+from trainer.monitoring.progress import TrainingProgress
+from trainer.monitoring.tensorboard import TensorBoard
+from trainer.runs.parentage import describe_history
+from trainer.runs.results import Evaluation
+from trainer.runs.run_folder import RunFolder
+from trainer.system.storage import Location
+from trainer.system.terminal import Say
+from trainer.system.terminal import say as print_line
+
+
+class Monitor:
+    """Passes what a run reports to its sinks: TensorBoard, the terminal, and others.
+
+    Args:
+        logs: the folder for TensorBoard.
+        config: the run's configuration, which TensorBoard shows.
+        first_step: the step that this process goes on from; the curves lose what earlier processes logged after it.
+        total_steps: the number of steps of the run.
+        bits_per_token_byte: the factor from nats per target to bits per byte of the training text.
+        is_lossy: whether bits per byte are about less than the training text: its tokens do not hold all of it, or it
+            is cut.
+        terminal: the stream for lines and the progress bar; None: standard output.
+        say: prints a line, in place of terminal; then there is no progress bar. None: terminal is used.
+        steps_per_epoch: the steps of an epoch; None: the run has no epochs.
+        data_begins_at: the step at which the first epoch begins; not 0 only in a fork with other data or batches.
+        history: a line for each run that this one comes from, and for each change.
+        peak_tokens_per_sec: the speed at a model FLOPs utilisation of 1; None: unknown, and the curve is left out.
+        sinks: what else receives the reports.
+    """
+
+    def __init__(
+        self,
+        logs: Location,
+        config: Config,
+        first_step: int,
+        total_steps: int,
+        bits_per_token_byte: float,
+        is_lossy: bool,
+        terminal: TextIO | None = None,
+        say: Say | None = None,
+        steps_per_epoch: float | None = None,
+        data_begins_at: float = 0.0,
+        history: Sequence[str] = (),
+        peak_tokens_per_sec: float | None = None,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        self.total_steps = total_steps
+        self._peak_tokens_per_sec = peak_tokens_per_sec
+        self._bits_per_token_byte = bits_per_token_byte
+        self._bits_tag = _bits_tag(is_lossy)
+        self._steps_per_epoch = steps_per_epoch
+        self._num_epochs = config.train.num_epochs or round(
+            (total_steps - data_begins_at) / (steps_per_epoch or total_steps), 2
+        )
+        self._data_begins_at = data_begins_at
+        terminal_sink = TrainingProgress(first_step, total_steps, terminal, say)
+        self.say = terminal_sink.say
+        tensorboard = TensorBoard(logs, config, first_step, total_steps, history, self.say)
+        self.profiled = tensorboard.profiled
+        self._sinks: list[Sink] = [tensorboard, terminal_sink, *sinks]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Opens the sinks, and closes them at the end."""
+        with contextlib.ExitStack() as stack:
+            for sink in self._sinks:
+                stack.enter_context(sink.running())
+            yield
+
+    @contextlib.contextmanager
+    def doing(self, step: int, what: str) -> Iterator[None]:
+        """Shows what is done in this block, after step steps."""
+        with contextlib.ExitStack() as stack:
+            for sink in self._sinks:
+                stack.enter_context(sink.doing(self._place(step), what))
+            yield
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar."""
+        for sink in self._sinks:
+            sink.advance(self._place(step))
+
+    def interval(self, step: int, interval: Interval) -> None:
+        """Reports the steps since the last report."""
+        place = self._place(step)
+        values = interval._asdict() | {"skipped_steps": interval.num_skipped, "epoch": place.epochs}
+        del values["num_steps"], values["num_skipped"]
+        if interval.loss is not None:
+            values["perplexity"] = _perplexity(interval.loss)
+            values[self._bits_tag] = interval.loss * self._bits_per_token_byte
+        if self._peak_tokens_per_sec is not None:
+            values["mfu_in_steps"] = interval.tokens_per_sec_in_steps / self._peak_tokens_per_sec
+            values["mfu_overall"] = interval.tokens_per_sec_overall / self._peak_tokens_per_sec
+        for sink in self._sinks:
+            sink.interval(place, interval, _known(values))
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Reports a score on the validation text."""
+        place = self._place(step)
+        values = {
+            "loss": evaluation.loss,
+            "perplexity": evaluation.perplexity,
+            _bits_tag(evaluation.is_lossy): evaluation.bits_per_byte,
+            "excess_nats_per_token": evaluation.excess,
+            "epoch": place.epochs,
+        }
+        values |= {f"loss_of_source_{i}": loss for i, loss in enumerate(evaluation.losses)}
+        for name, score in evaluation.sets.items():
+            values |= {f"loss/{name}": score.loss, f"{_bits_tag(score.loses_text)}/{name}": score.bits_per_byte}
+        for sink in self._sinks:
+            sink.evaluation(place, evaluation, _known(values))
+
+    def samples(self, step: int, samples: Mapping[str, str]) -> None:
+        """Reports the samples, by the decoder that wrote them."""
+        for sink in self._sinks:
+            sink.samples(self._place(step), samples)
+
+    def _place(self, step: int) -> Place:
+        epochs = None
+        if self._steps_per_epoch is not None:
+            # The batch of the last step may be filled with examples of the next epoch.
+            epochs = min((step - self._data_begins_at) / self._steps_per_epoch, self._num_epochs)
+        return Place(step, self.total_steps, epochs, self._num_epochs)
+
+
+class SilentMonitor:
+    """A monitor that reports nothing, for the workers that are not the chief."""
+
+    @contextlib.contextmanager
+    def running(self, *_: object) -> Iterator[None]:
+        """Does nothing."""
+        yield
+
+    profiled = doing = running
+
+    def say(self, *_: object) -> None:
+        """Does nothing."""
+
+    advance = interval = evaluation = samples = say
+
+
+def _known(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Returns the figures that are known. An unknown one gets no point: TensorBoard would draw 0 as the best loss."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _bits_tag(is_lossy: bool) -> str:
+    return "bits_per_byte_lossy" if is_lossy else "bits_per_byte"
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def make_monitor(
+    run: RunFolder,
+    prepared: PreparedData,
+    model: keras.Model,
+    strategy: tf.distribute.Strategy,
+    first_step: int,
+    say: Say,
+) -> Monitor:
+    """Returns the monitor of a run that goes on from first_step."""
+    config, split = run.config, prepared.split("train")
+    text_bytes, parts = TextBytes(prepared), prepared.parts("train")
+    is_cut = config.data.mode == "lines" and split.max_tokens > config.train.sequence_length
+    has_epochs = config.data.weights is None  # The sources of a mixture end at different times.
+    return Monitor(
+        run.path / "logs",
+        config,
+        first_step=first_step,
+        total_steps=count_steps(prepared, config, run.data_offset),
+        bits_per_token_byte=1 / (text_bytes.of_target(config) * math.log(2)),
+        is_lossy=is_cut or any(map(text_bytes.is_lossy, parts)),
+        # print_line is the default of launch.py: in its place the Monitor may show a progress bar.
+        say=None if say is print_line else say,
+        steps_per_epoch=num_examples(split, config) / config.train.global_batch_size if has_epochs else None,
+        data_begins_at=-run.data_offset / config.train.global_batch_size,
+        history=describe_history(run),
+        peak_tokens_per_sec=find_peak(config, model, prepared.vocabulary_size, strategy, say),
+    )
+
+
+def find_peak(
+    config: Config, model: keras.Model, vocabulary_size: int, strategy: tf.distribute.Strategy, say: Say
+) -> float | None:
+    """Returns the tokens per second at a model FLOPs utilisation of 1. Returns None on a CPU, for a foreign model, and
+    for an accelerator whose peak is unknown, which a line then names.
+    """
+    kind = device_kind(strategy)
+    if kind == "CPU" or not adapt(model).is_gpt:
+        return None
+    names = device_names(strategy)
+    devices = find_devices(kind, names, strategy.num_replicas_in_sync)
+    at_peak = None if devices is None else tokens_per_sec_at_peak(config, vocabulary_size, devices)
+    if at_peak is None:
+        name = " and ".join(sorted(names)) or f"this {kind}"
+        say(f"The peak of {name} in train.precision={config.train.precision!r} is not known: no utilisation is shown.")
+    return at_peak
+
+
+def describe_run(run: RunFolder, prepared: PreparedData, model: keras.Model, step: int, total_steps: int) -> str:
+    """Returns a line about a run that goes on from a step."""
+    train = run.config.train
+    tokens = train.global_batch_size * train.sequence_length
+    text = prepared.split("train")
+    return (
+        f"{run.path}: {model.count_params():,} parameters, {train.precision}; {text.num_tokens:,} tokens of text; "
+        f"steps {step} to {total_steps} of {train.global_batch_size} x {train.sequence_length} = {tokens:,} tokens."
+    )

@@ -1,0 +1,113 @@
+"""Shows what a run reports on the terminal: a progress bar, or plain lines if standard output is no terminal."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import TextIO
+
+import rich.progress
+
+from trainer.monitoring.events import Interval, Place, Sink
+from trainer.runs.results import Evaluation
+from trainer.system.terminal import Say, console, printable
+
+# The columns of a terminal that the bar needs to show both speeds; with fewer it shows only the overall speed.
+_WIDE = 140
+
+
+class TrainingProgress(Sink):
+    """Shows the progress of a run.
+
+    Args:
+        first_step: the step that this process goes on from.
+        total_steps: the number of steps of the run.
+        terminal: the stream for lines and the progress bar; None: standard output.
+        say: prints a line, in place of terminal; then there is no progress bar. None: terminal is used.
+    """
+
+    def __init__(self, first_step: int, total_steps: int, terminal: TextIO | None = None, say: Say | None = None):
+        self._first_step = first_step
+        self._terminal = terminal or sys.stdout
+        self._say = say
+        self._console = console(self._terminal)
+        self._has_bar = say is None and self._console.is_terminal
+        self._progress = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=None),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[state]}"),
+            rich.progress.TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not self._has_bar,
+        )
+        self._started = time.monotonic()
+        # The first call of the compiled loop also compiles it.
+        self._task = self._progress.add_task("compiling", total=total_steps, completed=first_step, state="")
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Shows the progress bar."""
+        self._started = time.monotonic()
+        with self._progress:
+            yield
+
+    def say(self, line: str) -> None:
+        """Prints a line. If there is a progress bar, the line is above it and is wrapped between words."""
+        if self._say is not None:
+            self._say(line)
+        elif self._has_bar:
+            self._console.print(printable(line))
+        else:
+            print(printable(line), file=self._terminal, flush=True)
+
+    @contextlib.contextmanager
+    def doing(self, place: Place, what: str) -> Iterator[None]:
+        """Shows what is done in this block: in the progress bar, or as a line."""
+        if not self._has_bar:
+            self.say(f"{place}  {what}")
+        self._progress.update(self._task, description=what)
+        try:
+            yield
+        finally:
+            self._progress.update(self._task, description="training")
+
+    def advance(self, place: Place) -> None:
+        """Moves the progress bar."""
+        self._progress.update(self._task, completed=place.step, description="training")
+
+    def interval(self, place: Place, interval: Interval, values: Mapping[str, float]) -> None:
+        """Shows the loss and the speed: in the progress bar, or as a line."""
+        loss, learned, norm = "no step was applied", "no step was applied", ""
+        if interval.loss is not None:
+            loss = f"loss {interval.loss:.4f}"
+            learned = f"{loss}  perplexity {values['perplexity']:.2f}"
+        if interval.grad_norm is not None:
+            norm = f"norm {interval.grad_norm:.2f}  "
+        in_steps, overall = interval.tokens_per_sec_in_steps, interval.tokens_per_sec_overall
+        speed, short = f"{in_steps:,.0f} tokens/s in steps, {overall:,.0f} overall", f"{overall:,.0f} tokens/s"
+        if "mfu_overall" in values:
+            speed += f"  mfu {values['mfu_in_steps']:.1%} in steps, {values['mfu_overall']:.1%} overall"
+        shown = speed if self._console.width >= _WIDE else short
+        self._progress.update(self._task, completed=place.step, state=f"{place.epoch()}{loss}  {shown}")
+        if not self._has_bar:
+            self.say(
+                f"{place}  {learned}  rate {interval.learning_rate:.2e}  {norm}{speed}  "
+                f"input {interval.input_share:.1%}  {_clock(self._secs_left(place))} left"
+            )
+
+    def evaluation(self, place: Place, evaluation: Evaluation, values: Mapping[str, float]) -> None:
+        """Prints a line for the validation text and for each of evaluation.sets."""
+        self.say(f"{place}  validation: {evaluation}")
+        for name, score in evaluation.sets.items():
+            self.say(f"{place}  {name}: {score}")
+
+    def _secs_left(self, place: Place) -> float:
+        per_step = (time.monotonic() - self._started) / max(1, place.step - self._first_step)
+        return per_step * (place.total_steps - place.step)
+
+
+def _clock(secs: float) -> str:
+    minutes, seconds = divmod(round(secs), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,98 @@
+"""Writes what a run reports for TensorBoard: curves, texts and profiles."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import tensorflow as tf
+
+from trainer.config.settings import Config
+from trainer.monitoring.event_log import EventLog, literal
+from trainer.monitoring.events import Interval, Place, Sink
+from trainer.runs.results import Evaluation
+from trainer.system.storage import Location
+from trainer.system.terminal import Say
+
+
+class TensorBoard(Sink):
+    """Writes into two folders, train and validation, so that TensorBoard draws both losses into one chart.
+
+    Args:
+        logs: the folder for both.
+        config: the run's configuration, which is shown as a text.
+        first_step: the step that this process goes on from; the curves lose what earlier processes logged after it.
+        total_steps: the number of steps of the run.
+        history: a line for each run that this one comes from, and for each change.
+        say: prints a line.
+    """
+
+    def __init__(
+        self, logs: Location, config: Config, first_step: int, total_steps: int, history: Sequence[str], say: Say
+    ) -> None:
+        self._say = say
+        self._train = EventLog(logs / "train", first_step, say)
+        # A run that has taken all its steps is resumed only to be scored: a score that an earlier process has logged at
+        # this step is written again, so it must not stay.
+        self._validation = EventLog(logs / "validation", first_step - (first_step == total_steps), say)
+        texts = {"config": f"```toml\n{config.to_toml()}\n```"}
+        if history:
+            texts["history"] = literal("\n".join(history))
+        self._train.texts(first_step, texts)
+        self._profile = config.profile
+        self._is_profiling = False
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Closes the log files at the end."""
+        try:
+            yield
+        finally:
+            self._train.close()
+            self._validation.close()
+            self._end_profile()  # The run may have been stopped during the profiled steps.
+
+    def interval(self, place: Place, interval: Interval, values: Mapping[str, float]) -> None:
+        """Adds a point to each curve of training."""
+        self._train.scalars(place.step, values)
+
+    def evaluation(self, place: Place, evaluation: Evaluation, values: Mapping[str, float]) -> None:
+        """Adds a point to each curve of the validation text."""
+        self._validation.scalars(place.step, values)
+
+    def samples(self, place: Place, samples: Mapping[str, str]) -> None:
+        """Adds the samples as texts."""
+        self._train.texts(place.step, {f"samples/{name}": literal(text) for name, text in samples.items()})
+
+    @contextlib.contextmanager
+    def profiled(self, step: int) -> Iterator[None]:
+        """Profiles the call of the compiled loop in this block, if it takes a step that is to be profiled.
+
+        Args:
+            step: the steps taken so far.
+        """
+        if step == self._profile.at_step:
+            self._begin_profile()
+        if not self._is_profiling:
+            yield
+            return
+        # TensorBoard recognizes a step by this name and these arguments.
+        with tf.profiler.experimental.Trace("train", step_num=step + 1, _r=1):
+            yield
+        if step + 1 == self._profile.ends()[-1]:
+            self._end_profile()
+
+    def _begin_profile(self) -> None:
+        try:
+            tf.profiler.experimental.start(str(self._train.folder))
+            self._is_profiling = True
+        except tf.errors.AlreadyExistsError:
+            self._say("profile.at_step: no profile: this process is already being profiled.")
+
+    def _end_profile(self) -> None:
+        if not self._is_profiling:
+            return
+        self._is_profiling = False
+        try:
+            tf.profiler.experimental.stop()
+            self._say(f"Profile written into {self._train.folder / 'plugins' / 'profile'}")
+        except (OSError, tf.errors.OpError) as error:
+            self._say(f"profile.at_step: the profile could not be written into {self._train.folder}: {error}")
