@@ -387,8 +387,8 @@ def test_test_script_checks_the_programs_then_runs_the_tests(checkout: Checkout)
         "== types",
         "mypy",
         "== shellcheck",
-        "shellcheck --external-sources scripts/environment.sh .ci/run scripts/quickstart scripts/test "
-        "scripts/launch/slurm",
+        "shellcheck --external-sources scripts/environment.sh scripts/launch/tpu_host.sh .ci/run scripts/quickstart "
+        "scripts/test scripts/launch/slurm",
         "== tests",
         "pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m not slow -k two words",
     ]

@@ -274,9 +274,10 @@ def check_tpu(words: list[str]) -> None:
     command = [str(ROOT / "scripts/launch/tpu"), *words, *(["--dry-run"] if words != ["-h"] else [])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert words == ["-h"] or "gcloud compute tpus tpu-vm" in done.stdout
-    if words[0] == "train":
-        check_trainer(["train", *words[words.index("--zone") + 2 :]])
+    assert words == ["-h"] or "gcloud compute tpus " in done.stdout
+    if words[0] in ("train", "keep"):
+        config = next(number for number, word in enumerate(words) if word.endswith(".toml"))
+        check_trainer(["train", *words[config:]])
 
 
 def check_program(words: list[str]) -> None:

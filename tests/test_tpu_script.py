@@ -1,5 +1,6 @@
 """Laws of scripts/launch/tpu, with a gcloud that runs nothing in a cloud: it notes its arguments, and is the host."""
 
+import json
 import os
 import platform
 import re
@@ -16,14 +17,25 @@ REPOSITORY = Path(__file__).parents[1]
 BASH = shutil.which("bash") or "bash"
 WHERE = ("my-tpu", "--zone", "us-west4-a")
 CONFIG = "configs/quickstart.toml"
+KEEP = ("keep", "--type", "v5e-8", "--spot", CONFIG, "run_folder=gs://b/run")
 
 # A fake gcloud: it writes down each argument and a NUL, and one NUL more after each call. If there is a folder $HOST,
-# it also acts as the host: it takes the file of scp, and runs the text of ssh with $HOST as the home folder.
+# it also acts as the host: it takes the file of scp, and runs the text of ssh with $HOST as the home folder. The states
+# of a queued resource stand in the file $QUEUE, one in a line for each time that gcloud is asked.
 FAKE_GCLOUD = f"""#!{BASH}
 printf '%s\\0' "$@" >>"$CALLS"
 printf '\\0' >>"$CALLS"
+if [[ "$3 $4" == "queued-resources describe" && -e $QUEUE ]]; then
+    read -r state <"$QUEUE"
+    sed -i 1d "$QUEUE"
+    if [[ $state == NONE ]]; then echo "ERROR: (gcloud.x) NOT_FOUND: Resource q was not found." >&2; exit 1; fi
+    echo "$state"
+    exit
+fi
+if [[ "$3 $4" == "tpu-vm describe" ]]; then echo "${{NODE:-READY}}"; exit; fi
 if [[ ! -d $HOST ]]; then exit; fi
-cd "$HOST"
+cd "$HOST" || exit 255
+if [[ -e unreachable ]]; then exit 255; fi
 export HOME=$HOST
 for argument in "$@"; do
     case $argument in --command=*) exec {BASH} -c "${{argument#--command=}}" ;; esac
@@ -37,7 +49,8 @@ echo "${{TPU_LOAD_LIBRARY-unset}}" >"$HOME/tpu_load_library"
 if [[ -e $HOME/ends_with ]]; then echo "trainer: no such config"; exit "$(cat "$HOME/ends_with")"; fi
 trap 'echo saved; exit 75' TERM
 echo training
-while :; do sleep 0.1; done
+while [[ ! -e $HOME/finishes ]]; do sleep 0.05; done
+exit "$(cat "$HOME/finishes")"
 """
 FAKE_SERVER = f"""#!{BASH}
 echo "${{TPU_LOAD_LIBRARY-unset}}" >>"$HOME/served"
@@ -54,6 +67,13 @@ FAKE_TIMEOUT = f"""#!{BASH}
 pid=${{@: -2:1}} log=${{@: -1}}
 while kill -0 "${{pid#--pid=}}" 2>/dev/null && ! grep -qE '^(training|serving)' "$log"; do sleep 0.05; done
 cat "$log"
+"""
+# A minute passes at once; the program after_minute_N, if there is one, says what happened in it.
+FAKE_SLEEP = f"""#!{BASH}
+if [[ $1 != 60 ]]; then exec {shutil.which("sleep")} "$@"; fi
+echo minute >>"$QUEUE.minutes"
+after=$QUEUE.$(grep -c . "$QUEUE.minutes")
+if [[ -e $after ]]; then source "$after"; fi
 """
 # Checks more often than every second whether the process has ended.
 FAKE_TAIL = f"""#!{BASH}
@@ -76,20 +96,21 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.root, self.bin, self.host = folder / "checkout", folder / "bin", folder / "host"
-        self.calls_file = folder / "calls"
-        for name in ("scripts/launch/tpu", "scripts/environment.sh", "setup.cfg", CONFIG):
+        self.calls_file, self.queue = folder / "calls", folder / "queue"
+        for name in ("scripts/launch/tpu", "scripts/launch/tpu_host.sh", "scripts/environment.sh", "setup.cfg", CONFIG):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, self.root / name)
         self.bin.mkdir()
         for tool in (
-            *("bash", "cat", "cp", "dirname", "git", "grep", "gzip", "mkdir", "mv", "nohup", "pgrep", "pkill", "sed"),
-            *("setsid", "sleep", "tar"),
+            *("bash", "cat", "cp", "dirname", "git", "grep", "gzip", "mkdir", "mv", "nohup", "pgrep", "pkill", "rm"),
+            *("sed", "setsid", "tar"),
         ):
             if found := shutil.which(tool):
                 (self.bin / tool).symlink_to(found)
         self.program(self.bin / "gcloud", FAKE_GCLOUD)
         self.program(self.bin / "timeout", FAKE_TIMEOUT)
         self.program(self.bin / "tail", FAKE_TAIL)
+        self.program(self.bin / "sleep", FAKE_SLEEP)
 
     def program(self, path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +136,8 @@ class Bench:
         return self.bash(str(self.root / "scripts/launch/tpu"), *arguments, env=env)
 
     def bash(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        variables = {"PATH": str(self.bin), "HOST": str(self.host), "CALLS": str(self.calls_file), "LANG": "C.UTF-8"}
+        variables = {"PATH": str(self.bin), "HOST": str(self.host), "CALLS": str(self.calls_file)}
+        variables |= {"QUEUE": str(self.queue), "LANG": "C.UTF-8"}
         return subprocess.run(
             [BASH, *arguments],
             env=variables | dict(env or {}),
@@ -161,18 +183,22 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         ("log", []),
         ("stop", []),
         ("delete", []),
+        ("create", ["--type", "v5e-8", "--spot", "--queued"]),
+        ("delete", ["--queued"]),
     ],
 )
 def test_a_dry_run_prints_what_gcloud_is_given_and_runs_nothing(
     bench: Bench, verb: str, words: list[str], project: list[str]
 ) -> None:
     bench.track()
+    bench.queue.write_text("ACTIVE\n")
     assert bench.run(verb, *WHERE, *project, *words).returncode == 0
     calls = bench.calls()
-    assert all(call[:3] == ["compute", "tpus", "tpu-vm"] and "--zone=us-west4-a" in call for call in calls)
+    group = "queued-resources" if "--queued" in words else "tpu-vm"
+    assert all(call[:3] == ["compute", "tpus", group] and "--zone=us-west4-a" in call for call in calls)
     assert all(("--project=my-project" in call) == bool(project) for call in calls)
     assert [call[3] for call in calls] == {
-        "create": ["create"],
+        "create": ["create", "describe"] if "--queued" in words else ["create"],
         "install": ["scp", "ssh"],
         "delete": ["delete"],
     }.get(verb, ["ssh"])
@@ -191,10 +217,11 @@ def test_a_dry_run_prints_what_gcloud_is_given_and_runs_nothing(
 
 def test_every_text_for_a_host_is_bash(bench: Bench) -> None:
     bench.track()
-    for words in (["install"], ["train", CONFIG], ["resume", "runs/x"], ["log"], ["stop"]):
+    bench.queue.write_text("ACTIVE\n" * 2 + "FAILED\n")
+    for words in (["install"], ["train", CONFIG], ["resume", "runs/x"], ["log"], ["stop"], [*KEEP]):
         bench.run(words[0], *WHERE, *words[1:])
     texts = [a.removeprefix("--command=") for call in bench.calls() for a in call if a.startswith("--command=")]
-    assert len(texts) == 5
+    assert len(set(texts)) == 7
     for text in texts:
         checked = subprocess.run([BASH, "-n", "-c", text], capture_output=True, text=True)
         assert (checked.returncode, checked.stderr) == (0, "")
@@ -210,6 +237,7 @@ def test_every_text_for_a_host_is_bash(bench: Bench) -> None:
         ("v3-32", "tpu-ubuntu2204-base"),
         ("v4-32", "tpu-ubuntu2204-base"),
         ("v5litepod-8", "v2-alpha-tpuv5-lite"),
+        ("v5e-8", "v2-alpha-tpuv5-lite"),
         ("v5p-8", "v2-alpha-tpuv5"),
         ("v6e-8", "v2-alpha-tpuv6e"),
     ],
@@ -217,24 +245,32 @@ def test_every_text_for_a_host_is_bash(bench: Bench) -> None:
 def test_each_generation_is_created_with_its_software(bench: Bench, kind: str, version: str) -> None:
     bench.run("create", *WHERE, f"--type={kind}")
     (call,) = bench.calls()
+    kind = kind.replace("v5e", "v5litepod")
     assert call[3:] == ["create", "my-tpu", f"--accelerator-type={kind}", f"--version={version}", "--zone=us-west4-a"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tune", *WHERE], "tune: no such command; there are create, install, train, resume, log, stop and delete."),
+        (
+            ["tune", *WHERE],
+            "tune: no such command; there are create, install, train, resume, keep, log, stop and delete.",
+        ),
         (["log", "--zone", "z"], "the TPU's name is missing"),
         (["train", "--zone", "z", CONFIG], f"{CONFIG}: a TPU's name is lower-case letters, digits and hyphens"),
         (["log", "my-tpu"], "--zone is missing"),
         (["log", "my-tpu", "--zone"], "--zone needs a value"),
         (["log", "my-tpu", "--zone", "--dry-run"], "--zone needs a value"),
-        (["log", *WHERE, "--quiet"], "--quiet: no such option; there are --zone, --project, --type, --spot and"),
+        (["log", *WHERE, "--quiet"], "--quiet: no such option; there are --zone, --project, --type, --spot, --queued"),
         (["log", *WHERE, "more"], "log takes only the TPU's name; leave out: more"),
-        (["log", *WHERE, "--spot"], "--type and --spot go with create only"),
-        (["train", *WHERE, CONFIG, "--type", "v4-8"], "--type and --spot go with create only"),
-        (["create", *WHERE], "--type is missing; it must be v2-N, v3-N, v4-N, v5litepod-N, v5p-N or v6e-N"),
-        (["create", *WHERE, "--type", "v5e-8"], "--type v5e-8 must be v2-N, v3-N, v4-N, v5litepod-N, v5p-N or v6e-N"),
+        (["log", *WHERE, "--spot"], "--type and --spot go with create and keep only"),
+        (["train", *WHERE, CONFIG, "--type", "v4-8"], "--type and --spot go with create and keep only"),
+        (["create", *WHERE], "--type is missing; it must be v2-N, v3-N, v4-N, v5e-N (or v5litepod-N), v5p-N"),
+        (["create", *WHERE, "--type", "v5e-x"], "--type v5e-x must be v2-N, v3-N, v4-N, v5e-N (or v5litepod-N)"),
+        (["keep", *WHERE, CONFIG, "run_folder=gs://b/run"], "--type is missing"),
+        (["keep", *WHERE, "--type", "v5e-8"], "keep needs a config file"),
+        (["keep", *WHERE, "--type", "v5e-8", CONFIG, "train.seed=1"], "keep needs run_folder=gs://BUCKET/FOLDER among"),
+        (["train", *WHERE, CONFIG, "--queued"], "--queued goes with create and delete only"),
         (["create", *WHERE, "--type", "v4-eight"], "--type v4-eight must be v2-N"),
         (["create", *WHERE, "--type", "v6e-16"], "--type v6e-16 has several hosts"),
         (["train", *WHERE], "train needs a config file"),
@@ -264,7 +300,7 @@ def test_a_missing_gcloud_is_reported_with_where_to_get_it(bench: Bench) -> None
 def test_usage_is_the_header(bench: Bench, arguments: list[str]) -> None:
     result = bench.run(*arguments)
     assert result.returncode == 0
-    for verb in ("create", "install", "train", "resume", "log", "stop", "delete"):
+    for verb in ("create", "install", "train", "resume", "keep", "log", "stop", "delete"):
         assert f"\n  scripts/launch/tpu {verb} " in result.stdout
     assert "This script has not yet run against Google Cloud" in result.stdout
     assert "set -euo" not in result.stdout
@@ -396,3 +432,120 @@ def test_a_server_that_does_not_start_ends_the_install_with_its_reason(bench: Be
     result = bench.run("install", *WHERE)
     assert result.returncode == 1
     assert "KeyError: 'v6e-16'" in result.stdout
+
+
+def kinds_of(calls: list[list[str]]) -> list[str]:
+    """What gcloud was asked to do, without being asked how it goes."""
+    kinds = [f"{call[2]} {call[3]}" for call in calls]
+    return [kind for kind in kinds if "describe" not in kind]
+
+
+@only_linux
+def test_a_training_on_a_spot_tpu_is_kept_until_it_ends(bench: Bench) -> None:
+    bench.make_host()
+    bench.track()
+    minutes = {
+        # The host saves and stops before a maintenance.
+        4: 'kill -TERM "$(cat $HOST/trainer/train.pid)"; until [[ -e $HOST/trainer/train.status ]]; do :; done',
+        # The TPU is taken away, with its disk; the next one is another.
+        6: 'kill -KILL "$(cat $HOST/trainer/train.pid)"; sleep 0.2; rm -rf "$HOST/trainer" "$HOST/trained_with"',
+        9: 'echo 0 >"$HOST/finishes"; until [[ -e $HOST/trainer/train.status ]]; do sleep 0.05; done',
+    }
+    for minute, happens in minutes.items():
+        bench.program(bench.queue.with_name(f"queue.{minute}"), happens)
+    states = ["NONE", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "ACTIVE", "ACTIVE", "SUSPENDED", "NONE", "ACTIVE"]
+    bench.queue.write_text("".join(f"{state}\n" for state in [*states, "ACTIVE"]))
+    kept = bench.run("keep", *WHERE, *KEEP[1:], "data.train=gs://b/text/*.gz")
+    assert kept.returncode == 0, kept.stderr
+    request, install, start = "queued-resources create", ["tpu-vm scp", "tpu-vm ssh"], "tpu-vm ssh"
+    look = "tpu-vm ssh"
+    calls = bench.calls()
+    assert kinds_of(calls) == [
+        *(request, look, *install, start, look),
+        *(look, *install, start, look),
+        *("queued-resources delete", request, look, *install, start, look),
+    ]
+    assert calls[1][3:] == [
+        *("create", "my-tpu", "--node-id=my-tpu", "--accelerator-type=v5litepod-8"),
+        *("--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--zone=us-west4-a"),
+    ]
+    (deleted,) = (call for call in calls if call[3] == "delete")
+    assert {"--force", "--quiet"} <= set(deleted)  # There is nobody to ask.
+    assert bench.trained_with() == [
+        *("train", "--or-resume", CONFIG, "distribution.kind=tpu", "distribution.tpu_name=local"),
+        *("run_folder=gs://b/run", "data.train=gs://b/text/*.gz"),
+    ]
+    assert "The TPU was taken away; asking for another one." in kept.stdout
+    assert "The training has ended." in kept.stdout
+    assert "scripts/launch/tpu delete my-tpu --zone us-west4-a --queued" in kept.stdout
+
+
+@only_linux
+def test_a_training_that_ends_by_its_own_fault_is_not_started_again(bench: Bench) -> None:
+    bench.make_host()
+    bench.track()
+    (bench.host / "ends_with").write_text("2")
+    bench.queue.write_text("ACTIVE\n" * 2)
+    kept = bench.run(KEEP[0], *WHERE, *KEEP[1:])
+    assert kept.returncode == 1
+    assert "The training ended with status 2, which another start does not mend." in kept.stderr
+    assert "trainer: no such config" in kept.stdout
+    assert kinds_of(bench.calls()) == ["tpu-vm ssh", "tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh", "tpu-vm ssh"]
+
+
+@only_linux
+@pytest.mark.parametrize(("node", "is_asked_again"), [("PREEMPTED", True), ("READY", False)])
+def test_a_host_that_cannot_be_reached_is_looked_at(bench: Bench, node: str, is_asked_again: bool) -> None:
+    bench.make_host()
+    (bench.host / "unreachable").touch()
+    bench.queue.write_text("ACTIVE\n" * 10 + "FAILED\n")
+    kept = bench.run(KEEP[0], *WHERE, *KEEP[1:], env={"NODE": node})
+    assert kept.returncode == 1
+    calls = kinds_of(bench.calls())
+    assert ("queued-resources delete" in calls) == is_asked_again
+    if not is_asked_again:
+        assert calls == ["tpu-vm ssh"] * 10
+        assert "gcloud failed 10 times, one after the other" in kept.stderr
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
+def test_a_queued_resource_that_gets_no_tpu_is_reported(bench: Bench, state: str) -> None:
+    bench.queue.write_text(f"WAITING_FOR_RESOURCES\n{state}\n")
+    created = bench.run("create", *WHERE, "--type", "v5e-8", "--queued")
+    assert created.returncode == 1
+    assert "The queued resource my-tpu is WAITING_FOR_RESOURCES; looking again in 60 s." in created.stdout
+    assert f"The queued resource my-tpu is {state}; gcloud says why:" in created.stderr
+    assert "gcloud compute tpus queued-resources describe my-tpu --zone=us-west4-a\n" in created.stderr
+
+
+def test_gcloud_s_own_parser_takes_every_command(bench: Bench, tmp_path: Path) -> None:
+    gcloud = shutil.which("gcloud")
+    if gcloud is None:
+        pytest.skip("gcloud is not installed")
+    bench.track()
+    lines = []
+    for verb, *words in (
+        *(["create", "--type", "v5e-8", "--spot"], ["create", "--type", "v4-32", "--queued"], ["install"]),
+        *(["train", CONFIG], ["delete"], ["delete", "--queued"], KEEP),
+    ):
+        lines += bench.run(verb, *WHERE, "--project", "p", "--dry-run", *words).stdout.splitlines()
+    # The texts for hosts are the shell's own; gcloud takes any.
+    lines = [line for line in lines if line.startswith("gcloud ")]
+    commands = {re.sub(r" \S*--command=.*(?= --zone=)", " --command=x", line) for line in lines}
+    for page in (REPOSITORY / "docs/clusters.md", REPOSITORY / "scripts/launch/tpu"):
+        commands |= set(re.findall(r"(?m)^(?:#   )?(gcloud compute tpus .*|gcloud storage .*)$", page.read_text()))
+    commands.add("gcloud compute tpus queued-resources delete q --force --quiet --zone=z --project=p")
+    commands.add("gcloud compute tpus tpu-vm describe q '--format=value(state)' --zone=z --project=p")
+    assert len(commands) > 8
+    wrong = "gcloud compute tpus tpu-vm create x --sport"
+    file = tmp_path / "commands.json"
+    file.write_text(json.dumps([{"command_string": command} for command in (*sorted(commands), wrong)]))
+    checked = subprocess.run(
+        [gcloud, "meta", "lint-gcloud-commands", f"--commands-file={file}"],
+        env={**os.environ, "CLOUDSDK_CONFIG": str(tmp_path / "gcloud"), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    answers = {each["command_string"]: each["error_message"] for each in json.loads(checked.stdout)}
+    assert "--sport (did you mean '--spot'?)" in answers.pop(wrong)
+    assert answers == dict.fromkeys(sorted(commands))
