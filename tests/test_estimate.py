@@ -6,7 +6,8 @@ import pytest
 
 from trainer.config.file import load_config, make_config
 from trainer.execution import resolve
-from trainer.hardware.devices import Device, Target, parse_target
+from trainer.hardware.data_sheets import Device
+from trainer.hardware.devices import Target, parse_target
 from trainer.hardware.processor import Processor
 from trainer.model.size import count_parameters, matrix_parameters, tokens_per_sec_at_peak
 from trainer.planning.estimate import estimate_memory, kept_bytes, smallest_step_secs

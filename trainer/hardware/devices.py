@@ -1,139 +1,16 @@
-"""The data sheets of devices, and targets such as tpu:v5e-8, which name devices and their number."""
+"""Targets such as tpu:v5e-8, which name devices of the table and their number."""
 
-import dataclasses
+import difflib
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from trainer.config.file import whole_number
 from trainer.errors import UserError
+from trainer.hardware.data_sheets import GPUS, TPUS, Device
 from trainer.hardware.processor import Processor, processor
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """The device of one replica: a GPU, a core of a TPU (or both cores of its chip as one), or the CPU.
-
-    Attributes:
-        name: the name in a target.
-        flops: peak operations per second of dense matrix products, by the dtype of the computation; a multiplication
-            and an addition are two operations. A dtype without circuits is left out, and a CPU has none.
-        memory_bytes: the device's own memory.
-        bytes_per_sec: the bandwidth of that memory; None if it is unknown.
-        num_axes: the axes of the grid that wires a TPU's chips; 0 if the device is not a TPU.
-        per_chip: the number of these devices on a chip of a TPU.
-        num_cores: the number of cores in this device, as Google's accelerator types count cores.
-        known_as: the names that the driver gives a GPU.
-        circuits: further facts about a GPU that XLA needs.
-    """
-
-    name: str
-    flops: Mapping[str, float]
-    memory_bytes: float
-    bytes_per_sec: float | None = None
-    num_axes: int = 0
-    per_chip: int = 1
-    num_cores: int = 1
-    known_as: tuple[str, ...] = ()
-    circuits: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
-
-
-def _tpu(
-    name: str,
-    teraflops: float,
-    gigabytes: float,
-    gb_per_sec: float,
-    num_axes: int,
-    per_chip: int = 1,
-    num_cores: int = 1,
-) -> Device:
-    peak = teraflops * 1e12 / per_chip
-    # TPUs multiply float32 matrices as bfloat16 roundings, unless a program requests more precision.
-    flops = {"bfloat16": peak, "float32": peak}
-    share = 1e9 / per_chip
-    return Device(name, flops, gigabytes * share, gb_per_sec * share, num_axes, per_chip, num_cores)
-
-
-# The numbers of a chip: bfloat16 teraflops, gigabytes, gigabytes per second.
-# Source: cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e; for v2 Jouppi et al. 2021 ("Ten Lessons"), table 1. Their
-# compiler, libtpu, decides which chips have their cores apart.
-TPUS = {
-    tpu.name: tpu
-    for tpu in (
-        _tpu("v2", 46, 16, 700, num_axes=2, per_chip=2),
-        _tpu("v3", 123, 32, 900, num_axes=2, per_chip=2),
-        _tpu("v4", 275, 32, 1228, num_axes=3, per_chip=2),
-        _tpu("v5e", 197, 16, 819, num_axes=2),
-        _tpu("v5p", 459, 95, 2765, num_axes=3, num_cores=2),
-        _tpu("v6e", 918, 32, 1640, num_axes=2),
-    )
-}
-
-# The most chips in a pod, as a power of two.
-_MOST_CHIPS = {"v2": 256, "v3": 1024, "v4": 4096, "v5e": 256, "v5p": 4096, "v6e": 256}
-
-_VOLTA = {"cc": 7.0, "fpus_per_core": 64, "shared": 98304, "optin": 98304, "threads_per_core": 2048}
-_TURING = {"cc": 7.5, "fpus_per_core": 64, "shared": 65536, "optin": 65536, "threads_per_core": 1024}
-_GA100 = {"cc": 8.0, "fpus_per_core": 64, "shared": 167936, "optin": 166912, "threads_per_core": 2048}
-_GA102 = {"cc": 8.6, "fpus_per_core": 128, "shared": 102400, "optin": 101376, "threads_per_core": 1536}
-_ADA = {"cc": 8.9, "fpus_per_core": 128, "shared": 102400, "optin": 101376, "threads_per_core": 1536}
-_HOPPER = {"cc": 9.0, "fpus_per_core": 128, "shared": 233472, "optin": 232448, "threads_per_core": 2048}
-
-
-def _gpu(
-    name: str,
-    known_as: tuple[str, ...],
-    teraflops: Mapping[str, float],
-    gigabytes: float,
-    gb_per_sec: float,
-    architecture: Mapping[str, float],
-    cores: int,
-    ghz: float,
-    l2_bytes: int,
-) -> Device:
-    flops = {dtype: value * 1e12 for dtype, value in teraflops.items()}
-    circuits = {**architecture, "cores": cores, "ghz": ghz, "l2_bytes": l2_bytes}
-    return Device(name, flops, gigabytes * 1e9, gb_per_sec * 1e9, known_as=known_as, circuits=circuits)
-
-
-def _tensor_cores(half: float, float32: float) -> Mapping[str, float]:
-    return {"bfloat16": half, "float16": half, "float32": float32}
-
-
-def _half_only(half: float, float32: float) -> Mapping[str, float]:
-    return {"float16": half, "float32": float32}
-
-
-_MB = 1 << 20
-# Teraflops without sparsity and with sums in float32 (float32 is TF32 if the GPU has it, as TensorFlow uses it);
-# gigabytes, gigabytes per second, cores, gigahertz at boost, bytes of the second-level cache.
-# Source: NVIDIA's data sheets; for the RTX the whitepapers of Ampere GA102 and Ada, appendix A; for the facts of a core
-# the table of compute capabilities in the CUDA programming guide.
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        _gpu("V100-16GB", ("Tesla V100-SXM2-16GB",), _half_only(125, 15.7), 16, 900, _VOLTA, 80, 1.53, 6 * _MB),
-        _gpu("V100-32GB", ("Tesla V100-SXM2-32GB",), _half_only(125, 15.7), 32, 900, _VOLTA, 80, 1.53, 6 * _MB),
-        _gpu("T4", ("Tesla T4",), _half_only(65, 8.1), 16, 320, _TURING, 40, 1.59, 4 * _MB),
-        _gpu(
-            "A100-40GB",
-            ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "A100-SXM4-40GB", "A100-PCIE-40GB"),
-            _tensor_cores(312, 156), 40, 1555, _GA100, 108, 1.41, 40 * _MB,
-        ),
-        _gpu(
-            "A100-80GB",
-            ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe", "A100-SXM4-80GB"),
-            _tensor_cores(312, 156), 80, 2039, _GA100, 108, 1.41, 40 * _MB,
-        ),
-        _gpu("RTX3090", ("NVIDIA GeForce RTX 3090",), _tensor_cores(71, 35.6), 24, 936, _GA102, 82, 1.695, 6 * _MB),
-        _gpu("RTX4090", ("NVIDIA GeForce RTX 4090",), _tensor_cores(165.2, 82.6), 24, 1008, _ADA, 128, 2.52, 72 * _MB),
-        _gpu("L4", ("NVIDIA L4",), _tensor_cores(121, 60), 24, 300, _ADA, 58, 2.04, 48 * _MB),
-        _gpu("H100-PCIe", ("NVIDIA H100 PCIe",), _tensor_cores(756, 378), 80, 2000, _HOPPER, 114, 1.755, 50 * _MB),
-        _gpu("H100", ("NVIDIA H100 80GB HBM3",), _tensor_cores(989.4, 494.7), 80, 3350, _HOPPER, 132, 1.98, 50 * _MB),
-        _gpu("H200", ("NVIDIA H200",), _tensor_cores(989.4, 494.7), 141, 4800, _HOPPER, 132, 1.98, 50 * _MB),
-    )
-}  # fmt: skip
 
 
 class Target(NamedTuple):
@@ -166,31 +43,33 @@ class Target(NamedTuple):
         sizes = sorted(2 ** ((doublings + i) // axes) for i in range(axes))
         if axes == 3 and chips == 4:
             sizes = [2, 2, 1]  # The four chips of a host are never in one row.
-        return f"{self.device.name}:{'x'.join(map(str, sizes))}"
+        return f"{_LIBTPU_NAMES.get(self.device.name, self.device.name)}:{'x'.join(map(str, sizes))}"
 
 
 def parse_target(text: str) -> Target:
-    """Returns the devices of a target such as cpu, tpu:v5e-8 or gpu:H100x8; capitals do not matter.
+    """Returns the devices of a target such as cpu, tpu:v5e-8 or gpu:H100x8.
 
-    The number after a TPU's name is the number in Google's accelerator types. It counts cores for v2, v3, v4 and v5p,
-    and chips for v5e and v6e, whose chips have one core.
+    Capitals, blanks, hyphens and makers' names do not matter, and gpu: and tpu: may be left out: "v5litepod-8",
+    "8xH100", "RTX 4090", "4090x2" and the names that a driver gives a GPU are understood.
+
+    The number after a TPU's name is the number in Google's accelerator types. It counts cores for v2, v3, v4, v5p and
+    v7x, and chips for v5e and v6e, whose chips have one core.
 
     Raises:
         UserError: the device is not in the table, or the TPU does not come with this number.
     """
-    kind, _, name = text.lower().partition(":")
-    if kind == "cpu" and not name:
+    kind, colon, name = text.lower().strip().partition(":")
+    if not colon:
+        kind, name = "", kind
+    if (kind, name) in (("", "cpu"), ("cpu", "")):
         return cpu()
-    if kind == "tpu":
-        return _parse_tpu(text, name)
-    if kind == "gpu":
-        known = {gpu.name.lower(): gpu for gpu in GPUS.values()}
-        if name in known:
-            return Target(known[name], 1)
-        name, _, number = name.rpartition("x")  # The last x, because RTX has one too.
-        if name in known and (count := whole_number(number)):
-            return Target(known[name], count)
-    raise UserError(f"--target {text} is unknown; {known_targets()}")
+    if kind in ("", "tpu") and (tpu := _find_tpu(name)) is not None:
+        return _parse_tpu(text, *tpu)
+    if kind in ("", "gpu") and (gpu := _find_gpu_and_count(name)) is not None:
+        return Target(*gpu)
+    nearest = " or ".join(_nearest(kind, name))
+    guess = f"did you mean {nearest}? Otherwise " if nearest else ""
+    raise UserError(f"--target {text} is unknown; {guess}{known_targets()}")
 
 
 def known_targets() -> str:
@@ -221,20 +100,82 @@ def compiler_settings(target: Target) -> dict[str, Any]:
     return {"target_config": _GPU_TARGET.format(device=target.device, **_circuits(target.device))}
 
 
-def _parse_tpu(text: str, name: str) -> Target:
-    name, _, number = name.replace("v5litepod-", "v5e-").partition("-")
-    if name not in TPUS:
-        raise UserError(f"--target {text} is unknown; {known_targets()}")
-    tpu = TPUS[name]
+# As libtpu names a TPU in a topology, if not by the name in a target.
+_LIBTPU_NAMES = {"v7x": "tpu7x"}
+# Further names of TPUs and GPUs, as `_plain` returns them.
+_TPU_NAMES = {"v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e", "ironwood": "v7x", "7x": "v7x", "v7": "v7x"}
+_GPU_NAMES = {"h100sxm": "H100", "h100sxm5": "H100", "h10080gb": "H100", "h200sxm": "H200", "h10094gb": "H100-NVL"}
+
+
+def _plain(name: str) -> str:
+    """Returns the lower-case letters and digits of a name, without its maker."""
+    return re.sub("nvidia|tesla|geforce|[^a-z0-9]", "", name.lower())
+
+
+def _gpu_names() -> Iterator[tuple[str, Device]]:
+    """Yields every plain name of every GPU; the driver's name may be shared by several."""
+    for gpu in GPUS.values():
+        for name in (_plain(gpu.name), *map(_plain, gpu.known_as)):
+            yield name, gpu
+            yield name.removeprefix("rtx"), gpu
+    for name, known in _GPU_NAMES.items():
+        yield name, GPUS[known]
+
+
+def _find_gpu_and_count(text: str) -> tuple[Device, int] | None:
+    """Returns the GPU and the number of H100, H100x8 or 8xH100; None if no GPU or several have that name."""
+    for name, number in _with_counts(text):
+        found = {gpu.name: gpu for plain, gpu in _gpu_names() if plain == _plain(name)}
+        if len(found) == 1 and number:
+            return next(iter(found.values())), number
+    return None
+
+
+def _with_counts(text: str) -> Iterator[tuple[str, int | None]]:
+    """Yields the readings of a name with or without a number, which the letter x may also separate by accident."""
+    yield text, 1
+    for pattern in (r"(?P<name>.*?)[ *x]*x *(?P<number>\d+) *", r" *(?P<number>\d+) *x *(?P<name>.*)"):
+        if found := re.fullmatch(pattern, text):
+            yield found["name"], whole_number(found["number"])
+
+
+def _find_tpu(text: str) -> tuple[Device, str] | None:
+    """Returns the TPU of a text such as v5e-8, and the text of its number."""
+    found = re.fullmatch(r"(?:tpu[ _-]?)?(v?[a-z0-9]*?)(?:[ _-]+(.*))?", text)
+    name = _plain(found[1]) if found else ""
+    name = _TPU_NAMES.get(name, name)
+    return (TPUS[name], found[2] or "") if found and name in TPUS else None
+
+
+def _parse_tpu(text: str, tpu: Device, number: str) -> Target:
     per_chip = tpu.per_chip * tpu.num_cores
     # Chips with two cores come in fours at least: the chips of one host.
     chips = [4] if per_chip > 1 else [1, 4]
-    chips += [2**i for i in range(3, _MOST_CHIPS[name].bit_length())]
-    count = whole_number(number)
-    if count is None or count not in [each * per_chip for each in chips]:
-        numbers = ", ".join(str(each * per_chip) for each in chips)
-        raise UserError(f"--target {text}: {name} does not come with this number; its numbers are {numbers}.")
-    return Target(tpu, count // tpu.num_cores)
+    chips += [2**i for i in range(3, tpu.most_chips.bit_length())]
+    numbers = [each * per_chip for each in chips]
+    if whole_number(number) not in numbers:
+        problem = f"{tpu.name} does not come with this number" if number else f"{tpu.name} needs a number"
+        raise UserError(
+            f"--target {text}: {problem}, as in tpu:{tpu.name}-8; its numbers are {', '.join(map(str, numbers))}."
+        )
+    return Target(tpu, int(number) // tpu.num_cores)
+
+
+def _nearest(kind: str, text: str) -> list[str]:
+    """Returns the targets whose names a text begins; if there are none, those whose names are like it."""
+    alike: list[str] = []
+    for name, number in _with_counts(text) if kind in ("", "gpu", "tpu") else ():
+        plain, count = _plain(name), f"x{number}" if number and number > 1 else ""
+        known = [] if kind == "tpu" else [(each, f"gpu:{gpu.name}{count}") for each, gpu in _gpu_names()]
+        known += [] if kind == "gpu" else [(each, f"tpu:{each}-8") for each in TPUS]
+        begun = [target for each, target in known if each == plain]
+        begun = begun or [target for each, target in known if len(plain) > 2 and each.startswith(plain)]
+        if begun:
+            return list(dict.fromkeys(begun))[:3]
+        if len(plain) > 2:
+            names = difflib.get_close_matches(plain, [each for each, _ in known], n=3)
+            alike = [target for each, target in known if each in names]
+    return list(dict.fromkeys(alike))[:3]
 
 
 def _circuits(gpu: Device) -> dict[str, Any]:

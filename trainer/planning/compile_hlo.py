@@ -61,25 +61,31 @@ def compile_for(devices: list[Any], hlo: bytes) -> Any:
         return devices[0].client.compile(ir.Module.parse(text), xla_client.DeviceList(tuple(devices)), options)
 
 
-def figures(executable: Any, is_tpu: bool) -> dict[str, float]:
+def figures(executable: Any, is_tpu: bool) -> dict[str, float | None]:
     """Returns the figures of a compiled program that CompiledStep in trainer/planning/compiler.py describes."""
     import jax
     from jaxlib import _jax
 
     memory = executable.get_compiled_memory_stats()
-    (module,) = executable.hlo_modules()
-    text = module.to_string()
+    try:
+        (module,) = executable.hlo_modules()
+        text = module.to_string()
+    except jax.errors.JaxRuntimeError:
+        # jaxlib 0.10.2 cannot read the program that libtpu 0.0.52 makes for a TPU v7x.
+        if not is_tpu:
+            raise
+        text = None
     # The GPU's compiler does not count operations. XLA's CPU client does, for a program of any device.
     cost = executable.cost_analysis() if is_tpu else _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
-    constants = re.findall(r"= (\w+)\[([\d,]*)\]\S* constant\(", text)
+    constants = re.findall(r"= (\w+)\[([\d,]*)\]\S* constant\(", text or "")
     sizes = (BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in constants)
     return {
         "arguments_bytes": memory.argument_size_in_bytes,
         "temporaries_bytes": memory.temp_size_in_bytes,
         "flops": cost["flops"],
         "accessed_bytes": cost["bytes accessed"],
-        "num_all_reduces": len(re.findall(r" all-reduce(?:-start)?\(", text)),
-        "largest_constant_bytes": max(sizes, default=0),
+        "num_all_reduces": None if text is None else len(re.findall(r" all-reduce(?:-start)?\(", text)),
+        "largest_constant_bytes": None if text is None else max(sizes, default=0),
     }
 
 

@@ -37,8 +37,8 @@ class CompiledStep(NamedTuple):
         temporaries_bytes: memory of everything else at the worst instant.
         flops: operations of one micro-batch and one update: the compiler counts the body of a loop once.
         accessed_bytes: bytes read and written by one micro-batch and one update.
-        num_all_reduces: operations that sum over replicas.
-        largest_constant_bytes: size of the largest constant in the program.
+        num_all_reduces: operations that sum over replicas; None if the program cannot be read back.
+        largest_constant_bytes: size of the largest constant in the program; None if it cannot be read back.
         compile_secs: time that the compiler took.
     """
 
@@ -46,8 +46,8 @@ class CompiledStep(NamedTuple):
     temporaries_bytes: int
     flops: float
     accessed_bytes: float
-    num_all_reduces: int
-    largest_constant_bytes: int
+    num_all_reduces: int | None
+    largest_constant_bytes: int | None
     compile_secs: float
 
     def memory_bytes(self) -> int:
