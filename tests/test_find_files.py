@@ -38,7 +38,7 @@ def test_a_name_that_exists_is_not_a_glob(tmp_path):
     assert find_files([str(path)], "data.train") == [path]
 
 
-@pytest.mark.parametrize("end", [".txt", ".jsonl", ".jsonl.gz", ".TXT", ""])
+@pytest.mark.parametrize("end", [".txt", ".json", ".txt.gz", ".txt.zst", ".TXT", ""])
 @pytest.mark.parametrize("below", [".", "deep/er"])
 @pytest.mark.parametrize("name", ["data", "data[1]", "it's [a]*? set", "[x]"])
 def test_a_directory_is_refused_with_a_glob_that_finds_its_files(tmp_path, monkeypatch, name, below, end):

@@ -13,6 +13,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from trainer.config.settings import DataConfig
@@ -97,7 +99,7 @@ def test_a_file_whose_name_is_not_utf8_either_is_converted(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "A.TXT.GZ", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.txt.gz", "A.TXT.GZ", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 @pytest.mark.parametrize("codec", ["cp949", "utf-16"])
 def test_packed_text_and_json_lines_in_another_encoding_keep_their_name_and_kind(tmp_path, name, codec):
     lines = TEXTS["Korean"].splitlines()
@@ -106,7 +108,8 @@ def test_packed_text_and_json_lines_in_another_encoding_keep_their_name_and_kind
     else:
         content = TEXTS["Korean"].encode(codec)
     path = tmp_path / name
-    path.write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    packers = {".gz": gzip.compress, ".zst": packed_as_zstd}
+    path.write_bytes(packers.get(path.suffix.lower(), bytes)(content))
     obey(refusal(tmp_path / "*"))
     assert train_documents(tmp_path / "*") == lines
     assert list(tmp_path.iterdir()) == [path]
@@ -146,9 +149,11 @@ def packed_as_tar(content: bytes) -> bytes:
 
 
 def packed_as_zstd(content: bytes) -> bytes:
-    if shutil.which("zstd") is None:
-        pytest.skip("needs zstd")
-    return subprocess.run(["zstd", "-c"], input=content, capture_output=True, check=True).stdout
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+# What a program such as pzstd writes before a frame: a frame of four bytes that is to be skipped.
+SKIPPED_FRAME = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"
 
 
 @pytest.mark.parametrize(
@@ -165,9 +170,8 @@ def packed_as_zstd(content: bytes) -> bytes:
         (lzma.compress, "a.TXT.XZ", "a.TXT.XZ"),
         (bz2.compress, "a.txt.bz2", "a.txt"),
         (bz2.compress, "a.txt", "a.txt"),
-        (packed_as_zstd, "a.txt.zst", "a.txt"),
-        (packed_as_zstd, "a.txt", "a.txt"),
         (lambda content: content, "a.txt.gz", "a.txt"),
+        (lambda content: content, "a.txt.zst", "a.txt"),
     ],
 )
 @pytest.mark.parametrize("max_broken_fraction", [0.0, 0.9])
@@ -186,11 +190,40 @@ def test_json_lines_packed_by_another_tool_are_named_as_packed_whatever_the_fiel
     assert train_documents(tmp_path / "a.jsonl", text_field="body") == ["one"]
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt", "A.TXT.GZ", "a"])
-def test_gzip_is_read_whatever_the_name_and_in_several_members(tmp_path, name):
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.txt", "A.TXT.GZ", "A.TXT.ZST", "a"])
+@pytest.mark.parametrize("pack", [gzip.compress, packed_as_zstd, lambda text: SKIPPED_FRAME + packed_as_zstd(text)])
+def test_packed_text_is_read_whatever_the_name_and_in_several_members(tmp_path, name, pack):
     lines = TEXTS["Korean"].splitlines(keepends=True)
-    (tmp_path / name).write_bytes(b"".join(gzip.compress(line.encode()) for line in lines))
+    (tmp_path / name).write_bytes(b"".join(pack(line.encode()) for line in lines))
     assert train_documents(tmp_path / name) == TEXTS["Korean"].splitlines()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "A.JSONL.ZST", "a.json.zst", "a.ndjson.zst"])
+def test_json_lines_packed_with_zstd_are_records(tmp_path, name):
+    (tmp_path / name).write_bytes(packed_as_zstd(b'{"text": "one\\ntwo"}\n{"text": "three"}\n'))
+    assert train_documents(tmp_path / name) == ["one\ntwo", "three"]
+
+
+def test_a_zstd_file_that_is_cut_off_or_damaged_is_named(tmp_path):
+    path = tmp_path / "a.txt.zst"
+    whole = packed_as_zstd(b"".join(b"line %d\n" % i for i in range(10_000)))
+    for content in (whole[:-5], whole[: len(whole) // 2], whole[:5], whole + b"more"):
+        path.write_bytes(content)
+        assert refusal(path).startswith(f"{path}: a broken or cut-off zstd file (")
+
+
+def test_zstd_with_a_long_window_is_refused_with_the_command_that_unpacks_it(tmp_path):
+    if shutil.which("zstd") is None:
+        pytest.skip("needs zstd")
+    text = b"".join(b"line %d\n" % i for i in range(10_000))
+    # Without the size, the window of 2 GB is not made smaller.
+    command = ["zstd", "--long=31", "--ultra", "-1", "-c"]
+    packed = subprocess.run(command, input=text, capture_output=True, check=True).stdout
+    (tmp_path / "a.txt.zst").write_bytes(packed)
+    message = refusal(tmp_path / "a.txt.zst")
+    assert f"{tmp_path / 'a.txt.zst'}: packed with zstd --long; unpack it with" in message
+    obey(message)
+    assert train_documents(tmp_path / "a.txt") == text.decode().splitlines()
 
 
 def test_documents_of_other_programs_are_refused(tmp_path):
@@ -213,21 +246,13 @@ def as_table(delimiter: str) -> bytes:
     return file.getvalue().encode("utf-8-sig")
 
 
-def as_parquet() -> bytes:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    file = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(TABLE), file)
-    return file.getvalue()
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("it's [a].csv", lambda: as_table(",")),
         ("a.CSV.gz", lambda: gzip.compress(as_table(","))),
         ("a.tsv", lambda: as_table("\t")),
-        ("a.parquet", as_parquet),
-        ("a.txt", as_parquet),
+        ("a.csv.zst", lambda: packed_as_zstd(as_table(","))),
         ("a.json", lambda: json.dumps(TABLE).encode("utf-8-sig")),
         ("a.json", lambda: json.dumps(TABLE, indent=2).encode()),
         ("a.json.gz", lambda: gzip.compress(json.dumps(TABLE).encode())),
@@ -243,6 +268,25 @@ def test_a_table_is_refused_by_name_or_content_and_the_command_makes_it_json_lin
     target = Path(message.split("and name ")[1].split(", and in data.text_field")[0])
     obey(message)
     assert train_documents(target, text_field="body") == [row["body"] for row in TABLE]
+
+
+@pytest.mark.parametrize(
+    ("pack", "name"),
+    [
+        (bytes, "it's a.txt"),
+        (bytes, "a"),
+        (gzip.compress, "a.parquet.gz"),
+        (packed_as_zstd, "A.PARQUET.ZST"),
+        (gzip.compress, "a.gz"),
+    ],
+)
+def test_a_parquet_file_of_another_name_is_recognized_and_the_command_gives_it_its_own(tmp_path, pack, name):
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(TABLE), file)
+    (tmp_path / name).write_bytes(pack(file.getvalue()))
+    obey(refusal(tmp_path / name))
+    (found,) = [path for path in tmp_path.iterdir() if path.suffix.lower() == ".parquet"]
+    assert train_documents(found, text_field="body") == [row["body"] for row in TABLE]
 
 
 def test_a_json_array_of_texts_becomes_json_lines_too(tmp_path):

@@ -63,6 +63,9 @@ LATE = {
     "trainer.system.storage": SLOW,
     "trainer.data.beam": SLOW,
     "trainer.text.datasets": SLOW,
+    # It takes a second, and most texts are in files that do not need it.
+    "trainer.text.arrow": frozenset(["pyarrow"]),
+    "trainer.text.tables": frozenset(["pyarrow"]),
     "trainer.tokenizers.tokenizer_files": SLOW,
     "trainer.tokenizers.vocabulary": SLOW,
     "trainer.model.build": SLOW,

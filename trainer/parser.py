@@ -156,17 +156,17 @@ def _add_evaluate(verbs: Any) -> None:
         "--data",
         nargs="+",
         metavar="FILE",
-        help="text files or JSON Lines, plain or packed with gzip, or globs of these in quotation marks (default: the "
+        help="files or folders of text, as in data.train, or globs of these in quotation marks (default: the "
         "validation text of the run)",
     )
     parser.add_argument("--name", help="with --data: the name of these texts in the output (default: the files)")
     parser.add_argument(
         "--documents",
         choices=("file", "line", "paragraph", "auto"),
-        help="with --data: what is one text of a text file, as in data.documents; each record of JSON Lines is one "
+        help="with --data: what is one text of a text file, as in data.documents; each record or row is one "
         "(default: file)",
     )
-    parser.add_argument("--text-field", help="with --data: the field of JSON Lines that holds a text (default: text)")
+    parser.add_argument("--text-field", help="with --data: the field or column that holds a text (default: text)")
     parser.add_argument(
         "--stride",
         type=int,
@@ -202,7 +202,7 @@ def _add_generate(verbs: Any) -> None:
     parser.add_argument(
         "--prompts",
         metavar="FILE",
-        help='a file of prompts: a line each, or JSON Lines (.jsonl) with "prompt"; prints JSON Lines',
+        help='a file of prompts: a line each, or JSON Lines (.jsonl) or a table with "prompt"; prints JSON Lines',
     )
     parser.add_argument("--json", action="store_true", help="print each text as JSON, with what is known about it")
     run_s = "(default: the run's own, samples.{})"

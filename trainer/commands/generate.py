@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from trainer.decoding.request import Request
 from trainer.errors import UserError
 from trainer.system.signals import watched
-from trainer.system.storage import locate
+from trainer.system.storage import Location, locate
 from trainer.system.terminal import printable, say, show, warn
 from trainer.text.files import parts_of, read_documents
-from trainer.text.formats import is_json_lines
+from trainer.text.formats import is_json_lines, is_table
+from trainer.text.tables import read_table
 
 if TYPE_CHECKING:
     from trainer.decoding.generate import Generator
@@ -26,14 +27,17 @@ if TYPE_CHECKING:
 
 
 def read_prompts(path: str) -> list[str]:
-    """Returns the prompts in a file: its lines, or the field "prompt" of each record if its name is that of JSON Lines.
-    Blank lines are left out.
+    """Returns the prompts in a file: its lines, or the field or column "prompt" if its name is that of JSON Lines or of
+    a table. Blank lines are left out.
 
     Raises:
         UserError: the file cannot be read, has no prompt, or a record has none.
     """
     location = locate(path)
-    lines = ["".join(parts_of(document)) for document in read_documents(location, "line")]
+    if is_table(location):
+        lines = _column_of_prompts(location)
+    else:
+        lines = ["".join(parts_of(document)) for document in read_documents(location, "line")]
     if not lines:
         raise UserError(
             f"{path} has no prompt: it is empty, a pipe, or all of its lines are blank; give a file with a prompt on "
@@ -42,6 +46,21 @@ def read_prompts(path: str) -> list[str]:
     if not is_json_lines(location):
         return lines
     return [_prompt_of(line, f"{path}: record {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _column_of_prompts(path: Location) -> list[str]:
+    prompts = []
+    try:
+        for prompt in read_table(path, "prompt"):
+            if isinstance(prompt, ValueError):
+                raise UserError(f"{path}: {prompt}; mend it.")
+            if prompt and not prompt.isspace():
+                prompts.append(prompt)
+    except UserError as error:  # The column has this name, whatever data.text_field is.
+        raise UserError(
+            str(error).replace("data.text_field='prompt'", '"prompt"').split(": name a column")[0]
+        ) from None
+    return prompts
 
 
 def _prompt_of(line: str, place: str) -> str:

@@ -58,18 +58,19 @@ class DataConfig(Section):
 
     train: tuple[str, ...] = (STORYBOOK_SOURCE,)
     """The training text: "storybook", which is built in; files or globs of UTF-8 text or JSON Lines (.jsonl, .ndjson,
-    .jsonlines or .json), plain or packed with gzip, on a disk or in an object store (gs://...); or splits of
-    tensorflow-datasets, such as tfds:imdb_reviews:train[:90%]."""
+    .jsonlines or .json), plain or packed with gzip or zstd, or of tables (.parquet, .arrow), on a disk or in an object
+    store (gs://...); folders of Hugging Face's datasets; or splits of tensorflow-datasets, such as
+    tfds:imdb_reviews:train[:90%]."""
     validation: tuple[str, ...] | None = None
     """The validation text, given like train. By default part of the training text is held out."""
     documents: Literal["line", "paragraph", "file", "auto"] = "line"
     """What one document of a text file is. line: a line. paragraph: a block between blank lines. file: the whole file.
     auto: a paragraph if the first text file has a blank line for every 20 lines or more often, otherwise a line. A
-    record of JSON Lines or of tensorflow-datasets is always one document; if no source is a text file, only auto may be
-    set."""
+    record of JSON Lines, of a table or of tensorflow-datasets is always one document; if no source is a text file, only
+    auto may be set."""
     text_field: Annotated[str, Field(min_length=1)] = "text"
-    """The field of JSON Lines, or the feature of a tensorflow-datasets split, that holds a document. It may be set only
-    if a source is one of these."""
+    """The field of JSON Lines, the column of a table, or the feature of a tensorflow-datasets split, that holds a
+    document. It may be set only if a source is one of these."""
     max_broken_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The share of the documents that may be broken (not UTF-8, not JSON, or without the text); broken documents are
     left out. With 0 the first one is an error."""

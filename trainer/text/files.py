@@ -1,7 +1,7 @@
 """The documents in files of text, on a disk or in an object store.
 
-Reads plain text and JSON Lines, and both packed with gzip. Only a part of a document is in memory at a time if the
-document is longer than LONG_CHARS.
+Reads plain text and JSON Lines, and both packed with gzip or zstd. Only a part of a document is in memory at a time if
+the document is longer than LONG_CHARS.
 """
 
 import codecs
@@ -12,20 +12,23 @@ import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
 
 from trainer.config.refusals import is_utf8
 from trainer.errors import UserError
 from trainer.system.storage import Location
+from trainer.text.arrow import unpacked_zstd
 from trainer.text.formats import (
-    GZIP_MARK,
     SAMPLE_BYTES,
     START_BYTES,
+    Packer,
     fault_of_bytes,
     fault_of_first_line,
-    fault_of_gzip_name,
+    fault_of_packed_name,
     fault_of_start,
-    is_gzip_name,
+    fault_of_zstd,
+    packer_of_name,
+    packer_of_start,
 )
 
 Kind = Literal["line", "paragraph", "file"]  # "auto" is one of the first two, by has_paragraphs.
@@ -54,7 +57,7 @@ class Progress:
 
 
 def read_documents(path: Location, kind: Kind, progress: Progress | None = None) -> Iterator[Document]:
-    r"""Yields the documents of a text file in UTF-8, plain or packed with gzip, in order.
+    r"""Yields the documents of a text file in UTF-8, plain or packed, in order.
 
     A line ends only at \n or \r\n: U+2028 and a lone \r are characters of the text. The end is not part of the line,
     and a \r\n inside a paragraph or a file becomes \n. A byte-order mark at the start of a file is dropped, and so are
@@ -99,7 +102,7 @@ def read_records(path: Location, field: str, progress: Progress | None = None) -
     for number, line in enumerate(_joined(_lines(_read_text(path, progress))), start=1):
         # Files that were joined may have a byte-order mark in the middle, too.
         line = line.removeprefix("\ufeff")
-        if number == 1 and (fault := fault_of_first_line(path, line, _is_gzip(path))) is not None:
+        if number == 1 and (fault := fault_of_first_line(path, line, _packer(path))) is not None:
             raise UserError(fault)
         if line and not line.isspace():
             yield _field_of(line, field, number)
@@ -161,7 +164,7 @@ def first_fault(path: Location) -> str | None:
         except UnicodeDecodeError as error:
             place, what = error.start - num_pending, "not UTF-8"
         if place is not None:
-            advice = fault_of_bytes(path, _around(before + chunk, len(before) + place), not chunk, _is_gzip(path))
+            advice = fault_of_bytes(path, _around(before + chunk, len(before) + place), not chunk, _packer(path))
             return f"{path}: {what} at byte offset {offset + place}; {advice}"
         offset += len(chunk)
         before = chunk
@@ -204,20 +207,21 @@ def _read_text(path: Location, progress: Progress | None) -> Iterator[str]:
 
 
 def _read_bytes(path: Location, progress: Progress | None) -> Iterator[bytes]:
-    """Yields a file's bytes, unpacked if they are packed with gzip, whatever the name, and an empty chunk at the end.
+    """Yields a file's bytes, unpacked if they are packed, whatever the name, and an empty chunk at the end.
 
     Raises:
         UserError: the file cannot be read, or its first bytes show that it is not text.
     """
+    packer = None
     try:
         with _open(path) as packed:
-            is_packed = _is_gzip(path)
-            if is_gzip_name(path) and not is_packed and (start := packed.read(START_BYTES)):
-                raise UserError(fault_of_start(path, start, is_packed) or fault_of_gzip_name(path, start))
-            file = gzip.GzipFile(fileobj=packed) if is_packed else packed
+            packer, of_name = _packer(path), packer_of_name(path)
+            if of_name is not None and packer is None and (start := packed.read(START_BYTES)):
+                raise UserError(fault_of_start(path, start, packer) or fault_of_packed_name(path, of_name, start))
+            file = _unpacked(packed, packer)
             before, is_start = 0, True
             while chunk := file.read(_READ_BYTES):
-                if is_start and (fault := fault_of_start(path, chunk[:START_BYTES], is_packed)) is not None:
+                if is_start and (fault := fault_of_start(path, chunk[:START_BYTES], packer)) is not None:
                     raise UserError(fault)
                 is_start = False
                 if progress is not None:
@@ -227,13 +231,23 @@ def _read_bytes(path: Location, progress: Progress | None) -> Iterator[bytes]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: a broken or cut-off gzip file ({error}); fetch it again.") from None
     except OSError as error:
+        if packer == "zstd" and error.errno is None:  # Raised by the unpacker, and not by the file system.
+            raise UserError(fault_of_zstd(path, str(error))) from None
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
     yield b""
 
 
-def _is_gzip(path: Location) -> bool:
+def _packer(path: Location) -> Packer | None:
+    """Returns the program that a file is packed with, by its first bytes."""
     with _open(path) as file:
-        return file.read(len(GZIP_MARK)) == GZIP_MARK
+        return packer_of_start(file.read(4))
+
+
+def _unpacked(packed: BinaryIO, packer: Packer | None) -> BinaryIO:
+    """Returns a file whose `read` returns the unpacked bytes."""
+    if packer == "gzip":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=packed))
+    return packed if packer is None else unpacked_zstd(packed)
 
 
 def _open(path: Location) -> BinaryIO:

@@ -6,13 +6,14 @@ import glob
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from trainer.errors import UserError, quoted
 from trainer.system.storage import Location, Url, locate
-from trainer.text.formats import fault_of_name, is_gzip_name
+from trainer.text.folders import files_of_dataset, folders_in
+from trainer.text.formats import fault_of_name, packer_of_name
 
 SIMPLEBOOKS_URL = "https://dldata-public.s3.us-east-2.amazonaws.com/simplebooks.zip"
 _TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -25,21 +26,25 @@ def find_files(sources: Iterable[str], setting: str) -> list[Location]:
     once, even if several names or links lead to it.
 
     Args:
-        sources: the names of files, or globs, in which ** matches any depth and ~ is the home folder; or URLs, or globs
-            of URLs, such as gs://bucket/*.jsonl.gz.
+        sources: the names of files, of folders that `files_of_dataset` knows, or globs, in which ** matches any depth
+            and ~ is the home folder; or URLs, or globs of URLs, such as gs://bucket/*.jsonl.gz.
         setting: the setting that names the sources, for the error.
 
     Raises:
-        UserError: a source matches no file, is a directory, a pipe or a device, or has the name of a table; or a folder
-            cannot be listed.
+        UserError: a source matches no file, is another directory, a pipe or a device, or has the name of a table
+            without types (.csv, .tsv); or a folder cannot be listed.
     """
     files: list[Location] = []
     for source in sources:
         path = locate(source)
         try:
+            matches: Sequence[Location] | None
             if path.is_dir():
-                raise UserError(f"{setting}={source!r} is a directory; {_files_to_name(path, setting)}")
-            matches = path.glob() if isinstance(path, Url) else _matches(path)
+                matches = files_of_dataset(path, setting)
+                if matches is None:
+                    raise UserError(f"{setting}={source!r} is a directory; {_files_to_name(path, setting)}")
+            else:
+                matches = path.glob() if isinstance(path, Url) else _matches(path)
             if not matches:
                 raise UserError(f"{setting}={source!r}: {_nothing_there(source, setting)}")
             for match in matches:
@@ -76,7 +81,7 @@ def _expand(folder: Path, patterns: list[str]) -> Iterator[Path]:
         return
     first, *rest = patterns
     if first == "**":
-        for each in _folders_in(folder):
+        for each in folders_in(folder):
             yield from _expand(each, rest or ["*"])
     elif not glob.has_magic(first):
         if _is_there(folder / first):
@@ -96,20 +101,6 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _folders_in(top: Path) -> Iterator[Path]:
-    """Yields a folder and the folders below it, each once even if several links lead to it, without hidden ones."""
-    seen: set[str] = set()
-    for folder, names, _ in os.walk(top, onerror=_raise, followlinks=True):
-        names[:] = [] if os.path.realpath(folder) in seen else sorted(name for name in names if name[0] != ".")
-        if os.path.realpath(folder) not in seen:
-            seen.add(os.path.realpath(folder))
-            yield Path(folder)
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
 def _fault_of_file(path: Location) -> str | None:
     if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):
         return f"{path} is a pipe, a device or a socket; text is read several times, so name a file that holds it."
@@ -120,9 +111,9 @@ def _files_to_name(folder: Location, setting: str) -> str:
     """Returns the setting that names the files in a folder."""
     ends, pattern = [""], "*.txt"
     if isinstance(folder, Path):
-        for below in _folders_in(folder):
+        for below in folders_in(folder):
             files = [path for path in sorted(below.iterdir()) if path.is_file() and path.name[0] != "."]
-            ends = ["".join(path.suffixes[-2 if is_gzip_name(path) else -1 :]) for path in files]
+            ends = ["".join(path.suffixes[-1 if packer_of_name(path) is None else -2 :]) for path in files]
             if ends:
                 end = collections.Counter(ends).most_common(1)[0][0]
                 pattern = f"{'' if below == folder else '**/'}*{end}"

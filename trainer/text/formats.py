@@ -10,11 +10,15 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from trainer.system.storage import Location, Url
 
-GZIP_MARK = b"\x1f\x8b"
+# A program that files of text may be packed with.
+Packer = Literal["gzip", "zstd"]
+# Their first bytes. pzstd begins with a frame to skip, which has one of 16 marks.
+_PACKER_MARKS: dict[Packer, bytes] = {"gzip": rb"\x1f\x8b", "zstd": rb"\(\xb5/\xfd|[P-_]\*M\x18"}
+_PACKER_SUFFIXES: dict[Packer, str] = {"gzip": ".gz", "zstd": ".zst"}
 _PYTHON = shlex.quote(sys.executable or "python3")
 # This many bytes at a file's start determine its format.
 START_BYTES = 512
@@ -22,6 +26,7 @@ START_BYTES = 512
 SAMPLE_BYTES = 1 << 17
 
 _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
+_TABLE_SUFFIXES = (".parquet", ".arrow")
 _TO_JSON_LINES = {
     ".csv": "import csv, io, json, sys; csv.field_size_limit(sys.maxsize); [print(json.dumps(row)) for row in "
     'csv.DictReader(io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", newline=""))]',
@@ -32,8 +37,6 @@ _TO_JSON_LINES = {
     # Objects over several lines: each ends with a line that holds only its closing brace.
     ".json of objects": 'import json, re, sys; [print(json.dumps(json.loads(part + "}"))) for part in '
     're.split(r"(?m)^\\}\\s*$", sys.stdin.buffer.read().decode("utf-8-sig")) if part.strip()]',
-    ".parquet": "import io, json, pyarrow.parquet, sys; [print(json.dumps(row, default=str)) for batch in "
-    "pyarrow.parquet.ParquetFile(io.BytesIO(sys.stdin.buffer.read())).iter_batches() for row in batch.to_pylist()]",
 }
 _UNPACKERS = {rb"\xfd7zXZ\0": "xz", rb"\(\xb5/\xfd": "zstd", rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": "bzip2"}
 _UNPACKED_SUFFIXES = {"xz": ".xz", "zstd": ".zst", "bzip2": ".bz2"}
@@ -76,9 +79,15 @@ class Encoding(NamedTuple):
     language: str
 
 
-def is_gzip_name(path: Location) -> bool:
-    """Whether a file is packed with gzip, by its name."""
-    return path.name.lower().endswith(".gz")
+def packer_of_name(path: Location) -> Packer | None:
+    """Returns the program that a file is packed with, by its name; None if it is not packed."""
+    names = _PACKER_SUFFIXES.items()
+    return next((packer for packer, suffix in names if path.name.lower().endswith(suffix)), None)
+
+
+def packer_of_start(start: bytes) -> Packer | None:
+    """Returns the program that a file is packed with, by its first bytes; None if it is not packed."""
+    return next((packer for packer, mark in _PACKER_MARKS.items() if re.match(mark, start)), None)
 
 
 def is_json_lines(path: Location) -> bool:
@@ -89,23 +98,32 @@ def is_json_lines(path: Location) -> bool:
     return name.removesuffix(".gz").endswith(_JSON_LINES_SUFFIXES)
 
 
+def is_table(path: Location) -> bool:
+    """Whether a file holds a table of columns, Parquet or Arrow, by its name."""
+    return path.name.lower().endswith(_TABLE_SUFFIXES)
+
+
 def fault_of_name(path: Location) -> str | None:
     """Returns what to do with a file that has the name of a table, or None."""
     suffix = _suffix(path)
-    return _as_json_lines(path, suffix, f"a {suffix} file") if suffix in (".csv", ".tsv", ".parquet") else None
+    return (
+        _as_json_lines(path, suffix, f"a {suffix} file", packer_of_name(path)) if suffix in (".csv", ".tsv") else None
+    )
 
 
-def fault_of_start(path: Location, start: bytes, is_packed: bool) -> str | None:
+def fault_of_start(path: Location, start: bytes, packer: Packer | None) -> str | None:
     """Returns what a file is and what to do, if its first bytes show that it is not text in UTF-8; or None.
 
     Args:
         path: the file.
-        start: the first START_BYTES bytes of the file, unpacked if it is packed with gzip.
-        is_packed: whether the file is packed with gzip.
+        start: the first START_BYTES bytes of the file, unpacked if it is packed.
+        packer: the program that the file is packed with.
     """
+    if (fault := fault_of_pointer(path, start)) is not None:
+        return fault
     for mark, name in _MARKS.items():
         if start.startswith(mark):
-            return f"{path}: {name}, by its byte-order mark; {_convert(path, name, is_packed)}"
+            return f"{path}: {name}, by its byte-order mark; {_convert(path, name, packer)}"
     what = "a zip archive"
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         if b"[Content_Types].xml" in start or b"mimetypeapplication/" in start:
@@ -117,7 +135,7 @@ def fault_of_start(path: Location, start: bytes, is_packed: bool) -> str | None:
     elif re.match(rb"7z\xbc\xaf'\x1c|Rar!\x1a\x07|%PDF-\d\.\d\s*[\r\n]|\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", start):
         return f"{path}: an archive or a document of another program, by its first bytes; take the text out of it."
     elif re.match(rb"PAR1[\0-\x08\x0e-\x1f]", start):  # A text may begin with this word, too.
-        return _as_json_lines(path, ".parquet", "a Parquet file, by its first bytes")
+        return _as_parquet(path, packer)
     else:
         for mark, tool in _UNPACKERS.items():
             if re.match(mark, start):
@@ -126,51 +144,68 @@ def fault_of_start(path: Location, start: bytes, is_packed: bool) -> str | None:
     return f"{path}: {what}, by its first bytes; unpack it with\n  {command}\nand name the files in {path}.unpacked."
 
 
-def fault_of_gzip_name(path: Location, start: bytes) -> str:
-    """Returns what to do with a file that is named .gz, but does not begin like a gzip file."""
+def fault_of_pointer(path: Location, start: bytes) -> str | None:
+    """Returns what to do with a file that Git LFS has put in the place of a large one; None for other files."""
+    if not start.startswith(b"version https://git-lfs.github.com/spec/"):
+        return None
+    return f"{path}: a pointer of Git LFS, not the file itself; run git lfs pull in the folder that was cloned."
+
+
+def fault_of_packed_name(path: Location, packer: Packer, start: bytes) -> str:
+    """Returns what to do with a file that is named as packed by a program, but does not begin like such a file."""
     try:
         is_text = b"\0" not in start and bool(codecs.getincrementaldecoder("utf-8")().decode(start))
     except UnicodeDecodeError:
         is_text = False
     if not is_text:
-        return f"{path}: a broken or cut-off gzip file (it does not begin as one); fetch it again."
-    plain = _word(_shown(path)[: -len(".gz")])
-    return f"{path}: named .gz, and not packed with gzip; give it its right name:\n  mv {_quoted(path)} {plain}"
+        return f"{path}: a broken or cut-off {packer} file (it does not begin as one); fetch it again."
+    suffix = _PACKER_SUFFIXES[packer]
+    plain = _word(_shown(path)[: -len(suffix)])
+    return (
+        f"{path}: named {suffix}, and not packed with {packer}; give it its right name:\n  mv {_quoted(path)} {plain}"
+    )
 
 
-def fault_of_first_line(path: Location, line: str, is_packed: bool) -> str | None:
+def fault_of_zstd(path: Location, reason: str) -> str:
+    """Returns what to do with a file packed with zstd that cannot be unpacked, given the error of the unpacker."""
+    if "too much memory" in reason:  # More than 128 MB, which other programs refuse, too.
+        return f"{path}: packed with zstd --long; {_unpack(path, 'zstd', '--long=31 ')}"
+    return f"{path}: a broken or cut-off zstd file ({reason}); fetch it again."
+
+
+def fault_of_first_line(path: Location, line: str, packer: Packer | None) -> str | None:
     """Returns what to do with a file that is named as JSON Lines, if its first line is of other JSON; or None."""
     kind, what = ".json", "a JSON array"
     if line.strip() == "{":
         kind, what = ".json of objects", "a JSON object over several lines"
     elif not line.lstrip().startswith("["):
         return None
-    return _as_json_lines(path, kind, f"{what}, where JSON Lines has an object on each line", is_packed)
+    return _as_json_lines(path, kind, f"{what}, where JSON Lines has an object on each line", packer)
 
 
-def fault_of_bytes(path: Location, sample: bytes, is_cut_off: bool, is_packed: bool) -> str:
+def fault_of_bytes(path: Location, sample: bytes, is_cut_off: bool, packer: Packer | None) -> str:
     """Returns what to do with a file that is not UTF-8, by the bytes around the first fault.
 
     Args:
         path: the file.
         sample: the bytes before and after the fault, beginning with a line if possible.
         is_cut_off: whether the file ends within a character.
-        is_packed: whether it is packed with gzip.
+        packer: the program that it is packed with.
     """
     if (encoding := encoding_of(sample)) is not None:
-        return f"it looks like {encoding.name} ({encoding.language}); {_convert(path, encoding.name, is_packed)}"
+        return f"it looks like {encoding.name} ({encoding.language}); {_convert(path, encoding.name, packer)}"
     if b"\0" in sample:
-        command = _piped(path, r"tr -d '\000'", is_packed)
+        command = _piped(path, r"tr -d '\000'", packer)
         return f"is it text? If so, this leaves the NUL bytes out:\n  {command}"
     if is_cut_off or _is_mostly_utf8(sample):
-        return _mend_lines(path, sample, is_cut_off, is_packed)
+        return _mend_lines(path, sample, is_cut_off, packer)
     return (
-        f"its encoding could not be recognized; {_convert(path, 'ENCODING', is_packed)}\n"
+        f"its encoding could not be recognized; {_convert(path, 'ENCODING', packer)}\n"
         "with the encoding's name, which iconv -l lists, for ENCODING."
     )
 
 
-def _mend_lines(path: Location, sample: bytes, is_cut_off: bool, is_packed: bool) -> str:
+def _mend_lines(path: Location, sample: bytes, is_cut_off: bool, packer: Packer | None) -> str:
     lines = sample.split(b"\n")
     # The first and the last line of a long sample may be cut off.
     lines = lines[1:-1] if len(sample) >= SAMPLE_BYTES // 2 else lines
@@ -189,7 +224,7 @@ def _mend_lines(path: Location, sample: bytes, is_cut_off: bool, is_packed: bool
         "import sys; [sys.stdout.buffer.write(line if line.decode(errors='ignore').encode() == line else "
         f"{new}) for line in sys.stdin.buffer]"
     )
-    return f"{what} with\n  {_piped(path, f'{_PYTHON} -c {shlex.quote(program)}', is_packed)}"
+    return f"{what} with\n  {_piped(path, f'{_PYTHON} -c {shlex.quote(program)}', packer)}"
 
 
 def encoding_of(sample: bytes) -> Encoding | None:
@@ -251,7 +286,13 @@ def _num_broken(text: str) -> int:
 
 
 def _suffix(path: Location) -> str:
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+    return Path(path.name[: len(path.name) - _num_packed_chars(path)].lower()).suffix
+
+
+def _num_packed_chars(path: Location) -> int:
+    """Returns the length of the end of a name that says how the file is packed."""
+    packer = packer_of_name(path)
+    return 0 if packer is None else len(_PACKER_SUFFIXES[packer])
 
 
 def _shown(path: Location) -> str:
@@ -275,39 +316,52 @@ def _word(text: str) -> str:
         return f"$'{''.join(spelled)}'"
 
 
-def _convert(path: Location, encoding: str, is_packed: bool) -> str:
-    command = _piped(path, f"iconv -f {encoding} -t UTF-8", is_packed)
+def _convert(path: Location, encoding: str, packer: Packer | None) -> str:
+    command = _piped(path, f"iconv -f {encoding} -t UTF-8", packer)
     return f"convert {'a copy of ' if isinstance(path, Url) else ''}it to UTF-8 with\n  {command}"
 
 
-def _piped(path: Location, command: str, is_packed: bool) -> str:
+def _piped(path: Location, command: str, packer: Packer | None) -> str:
     """Returns a command that replaces a file by the output of another command, unless that command fails."""
     name, raw, new = (_quoted(path, more) for more in ("", ".raw", ".utf8"))
-    if is_packed:
-        return f"gzip -dc < {name} > {raw} && {command} < {raw} > {new} && gzip -c < {new} > {name} && rm {raw} {new}"
+    if packer is not None:
+        pack = f"{packer} -c < {new} > {name}"
+        return f"{packer} -dc < {name} > {raw} && {command} < {raw} > {new} && {pack} && rm {raw} {new}"
     return f"{command} < {name} > {new} && mv {new} {name}"
 
 
-def _unpack(path: Location, tool: str) -> str:
+def _unpack(path: Location, tool: str, options: str = "") -> str:
     name, suffix = _shown(path), _UNPACKED_SUFFIXES[tool]
-    command = f"{tool} -d {'--rm -q ' if tool == 'zstd' else ''}"
+    command = f"{tool} -d {'--rm -q ' if tool == 'zstd' else ''}{options}"
     if name.endswith(suffix):
         plain = name[: -len(suffix)]
         return f"unpack it with\n  {command}{_word(name)}\nand name {plain}."
     return f"unpack it with\n  mv {_quoted(path)} {_quoted(path, suffix)} && {command}{_quoted(path, suffix)}"
 
 
-def _as_json_lines(path: Location, kind: str, what: str, is_packed: bool | None = None) -> str:
+def _as_parquet(path: Location, packer: Packer | None) -> str:
     name = _shown(path)
-    stem = name[: len(name) - len(".gz") * is_gzip_name(path)]
+    stem = name[: len(name) - _num_packed_chars(path)]
+    target = stem if stem.lower().endswith(".parquet") else f"{stem}.parquet"
+    if packer is None:
+        return (
+            f"{path}: a Parquet file, by its first bytes; give it its right name:\n  mv {_word(name)} {_word(target)}"
+        )
+    return (
+        f"{path}: a Parquet file, by its first bytes; unpack it with\n  {packer} -dc < {_word(name)} > {_word(target)}"
+        f"\nand name {target}."
+    )
+
+
+def _as_json_lines(path: Location, kind: str, what: str, packer: Packer | None) -> str:
+    name = _shown(path)
+    stem = name[: len(name) - _num_packed_chars(path)]
     stem = stem[: len(stem) - len(_suffix(path))] if _suffix(path) else stem
     target = f"{stem}.jsonl"
     new = _word(f"{target}.new")
     program = f"{_PYTHON} -c {shlex.quote(_TO_JSON_LINES[kind])}"
-    packed = is_gzip_name(path) if is_packed is None else is_packed
-    command = f"gzip -dc < {_quoted(path)} | {program}" if packed else f"{program} < {_quoted(path)}"
-    needs = " (which needs: pip install pyarrow)" if kind == ".parquet" else ""
+    command = f"{program} < {_quoted(path)}" if packer is None else f"{packer} -dc < {_quoted(path)} | {program}"
     return (
-        f"{path}: {what}; make it JSON Lines with{needs}:\n  {command} > {new} && mv {new} {_word(target)}\n"
+        f"{path}: {what}; make it JSON Lines with:\n  {command} > {new} && mv {new} {_word(target)}\n"
         f"and name {target}, and in data.text_field the field that holds the text."
     )

@@ -15,8 +15,9 @@ from trainer.storybook import storybook
 from trainer.system.storage import Location
 from trainer.text.datasets import Dataset
 from trainer.text.files import LONG_CHARS, Document, Progress, digest, first_fault, read_documents, read_records
-from trainer.text.formats import is_json_lines
+from trainer.text.formats import is_json_lines, is_table
 from trainer.text.held_out import is_held_out, peek, split_file
+from trainer.text.tables import read_table
 
 # What a source is read from; the storybook has none.
 Input = Location | Dataset
@@ -219,7 +220,7 @@ class Source:
             yield from (("train", None, number, story) for number, story in enumerate(stories, start=1))
         for setting, files in (("train", self.train_inputs), ("validation", self.validation_inputs)):
             for file in files:
-                records = self._records(file)
+                records = read_records_of(file, self.data.text_field, self.progress)
                 if records is None:
                     assert not isinstance(file, Dataset)
                     assert self.data.documents != "auto"  # open_source decides.
@@ -246,15 +247,9 @@ class Source:
         if len(tally.broken) < _NUM_NAMED:
             tally.broken.append(f"{file}: {what}")
 
-    def _records(self, file: Input) -> Iterator[str | ValueError] | None:
-        """Returns the texts of a file whose records are documents, whatever data.documents is; None for other files."""
-        if isinstance(file, Dataset):
-            return file.records(self.data.text_field)
-        return read_records(file, self.data.text_field, self.progress) if is_json_lines(file) else None
-
     def _split(self, document: Document, file: Input | None) -> Iterable[tuple[str, Document]]:
         fraction = self.data.held_out_fraction
-        if self.data.documents != "file" or file is None or isinstance(file, Dataset) or is_json_lines(file):
+        if self.data.documents != "file" or not isinstance(file, Location) or not is_text_file(file):
             start, document = peek(document)
             return [("validation" if is_held_out(start, fraction) else "train", document)]
         return split_file(document, file, fraction)
@@ -344,5 +339,22 @@ def _checked(document: Iterator[str], file: Input | None) -> Iterator[str]:
 
 
 def is_text_file(file: Input) -> bool:
-    """Whether a file is plain text, neither JSON Lines nor a data set."""
-    return isinstance(file, Location) and not is_json_lines(file)
+    """Whether a file is plain text: neither JSON Lines, nor a table, nor a data set."""
+    return isinstance(file, Location) and not is_json_lines(file) and not is_table(file)
+
+
+def read_records_of(file: Input, field: str, progress: Progress | None = None) -> Iterator[str | ValueError] | None:
+    """Returns the texts of a file whose records are documents, whatever data.documents is; None for other files.
+
+    A record without a text gives a ValueError, which is yielded and not raised.
+
+    Args:
+        file: the file or data set.
+        field: the field, feature or column that holds the text.
+        progress: counts the bytes that are read.
+    """
+    if isinstance(file, Dataset):
+        return file.records(field)
+    if is_table(file):
+        return read_table(file, field, progress)
+    return read_records(file, field, progress) if is_json_lines(file) else None

@@ -19,11 +19,9 @@ from trainer.text.files import (
     has_paragraphs,
     parts_of,
     read_documents,
-    read_records,
 )
 from trainer.text.find_files import each_once, find_files
-from trainer.text.formats import is_json_lines
-from trainer.text.source import Input, Source, is_text_file
+from trainer.text.source import Input, Source, is_text_file, read_records_of
 
 # What one document of a text file is, as in data.documents.
 Documents = Literal["line", "paragraph", "file", "auto"]
@@ -85,13 +83,13 @@ def open_source(data: DataConfig) -> Source | Mixture:
 
 def _check_effect(data: DataConfig, files: list[Input]) -> None:
     """Raises UserError if a setting has an effect on none of the files."""
-    has_records = [isinstance(file, Dataset) or is_json_lines(file) for file in files]
+    has_records = [not is_text_file(file) for file in files]
     defaults = {name: field.default for name, field in DataConfig.model_fields.items()}
     if data.text_field != defaults["text_field"] and not any(has_records):
         raise UserError(
             f"data.text_field={data.text_field!r} has no effect, as no source is JSON Lines (.jsonl, .ndjson, "
-            ".jsonlines or .json, plain or .gz) or of tensorflow-datasets; leave it out (data.text_field=none), or "
-            "give such a source."
+            ".jsonlines or .json, plain, .gz or .zst), a table (.parquet, .arrow) or of tensorflow-datasets; leave it "
+            "out (data.text_field=none), or give such a source."
         )
     if data.documents not in (defaults["documents"], "auto") and all(has_records):
         raise UserError(
@@ -156,24 +154,26 @@ def read_texts(
     """
     kind = _documents_of(documents, inputs)
     is_empty = True
-    for file in inputs:
-        for text in _texts_of(file, kind, text_field):
-            if isinstance(text, ValueError):
-                fault = first_fault(file) if isinstance(text, UnicodeError) and isinstance(file, Location) else None
-                raise UserError(fault or f"{file}: {text}; mend it.".replace("data.text_field", field_setting))
-            if text and not text.isspace():
-                is_empty = False
-                yield text
+    try:
+        for file in inputs:
+            for text in _texts_of(file, kind, text_field):
+                if isinstance(text, ValueError):
+                    fault = first_fault(file) if isinstance(text, UnicodeError) and isinstance(file, Location) else None
+                    raise UserError(fault or f"{file}: {text}; mend it.")
+                if text and not text.isspace():
+                    is_empty = False
+                    yield text
+    except UserError as error:
+        raise UserError(str(error).replace("data.text_field", field_setting)) from None
     if is_empty:
         raise UserError(f"{setting}={[str(file) for file in inputs]}: only white space in it; give files with text.")
 
 
 def _texts_of(file: Input, kind: Kind, text_field: str) -> Iterator[str | ValueError]:
-    if isinstance(file, Dataset):
-        yield from file.records(text_field)
-    elif is_json_lines(file):
-        yield from read_records(file, text_field)
+    if (records := read_records_of(file, text_field)) is not None:
+        yield from records
     else:
+        assert isinstance(file, Location)
         for document in read_documents(file, kind):
             text = "".join(parts_of(document))
             yield text if is_utf8(text) and "\0" not in text else UnicodeError("not text in UTF-8")

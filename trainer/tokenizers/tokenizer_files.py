@@ -179,7 +179,7 @@ def _from_file(config: WordPieceFileConfig | BpeFileConfig) -> Tokenizer:
 def _text_of(content: bytes, config: WordPieceFileConfig | BpeFileConfig) -> str:
     """Returns the text of a file that tokenizer.path names."""
     path, place = locate(config.path), content.find(0)
-    if (fault := fault_of_start(path, content[:START_BYTES], is_packed=False)) is None:
+    if (fault := fault_of_start(path, content[:START_BYTES], packer=None)) is None:
         what = "NUL byte"
         try:
             text = content.decode("utf-8-sig")
@@ -187,7 +187,7 @@ def _text_of(content: bytes, config: WordPieceFileConfig | BpeFileConfig) -> str
             what, place = "not UTF-8", error.start
         if place < 0:
             return text
-        advice = fault_of_bytes(path, content[:SAMPLE_BYTES], is_cut_off=False, is_packed=False)
+        advice = fault_of_bytes(path, content[:SAMPLE_BYTES], is_cut_off=False, packer=None)
         fault = f"{path}: {what} at byte offset {place}; {advice}"
     raise UserError(f"tokenizer.path={config.path!r}: {fault.removeprefix(f'{path}: ')}")
 
