@@ -1,4 +1,7 @@
-"""Laws of scripts/launch/kubernetes_job.py: what it prints is read as Kubernetes reads it."""
+"""Laws of scripts/launch/kubernetes_job.py: what it prints is read as Kubernetes reads it.
+
+kubeflow-trainer-api has the schemas of Kubernetes and of JobSet, as classes that are generated from them.
+"""
 
 import json
 import re
@@ -7,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kubeflow_trainer_api import models
 
 from trainer.distributed import meeting
 from trainer.distributed.meeting import meeting_secs
@@ -29,6 +33,28 @@ def printed(n, *options, command=TRAIN):
     assert (manifest["apiVersion"], manifest["kind"]) == ("v1", "List")
     service, _, job = manifest["items"]
     return service, job
+
+
+def printed_jobset(n, *options):
+    """The secret and the JobSet."""
+    process = run(
+        "-n", n, "--name", "gpt", "--image", "registry.example/trainer:1", "--kind", "jobset", *options, *TRAIN
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+    return json.loads(process.stdout)["items"]
+
+
+SCHEMAS = {
+    ("v1", "Service"): models.IoK8sApiCoreV1Service,
+    ("v1", "Secret"): models.IoK8sApiCoreV1Secret,
+    ("batch/v1", "Job"): models.IoK8sApiBatchV1Job,
+    ("jobset.x-k8s.io/v1alpha2", "JobSet"): models.JobsetV1alpha2JobSet,
+}
+
+
+def read_by_schema(item):
+    """An object as its schema keeps it: a field of another type is an error, and an unknown one is left out."""
+    return SCHEMAS[item["apiVersion"], item["kind"]].from_dict(item).to_dict()
 
 
 def pod_of(job):
@@ -130,7 +156,9 @@ def test_a_pod_gets_the_gpus_and_the_claim_and_mounts_nothing_else():
         ({"--name": "gpt.2"}, "--name 'gpt.2' must be a DNS label"),
         ({"--name": "2gpt"}, "--name '2gpt' must be a DNS label"),
         ({"--name": "gpt-"}, "--name 'gpt-' must be a DNS label"),
-        ({"--name": "a" * 62, "-n": 2}, "is too long: with -NUMBER of the worker it may have 63 characters."),
+        ({"--name": "a" * 62, "-n": 2}, f"is too long: the last worker would be {'a' * 62}-1."),
+        ({"--name": "a" * 47, "--kind": "jobset"}, f"is too long: the last worker would be {'a' * 47}-worker-0-1."),
+        ({"--kind": "tfjob"}, "argument --kind: invalid choice: 'tfjob' (choose from"),
         ({"--image": ""}, "--image '' is not an image's name: it must be one word."),
         ({"--gpus": -1}, "--gpus -1 must be 0 or more."),
         ({"--claim": "my-claim"}, "--claim and --mount go together"),
@@ -148,6 +176,62 @@ def test_what_kubernetes_would_refuse_is_refused(arguments, message):
 
 def test_the_longest_name_is_taken_and_a_command_is_needed():
     assert run("-n", 2, "--name", "a" * 61, "--image", "trainer", *TRAIN).returncode == 0
+    jobset = run("-n", 2, "--kind", "jobset", "--name", "a" * 46, "--image", "trainer", *TRAIN)
+    assert jobset.returncode == 0
     process = run("-n", 2, "--name", "gpt", "--image", "trainer")
     assert process.returncode == 2
     assert "name the command that each worker runs" in process.stderr
+
+
+@pytest.mark.parametrize("kind", ["job", "jobset"])
+def test_the_schemas_of_kubernetes_and_jobset_know_every_field(kind):
+    options = ["--gpus", 8, "--claim", "my-claim", "--mount", "/runs", "--kind", kind]
+    process = run("-n", 3, "--name", "gpt", "--image", "trainer", *options, *TRAIN)
+    items = json.loads(process.stdout)["items"]
+    assert [item["kind"] for item in items][-2:] == ["Secret", {"job": "Job", "jobset": "JobSet"}[kind]]
+    for item in items:
+        assert read_by_schema(item) == item
+    # Each is seen: an unknown field, and a value of another type.
+    items[-1]["spec"]["replicas"] = 3
+    assert read_by_schema(items[-1]) != items[-1]
+    items[-1]["metadata"]["name"] = 3
+    with pytest.raises(ValueError, match="name"):
+        read_by_schema(items[-1])
+
+
+@pytest.mark.parametrize("n", [1, 11])
+def test_a_jobset_s_pods_are_the_workers_at_the_names_that_it_gives_them(n):
+    secret, jobset = printed_jobset(n)
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]
+    for index in range(n):
+        workers = read_tf_config(environment(job, index)["TF_CONFIG"])
+        # <jobset>-<replicated job>-<number of the job>-<index of the pod>, in the domain of the JobSet's name.
+        assert workers.addresses == tuple(f"gpt-worker-0-{i}.gpt:2222" for i in range(n))
+        assert workers.number == index
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == n
+    assert jobset["spec"]["network"]["enableDNSHostnames"] and "subdomain" not in jobset["spec"]["network"]
+    assert secret["metadata"] == jobset["metadata"] == {"name": "gpt"}
+
+
+def test_one_failed_pod_makes_all_pods_of_a_jobset_anew_after_the_last_has_ended():
+    _, jobset = printed_jobset(4)
+    job = jobset["spec"]["replicatedJobs"][0]["template"]
+    assert (pod_of(job)["restartPolicy"], job["spec"]["backoffLimit"]) == ("Never", 0)
+    assert jobset["spec"]["failurePolicy"] == {"maxRestarts": 20, "restartStrategy": "BlockingRecreate"}
+
+
+def test_a_dry_run_prints_the_same_without_the_secret():
+    printed_without = [printed_jobset(2, "--dry-run"), printed_jobset(2, "--dry-run")]
+    assert printed_without[0] == printed_without[1]
+    (secret, jobset), (dry_secret, dry_jobset) = printed_jobset(2), printed_without[0]
+    assert dry_jobset == jobset
+    assert dry_secret == secret | {"stringData": {}}
+
+
+def test_an_unknown_option_and_a_part_of_one_are_refused():
+    for option in ("--gpu", "--nodes"):
+        refused = run("-n", 2, "--name", "gpt", "--image", "trainer", option, 1, *TRAIN)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert f"unrecognized arguments: {option}" in refused.stderr or "name the command" in refused.stderr

@@ -1,11 +1,14 @@
 """Laws of scripts/launch/local.py, with small programs in place of a training."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from trainer.distributed.workers import read_tf_config
 
 LAUNCH = Path(__file__).parent.parent / "scripts" / "launch" / "local.py"
 WHO = "import json, os; config = json.loads(os.environ['TF_CONFIG']); index = config['task']['index']; "
@@ -119,3 +122,22 @@ def test_workers_go_on_when_the_reader_of_their_lines_is_gone(tmp_path):
     assert process.wait(60) == 0
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["0", "1"]
     process.stderr.close()
+
+
+def test_a_dry_run_prints_the_workers_commands_and_starts_none(tmp_path):
+    program = f"open('{tmp_path}/started', 'w')"
+    command = [sys.executable, str(LAUNCH), "--dry-run", "-n", "2", sys.executable, "-c", program]
+    dry = subprocess.run(command, capture_output=True, text=True, check=True)
+    workers = [shlex.split(line) for line in dry.stdout.splitlines()]
+    assert not list(tmp_path.iterdir())
+    for index, (env, variable, *rest) in enumerate(workers):
+        assert (env, rest) == ("env", [sys.executable, "-c", program])
+        name, _, value = variable.partition("=")
+        assert (name, read_tf_config(value).number) == ("TF_CONFIG", index)
+    assert len(workers) == 2
+
+
+def test_an_unknown_option_is_refused():
+    refused = subprocess.run([sys.executable, str(LAUNCH), "-n", "2", "--dry", "true"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "unrecognized arguments: --dry" in refused.stderr

@@ -42,6 +42,7 @@ class Checkout:
             "scripts/quickstart",
             "scripts/test",
             "scripts/launch/slurm",
+            "scripts/launch/tpu_host.sh",
             ".ci/run",
             "setup.cfg",
             "pyproject.toml",
@@ -49,7 +50,7 @@ class Checkout:
         ):
             shutil.copy(REPOSITORY / name, self.root / name)
         self.bin.mkdir()
-        for tool in ("bash", "env", "cat", "df", "dirname", "grep", "rm", "rmdir", "sed", "tail", "uname"):
+        for tool in ("bash", "env", "cat", "cksum", "df", "dirname", "grep", "rm", "rmdir", "sed", "tail", "uname"):
             found = shutil.which(tool)
             assert found, tool
             (self.bin / tool).symlink_to(found)
@@ -365,6 +366,16 @@ def test_slurm_script_requests_a_signal_that_stops_a_run_and_prints_how_to_submi
     usage = checkout.run("scripts/launch/slurm", "--help")
     assert usage.returncode == 0
     assert "sbatch -N 2 scripts/launch/slurm configs/quickstart.toml" in usage.stdout and "SBATCH" not in usage.stdout
+    dry = checkout.run("scripts/launch/slurm", "--dry-run", "configs/x.toml", "data.train=a b")
+    submitted, trained, queued_again = dry.stdout.splitlines()
+    assert dry.returncode == 0
+    assert submitted.startswith("sbatch -N NODES --") and set(asked) <= set(submitted.replace(" --", " ").split())
+    assert submitted.endswith(r" scripts/launch/slurm configs/x.toml data.train=a\ b")
+    assert trained.startswith("srun ") and r" trainer train --or-resume configs/x.toml data.train=a\ b" in trained
+    assert queued_again.startswith("scontrol requeue")
+    refused = checkout.run("scripts/launch/slurm", "configs/x.toml", "--time=1", env={"SLURM_JOB_ID": "12"})
+    assert refused.returncode == 2
+    assert "slurm: --time=1: no such option; there are -h and --dry-run." in refused.stdout
     alone = checkout.run("scripts/launch/slurm", "configs/x.toml")
     assert alone.returncode == 2
     assert "this is not a SLURM job; submit it: sbatch -N 2 scripts/launch/slurm configs/x.toml" in alone.stdout
@@ -506,3 +517,18 @@ def test_ci_runs_the_test_script_with_the_shared_text(checkout: Checkout) -> Non
     closed = checkout.run(BASH, "-c", "exec .ci/run --fast <&-")
     assert closed.stdout == f"test:--fast:{shared.resolve()}\nno input\n"
     assert checkout.run(".ci/run", env={"TRAINER_TEST_DATA": "/mine"}).stdout == "test::/mine\nno input\n"
+
+
+def test_a_dry_run_of_install_tpu_prints_what_it_would_do_and_changes_nothing(programs: Checkout) -> None:
+    lock = programs.root / "scripts/launch/tpu_requirements.txt"
+    lock.write_text("numpy\n")
+    before = sorted(programs.root.rglob("*"))
+    dry = programs.run("scripts/launch/install_tpu", "--dry-run")
+    venv = f"{programs.root}/.venv-tpu"
+    removed, made, changed, locked, own = dry.stdout.splitlines()
+    assert dry.returncode == 0
+    assert (removed, made) == (f"rm -rf {venv}", f"python3.{FIRST_MINOR} -m venv {venv}")
+    assert changed == f"cd {programs.root}"
+    assert locked.startswith(f"{venv}/bin/python -m pip install ") and f" --no-deps --requirement {lock}" in locked
+    assert own.startswith(f"{venv}/bin/python -m pip install ") and own.endswith(" --no-deps --editable .")
+    assert sorted(programs.root.rglob("*")) == before

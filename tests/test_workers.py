@@ -101,6 +101,44 @@ def test_a_chief_is_the_first_worker_for_trainer_and_for_tensorflow(monkeypatch)
         assert json.loads(os.environ["TF_CONFIG"]) == json.loads(tf_config(workers.addresses, index=number))
 
 
+def tfjob(kind, index, *kinds):
+    """TF_CONFIG as Kubeflow's training-operator 1.9 writes it for a pod of a TFJob with two of each of the kinds."""
+    cluster = {name: [f"gpt-{name}-{i}.team.svc:2222" for i in range(1 if name == "chief" else 2)] for name in kinds}
+    return json.dumps({"cluster": cluster, "task": {"type": kind, "index": index}, "environment": "cloud"})
+
+
+def test_the_pods_of_a_tfjob_are_workers_whose_chief_comes_first(monkeypatch):
+    names = ("gpt-worker-0.team.svc:2222", "gpt-worker-1.team.svc:2222")
+    for kinds, addresses in ((("worker",), names), (("chief", "worker"), ("gpt-chief-0.team.svc:2222", *names))):
+        numbers = []
+        for kind, index in (*(("chief", 0) for _ in kinds[1:]), ("worker", 0), ("worker", 1)):
+            monkeypatch.setenv("TF_CONFIG", tfjob(kind, index, *kinds))
+            workers = find_workers(DistributionConfig())
+            assert workers.addresses == addresses
+            numbers.append(workers.number)
+        assert numbers == list(range(len(addresses)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (tfjob("worker", 0, "ps", "worker"), "must have only workers, with or without one chief; leave out 'ps'"),
+        (tfjob("ps", 1, "chief", "ps", "worker"), "leave out 'ps'"),
+        # The evaluator is not in its own cluster.
+        (tfjob("evaluator", 0, "chief", "worker"), "leave out 'evaluator'"),
+        (
+            '{"sparseCluster": {"worker": {"1": "a:1"}, "ps": []}, "task": {"type": "worker", "index": 1}}',
+            "a sparseClu",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["auto", "multi_worker"])
+def test_other_kinds_of_tfjobs_are_refused_by_name(monkeypatch, kind, text, message):
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(UserError, match=message):
+        find_workers(DistributionConfig(kind=kind))
+
+
 def test_several_workers_are_found_if_tf_config_names_them(monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
     assert find_workers(DistributionConfig()) == Workers()

@@ -5,13 +5,15 @@
 
 Each worker gets its own TF_CONFIG, and all get the same TRAINER_MEETING_SECRET. A worker's lines are prefixed with its
 number. When a worker fails, the others are stopped; then this program prints how each worker ended, and exits with the
-status of the first that failed. It passes SIGINT, SIGTERM and SIGHUP on to all workers.
+status of the first that failed. It passes SIGINT, SIGTERM and SIGHUP on to all workers. With --dry-run it prints the
+workers' commands and starts nothing.
 """
 
 import argparse
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -37,16 +39,20 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def tf_config(index: int, workers: list[str]) -> str:
+    """Returns the TF_CONFIG of a worker."""
+    return json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}})
+
+
 class Worker:
     """A worker's process, and the thread that prints its lines."""
 
     def __init__(self, command: list[str], index: int, workers: list[str]) -> None:
         self.index = index
         os.environ.setdefault("TRAINER_MEETING_SECRET", secrets.token_hex(16))
-        tf_config = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
         self.process = subprocess.Popen(
             command,
-            env={**os.environ, "TF_CONFIG": json.dumps(tf_config), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "TF_CONFIG": tf_config(index, workers), "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -141,8 +147,9 @@ def stop(workers: list[Worker]) -> None:
 
 def main() -> None:
     """Reads the command line and runs the workers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("-n", type=int, required=True, help="number of workers")
+    parser.add_argument("--dry-run", action="store_true", help="print the workers' commands, and start nothing")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the command that each worker runs")
     options = parser.parse_args()
     if options.n < 1:
@@ -155,6 +162,10 @@ def main() -> None:
         parser.error(f"{options.command[0]} is not a program on PATH or in {VENV_PROGRAMS}; write its path.")
 
     addresses = [f"127.0.0.1:{port}" for port in free_ports(options.n)]
+    if options.dry_run:
+        for index in range(options.n):
+            print(shlex.join(["env", f"TF_CONFIG={tf_config(index, addresses)}", *options.command]))
+        return
     workers: list[Worker] = []
 
     def pass_on(number: int, _: object) -> None:

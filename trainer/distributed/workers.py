@@ -237,6 +237,13 @@ def _parse(text: str) -> dict[str, Any]:
         raise _not_right(text, f"is not what it should be, JSON ({error})") from None
     if not isinstance(parsed, dict):
         raise _not_right(text, "is not what it should be, a JSON object")
+    # With distribution.kind='auto' each worker would otherwise train by itself.
+    if "sparseCluster" in parsed:
+        raise _not_right(
+            text,
+            "has a sparseCluster, which names only some workers; Kubeflow writes it if a TFJob has "
+            "enableDynamicWorker, so leave that out",
+        )
     return parsed
 
 
