@@ -83,7 +83,7 @@ def test_sets_are_scored_while_training_and_at_the_end(tmp_path: Path, monkeypat
     score = result.evaluation.sets["books"]
     assert score._replace(nats=0) == expected._replace(nats=0)
     assert score.nats == pytest.approx(expected.nats, rel=1e-6)
-    curve = read_curves(tmp_path / "run/logs/validation")["loss/books"]
+    curve = read_curves(tmp_path / "run/logs/validation")["loss/nats_per_token/books"]
     assert list(curve.steps) == [2, 4] and curve.values[-1] == pytest.approx(score.loss)
     assert sum(line.startswith("step 4/4") and line.endswith(f"books: {score}") for line in lines) == 1
     written = json.loads((tmp_path / "run/result.json").read_text())["evaluation"]["sets"]["books"]

@@ -99,8 +99,8 @@ def test_what_a_fork_comes_from_is_in_its_record_in_tensorboard_and_in_inspect(
     assert lines.index(str(one)) < lines.index(f"forkedfrom{parent.path},step2")
     events = EventAccumulator(f"{two}/logs/train")
     events.Reload()
-    assert [event.step for event in events.Tensors("loss")] == [4]  # The curve begins after the fork.
-    text = tf.make_ndarray(events.Tensors("history")[0].tensor_proto).item()
+    assert [event.step for event in events.Tensors("loss/nats_per_token")] == [4]  # The curve begins after the fork.
+    text = tf.make_ndarray(events.Tensors("text/history")[0].tensor_proto).item()
     assert f"forked from {parent.path}, step 2" in html.unescape(text.decode())
 
 

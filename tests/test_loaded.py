@@ -16,6 +16,7 @@ from mutated_values import SPECIAL_NAMES, prompt_text
 from trainer.decoding.request import Request
 from trainer.errors import UserError
 from trainer.loaded import LoadedModel, TextTokenizer
+from trainer.monitoring import tags
 from trainer.monitoring.event_log import EventLog
 from trainer.runs.run_folder import RunFolder
 from trainer.tokenizers.characters import ByteTokenizer, CharTokenizer
@@ -158,23 +159,23 @@ def test_history_has_each_step_of_a_resumed_run_once_with_its_newest_value(run: 
     assert run.history == {}
     first = EventLog(folder / "logs" / "train", 0)
     for step in (10, 20, 30):
-        first.scalars(step, {"loss": step, "gone": 1.0} if step > 10 else {"loss": step})
+        first.scalars(step, {tags.LOSS: step, "loss/gone": 1.0} if step > 10 else {tags.LOSS: step})
     first.close()
     again = EventLog(folder / "logs" / "train", 10)  # It was killed after step 30, and goes on from step 10.
-    again.scalars(20, {"loss": 0.5})
-    again.texts(20, {"samples/greedy": "the cat"})
+    again.scalars(20, {tags.LOSS: 0.5})
+    again.texts(20, {"text/samples/greedy": "the cat"})
     again.close()
     score = EventLog(folder / "logs" / "validation", 0)
-    score.scalars(20, {"perplexity": 1e300})
+    score.scalars(20, {tags.PERPLEXITY: 1e300})
     score.close()
     history = run.history
-    assert set(history) == {"train/loss", "validation/perplexity"}
-    steps, values = history["train/loss"]
+    assert set(history) == {"train/loss/nats_per_token", "validation/loss/perplexity"}
+    steps, values = history["train/loss/nats_per_token"]
     assert steps.tolist() == [10, 20] and values.tolist() == [10.0, 0.5]
-    assert history["validation/perplexity"].values.tolist() == [np.finfo(np.float32).max]
+    assert history["validation/loss/perplexity"].values.tolist() == [np.finfo(np.float32).max]
     for file in (folder / "logs" / "train").iterdir():
         file.write_bytes(file.read_bytes()[:-3])  # Killed while it wrote: the last event is lost.
-    assert run.history["train/loss"].steps.tolist() == [10, 20]
+    assert run.history["train/loss/nats_per_token"].steps.tolist() == [10, 20]
 
 
 @pytest.mark.parametrize(

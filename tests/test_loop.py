@@ -395,9 +395,9 @@ def test_a_routine_overflow_does_not_stop_a_run(tmp_path, monkeypatch):
     result = trainer.train(trainer.make_config(settings), say=lambda _: None)
     assert result.step == 40
     events = EventAccumulator(str(tmp_path / "run/logs/train"), size_guidance={"tensors": 0}).Reload()
-    skipped = {event.step for event in events.Tensors("skipped_steps") if tf.make_ndarray(event.tensor_proto)}
+    skipped = {event.step for event in events.Tensors("health/skipped_steps") if tf.make_ndarray(event.tensor_proto)}
     assert len(skipped) > 3
-    for tag in ("loss", "perplexity", "grad_norm"):
+    for tag in ("loss/nats_per_token", "loss/perplexity", "optimizer/grad_norm"):
         assert {event.step for event in events.Tensors(tag)} == {*range(1, 41)} - skipped
     # The count is kept with the rest, so that a resumed run goes on with it.
     assert saved(tmp_path / "run", 40)["optimizer/skipped_in_a_row"] == 0

@@ -58,9 +58,13 @@ def test_each_evaluation_set_has_its_own_curves_and_line(tmp_path: Path):
     with watched.running():
         watched.evaluation(20, SCORE._replace(sets={"books": books, "news": news}))
     validation = curves(tmp_path / "validation")
-    assert (validation["loss"], validation["loss/books"], validation["loss/news"]) == ({20: 2.0}, {20: 2.0}, {20: 3.0})
-    assert validation["bits_per_byte/books"] == pytest.approx({20: books.bits_per_byte})
-    assert validation["bits_per_byte_lossy/news"] == pytest.approx({20: news.bits_per_byte})
+    assert (
+        validation["loss/nats_per_token"],
+        validation["loss/nats_per_token/books"],
+        validation["loss/nats_per_token/news"],
+    ) == ({20: 2.0}, {20: 2.0}, {20: 3.0})
+    assert validation["loss/bits_per_byte/books"] == pytest.approx({20: books.bits_per_byte})
+    assert validation["loss/bits_per_byte_lossy/news"] == pytest.approx({20: news.bits_per_byte})
     assert f"step 20/30  books: {books}\nstep 20/30  news: {news}\n" in terminal.getvalue()
 
 
@@ -71,19 +75,26 @@ def test_curves_hold_each_point_at_its_step(tmp_path: Path):
         watched.interval(20, interval(loss=1.0, num_skipped=0))
         watched.evaluation(20, SCORE)
     train = curves(tmp_path / "train")
-    assert train["loss"] == {10: 2.0, 20: 1.0}
-    assert train["perplexity"] == pytest.approx({10: np.exp(2), 20: np.exp(1)})
-    assert train["bits_per_byte"] == {10: 1.0, 20: 0.5}
-    assert train["skipped_steps"] == {10: 1.0, 20: 0.0}
-    assert train["learning_rate"] == pytest.approx({10: 1e-3, 20: 1e-3})
-    shown = ("grad_norm", "clip_rate", "tokens_per_sec_in_steps", "tokens_per_sec_overall")
+    assert train["loss/nats_per_token"] == {10: 2.0, 20: 1.0}
+    assert train["loss/perplexity"] == pytest.approx({10: np.exp(2), 20: np.exp(1)})
+    assert train["loss/bits_per_byte"] == {10: 1.0, 20: 0.5}
+    assert train["health/skipped_steps"] == {10: 1.0, 20: 0.0}
+    assert train["optimizer/learning_rate"] == pytest.approx({10: 1e-3, 20: 1e-3})
+    shown = (
+        "optimizer/grad_norm",
+        "optimizer/clip_rate",
+        "speed/tokens_per_sec_in_steps",
+        "speed/tokens_per_sec_overall",
+    )
     assert [train[tag][10] for tag in shown] == [3.0, 0.5, 1e6, 9e5]
-    assert train["input_share"][10] == pytest.approx(0.01)
+    assert train["health/input_share"][10] == pytest.approx(0.01)
     assert "num_steps" not in train
     assert curves(tmp_path / "validation") == {
-        "loss": {20: 2.0}, "perplexity": {20: np.float32(np.exp(2))}, "bits_per_byte": {20: 1.5},
-        "excess_nats_per_token": {20: 0.25},
-    }  # fmt: skip
+        "loss/nats_per_token": {20: 2.0},
+        "loss/perplexity": {20: np.float32(np.exp(2))},
+        "loss/bits_per_byte": {20: 1.5},
+        "loss/excess_nats_per_token": {20: 0.25},
+    }
 
 
 def profiling(logs: Path, terminal: io.StringIO) -> Monitor:
@@ -125,9 +136,9 @@ def test_points_are_there_before_the_run_ends(tmp_path: Path):
         watched.interval(10, interval())
         watched.samples(10, {"greedy": "x"})
         watched.evaluation(10, SCORE)
-        assert curves(tmp_path / "train")["loss"] == {10: 2.0}
-        assert "samples/greedy" in curves(tmp_path / "train")
-        assert curves(tmp_path / "validation")["loss"] == {10: 2.0}
+        assert curves(tmp_path / "train")["loss/nats_per_token"] == {10: 2.0}
+        assert "text/samples/greedy" in curves(tmp_path / "train")
+        assert curves(tmp_path / "validation")["loss/nats_per_token"] == {10: 2.0}
 
 
 def test_resumed_run_drops_what_was_logged_past_its_checkpoint(tmp_path: Path):
@@ -140,13 +151,13 @@ def test_resumed_run_drops_what_was_logged_past_its_checkpoint(tmp_path: Path):
     resumed = monitor(tmp_path, first_step=10)
     with resumed.running():
         train, validation = curves(tmp_path / "train"), curves(tmp_path / "validation")
-        assert list(train["loss"]) == list(validation["loss"]) == [5, 10]
+        assert list(train["loss/nats_per_token"]) == list(validation["loss/nats_per_token"]) == [5, 10]
         resumed.interval(12, interval(loss=3.0))
         resumed.interval(15, interval(loss=3.0))
         resumed.samples(15, {"greedy": "after 15"})
     train = curves(tmp_path / "train")
-    assert train["loss"] == {5: 1.0, 10: 1.0, 12: 3.0, 15: 3.0}
-    assert train["samples/greedy"] == {5: b"before 5", 10: b"before 10", 15: b"after 15"}
+    assert train["loss/nats_per_token"] == {5: 1.0, 10: 1.0, 12: 3.0, 15: 3.0}
+    assert train["text/samples/greedy"] == {5: b"before 5", 10: b"before 10", 15: b"after 15"}
     with killed.running():
         pass
 
@@ -157,13 +168,13 @@ def test_utilisation_is_shown_if_the_peak_is_known(tmp_path: Path):
     with watched.running():
         watched.interval(10, interval())
     train = curves(tmp_path / "known" / "train")
-    assert (train["mfu_in_steps"][10], train["mfu_overall"][10]) == pytest.approx((0.25, 0.225))
+    assert (train["speed/mfu_in_steps"][10], train["speed/mfu_overall"][10]) == pytest.approx((0.25, 0.225))
     speed = "  1,000,000 tokens/s in steps, 900,000 overall  mfu 25.0% in steps, 22.5% overall  input"
     assert speed in terminal.getvalue()
     unknown = monitor(tmp_path / "unknown")
     with unknown.running():
         unknown.interval(10, interval())
-    assert not [tag for tag in curves(tmp_path / "unknown" / "train") if tag.startswith("mfu")]
+    assert not [tag for tag in curves(tmp_path / "unknown" / "train") if "mfu" in tag]
 
 
 def test_bits_per_byte_of_a_lossy_tokenizer_are_called_so(tmp_path: Path):
@@ -173,8 +184,8 @@ def test_bits_per_byte_of_a_lossy_tokenizer_are_called_so(tmp_path: Path):
         watched.evaluation(10, SCORE._replace(is_lossy=True))
     for name, value in (("train", 1.0), ("validation", 1.5)):
         values = curves(tmp_path / name)
-        assert values["bits_per_byte_lossy"] == {10: value}
-        assert "bits_per_byte" not in values
+        assert values["loss/bits_per_byte_lossy"] == {10: value}
+        assert "loss/bits_per_byte" not in values
 
 
 def test_each_curve_of_bits_per_byte_is_called_lossy_by_its_own_text(tmp_path: Path):
@@ -182,15 +193,15 @@ def test_each_curve_of_bits_per_byte_is_called_lossy_by_its_own_text(tmp_path: P
     with watched.running():
         watched.interval(10, interval())
         watched.evaluation(10, SCORE._replace(is_lossy=True))
-    assert "bits_per_byte" in curves(tmp_path / "train")
-    assert "bits_per_byte_lossy" in curves(tmp_path / "validation")
+    assert "loss/bits_per_byte" in curves(tmp_path / "train")
+    assert "loss/bits_per_byte_lossy" in curves(tmp_path / "validation")
 
 
 def test_unknown_excess_has_no_curve(tmp_path: Path):
     watched = monitor(tmp_path)
     with watched.running():
         watched.evaluation(10, SCORE._replace(excess=None))
-    assert "excess_nats_per_token" not in curves(tmp_path / "validation")
+    assert "loss/excess_nats_per_token" not in curves(tmp_path / "validation")
 
 
 @pytest.mark.parametrize("loss", [88.0, 89.0, 800.0, 1e300, float("inf"), float("nan")])
@@ -200,7 +211,9 @@ def test_a_diverged_run_is_still_shown(loss: float, tmp_path: Path):
         watched.interval(10, interval(loss=loss, grad_norm=loss))
         watched.evaluation(10, SCORE._replace(loss=loss))
     train = curves(tmp_path / "train")
-    assert np.isnan(train["perplexity"][10]) if np.isnan(loss) else train["perplexity"][10] >= np.float32(1.6e38)
+    assert (
+        np.isnan(train["loss/perplexity"][10]) if np.isnan(loss) else train["loss/perplexity"][10] >= np.float32(1.6e38)
+    )
 
 
 def test_samples_and_config_are_shown_as_text(tmp_path: Path):
@@ -208,9 +221,9 @@ def test_samples_and_config_are_shown_as_text(tmp_path: Path):
     with watched.running():
         watched.samples(10, {"greedy": "once\nupon", "top-p": "옛날 옛적에"})
     train = curves(tmp_path / "train")
-    assert train["samples/greedy"] == {10: b"once  \nupon"}  # Two spaces: where Markdown breaks a line.
-    assert train["samples/top-p"][10].decode() == "옛날 옛적에"
-    assert train["config"][0].decode() == f"```toml\n{CONFIG.to_toml()}\n```"
+    assert train["text/samples/greedy"] == {10: b"once  \nupon"}  # Two spaces: where Markdown breaks a line.
+    assert train["text/samples/top-p"][10].decode() == "옛날 옛적에"
+    assert train["text/config"][0].decode() == f"```toml\n{CONFIG.to_toml()}\n```"
 
 
 def test_plain_lines_without_a_terminal(tmp_path: Path):
@@ -273,7 +286,7 @@ def test_every_line_goes_to_say_if_it_is_given(tmp_path: Path):
 def points(folder: Path) -> list[tuple[int, float]]:
     events = EventAccumulator(str(folder), purge_orphaned_data=True)
     events.Reload()
-    return [(event.step, event.wall_time) for event in events.Tensors("loss")]
+    return [(event.step, event.wall_time) for event in events.Tensors("loss/nats_per_token")]
 
 
 def test_curves_follow_the_steps_after_a_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -329,7 +342,7 @@ def test_nothing_in_a_config_leaves_its_block_in_tensorboard(tmp_path: Path):
     samples = SamplesConfig(prompt="\n```\n![](http://a.b/c.png) <img src=x>\n", stop="'''\n~~~")
     with Monitor(tmp_path, CONFIG.model_copy(update={"samples": samples}), 0, 30, 0.5, False, io.StringIO()).running():
         pass
-    shown, tags = shown_by_tensorboard(curves(tmp_path / "train")["config"][0].decode())
+    shown, tags = shown_by_tensorboard(curves(tmp_path / "train")["text/config"][0].decode())
     assert tags == {"pre", "code"} and "![](http://a.b/c.png)" in shown
 
 
@@ -395,8 +408,14 @@ def test_an_interval_without_an_applied_step_has_no_loss_and_no_point(tmp_path: 
     with watched.running():
         watched.interval(10, nothing)
     train = curves(tmp_path / "train")
-    assert train["skipped_steps"] == {10: 2.0} and train["learning_rate"][10] > 0
-    assert not train.keys() & {"loss", "perplexity", "bits_per_byte", "grad_norm", "clip_rate"}
+    assert train["health/skipped_steps"] == {10: 2.0} and train["optimizer/learning_rate"][10] > 0
+    assert not train.keys() & {
+        "loss/nats_per_token",
+        "loss/perplexity",
+        "loss/bits_per_byte",
+        "optimizer/grad_norm",
+        "optimizer/clip_rate",
+    }
     assert terminal.getvalue().startswith(
         "step 10/30  no step was applied  rate 1.00e-01  0 tokens/s in steps, 0 overall"
     )
@@ -405,28 +424,28 @@ def test_an_interval_without_an_applied_step_has_no_loss_and_no_point(tmp_path: 
 def test_curves_that_cannot_be_written_for_a_while_are_complete_in_the_end(tmp_path: Path):
     said: list[str] = []
     log = EventLog(tmp_path / "train", 0, said.append)
-    log.scalars(1, {"loss": 3.0})
+    log.scalars(1, {"loss/nats_per_token": 3.0})
     # The limit on a file's size stands in for the full disk.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
         for step in (2, 3, 4):
-            log.scalars(step, {"loss": 3.0 - step / 4})
+            log.scalars(step, {"loss/nats_per_token": 3.0 - step / 4})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(said) == 1 and said[0].startswith(f"Cannot write to {tmp_path}/train: ")
     assert "Raise the limit on a file's size" in said[0] and said[0].endswith("written once that can be done.")
-    log.scalars(5, {"loss": 1.75})
+    log.scalars(5, {"loss/nats_per_token": 1.75})
     assert said[1:] == [f"{tmp_path}/train can be written again."]
-    log.scalars(6, {"loss": 1.5})
+    log.scalars(6, {"loss/nats_per_token": 1.5})
     log.close()
-    assert curves(tmp_path / "train")["loss"] == {1: 3.0, 2: 2.5, 3: 2.25, 4: 2.0, 5: 1.75, 6: 1.5}
+    assert curves(tmp_path / "train")["loss/nats_per_token"] == {1: 3.0, 2: 2.5, 3: 2.25, 4: 2.0, 5: 1.75, 6: 1.5}
     assert len(list((tmp_path / "train").iterdir())) == 2
 
     log = EventLog(tmp_path / "other", 0, said.append)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
-        log.scalars(1, {"loss": 3.0})
+        log.scalars(1, {"loss/nats_per_token": 3.0})
         log.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -48,7 +48,7 @@ def child(parent: RunFolder, name: str, *overrides: str) -> Config:
 def first_loss(run: str) -> float:
     events = EventAccumulator(f"{run}/logs/train")
     events.Reload()
-    first = events.Tensors("loss")[0]
+    first = events.Tensors("loss/nats_per_token")[0]
     assert first.step == 1
     return float(tf.make_ndarray(first.tensor_proto))
 

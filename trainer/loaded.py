@@ -116,7 +116,7 @@ class LoadedModel:
 
     @property
     def history(self) -> dict[str, Curve]:
-        """The curves of the run by name, such as "train/loss" or "validation/perplexity": all that the run has logged
+        """The curves of the run by name, such as "train/loss/nats_per_token": all that the run has logged
         until now, also after the step of this model. Empty if nothing was logged.
         """
         return {

@@ -34,6 +34,7 @@ from trainer.data.prepare import prepare
 from trainer.data.shards import MANIFEST, PreparedData, load_prepared
 from trainer.distributed.strategy import distributed, make_strategy
 from trainer.errors import UserError
+from trainer.monitoring import tags
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.toml"
 ROUNDS = 5
@@ -192,7 +193,7 @@ def measure_waiting(num_steps: int, num_stories: int | None, folder: Path) -> di
     trainer.train(load_config(QUICKSTART, overrides))
     curves = EventAccumulator(str(folder / "run" / "logs" / "train"))
     curves.Reload()
-    shares = [float(tf.make_ndarray(point.tensor_proto)) for point in curves.Tensors("input_share")]
+    shares = [float(tf.make_ndarray(point.tensor_proto)) for point in curves.Tensors(tags.INPUT_SHARE)]
     assert len(shares) == 1 + ROUNDS
     # The first part includes the start of the pipeline.
     return {

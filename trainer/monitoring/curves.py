@@ -11,6 +11,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from trainer.errors import UserError
 from trainer.monitoring.event_log import event_files
+from trainer.monitoring.tags import current
 from trainer.system.storage import Location, reason_and_remedy
 
 
@@ -28,6 +29,7 @@ class Curve(NamedTuple):
 
 def read_curves(folder: Location) -> dict[str, Curve]:
     """Returns the curves in a folder by name, without points that a later file makes void, as TensorBoard shows them.
+    Points that version 0.1.0 has written are in the curves with the names of today.
 
     Args:
         folder: the folder that an `EventLog` writes into. If it is not there, there are no curves.
@@ -46,7 +48,7 @@ def read_curves(folder: Location) -> dict[str, Curve]:
                     }
                 for value in event.summary.value:
                     if value.metadata.plugin_data.plugin_name == "scalars":
-                        curves.setdefault(value.tag, {})[event.step] = tf.make_ndarray(value.tensor).item()
+                        curves.setdefault(current(value.tag), {})[event.step] = tf.make_ndarray(value.tensor).item()
     except (OSError, tf.errors.OpError) as error:
         raise UserError(f"{folder} cannot be read: {reason_and_remedy(error)}.") from None
     return {

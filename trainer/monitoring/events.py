@@ -45,6 +45,7 @@ class Interval(NamedTuple):
         tokens_per_sec_in_steps: the predicted tokens, without padding, by the time of the steps.
         tokens_per_sec_overall: the same tokens by all the time since the last report, with saving, scoring and samples.
         learning_rate: the learning rate of the last step.
+        loss_scale: the loss scale after the last step; None if train.precision is not "mixed_float16".
     """
 
     num_steps: int
@@ -56,12 +57,13 @@ class Interval(NamedTuple):
     tokens_per_sec_in_steps: float
     tokens_per_sec_overall: float
     learning_rate: float
+    loss_scale: float | None = None
 
 
 class Sink:
     """Receives what a run reports. A method does nothing unless a subclass overrides it.
 
-    `values` are the figures of a report by the name of their curve, without those that are unknown.
+    `values` are the figures of a report by the name of their curve (tags.py), without those that are unknown.
     """
 
     @contextlib.contextmanager

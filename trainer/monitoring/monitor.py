@@ -16,6 +16,7 @@ from trainer.data.shards import PreparedData
 from trainer.distributed.strategy import device_kind, device_names, find_devices
 from trainer.model.language_model import adapt
 from trainer.model.size import tokens_per_sec_at_peak
+from trainer.monitoring import tags
 from trainer.monitoring.events import Interval, Place, Sink
 from trainer.monitoring.progress import TrainingProgress
 from trainer.monitoring.tensorboard import TensorBoard
@@ -66,7 +67,7 @@ class Monitor:
         self.total_steps = total_steps
         self._peak_tokens_per_sec = peak_tokens_per_sec
         self._bits_per_token_byte = bits_per_token_byte
-        self._bits_tag = _bits_tag(is_lossy)
+        self._bits_tag = tags.bits_per_byte(is_lossy)
         self._steps_per_epoch = steps_per_epoch
         self._num_epochs = config.train.num_epochs or round(
             (total_steps - data_begins_at) / (steps_per_epoch or total_steps), 2
@@ -102,14 +103,24 @@ class Monitor:
     def interval(self, step: int, interval: Interval) -> None:
         """Reports the steps since the last report."""
         place = self._place(step)
-        values = interval._asdict() | {"skipped_steps": interval.num_skipped, "epoch": place.epochs}
-        del values["num_steps"], values["num_skipped"]
+        values: dict[str, float | None] = {
+            tags.LOSS: interval.loss,
+            tags.TOKENS_PER_SEC_IN_STEPS: interval.tokens_per_sec_in_steps,
+            tags.TOKENS_PER_SEC_OVERALL: interval.tokens_per_sec_overall,
+            tags.LEARNING_RATE: interval.learning_rate,
+            tags.GRAD_NORM: interval.grad_norm,
+            tags.CLIP_RATE: interval.clip_rate,
+            tags.LOSS_SCALE: interval.loss_scale,
+            tags.SKIPPED_STEPS: interval.num_skipped,
+            tags.INPUT_SHARE: interval.input_share,
+            tags.EPOCH: place.epochs,
+        }
         if interval.loss is not None:
-            values["perplexity"] = _perplexity(interval.loss)
+            values[tags.PERPLEXITY] = _perplexity(interval.loss)
             values[self._bits_tag] = interval.loss * self._bits_per_token_byte
         if self._peak_tokens_per_sec is not None:
-            values["mfu_in_steps"] = interval.tokens_per_sec_in_steps / self._peak_tokens_per_sec
-            values["mfu_overall"] = interval.tokens_per_sec_overall / self._peak_tokens_per_sec
+            values[tags.MFU_IN_STEPS] = interval.tokens_per_sec_in_steps / self._peak_tokens_per_sec
+            values[tags.MFU_OVERALL] = interval.tokens_per_sec_overall / self._peak_tokens_per_sec
         for sink in self._sinks:
             sink.interval(place, interval, _known(values))
 
@@ -117,15 +128,16 @@ class Monitor:
         """Reports a score on the validation text."""
         place = self._place(step)
         values = {
-            "loss": evaluation.loss,
-            "perplexity": evaluation.perplexity,
-            _bits_tag(evaluation.is_lossy): evaluation.bits_per_byte,
-            "excess_nats_per_token": evaluation.excess,
-            "epoch": place.epochs,
+            tags.LOSS: evaluation.loss,
+            tags.PERPLEXITY: evaluation.perplexity,
+            tags.bits_per_byte(evaluation.is_lossy): evaluation.bits_per_byte,
+            tags.EXCESS: evaluation.excess,
+            tags.EPOCH: place.epochs,
         }
-        values |= {f"loss_of_source_{i}": loss for i, loss in enumerate(evaluation.losses)}
+        values |= {tags.loss_of_source(i): loss for i, loss in enumerate(evaluation.losses)}
         for name, score in evaluation.sets.items():
-            values |= {f"loss/{name}": score.loss, f"{_bits_tag(score.loses_text)}/{name}": score.bits_per_byte}
+            values[tags.of_set(tags.LOSS, name)] = score.loss
+            values[tags.of_set(tags.bits_per_byte(score.loses_text), name)] = score.bits_per_byte
         for sink in self._sinks:
             sink.evaluation(place, evaluation, _known(values))
 
@@ -161,10 +173,6 @@ class SilentMonitor:
 def _known(values: Mapping[str, float | None]) -> dict[str, float]:
     """Returns the figures that are known. An unknown one gets no point: TensorBoard would draw 0 as the best loss."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _bits_tag(is_lossy: bool) -> str:
-    return "bits_per_byte_lossy" if is_lossy else "bits_per_byte"
 
 
 def _perplexity(loss: float) -> float:

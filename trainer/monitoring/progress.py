@@ -8,6 +8,7 @@ from typing import TextIO
 
 import rich.progress
 
+from trainer.monitoring import tags
 from trainer.monitoring.events import Interval, Place, Sink
 from trainer.runs.results import Evaluation
 from trainer.system.terminal import Say, console, printable
@@ -81,13 +82,13 @@ class TrainingProgress(Sink):
         loss, learned, norm = "no step was applied", "no step was applied", ""
         if interval.loss is not None:
             loss = f"loss {interval.loss:.4f}"
-            learned = f"{loss}  perplexity {values['perplexity']:.2f}"
+            learned = f"{loss}  perplexity {values[tags.PERPLEXITY]:.2f}"
         if interval.grad_norm is not None:
             norm = f"norm {interval.grad_norm:.2f}  "
         in_steps, overall = interval.tokens_per_sec_in_steps, interval.tokens_per_sec_overall
         speed, short = f"{in_steps:,.0f} tokens/s in steps, {overall:,.0f} overall", f"{overall:,.0f} tokens/s"
-        if "mfu_overall" in values:
-            speed += f"  mfu {values['mfu_in_steps']:.1%} in steps, {values['mfu_overall']:.1%} overall"
+        if tags.MFU_OVERALL in values:
+            speed += f"  mfu {values[tags.MFU_IN_STEPS]:.1%} in steps, {values[tags.MFU_OVERALL]:.1%} overall"
         shown = speed if self._console.width >= _WIDE else short
         self._progress.update(self._task, completed=place.step, state=f"{place.epoch()}{loss}  {shown}")
         if not self._has_bar:

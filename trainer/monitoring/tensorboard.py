@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import tensorflow as tf
 
 from trainer.config.settings import Config
+from trainer.monitoring import tags
 from trainer.monitoring.event_log import EventLog, literal
 from trainer.monitoring.events import Interval, Place, Sink
 from trainer.runs.results import Evaluation
@@ -33,9 +34,9 @@ class TensorBoard(Sink):
         # A run that has taken all its steps is resumed only to be scored: a score that an earlier process has logged at
         # this step is written again, so it must not stay.
         self._validation = EventLog(logs / "validation", first_step - (first_step == total_steps), say)
-        texts = {"config": f"```toml\n{config.to_toml()}\n```"}
+        texts = {tags.CONFIG: f"```toml\n{config.to_toml()}\n```"}
         if history:
-            texts["history"] = literal("\n".join(history))
+            texts[tags.HISTORY] = literal("\n".join(history))
         self._train.texts(first_step, texts)
         self._profile = config.profile
         self._is_profiling = False
@@ -60,7 +61,7 @@ class TensorBoard(Sink):
 
     def samples(self, place: Place, samples: Mapping[str, str]) -> None:
         """Adds the samples as texts."""
-        self._train.texts(place.step, {f"samples/{name}": literal(text) for name, text in samples.items()})
+        self._train.texts(place.step, {tags.samples_of(name): literal(text) for name, text in samples.items()})
 
     @contextlib.contextmanager
     def profiled(self, step: int) -> Iterator[None]:

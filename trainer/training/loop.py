@@ -254,9 +254,9 @@ def bring_up_to_date(run: RunFolder, prepared: PreparedData, say: Say) -> None:
 def log(step: int, training_step: TrainingStep, meter: Meter, monitor: Monitor | SilentMonitor) -> None:
     """Reports the steps since the last report, and how many of them were skipped."""
     config, total_steps, loss_scale = training_step.config, training_step.total_steps, training_step.loss_scale
-    interval = meter.report(float(learning_rate(config.optimizer, step - 1, total_steps)))
-    monitor.interval(step, interval)
     scale = None if loss_scale is None else float(loss_scale.value.numpy())
+    interval = meter.report(float(learning_rate(config.optimizer, step - 1, total_steps)), scale)
+    monitor.interval(step, interval)
     report_skipped(step, interval.num_steps, interval.num_skipped, scale, monitor.say)
 
 

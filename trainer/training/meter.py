@@ -25,7 +25,7 @@ class Meter:
         self._sums = [total + float(value) for total, value in zip(self._sums, metrics, strict=True)]
         self._secs += secs
 
-    def report(self, learning_rate: float) -> Interval:
+    def report(self, learning_rate: float, loss_scale: float | None = None) -> Interval:
         """Returns the sums as rates and means, and starts again."""
         sums, secs = CallMetrics(*self._sums), self._secs
         self._sums, self._secs = [0.0] * len(sums), 0.0
@@ -42,4 +42,5 @@ class Meter:
             tokens_per_sec_in_steps=sums.num_targets / secs,
             tokens_per_sec_overall=sums.num_targets / overall_secs,
             learning_rate=learning_rate,
+            loss_scale=loss_scale,
         )
