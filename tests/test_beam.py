@@ -11,6 +11,8 @@ import sys
 import threading
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
@@ -35,6 +37,9 @@ def config_for(folder: Path, kind: str, **data) -> Config:
         (folder / f"{i}.txt").write_text("\n\n".join(lines) + "\n")
     (folder / "3.txt.gz").write_bytes(gzip.compress(b"packed\n" * 50, mtime=0))
     (folder / "4.jsonl").write_text("".join(json.dumps({"text": f"record {i}\n"}) + "\n" for i in range(100)))
+    rows = pyarrow.table({"id": list(range(90)), "text": [f"row {i} of a table\n" for i in range(90)]})
+    pyarrow.parquet.write_table(rows, folder / "5.parquet", row_group_size=7)
+    (folder / "6.txt.zst").write_bytes(pyarrow.compress(b"packed by zstd\n" * 50, codec="zstd", asbytes=True))
     (folder / "held.txt").write_text("held out\n\nfrom line 0 \x7f\n" * 9)
     size = {"wordpiece": {"vocabulary_size": 90}, "bpe": {"vocabulary_size": 300}}.get(kind, {})
     data = {"train": str(folder / "[0-9]*"), "held_out_fraction": 0.1, **data}

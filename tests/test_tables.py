@@ -182,7 +182,14 @@ def test_a_folder_of_save_to_disk_is_its_files_in_order(tmp_path):
     assert documents(folder)["train"] == ["b", "a", "c"]
     (folder / "data-00001-of-00002.arrow").unlink()
     assert "data-00001-of-00002.arrow is missing, which its state.json names" in refusal(folder)
-    for broken in ("{", "[]", '{"_data_files": [{"filename": "../a"}]}', '{"_data_files": []}', '{"_data_files": 1}'):
+    for broken in (
+        "{",
+        "[]",
+        '{"_data_files": [{"filename": "../a"}]}',
+        '{"_data_files": []}',
+        '{"_data_files": 1}',
+        '{"_data_files": {"0": "a"}}',
+    ):
         (folder / "state.json").write_text(broken)
         assert "state.json: not as the library datasets writes it (" in refusal(folder)
 

@@ -37,7 +37,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from mutated_commands import options, prompt, prompts, tf_config
 from mutated_folders import prepared_folder, run_folder, stopped_folder
 from mutated_settings import config, overrides
-from mutated_texts import jsonl, text, tokenizer_json, vocabulary
+from mutated_tables import dataset_folder, table
+from mutated_texts import jsonl, text, tokenizer_json, vocabulary, zstd
 from mutation_lab import LOG, Fault, Lab
 
 # The watching process waits longer for a case than the case's own limit, in case no signal ends the hang.
@@ -51,6 +52,9 @@ KINDS: dict[str, Callable[[Lab, random.Random], bool]] = {
     "overrides": overrides,
     "text": text,
     "jsonl": jsonl,
+    "zstd": zstd,
+    "table": table,
+    "dataset": dataset_folder,
     "vocabulary": vocabulary,
     "tokenizer.json": tokenizer_json,
     "prompt": prompt,

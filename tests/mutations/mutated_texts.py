@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+
 from mutated_values import TEXTS, as_json, mutated_bytes, mutated_json, mutated_tree
 from mutation_lab import ANY_TOKENIZER, TOKENIZERS, Lab, expect, expect_no_leftovers, is_next_tried, write_inputs
 
@@ -15,12 +17,10 @@ from mutation_lab import ANY_TOKENIZER, TOKENIZERS, Lab, expect, expect_no_lefto
 def text(lab: Lab, rng: random.Random) -> bool:
     """A file of text."""
     write_inputs()
-    name = rng.choice(("a.txt", "a.txt", "a", "A.TXT", "a.txt.gz", "a[1].txt", "a.md"))
+    name = rng.choice(("a.txt", "a.txt", "a", "A.TXT", "a.txt.gz", "a.txt.zst", "a[1].txt", "a.md"))
     seed = rng.choice(TEXTS).encode(rng.choice(("utf-8",) * 6 + ("utf-16", "utf-8-sig")))
     data = mutated_bytes(rng, seed, rng.choice(TEXTS).encode())
-    if name.endswith(".gz"):
-        seed = gzip.compress(seed, mtime=0)
-        data = gzip.compress(data, mtime=0) if rng.random() < 0.5 else mutated_bytes(rng, seed, data)
+    data = packed(name, data) if rng.random() < 0.5 else mutated_bytes(rng, packed(name, seed), data)
     how = rng.choice(("line", "paragraph", "file"))
     return _try_text(lab, rng, name, data, how, functools.partial(_documents_of, how=how))
 
@@ -35,8 +35,34 @@ def jsonl(lab: Lab, rng: random.Random) -> bool:
     else:
         records = mutated_tree(rng, records)
         data = b"\n".join(as_json(rng, record) for record in (records if isinstance(records, list) else [records]))
-    name = rng.choice(("a.jsonl", "a.jsonl", "a.ndjson", "A.JSONL", "a.jsonl.gz"))
-    return _try_text(lab, rng, name, gzip.compress(data, mtime=0) if name.endswith("gz") else data, "line", _records_of)
+    name = rng.choice(("a.jsonl", "a.jsonl", "a.ndjson", "A.JSONL", "a.jsonl.gz", "a.jsonl.zst"))
+    return _try_text(lab, rng, name, packed(name, data), "line", _records_of)
+
+
+def zstd(lab: Lab, rng: random.Random) -> bool:
+    """A file packed with zstd, whose packed bytes are mutated."""
+    write_inputs()
+    name = rng.choice(("a.txt.zst", "a.jsonl.zst"))
+    lines = TEXTS[-1].split("\n")
+    seed = "\n".join(json.dumps({"text": line}) for line in lines) if "json" in name else "\n".join(lines)
+    frames = [packed(name, seed.encode()) for _ in range(rng.choice((1, 1, 2)))]
+    frames.insert(rng.randrange(2), b"\x5a\x2a\x4d\x18\x02\0\0\0ab" * (rng.random() < 0.3))
+    data = mutated_bytes(rng, b"".join(frames), seed.encode())
+    documents_of = _records_of if "json" in name else functools.partial(_documents_of, how="line")
+    return _try_text(lab, rng, name, data, "line", documents_of)
+
+
+def packed(name: str, data: bytes) -> bytes:
+    """Returns the content of a file of this name."""
+    if name.endswith(".gz"):
+        return gzip.compress(data, mtime=0)
+    return pyarrow.compress(data, codec="zstd", asbytes=True) if name.endswith(".zst") else data
+
+
+def _unpacked(name: str, data: bytes) -> bytes:
+    if name.endswith(".zst"):
+        return bytes(pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd").read())
+    return gzip.decompress(data) if name.endswith(".gz") else data
 
 
 def _try_text(
@@ -55,16 +81,15 @@ def _try_text(
         if rng.random() < 0.2:
             lab.trainer("inspect", str(prepared), statuses=(0,))
         if len(words) == 3 and kind == "byte":
-            expected = documents_of(gzip.decompress(data) if name.endswith(".gz") else data)
-            found = _documents_in(prepared, "train")
+            expected = documents_of(_unpacked(name, data))
+            found = documents_in(prepared, "train")
             expect(found == expected, f"prepared is {found} and not {expected}"[:2_000])
     if not is_next_tried(rng, answer):
         return not answer.status
-    good = gzip.compress(TEXTS[-1].encode()) if name.endswith(".gz") else TEXTS[-1].encode()
+    good = TEXTS[-1]
     if documents_of is _records_of:
-        good = b"\n".join(json.dumps({"text": line}).encode() for line in TEXTS[-1].split("\n"))
-        good = gzip.compress(good) if name.endswith(".gz") else good
-    lab.write(name, good)
+        good = "\n".join(json.dumps({"text": line}) for line in TEXTS[-1].split("\n"))
+    lab.write(name, packed(name, good.encode()))
     lab.trainer("prepare", "config.toml", *words, statuses=(0,))
     return not answer.status
 
@@ -89,7 +114,7 @@ def _records_of(data: bytes) -> list[str]:
     return [each for each in texts if each and not each.isspace()]
 
 
-def _documents_in(folder: Path, split_name: str) -> list[str]:
+def documents_in(folder: Path, split_name: str) -> list[str]:
     """Returns the documents of a split of prepared data."""
     from trainer.commands.inspect_run import document
     from trainer.data.shards import load_prepared

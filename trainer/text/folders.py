@@ -94,11 +94,15 @@ def _listed(path: Location, names_in: Callable[[Any], list[str]]) -> list[str]:
     """Returns the names of files or folders that a file of JSON lists; each is a single part of a path."""
     try:
         names = names_in(json.loads(path.read_text("utf-8")))
-        if not names or not all(isinstance(name, str) and name and not re.search(r"[/\0]|^\.", name) for name in names):
+        if not isinstance(names, list) or not names or not all(map(_is_name, names)):
             raise ValueError("it lists no names of files")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not as the library datasets writes it ({error!r:.100}); save it again.") from None
     return names
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[^./\0][^/\0]*", name) is not None
 
 
 def folders_in(top: Path) -> Iterator[Path]:
