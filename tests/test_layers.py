@@ -59,6 +59,7 @@ LATE = {
     "trainer": SLOW_TO_WATCH,
     "trainer.cli": SLOW_TO_WATCH,
     "trainer.verbs": SLOW,
+    "trainer.system.progress": SLOW_TO_WATCH,
     "trainer.system.terminal": SLOW_TO_WATCH,
     "trainer.system.storage": SLOW,
     "trainer.data.beam": SLOW,

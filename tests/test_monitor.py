@@ -351,7 +351,14 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("columns", [80, 120, 200])
+IN_A_LINE = {
+    80: "loss 2.0000  900,000 tokens/s",
+    120: "loss 2.0000  1,000,000 tokens/s in steps, 900,000 overall",
+    200: "loss 2.0000  perplexity 7.39  norm 3.00  1,000,000 tokens/s in steps, 900,000 overall",
+}
+
+
+@pytest.mark.parametrize("columns", IN_A_LINE)
 def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -363,17 +370,18 @@ def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         watched.advance(20)
         watched.interval(20, interval())
         watched.say("above the bar")
-        with watched.doing(20, "saving"):
-            time.sleep(0.2)  # The bar is drawn ten times a second.
+        with watched.doing(20, "evaluating") as note:
+            note(3, 12)
+            time.sleep(0.25)  # The bar is drawn ten times a second.
     shown = terminal.getvalue()
-    assert "compiling" in shown and "training" in shown and "saving" in shown and "━" in shown
+    assert "compiling" in shown and "training" in shown and "━" in shown
     assert "20/30" in shown and "10/30" not in shown.rpartition("20/30")[2]
-    speed = "1,000,000 tokens/s in steps, 900,000 overall" if columns == 200 else "900,000 tokens/s"
-    last_bar = re.sub(r"\x1b\[[^m]*m", "", shown[shown.rindex("saving") :]).split("\n")[0]
+    bars = [bar for bar in re.split(r"[\r\n]", re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", shown)) if "━" in bar]
+    assert {len(bar) for bar in bars} == {columns}
+    evaluating = next(bar for bar in reversed(bars) if bar.startswith("evaluating 3/12 ━"))
     # All of it has room, down to the time left.
-    assert re.search(
-        rf"━ 20/30 epoch 5.00/7.5  loss 2.0000  {speed} (-:--:--|\d:\d\d:\d\d|--:--|\d\d:\d\d)", last_bar
-    ), last_bar
+    for bar in (evaluating, bars[-1]):
+        assert re.search(rf"━ 20/30 epoch 5.00/7.5  {re.escape(IN_A_LINE[columns])} (-:--:--|\d:\d\d:\d\d)$", bar), bar
     assert "above the bar" in shown
     assert "step 20/30" not in shown  # The bar says it.
 

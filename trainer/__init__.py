@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.errors import UserError
 from trainer.system.fork import check_not_forked
+from trainer.system.progress import shown
 from trainer.system.terminal import lasting_output, quiet_import, warn
 from trainer.version import __version__
 
@@ -327,7 +328,8 @@ def score(
     prepared = find_prepared(run)
     with strategy.scope():
         opened = open_model(run_folder, build_model, step, say)
-    evaluation = Evaluator(opened.model, strategy, prepared, run.config)()
+    with shown(say, "evaluating") as bar:
+        evaluation = Evaluator(opened.model, strategy, prepared, run.config)(note=bar.note)
     say(f"step {opened.step}: {evaluation}")
     return evaluation
 

@@ -34,6 +34,7 @@ from trainer.runs.run_changes import changes_of, check_length, newest_step
 from trainer.runs.run_data import find_prepared
 from trainer.runs.run_folder import RECORD, CheckpointStep, RunFolder, check_is_free, find_run, run_and_step
 from trainer.storybook.storybook import log_probability
+from trainer.system.progress import shown
 from trainer.system.signals import Ending, ended_by
 from trainer.system.storage import Url, locate
 from trainer.system.terminal import lasting_output, quiet_import, say, warn
@@ -222,7 +223,8 @@ def evaluate(options: argparse.Namespace) -> None:
     prepared = find_prepared(run)
     with strategy.scope():
         opened = open_model(run_folder, step=step, say=warn)
-    evaluation = Evaluator(opened.model, strategy, prepared, run.config)()
+    with shown(warn, "evaluating") as bar:
+        evaluation = Evaluator(opened.model, strategy, prepared, run.config)(note=bar.note)
     if options.json:
         print(json.dumps({"model": str(opened.folder), "step": opened.step, **evaluation.figures()}), flush=True)
     else:

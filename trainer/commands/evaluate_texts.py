@@ -12,6 +12,7 @@ from trainer.model.language_model import adapt
 from trainer.scoring.last_word import LastWords, score_last_words
 from trainer.scoring.score import Score, total
 from trainer.scoring.scorer import Scorer, checked_stride
+from trainer.system.progress import shown
 from trainer.system.terminal import say, warn
 from trainer.text.source import Input
 from trainer.text.sources import Documents, read_texts
@@ -59,7 +60,12 @@ def evaluate_texts(path: str, step: str | None, distribution: DistributionConfig
         opened = open_model(path, step=step, say=warn)
     sequence_length = adapt(opened.model).max_length() or opened.config.train.sequence_length
     stride = checked_stride(texts.stride, sequence_length)
-    score = _score(Scorer(opened.model, opened.tokenizer, sequence_length, strategy), texts)
+    with shown(warn, "evaluating") as bar:
+
+        def note(num_tokens: int) -> None:
+            bar.update(num_tokens, ["tokens"])
+
+        score = _score(Scorer(opened.model, opened.tokenizer, sequence_length, strategy, note), texts)
     if not as_json:
         # The step of another program's model is not known.
         say(f"{f'step {opened.step}: ' if opened.step else ''}{texts.name}: {score}")

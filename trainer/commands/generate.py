@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from trainer.decoding.request import Request
 from trainer.errors import UserError
+from trainer.system.progress import Bar, shown
 from trainer.system.signals import watched
 from trainer.system.storage import Location, locate
 from trainer.system.terminal import printable, say, show, warn
@@ -91,15 +92,21 @@ def write_texts(generator: "Generator", prompts: Sequence[str], request: Request
     """
     for remark in generator.remarks(prompts, request):
         warn(f"warning: {remark}")
-    if is_json:
-        for text in generator.texts(prompts, request):
-            show(as_json(text, request) + "\n")
-    elif len(prompts) == 1 and request.is_stream and sys.stdout.isatty():
+    if len(prompts) == 1 and request.is_stream and sys.stdout.isatty() and not is_json:
         for piece in generator.stream(prompts[0], request):
             show(printable(piece))
         show("\n")
-    else:
-        say("\n\n".join(generator.texts(prompts, request)))
+        return
+    num_texts = len(prompts) * request.num_samples
+    with shown(warn, "writing", num_texts) if num_texts > 1 else contextlib.nullcontext(Bar("")) as bar:
+        texts = []
+        for text in generator.texts(prompts, request):
+            texts.append(text)
+            bar.note(len(texts), num_texts)
+            if is_json:
+                show(as_json(text, request) + "\n")
+    if not is_json:
+        say("\n\n".join(texts))
 
 
 def answer_prompts(generator: "Generator", request: Request) -> None:

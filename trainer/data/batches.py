@@ -123,11 +123,10 @@ def evaluation_batches(
         split: the split to read; by default the whole validation text.
     """
     split = split or prepared.split("validation")
-    batch_size = config.train.global_batch_size
     count = num_examples(split, config)
     read = _reader(prepared, split, config)
 
-    num_scored = min(count, (num_batches or count) * batch_size)
+    num_scored = min(count, (num_batches or count) * config.train.global_batch_size)
 
     def examples_at(n: tf.Tensor, shards: Shards) -> Batch:
         # The middle of each of num_scored equal parts; example n itself if all are scored.
@@ -135,8 +134,14 @@ def evaluation_batches(
         inputs, targets, weights = read(examples, shards)
         return inputs, targets, weights * tf.cast(n < num_scored, tf.float32)[:, tf.newaxis]
 
-    end = -(-num_scored // batch_size)
+    end = num_evaluation_batches(split, config, num_batches)
     return _pipeline(prepared, split, config, share, 0, end, examples_at)
+
+
+def num_evaluation_batches(split: Split, config: Config, num_batches: int | None = None) -> int:
+    """Returns how many batches `evaluation_batches` makes of a split."""
+    of_split = -(-num_examples(split, config) // config.train.global_batch_size)
+    return min(of_split, num_batches or of_split)
 
 
 def total_steps(prepared: PreparedData, config: Config, data_offset: int = 0) -> int:

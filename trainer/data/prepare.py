@@ -30,6 +30,7 @@ from trainer.data.shards import (
 )
 from trainer.errors import UserError
 from trainer.system.manifest import unsealed, write_sealed
+from trainer.system.progress import Bar, shown
 from trainer.system.storage import Url, copy_folder, locate, place_on_disk
 from trainer.system.terminal import Say
 from trainer.system.whole import copy_whole_folder
@@ -40,6 +41,8 @@ from trainer.tokenizers.tokenizer import Tokenizer
 from trainer.tokenizers.tokenizer_files import load_tokenizer, read_tokenizer_file, train_tokenizer
 
 _PROGRESS_SECS = 5.0
+# How often a progress bar learns how far a preparation is.
+_NOTE_SECS = 0.1
 # How often a preparation saves how far it is.
 _SAVE_SECS = 20.0
 
@@ -194,10 +197,11 @@ def _write(
     taken_up = _take_up(folder, source, shard_tokens) if encode is None else None
     if taken_up is None:
         empty(folder)
-        documents = _with_progress("reading for the vocabulary", source, source.documents(), say)
-        tokenizer = train_tokenizer(
-            config.tokenizer, (document for split, document in documents if split.startswith("train"))
-        )
+        with shown(say, "reading for the vocabulary") as bar:
+            documents = _with_progress(bar, source, source.documents(), say)
+            tokenizer = train_tokenizer(
+                config.tokenizer, (document for split, document in documents if split.startswith("train"))
+            )
         tokenizer.save(folder / "tokenizer")
         writers = {split: SplitWriter(folder, split, tokenizer, shard_tokens) for split in source.names()}
     else:
@@ -234,13 +238,17 @@ def _encode(
     shard_tokens: int,
 ) -> Findings:
     """Encodes the text in this process, and saves its progress now and then, from which `_take_up` goes on."""
-    documents = _with_progress("encoding", source, source.documents(say), say)
     findings, saved = Findings(), time.monotonic()
-    for _ in encode_documents(config.data, documents, tokenizer, writers, findings):
-        if time.monotonic() - saved >= _SAVE_SECS:
-            progress = {split: writer.progress() for split, writer in writers.items()}
-            write_sealed(folder / PROGRESS, {"shard_tokens": shard_tokens, "splits": progress})
-            saved = time.monotonic()
+    started, num_before = saved, sum(writer.num_tokens for writer in writers.values())
+    with shown(say, "encoding") as bar:
+        documents = _with_progress(bar, source, source.documents(say), say)
+        for _ in encode_documents(config.data, documents, tokenizer, writers, findings):
+            now, num_tokens = time.monotonic(), sum(writer.num_tokens for writer in writers.values())
+            bar.states = [f"{(num_tokens - num_before) / max(now - started, 1e-9):,.0f} tokens/s"]
+            if now - saved >= _SAVE_SECS:
+                progress = {split: writer.progress() for split, writer in writers.items()}
+                write_sealed(folder / PROGRESS, {"shard_tokens": shard_tokens, "splits": progress})
+                saved = time.monotonic()
     return findings
 
 
@@ -262,16 +270,31 @@ def _take_up(folder: Path, source: Source | Mixture, shard_tokens: int) -> tuple
 
 
 def _with_progress(
-    what: str, source: Source | Mixture, documents: Iterator[tuple[str, Document]], say: Say
+    bar: Bar, source: Source | Mixture, documents: Iterator[tuple[str, Document]], say: Say
 ) -> Iterator[tuple[str, Document]]:
-    """Yields the documents, and prints every few seconds how many there were and how long the rest will take."""
-    start = said = time.monotonic()
+    """Yields the documents, and shows how much is read and how long the rest will take: in the bar, or every few
+    seconds as a line.
+    """
+    start = said = noted = time.monotonic()
     for number, (split, document) in enumerate(documents):
         now = time.monotonic()
-        if now - said >= _PROGRESS_SECS:
-            say(f"{what}: {number} documents{_pace(source, now - start)}")
+        if bar.is_shown and now - noted >= _NOTE_SECS:
+            _note(bar, source, number)
+            noted = now
+        elif not bar.is_shown and now - said >= _PROGRESS_SECS:
+            say(f"{bar.what}: {number} documents{_pace(source, now - start)}")
             said = now
         yield split, document
+
+
+def _note(bar: Bar, source: Source | Mixture, num_documents: int) -> None:
+    """Shows in a bar how many bytes are read; or documents, if their size is not known."""
+    bar.in_bytes = source.progress.total > 0
+    if bar.in_bytes:
+        bar.note(source.progress.done, source.progress.total)
+    else:
+        stories = source.data.storybook_stories if isinstance(source, Source) and source.data.is_storybook() else None
+        bar.note(num_documents, stories)
 
 
 def _pace(source: Source | Mixture, secs: float) -> str:

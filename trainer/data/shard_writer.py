@@ -89,6 +89,11 @@ class SplitWriter:
             stream, starts = stream[cut_at:], starts[beyond[0] :] - cut_at
         self._append(stream, starts)
 
+    @property
+    def num_tokens(self) -> int:
+        """The tokens that were written, with the [BOS] of each document in the open shard."""
+        return sum(shard.num_tokens for shard in self._shards) + self._tokens.length
+
     def progress(self) -> dict[str, Any]:
         """Brings all that was written to the disk, and returns what `go_on` needs."""
         counts = {name: getattr(self, name) for name in self._COUNTS}

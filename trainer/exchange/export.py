@@ -18,6 +18,7 @@ from trainer.exchange.open import open_model
 from trainer.model.build import GPT_MODEL
 from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import CONFIG, CheckpointStep, RunFolder, run_and_step
+from trainer.system.progress import shown
 from trainer.system.storage import locate, on_disk, reason_and_remedy
 from trainer.system.terminal import quiet_import
 from trainer.system.whole import written_whole
@@ -68,7 +69,12 @@ def export(
 
     opened, form = open_model(path, step=step, say=say), formats[to]
     card = card_of(run, opened).to_markdown(form.how_to_load(opened, target.name))
-    with _reported(target), written_whole(target) as partial:
+    num_weight_bytes = opened.model.count_params() * (2 if dtype == "bfloat16" else 4)
+    with (
+        _reported(target),
+        written_whole(target) as partial,
+        shown(say, "writing", num_weight_bytes, in_bytes=True, measure=lambda: _num_bytes(partial)),
+    ):
         form.write(opened, _files(run, card, opened.step), partial, dtype)
         num_bytes = _num_bytes(partial)
     return Exported(target, opened.step, num_bytes, form.how_to_load(opened, str(target)))

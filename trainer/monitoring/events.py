@@ -76,6 +76,9 @@ class Sink:
         """Is entered while the run does something other than train: what is "saving", "evaluating" or "sampling"."""
         yield
 
+    def part(self, what: str, done: int, total: int | None) -> None:
+        """Receives how much of what `doing` names is done, and of how much; None: unknown. Called often."""
+
     def advance(self, place: Place) -> None:
         """Receives the place after each call of the compiled loop."""
 

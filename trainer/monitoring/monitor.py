@@ -23,6 +23,7 @@ from trainer.monitoring.tensorboard import TensorBoard
 from trainer.runs.parentage import describe_history
 from trainer.runs.results import Evaluation
 from trainer.runs.run_folder import RunFolder
+from trainer.system.progress import Note, ignore
 from trainer.system.storage import Location
 from trainer.system.terminal import Say
 from trainer.system.terminal import say as print_line
@@ -88,12 +89,17 @@ class Monitor:
             yield
 
     @contextlib.contextmanager
-    def doing(self, step: int, what: str) -> Iterator[None]:
-        """Shows what is done in this block, after step steps."""
+    def doing(self, step: int, what: str) -> Iterator[Note]:
+        """Shows what is done in this block, after step steps. Yields a function that takes how much of it is done."""
+
+        def note(done: int, total: int | None = None) -> None:
+            for sink in self._sinks:
+                sink.part(what, done, total)
+
         with contextlib.ExitStack() as stack:
             for sink in self._sinks:
                 stack.enter_context(sink.doing(self._place(step), what))
-            yield
+            yield note
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
@@ -158,9 +164,9 @@ class SilentMonitor:
     """A monitor that reports nothing, for the workers that are not the chief."""
 
     @contextlib.contextmanager
-    def running(self, *_: object) -> Iterator[None]:
+    def running(self, *_: object) -> Iterator[Note]:
         """Does nothing."""
-        yield
+        yield ignore
 
     profiled = doing = running
 

@@ -1,4 +1,4 @@
-"""Shows what a run reports on the terminal: a progress bar, or plain lines if standard output is no terminal."""
+"""Shows what a run reports: a progress bar on a terminal or in a notebook, and plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -6,15 +6,11 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TextIO
 
-import rich.progress
-
 from trainer.monitoring import tags
 from trainer.monitoring.events import Interval, Place, Sink
 from trainer.runs.results import Evaluation
-from trainer.system.terminal import Say, console, printable
-
-# The columns of a terminal that the bar needs to show both speeds; with fewer it shows only the overall speed.
-_WIDE = 140
+from trainer.system.progress import Bar, clock, shown
+from trainer.system.terminal import Say, printable
 
 
 class TrainingProgress(Sink):
@@ -29,53 +25,49 @@ class TrainingProgress(Sink):
 
     def __init__(self, first_step: int, total_steps: int, terminal: TextIO | None = None, say: Say | None = None):
         self._first_step = first_step
+        self._total_steps = total_steps
         self._terminal = terminal or sys.stdout
         self._say = say
-        self._console = console(self._terminal)
-        self._has_bar = say is None and self._console.is_terminal
-        self._progress = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=None),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[state]}"),
-            rich.progress.TimeRemainingColumn(compact=True),
-            console=self._console,
-            disable=not self._has_bar,
-        )
         self._started = time.monotonic()
-        # The first call of the compiled loop also compiles it.
-        self._task = self._progress.add_task("compiling", total=total_steps, completed=first_step, state="")
+        self._bar = Bar("")
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Shows the progress bar."""
         self._started = time.monotonic()
-        with self._progress:
+        # The first call of the compiled loop also compiles it.
+        with shown(self._say or self._terminal, "compiling", self._total_steps, stays=True) as self._bar:
+            self._bar.update(self._first_step)
             yield
+        self._bar = Bar("")
 
     def say(self, line: str) -> None:
         """Prints a line. If there is a progress bar, the line is above it and is wrapped between words."""
         if self._say is not None:
             self._say(line)
-        elif self._has_bar:
-            self._console.print(printable(line))
+        elif self._bar.is_shown:
+            self._bar.print(line)
         else:
             print(printable(line), file=self._terminal, flush=True)
 
     @contextlib.contextmanager
     def doing(self, place: Place, what: str) -> Iterator[None]:
         """Shows what is done in this block: in the progress bar, or as a line."""
-        if not self._has_bar:
+        if not self._bar.is_shown:
             self.say(f"{place}  {what}")
-        self._progress.update(self._task, description=what)
+        self._bar.update(what=what)
         try:
             yield
         finally:
-            self._progress.update(self._task, description="training")
+            self._bar.update(what="training")
+
+    def part(self, what: str, done: int, total: int | None) -> None:
+        """Shows in the progress bar how much of what `doing` names is done."""
+        self._bar.update(what=f"{what} {done:,}" if total is None else f"{what} {done:,}/{total:,}")
 
     def advance(self, place: Place) -> None:
         """Moves the progress bar."""
-        self._progress.update(self._task, completed=place.step, description="training")
+        self._bar.update(place.step, what="training")
 
     def interval(self, place: Place, interval: Interval, values: Mapping[str, float]) -> None:
         """Shows the loss and the speed: in the progress bar, or as a line."""
@@ -89,13 +81,23 @@ class TrainingProgress(Sink):
         speed, short = f"{in_steps:,.0f} tokens/s in steps, {overall:,.0f} overall", f"{overall:,.0f} tokens/s"
         if tags.MFU_OVERALL in values:
             speed += f"  mfu {values[tags.MFU_IN_STEPS]:.1%} in steps, {values[tags.MFU_OVERALL]:.1%} overall"
-        shown = speed if self._console.width >= _WIDE else short
-        self._progress.update(self._task, completed=place.step, state=f"{place.epoch()}{loss}  {shown}")
-        if not self._has_bar:
-            self.say(
-                f"{place}  {learned}  rate {interval.learning_rate:.2e}  {norm}{speed}  "
-                f"input {interval.input_share:.1%}  {_clock(self._secs_left(place))} left"
-            )
+        if self._bar.is_shown:
+            epoch = place.epoch()
+            states = [
+                f"{epoch}{learned}  {norm}{speed}",
+                f"{epoch}{learned}  {speed}",
+                f"{epoch}{loss}  {speed}",
+                f"{epoch}{learned}  {short}",
+                f"{epoch}{loss}  {short}",
+                f"{loss}  {short}",
+                loss,
+            ]
+            self._bar.update(place.step, states)
+            return
+        self.say(
+            f"{place}  {learned}  rate {interval.learning_rate:.2e}  {norm}{speed}  "
+            f"input {interval.input_share:.1%}  {clock(self._secs_left(place))} left"
+        )
 
     def evaluation(self, place: Place, evaluation: Evaluation, values: Mapping[str, float]) -> None:
         """Prints a line for the validation text and for each of evaluation.sets."""
@@ -106,9 +108,3 @@ class TrainingProgress(Sink):
     def _secs_left(self, place: Place) -> float:
         per_step = (time.monotonic() - self._started) / max(1, place.step - self._first_step)
         return per_step * (place.total_steps - place.step)
-
-
-def _clock(secs: float) -> str:
-    minutes, seconds = divmod(round(secs), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

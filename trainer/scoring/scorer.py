@@ -18,6 +18,7 @@ from trainer.errors import UserError
 from trainer.model.language_model import adapt
 from trainer.scoring.score import Score, total
 from trainer.scoring.windows import TOKENS_PER_BATCH, Batch, batches_of, windows_of
+from trainer.system.progress import ignore
 from trainer.tokenizers.tokenizer import Tokenizer
 
 # This many texts are tokenized at a time, and texts of this many tokens are scored before the next are tokenized.
@@ -65,6 +66,7 @@ class Scorer:
         tokenizer: the model's tokenizer.
         sequence_length: the most tokens that the model can read at once.
         strategy: the strategy under whose scope the model was built; None: it was built under none.
+        note: takes the number of tokens that are scored so far, after each batch.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class Scorer:
         tokenizer: Tokenizer,
         sequence_length: int,
         strategy: tf.distribute.Strategy | None = None,
+        note: Callable[[int], None] = ignore,
     ) -> None:
+        self._note, self._num_scored = note, 0
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.strategy = strategy or tf.distribute.get_strategy()
@@ -171,8 +175,10 @@ class Scorer:
             for of_replica, losses, are_likeliest in zip(rows, *scores, strict=True):
                 numbers = np.array([window.text for window in batch.windows[of_replica]], np.int64)
                 are_scored = batch.weights[of_replica][: len(numbers)] > 0
+                self._num_scored += int(are_scored.sum())
                 wide = losses.numpy()[: len(numbers)].astype(np.float64)
                 yield _Scores(numbers, are_scored, np.where(are_scored, wide, 0), are_likeliest.numpy()[: len(numbers)])
+            self._note(self._num_scored)
 
     def _shares_of(self, batch: Batch) -> tuple[list[slice], Any]:
         """Returns the rows of each replica of this worker, and what `strategy.run` gives these replicas."""

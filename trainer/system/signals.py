@@ -1,6 +1,6 @@
 """Signals that stop a process. They are noticed at once, whatever the process is doing.
 
-This module imports only the standard library: the command watches for signals from its first instruction on, while
+This module loads only the standard library: the command watches for signals from its first instruction on, while
 everything else is still loading.
 """
 
@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+from trainer.system.terminal import leave_bar
 
 # Ctrl-C; what schedulers and `kill` send; what a terminal sends when it is closed.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -151,8 +153,7 @@ def ended_by(numbers: Iterable[int], ending: Ending) -> Iterator[None]:
     def end(number: int) -> bool:
         name = signal.Signals(number).name
         with contextlib.suppress(OSError, ValueError):
-            if os.isatty(1):
-                os.write(1, b"\x1b[?25h")  # A progress bar hides the cursor.
+            leave_bar(stderr if os.isatty(stderr) else 1)
             os.write(stderr, f"trainer: stopped by {name}. {ending.advice()}".strip().encode(errors="replace") + b"\n")
         # Not imported: a process that has not loaded it has no children of it, and this must not take long.
         multiprocessing = sys.modules.get("multiprocessing")

@@ -42,7 +42,12 @@ def say(line: str) -> None:
 
 
 def show(text: str) -> None:
-    """Prints a part of a line, or several lines, to standard output at once and as they are; see `printable`."""
+    """Prints a part of a line, or several lines, to standard output at once and as they are; see `printable`. While a
+    progress bar is shown on the same terminal, they have to be whole lines.
+    """
+    if _live is not None and sys.stdout.isatty():
+        _live.print(text, end="", soft_wrap=True)
+        return
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -54,9 +59,40 @@ def warn(line: str) -> None:
 
 def _print(line: str, stream: TextIO) -> None:
     if stream.isatty():
-        console(stream).print(printable(line))
+        (_live or console(stream)).print(printable(line))
     else:
         print(printable(line), file=stream, flush=True)
+
+
+# The console of the progress bar that is shown just now: a line that is printed to a terminal has to be above the bar.
+_live: "rich.console.Console | None" = None
+
+
+def live_console() -> "rich.console.Console | None":
+    """Returns the console of the progress bar that is shown just now; None if there is none."""
+    return _live
+
+
+@contextlib.contextmanager
+def printing_above(console: "rich.console.Console") -> Iterator[None]:
+    """Prints what goes to a terminal in this block above the progress bar of a console."""
+    global _live
+    _live = console
+    try:
+        yield
+    finally:
+        _live = None
+
+
+def leave_bar(stream: int) -> None:
+    """Leaves a terminal as a process has to that ends at once: the cursor is seen, below the progress bar if there is
+    one.
+
+    Args:
+        stream: the number of a file, perhaps of a terminal.
+    """
+    if os.isatty(stream):
+        os.write(stream, b"\x1b[?25h" + b"\n" * (_live is not None))
 
 
 def console(stream: TextIO) -> "rich.console.Console":

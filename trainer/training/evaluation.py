@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config.settings import Config
-from trainer.data.batches import evaluation_batches
+from trainer.data.batches import evaluation_batches, num_evaluation_batches
 from trainer.data.coverage import TextBytes, coverage_of
 from trainer.data.shards import PreparedData, Split
 from trainer.distributed.strategy import distributed, processor_of
@@ -16,6 +16,7 @@ from trainer.execution import resolve
 from trainer.model.language_model import adapt
 from trainer.model.ops import make_ops
 from trainer.runs.results import Evaluation
+from trainer.system.progress import Note, ignore
 
 
 class Evaluator:
@@ -47,26 +48,32 @@ class Evaluator:
         self._is_lossy = any(map(text_bytes.is_lossy, parts)) or self._cut_share > 0
         self._sum_batch = tf.function(self._score_batch, autograph=False)
 
-    def __call__(self, num_batches: int | None = None) -> Evaluation:
-        """Scores num_batches batches of each source; None: all batches."""
-        evaluation = self.until_stopped(lambda: False, num_batches)
+    def __call__(self, num_batches: int | None = None, note: Note = ignore) -> Evaluation:
+        """Scores num_batches batches of each source; None: all batches. `note` takes how many batches are scored."""
+        evaluation = self.until_stopped(lambda: False, num_batches, note)
         assert evaluation is not None
         return evaluation
 
-    def until_stopped(self, stop_requested: Callable[[], bool], num_batches: int | None) -> Evaluation | None:
-        """Scores num_batches batches of each source, until a stop is requested; None: all batches.
+    def until_stopped(
+        self, stop_requested: Callable[[], bool], num_batches: int | None, note: Note = ignore
+    ) -> Evaluation | None:
+        """Scores num_batches batches of each source, until a stop is requested; None: all batches. `note` takes how
+        many batches are scored.
 
         Returns:
             The score. None if stop_requested, which is called after each batch, has returned True.
         """
         splits = self.prepared.parts("validation")
-        sums = np.zeros([len(splits), 3])
+        sums, done = np.zeros([len(splits), 3]), 0
+        num_of_all = sum(num_evaluation_batches(split, self.config, num_batches) for split in splits)
         for i, split in enumerate(splits):
             for batch in self._batches(split, num_batches):
                 if not self._sum_batch.experimental_get_tracing_count():
                     # Trace it here: TensorFlow warns if many calls trace the same code, as runs in one process do.
                     self._sum_batch.get_concrete_function(batch)
                 sums[i] += [float(each) for each in self._sum_batch(batch)]
+                done += 1
+                note(done, num_of_all)
                 if stop_requested():
                     return None
         loss_sum, num_tokens, _ = sums.sum(axis=0)

@@ -141,8 +141,8 @@ def train(
 
     def evaluate() -> bool:
         """Scores the model and keeps the score; returns whether it is the best so far."""
-        with spent.on("evaluate"), monitor.doing(step, "evaluating"):
-            score = evaluator.until_stopped(stop_requested, config.evaluation.num_batches)
+        with spent.on("evaluate"), monitor.doing(step, "evaluating") as note:
+            score = evaluator.until_stopped(stop_requested, config.evaluation.num_batches, note)
             sets = evaluation_sets.until_stopped(stop_requested)
         if score is None or sets is None:
             return False
@@ -202,8 +202,8 @@ def train(
 
         # Finish, every worker: scores of the whole text. The chief writes. From here on a signal ends the process at
         # once, because everything is saved.
-        with spent.on("evaluate"), monitor.doing(step, "evaluating"):
-            evaluation, num_batches = evaluator(), config.evaluation.num_batches
+        with spent.on("evaluate"), monitor.doing(step, "evaluating") as note:
+            evaluation, num_batches = evaluator(note=note), config.evaluation.num_batches
             # Earlier scores used num_batches batches: compare with the score of the same batches.
             comparable = evaluation if num_batches is None else evaluator(num_batches)
             evaluation = evaluation._replace(sets=evaluation_sets())
