@@ -18,6 +18,7 @@ from trainer.model.size import count_parameters, tokens_per_sec_at_peak
 from trainer.planning.compiler import CompiledStep, DoesNotFit
 from trainer.planning.estimate import estimate_memory
 from trainer.planning.plan import print_compiled, print_plan
+from trainer.planning.verdict import Command
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SETTINGS = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 1}}
@@ -114,16 +115,19 @@ def test_a_target_is_planned_for_and_without_one_its_memory_and_time_are_left_ou
     assert "hours at a model FLOPs utilisation of 40%, which is assumed (--utilisation)\n" in capsys.readouterr().out
     print_plan(GPT2)
     out = capsys.readouterr().out
-    assert "distribution.kind='tpu' does not name one; --target adds memory and time: write gpu:NAMExCOUNT" in out
+    assert "distribution.kind='tpu' does not name one; --target adds memory and time, such as" in out
     assert "memory       " not in out
 
 
-def test_a_config_that_does_not_fit_is_reported_with_the_micro_batch_that_would(capsys: pytest.CaptureFixture[str]):
+def test_a_config_that_does_not_fit_is_reported_with_the_largest_micro_batch_that_would(
+    capsys: pytest.CaptureFixture[str],
+):
     overrides = ["train.micro_batch_size=128", "train.global_batch_size=1024"]
     config = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", overrides)
     print_plan(config, None, V5E_8)
     out = capsys.readouterr().out
-    found = re.search(r"does not fit, by this estimate; train.micro_batch_size=(\d+) is the largest that does", out)
+    assert "on each: does not fit, by this estimate\n" in out
+    found = re.search(r"trainer plan CONFIG train.micro_batch_size=(\d+) --target tpu:v5e-8\n", out)
     assert found
     largest = int(found[1])
     fitting, too_much = (sum(estimate_memory(config, 50257, V5E_8, n).values()) for n in (largest, 2 * largest))
@@ -188,9 +192,16 @@ def test_the_largest_micro_batch_is_found_with_few_compiles(
 
     monkeypatch.setattr("trainer.planning.plan.compile_step", compile_step)
     config = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", [f"train.micro_batch_size={own}"])
-    assert print_compiled(config, None, V5E_8) == (own <= largest)
-    assert f"largest train.micro_batch_size that fits: {largest or 'none'}\n" in capsys.readouterr().out
+    assert print_compiled(config, None, V5E_8, Command("c.toml", (), ("--compile",))) == (own <= largest)
+    out = capsys.readouterr().out
+    assert f"largest train.micro_batch_size that fits: {largest or 'none'}\n" in out
     assert len(compiled) == num_compiled
+    command = f"    trainer plan c.toml train.micro_batch_size={largest} --target tpu:v5e-8 --compile\n"
+    assert (command in out) == (0 < largest < own)
+    # The estimate says that a smaller micro-batch fits. The compiler is right, so only other ways are offered.
+    assert ("by the estimate, with 15% to spare, for the compiler to confirm" in out) == (largest == 0)
+    assert ("    trainer plan c.toml train.recompute=blocks --target tpu:v5e-8 --compile\n" in out) == (largest == 0)
+    assert largest or "c.toml train.micro_batch_size" not in out
 
 
 def test_planning_loads_no_tensorflow():

@@ -29,6 +29,7 @@ from trainer.exchange.source import check_source
 from trainer.exit_status import ExitStatus
 from trainer.hardware.devices import parse_target
 from trainer.planning.plan import print_compiled, print_plan
+from trainer.planning.verdict import Command
 from trainer.runs.fork import plan_fork
 from trainer.runs.run_changes import changes_of, check_length, newest_step
 from trainer.runs.run_data import find_prepared
@@ -325,7 +326,10 @@ def plan(options: argparse.Namespace) -> ExitStatus:
     """Prints what a config costs."""
     config = load_config(options.config, options.overrides)
     target = None if options.target is None else parse_target(options.target)
-    print_plan(config, options.vocabulary_size, target, options.utilisation, options.weights)
-    if options.compile and not print_compiled(config, options.vocabulary_size, target):
+    size = [] if options.vocabulary_size is None else ["--vocabulary-size", str(options.vocabulary_size)]
+    further = (*size, *(["--compile"] if options.compile else []))
+    command = Command(options.config, tuple(options.overrides), further, has_target=target is not None)
+    print_plan(config, options.vocabulary_size, target, options.utilisation, options.weights, command)
+    if options.compile and not print_compiled(config, options.vocabulary_size, target, command):
         return ExitStatus.FAILED
     return ExitStatus.DONE

@@ -20,6 +20,7 @@ class Device:
         most_chips: the most chips in a pod of this TPU, as a power of two; 0 if the device is not a TPU.
         known_as: the names that the driver gives a GPU.
         circuits: further facts about a GPU that XLA needs; "cc" is its compute capability.
+        in_tensorflow: whether its maker says that TensorFlow runs on it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Device:
     most_chips: int = 0
     known_as: tuple[str, ...] = ()
     circuits: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
+    in_tensorflow: bool = True
 
 
 def _tpu(
@@ -43,12 +45,16 @@ def _tpu(
     most_chips: int,
     per_chip: int = 1,
     num_cores: int = 1,
+    in_tensorflow: bool = True,
 ) -> Device:
     peak = teraflops * 1e12 / per_chip
     # TPUs multiply float32 matrices as bfloat16 roundings, unless a program requests more precision.
     flops = {"bfloat16": peak, "float32": peak}
     share = 1e9 / per_chip
-    return Device(name, flops, gigabytes * share, gb_per_sec * share, num_axes, per_chip, num_cores, most_chips)
+    memory, bandwidth = gigabytes * share, gb_per_sec * share
+    return Device(
+        name, flops, memory, bandwidth, num_axes, per_chip, num_cores, most_chips, in_tensorflow=in_tensorflow
+    )
 
 
 # The numbers of a chip: bfloat16 teraflops, gigabytes, gigabytes per second, axes, chips.
@@ -63,7 +69,8 @@ TPUS = {
         _tpu("v5e", 197, 16, 819, 2, 256),
         _tpu("v5p", 459, 95, 2765, 3, 4096, num_cores=2),
         _tpu("v6e", 918, 32, 1640, 2, 256),
-        _tpu("v7x", 2307, 192, 7380, 3, 8192, per_chip=2),
+        # "TensorFlow is not supported": cloud.google.com/tpu/docs/tpu7x.
+        _tpu("v7x", 2307, 192, 7380, 3, 8192, per_chip=2, in_tensorflow=False),
     )
 }
 

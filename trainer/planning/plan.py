@@ -7,6 +7,7 @@ import glob
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import rich.box
 import rich.console
@@ -16,13 +17,18 @@ from trainer.config.settings import CharConfig, Config
 from trainer.data.shards import PreparedData, num_examples, prepared_in
 from trainer.errors import UserError
 from trainer.execution import resolve
-from trainer.hardware.devices import Target, cpu, known_targets
+from trainer.hardware.cuda import Driver, read_driver
+from trainer.hardware.devices import Target, cpu, find_gpu, known_targets
 from trainer.model.size import count_parameters, flops_per_token, parameter_shapes, tokens_per_sec_at_peak
 from trainer.planning.compiler import DoesNotFit, compile_step, largest_that_fits
-from trainer.planning.estimate import estimate_memory, smallest_step_secs
+from trainer.planning.estimate import smallest_step_secs
+from trainer.planning.verdict import UNKNOWN, Command, memory_lines, print_line, size_of, way_lines
+from trainer.planning.ways import Way, needs_of, ways_to_fit
 from trainer.system.storage import locate
 from trainer.system.terminal import say
 
+# The estimate and the compilers differ by less than this for the shipped configs.
+ESTIMATE_MARGIN = 0.15
 # What well-tuned runs reach on these devices. It is not measured for this config.
 ASSUMED_UTILISATION = 0.4
 
@@ -33,15 +39,17 @@ def print_plan(
     target: Target | None = None,
     utilisation: float | None = None,
     with_weights: bool = False,
+    command: Command = UNKNOWN,
 ) -> None:
     """Prints what a config costs.
 
     Args:
         config: the run's configuration.
         vocabulary_size: number of tokens; None: the number in the prepared data, or in the config.
-        target: the devices to plan for; None: the CPU, if `own_target` returns it.
+        target: the devices to plan for; None: those of this machine that a run would use.
         utilisation: model FLOPs utilisation that the hours follow from; None: ASSUMED_UTILISATION, which is printed.
         with_weights: whether to list every weight.
+        command: the command that asks, from which the commands for what would fit are made.
 
     Raises:
         UserError: the vocabulary is not known, a number is impossible, or the batch cannot be spread over the devices.
@@ -53,25 +61,27 @@ def print_plan(
         _print_weights(config, vocabulary_size)
     for line in (*_model_lines(config, vocabulary_size), *_data_lines(config)):
         say(line)
-    target = target or own_target(config)
     if target is None:
-        if utilisation is not None:
+        own = own_devices(config)
+        target = own.target
+        if target is None and utilisation is not None:
             raise UserError(f"--utilisation {utilisation} has no effect without --target; {known_targets()}")
-        say(
-            f"device       distribution.kind={config.distribution.kind!r} does not name one; --target adds memory and "
-            f"time: {known_targets()}"
-        )
-        return
+        if own.why:
+            say(f"device       {own.why}")
+        if target is None:
+            return
     for line in (
-        *_memory_lines(config, vocabulary_size, target),
+        *memory_lines(config, vocabulary_size, target, command),
         *_time_lines(config, vocabulary_size, target, utilisation),
     ):
-        say(line)
+        print_line(line)
 
 
-def print_compiled(config: Config, vocabulary_size: int | None, target: Target | None) -> bool:
+def print_compiled(
+    config: Config, vocabulary_size: int | None, target: Target | None, command: Command = UNKNOWN
+) -> bool:
     """Compiles a config's step with the real compiler of its devices, prints what the step needs, and the largest
-    micro-batch that fits.
+    micro-batch that fits; if there is none, prints what would fit by the estimate.
 
     Returns:
         Whether the config's own micro-batch fits.
@@ -80,6 +90,7 @@ def print_compiled(config: Config, vocabulary_size: int | None, target: Target |
         config: the run's configuration.
         vocabulary_size: number of tokens, as for `print_plan`.
         target: a TPU or GPUs.
+        command: the command that asks, as for `print_plan`.
 
     Raises:
         UserError: target is None or a CPU, or the batch cannot be spread over the devices.
@@ -88,29 +99,48 @@ def print_compiled(config: Config, vocabulary_size: int | None, target: Target |
     if target is None or target.device.name == "cpu":
         raise UserError(f"--compile needs a --target that is a TPU or GPUs; {known_targets()}")
     execution = resolve(config, target.processor(), target.num_devices)
-    examples, own, memory_bytes = execution.examples, execution.micro_batch_size, target.device.memory_bytes
+    examples, own = execution.examples, execution.micro_batch_size
 
     def fits(micro_batch_size: int) -> bool:
-        label = f"{'compiled':<12} {micro_batch_size} examples at a time"
-        try:
-            step = compile_step(config.with_micro_batch_size(micro_batch_size), vocabulary_size, target)
-        except DoesNotFit as error:
-            say(f"{label}: does not fit: {error}")
-            return False
-        share = f"{_size_of(step.memory_bytes())} of {_size_of(memory_bytes)}"
-        verdict = "fits" if step.memory_bytes() <= memory_bytes else "does not fit"
-        say(
-            f"{label}: {share}: {verdict}. {_size_of(step.arguments_bytes)} of weights, optimizer and batch and "
-            f"{_size_of(step.temporaries_bytes)} of temporaries; a micro-batch and an update are "
-            f"{step.flops / 1e12:.3g} teraflop and move {_size_of(step.accessed_bytes)}; in {step.compile_secs:.0f} s"
-        )
-        return verdict == "fits"
+        return _compiles(config, vocabulary_size, target, micro_batch_size)
 
     own_fits = fits(own)
-    sizes = [size for size in _divisors(examples) if (size > own if own_fits else size < own)]
+    sizes = [size for size in range(1, examples + 1) if examples % size == 0]
+    sizes = [size for size in sizes if (size > own if own_fits else size < own)]
     largest = largest_that_fits(sizes, fits) or (own if own_fits else None)
+    needs = needs_of(config, vocabulary_size, target).by_size
+    if largest is None and own < examples and needs[examples] < needs[own] and fits(examples):
+        largest = examples  # All at once need no sum of gradients.
     say(f"largest train.micro_batch_size that fits: {'none' if largest is None else largest}")
+    if largest is None:
+        ways = ways_to_fit(config, vocabulary_size, target, 1 - ESTIMATE_MARGIN, sizes_help=False)
+        how = f"the estimate, with {ESTIMATE_MARGIN:.0%} to spare, for the compiler to confirm"
+        for line in way_lines(config, vocabulary_size, target, ways, command, how):
+            print_line(line)
+    elif not own_fits:
+        way = Way(target, (f"train.micro_batch_size={largest}",), 0.0, largest)
+        say("This fits, by the compiler:")
+        print_line(command.with_way(way))
     return own_fits
+
+
+def _compiles(config: Config, vocabulary_size: int, target: Target, micro_batch_size: int) -> bool:
+    """Prints what the compiler reports of a step with this micro-batch; returns whether it fits."""
+    label = f"{'compiled':<12} {micro_batch_size} examples at a time"
+    memory_bytes = target.device.memory_bytes
+    try:
+        step = compile_step(config.with_micro_batch_size(micro_batch_size), vocabulary_size, target)
+    except DoesNotFit as error:
+        say(f"{label}: does not fit: {error}")
+        return False
+    verdict = "fits" if step.memory_bytes() <= memory_bytes else "does not fit"
+    say(
+        f"{label}: {size_of(step.memory_bytes())} of {size_of(memory_bytes)}: {verdict}. "
+        f"{size_of(step.arguments_bytes)} of weights, optimizer and batch and "
+        f"{size_of(step.temporaries_bytes)} of temporaries; a micro-batch and an update are "
+        f"{step.flops / 1e12:.3g} teraflop and move {size_of(step.accessed_bytes)}; in {step.compile_secs:.0f} s"
+    )
+    return verdict == "fits"
 
 
 def find_vocabulary_size(config: Config, given: int | None = None) -> int:
@@ -134,13 +164,44 @@ def find_vocabulary_size(config: Config, given: int | None = None) -> int:
     return size
 
 
-def own_target(config: Config) -> Target | None:
-    """Returns the CPU if distribution.kind is "cpu", or is "auto" without distribution.gpus; otherwise None, because
-    the config does not name its devices. With "auto" a run uses the GPUs of its machine, which the plan cannot see.
+class OwnDevices(NamedTuple):
+    """The devices of this machine that a run of a config would use.
+
+    Attributes:
+        target: the devices; None: the plan cannot know them.
+        why: what the reader has to know about the choice, if anything.
+    """
+
+    target: Target | None
+    why: str = ""
+
+
+def own_devices(config: Config, driver: Driver | None = None) -> OwnDevices:
+    """Returns the devices of this machine that a run of a config would use: with distribution.kind "auto" the GPUs that
+    the driver shows, otherwise the CPU.
+
+    Args:
+        config: the run's configuration.
+        driver: what NVIDIA's driver tells; None: it is asked.
     """
     distribution = config.distribution
-    is_cpu = distribution.kind in ("auto", "cpu") and distribution.gpus is None
-    return cpu(distribution.logical_devices) if is_cpu else None
+    kind, chosen = distribution.kind, distribution.gpus
+    if kind == "cpu" or distribution.logical_devices > 1:
+        return OwnDevices(cpu(distribution.logical_devices))
+    driver = driver or read_driver() if kind in ("auto", "gpu") else None
+    names = [gpu.name for gpu in driver.gpus] if driver else []
+    if kind == "auto" and chosen is None and not names:
+        return OwnDevices(cpu())
+    wants = "--target adds memory and time, such as --target gpu:H100x8, tpu:v5e-8 or cpu"
+    names = [names[number] for number in chosen if number < len(names)] if chosen is not None else names
+    if not names or (chosen is not None and len(names) < len(chosen)):
+        return OwnDevices(None, f"distribution.kind={kind!r} does not name one; {wants}")
+    gpus = [find_gpu(name) for name in names]
+    if gpus[0] is None or any(gpu != gpus[0] for gpu in gpus):
+        differ = "GPUs differ" if all(gpus) else "table of devices lacks a GPU of this machine"
+        return OwnDevices(None, f"the {differ}: {', '.join(sorted(set(names)))}; {wants}")
+    why = f"{len(names)} x {names[0]} of this machine, which a run takes if TensorFlow can use them"
+    return OwnDevices(Target(gpus[0], len(names)), f"{why}; for the CPU: --target cpu")
 
 
 def _model_lines(config: Config, vocabulary_size: int) -> Iterator[str]:
@@ -154,7 +215,7 @@ def _model_lines(config: Config, vocabulary_size: int) -> Iterator[str]:
     checkpoint_bytes = 3.0 * num_parameters * (8 if config.train.precision == "float64" else 4)
     # A new checkpoint is written before the oldest is removed, and the best one that was scored is kept as well.
     count = config.checkpoint.keep_last + 1 + (config.evaluation.every_steps is not None)
-    yield f"checkpoints  {_size_of(count * checkpoint_bytes)} of disk: {count} of {_size_of(checkpoint_bytes)}"
+    yield f"checkpoints  {size_of(count * checkpoint_bytes)} of disk: {count} of {size_of(checkpoint_bytes)}"
 
 
 def _data_lines(config: Config) -> Iterator[str]:
@@ -173,25 +234,6 @@ def _data_lines(config: Config) -> Iterator[str]:
         prepared = _prepared(config)
         source = "about: the stories that are not held out" if prepared is None else str(prepared.folder)
         yield f"epochs       {steps * train.global_batch_size / examples:.2f} of {examples:,} examples ({source})"
-
-
-def _memory_lines(config: Config, vocabulary_size: int, target: Target) -> Iterator[str]:
-    execution = resolve(config, target.processor(), target.num_devices)
-    examples, own, there_is = execution.examples, execution.micro_batch_size, target.device.memory_bytes
-
-    def total(micro_batch_size: int) -> float:
-        return sum(estimate_memory(config, vocabulary_size, target, micro_batch_size).values())
-
-    fitting = [size for size in _divisors(examples) if total(size) <= there_is]
-    if config.train.micro_batch_size == "auto":
-        own = max((size for size in fitting if size <= own), default=1)
-    verdict = "fits" if total(own) <= there_is else "does not fit"
-    largest = f"train.micro_batch_size={max(fitting)} is the largest that does" if fitting else "no micro-batch does"
-    yield f"target       {target}: {examples:,} examples a step on each device, {own:,} at a time"
-    needed = f"{_size_of(total(own))} of {_size_of(there_is)}"
-    yield f"memory       {needed} on each: {verdict}, by this estimate; {largest}"
-    for part, size in estimate_memory(config, vocabulary_size, target, own).items():
-        yield f"  {part:<13}{_size_of(size):>9}"
 
 
 def _time_lines(config: Config, vocabulary_size: int, target: Target, utilisation: float | None) -> Iterator[str]:
@@ -263,14 +305,6 @@ def _num_steps(config: Config) -> int | None:
 def _num_tokens(config: Config) -> int | None:
     steps = _num_steps(config)
     return None if steps is None else steps * config.train.global_batch_size * config.train.sequence_length
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _size_of(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _duration(secs: float) -> str:
