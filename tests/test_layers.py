@@ -74,6 +74,7 @@ LATE = {
     "trainer.runs.run_folder": SLOW,
     # It changes how `input` reads, and can write to the terminal: only for the prompt loop.
     "trainer.commands.generate": frozenset(["readline"]),
+    "trainer.commands.doctor": SLOW,
     "trainer.exchange.open": SLOW,
     "trainer.exchange.export": SLOW,
     "trainer.exchange.starting_weights": SLOW,

@@ -344,6 +344,7 @@ DRY_WORDS = {
     "distribution.gpus": "needs GPUs",
     "gs://": "needs an object store; tests/test_storage.py",
     "--compile": "installs a compiler; tests/test_compile.py",
+    "doctor": "computes in a process of its own; tests/test_doctor.py",
     "--runner": "needs a cluster; tests/test_beam.py",
     "fork": "takes thousands of steps; tests/test_fork.py",
     "train.total_steps=3000": "takes as many steps; tests/test_run_changes.py",

@@ -81,7 +81,7 @@ def test_a_run_sees_no_gpu_but_those_named():
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
 def test_a_run_prints_its_devices_and_warns_of_a_gpu_that_it_does_not_use(monkeypatch):
     warning = "This machine's NVIDIA GPU is not used: ..."
-    monkeypatch.setattr(distribution, "unused_gpu", lambda is_built_with_cuda: warning)
+    monkeypatch.setattr(distribution, "unused_gpu", lambda machine: warning)
     strategy = make_strategy(DistributionConfig())
     devices = f"Devices: {describe_cpu()}"
     assert describe_devices(strategy, DistributionConfig(), Workers()) == [devices, f"warning: {warning}"]

@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from trainer.hardware import unused
+from trainer.hardware.checks import Machine
+from trainer.hardware.cuda import Build, Driver, Gpu
+from trainer.hardware.libraries import needed_libraries
 from trainer.hardware.unused import unused_gpu, unused_tpu
+from trainer.system import packages
 from trainer.system.machine import has_nvidia_gpu
+from trainer.system.packages import Package
+
+WHEEL = Build("2.21.0", (12, 5), ((8, 9),), ((9, 0),))
+SHOWN = Driver(0, (13, 0), (Gpu("NVIDIA H100", (9, 0)),))
 
 
 def machine(root: Path, **files: str) -> Path:
@@ -29,10 +36,16 @@ def machine(root: Path, **files: str) -> Path:
     return root
 
 
+def facts(root: Path, driver: Driver | None = None, build: Build = WHEEL, **environ: str) -> Machine:
+    """Returns a machine without the libraries of CUDA."""
+    packages = {"tensorflow": Package("2.21.0", ('nvidia-cublas-cu12; extra == "and-cuda"',))}
+    return Machine(packages, build, root / "site", driver, root, environ)
+
+
 @pytest.mark.parametrize("files", [{"bus": "0x10de\n"}, {"driver": "x"}, {"control": ""}, {"node": ""}, {"wsl": ""}])
 def test_a_gpu_is_found_by_its_bus_its_driver_or_its_node(tmp_path: Path, files: dict[str, str]):
     assert has_nvidia_gpu(machine(tmp_path, **files))
-    assert unused_gpu(True, tmp_path, {}) is not None
+    assert unused_gpu(facts(tmp_path)) is not None
 
 
 @pytest.mark.parametrize(
@@ -40,50 +53,38 @@ def test_a_gpu_is_found_by_its_bus_its_driver_or_its_node(tmp_path: Path, files:
 )
 def test_a_machine_without_an_nvidia_gpu_gets_no_warning(tmp_path: Path, files: dict[str, str]):
     assert not has_nvidia_gpu(machine(tmp_path, **files))
-    assert unused_gpu(True, tmp_path, {"CUDA_VISIBLE_DEVICES": ""}) is None
+    assert unused_gpu(facts(tmp_path, CUDA_VISIBLE_DEVICES="")) is None
 
 
 @pytest.mark.parametrize(
-    ("files", "environ", "is_built_with_cuda", "what"),
+    ("files", "driver", "what"),
     [
-        ({"bus": "0x10de\n"}, {}, True, r"NVIDIA GPU is not used: no driver is loaded\. .*sudo ubuntu-drivers install"),
-        ({"bus": "0x10de\n", "driver": "x"}, {}, True, r"no /dev/nvidia0 here\. .*: docker run --gpus all;"),
+        ({"bus": "0x10de\n"}, None, r"GPU is not used: .* no driver is loaded\. .*sudo ubuntu-drivers install"),
+        ({"bus": "0x10de\n", "driver": "x"}, None, r"no /dev/nvidia0 here\. .*: docker run --gpus all;"),
         (
             {"bus": "0x10de\n", "second": "0x10de\n", "driver": "x", "node": ""},
-            {},
-            True,
-            r"2 NVIDIA GPUs are not used: TensorFlow lacks the CUDA libraries\. .* install 'tensorflow\[and-cuda\]==2",
+            SHOWN,
+            r"2 NVIDIA GPUs are not used: libcudart\.so\.12 is missing.* install 'tensorflow\[and-cuda\]==2",
         ),
         # A device node by itself was made by a driver.
-        ({"node": ""}, {}, True, r"TensorFlow lacks the CUDA libraries\. "),
-        (
-            {"wsl": ""},
-            {},
-            True,
-            r"TensorFlow lacks the CUDA libraries\. .*: /.* install .*'tensorflow\[and-cuda\]==2\.",
-        ),
-        ({"driver": "x", "node": ""}, {}, False, r"TensorFlow is built without CUDA\. .* install .*'tensorflow\[and-c"),
-        (
-            {"driver": "x", "node": ""},
-            {"CUDA_VISIBLE_DEVICES": "-1"},
-            True,
-            "CUDA_VISIBLE_DEVICES='-1' hides .*: unset ",
-        ),
+        ({"node": ""}, SHOWN, r"libcudart\.so\.12 is missing, and TensorFlow uses no GPU without it\. "),
+        ({"wsl": ""}, SHOWN, r"libcudart\.so\.12 is missing.*: /.* install .*'tensorflow\[and-cuda\]==2\."),
+        ({"wsl": ""}, None, r"libcuda\.so\.1, cannot be loaded"),
+        ({"driver": "x", "node": ""}, Driver(100), "CUDA_VISIBLE_DEVICES='-1' hides .*: unset CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_the_warning_about_an_unused_gpu_has_the_command_that_corrects_it(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    files: dict[str, str],
-    environ: dict[str, str],
-    is_built_with_cuda: bool,
-    what: str,
+    tmp_path: Path, files: dict[str, str], driver: Driver | None, what: str
 ):
-    monkeypatch.setattr(unused.importlib.util, "find_spec", lambda name: None if name == "nvidia" else name)
-    said = unused_gpu(is_built_with_cuda, machine(tmp_path, **files), environ)
+    said = unused_gpu(facts(machine(tmp_path, **files), driver, CUDA_VISIBLE_DEVICES="-1"))
     assert said is not None and re.search(what, said)
     if "install '" in said:
         assert f"{sys.executable} -m pip install '" in said
+
+
+def test_tensorflow_without_cuda_is_named(tmp_path: Path):
+    said = unused_gpu(facts(machine(tmp_path, driver="x", node=""), SHOWN, Build("2.21.0")))
+    assert said is not None and re.search(r"is built without CUDA.*install .*'tensorflow\[and-cuda\]==2", said)
 
 
 @pytest.mark.parametrize(
@@ -106,13 +107,19 @@ def test_the_note_about_a_tpu_that_auto_does_not_take_has_the_setting_that_takes
         assert "distribution.kind=tpu" in said and "scripts/launch/install_tpu" in said
 
 
-def test_installed_cuda_libraries_are_not_installed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(unused.importlib.util, "find_spec", lambda name: name)
-    said = unused_gpu(True, machine(tmp_path, driver="x", node=""), {})
-    assert said is not None and "installed, but TensorFlow cannot use them" in said and "nvidia-smi" in said
+def test_whole_cuda_libraries_are_not_installed_again(tmp_path: Path):
+    build = Build("2.21.0", (12, 5), ((9, 0),))
+    for folder in ("lib", "bin", "nvvm/libdevice"):
+        (tmp_path / "site/nvidia/cuda_nvcc" / folder).mkdir(parents=True)
+    for library in needed_libraries((12, 5)):
+        (tmp_path / "site/nvidia/cuda_nvcc/lib" / library.file).touch()
+    for file in ("bin/ptxas", "nvvm/libdevice/libdevice.10.bc"):
+        (tmp_path / "site/nvidia/cuda_nvcc" / file).touch()
+    said = unused_gpu(facts(machine(tmp_path, driver="x", node=""), SHOWN, build))
+    assert said is not None and "installed, but TensorFlow cannot use them" in said
+    assert "python" in said and "list_physical_devices" in said
 
 
 def test_an_environment_without_pip_gets_a_command_of_uv(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(unused.importlib.util, "find_spec", lambda name: None)
-    command = unused._install_command("tensorflow-of-another-name", "and-cuda")
-    assert command == f"uv pip install --python {sys.executable} 'tensorflow-of-another-name[and-cuda]'"
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    assert packages.pip_install("a>=1", "b") == f"uv pip install --python {sys.executable} 'a>=1' 'b'"

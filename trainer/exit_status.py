@@ -14,7 +14,7 @@ class ExitStatus(enum.IntEnum):
     meaning: str
 
     DONE = 0, "done"
-    FAILED = 1, "verification failed: verify, inspect, or plan --compile for a step that does not fit"
+    FAILED = 1, "verify, inspect or doctor found a fault, or the step of plan --compile does not fit"
     USER_ERROR = 2, "an argument, a setting or a file is wrong; the message names it and what to do about it"
     # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.
     STOPPED = 75, "(EX_TEMPFAIL) train was stopped by a signal: configure your scheduler to retry on it"

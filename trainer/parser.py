@@ -63,6 +63,7 @@ def _parser() -> _Parser:
         _add_export,
         _add_verify,
         _add_plan,
+        _add_doctor,
     ):
         add(verbs)
     return parser
@@ -294,6 +295,19 @@ def _add_plan(verbs: Any) -> None:
     parser.add_argument(
         "--vocabulary-size", type=int, help="the vocabulary size, if only the text decides it, as with characters"
     )
+
+
+def _add_doctor(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "doctor",
+        help="check packages, devices, folders and limits, and print how to repair what is wrong",
+        epilog="A line for each check: ok, warning or error, and after the last two how to repair it.",
+    )
+    parser.add_argument(
+        "config", nargs="?", help=f"{_CONFIG_HELP}; without one the folders runs and prepared are checked"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=_OVERRIDES_HELP)
+    parser.add_argument("--json", action="store_true", help="print a JSON list of all that was found")
 
 
 _CONFIG_HELP = "a TOML file, or the name of a shipped config, such as quickstart"

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import trainer
+from trainer.commands.doctor import run_doctor
 from trainer.commands.generate import answer_prompts, read_prompts, write_texts
 from trainer.commands.inspect_run import inspect as inspect_data
 from trainer.config.file import kept_changes, load_config, make_config, whole_number
@@ -333,3 +334,13 @@ def plan(options: argparse.Namespace) -> ExitStatus:
     if options.compile and not print_compiled(config, options.vocabulary_size, target, command):
         return ExitStatus.FAILED
     return ExitStatus.DONE
+
+
+def doctor(options: argparse.Namespace) -> ExitStatus:
+    """Checks whether this machine can do what a config wants."""
+    overrides, name = options.overrides, options.config
+    if name is not None and "=" in name:  # argparse takes the first word for the config.
+        overrides, name = [name, *overrides], None
+    anything = {"run_folder": "runs", "train": {"precision": "float32", "total_steps": 1}}
+    config = make_config(anything, overrides) if name is None else load_config(name, overrides)
+    return ExitStatus.DONE if run_doctor(config, say, options.json) else ExitStatus.FAILED

@@ -15,6 +15,7 @@ from trainer.distributed.tpu_install import check_tpu_install
 from trainer.distributed.workers import Workers, find_workers
 from trainer.errors import UserError
 from trainer.execution import resolve
+from trainer.hardware.checks import this_machine
 from trainer.hardware.cuda import make_build, support_of
 from trainer.hardware.devices import Target, find_gpu, parse_target
 from trainer.hardware.processor import Processor, processor
@@ -176,7 +177,7 @@ def describe_devices(strategy: tf.distribute.Strategy, config: DistributionConfi
 
 def unseen_gpu() -> str | None:
     """Returns why TensorFlow does not see this machine's GPU, and what to do; None if it sees one or none exists."""
-    return None if _num_gpus() else unused_gpu(tf.test.is_built_with_cuda())
+    return None if _num_gpus() else unused_gpu(this_machine())
 
 
 def find_devices(kind: str, names: Collection[str], num_replicas: int) -> Target | None:
@@ -242,7 +243,7 @@ def gpu_numbers(chosen: tuple[int, ...] | None, num_seen: int) -> list[int]:
     setting = "distribution.kind='gpu'" if chosen is None else f"distribution.gpus={list(chosen)}"
     if not num_seen:
         raise UserError(
-            f"{setting}, but TensorFlow sees no GPU. {unused_gpu(tf.test.is_built_with_cuda()) or _NO_GPU}\n"
+            f"{setting}, but TensorFlow sees no GPU. {unused_gpu(this_machine()) or _NO_GPU}\n"
             "To train on the CPU: distribution.kind=cpu distribution.gpus=none"
         )
     if chosen is not None and max(chosen) >= num_seen:

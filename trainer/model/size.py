@@ -45,6 +45,17 @@ def count_parameters(config: Config, vocabulary_size: int) -> int:
     return sum(math.prod(shape) for _, shape in shapes)
 
 
+def bytes_of_checkpoint(config: Config, vocabulary_size: int) -> float:
+    """Returns the size of a checkpoint: the weights and AdamW's two moments."""
+    return 3.0 * count_parameters(config, vocabulary_size) * (8 if config.train.precision == "float64" else 4)
+
+
+def num_checkpoints(config: Config) -> int:
+    """Returns the most checkpoints that a run has on disk at a time."""
+    # A new checkpoint is written before the oldest is removed, and the best one that was scored is kept as well.
+    return config.checkpoint.keep_last + 1 + (config.evaluation.every_steps is not None)
+
+
 def matrix_parameters(config: Config, vocabulary_size: int) -> int:
     """Returns how many weights every token is multiplied by: the matrices of the blocks and of the output projection,
     which may be the token embedding. Embeddings that are looked up, biases and normalizations do not count.

@@ -19,7 +19,14 @@ from trainer.errors import UserError
 from trainer.execution import resolve
 from trainer.hardware.cuda import Driver, read_driver
 from trainer.hardware.devices import Target, cpu, find_gpu, known_targets
-from trainer.model.size import count_parameters, flops_per_token, parameter_shapes, tokens_per_sec_at_peak
+from trainer.model.size import (
+    bytes_of_checkpoint,
+    count_parameters,
+    flops_per_token,
+    num_checkpoints,
+    parameter_shapes,
+    tokens_per_sec_at_peak,
+)
 from trainer.planning.compiler import DoesNotFit, compile_step, largest_that_fits
 from trainer.planning.estimate import smallest_step_secs
 from trainer.planning.verdict import UNKNOWN, Command, memory_lines, print_line, size_of, way_lines
@@ -212,9 +219,7 @@ def _model_lines(config: Config, vocabulary_size: int) -> Iterator[str]:
         f"parameters   {num_parameters:,}; vocabulary {vocabulary_size:,}{rows}, sequence length "
         f"{config.train.sequence_length:,}"
     )
-    checkpoint_bytes = 3.0 * num_parameters * (8 if config.train.precision == "float64" else 4)
-    # A new checkpoint is written before the oldest is removed, and the best one that was scored is kept as well.
-    count = config.checkpoint.keep_last + 1 + (config.evaluation.every_steps is not None)
+    count, checkpoint_bytes = num_checkpoints(config), bytes_of_checkpoint(config, vocabulary_size)
     yield f"checkpoints  {size_of(count * checkpoint_bytes)} of disk: {count} of {size_of(checkpoint_bytes)}"
 
 

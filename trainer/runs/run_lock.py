@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trainer.errors import UserError
 from trainer.runs.run_folder import RECORD
+from trainer.system.folder_checks import unwritable
 from trainer.system.storage import Location, Url, reason_and_remedy
 from trainer.system.whole import make_folder
 
@@ -58,8 +59,8 @@ def _locked(folder: Path, say: Callable[[str], None]) -> int:
             if isinstance(error, FileNotFoundError) and tries_left > 0:
                 continue
             is_run = os.access(folder / RECORD, os.F_OK)
-            instead = "" if is_run else ", or choose another run_folder"
-            raise UserError(f"{folder} cannot be written: {reason_and_remedy(error)}{instead}.") from None
+            instead = "" if is_run else "choose another run_folder"
+            raise UserError(f"{unwritable(folder, error, instead)}.") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # If another process has removed the file meanwhile, the lock on it protects nothing.

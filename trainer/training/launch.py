@@ -46,6 +46,7 @@ from trainer.system.process import call_in_new_process
 from trainer.system.storage import Location, locate
 from trainer.system.terminal import Say
 from trainer.system.terminal import say as print_line
+from trainer.training.checks import check_start
 from trainer.training.loop import TrainingResult, train
 from trainer.version import __version__
 
@@ -164,6 +165,7 @@ def _locked_by_chief(folder: Location, workers: Workers, say: Say) -> contextlib
 
 
 def _launch(request: Request, workers: Workers, say: Say) -> TrainingResult:
+    check_start(request.config, say)
     if request.run is not None:
         request.run.check_model(request.build_model)
     if workers.are_several:

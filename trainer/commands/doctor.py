@@ -1,0 +1,184 @@
+"""Checks whether this machine can do what a config wants, and prints what was found and how to repair it.
+
+`examine` and `check_up` are the lists of the checks. Each check yields findings, or none if it has nothing to look at.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from trainer.config.settings import Config, DistributionConfig
+from trainer.distributed.tpu_install import check_tpu
+from trainer.distributed.workers import find_workers
+from trainer.errors import UserError
+from trainer.hardware.checks import Machine, check_build, check_driver, check_reach, check_support, this_machine
+from trainer.hardware.devices import cpu
+from trainer.hardware.library_checks import check_libraries
+from trainer.hardware.unused import unused_tpu
+from trainer.model.size import bytes_of_checkpoint
+from trainer.planning.estimate import estimate_memory
+from trainer.planning.plan import find_vocabulary_size
+from trainer.system.findings import Finding, error, ok, warning
+from trainer.system.folder_checks import Need, check_space, check_writing, size_of
+from trainer.system.limits import check_memory, check_open_files, check_shared_memory
+from trainer.system.packages import check_packages, check_python, check_tensorflow
+from trainer.system.process import call_in_new_process
+from trainer.system.storage import locate
+from trainer.system.terminal import quiet_import
+from trainer.training.checks import may_use_gpus, need_of_run
+
+# Python with TensorFlow, Keras and a compiled step, without the model: 0.34 GB were measured on the quickstart, beside
+# mapped files, which the kernel gives up when memory runs out.
+_BASE_BYTES = 0.5e9
+
+
+def examine(config: Config, machine: Machine) -> Iterator[Finding]:
+    """Yields what the checks find that only read: what is installed, the devices, the workers and the limits."""
+    gpus, xla = config.distribution.gpus, config.train.xla
+    yield from check_python(machine.packages)
+    yield from check_packages(machine.packages)
+    yield from check_tensorflow(machine.packages)
+    yield from check_build(machine)
+    yield from check_tpu(machine.packages, config.distribution.kind == "tpu")
+    yield from check_unused_tpu(config, machine)
+    if may_use_gpus(config):
+        yield from check_reach(machine)
+        yield from check_driver(machine, gpus)
+        yield from check_libraries(machine, gpus, xla)
+        yield from check_support(machine, gpus, xla)
+        yield from check_shared_memory(len(machine.gpus(gpus)))
+    yield from check_workers(config.distribution)
+    yield from check_memory(host_memory(config), machine.root)
+    yield from check_open_files()
+
+
+def run_doctor(config: Config, say: Callable[[str], None], as_json: bool = False) -> bool:
+    """Prints what each check finds, and at the end whether all is well.
+
+    Args:
+        config: the settings of the run to check for.
+        say: prints a line.
+        as_json: whether to print a JSON list of all findings instead.
+
+    Returns:
+        Whether no check found an error.
+    """
+    found: list[Finding] = []
+    for finding in check_up(config):
+        found.append(finding)
+        if not as_json:
+            say(f"{finding.level:<8} {finding.check:<20} {finding.what}")
+            if finding.repair:
+                say(f"{'':<8} {'repair:':<20} {finding.repair}")
+    errors, warnings = (sum(each.level == level for each in found) for level in ("error", "warning"))
+    if as_json:
+        say(json.dumps([each._asdict() for each in found], indent=2))
+    elif errors or warnings:
+        say(f"{_count(errors, 'error')}, {_count(warnings, 'warning')}.")
+    else:
+        say("All is well.")
+    return not errors
+
+
+def check_up(config: Config) -> Iterator[Finding]:
+    """Yields what all checks find: those that only read, and those that write into the folders and use the devices."""
+    faults: set[str] = set()
+    for finding in examine(config, this_machine()):
+        faults.update({finding.check} if finding.level == "error" else ())
+        yield finding
+    yield from check_folders(config)
+    # TensorFlow would end the process, for a reason that is known by now.
+    if not faults & {"code", "TensorFlow", "TPU"}:
+        yield from check_devices(config.distribution)
+
+
+def check_unused_tpu(config: Config, machine: Machine) -> Iterator[Finding]:
+    """Reports a TPU that the config does not use."""
+    if config.distribution.kind == "auto" and (why := unused_tpu(machine.root)):
+        what, _, remedy = why.partition(". ")
+        yield warning("TPU", what, remedy)
+
+
+def check_workers(config: DistributionConfig) -> Iterator[Finding]:
+    """Checks TF_CONFIG, and what SLURM sets for the tasks of a step."""
+    try:
+        with quiet_import():
+            workers = find_workers(config)
+    except UserError as cause:
+        what, _, remedy = str(cause).partition(". ")
+        yield error("workers", what, remedy)
+        return
+    if workers.are_several:
+        yield ok("workers", f"{len(workers.addresses)} workers; this is {workers.name(workers.number)}")
+
+
+def host_memory(config: Config) -> float:
+    """Returns about how many bytes of this host's memory a run needs."""
+    try:
+        vocabulary_size = find_vocabulary_size(config)
+    except UserError:  # The text decides it, and is not prepared yet.
+        return _BASE_BYTES
+    # Saving copies the weights and the moments to the host.
+    need = _BASE_BYTES + bytes_of_checkpoint(config, vocabulary_size)
+    distribution = config.distribution
+    if distribution.kind == "cpu" or (distribution.kind == "auto" and distribution.gpus is None):
+        target = cpu(distribution.logical_devices)
+        need += target.num_devices * sum(estimate_memory(config, vocabulary_size, target).values())
+    return need
+
+
+def check_folders(config: Config) -> Iterator[Finding]:
+    """Checks the folders that a run writes into."""
+    run_folder, prepared_folder = locate(config.run_folder), locate(config.data.prepared_folder)
+    try:
+        vocabulary_size = find_vocabulary_size(config)
+    except UserError:
+        vocabulary_size = None
+    needs = (
+        (run_folder, need_of_run(config, run_folder, vocabulary_size)),
+        (prepared_folder, need_of_text(config)),
+    )
+    for folder, need in needs:
+        found = list(check_writing(folder, need))
+        yield from found
+        if all(each.level != "error" for each in found):
+            yield from check_space(folder, need)
+
+
+def need_of_text(config: Config) -> Need:
+    """Returns what the prepared text needs of its folder's disk at most: twice the plain text files."""
+    files = [Path(source).expanduser() for source in config.data.train if "://" not in source]
+    size = 2.0 * sum(file.stat().st_size for file in files if file.is_file())
+    return Need("data.prepared_folder", size, size / 4, "the prepared text, at most twice the text")
+
+
+def check_devices(config: DistributionConfig) -> Iterator[Finding]:
+    """Computes on the devices, and adds up an array over them, in a process of its own."""
+    try:
+        kind, count, is_right, num_bytes, secs = call_in_new_process(_measure, config)
+    except Exception as cause:
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        yield error("devices", f"a small computation failed: {lines[0][:300]}", "See the lines of TensorFlow above")
+        return
+    if not is_right:
+        yield error(
+            "devices",
+            f"{count} x {kind} computed a wrong product or sum",
+            "A device, or what connects them, is damaged: try each alone with distribution.gpus=[0], [1] and so on",
+        )
+    elif count == 1:
+        yield ok("devices", f"1 x {kind} computes; there is no other one to add up gradients with")
+    else:
+        yield ok("devices", f"{count} x {kind} add up {size_of(num_bytes)} at {size_of(num_bytes / secs)}/s")
+
+
+def _measure(config: DistributionConfig) -> tuple[str, int, bool, int, float]:
+    """Returns the fields of an `Exchange` as they are: to unpickle an Exchange would load TensorFlow."""
+    with quiet_import():
+        from trainer.distributed.all_reduce import measure_all_reduce
+    seen = measure_all_reduce(config)
+    return seen.kind, seen.num_replicas, seen.is_right, seen.num_bytes, seen.secs
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number or 'no'} {what}s"
