@@ -41,8 +41,9 @@ ROOMS = (
     "trainer.commands",
     "trainer.loaded",
     "trainer",
-    "trainer.verbs",
     "trainer.parser",
+    "trainer.completion",
+    "trainer.verbs",
     "trainer.cli",
     "trainer.__main__",
 )
@@ -52,12 +53,13 @@ SLOW = frozenset(
     ["tensorflow", "keras", "keras_nlp", "keras_hub", "tensorflow_text", "tensorflow_datasets", "apache_beam"]
 )
 # What the command must not load either before it watches for signals.
-SLOW_TO_WATCH = SLOW | {"numpy", "pydantic", "rich"}
+SLOW_TO_WATCH = SLOW | {"numpy", "pydantic", "rich", "argcomplete"}
 
 # The modules that may import inside a function, and the packages that are too slow for their top.
 LATE = {
     "trainer": SLOW_TO_WATCH,
     "trainer.cli": SLOW_TO_WATCH,
+    "trainer.completion": frozenset(["argcomplete"]),
     "trainer.verbs": SLOW,
     "trainer.system.progress": SLOW_TO_WATCH,
     "trainer.system.terminal": SLOW_TO_WATCH,

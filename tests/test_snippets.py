@@ -300,6 +300,12 @@ def check_uv(words: list[str]) -> None:
     check_pip(words[1:])
 
 
+def check_eval(words: list[str]) -> None:
+    """A shell evaluates what a command prints."""
+    (printed,) = words
+    check_trainer(shlex.split(printed.removeprefix("$(trainer ").removesuffix(")")))
+
+
 # Programs that are not run here, what is checked in their place, and why.
 DRY: dict[str, tuple[Callable[[list[str]], None], str]] = {
     ".venv/bin/tensorboard": (check_tensorboard, "serves until it is stopped"),
@@ -316,6 +322,7 @@ DRY: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "pip": (check_pip, "installs"),
     "python": (check_python, "installs"),
     "uv": (check_uv, "installs"),
+    "eval": (check_eval, "changes the shell; tests/test_completion.py"),
     "gcloud": (check_program, "needs Google Cloud"),
     "mkdir": (check_program, "makes folders for Docker"),
     "curl": (check_program, "needs the internet"),
@@ -366,6 +373,7 @@ def check_or_run(command: str, run_verbs: bool = False) -> None:
             assert os.access(ROOT / program, os.X_OK), command
         DRY[program][0](words)
         return
+    words = words[: words.index("|")] if words[-2:] == ["|", "source"] else words  # fish evaluates what is printed.
     check_trainer(words)
     if run_verbs and not any(dry in word for dry in DRY_WORDS for word in words):
         assert cli.main(words) == 0, command
@@ -476,7 +484,9 @@ def help_of(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: p
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "inspect", "evaluate", "generate", "export", "verify", "plan"])
+@pytest.mark.parametrize(
+    "verb", ["prepare", "train", "inspect", "evaluate", "generate", "export", "verify", "plan", "runs"]
+)
 def test_help_s_examples_are_taken(
     checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
 ):

@@ -4,10 +4,12 @@ The arguments of each verb are in parser.py, and what it does is in verbs.py. ve
 begun to watch for signals, because its imports take a moment in which a signal must not be lost.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
 
+from trainer.completion import complete
 from trainer.errors import UserError
 from trainer.exit_status import ExitStatus
 from trainer.parser import parse, shortened
@@ -18,6 +20,8 @@ from trainer.system.terminal import discard, lasting_errors, open_streams, warn
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit status, which is an `ExitStatus`."""
+    if "_ARGCOMPLETE" in os.environ:
+        complete()
     words = list(sys.argv[1:] if arguments is None else arguments)
     open_streams()
     with lasting_errors():

@@ -25,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(words: list[str]) -> argparse.Namespace:
     """Returns the verb and its arguments; a mistake in these ends the process with ExitStatus.USER_ERROR."""
-    parser = _parser()
+    parser = make_parser()
     beam_options: list[str] = []
     if words[:1] == ["prepare"] and "--" in words:
         words, beam_options = words[: words.index("--")], words[words.index("--") + 1 :]
@@ -44,7 +44,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def _parser() -> _Parser:
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command, with one for each verb."""
     statuses = "\n".join(f"  {status:<5d} {status.meaning}" for status in ExitStatus)
     parser = _Parser(
         prog="trainer",
@@ -64,6 +65,8 @@ def _parser() -> _Parser:
         _add_verify,
         _add_plan,
         _add_doctor,
+        _add_runs,
+        _add_completion,
     ):
         add(verbs)
     return parser
@@ -308,6 +311,28 @@ def _add_doctor(verbs: Any) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=_OVERRIDES_HELP)
     parser.add_argument("--json", action="store_true", help="print a JSON list of all that was found")
+
+
+def _add_runs(verbs: Any) -> None:
+    parser = verbs.add_parser("runs", help="list the runs in a folder: how far each is, its losses and its age")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        default="runs",
+        metavar="FOLDER",
+        help="a folder with runs in it, also in folders below it; or a run's own folder (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each run, a line each")
+
+
+def _add_completion(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "completion",
+        help="print what makes a shell complete verbs, settings, configs and runs",
+        epilog='bash and zsh: eval "$(trainer completion bash)", or zsh, in ~/.bashrc or ~/.zshrc.\n'
+        "fish: trainer completion fish | source, in ~/.config/fish/config.fish.",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
 
 
 _CONFIG_HELP = "a TOML file, or the name of a shipped config, such as quickstart"

@@ -15,6 +15,8 @@ import trainer
 from trainer.commands.doctor import run_doctor
 from trainer.commands.generate import answer_prompts, read_prompts, write_texts
 from trainer.commands.inspect_run import inspect as inspect_data
+from trainer.commands.list_runs import print_runs
+from trainer.completion import shell_code
 from trainer.config.file import kept_changes, load_config, make_config, whole_number
 from trainer.config.settings import Config
 from trainer.data.beam import prepare_with_beam
@@ -39,7 +41,7 @@ from trainer.storybook.storybook import log_probability
 from trainer.system.progress import shown
 from trainer.system.signals import Ending, ended_by
 from trainer.system.storage import Url, locate
-from trainer.system.terminal import lasting_output, quiet_import, say, warn
+from trainer.system.terminal import lasting_output, quiet_import, say, show, warn
 from trainer.text.sources import find_inputs
 
 if TYPE_CHECKING:
@@ -344,3 +346,13 @@ def doctor(options: argparse.Namespace) -> ExitStatus:
     anything = {"run_folder": "runs", "train": {"precision": "float32", "total_steps": 1}}
     config = make_config(anything, overrides) if name is None else load_config(name, overrides)
     return ExitStatus.DONE if run_doctor(config, say, options.json) else ExitStatus.FAILED
+
+
+def runs(options: argparse.Namespace) -> None:
+    """Lists the runs in a folder."""
+    print_runs(options.folder, options.json)
+
+
+def completion(options: argparse.Namespace) -> None:
+    """Prints what makes a shell complete the command."""
+    show(shell_code(options.shell))

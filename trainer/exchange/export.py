@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from trainer.errors import UserError, quoted
+from trainer.exchange.card import card_of
 from trainer.exchange.huggingface_export import Dtype, layout_for, remarks
 from trainer.exchange.keras_file import FACTS
 from trainer.exchange.kerashub import family_for
@@ -64,7 +65,6 @@ def export(
     for remark in remarks(run.config.model) if to == "huggingface" else ():
         say(f"warning: {remark}")
     with quiet_import():
-        from trainer.exchange.card import card_of
         from trainer.exchange.formats import FORMATS as formats
 
     opened, form = open_model(path, step=step, say=say), formats[to]

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.distributed.workers import Workers
 from trainer.errors import UserError, quoted
-from trainer.runs.checkpoint import Checkpoints
 from trainer.runs.run_folder import RESULT, SCORES, CheckpointStep, RunFolder
 from trainer.scoring.score import Score
 from trainer.system.manifest import DamagedError, unsealed, write_sealed
 from trainer.system.storage import reason_and_remedy
+
+if TYPE_CHECKING:
+    from trainer.runs.checkpoint import Checkpoints
 
 
 class Evaluation(NamedTuple):
@@ -106,7 +108,7 @@ def write_scores(run: RunFolder, scores: dict[int, float]) -> None:
         raise UserError(f"{file} cannot be written: {reason_and_remedy(error)}.") from None
 
 
-def scores_to_keep(checkpoints: Checkpoints, step: int, from_step: CheckpointStep | None) -> dict[int, float]:
+def scores_to_keep(checkpoints: "Checkpoints", step: int, from_step: CheckpointStep | None) -> dict[int, float]:
     """Returns the validation losses that a process which goes on from a step has to keep.
 
     A process that was killed may have scored steps after its last checkpoint: they are taken and scored again. But if

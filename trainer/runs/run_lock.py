@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from trainer.system.storage import Location, Url, reason_and_remedy
 from trainer.system.whole import make_folder
 
 LOCK_TRIES = 100
+# `is_training_in` holds a lock for an instant: wait this often, this long, before another process is believed to train.
+_WAITS, _WAIT_SECS = 5, 0.01
 
 
 @contextlib.contextmanager
@@ -45,9 +48,29 @@ def only_run_in(folder: Location, say: Callable[[str], None] = print) -> Iterato
                 folder.rmdir()  # Fails, as it should, if a run is in it.
 
 
+def is_training_in(folder: Location) -> bool | None:
+    """Returns whether a process trains in a run's folder; None in an object store, where that cannot be found out."""
+    if isinstance(folder, Url):
+        return None
+    try:
+        lock = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        # Shared: it fails beside the process that trains, and not beside another one that only looks.
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # The file system has no locks.
+        return None
+    finally:
+        os.close(lock)
+    return False
+
+
 def _locked(folder: Path, say: Callable[[str], None]) -> int:
     """Returns the descriptor of the open file that locks a folder for this process."""
-    tries_left = LOCK_TRIES
+    tries_left, waits_left = LOCK_TRIES, _WAITS
     while True:
         tries_left -= 1
         try:
@@ -77,6 +100,10 @@ def _locked(folder: Path, say: Callable[[str], None]) -> int:
                 )
                 return lock
             os.close(lock)
+            if isinstance(error, BlockingIOError) and waits_left > 0:
+                waits_left -= 1
+                time.sleep(_WAIT_SECS)
+                continue
             if not isinstance(error, BlockingIOError | PermissionError):
                 raise UserError(f"{folder} cannot be locked: {reason_and_remedy(error)}.") from None
             raise UserError(f"{folder} is being trained in by another process; wait for it or stop it.") from None
