@@ -136,8 +136,14 @@ def test_a_config_that_does_not_fit_is_reported_with_the_largest_micro_batch_tha
 
 def test_no_time_is_printed_for_a_dtype_that_a_device_cannot_compute_in(capsys: pytest.CaptureFixture[str]):
     print_plan(GPT2, None, parse_target("gpu:T4x8"))
-    reason = "computed in bfloat16: the table of peaks has T4 in float16, float32"
-    assert f"time         not known for train.precision='mixed_bfloat16', {reason}\n" in capsys.readouterr().out
+    reason = (
+        "computed in bfloat16: the table of peaks has T4 in float16, float32; train.precision=mixed_float16 has a time"
+    )
+    out = capsys.readouterr().out
+    assert f"time         not known for train.precision='mixed_bfloat16', {reason}\n" in out
+    config = load_config(CONFIGS / "gpt2_124m_8gpu.toml", ["train.precision=mixed_float16"])
+    print_plan(config, None, parse_target("gpu:T4x8"))
+    assert "hours at the roofline" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("utilisation", [0.0, 1.1, -1.0, math.nan])

@@ -15,7 +15,7 @@ from trainer.hardware.data_sheets import GPUS, TPUS
 from trainer.hardware.devices import Target, cpu, parse_target
 from trainer.parser import parse
 from trainer.planning.estimate import estimate_memory
-from trainer.planning.plan import own_devices
+from trainer.planning.own_devices import own_devices
 from trainer.planning.ways import ways_to_fit
 
 GPU_CONFIG, TPU_CONFIG = "gpt2_124m_8gpu", "gpt2_124m_tpu_v5e_8"
@@ -170,7 +170,7 @@ def random_case(pick: random.Random) -> tuple[dict[str, object], Target]:
 
 def test_every_way_fits_in_a_sample_of_models_and_devices():
     pick, number = random.Random(0), 0
-    for _ in range(60):
+    for _ in range(30):
         settings, target = random_case(pick)
         config = make_config(settings)
         if sum(estimate_memory(config, 50257, target).values()) <= target.device.memory_bytes:
@@ -181,7 +181,7 @@ def test_every_way_fits_in_a_sample_of_models_and_devices():
             changed = make_config(settings, overrides)
             needed = sum(estimate_memory(changed, 50257, way.target, way.micro_batch_size).values())
             assert needed == way.memory_bytes <= way.target.device.memory_bytes
-    assert number > 50
+    assert number > 20
 
 
 def test_a_plan_without_a_target_is_for_the_gpus_of_this_machine_if_a_run_would_take_them():
@@ -194,6 +194,8 @@ def test_a_plan_without_a_target_is_for_the_gpus_of_this_machine_if_a_run_would_
     target, why = own([], *two)
     assert target == "gpu:RTX4090x2"
     assert why.startswith("2 x NVIDIA GeForce RTX 4090 of this machine, which a run takes if TensorFlow can use them")
+    target, why = own([], "NVIDIA GeForce RTX 5060 Ti")
+    assert target == "gpu:RTX5060Ti-8GBx1" and why.endswith("otherwise: --target gpu:RTX5060Ti-16GBx1 or --target cpu")
     assert own(["distribution.gpus=[1]"], *two)[0] == "gpu:RTX4090x1"
     assert own(["distribution.kind=gpu"], *two)[0] == "gpu:RTX4090x2"
     assert own(["distribution.kind=cpu"], *two) == ("cpu", "")

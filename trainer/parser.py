@@ -285,7 +285,9 @@ def _add_verify(verbs: Any) -> None:
 def _add_plan(verbs: Any) -> None:
     parser = verbs.add_parser("plan", help="estimate what a config costs: parameters, memory, tokens, disk and hours")
     _add_config(parser)
-    parser.add_argument("--target", help="the devices to plan for, such as gpu:H100x8, tpu:v5e-8 or cpu")
+    parser.add_argument(
+        "--target", help="the devices to plan for, such as gpu:H100x8, tpu:v5e-8 or cpu; by default this machine's"
+    )
     parser.add_argument(
         "--utilisation", type=float, help="the model FLOPs utilisation to compute hours with, such as 0.5"
     )

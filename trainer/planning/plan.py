@@ -7,7 +7,6 @@ import glob
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import rich.box
 import rich.console
@@ -17,8 +16,7 @@ from trainer.config.settings import CharConfig, Config
 from trainer.data.shards import PreparedData, num_examples, prepared_in
 from trainer.errors import UserError
 from trainer.execution import resolve
-from trainer.hardware.cuda import Driver, read_driver
-from trainer.hardware.devices import Target, cpu, find_gpu, known_targets
+from trainer.hardware.devices import Target, known_targets
 from trainer.model.size import (
     bytes_of_checkpoint,
     count_parameters,
@@ -29,6 +27,7 @@ from trainer.model.size import (
 )
 from trainer.planning.compiler import DoesNotFit, compile_step, largest_that_fits
 from trainer.planning.estimate import smallest_step_secs
+from trainer.planning.own_devices import own_devices
 from trainer.planning.verdict import UNKNOWN, Command, memory_lines, print_line, size_of, way_lines
 from trainer.planning.ways import Way, needs_of, ways_to_fit
 from trainer.system.storage import locate
@@ -171,46 +170,6 @@ def find_vocabulary_size(config: Config, given: int | None = None) -> int:
     return size
 
 
-class OwnDevices(NamedTuple):
-    """The devices of this machine that a run of a config would use.
-
-    Attributes:
-        target: the devices; None: the plan cannot know them.
-        why: what the reader has to know about the choice, if anything.
-    """
-
-    target: Target | None
-    why: str = ""
-
-
-def own_devices(config: Config, driver: Driver | None = None) -> OwnDevices:
-    """Returns the devices of this machine that a run of a config would use: with distribution.kind "auto" the GPUs that
-    the driver shows, otherwise the CPU.
-
-    Args:
-        config: the run's configuration.
-        driver: what NVIDIA's driver tells; None: it is asked.
-    """
-    distribution = config.distribution
-    kind, chosen = distribution.kind, distribution.gpus
-    if kind == "cpu" or distribution.logical_devices > 1:
-        return OwnDevices(cpu(distribution.logical_devices))
-    driver = driver or read_driver() if kind in ("auto", "gpu") else None
-    names = [gpu.name for gpu in driver.gpus] if driver else []
-    if kind == "auto" and chosen is None and not names:
-        return OwnDevices(cpu())
-    wants = "--target adds memory and time, such as --target gpu:H100x8, tpu:v5e-8 or cpu"
-    names = [names[number] for number in chosen if number < len(names)] if chosen is not None else names
-    if not names or (chosen is not None and len(names) < len(chosen)):
-        return OwnDevices(None, f"distribution.kind={kind!r} does not name one; {wants}")
-    gpus = [find_gpu(name) for name in names]
-    if gpus[0] is None or any(gpu != gpus[0] for gpu in gpus):
-        differ = "GPUs differ" if all(gpus) else "table of devices lacks a GPU of this machine"
-        return OwnDevices(None, f"the {differ}: {', '.join(sorted(set(names)))}; {wants}")
-    why = f"{len(names)} x {names[0]} of this machine, which a run takes if TensorFlow can use them"
-    return OwnDevices(Target(gpus[0], len(names)), f"{why}; for the CPU: --target cpu")
-
-
 def _model_lines(config: Config, vocabulary_size: int) -> Iterator[str]:
     num_logits = config.model.num_logits(vocabulary_size)
     rows = f" in {num_logits:,} rows" if num_logits > vocabulary_size else ""
@@ -255,7 +214,9 @@ def _time_lines(config: Config, vocabulary_size: int, target: Target, utilisatio
                 f"--utilisation {utilisation} has no effect: the time is not known for train.precision="
                 f"{config.train.precision!r}, computed in {dtype}: {what}. Leave it out, or choose another --target."
             )
-        yield f"time         not known for train.precision={config.train.precision!r}, computed in {dtype}: {what}"
+        known = "; train.precision=mixed_float16 has a time" if dtype == "bfloat16" and "float16" in has else ""
+        precision = f"train.precision={config.train.precision!r}, computed in {dtype}"
+        yield f"time         not known for {precision}: {what}{known}"
     elif steps is not None and tokens is not None:
         assumed = "" if utilisation is not None else ", which is assumed (--utilisation)"
         utilisation = utilisation or ASSUMED_UTILISATION

@@ -180,8 +180,10 @@ def _software_lines(config: Config, target: Target) -> Iterator[str]:
     if config.train.xla == "off" or compiles or first is None:
         return
     what = f"{build.version} has" if build is not None and build.cuda else "has, in its wheels up to 2.21,"
-    step = "train.xla='on' is refused there" if config.train.xla == "on" else "a step runs there without XLA"
+    step = "a step runs there without XLA"
+    if config.train.xla == "on":
+        step = "train.xla='on' is refused there; with train.xla=off a step runs"
     yield (
         f"tensorflow   {what} no code for compute capability {dotted(capability)}, which needs CUDA {dotted(first)}: "
-        f"{step}, and needs more memory and time than is said here; see trainer doctor"
+        f"{step}, and is likely to need more memory and time than is said here; see trainer doctor"
     )
