@@ -14,10 +14,13 @@ class ExitStatus(enum.IntEnum):
     meaning: str
 
     DONE = 0, "done"
-    FAILED = 1, "verify, inspect or doctor found a fault, or the step of plan --compile does not fit"
+    FAILED = 1, "verify, inspect or doctor found a fault, plan --compile's step does not fit, or watch's run was killed"
     USER_ERROR = 2, "an argument, a setting or a file is wrong; the message names it and what to do about it"
     # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.
-    STOPPED = 75, "(EX_TEMPFAIL) train was stopped by a signal: configure your scheduler to retry on it"
+    STOPPED = (
+        75,
+        "(EX_TEMPFAIL) train was stopped by a signal: configure your scheduler to retry on it; watch: it was stopped",
+    )
     # What shells report for a program that SIGINT or SIGPIPE killed: 128 and the signal's number.
     INTERRUPTED = 130, "a verb other than train was stopped by Ctrl-C"
     BROKEN_PIPE = 141, "the reader of standard output went away, such as head"

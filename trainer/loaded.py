@@ -15,7 +15,7 @@ from trainer.decoding.request import Request, one_or_several
 from trainer.decoding.writing import Text
 from trainer.errors import UserError
 from trainer.exchange.open import OpenedModel
-from trainer.monitoring.curves import Curve, read_curves
+from trainer.monitoring.curves import Curve, read_history
 from trainer.scoring.scorer import Scorer
 from trainer.system.storage import Location
 from trainer.system.terminal import warn
@@ -119,11 +119,7 @@ class LoadedModel:
         """The curves of the run by name, such as "train/loss/nats_per_token": all that the run has logged
         until now, also after the step of this model. Empty if nothing was logged.
         """
-        return {
-            f"{part}/{name}": curve
-            for part in ("train", "validation")
-            for name, curve in read_curves(self.folder / "logs" / part).items()
-        }
+        return read_history(self.folder)
 
 
 class TextTokenizer:

@@ -67,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_doctor,
         _add_runs,
         _add_completion,
+        _add_watch,
     ):
         add(verbs)
     return parser
@@ -335,6 +336,18 @@ def _add_completion(verbs: Any) -> None:
         "fish: trainer completion fish | source, in ~/.config/fish/config.fish.",
     )
     parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
+
+
+def _add_watch(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "watch",
+        help="follow a run that another process trains, here or on another host",
+        epilog="It reads the run's folder, which may be on a shared disk or in an object store, and ends when the run\n"
+        f"ends: with status {ExitStatus.DONE:d} if it is finished, {ExitStatus.STOPPED:d} if it was stopped, "
+        f"{ExitStatus.FAILED:d} if it was killed.",
+    )
+    parser.add_argument("run_folder", metavar="RUN", help="the folder of a run; it may begin later")
+    parser.add_argument("--once", action="store_true", help="print the state of the run, and end")
 
 
 _CONFIG_HELP = "a TOML file, or the name of a shipped config, such as quickstart"

@@ -16,6 +16,7 @@ from trainer.commands.doctor import run_doctor
 from trainer.commands.generate import answer_prompts, read_prompts, write_texts
 from trainer.commands.inspect_run import inspect as inspect_data
 from trainer.commands.list_runs import print_runs
+from trainer.commands.watch import follow
 from trainer.completion import shell_code
 from trainer.config.file import kept_changes, load_config, make_config, whole_number
 from trainer.config.settings import Config
@@ -323,6 +324,11 @@ def verify(options: argparse.Namespace) -> ExitStatus:
     with quiet_import():
         from trainer.commands.verify import verify as compare
     return ExitStatus.DONE if compare(config, numbers, options.steps) else ExitStatus.FAILED
+
+
+def watch(options: argparse.Namespace) -> ExitStatus:
+    """Follows a run that another process trains."""
+    return follow(run_and_step(options.run_folder)[0], options.once)
 
 
 def plan(options: argparse.Namespace) -> ExitStatus:

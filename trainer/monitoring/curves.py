@@ -1,18 +1,13 @@
-"""Reads the curves of a run from its files for TensorBoard."""
+"""Reads the curves of a run from its files for TensorBoard, also while they are written. It loads no TensorFlow."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from trainer.errors import UserError
-from trainer.monitoring.event_log import event_files
+from trainer.monitoring.event_files import event_files, events_from, scalar_of
 from trainer.monitoring.tags import current
-from trainer.system.storage import Location, reason_and_remedy
+from trainer.system.storage import Location
 
 
 class Curve(NamedTuple):
@@ -27,6 +22,19 @@ class Curve(NamedTuple):
     values: np.ndarray
 
 
+def read_history(run_folder: Location) -> dict[str, Curve]:
+    """Returns the curves of a run by name, such as "train/loss/nats_per_token"; empty if nothing was logged.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    return {
+        f"{part}/{name}": curve
+        for part in ("train", "validation")
+        for name, curve in read_curves(run_folder / "logs" / part).items()
+    }
+
+
 def read_curves(folder: Location) -> dict[str, Curve]:
     """Returns the curves in a folder by name, without points that a later file makes void, as TensorBoard shows them.
     Points that version 0.1.0 has written are in the curves with the names of today.
@@ -37,28 +45,53 @@ def read_curves(folder: Location) -> dict[str, Curve]:
     Raises:
         UserError: a file cannot be read.
     """
-    curves: dict[str, dict[int, float]] = {}
-    try:
-        for name in event_files(folder) if tf.io.gfile.isdir(str(folder)) else []:
-            for event in _events(f"{folder}/{name}"):
-                if event.session_log.status == SessionLog.START:
-                    curves = {
-                        tag: {step: value for step, value in points.items() if step < event.step}
-                        for tag, points in curves.items()
-                    }
-                for value in event.summary.value:
-                    if value.metadata.plugin_data.plugin_name == "scalars":
-                        curves.setdefault(current(value.tag), {})[event.step] = tf.make_ndarray(value.tensor).item()
-    except (OSError, tf.errors.OpError) as error:
-        raise UserError(f"{folder} cannot be read: {reason_and_remedy(error)}.") from None
+    reader = CurveReader(folder)
+    reader.read()
     return {
         tag: Curve(np.array(sorted(points), np.int64), np.array([points[step] for step in sorted(points)], np.float32))
-        for tag, points in sorted(curves.items())
+        for tag, points in sorted(reader.points.items())
         if points
     }
 
 
-def _events(path: str) -> Iterator[Event]:
-    """Yields the events of a file, up to a damaged one: the file of a run that was killed may end in half a record."""
-    with contextlib.suppress(tf.errors.DataLossError):
-        yield from LegacyEventFileLoader(path).Load()
+class CurveReader:
+    """Reads the curves in a folder as they grow.
+
+    Args:
+        folder: the folder that an `EventLog` writes into. It may be made later.
+
+    Attributes:
+        points: the value of each curve at each step, by the curve's name.
+        wall_time: when the newest event was written, in seconds since 1970; 0 if there is none.
+    """
+
+    def __init__(self, folder: Location) -> None:
+        self.folder = folder
+        self.points: dict[str, dict[int, float]] = {}
+        self.wall_time = 0.0
+        self._num_read: dict[str, int] = {}
+
+    def read(self) -> None:
+        """Reads what was written since the last call.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        files = event_files(self.folder)
+        if not self._num_read.keys() <= {file.name for file in files}:
+            self.points, self._num_read = {}, {}  # Somebody has removed a file.
+        for file in files:
+            for event, end in events_from(file, self._num_read.setdefault(file.name, 0)):
+                self._num_read[file.name] = end
+                self._add(event)
+
+    def _add(self, event: Event) -> None:
+        self.wall_time = max(self.wall_time, event.wall_time)
+        if event.session_log.status == SessionLog.START:
+            self.points = {
+                tag: {step: value for step, value in points.items() if step < event.step}
+                for tag, points in self.points.items()
+            }
+        for value in event.summary.value:
+            if value.metadata.plugin_data.plugin_name == "scalars":
+                self.points.setdefault(current(value.tag), {})[event.step] = scalar_of(value)

@@ -7,6 +7,7 @@ Source: TensorFlow, core/lib/io/record_writer.h.
 import re
 import struct
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
@@ -46,12 +47,21 @@ def read_events(file: Location) -> Iterator[Event]:
     Raises:
         UserError: the file cannot be read.
     """
-    content = _content(file)
-    for start, end in _spans(content):
-        event = _event(content, start, end)
+    return (event for event, _ in events_from(file, 0))
+
+
+def events_from(file: Location, start: int) -> Iterator[tuple[Event, int]]:
+    """Yields the events that begin at a byte of a file and later, each with the byte at which the next one begins.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    content = _content(file, start)
+    for first, end in _spans(content):
+        event = _event(content, first, end)
         if event is None:
             return
-        yield event
+        yield event, start + end + 4
 
 
 def newest_points(folder: Location, wanted: Collection[str]) -> dict[str, Point]:
@@ -86,9 +96,17 @@ def scalar_of(value: object) -> float:
     return float(tensor.float_val[0]) if tensor.float_val else float(struct.unpack("<f", tensor.tensor_content)[0])
 
 
-def _content(file: Location) -> bytes:
+def _content(file: Location, start: int = 0) -> bytes:
     try:
-        return file.read_bytes()
+        if file.stat().st_size <= start:
+            return b""
+        if not isinstance(file, Path):
+            return file.read_bytes()[start:]
+        with file.open("rb") as opened:
+            opened.seek(start)
+            return opened.read()
+    except FileNotFoundError:  # `EventLog` removes a file that it cannot write.
+        return b""
     except OSError as error:
         raise UserError(f"{file} cannot be read: {reason_and_remedy(error)}.") from None
 

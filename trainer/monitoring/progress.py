@@ -71,33 +71,11 @@ class TrainingProgress(Sink):
 
     def interval(self, place: Place, interval: Interval, values: Mapping[str, float]) -> None:
         """Shows the loss and the speed: in the progress bar, or as a line."""
-        loss, learned, norm = "no step was applied", "no step was applied", ""
-        if interval.loss is not None:
-            loss = f"loss {interval.loss:.4f}"
-            learned = f"{loss}  perplexity {values[tags.PERPLEXITY]:.2f}"
-        if interval.grad_norm is not None:
-            norm = f"norm {interval.grad_norm:.2f}  "
-        in_steps, overall = interval.tokens_per_sec_in_steps, interval.tokens_per_sec_overall
-        speed, short = f"{in_steps:,.0f} tokens/s in steps, {overall:,.0f} overall", f"{overall:,.0f} tokens/s"
-        if tags.MFU_OVERALL in values:
-            speed += f"  mfu {values[tags.MFU_IN_STEPS]:.1%} in steps, {values[tags.MFU_OVERALL]:.1%} overall"
+        news = News(place, interval, values)
         if self._bar.is_shown:
-            epoch = place.epoch()
-            states = [
-                f"{epoch}{learned}  {norm}{speed}",
-                f"{epoch}{learned}  {speed}",
-                f"{epoch}{loss}  {speed}",
-                f"{epoch}{learned}  {short}",
-                f"{epoch}{loss}  {short}",
-                f"{loss}  {short}",
-                loss,
-            ]
-            self._bar.update(place.step, states)
-            return
-        self.say(
-            f"{place}  {learned}  rate {interval.learning_rate:.2e}  {norm}{speed}  "
-            f"input {interval.input_share:.1%}  {clock(self._secs_left(place))} left"
-        )
+            self._bar.update(place.step, news.states())
+        else:
+            self.say(news.line(self._secs_left(place)))
 
     def evaluation(self, place: Place, evaluation: Evaluation, values: Mapping[str, float]) -> None:
         """Prints a line for the validation text and for each of evaluation.sets."""
@@ -108,3 +86,47 @@ class TrainingProgress(Sink):
     def _secs_left(self, place: Place) -> float:
         per_step = (time.monotonic() - self._started) / max(1, place.step - self._first_step)
         return per_step * (place.total_steps - place.step)
+
+
+class News:
+    """What is said about the steps since the last report.
+
+    Args:
+        place: how far the run is.
+        interval: the steps.
+        values: the figures of the report, by the name of their curve.
+    """
+
+    def __init__(self, place: Place, interval: Interval, values: Mapping[str, float]) -> None:
+        self._place, self._interval = place, interval
+        self._loss = self._learned = "no step was applied"
+        if interval.loss is not None:
+            self._loss = f"loss {interval.loss:.4f}"
+            self._learned = f"{self._loss}  perplexity {values[tags.PERPLEXITY]:.2f}"
+        self._norm = "" if interval.grad_norm is None else f"norm {interval.grad_norm:.2f}  "
+        in_steps, overall = interval.tokens_per_sec_in_steps, interval.tokens_per_sec_overall
+        self._speed = f"{in_steps:,.0f} tokens/s in steps, {overall:,.0f} overall"
+        self._short_speed = f"{overall:,.0f} tokens/s"
+        if tags.MFU_OVERALL in values:
+            mfu = f"mfu {values[tags.MFU_IN_STEPS]:.1%} in steps, {values[tags.MFU_OVERALL]:.1%} overall"
+            self._speed += f"  {mfu}"
+
+    def states(self) -> list[str]:
+        """Returns the news for a progress bar, from long to short."""
+        epoch = self._place.epoch()
+        return [
+            f"{epoch}{self._learned}  {self._norm}{self._speed}",
+            f"{epoch}{self._learned}  {self._speed}",
+            f"{epoch}{self._loss}  {self._speed}",
+            f"{epoch}{self._learned}  {self._short_speed}",
+            f"{epoch}{self._loss}  {self._short_speed}",
+            f"{self._loss}  {self._short_speed}",
+            self._loss,
+        ]
+
+    def line(self, secs_left: float | None) -> str:
+        """Returns the news as a line."""
+        return (
+            f"{self._place}  {self._learned}  rate {self._interval.learning_rate:.2e}  {self._norm}{self._speed}  "
+            f"input {self._interval.input_share:.1%}  {clock(secs_left)} left"
+        )

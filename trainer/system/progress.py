@@ -44,6 +44,7 @@ class Bar:
         total: how much there is to do; None: unknown.
         in_bytes: whether bytes are counted.
         states: the same news from long to short; the longest that has room is shown.
+        known_secs_left: how long the rest will take; None: that follows from the pace of the last minute.
     """
 
     is_shown = False
@@ -53,6 +54,7 @@ class Bar:
         self.in_bytes = in_bytes
         self.done: float | None = None
         self.states: Sequence[str] = ("",)
+        self.known_secs_left: float | None = None
         self._samples: collections.deque[tuple[float, float]] = collections.deque(maxlen=_NUM_SAMPLES)
 
     def update(self, done: float | None = None, states: Sequence[str] | None = None, what: str | None = None) -> None:
@@ -87,7 +89,9 @@ class Bar:
             self._samples.append((now, done))
 
     def secs_left(self) -> float | None:
-        """Returns how long the rest will take at the pace of the last minute; None: unknown."""
+        """Returns how long the rest will take; None: unknown."""
+        if self.known_secs_left is not None:
+            return self.known_secs_left
         if self.total is None or self.done is None or len(self._samples) < 2:
             return None
         (first, before), (last, now) = self._samples[0], self._samples[-1]
