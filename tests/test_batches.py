@@ -11,17 +11,8 @@ import tensorflow as tf
 from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 from trainer.config.settings import MIXTURE_EXAMPLES
-from trainer.data.batches import (
-    Share,
-    Window,
-    evaluation_batches,
-    mixed,
-    permuted,
-    shares_of,
-    shuffled,
-    total_steps,
-    training_batches,
-)
+from trainer.data.batches import Share, evaluation_batches, total_steps, training_batches
+from trainer.data.order import Window, mixed, permuted, shares_of, shuffled
 from trainer.data.shards import num_examples
 from trainer.errors import UserError
 
