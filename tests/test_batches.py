@@ -1,5 +1,6 @@
 """Laws of the batches: what the tutorial feeds, in an order that is a function of seed and step only."""
 
+import hashlib
 import itertools
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 import tensorflow as tf
 from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 
-from trainer.config.settings import MIXTURE_EXAMPLES
+from trainer.config.settings import MIXTURE_EXAMPLES, DataConfig
 from trainer.data.batches import Share, evaluation_batches, total_steps, training_batches
-from trainer.data.order import Window, mixed, permuted, shares_of, shuffled
+from trainer.data.mixture import Phase, mean_weights, phases_of, shares_of
+from trainer.data.order import Window, mixed, permuted, shuffled
 from trainer.data.shards import num_examples
 from trainer.errors import UserError
 
@@ -223,7 +225,7 @@ def test_large_seeds_order_the_examples_too(seed):
         order = shuffled(index, tf.zeros_like(index), 100, seed, window).numpy()
         assert sorted(order) == list(range(100))
         assert (order != order_of(100, 0, window)).any()
-    assert sorted(mixed(index, [1000, 1000], (1.0, 1.0), seed).numpy()) != list(range(100))
+    assert sorted(mixed(index, [1000, 1000], [Phase(0, (1.0, 1.0))], seed).numpy()) != list(range(100))
 
 
 def test_a_window_reads_from_few_blocks_at_a_time():
@@ -259,7 +261,8 @@ def test_each_source_has_its_share_and_each_of_its_examples_in_turn(weights):
     counts = [50, 1000, 7][: len(weights)]
     firsts = np.cumsum([0, *counts])
     n = tf.range(4 * MIXTURE_EXAMPLES, dtype=tf.int64)
-    examples = mixed(n, counts, weights, seed=5).numpy()
+    phases = [Phase(0, weights)]
+    examples = mixed(n, counts, phases, seed=5).numpy()
     sources = np.searchsorted(firsts, examples, side="right") - 1
     shares = shares_of(weights)
     assert sum(shares) == MIXTURE_EXAMPLES
@@ -271,7 +274,72 @@ def test_each_source_has_its_share_and_each_of_its_examples_in_turn(weights):
         own = np.sort(np.bincount(examples[sources == i] - firsts[i], minlength=count))
         assert own[-1] - own[0] <= 1  # All before any comes again.
     some = tf.constant([1, 4000, 77], tf.int64)
-    np.testing.assert_array_equal(mixed(some, counts, weights, seed=5), examples[some.numpy()])
+    np.testing.assert_array_equal(mixed(some, counts, phases, seed=5), examples[some.numpy()])
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts", "seed", "sha256"),
+    [
+        ((3.0, 1.0), [40, 200], 0, "fdb6d6677485e742"),
+        ((0.7, 0.2, 0.1), [50, 1000, 7], 5, "495ce1fbde28453b"),
+        ((1.0, 1023.0), [999, 12345], 2**63 - 1, "afdb26717f97d7b3"),
+    ],
+)
+def test_a_mixture_of_constant_weights_has_the_order_of_version_0_1(weights, counts, seed, sha256):
+    n = tf.range(5000, dtype=tf.int64)
+    examples = tf.concat([mixed(n + begin, counts, [Phase(0, weights)], seed) for begin in (0, 10**12)], axis=0)
+    assert hashlib.sha256(examples.numpy().astype("<i8").tobytes()).hexdigest().startswith(sha256)
+
+
+# Phases that end with a turn, one example after a turn, within the first turn, one example long, and never.
+@pytest.mark.parametrize(
+    "phases",
+    [
+        [Phase(0, (9, 1)), Phase(2 * MIXTURE_EXAMPLES, (1, 1))],
+        [
+            Phase(0, (0.7, 0.2, 0.1)),
+            Phase(1 + MIXTURE_EXAMPLES, (0, 1, 3)),
+            Phase(3000, (1, 1, 0)),
+            Phase(3001, (1, 2, 4)),
+        ],
+        [Phase(0, (1, 0)), Phase(7, (0, 1)), Phase(300, (512, 511))],
+        [Phase(0, (1, 1023)), Phase(MIXTURE_EXAMPLES - 1, (1023, 1))],
+    ],
+)
+def test_weights_that_change_give_each_source_its_share_of_each_phase(phases):
+    counts = [50, 1000, 7][: len(phases[0].weights)]
+    firsts = np.cumsum([0, *counts])
+    end = phases[-1].begin + 3 * MIXTURE_EXAMPLES
+    examples = mixed(tf.range(end, dtype=tf.int64), counts, phases, seed=5).numpy()
+    sources = np.searchsorted(firsts, examples, side="right") - 1
+    for phase, after in itertools.zip_longest(phases, phases[1:]):
+        size = (end if after is None else after.begin) - phase.begin
+        found = np.bincount(sources[phase.begin : phase.begin + size], minlength=len(counts))
+        shares = np.array(shares_of(phase.weights)) / MIXTURE_EXAMPLES
+        assert np.abs(found - size * shares).max() < 1
+        assert not found[np.array(phase.weights) == 0].any()
+        # A share is a whole number of 1024ths of the weights.
+        assert np.abs(shares - np.array(phase.weights) / sum(phase.weights)).max() < 1 / MIXTURE_EXAMPLES
+        until = slice(0, phase.begin + size)
+        for i, count in enumerate(counts):
+            own = np.bincount(examples[until][sources[until] == i] - firsts[i], minlength=count)
+            assert own.max() - own.min() <= 1  # All before any comes again, over all phases.
+    some = tf.constant(np.random.default_rng(0).permutation(end)[:500], tf.int64)
+    np.testing.assert_array_equal(mixed(some, counts, phases, seed=5), examples[some.numpy()])
+    # A phase that is planned does not change the turns before it.
+    whole = phases[1].begin // MIXTURE_EXAMPLES * MIXTURE_EXAMPLES
+    before = mixed(tf.range(whole, dtype=tf.int64), counts, phases[:1], seed=5)
+    np.testing.assert_array_equal(before, examples[:whole])
+    expected = np.bincount(sources, minlength=len(counts)) / end
+    np.testing.assert_allclose(mean_weights(phases, end), expected, atol=2e-3)  # Of rounding to 1024ths.
+
+
+def test_phases_begin_at_their_steps_and_those_before_the_data_are_over():
+    data = DataConfig(train=("a", "b"), weights=(9, 1), weights_from_step={30: (0, 1), 10: (1, 1)})
+    assert phases_of(data, 4) == [(0, (9, 1)), (40, (1, 1)), (120, (0, 1))]
+    assert phases_of(data, 4, data_offset=-4 * 10) == [(0, (1, 1)), (80, (0, 1))]
+    assert phases_of(data, 4, data_offset=-4 * 31) == [(0, (0, 1))]
+    assert phases_of(data, 4, data_offset=2) == [(0, (9, 1)), (42, (1, 1)), (122, (0, 1))]
 
 
 def mixture_of(tmp_path, **data):
@@ -296,6 +364,24 @@ def test_sources_are_mixed_by_weight_and_workers_share_the_mixture(tmp_path):
     assert sorted(halves[0] + halves[1]) == sorted(examples)
     # Other weights, the same shards.
     assert tiny_prepared(mixture_of(tmp_path, validation=valid, weights=[1, 1])) == prepared
+
+
+def test_batches_change_their_mixture_at_the_step_on_any_number_of_replicas_and_after_a_resume(tmp_path):
+    valid = [str(tmp_path / "sun_valid.txt"), str(tmp_path / "moon_valid.txt")]
+    changes = {"3": [1, 1], "8": [0, 1]}
+    config = mixture_of(tmp_path, validation=valid, weights=[1, 0], weights_from_step=changes)
+    prepared = tiny_prepared(config)
+    assert tiny_prepared(mixture_of(tmp_path, validation=valid)) == prepared  # The same shards.
+    sun = prepared.tokenizer().encode("sun")[0]
+    batches = list(training_batches(prepared, config, 0, 20).as_numpy_iterator())
+    num_sun = [int((targets[:, 0] == sun).sum()) for _, targets, _ in batches]
+    assert num_sun[:3] == [4] * 3 and num_sun[8:] == [0] * 12
+    assert sum(num_sun[3:8]) == 10 and 0 < min(num_sun[3:8]) < max(num_sun[3:8])
+    resumed = list(training_batches(prepared, config, 5, 20).as_numpy_iterator())
+    np.testing.assert_equal(resumed, batches[5:])
+    parts = [list(training_batches(prepared, config, 0, 20, Share(i, 1, 2)).as_numpy_iterator()) for i in (0, 1)]
+    together = [tuple(np.concatenate(each) for each in zip(*batch, strict=True)) for batch in zip(*parts, strict=True)]
+    np.testing.assert_equal(together, batches)
 
 
 def test_each_source_holds_out_its_own_part(tmp_path):

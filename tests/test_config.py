@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -830,7 +831,12 @@ def test_schema_describes_every_setting():
         (["data.weights=[1]"], r"data\.weights=\[1\.0\] must have a weight for each source of data\.train: 2, not 1"),
         (["data.weights=[1,2]", "data.validation=v"], r"for each source of data\.validation: 1, not 2\. Or leave"),
         (["data.weights=[1,2000]"], r"data\.weights=\[1\.0, 2000\.0\]: the smallest weight must be at least 1/1024 of"),
-        (["data.weights=[1,0]"], r"data\.weights\.1=0: input should be greater than 0"),
+        (
+            ["data.weights=[1,0]"],
+            r"data\.weights=\[1\.0, 0\.0\]: the source 'b' has weight 0 at every step; leave it out",
+        ),
+        (["data.weights=[0,0]"], r"data\.weights=\[0\.0, 0\.0\]: no source has a weight"),
+        (["data.weights=[1,-1]"], r"data\.weights\.1=-1: input should be greater than or equal to 0"),
         (["data.weights=[1,2]", "data.shuffle_window_mb=8"], r"data\.shuffle_window_mb and data\.weights cannot be"),
         (["data.weights=[1,2]", "train.total_steps=none", "train.num_epochs=1"], r"train\.num_epochs cannot be used"),
     ],
@@ -838,6 +844,56 @@ def test_schema_describes_every_setting():
 def test_weights_that_do_not_make_a_mixture_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
         make_config(SETTINGS, ['data.train=["a","b"]', *overrides])
+
+
+def test_weights_change_from_steps_on_in_a_file_and_in_overrides():
+    data = {"train": ["a", "b"], "weights": [9, 1], "weights_from_step": {"50": [0, 1]}}
+    mixture = SETTINGS | {"data": data, "train": SETTINGS["train"] | {"total_steps": 99}}
+    config = make_config(mixture, ["data.weights_from_step.1_0=[1,1.]"])
+    assert list(config.data.weights_from_step.items()) == [(10, (1, 1)), (50, (0, 1))]
+    assert make_config(tomllib.loads(config.to_toml())) == config
+    assert not make_config(mixture, ["data.weights_from_step=none"]).data.weights_from_step
+    assert not make_config(mixture, ["data.weights_from_step.50=none"]).data.weights_from_step
+    whole = make_config(SETTINGS, ["data.train=[a,b]", "data.weights=[1,0]", "data.weights_from_step={5=[0, 1]}"])
+    assert whole.data.weights_from_step == {5: (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.weights=none"], r"data\.weights_from_step has no effect without data\.weights"),
+        (
+            ["data.weights_from_step.7=[1]"],
+            r"data\.weights_from_step\.7=\[1\.0\] must have a weight for each source of",
+        ),
+        (["data.weights_from_step.7=[0,0]"], r"data\.weights_from_step\.7=\[0\.0, 0\.0\]: no source has a weight"),
+        (
+            ["data.weights_from_step.7=[1,2000]"],
+            r"data\.weights_from_step\.7=.*: the smallest weight must be at least 1/1024",
+        ),
+        (["data.weights_from_step.7=[1e300,1]"], r"input should be 0 or from 1\.2e-38 to 3\.4e\+38"),
+        (
+            ["data.weights_from_step.0=[1,2]"],
+            r"data\.weights_from_step: '0' is not a step; write a whole number, from 1",
+        ),
+        (["data.weights_from_step.05=[1,2]"], r"data\.weights_from_step: 5 is there twice"),
+        (["data.weights_from_step.x=[1,2]"], r"data\.weights_from_step: 'x' is not a step"),
+        (
+            ["data.weights_from_step=[1,2]"],
+            r"data\.weights_from_step=.* has no steps; write data\.weights_from_step\.STEP=",
+        ),
+        (
+            ["data.weights_from_step.99=[1,2]"],
+            r"data\.weights_from_step\.99 has no effect with train\.total_steps=99; leave",
+        ),
+        (["data.weights=[1,0]", "data.weights_from_step.5=[2,0]"], r"the source 'b' has weight 0 at every step"),
+    ],
+)
+def test_changes_of_weights_without_a_sense_are_refused(overrides, message):
+    mixture = {"train": ["a", "b"], "weights": [9, 1], "weights_from_step": {"5": [1, 1]}}
+    settings = SETTINGS | {"data": mixture, "train": SETTINGS["train"] | {"total_steps": 99}}
+    with pytest.raises(UserError, match=message):
+        make_config(settings, overrides)
 
 
 def test_an_installed_trainer_has_the_shipped_configs(tmp_path: Path):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tensorflow as tf
@@ -22,7 +23,7 @@ from tiny_run import (  # type: ignore[import-not-found]  # pytest has this fold
 
 import trainer
 from trainer.cli import main
-from trainer.config.file import load_config
+from trainer.config.file import differing_settings, load_config, make_config
 from trainer.data.batches import total_steps, training_batches
 from trainer.decoding import samples
 from trainer.errors import UserError
@@ -153,6 +154,40 @@ def test_another_order_begins_at_its_beginning(parent: RunFolder, override: str)
     assert place_in_data(fork, find_prepared(parent), 3)[1] == (
         f"The fork reads the text from the beginning, because of {key}."
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "overrides", "line"),
+    [
+        ({}, ["data.weights_from_step.500=[1,1]"], "go on where the parent's ended, at example 1,600."),
+        ({"50": [0, 1]}, ["data.weights_from_step.500=[1,1]"], "go on where the parent's ended, at example 1,600."),
+        ({"700": [0, 1]}, ["data.weights_from_step=none"], "go on where the parent's ended, at example 1,600."),
+        # Example 1,600 is in the turn that ends with example 2,047.
+        ({}, ["data.weights_from_step.512=[1,1]"], "go on where the parent's ended, at example 1,600."),
+        ({}, ["data.weights_from_step.511=[1,1]"], "begin among the 1,024 examples that the parent was mixing"),
+        ({}, ["data.weights_from_step.400=[1,1]"], "begin among the 1,024 examples that the parent was mixing"),
+        ({}, ["data.weights_from_step.399=[1,1]"], "from the beginning, because of data.weights_from_step."),
+        ({"50": [0, 1]}, ["data.weights_from_step=none"], "from the beginning, because of data.weights_from_step."),
+        ({"50": [0, 1]}, ["train.global_batch_size=2"], "from the beginning, because of train.global_batch_size."),
+        ({}, ["train.global_batch_size=2"], "go on where the parent's ended, at example 1,600."),
+    ],
+)
+def test_weights_from_a_later_step_keep_the_place_in_the_data(
+    before: dict[str, list[int]], overrides: list[str], line: str
+):
+    data = {"train": ["a", "b"], "weights": [3, 1], "weights_from_step": before}
+    train = {"precision": "float32", "total_steps": 900, "global_batch_size": 4}
+    recorded = make_config({"run_folder": "parent", "data": data, "train": train})
+    config = make_config(recorded.model_dump(mode="json", exclude_none=True), overrides)
+    changed = tuple(differing_settings(config, recorded))
+    if "500" in overrides[0]:
+        assert len(changed) == 1 and changed[0].startswith("data.weights_from_step=")
+    parent = SimpleNamespace(recorded=recorded, data_offset=0, facts={"data_fingerprint": "f"}, path=Path("parent"))
+    fork = Fork(parent, None, config, changed, keeps_data=True)  # type: ignore[arg-type]
+    offset, found = place_in_data(fork, SimpleNamespace(fingerprint="f"), 400)  # type: ignore[arg-type]
+    assert line in found
+    at = 0 if "beginning" in found else 1600
+    assert offset == at - 400 * config.train.global_batch_size
 
 
 def test_epochs_count_from_the_place_where_the_data_begin(parent: RunFolder):

@@ -6,6 +6,7 @@ tutorial's. file.py reads files and overrides into these models.
 """
 
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -45,7 +46,8 @@ class Section(pydantic.BaseModel):
     @classmethod
     def _check_size_of_numbers(cls, value: Any) -> Any:
         """Refuses numbers that training would read as others: 1e39 as infinity, 1e-50 as 0."""
-        for number in value if isinstance(value, tuple) else (value,):
+        values = value.values() if isinstance(value, dict) else (value,)
+        for number in itertools.chain.from_iterable(each if isinstance(each, tuple) else (each,) for each in values):
             if isinstance(number, int) and abs(number) >= 2**63:
                 raise PydanticCustomError("size", "input should be less than 2**63, to fit 64 bits")
             if isinstance(number, float) and number and not 2.0**-126 <= abs(number) < 2.0**128:
@@ -85,10 +87,13 @@ class DataConfig(Section):
     predict_end: bool = True
     """With data.mode="lines": the model also learns where a document ends, from a [BOS] after each document that fits
     into train.sequence_length. false is the tutorial's recipe; its models do not stop at the end of a document."""
-    weights: tuple[PositiveFloat, ...] | None = None
+    weights: tuple[NonNegativeFloat, ...] | None = None
     """How often an example comes from each source of data.train, relative to the others. data.validation, if it is
     given, names one source for each of them, and each is also scored separately. By default all of data.train is one
     text."""
+    weights_from_step: dict[PositiveInt, tuple[NonNegativeFloat, ...]] = {}
+    """Other weights from a step on, by that step: with weights_from_step.1000 = [1, 1] the batches after step 1000 have
+    as many examples from the one source as from the other. A weight may be 0 for some of the steps."""
     shuffle_window_mb: PositiveInt | None = None
     """For data larger than the memory of any host: blocks of 8 MB are read in a shuffled order, and the examples of
     this many megabytes of blocks are shuffled together. By default every example can be at any place of an epoch."""
@@ -116,6 +121,10 @@ class DataConfig(Section):
                 raise ValueError(f"data.{key} is empty; give a file, a glob or {STORYBOOK_SOURCE!r}.")
         if self.weights is not None:
             self._check_weights(self.weights)
+        elif self.weights_from_step:
+            raise ValueError(
+                "data.weights_from_step has no effect without data.weights, the weights of the first steps; set them."
+            )
         if self.mode == "packed" and not self.predict_end:
             raise ValueError(
                 "data.predict_end=false has no effect with data.mode='packed', where every [BOS] is a target; leave it "
@@ -128,20 +137,51 @@ class DataConfig(Section):
             )
         return self
 
-    def _check_weights(self, weights: tuple[float, ...]) -> None:
-        for key in ("train", "validation"):
-            sources = getattr(self, key)
-            if sources is not None and len(sources) != len(weights):
-                raise ValueError(
-                    f"data.weights={list(weights)} must have a weight for each source of data.{key}: {len(sources)}, "
-                    f"not {len(weights)}. Or leave out data.weights."
-                )
-        if min(weights) * MIXTURE_EXAMPLES < sum(weights):
+    @pydantic.field_validator("weights_from_step", mode="before")
+    @classmethod
+    def _by_step(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
             raise ValueError(
-                f"data.weights={list(weights)}: the smallest weight must be at least 1/{MIXTURE_EXAMPLES} of their sum."
+                f"data.weights_from_step={value!r} has no steps; write data.weights_from_step.STEP=[WEIGHT,WEIGHT] for "
+                "each change."
             )
+        for step in value:
+            if not re.fullmatch(r"0*[1-9][0-9]{0,17}", str(step).replace("_", "")):
+                raise ValueError(f"data.weights_from_step: {step!r} is not a step; write a whole number, from 1 on.")
+        steps = [int(step) for step in value]
+        if len({*steps}) < len(steps):
+            raise ValueError(f"data.weights_from_step: {max(steps, key=steps.count)} is there twice; leave out one.")
+        listed = {int(step): tuple(each) if isinstance(each, list) else each for step, each in value.items()}
+        return dict(sorted(listed.items()))
+
+    def _check_weights(self, weights: tuple[float, ...]) -> None:
+        for setting, each in self._weights_by_setting(weights).items():
+            what = f"{setting}={list(each)}"
+            for key in ("train", "validation"):
+                sources = getattr(self, key)
+                if sources is not None and len(sources) != len(each):
+                    raise ValueError(
+                        f"{what} must have a weight for each source of data.{key}: {len(sources)}, not {len(each)}. Or "
+                        f"leave out {setting}."
+                    )
+            if not any(each):
+                raise ValueError(f"{what}: no source has a weight; one of them must be above 0.")
+            if min(filter(None, each)) * MIXTURE_EXAMPLES < sum(each):
+                raise ValueError(
+                    f"{what}: the smallest weight must be at least 1/{MIXTURE_EXAMPLES} of their sum, or 0."
+                )
+        for i, source in enumerate(self.train):
+            if not any(each[i] for each in self._weights_by_setting(weights).values()):
+                raise ValueError(
+                    f"data.weights={list(weights)}: the source {source!r} has weight 0 at every step; leave it out, or "
+                    "give it another weight from a step on, in data.weights_from_step."
+                )
         if self.shuffle_window_mb is not None:
             raise ValueError("data.shuffle_window_mb and data.weights cannot be used together; leave out one of them.")
+
+    def _weights_by_setting(self, weights: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
+        changes = {f"data.weights_from_step.{step}": each for step, each in self.weights_from_step.items()}
+        return {"data.weights": weights, **changes}
 
     def sources(self) -> "tuple[DataConfig, ...]":
         """Returns the settings of each source that data.weights mixes. Without weights there is one source."""
@@ -149,7 +189,7 @@ class DataConfig(Section):
             return (self,)
         validation = [None] * len(self.train) if self.validation is None else [(each,) for each in self.validation]
         return tuple(
-            self.model_copy(update={"train": (train,), "validation": each, "weights": None})
+            self.model_copy(update={"train": (train,), "validation": each, "weights": None, "weights_from_step": {}})
             for train, each in zip(self.train, validation, strict=True)
         )
 
@@ -692,7 +732,8 @@ class Config(Section):
             what: the setting that decides this number, for messages.
 
         Raises:
-            UserError: the warm-up, the fall of the learning rate after it, or the profile does not fit.
+            UserError: the warm-up, the fall of the learning rate after it, a change of data.weights_from_step, or the
+                profile does not fit.
         """
         warmup, schedule, profile = self.optimizer.warmup_steps, self.optimizer.schedule, self.profile
         if warmup > total_steps:
@@ -707,6 +748,11 @@ class Config(Section):
                 f"optimizer.warmup_steps={warmup} the rate reaches its peak at the last step of {what}; train longer, "
                 "lower optimizer.warmup_steps, or choose optimizer.schedule='constant'."
             )
+        last_change = max(self.data.weights_from_step, default=0)
+        if last_change >= total_steps:
+            raise UserError(
+                f"data.weights_from_step.{last_change} has no effect with {what}; leave it out, or train longer."
+            )
         if max(profile.ends(), default=0) > total_steps:
             raise UserError(
                 f"profile.at_step={profile.at_step} and profile.num_steps={profile.num_steps} go beyond {what}; lower "
@@ -717,7 +763,14 @@ class Config(Section):
         """Returns the name of this config's prepared data: the same for all configs that prepare text the same way."""
         what = {
             "data": self.data.model_dump(
-                exclude={"prepared_folder", "mode", "predict_end", "shuffle_window_mb", "weights"}
+                exclude={
+                    "prepared_folder",
+                    "mode",
+                    "predict_end",
+                    "shuffle_window_mb",
+                    "weights",
+                    "weights_from_step",
+                }
             ),
             "tokenizer": self.tokenizer.model_dump(),
         }

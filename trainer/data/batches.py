@@ -11,6 +11,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from trainer.config.settings import Config
+from trainer.data.mixture import phases_of
 from trainer.data.order import Window, mixed, shuffled
 from trainer.data.shards import MANIFEST, PreparedData, Split, examples_per_shard, num_examples
 
@@ -75,8 +76,8 @@ def training_batches(
 
     Args:
         prepared: the data.
-        config: the run's configuration. The batches depend on data.mode, predict_end, weights and shuffle_window_mb,
-            and on train.sequence_length, global_batch_size and seed.
+        config: the run's configuration. The batches depend on data.mode, predict_end, weights, weights_from_step
+            and shuffle_window_mb, and on train.sequence_length, global_batch_size and seed.
         first_step: the first batch to make; earlier batches cost nothing.
         total_steps: the length of the run.
         share: the part of each batch to make, which is all that is read; by default all of it.
@@ -88,16 +89,17 @@ def training_batches(
         holds the examples of one replica; by default, all of the global batch. A weight is 0 if its target is padding.
     """
     split = prepared.split("train")
-    seed, weights = config.train.seed, config.data.weights
+    seed, is_mixture = config.train.seed, config.data.weights is not None
     count = num_examples(split, config)
     read = _reader(prepared, split, config)
     window = _window(prepared, split, config)
+    phases = phases_of(config.data, config.train.global_batch_size, data_offset) if is_mixture else []
     counts = [num_examples(part, config) for part in prepared.parts("train")]
 
     def examples_at(n: tf.Tensor, shards: Shards) -> Batch:
         n += data_offset
-        if weights is not None:
-            return read(mixed(n, counts, weights, seed), shards)
+        if is_mixture:
+            return read(mixed(n, counts, phases, seed), shards)
         return read(shuffled(n % count, n // count, count, seed, window), shards)
 
     return _pipeline(prepared, split, config, share, first_step, total_steps, examples_at)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.config.settings import Config
+from trainer.data.mixture import mean_weights, phases_of
 from trainer.data.shards import PreparedData, Shard, Split, num_examples
 from trainer.errors import UserError
 
@@ -261,7 +262,12 @@ class TextBytes:
         """Returns the bytes of training text per target, on average over the examples that a run draws."""
         parts = self._prepared.parts("train")
         num_bytes = num_targets = 0.0
-        for part, weight in zip(parts, config.data.weights or (1.0,), strict=True):
+        weights = [1.0]
+        if config.data.weights is not None:
+            batch_size, total_steps = config.train.global_batch_size, config.train.total_steps
+            assert total_steps is not None  # A mixture has no epochs.
+            weights = mean_weights(phases_of(config.data, batch_size), batch_size * total_steps)
+        for part, weight in zip(parts, weights, strict=True):
             coverage = coverage_of(part, self._prepared.folder, config)
             num_bytes += weight * self.of_epoch(part, config) / coverage.num_examples
             num_targets += weight * coverage.num_targets / coverage.num_examples

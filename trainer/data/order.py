@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config.settings import MIXTURE_EXAMPLES
+from trainer.data.mixture import Phase, Turns, turns_of
 
 
 class Window(NamedTuple):
@@ -63,37 +64,33 @@ def _permuted_once(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) ->
     return tf.gather(permuted(each % count, each // count, count, seed), which)
 
 
-def mixed(n: tf.Tensor, counts: Sequence[int], weights: Sequence[float], seed: int) -> tf.Tensor:
+def mixed(n: tf.Tensor, counts: Sequence[int], phases: Sequence[Phase], seed: int) -> tf.Tensor:
     """Maps positions in a run to examples of several sources, which are numbered one source after the other.
 
-    Among MIXTURE_EXAMPLES successive examples each source has exactly its share, at places that differ each time. Each
-    source is shuffled separately, and all its examples come before any of them comes again.
+    In each turn each source has exactly its share, at places that differ each time. Each source is shuffled separately,
+    and all its examples come before any of them comes again.
 
     Args:
         n: int64 [n], positions in the run.
         counts: the number of examples of each source.
-        weights: the weight of each source.
+        phases: the weights of the sources.
         seed: the order's seed.
     """
-    shares = shares_of(weights)
-    begins = tf.constant(np.cumsum([0, *shares])[:-1], tf.int64)
+    turns = Turns(*(tf.constant(each, tf.int64) for each in turns_of(phases)))
+    row = tf.searchsorted(turns.begins, n, side="right", out_type=tf.int64) - 1
+    place = n - tf.gather(turns.begins, row)
+    turn = place // MIXTURE_EXAMPLES  # Of this row.
+    number = tf.gather(turns.numbers, row) + turn
+    size = tf.gather(turns.sizes, row)
+    place = _permuted_below(place % MIXTURE_EXAMPLES, number, size, seed, tf.zeros_like(n))
+    begins = tf.gather(tf.cumsum(turns.shares, axis=1, exclusive=True), row)  # [n, sources]
+    source = tf.reduce_sum(tf.cast(begins <= place[:, tf.newaxis], tf.int64), axis=1) - 1
+    of_source = tf.stack([row, source], axis=1)
+    k = tf.gather_nd(turns.before, of_source) + turn * tf.gather_nd(turns.shares, of_source)
+    k += place - tf.gather(begins, source, batch_dims=1)
     firsts, sizes = (tf.constant(each, tf.int64) for each in (np.cumsum([0, *counts])[:-1], counts))
-    turn = n // MIXTURE_EXAMPLES
-    place = permuted(n % MIXTURE_EXAMPLES, turn, MIXTURE_EXAMPLES, seed)
-    source = tf.searchsorted(begins, place, side="right", out_type=tf.int64) - 1
-    k = turn * tf.gather(tf.constant(shares, tf.int64), source) + place - tf.gather(begins, source)
     size = tf.gather(sizes, source)
     return tf.gather(firsts, source) + _permuted_below(k % size, k // size, size, seed, source + 1)
-
-
-def shares_of(weights: Sequence[float]) -> list[int]:
-    """Returns how many of MIXTURE_EXAMPLES examples each source has: its weight's part, rounded down; the sources that
-    lose most by rounding get the examples that are left over.
-    """
-    exact = np.array(weights) / sum(weights) * MIXTURE_EXAMPLES
-    shares = np.floor(exact).astype(int)
-    shares[np.argsort(shares - exact, kind="stable")[: MIXTURE_EXAMPLES - shares.sum()]] += 1
-    return [int(share) for share in shares]
 
 
 def permuted(index: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:
