@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+import yaml
 
 import trainer
 import trainer.config.file
@@ -43,7 +44,7 @@ PAGES = (
 )
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 PROGRAMS = (
-    *("trainer", ".venv", "scripts", "tests", "docker", "sbatch", "kubectl"),
+    *("trainer", ".venv", "scripts", "tests", "docker", "sbatch", "kubectl", "sky"),
     *("pip", "uv", "mkdir", "curl", "gcloud", "python"),
 )
 
@@ -237,17 +238,40 @@ def check_tests(words: list[str]) -> None:
 
 
 def check_docker(words: list[str]) -> None:
-    if words[0] == "stop":
+    if words[0] == "stop" or words[:2] == ["compose", "stop"] or words[0] == "buildx":
         return
-    if words[0] == "build":
+    if words[0] == "compose":
+        check_compose(words[1:])
+    elif words[0] == "build":
         assert Path(words[words.index("--file") + 1]).is_file()
-        return
-    image = words.index("gpt-trainer")
-    if "--entrypoint" not in words:
-        check_trainer(words[image + 1 :] or json.loads(re.findall(r"CMD (\[.*\])", DOCKERFILE)[0]))
+        device = words[words.index("--tag") + 1].removeprefix("gpt-trainer:")
+        assert f"packages-{device}\n" in DOCKERFILE
+        assert device == "cpu" or f"DEVICE={device}" in words
+    else:
+        assert words[0] == "run"
+        image = next(number for number, word in enumerate(words) if word.startswith("gpt-trainer"))
+        if "--entrypoint" not in words:
+            check_trainer(words[image + 1 :] or json.loads(re.findall(r"CMD (\[.*\])", DOCKERFILE)[0]))
+
+
+def check_compose(words: list[str]) -> None:
+    services = yaml.safe_load(Path(words[words.index("--file") + 1]).read_text(encoding="utf-8"))["services"]
+    if "up" in words:
+        assert set(words[words.index("up") + 1 :]) - {"--build"} <= services.keys()
+    else:
+        service = words.index("run") + 2
+        assert words[service - 1] == "--rm" and words[service] in services
+        check_trainer(words[service + 1 :])
 
 
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
+
+
+def check_sky(words: list[str]) -> None:
+    assert words[:2] == ["jobs", "launch"]
+    task = yaml.safe_load(Path(words[2]).read_text(encoding="utf-8"))
+    given = {word.split("=")[0] for before, word in itertools.pairwise(words) if before in ("--env", "--secret")}
+    assert given == task["envs"].keys() | task["secrets"].keys()
 
 
 def check_slurm(words: list[str]) -> None:
@@ -315,6 +339,7 @@ DRY: dict[str, tuple[Callable[[list[str]], None], str]] = {
     ),
     "scripts/test": (check_tests, "is what runs this"),
     "docker": (check_docker, "needs Docker"),
+    "sky": (check_sky, "needs SkyPilot and a cloud; tests/test_sky.py runs what it would run"),
     "sbatch": (check_slurm, "needs SLURM; tests/test_scripts.py runs the script with a fake one"),
     "scripts/launch/local.py": (check_launch, "takes three trainings; tests/test_replicas.py has such"),
     "scripts/launch/kubernetes_job.py": (check_kubernetes, "needs a cluster to start what it prints"),
