@@ -195,6 +195,15 @@ BREAKAGES = {
         r"^libcublas\.so\.12 is in .*/usr/local/cuda-12\.5/lib64, where the dynamic linker does not look",
         r"export LD_LIBRARY_PATH=.*/usr/local/cuda-12\.5/lib64",
     ),
+    "TensorFlow is installed without CUDA's libraries": (
+        all_of(
+            *(remove(f"site/nvidia/{folder}/lib/{file}") for folder, files in WHEELS.values() for file in files),
+            install(**{name.replace("-", "_"): None for name in WHEELS}),
+        ),
+        (),
+        r"^libcudart\.so\.12, .*libcublasLt\.so\.12, .*libcudnn\.so\.9, libnccl\.so\.2 are missing, and ",
+        r"install 'tensorflow\[and-cuda\]==2\.21\.0'",
+    ),
     "cuDNN is missing": (
         all_of(remove("site/nvidia/cudnn/lib/libcudnn.so.9"), install(nvidia_cudnn_cu12=None)),
         (),
@@ -441,7 +450,7 @@ def test_limits_that_are_too_low_are_named(whole: Machine):
 
 def test_a_python_that_trainer_does_not_run_on_is_named():
     (found,) = check_python({"gpt-trainer": Package("0.1.0", python=">=3.11,<3.14")}, "3.10.4")
-    assert found.level == "error" and found.what == "This Python is 3.10.4, and trainer needs >=3.11,<3.14"
+    assert found.level == "error" and found.what == "This is Python 3.10.4, and only >=3.11,<3.14 is supported"
 
 
 def test_training_makes_the_quick_checks_with_the_words_of_the_doctor(whole: Machine, tmp_path: Path):

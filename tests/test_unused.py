@@ -64,11 +64,11 @@ def test_a_machine_without_an_nvidia_gpu_gets_no_warning(tmp_path: Path, files: 
         (
             {"bus": "0x10de\n", "second": "0x10de\n", "driver": "x", "node": ""},
             SHOWN,
-            r"2 NVIDIA GPUs are not used: libcudart\.so\.12 is missing.* install 'tensorflow\[and-cuda\]==2",
+            r"2 NVIDIA GPUs are not used: libcudart\.so\.12, .* are missing.* install 'tensorflow\[and-cuda\]==2",
         ),
         # A device node by itself was made by a driver.
-        ({"node": ""}, SHOWN, r"libcudart\.so\.12 is missing, and TensorFlow uses no GPU without it\. "),
-        ({"wsl": ""}, SHOWN, r"libcudart\.so\.12 is missing.*: /.* install .*'tensorflow\[and-cuda\]==2\."),
+        ({"node": ""}, SHOWN, r"libcudart\.so\.12, .* are missing, and TensorFlow uses no GPU without them\. "),
+        ({"wsl": ""}, SHOWN, r"libcudart\.so\.12, .* are missing.*: /.* install .*'tensorflow\[and-cuda\]==2\."),
         ({"wsl": ""}, None, r"libcuda\.so\.1, cannot be loaded"),
         ({"driver": "x", "node": ""}, Driver(100), "CUDA_VISIBLE_DEVICES='-1' hides .*: unset CUDA_VISIBLE_DEVICES"),
     ],

@@ -19,12 +19,12 @@ from trainer.model.size import bytes_of_checkpoint
 from trainer.planning.estimate import estimate_memory
 from trainer.planning.plan import find_vocabulary_size
 from trainer.system.findings import Finding, error, ok, warning
-from trainer.system.folder_checks import Need, check_space, check_writing, size_of
+from trainer.system.folder_checks import Need, check_space, check_writing
 from trainer.system.limits import check_memory, check_open_files, check_shared_memory
 from trainer.system.packages import check_packages, check_python, check_tensorflow
 from trainer.system.process import call_in_new_process
 from trainer.system.storage import locate
-from trainer.system.terminal import quiet_import
+from trainer.system.terminal import quiet_import, size_of
 from trainer.training.checks import may_use_gpus, need_of_run
 
 # Python with TensorFlow, Keras and a compiled step, without the model: 0.34 GB were measured on the quickstart, beside
@@ -155,16 +155,16 @@ def need_of_text(config: Config) -> Need:
 def check_devices(config: DistributionConfig) -> Iterator[Finding]:
     """Computes on the devices, and adds up an array over them, in a process of its own."""
     try:
-        kind, count, is_right, num_bytes, secs = call_in_new_process(_measure, config)
+        kind, count, is_right, num_bytes, secs = call_in_new_process(_compute, config)
     except Exception as cause:
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        yield error("devices", f"a small computation failed: {lines[0][:300]}", "See the lines of TensorFlow above")
+        yield _failed(lines[0])
         return
     if not is_right:
         yield error(
             "devices",
             f"{count} x {kind} computed a wrong product or sum",
-            "A device, or what connects them, is damaged: try each alone with distribution.gpus=[0], [1] and so on",
+            "A device, or what connects them, is damaged: try each alone, with 'distribution.gpus=[0]' and so on",
         )
     elif count == 1:
         yield ok("devices", f"1 x {kind} computes; there is no other one to add up gradients with")
@@ -172,7 +172,18 @@ def check_devices(config: DistributionConfig) -> Iterator[Finding]:
         yield ok("devices", f"{count} x {kind} add up {size_of(num_bytes)} at {size_of(num_bytes / secs)}/s")
 
 
-def _measure(config: DistributionConfig) -> tuple[str, int, bool, int, float]:
+def _failed(reason: str) -> Finding:
+    if "SIGALRM" in reason:  # The process sets it as its own limit.
+        return error(
+            "devices",
+            "a small computation had no end: a device, or its exchange with the others, does not answer",
+            "See where it waits: NCCL_DEBUG=INFO trainer doctor; try one GPU alone, with 'distribution.gpus=[0]'",
+        )
+    what = f"a small computation failed: {reason[:300].rstrip('.')}"
+    return error("devices", what, "See what TensorFlow printed before; on the CPU: distribution.kind=cpu")
+
+
+def _compute(config: DistributionConfig) -> tuple[str, int, bool, int, float]:
     """Returns the fields of an `Exchange` as they are: to unpickle an Exchange would load TensorFlow."""
     with quiet_import():
         from trainer.distributed.all_reduce import measure_all_reduce

@@ -30,6 +30,7 @@ def check_libraries(machine: Machine, chosen: tuple[int, ...] | None = None, xla
         xla: the setting train.xla.
     """
     build, found = machine.build, 0
+    missing: list[str] = []
     if build is None or build.cuda is None or not has_nvidia_gpu(machine.root):
         return
     faults = []
@@ -39,19 +40,29 @@ def check_libraries(machine: Machine, chosen: tuple[int, ...] | None = None, xla
             continue
         library = find_library(needed.file, machine.site, machine.root, machine.environ)
         if library is None:
-            faults.append(_missing(machine, needed.file, wheels.get(needed.wheel)))
+            if fault := _misplaced(machine, needed.file, wheels.get(needed.wheel)):
+                faults.append(fault)
+            else:
+                missing.append(needed.file)
         elif needed.wheel in wheels and (fault := _too_old(machine, needed.file, library, wheels[needed.wheel])):
             faults.append(fault)
         else:
             found += 1
-    if xla != "off" and any(support_of(build, gpu.capability).compiles for gpu in machine.gpus(chosen)):
+    if missing:
+        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        what = f"{', '.join(missing)} {verb} missing, and TensorFlow uses no GPU without {them}"
+        faults.append(error("libraries", what, f"Run: {install_with_cuda(machine)}"))
+    wants_xla = xla != "off" and any(support_of(build, gpu.capability).compiles for gpu in machine.gpus(chosen))
+    if wants_xla:
         faults += _check_compiler(machine)
     yield from faults
     if not faults:
-        yield ok("libraries", f"all {found} of CUDA are found, and XLA's compiler finds ptxas and libdevice")
+        of_xla = ", and XLA finds ptxas and libdevice" if wants_xla else ""
+        yield ok("libraries", f"all {found} of CUDA are found{of_xla}")
 
 
-def _missing(machine: Machine, file: str, wheel: Requirement | None) -> Finding:
+def _misplaced(machine: Machine, file: str, wheel: Requirement | None) -> Finding | None:
+    """Returns why a library is not found although it is installed; None if it is not."""
     is_installed = wheel is not None and wheel.name in machine.packages
     if elsewhere := find_elsewhere(file, machine.root):
         return error(
@@ -66,9 +77,7 @@ def _missing(machine: Machine, file: str, wheel: Requirement | None) -> Finding:
             f"{file} is missing, although its package {wheel.name} is installed",
             f"Install it again: {pip_install(package, options='--force-reinstall --no-deps')}",
         )
-    return error(
-        "libraries", f"{file} is missing, and TensorFlow uses no GPU without it", f"Run: {install_with_cuda(machine)}"
-    )
+    return None
 
 
 def _too_old(machine: Machine, file: str, found: Found, wheel: Requirement) -> Finding | None:

@@ -28,10 +28,10 @@ from trainer.model.size import (
 from trainer.planning.compiler import DoesNotFit, compile_step, largest_that_fits
 from trainer.planning.estimate import smallest_step_secs
 from trainer.planning.own_devices import own_devices
-from trainer.planning.verdict import UNKNOWN, Command, memory_lines, print_line, size_of, way_lines
+from trainer.planning.verdict import UNKNOWN, Command, memory_lines, print_line, way_lines
 from trainer.planning.ways import Way, needs_of, ways_to_fit
 from trainer.system.storage import locate
-from trainer.system.terminal import say
+from trainer.system.terminal import say, size_of
 
 # The estimate and the compilers differ by less than this for the shipped configs.
 ESTIMATE_MARGIN = 0.15

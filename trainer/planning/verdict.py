@@ -10,7 +10,7 @@ from trainer.hardware.cuda import dotted, first_cuda_of, installed_build, suppor
 from trainer.hardware.devices import Target
 from trainer.planning.estimate import estimate_memory
 from trainer.planning.ways import Way, needs_of, smallest_memory, ways_to_fit
-from trainer.system.terminal import printable, say, show
+from trainer.system.terminal import printable, say, show, size_of
 
 
 class Command(NamedTuple):
@@ -105,11 +105,6 @@ def way_lines(
         share = f"{size_of(way.memory_bytes)} of {size_of(way.target.device.memory_bytes)}"
         yield f"  {share}: {_change(config, target, way)}"
         yield command.with_way(way)
-
-
-def size_of(size: float) -> str:
-    """Returns a size in bytes as GB or MB."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _part_lines(config: Config, parts: dict[str, float], execution: Execution) -> Iterator[str]:

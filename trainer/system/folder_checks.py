@@ -12,6 +12,7 @@ from typing import NamedTuple
 from trainer.errors import UserError
 from trainer.system.findings import Finding, error, ok, warning
 from trainer.system.storage import Location, Url, reason_and_remedy, remove_file
+from trainer.system.terminal import size_of
 
 # Enough to leave the disk's own cache; less if the disk is slow.
 _MOST_BYTES, _MOST_SECS = 64 << 20, 3.0
@@ -129,8 +130,3 @@ def existing(folder: Path) -> Path:
     if not place.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
     return place
-
-
-def size_of(size: float) -> str:
-    """Returns a number of bytes as it is printed: 1.50 GB, 20.0 MB."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

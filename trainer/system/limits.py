@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.system.findings import Finding, error, ok, warning
-from trainer.system.folder_checks import size_of
 from trainer.system.machine import read_line
+from trainer.system.terminal import size_of
 
 # A run opens the shards of its data, TensorFlow its libraries and event files.
 _LEAST_FILES = 1024

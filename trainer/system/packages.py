@@ -48,10 +48,13 @@ def installed_packages(names: Iterable[str] | None = None, folder: Path | None =
     found: dict[str, Package] = {}
     for name in (None,) if names is None else names:
         for each in importlib.metadata.distributions(name=name, path=path):
-            # The first one in the order of sys.path is the one that is imported.
-            if own := each.metadata["Name"]:
-                package = Package(each.version, tuple(each.requires or ()), each.metadata["Requires-Python"] or "")
-                found.setdefault(canonicalize_name(own), package)
+            facts = each.metadata  # It is parsed anew whenever it is asked for.
+            if own := facts["Name"]:
+                requires = tuple(facts.get_all("Requires-Dist") or ())
+                # The first one in the order of sys.path is the one that is imported.
+                found.setdefault(
+                    canonicalize_name(own), Package(facts["Version"], requires, facts["Requires-Python"] or "")
+                )
     return found
 
 
@@ -70,7 +73,7 @@ def check_python(packages: Packages, python: str = platform.python_version()) ->
         return
     yield error(
         "Python",
-        f"This Python is {python}, and trainer needs {allowed}",
+        f"This is Python {python}, and only {allowed} is supported",
         "In a checkout remove .venv and run: TRAINER_PYTHON=/path/to/python scripts/quickstart",
     )
 

@@ -36,6 +36,11 @@ def printable(text: str) -> str:
     )
 
 
+def size_of(size: float) -> str:
+    """Returns a number of bytes as it is printed: 1.50 GB, 20.0 MB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def say(line: str) -> None:
     """Prints a line to standard output at once; a terminal breaks it between words, a file keeps it whole."""
     _print(line, sys.stdout)

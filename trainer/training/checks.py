@@ -12,11 +12,11 @@ from trainer.hardware.checks import Machine, check_support, this_machine
 from trainer.hardware.cuda import first_cuda_of, support_of
 from trainer.model.size import bytes_of_checkpoint, num_checkpoints
 from trainer.system.findings import Finding
-from trainer.system.folder_checks import Need, check_space, size_of
+from trainer.system.folder_checks import Need, check_space
 from trainer.system.limits import check_open_files, check_shared_memory
 from trainer.system.packages import check_packages, check_tensorflow, required_by_trainer
 from trainer.system.storage import Location, locate
-from trainer.system.terminal import Say
+from trainer.system.terminal import Say, size_of
 
 # A run that fails one of these fails for certain; others are reported, and tried.
 _REFUSED = ("code", "run_folder")
@@ -32,7 +32,7 @@ def check_start(config: Config, say: Say) -> None:
         if finding.level == "error" and finding.check in _REFUSED:
             raise UserError(f"{finding}")
         if finding.level != "ok":
-            say(f"warning: {finding}.")
+            say(f"warning: {finding}")
 
 
 def quick_checks(config: Config, machine: Machine) -> Iterator[Finding]:
