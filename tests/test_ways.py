@@ -124,9 +124,17 @@ def test_a_model_that_no_device_holds_is_said_to_be_too_large(capsys: pytest.Cap
     large = "model.num_layers=96 model.hidden_dim=12288 model.num_heads=96 model.intermediate_dim=49152"
     printed = planned(f"trainer plan {GPU_CONFIG} {large} --target gpu:H100x8", capsys)
     assert not offers(printed)
-    assert "makes it fit gpu:H100x8, which needs at least 3142.60 GB: weights 1047.50 GB, optimizer" in printed
+    needed = "at least 3142.60 GB of 80.00 GB are needed, by the estimate: weights 1047.50 GB, optimizer 1396.74 GB"
+    assert f"makes it fit gpu:H100x8: {needed}, gradients" in printed
     assert "trainer cannot split a model over devices yet" in printed
     assert "No device of the table holds it either. What is left is another model" in printed
+
+
+def test_a_sequence_that_no_device_holds_is_said_to_be_too_long(capsys: pytest.CaptureFixture[str]):
+    long = "train.sequence_length=10_000_000 model.positions=rope train.global_batch_size=8 train.micro_batch_size=1"
+    printed = planned(f"trainer plan {GPU_CONFIG} {long} --target gpu:H100x8", capsys)
+    assert not offers(printed)
+    assert "trainer cannot split a sequence over devices" in printed and "or a shorter train.sequence_length" in printed
 
 
 def test_more_devices_are_not_offered_if_the_model_alone_is_too_large(capsys: pytest.CaptureFixture[str]):

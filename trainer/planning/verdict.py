@@ -89,10 +89,13 @@ def way_lines(
     if not any(way.target.device.name == target.device.name for way in ways):
         least = smallest_memory(config, vocabulary_size, target)
         parts = ", ".join(f"{part} {size_of(size)}" for part, size in least.items() if size)
+        why = "Every device holds all weights, moments and gradients: trainer cannot split a model over devices yet."
+        if max(least, key=lambda part: least[part]) == "activations":
+            why = "These are the activations of a single example: trainer cannot split a sequence over devices."
+        needed = f"{size_of(sum(least.values()))} of {size_of(target.device.memory_bytes)}"
         yield (
-            f"No micro-batch, recomputation or precision makes it fit {target}, which needs at least "
-            f"{size_of(sum(least.values()))}: {parts}. Every device holds all weights, moments and gradients, however "
-            "many devices there are: trainer cannot split a model over devices yet."
+            f"No micro-batch, recomputation or precision makes it fit {target}: at least {needed} are needed, by the "
+            f"estimate: {parts}. {why}"
         )
     if not ways:
         yield (
