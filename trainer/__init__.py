@@ -6,6 +6,12 @@
     result = trainer.train(config)
     print(trainer.generate(result.run_folder, "once upon a time"))
 
+- Settings: `load_config`, `make_config`, `Config`.
+- Runs: `train`, `resume`, `fork`; a `Callback` follows a run, and stops it by `StopTraining`.
+- Trained models: `load`, `generate`, `score`, `export`; the class `GPT`, which Keras has to know to load a .keras file.
+- Batches for Keras: `batches`, `validation_batches`.
+- `UserError` is what all of them raise if a setting, a file or an argument is wrong.
+
 TensorFlow is imported by the functions that need it.
 """
 
@@ -30,12 +36,15 @@ if TYPE_CHECKING:
     from trainer.exchange.export import Exported
     from trainer.loaded import LoadedModel
     from trainer.model.gpt import GPT
+    from trainer.monitoring.callbacks import Callback, StopTraining
     from trainer.runs.results import Evaluation
     from trainer.training.loop import TrainingResult
 
 __all__ = [
     "GPT",
+    "Callback",
     "Config",
+    "StopTraining",
     "UserError",
     "__version__",
     "batches",
@@ -48,6 +57,7 @@ __all__ = [
     "resume",
     "score",
     "train",
+    "validation_batches",
 ]
 
 
@@ -57,6 +67,10 @@ def __getattr__(name: str) -> Any:
         from trainer.config import file
 
         return getattr(file, name)
+    if name in ("Callback", "StopTraining"):
+        from trainer.monitoring import callbacks
+
+        return getattr(callbacks, name)
     if name == "GPT":  # Keras loads a .keras file once it knows this class.
         with quiet_import():
             from trainer.model.gpt import GPT
@@ -65,10 +79,16 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    # For completion and help(). Not the two large classes: help() would load TensorFlow and print a thousand lines.
+    return [name for name in __all__ if name not in ("Config", "GPT")]
+
+
 def train(
     config: Config,
     build_model: Callable[[Config, int], keras.Model] | None = None,
     say: Callable[[str], None] = print,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Prepares the text unless it is prepared already, and trains a model on it.
 
@@ -78,9 +98,10 @@ def train(
             returns a Keras model from int32 [batch, sequence] to logits [batch, sequence, vocabulary]. By default the
             model is the GPT that config describes.
         say: a function that prints a line.
+        callbacks: objects of `trainer.Callback`, which the run calls as it reports something, and which may stop it.
 
     Returns:
-        The run's folder, the trained model, its evaluation and its samples.
+        The run's folder, the trained model, its evaluation, its samples, and its curves as `history`.
 
     Raises:
         UserError: a setting, the text or the run folder is wrong.
@@ -90,7 +111,7 @@ def train(
         from trainer.training import launch
 
     with lasting_output():
-        return launch.start(config, build_model, say)
+        return launch.start(config, build_model, say, callbacks=callbacks)
 
 
 def resume(
@@ -99,6 +120,7 @@ def resume(
     say: Callable[[str], None] = print,
     overrides: Sequence[str] = (),
     step: int | Literal["best"] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Resumes a run from its newest checkpoint, or from another one.
 
@@ -109,9 +131,10 @@ def resume(
         overrides: `section.key=value` strings for settings that leave the weights as they are, such as
             `distribution.logical_devices=4`, and for a length that the schedule allows, `train.total_steps=3000`.
         step: the step of the checkpoint to resume from, or "best" for the one with the lowest validation loss.
+        callbacks: objects of `trainer.Callback`; see `train`.
 
     Returns:
-        The run's folder, the trained model, its evaluation and its samples.
+        The run's folder, the trained model, its evaluation, its samples, and its curves as `history`.
 
     Raises:
         UserError: the run does not exist, its data is gone, or an override would make it another run.
@@ -121,7 +144,7 @@ def resume(
         from trainer.training import launch
 
     with lasting_output():
-        return launch.resume(run_folder, build_model, say, overrides, step)
+        return launch.resume(run_folder, build_model, say, overrides, step, callbacks)
 
 
 def fork(
@@ -130,6 +153,7 @@ def fork(
     build_model: Callable[[Config, int], keras.Model] | None = None,
     say: Callable[[str], None] = print,
     step: int | Literal["best"] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Trains a new run that goes on from a checkpoint of another one, by another plan.
 
@@ -142,9 +166,10 @@ def fork(
         build_model: the function that was given to `train`.
         say: a function that prints a line.
         step: the step of the parent's checkpoint, or "best" for the one with the lowest validation loss.
+        callbacks: objects of `trainer.Callback`; see `train`.
 
     Returns:
-        The fork's folder, the trained model, its evaluation and its samples.
+        The fork's folder, the trained model, its evaluation, its samples, and its curves as `history`.
 
     Raises:
         UserError: the parent does not exist, or a setting cannot change in a fork.
@@ -154,7 +179,7 @@ def fork(
         from trainer.training import launch
 
     with lasting_output():
-        return launch.fork(run_folder, overrides, build_model, say, step)
+        return launch.fork(run_folder, overrides, build_model, say, step, callbacks)
 
 
 def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = print) -> tf.data.Dataset:
@@ -175,6 +200,32 @@ def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = pr
 
     prepared = prepare(config, say)
     return training_batches(prepared, config, first_step, total_steps(prepared, config))
+
+
+def validation_batches(config: Config, say: Callable[[str], None] = print) -> tf.data.Dataset:
+    """Returns the whole validation text of a config, each example once, in the form that Keras evaluate accepts.
+
+    The mean loss of the tokens, by the weights, is the loss of `score`: in Keras that is a weighted metric, as in
+    `weighted_metrics=[keras.metrics.SparseCategoricalCrossentropy(from_logits=True)]`. Keras' own `loss` is another
+    mean, in which padding counts.
+
+    Args:
+        config: the settings, from `load_config` or `make_config`. The text is prepared unless it is prepared already.
+        say: a function that prints a line.
+
+    Returns:
+        A finite data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length].
+        A weight is 0 if its target is padding; the last batch is filled with examples of weight 0.
+
+    Raises:
+        UserError: a setting or the text is wrong.
+    """
+    check_not_forked()
+    with quiet_import():
+        from trainer.data.batches import whole_validation
+        from trainer.data.prepare import prepare
+
+    return whole_validation(prepare(config, say), config)
 
 
 def load(

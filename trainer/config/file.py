@@ -197,7 +197,11 @@ def _flat(config: Config) -> dict[str, Any]:
 
 
 def make_config(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
-    """Builds a checked config from nested settings, as `tomllib` returns them, and overrides.
+    """Builds a checked config from nested settings and overrides.
+
+    Args:
+        settings: the settings by section, as `tomllib` returns them: `{"run_folder": "runs/x", "train": {...}}`.
+        overrides: `section.key=value` strings; see `load_config`.
 
     Raises:
         UserError: a setting is unknown or impossible; the message has a line for each.

@@ -140,6 +140,12 @@ def evaluation_batches(
     return _pipeline(prepared, split, config, share, 0, end, examples_at)
 
 
+def whole_validation(prepared: PreparedData, config: Config) -> tf.data.Dataset:
+    """Returns the validation examples of all sources; see `evaluation_batches`."""
+    of_sources = (evaluation_batches(prepared, config, split=split) for split in prepared.parts("validation"))
+    return functools.reduce(lambda one, other: one.concatenate(other), of_sources)
+
+
 def num_evaluation_batches(split: Split, config: Config, num_batches: int | None = None) -> int:
     """Returns how many batches `evaluation_batches` makes of a split."""
     of_split = -(-num_examples(split, config) // config.train.global_batch_size)

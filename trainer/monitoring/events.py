@@ -88,5 +88,8 @@ class Sink:
     def evaluation(self, place: Place, evaluation: Evaluation, values: Mapping[str, float]) -> None:
         """Receives a score on the validation text."""
 
+    def checkpoint(self, place: Place, folder: str) -> None:
+        """Receives the folder of a checkpoint that is whole; place is that of the checkpoint."""
+
     def samples(self, place: Place, samples: Mapping[str, str]) -> None:
         """Receives the samples, by the decoder that wrote them."""

@@ -147,6 +147,11 @@ class Monitor:
         for sink in self._sinks:
             sink.evaluation(place, evaluation, _known(values))
 
+    def checkpoint(self, step: int, folder: Location) -> None:
+        """Reports the folder of a checkpoint that is whole."""
+        for sink in self._sinks:
+            sink.checkpoint(self._place(step), str(folder))
+
     def samples(self, step: int, samples: Mapping[str, str]) -> None:
         """Reports the samples, by the decoder that wrote them."""
         for sink in self._sinks:
@@ -173,7 +178,7 @@ class SilentMonitor:
     def say(self, *_: object) -> None:
         """Does nothing."""
 
-    advance = interval = evaluation = samples = say
+    advance = interval = evaluation = checkpoint = samples = say
 
 
 def _known(values: Mapping[str, float | None]) -> dict[str, float]:
@@ -192,8 +197,9 @@ def make_monitor(
     strategy: tf.distribute.Strategy,
     first_step: int,
     say: Say,
+    sinks: Sequence[Sink] = (),
 ) -> Monitor:
-    """Returns the monitor of a run that goes on from first_step."""
+    """Returns the monitor of a run that goes on from first_step. `sinks` receive the reports, too."""
     config, split = run.config, prepared.split("train")
     text_bytes, parts = TextBytes(prepared), prepared.parts("train")
     is_cut = config.data.mode == "lines" and split.max_tokens > config.train.sequence_length
@@ -211,6 +217,7 @@ def make_monitor(
         data_begins_at=-run.data_offset / config.train.global_batch_size,
         history=describe_history(run),
         peak_tokens_per_sec=find_peak(config, model, prepared.vocabulary_size, strategy, say),
+        sinks=sinks,
     )
 
 

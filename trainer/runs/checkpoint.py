@@ -84,6 +84,10 @@ class Checkpoints:
             it.
         fault_of: returns how a checkpoint's manifest shows that it belongs to another run; None if it does not.
         on_saved: called from another thread after a checkpoint was written, before older ones are removed.
+
+    Attributes:
+        on_whole: called with the step and the folder of each checkpoint that is whole, by the thread that saves, from
+            within `save`, `check` or `wait`.
     """
 
     def __init__(
@@ -101,10 +105,11 @@ class Checkpoints:
         self.say = say
         self.max_failures = max_failures
         self.scores = {} if scores is None else scores
+        self.on_whole: Callable[[int, Location], None] = lambda step, folder: None
         self._fault_of = fault_of
         self._on_saved = on_saved
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: Future[int | None] | None = None
         self._num_failures = 0
         # For the writer, which may be waiting to try again: whether a newer checkpoint replaces the one that it writes,
         # whether the run is over and waits for it, and an event that ends the writer's wait.
@@ -163,11 +168,12 @@ class Checkpoints:
         self._woken.set()
         pending, self._pending = self._pending, None
         try:
-            if pending is not None:
-                pending.result()
+            step = None if pending is None else pending.result()
         finally:
             self._is_superseded, self._is_awaited = False, False
             self._woken.clear()
+        if step is not None:
+            self.on_whole(step, self._folder_of(step))
 
     def latest(self) -> Checkpoint | None:
         """Returns the newest whole checkpoint, and prints which newer ones are damaged.
@@ -236,13 +242,14 @@ class Checkpoints:
     def _folder_of(self, step: int) -> Location:
         return folder_of(self.folder, step)
 
-    def _write_or_try_again(self, step: int, groups: Mapping[str, Arrays], facts: Mapping[str, Any]) -> None:
+    def _write_or_try_again(self, step: int, groups: Mapping[str, Arrays], facts: Mapping[str, Any]) -> int | None:
+        """Returns the step once its checkpoint is written; None if a newer checkpoint has to take its place."""
         tries_left = LAST_TRIES
         for secs in itertools.chain(RETRY_SECS, itertools.repeat(RETRY_SECS[-1])):
             try:
                 self._write(step, groups, facts)
                 self._num_failures = 0
-                return
+                return step
             except UserError as error:
                 self._num_failures += 1
                 if self._num_failures == self.max_failures:
@@ -252,7 +259,7 @@ class Checkpoints:
                     ) from error
                 if self._is_superseded:
                     self.say(f"{error} The next checkpoint takes its place.")
-                    return
+                    return None
                 tries_left -= self._is_awaited
                 if not tries_left:
                     raise UserError(f"{error} What was saved before is still there.") from error
@@ -264,7 +271,8 @@ class Checkpoints:
             else:
                 self._woken.wait(secs)
             if self._is_superseded:
-                return
+                return None
+        return None
 
     def _write(self, step: int, groups: Mapping[str, Arrays], facts: Mapping[str, Any]) -> None:
         final = self._folder_of(step)

@@ -36,6 +36,7 @@ from trainer.distributed.workers import Workers, describe_loss, find_workers
 from trainer.errors import UserError, quoted
 from trainer.exchange.starting_weights import read_beginning
 from trainer.model.build import BuildModel
+from trainer.monitoring.callbacks import Callback
 from trainer.runs.fork import Fork, check_has_steps, place_in_data, plan_fork
 from trainer.runs.parentage import Beginning, parents_by_run
 from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints, read_checkpoint, write_beginning
@@ -61,6 +62,7 @@ class Request(NamedTuple):
         may_prepare: whether the text is prepared if its prepared data is missing.
         step: the checkpoint to go on from: a step, or "best"; None: the newest.
         fork: the run that a new one is a fork of; None: it is none.
+        callbacks: what the chief calls as the run reports something.
     """
 
     config: Config
@@ -69,10 +71,15 @@ class Request(NamedTuple):
     may_prepare: bool
     step: CheckpointStep | None = None
     fork: Fork | None = None
+    callbacks: Sequence[Callback] = ()
 
 
 def start(
-    config: Config, build_model: BuildModel | None = None, say: Say = print, or_resume: bool = False
+    config: Config,
+    build_model: BuildModel | None = None,
+    say: Say = print,
+    or_resume: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Prepares the text if that is still to be done, makes the run's folder, and trains.
 
@@ -81,6 +88,7 @@ def start(
         build_model: builds a Keras model from the config and the vocabulary size; None: the GPT that config describes.
         say: prints a line.
         or_resume: whether to go on with the run that is in the folder, if there is one.
+        callbacks: what is called as the run reports something.
 
     Raises:
         UserError: a setting, the text or the folder is not right, or the workers do not agree.
@@ -90,7 +98,7 @@ def start(
     find_run(config, or_resume)  # Before the lock: a run that is refused leaves nothing behind, not even a lock file.
     with _locked_by_chief(locate(config.run_folder), workers, say):
         run = find_run(config, or_resume)  # Again: the folder may have changed before this process had the lock.
-        return _launch(Request(config, run, build_model, may_prepare=True), workers, say)
+        return _launch(Request(config, run, build_model, may_prepare=True, callbacks=callbacks), workers, say)
 
 
 def resume(
@@ -99,6 +107,7 @@ def resume(
     say: Say = print,
     overrides: Sequence[str] = (),
     step: CheckpointStep | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Goes on with a run from a checkpoint, with the configuration that the run was started with.
 
@@ -108,6 +117,7 @@ def resume(
         say: prints a line.
         overrides: `section.key=value` strings for the settings that a resumed run may change.
         step: the checkpoint's step, or "best"; None: the newest checkpoint.
+        callbacks: what is called as the run reports something.
 
     Raises:
         UserError: the run or the checkpoint does not exist, or its data is gone, or the workers do not agree.
@@ -119,7 +129,8 @@ def resume(
     workers = find_workers(run.config.distribution)
     with _locked_by_chief(run.path, workers, say):
         run = RunFolder(run_folder, overrides)  # Again: the folder may have changed before this process had the lock.
-        return _launch(Request(run.config, run, build_model, may_prepare=False, step=step), workers, say)
+        request = Request(run.config, run, build_model, may_prepare=False, step=step, callbacks=callbacks)
+        return _launch(request, workers, say)
 
 
 def fork(
@@ -128,6 +139,7 @@ def fork(
     build_model: BuildModel | None = None,
     say: Say = print,
     step: CheckpointStep | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Makes a new run that goes on from a checkpoint of another one by another plan, and trains it.
 
@@ -137,6 +149,7 @@ def fork(
         build_model: the function that was given to `start`.
         say: prints a line.
         step: the step of the parent's checkpoint, or "best"; None: the newest checkpoint.
+        callbacks: what is called as the run reports something.
 
     Raises:
         UserError: the parent or its checkpoint does not exist, a setting cannot change in a fork, the new folder is not
@@ -150,7 +163,8 @@ def fork(
     check_is_free(config)
     with _locked_by_chief(locate(config.run_folder), workers, say):
         check_is_free(config)  # Again: the folder may have changed before this process had the lock.
-        return _launch(Request(config, None, build_model, may_prepare=True, fork=planned), workers, say)
+        request = Request(config, None, build_model, may_prepare=True, fork=planned, callbacks=callbacks)
+        return _launch(request, workers, say)
 
 
 def _printing(say: Say) -> Say:
@@ -183,7 +197,7 @@ def _launch_one(request: Request, workers: Workers, say: Say) -> TrainingResult:
     if request.run is not None and request.may_prepare:
         report_changed_text(config, prepared, say, text_fingerprint)
     run = request.run or _create(request, prepared, beginning, say)
-    return train(run, workers, strategy, prepared, request.build_model, say, request.step)
+    return train(run, workers, strategy, prepared, request.build_model, say, request.step, request.callbacks)
 
 
 def _launch_several(request: Request, workers: Workers, say: Say) -> TrainingResult:
@@ -208,7 +222,7 @@ def _launch_several(request: Request, workers: Workers, say: Say) -> TrainingRes
         meeting.agree(contents(run, request.step))
     with _reporting_lost_workers(run, workers):
         strategy = open_devices(run.config, workers, say)
-        return train(run, workers, strategy, prepared, request.build_model, say, request.step)
+        return train(run, workers, strategy, prepared, request.build_model, say, request.step, request.callbacks)
 
 
 def _run_of_several(

@@ -39,6 +39,8 @@ from trainer.distributed.strategy import distributed
 from trainer.distributed.workers import Workers
 from trainer.errors import quoted
 from trainer.model.build import BuildModel, make_model
+from trainer.monitoring.callbacks import Callback, Callbacks
+from trainer.monitoring.curves import Curve, read_history
 from trainer.monitoring.monitor import Monitor, SilentMonitor, describe_run, make_monitor
 from trainer.runs.checkpoint import Checkpoints
 from trainer.runs.first_batch import check_first_batch, hash_of_first_batch
@@ -48,6 +50,7 @@ from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints
 from trainer.runs.run_data import load_tokenizer_of, record_place_of
 from trainer.runs.run_folder import CheckpointStep, RunFolder
 from trainer.system.signals import stop_on_signals
+from trainer.system.storage import locate
 from trainer.system.terminal import Say
 from trainer.training.evaluation import Evaluator
 from trainer.training.evaluation_sets import EvaluationSets
@@ -67,6 +70,7 @@ def train(
     build_model: BuildModel | None,
     say: Say,
     from_step: CheckpointStep | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> "TrainingResult":
     """Trains a run to its end, or until a signal stops it. Every worker calls this.
 
@@ -78,6 +82,7 @@ def train(
         build_model: builds a foreign model; None: the GPT that the run's config describes.
         say: prints a line.
         from_step: the step of the checkpoint to go on from, or "best"; None: the newest.
+        callbacks: what the chief calls as the run reports something.
     """
     config, spent = run.config, Stopwatch()
     total_steps = count_steps(prepared, config, run.data_offset)
@@ -119,7 +124,11 @@ def train(
         # One dict with two users: `record_score` adds a loss, and the checkpoints keep the one with the lowest loss.
         scores = {} if is_scored_otherwise else scores_to_keep(checkpoints, step, from_step)
         checkpoints.scores = scores
-        monitor = make_monitor(run, prepared, model, strategy, step, say) if workers.is_chief else SilentMonitor()
+        called = Callbacks(callbacks, lambda: training_step.stop_requested.assign(True))
+        monitor: Monitor | SilentMonitor = SilentMonitor()
+        if workers.is_chief:
+            monitor = make_monitor(run, prepared, model, strategy, step, say, [called])
+            checkpoints.on_whole = monitor.checkpoint
         # repeat(): with a finite dataset TensorFlow synchronizes the workers before every step to ask if data is left.
         batches = iter(
             distributed(
@@ -198,6 +207,7 @@ def train(
             is_stopped = is_stopped or bool(training_step.stop_requested.numpy())
         if is_stopped:
             say(f"Stopped at step {step} of {total_steps}, saved. {how_to_go_on(run, checkpoints, step)}")
+            called.ended()
             return result._replace(step=step, is_stopped=True, best_step=checkpoints.best_step())
 
         # Finish, every worker: scores of the whole text. The chief writes. From here on a signal ends the process at
@@ -215,6 +225,7 @@ def train(
         if workers.is_chief:
             write_result(run, step, evaluation, samples, say)
     say(f"Time: {spent}")
+    called.ended()
     return result._replace(step=step, evaluation=evaluation, samples=samples, best_step=checkpoints.best_step())
 
 
@@ -226,7 +237,7 @@ class TrainingResult(NamedTuple):
         model: the model, with its weights after step steps.
         step: the steps that were taken.
         samples: what each decoder wrote, by its name; empty if the run was stopped, and on workers except the chief.
-        is_stopped: whether a signal stopped the run before its end.
+        is_stopped: whether a signal, or a callback, stopped the run before its end.
         evaluation: the score on the whole validation text; None if the run was stopped.
         best_step: the step of the kept checkpoint with the lowest validation loss; None if none was scored.
     """
@@ -238,6 +249,23 @@ class TrainingResult(NamedTuple):
     is_stopped: bool = False
     evaluation: Evaluation | None = None
     best_step: int | None = None
+
+    @property
+    def history(self) -> dict[str, Curve]:
+        """The curves of the run by name, such as "train/loss/nats_per_token" or "validation/loss/perplexity"; each has
+        `steps` and `values`, two arrays. Read from the run's folder.
+        """
+        return read_history(locate(self.run_folder))
+
+    def __repr__(self) -> str:
+        parts = [f"{self.run_folder} at step {self.step:,}{', stopped' * self.is_stopped}"]
+        if self.evaluation is not None:
+            parts.append(f"validation: {self.evaluation}")
+        if self.best_step is not None:
+            parts.append(f"lowest validation loss of a checkpoint at step {self.best_step:,}")
+        if self.samples:
+            parts.append(f"samples by {', '.join(self.samples)}")
+        return f"<{'; '.join(parts)}>"
 
 
 def bring_up_to_date(run: RunFolder, prepared: PreparedData, say: Say) -> None:
