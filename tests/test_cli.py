@@ -12,9 +12,8 @@ import pytest
 from trainer.cli import main
 from trainer.config.file import make_config
 from trainer.runs.run_folder import FORMAT
-from trainer.storybook.storybook import story
+from trainer.storybook.storybook import story, verdict
 from trainer.system.manifest import sealed
-from trainer.verbs import story_verdict
 
 ROOT = Path(__file__).parent.parent
 MINIGPT = str(ROOT / "configs/minigpt.toml")
@@ -259,10 +258,10 @@ def test_a_mistake_in_the_options_of_generate_is_reported_before_tensorflow_is_l
 
 
 def test_a_sample_is_called_a_story_or_the_place_where_it_leaves_the_grammar_is_named():
-    assert story_verdict(story(0, 0)) == " (a story of the storybook's grammar)"
+    assert verdict(story(0, 0)) == "a story of the storybook's grammar"
     words = story(0, 0).split(" ")
     words[3] = "xylophone"
-    assert story_verdict(" ".join(words)) == " (leaves the storybook's grammar: token 3 is 'xylophone')"
+    assert verdict(" ".join(words)) == "leaves the storybook's grammar: token 3 is 'xylophone'"
 
 
 TINY = """

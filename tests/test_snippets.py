@@ -380,6 +380,7 @@ DRY_WORDS = {
     "--runner": "needs a cluster; tests/test_beam.py",
     "fork": "takes thousands of steps; tests/test_fork.py",
     "train.total_steps=3000": "takes as many steps; tests/test_run_changes.py",
+    "compare": "needs two runs; tests/test_compare_runs.py",
     "init.from": "trains a whole config; tests/test_starting_weights.py",
 }
 
@@ -509,9 +510,13 @@ def help_of(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: p
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "verb", ["prepare", "train", "inspect", "evaluate", "generate", "export", "verify", "plan", "runs"]
+VERBS = (
+    *("prepare", "train", "inspect", "evaluate", "generate", "export", "verify", "plan"),
+    *("runs", "report", "compare"),
 )
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_s_examples_are_taken(
     checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
 ):

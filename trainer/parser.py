@@ -66,6 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
         _add_plan,
         _add_doctor,
         _add_runs,
+        _add_report,
+        _add_compare,
         _add_completion,
         _add_watch,
     ):
@@ -326,6 +328,28 @@ def _add_runs(verbs: Any) -> None:
         help="a folder with runs in it, also in folders below it; or a run's own folder (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object for each run, a line each")
+
+
+def _add_report(verbs: Any) -> None:
+    parser = verbs.add_parser("report", help="show how a run went: scores, curves, time and samples")
+    parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
+    _add_html(parser, "report.html in the run's folder")
+
+
+def _add_compare(verbs: Any) -> None:
+    parser = verbs.add_parser("compare", help="show runs side by side: settings, scores, curves and samples")
+    parser.add_argument("run_folders", metavar="RUN", nargs="+", help="the folders of two runs or more")
+    _add_html(parser, "compare.html in the current folder")
+
+
+def _add_html(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--html",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help=f"write a page instead, which a browser opens without a network (default: {default})",
+    )
 
 
 def _add_completion(verbs: Any) -> None:

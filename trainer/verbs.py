@@ -12,10 +12,12 @@ import sys
 from typing import TYPE_CHECKING
 
 import trainer
+from trainer.commands.compare_runs import compare_runs
 from trainer.commands.doctor import run_doctor
 from trainer.commands.generate import answer_prompts, read_prompts, write_texts
 from trainer.commands.inspect_run import inspect as inspect_data
 from trainer.commands.list_runs import print_runs
+from trainer.commands.report import report as print_report
 from trainer.commands.watch import follow
 from trainer.completion import shell_code
 from trainer.config.file import kept_changes, load_config, make_config, whole_number
@@ -38,7 +40,7 @@ from trainer.runs.fork import plan_fork
 from trainer.runs.run_changes import changes_of, check_length, newest_step
 from trainer.runs.run_data import find_prepared
 from trainer.runs.run_folder import RECORD, CheckpointStep, RunFolder, check_is_free, find_run, run_and_step
-from trainer.storybook.storybook import log_probability
+from trainer.storybook.storybook import verdict
 from trainer.system.progress import shown
 from trainer.system.signals import Ending, ended_by
 from trainer.system.storage import Url, locate
@@ -104,7 +106,7 @@ def _report(result: "TrainingResult", config: Config) -> ExitStatus:
     if result.is_stopped:
         return ExitStatus.STOPPED
     for name, text in result.samples.items():
-        say(f"\n{name}{story_verdict(text) if config.data.is_storybook() else ''}:\n{text}")
+        say(f"\n{name}{f' ({verdict(text)})' if config.data.is_storybook() else ''}:\n{text}")
     say(f"\nvalidation: {result.evaluation}")
     for name, score in result.evaluation.sets.items() if result.evaluation is not None else ():
         say(f"{name}: {score}")
@@ -173,15 +175,6 @@ def how_to_resume(config: Config, run_folder: str) -> str:
     if kept_changes(config, RunFolder(folder).recorded):  # Nothing is recorded yet: `command` would lose it.
         return "Go on with the same command."
     return f"Go on with: {command}"
-
-
-def story_verdict(text: str) -> str:
-    """Returns a remark on a sample: it is a whole story of the storybook's grammar, or it leaves the grammar here."""
-    try:
-        log_probability(text)
-    except ValueError as error:
-        return f" (leaves the storybook's grammar: {str(error).split(': ', 1)[1].split(', after', 1)[0]})"
-    return " (a story of the storybook's grammar)"
 
 
 def inspect(options: argparse.Namespace) -> ExitStatus:
@@ -322,8 +315,8 @@ def verify(options: argparse.Namespace) -> ExitStatus:
     if options.steps < 1:
         raise UserError(f"--steps {options.steps} must be at least 1.")
     with quiet_import():
-        from trainer.commands.verify import verify as compare
-    return ExitStatus.DONE if compare(config, numbers, options.steps) else ExitStatus.FAILED
+        from trainer.commands.verify import verify as compare_replicas
+    return ExitStatus.DONE if compare_replicas(config, numbers, options.steps) else ExitStatus.FAILED
 
 
 def watch(options: argparse.Namespace) -> ExitStatus:
@@ -357,6 +350,16 @@ def doctor(options: argparse.Namespace) -> ExitStatus:
 def runs(options: argparse.Namespace) -> None:
     """Lists the runs in a folder."""
     print_runs(options.folder, options.json)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Shows how a run went."""
+    print_report(options.run_folder, options.html or None, options.html is not None)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Shows runs side by side."""
+    compare_runs(options.run_folders, options.html or None, options.html is not None)
 
 
 def completion(options: argparse.Namespace) -> None:

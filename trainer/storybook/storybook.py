@@ -40,6 +40,15 @@ def log_probability(text: str) -> float:
     return built_in_grammar().log_probability(text)
 
 
+def verdict(text: str) -> str:
+    """Returns a remark on a text: it is a whole story of the storybook's grammar, or it leaves the grammar here."""
+    try:
+        log_probability(text)
+    except ValueError as error:
+        return f"leaves the storybook's grammar: {str(error).split(': ', 1)[1].split(', after', 1)[0]}"
+    return "a story of the storybook's grammar"
+
+
 def recipe(seed: int, num_stories: int) -> list[str | int]:
     """Returns what identifies num_stories stories of a seed: the grammar, a story in case the way of drawing one
     changes, and the arguments. The head of the grammar's file only explains the notation, so it does not count.

@@ -100,6 +100,15 @@ def leave_bar(stream: int) -> None:
         os.write(stream, b"\x1b[?25h" + b"\n" * (_live is not None))
 
 
+def encodes(stream: TextIO, text: str = "\u2800\u25cf") -> bool:
+    """Returns whether a stream can show a text; by default the characters of charts."""
+    try:
+        text.encode(getattr(stream, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def console(stream: TextIO) -> "rich.console.Console":
     """Returns a console that prints to a stream and interprets no markup in a text."""
     import rich.console

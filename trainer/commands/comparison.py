@@ -1,0 +1,167 @@
+"""Compares runs: what differs, whether losses can be compared, and what they are after the same tokens or time."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from trainer.commands.history import History
+from trainer.commands.report_page import spread
+from trainer.config.settings import Config
+from trainer.monitoring import tags
+from trainer.monitoring.run_log import Dot
+
+# Of the table of losses after the same tokens.
+MAX_ROWS = 8
+
+
+class Comparison(NamedTuple):
+    """Runs side by side.
+
+    Attributes:
+        histories: the runs.
+        by_bits: whether the losses are in bits per byte: nats per token cannot be compared between tokenizers.
+        notes: what a reader has to know before comparing.
+        is_fair: whether the scores are about the same text, so that the lowest one is the best.
+    """
+
+    histories: Sequence[History]
+    by_bits: bool
+    notes: list[str]
+    is_fair: bool
+
+    @property
+    def unit(self) -> str:
+        """The unit of the losses."""
+        return "bits per byte" if self.by_bits else "nats per token"
+
+    def validation(self, history: History) -> list[Dot]:
+        """Returns the curve of a run's validation loss."""
+        return history.bits_per_byte() if self.by_bits else history.curve(tags.LOSS, "validation")
+
+    def training(self, history: History) -> list[Dot]:
+        """Returns the curve of a run's training loss."""
+        return history.bits_per_byte("train") if self.by_bits else history.curve(tags.LOSS)
+
+    def final(self, history: History) -> float | None:
+        """Returns the score on the whole validation text; None if the run is not over."""
+        if history.result is None:
+            return None
+        return history.result.bits_per_byte if self.by_bits else history.result.loss
+
+    def best(self, history: History) -> Dot | None:
+        """Returns the lowest score; None if there is none."""
+        return min(self.validation(history), key=lambda dot: (dot.value, dot.step), default=None)
+
+    def winner(self) -> tuple[int, float] | None:
+        """Returns the number of the run with the lowest final score, and how far the next one is above it; None if the
+        scores cannot be compared, a run is not over, or two are equal.
+        """
+        finals = [self.final(history) for history in self.histories]
+        known = [each for each in finals if each is not None]
+        if not self.is_fair or len(known) < len(finals):
+            return None
+        lowest, second = sorted(known)[:2]
+        return (finals.index(lowest), second - lowest) if lowest < second else None
+
+    def at_equal_tokens(self) -> list[tuple[float, list[float]]]:
+        """Returns numbers of tokens, and the validation loss of each run after that many; see `_at_equal`."""
+        return _at_equal(
+            [
+                [(history.tokens_at(dot.step), dot.value) for dot in self.validation(history)]
+                for history in self.histories
+            ]
+        )
+
+    def at_equal_time(self) -> list[tuple[float, list[float]]]:
+        """Returns seconds of training, and the validation loss of each run after that long; see `_at_equal`."""
+        return _at_equal([[(dot.secs, dot.value) for dot in self.validation(history)] for history in self.histories])
+
+
+def compare(histories: Sequence[History]) -> Comparison:
+    """Returns a comparison of runs."""
+    notes = []
+    by_bits = len({history.run.facts["tokenizer_fingerprint"] for history in histories}) > 1
+    if by_bits:
+        notes.append(
+            "The runs have different tokenizers, so their nats per token cannot be compared. Losses are in bits per "
+            "byte of the text."
+        )
+    if by_bits and len({tag for h in histories for tag in h.validation.curves if tag.startswith("loss/bits_per_")}) > 1:
+        notes.append(
+            "One of the tokenizers loses some of the text, or lines mode cuts it: its bits per byte are about less "
+            "text, and look better than they are."
+        )
+    differing = sorted({key for history in histories[1:] for key in _validation_differs(histories[0], history)})
+    if differing:
+        notes.append(
+            f"The validation texts differ ({', '.join(differing)}), so the lowest loss is not the best model. Score "
+            "the models on one text: trainer evaluate RUN --data FILE"
+        )
+    parts = {_scored_examples(history.config) for history in histories}
+    if len(parts) > 1:
+        notes.append(
+            "The runs score other parts of the validation text while they train (evaluation.num_batches); only the "
+            "final scores are of the whole text."
+        )
+    if any(history.num_tokens is None and history.config.data.mode == "lines" for history in histories):
+        notes.append("The prepared data of a run are gone, so its tokens are counted with padding.")
+    return Comparison(histories, by_bits, notes, not differing)
+
+
+def differing_settings(histories: Sequence[History]) -> list[tuple[str, list[Any]]]:
+    """Returns the settings that are not the same in all runs, with the value of each; None if a run has no such one."""
+    flat = [_flat(history.config) for history in histories]
+    keys = list(dict.fromkeys(itertools.chain.from_iterable(flat)))
+    rows = [(key, [each.get(key) for each in flat]) for key in keys]
+    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    sections = config.model_dump(mode="json", exclude={"run_folder"})
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+
+
+def _scored_examples(config: Config) -> int | None:
+    """Returns how many examples a score during training is about; None: all."""
+    num_batches = config.evaluation.num_batches
+    return None if num_batches is None else num_batches * config.train.global_batch_size
+
+
+def _validation_differs(one: History, other: History) -> list[str]:
+    """Returns the settings by which two runs are scored on different texts."""
+    if one.run.facts["data_fingerprint"] == other.run.facts["data_fingerprint"]:
+        keys: tuple[str, ...] = ()
+    elif one.config.data.validation is not None and other.config.data.validation is not None:
+        keys = ("data.validation", "data.documents", "data.text_field")
+    else:
+        # The validation text is held out of the training text.
+        keys = ("data.train", "data.validation", "data.documents", "data.text_field", "data.held_out_fraction")
+        keys += ("data.min_bytes", "data.storybook_stories", "data.storybook_seed")
+    # In lines mode texts are cut at the length.
+    if one.result is not None and other.result is not None and one.result.cut_share != other.result.cut_share:
+        keys += ("data.mode", "train.sequence_length")
+    mine, others = _flat(one.config), _flat(other.config)
+    return [key for key in keys if mine.get(key) != others.get(key)]
+
+
+def _at_equal(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, list[float]]]:
+    """Returns places on the x axis of several curves, and the value of each curve there.
+
+    The places are points of the first curve between the first and the last point of every other one. The value of
+    another curve there is that of the straight line between its two points around the place.
+    """
+    if not all(curves):
+        return []
+    low, high = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
+    places = [x for x, _ in curves[0] if low <= x <= high] or ([high] if low <= high else [])
+    if places and places[-1] < high:
+        places.append(high)
+    kept = [places[i] for i in spread(range(len(places)), MAX_ROWS)]
+    return [(x, [_value_at(curve, x) for curve in curves]) for x in kept]
+
+
+def _value_at(curve: Sequence[tuple[float, float]], x: float) -> float:
+    for (a, before), (b, after) in itertools.pairwise(curve):
+        if a <= x <= b:
+            return before + (after - before) * ((x - a) / (b - a) if b > a else 1.0)
+    return curve[0][1]
