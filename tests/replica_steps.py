@@ -76,10 +76,7 @@ def elements(share):
             for part in parts
         )
 
-    # An iterator with autotuning waits, when it is destroyed, for a thread that may sleep for a minute.
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return tf.data.Dataset.range(NUM_STEPS * share.num_replicas).map(element).repeat().with_options(options)
+    return tf.data.Dataset.range(NUM_STEPS * share.num_replicas).map(element).repeat()
 
 
 def break_on_purpose(what):

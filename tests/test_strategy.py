@@ -13,6 +13,7 @@ from trainer.distributed import strategy as distribution
 from trainer.distributed.strategy import (
     describe_devices,
     device_kind,
+    distributed,
     find_devices,
     gpu_numbers,
     make_strategy,
@@ -153,6 +154,13 @@ def test_a_process_that_has_used_tensorflow_keeps_its_threads():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_an_iterator_of_batches_on_a_cpu_has_no_thread_to_wait_for_at_its_end():
+    batches = tf.data.Dataset.range(3)
+    assert batches.options().autotune.enabled is None  # On.
+    strategy = make_strategy(DistributionConfig(kind="cpu"))
+    assert distributed(strategy, lambda share: batches).options().autotune.enabled is False
 
 
 def test_one_worker_can_compute_without_the_others(monkeypatch):

@@ -106,17 +106,31 @@ def distributed(
         strategy: the run's strategy.
         batches_of: returns the pipeline of a worker's share.
     """
-    if strategy.num_replicas_in_sync == 1 and device_kind(strategy) == "CPU":
+    is_cpu = device_kind(strategy) == "CPU"
+    if strategy.num_replicas_in_sync == 1 and is_cpu:
         # The batches are already where they are needed. A distributed dataset would pass each batch through two more
         # threads.
-        return batches_of(WHOLE_BATCH)
+        return _without_autotuning(batches_of(WHOLE_BATCH))
 
     def batches_of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
         per_worker = context.num_replicas_in_sync // context.num_input_pipelines
-        return batches_of(Share(context.input_pipeline_id * per_worker, per_worker, context.num_replicas_in_sync))
+        share = Share(context.input_pipeline_id * per_worker, per_worker, context.num_replicas_in_sync)
+        return _without_autotuning(batches_of(share)) if is_cpu else batches_of(share)
 
-    batches: Iterable[tuple[tf.Tensor, ...]] = strategy.distribute_datasets_from_function(batches_of_worker)
+    # On CPUs there is nowhere to fetch batches to, and each fetching iterator would autotune itself.
+    options = tf.distribute.InputOptions(experimental_fetch_to_device=not is_cpu)
+    batches: Iterable[tuple[tf.Tensor, ...]] = strategy.distribute_datasets_from_function(batches_of_worker, options)
     return batches
+
+
+def _without_autotuning(batches: tf.data.Dataset) -> tf.data.Dataset:
+    """Turns tf.data's autotuning off, whose thread sleeps longer and longer, up to a minute. An iterator waits for that
+    thread when it is destroyed, and a wake-up is lost if it comes between two of the thread's checks: every third run
+    ended with such a wait.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return batches.with_options(options)
 
 
 def device_kind(strategy: tf.distribute.Strategy) -> str:
