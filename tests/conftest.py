@@ -19,10 +19,16 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files of tests that take minutes, the longest first. If one of them came last, it would run alone.
+LONG = ("snippets", "ops", "replicas", "evaluation", "loop", "starting_weights", "run_changes", "fork", "kerashub")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The compilers for accelerators need half of a machine's 24 GB. They run first, while the other process of the
     # tests is still small: what TensorFlow traced in hundreds of tests makes it grow to several gigabytes.
-    items.sort(key=lambda item: item.get_closest_marker("tpu") is None)
+    # scripts/test keeps xdist from sorting the files by their number of tests.
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: (item.get_closest_marker("tpu") is None, order.get(item.path.name, len(order))))
 
 
 @pytest.fixture(autouse=True)

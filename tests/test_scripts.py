@@ -401,10 +401,11 @@ def test_test_script_checks_the_programs_then_runs_the_tests(checkout: Checkout)
         "shellcheck --external-sources scripts/environment.sh scripts/launch/tpu_host.sh .ci/run scripts/quickstart "
         "scripts/test scripts/launch/slurm",
         "== tests",
-        "pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m not slow -k two words",
+        "pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "
+        "-m not slow -k two words",
     ]
     updated = checkout.run("scripts/test", "--update-lock", "-x", env={"FAILING": ""})
-    assert updated.stdout.startswith("update test\n") and updated.stdout.endswith("--dist loadfile -x\n")
+    assert updated.stdout.startswith("update test\n") and updated.stdout.endswith("--no-loadscope-reorder -x\n")
     (checkout.bin / "shellcheck").unlink()
     assert "== shellcheck: skipped, it is not installed" in checkout.run("scripts/test", env={"FAILING": ""}).stdout
     failed = checkout.run("scripts/test", env={"FAILING": "mypy"})
