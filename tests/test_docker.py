@@ -6,6 +6,7 @@ of requirements.lock; of NVIDIA's and the TPU's only the names and versions are 
 is asked for and downloads nothing.
 """
 
+import configparser
 import re
 import shutil
 import site
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker/compose.yaml").read_text(encoding="utf-8"))
 SERVICES: dict[str, Any] = COMPOSE["services"]
+TPU_LIST = "scripts/launch/tpu_requirements.txt"
 DEVICES = ("cpu", "gpu", "tpu")
 
 
@@ -105,7 +107,7 @@ def test_a_change_of_the_code_or_a_page_leaves_the_layers_of_packages_as_they_ar
     }
     lists = {"setup.cfg", "pyproject.toml", "requirements.lock", "docker/cuda.lock"}
     for name in ("packages", "packages-cpu", "packages-gpu", "packages-tpu"):
-        assert set(copied[name]) <= lists | {"scripts/launch/tpu_requirements.txt"}
+        assert set(copied[name]) <= lists | {TPU_LIST}
     assert set(copied["image"]) == {"README.md", "LICENSE", "configs", "trainer"}
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert {f"!{source}" for sources in copied.values() for source in sources} == {
@@ -125,6 +127,15 @@ def test_cuda_lock_has_every_package_of_nvidia_that_tensorflow_asks_for_in_its_r
     pins = pins_of("docker/cuda.lock")
     assert pins.keys() == nvidia.keys()
     assert all(nvidia[name].contains(pins[name]) for name in pins)
+
+
+def test_the_list_for_tpus_has_everything_that_setup_cfg_requires():
+    pins = {name.replace("_", "-").lower(): version for name, version in pins_of(TPU_LIST).items()}
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for required in map(Requirement, setup["options"]["install_requires"].split()):
+        name = {"tensorflow": "tensorflow-tpu"}.get(required.name, required.name)
+        assert required.specifier.contains(pins[name]), required
 
 
 def test_services_of_compose_run_as_the_image_s_user_with_a_read_only_root():
@@ -246,7 +257,7 @@ def test_every_line_of_the_cpu_s_image_works_in_a_plain_environment(tmp_path: Pa
 @pytest.mark.slow
 def test_the_lines_of_packages_for_gpus_and_tpus_find_every_version_in_their_locks(tmp_path: Path, installed: Path):
     nvidia = stand_ins(tmp_path / "nvidia", pins_of("docker/cuda.lock"))
-    tpu = stand_ins(tmp_path / "tpu", pins_of("scripts/launch/tpu_requirements.txt"))
+    tpu = stand_ins(tmp_path / "tpu", pins_of(TPU_LIST))
     image = Image(tmp_path / "image", [installed, nvidia])
     for device in ("gpu", "tpu"):
         if device == "tpu":
