@@ -1,20 +1,17 @@
 """Laws of finding files: names, globs and links give each file once, and an error names the setting and a way out."""
 
-import functools
-import http.server
 import os
 import shlex
-import subprocess
-import sys
-import threading
-import zipfile
 from pathlib import Path
 
 import pytest
+from serving import served, zip_like_simplebooks  # type: ignore[import-not-found]  # this folder is on the path
 
 from trainer.config.file import load_config, make_config
 from trainer.errors import UserError
-from trainer.text.find_files import SIMPLEBOOKS_URL, find_files
+from trainer.parser import parse
+from trainer.text.downloads import download_of
+from trainer.text.find_files import find_files
 
 
 def written(path: Path, content: str) -> Path:
@@ -124,24 +121,6 @@ def test_a_directory_is_an_error_suggesting_a_glob(tmp_path):
         find_files([str(tmp_path)], "data.train")
 
 
-@pytest.fixture
-def simplebooks_url(tmp_path):
-    """The address of a zip of SimpleBooks' name and layout, on a server of this machine."""
-    (tmp_path / "served").mkdir()
-    with zipfile.ZipFile(tmp_path / "served" / "simplebooks.zip", "w") as archive:
-        for size in (2, 92):
-            for split in ("train", "valid"):
-                archive.writestr(f"simplebooks/simplebooks-{size}-raw/{split}.txt", f"{split} of {size}")
-    handler_quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
-    handler = functools.partial(handler_quiet, directory=str(tmp_path / "served"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/simplebooks.zip"
-        server.shutdown()
-        thread.join()
-
-
 def found_simplebooks() -> list[str]:
     data = load_config("minigpt").data
     names = [*data.train, *(data.validation or ())]
@@ -149,12 +128,15 @@ def found_simplebooks() -> list[str]:
 
 
 @pytest.mark.parametrize("name", [None, "simplebooks.zip", "simplebooks", "books"])
-def test_simplebooks_is_found_wherever_get_file_puts_it(tmp_path, monkeypatch, simplebooks_url, name):
+def test_simplebooks_is_found_wherever_get_file_puts_it(tmp_path, monkeypatch, name):
     import keras
 
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".keras").mkdir()
-    keras.utils.get_file(name, simplebooks_url, extract=True, cache_dir="~/.keras")
+    (tmp_path / "served").mkdir()
+    zip_like_simplebooks(tmp_path / "served/simplebooks.zip")
+    with served(tmp_path / "served") as address:
+        keras.utils.get_file(name, f"{address}/simplebooks.zip", extract=True, cache_dir="~/.keras")
     assert found_simplebooks() == ["train of 92", "valid of 92"]
 
 
@@ -168,22 +150,16 @@ def test_simplebooks_is_found_in_the_folders_of_older_versions(tmp_path, monkeyp
     assert found_simplebooks() == ["train of 92", "valid of 92"]
 
 
-@pytest.mark.slow
-def test_after_the_hint_for_simplebooks_was_followed_it_is_found(tmp_path, monkeypatch, simplebooks_url):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "elsewhere"))  # Where the hint must not put it.
-    with pytest.raises(UserError) as error:
-        found_simplebooks()
-    (command,) = [line[2:] for line in str(error.value).splitlines() if line.startswith("  ")]
-    assert SIMPLEBOOKS_URL in command
-    command = command.replace(SIMPLEBOOKS_URL, simplebooks_url)
-    subprocess.run(["bash", "-c", command], check=True)
-    assert found_simplebooks() == ["train of 92", "valid of 92"]
-
-
-def test_missing_simplebooks_is_an_error_that_shows_how_to_get_it():
-    with pytest.raises(UserError) as error:
-        find_files(["~/.keras/datasets/simplebooks/no/train.txt"], "data.train")
-    assert f"{sys.executable} -c 'import keras; keras.utils.get_file(origin=" in str(error.value)
-    assert "simplebooks.zip" in str(error.value)
-    assert "data.train=PATH data.validation=PATH" in str(error.value)
+def test_a_missing_text_of_a_shipped_config_is_an_error_that_shows_how_to_fetch_it():
+    for source, words in (
+        ("~/.keras/datasets/no/**/simplebooks-92-raw/train.txt", "prepare minigpt --download"),
+        ("no/tinyshakespeare.txt", "prepare shakespeare_char --download"),
+    ):
+        with pytest.raises(
+            UserError, match=r"(?s)no such file, seen from .*or train on your own text: data.train=PATH"
+        ) as error:
+            find_files([source], "data.train")
+        (command,) = [line[2:] for line in str(error.value).splitlines() if line.startswith("  ")]
+        assert command == f"trainer {words}"
+        options = parse(words.split())
+        assert options.download and download_of(source) == download_of(load_config(options.config).data.train[0])

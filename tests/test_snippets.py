@@ -378,6 +378,7 @@ DRY_WORDS = {
     "--compile": "installs a compiler; tests/test_compile.py",
     "doctor": "computes in a process of its own; tests/test_doctor.py",
     "--runner": "needs a cluster; tests/test_beam.py",
+    "--download": "needs the internet; tests/test_downloads.py",
     "fork": "takes thousands of steps; tests/test_fork.py",
     "train.total_steps=3000": "takes as many steps; tests/test_run_changes.py",
     "compare": "needs two runs; tests/test_compare_runs.py",

@@ -87,6 +87,11 @@ def _add_prepare(verbs: Any) -> None:
         "example: -- --runner=FlinkRunner --flink_master=HOST:8081. Every worker needs the same version of trainer, "
         "and access to the files and to data.prepared_folder (default: %(default)s)",
     )
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch the text first if it is not there; for the texts of the configs minigpt and shakespeare_char",
+    )
 
 
 def _add_train(verbs: Any) -> None:

@@ -45,6 +45,7 @@ from trainer.system.progress import shown
 from trainer.system.signals import Ending, ended_by
 from trainer.system.storage import Url, locate
 from trainer.system.terminal import lasting_output, quiet_import, say, show, warn
+from trainer.text.downloads import fetch_texts
 from trainer.text.sources import find_inputs
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def prepare(options: argparse.Namespace) -> None:
             f"-- {' '.join(options.beam_options)}: these are options of Apache Beam; add --runner beam before the --."
         )
     config = load_config(options.config, options.overrides)
+    if options.download:
+        fetch_texts(config.data, say)
     # Here Ctrl-C ends the process at once: an import may catch KeyboardInterrupt.
     with ended_by([signal.SIGINT], Ending()), quiet_import():
         check_sources(config)

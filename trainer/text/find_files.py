@@ -5,18 +5,15 @@ import fnmatch
 import glob
 import os
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from trainer.errors import UserError, quoted
 from trainer.system.storage import Location, Url, locate
+from trainer.text.downloads import download_of
 from trainer.text.folders import files_of_dataset, folders_in
 from trainer.text.formats import fault_of_name, packer_of_name
-
-SIMPLEBOOKS_URL = "https://dldata-public.s3.us-east-2.amazonaws.com/simplebooks.zip"
-_TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 Item = TypeVar("Item")
 
@@ -124,23 +121,15 @@ def _files_to_name(folder: Location, setting: str) -> str:
 
 
 def _nothing_there(source: str, setting: str) -> str:
-    if "simplebooks" in source.lower():
-        # With cache_dir, and a folder that exists: otherwise Keras takes KERAS_HOME, or a folder below /tmp.
-        get = f'import keras; keras.utils.get_file(origin="{SIMPLEBOOKS_URL}", extract=True, cache_dir="~/.keras")'
+    if (download := download_of(source)) is not None:
+        own = "data.train=PATH" if download.member == "" else "data.train=PATH data.validation=PATH"
         return (
-            "no such file. Get SimpleBooks with\n"
-            f"  mkdir -p ~/.keras && {quoted(sys.executable)} -c '{get}'\n"
-            "or train on your own text: data.train=PATH data.validation=PATH"
+            f"no such file, seen from {Path.cwd()}. Fetch {download.name} with\n"
+            f"  trainer prepare {download.config} --download\nor train on your own text: {own}"
         )
     if "," in source:
         several = quoted(f"{setting}=[{source.strip('[]')}]")
         return f"no such file, seen from {Path.cwd()}. Name several files so: {several}"
-    if Path(source).name == "tinyshakespeare.txt":
-        return (
-            f"no such file, seen from {Path.cwd()}. Get tiny Shakespeare with\n"
-            f"  curl -fLo tinyshakespeare.txt {_TINY_SHAKESPEARE_URL}\n"
-            "or train on your own text: data.train=PATH"
-        )
     what = "no file matches" if glob.has_magic(source) else "no such file"
     # Without data.validation, part of data.train is held out; a set of evaluation.sets is only scored.
     is_needless = setting == "data.validation" or setting.startswith("evaluation.sets.")
