@@ -1,13 +1,9 @@
 import ast
 import json
-import os
 import shlex
-import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -894,31 +890,6 @@ def test_changes_of_weights_without_a_sense_are_refused(overrides, message):
     settings = SETTINGS | {"data": mixture, "train": SETTINGS["train"] | {"total_steps": 99}}
     with pytest.raises(UserError, match=message):
         make_config(settings, overrides)
-
-
-def test_an_installed_trainer_has_the_shipped_configs(tmp_path: Path):
-    source, site = tmp_path / "source", tmp_path / "site"
-    ignore = shutil.ignore_patterns("__pycache__")
-    for name in ("trainer", "configs"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = "from setuptools import build_meta as b; print(b.build_sdist('..')); print(b.build_wheel('..'))"
-    subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, check=True)
-    (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    with tarfile.open(sdist) as archive:
-        in_source = {Path(name).name for name in archive.getnames() if "/trainer/configs/" in name}
-    shipped = {path.name for path in (ROOT / "configs").iterdir()}
-    assert {path.name for path in (site / "trainer/configs").iterdir()} == in_source == shipped
-
-    command = [sys.executable, "-c", "import sys, trainer.cli; print(trainer.__file__); sys.exit(trainer.cli.main())"]
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    planned = subprocess.run(
-        [*command, "plan", "quickstart"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert planned.stdout.startswith(f"{site}/trainer/__init__.py\nparameters ")
 
 
 @pytest.mark.parametrize(
