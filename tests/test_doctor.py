@@ -273,7 +273,7 @@ BREAKAGES = {
     "the driver cannot compile for this GPU": (
         change(driver=Driver(0, (12, 2), (H100, H100))),
         (),
-        r"up to 12\.2, and for NVIDIA H100 .* has only PTX of 12\.5",
+        r"no machine code for NVIDIA H100 .*, and PTX of CUDA 12\.5, which NVIDIA's driver cannot compile: .* to 12\.2",
         r"Install driver 555\.42 or newer",
     ),
     "compute capability 12.0": (
@@ -435,9 +435,9 @@ def test_a_clock_that_differs_is_named(skew: float, direction: str, tmp_path: Pa
 
 
 def test_limits_that_are_too_low_are_named(whole: Machine):
-    (found,) = check_open_files((256, 1_000_000))
-    assert "only 256 files" in found.what and found.repair.endswith("ulimit -n 4096")
-    assert not list(check_open_files((1024, 1024)))
+    (found,) = check_open_files((64, 1_000_000))
+    assert "only 64 files" in found.what and found.repair.endswith("ulimit -n 4096")
+    assert not list(check_open_files((128, 128)))
     (found,) = check_shared_memory(8, 64 << 20)
     assert "/dev/shm has 67.1 MB" in found.what and "docker run --shm-size=1g" in found.repair
     assert not list(check_shared_memory(1, 64 << 20)) and not list(check_shared_memory(8, 1 << 30))
@@ -463,6 +463,10 @@ def test_training_makes_the_quick_checks_with_the_words_of_the_doctor(whole: Mac
     # TensorFlow leaves such a GPU out, and the run goes on without it.
     too_old = dataclasses.replace(whole, driver=Driver(0, (12, 5), (GTX_980,)))
     assert not faults(quick_checks(tiny_config(tmp_path), too_old))
+    # So it does with all GPUs if a library is missing.
+    (whole.site / "nvidia/cublas/lib/libcublas.so.12").unlink()
+    without = dataclasses.replace(whole, build=TF_2_20, driver=unknown)
+    assert not faults(quick_checks(tiny_config(tmp_path), without))
     # What does not concern the run is not looked at.
     broken = dataclasses.replace(whole, driver=unknown)
     for override in ("distribution.kind=cpu", "distribution.logical_devices=2"):
@@ -507,6 +511,26 @@ def test_the_command_prints_each_fault_with_its_repair_and_fails(
     found = json.loads(capsys.readouterr().out)
     assert {"level", "check", "what", "repair"} == set(found[0])
     assert [each["check"] for each in found if each["level"] == "error"] == ["workers", "run_folder"]
+
+
+def test_a_computation_that_fails_is_reported_with_what_to_try(monkeypatch: pytest.MonkeyPatch):
+    def found(outcome: object) -> Finding:
+        def call(*_: object) -> object:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(doctor, "call_in_new_process", call)
+        (one,) = doctor.check_devices(tiny_config().distribution)
+        return one
+
+    assert found(("GPU", 4, True, 67_108_864, 0.001)).what == "4 x GPU add up 67.1 MB at 67.11 GB/s"
+    wrong = found(("GPU", 4, False, 67_108_864, 0.001))
+    assert wrong.level == "error" and wrong.what == "4 x GPU computed a wrong product or sum"
+    killed = found(UserError("The process of _compute was killed by SIGABRT. If this machine was short of memory, ..."))
+    assert killed.level == "error" and "killed by SIGABRT" in killed.what and "distribution.kind=cpu" in killed.repair
+    endless = found(UserError("The process of _compute was killed by SIGALRM."))
+    assert "had no end" in endless.what and "NCCL_DEBUG=INFO" in endless.repair
 
 
 @pytest.mark.slow

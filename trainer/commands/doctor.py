@@ -43,7 +43,7 @@ def examine(config: Config, machine: Machine) -> Iterator[Finding]:
     yield from check_unused_tpu(config, machine)
     if may_use_gpus(config):
         yield from check_reach(machine)
-        yield from check_driver(machine, gpus)
+        yield from check_driver(machine)
         yield from check_libraries(machine, gpus, xla)
         yield from check_support(machine, gpus, xla)
         yield from check_shared_memory(len(machine.gpus(gpus)))

@@ -187,28 +187,17 @@ def check_reach(machine: Machine) -> Iterator[Finding]:
         yield ok("GPU", ", ".join(map(str, driver.gpus)) + by)
 
 
-def check_driver(machine: Machine, chosen: tuple[int, ...] | None = None) -> Iterator[Finding]:
+def check_driver(machine: Machine) -> Iterator[Finding]:
     """Checks that the driver is new enough for the CUDA that TensorFlow is built with."""
     driver, build = machine.driver, machine.build
     if driver is None or driver.cuda is None or build is None or build.cuda is None:
         return
     runs = f"NVIDIA's driver runs CUDA up to {dotted(driver.cuda)}"
-    from_ptx = [gpu for gpu in machine.gpus(chosen) if _needs_newest_driver(build, gpu)]
-    if driver.cuda[0] < build.cuda[0]:
-        least: Version = (build.cuda[0], 0)
-        needs = f"TensorFlow {build.version} is built with {dotted(build.cuda)}"
-    elif driver.cuda < build.cuda and from_ptx:
-        least = build.cuda
-        needs = f"for {from_ptx[0]} TensorFlow {build.version} has only PTX of {dotted(build.cuda)}, which is newer"
-    else:
+    if driver.cuda[0] >= build.cuda[0]:
         yield ok("driver", f"{runs}, and TensorFlow is built with {dotted(build.cuda)}")
         return
-    first = _FIRST_DRIVER.get(least, "the newest")
-    yield error(
-        "driver",
-        f"{runs}, and {needs}",
-        f"Install driver {first} or newer (on Ubuntu: sudo ubuntu-drivers install) and restart; {_ON_CPU}",
-    )
+    what = f"{runs}, and TensorFlow {build.version} is built with {dotted(build.cuda)}"
+    yield error("driver", what, _newer_driver((build.cuda[0], 0)))
 
 
 def check_support(machine: Machine, chosen: tuple[int, ...] | None = None, xla: str = "auto") -> Iterator[Finding]:
@@ -219,7 +208,7 @@ def check_support(machine: Machine, chosen: tuple[int, ...] | None = None, xla: 
         chosen: the setting distribution.gpus; None: all GPUs.
         xla: the setting train.xla.
     """
-    build = machine.build
+    build, driver = machine.build, machine.driver
     if build is None or build.cuda is None:
         return
     for gpu in dict.fromkeys(machine.gpus(chosen)):
@@ -243,14 +232,24 @@ def check_support(machine: Machine, chosen: tuple[int, ...] | None = None, xla: 
                 "operation, which can take half an hour",
                 f"Keep what it compiles: export CUDA_CACHE_MAXSIZE=4294967296. For XLA {newer}",
             )
+        elif not support.is_native and driver is not None and _is_older_minor(driver.cuda, build.cuda):
+            yield error(
+                "code",
+                f"TensorFlow {build.version} has no machine code for {gpu}, and PTX of CUDA {dotted(build.cuda)}, "
+                f"which NVIDIA's driver cannot compile: it runs CUDA up to {dotted(driver.cuda or (0, 0))}",
+                _newer_driver(build.cuda),
+            )
         else:
             yield ok("code", f"{gpu}: {_code(support)}")
 
 
-def _needs_newest_driver(build: Build, gpu: Gpu) -> bool:
-    """Whether the driver has to compile PTX for a GPU, which needs a driver as new as the PTX."""
-    support = support_of(build, gpu.capability)
-    return support.runs and not support.is_native
+def _is_older_minor(one: Version | None, other: Version) -> bool:
+    return one is not None and one[0] == other[0] and one < other
+
+
+def _newer_driver(cuda: Version) -> str:
+    first = _FIRST_DRIVER.get(cuda, "the newest")
+    return f"Install driver {first} or newer (on Ubuntu: sudo ubuntu-drivers install) and restart; {_ON_CPU}"
 
 
 def _code(support: Support) -> str:

@@ -27,8 +27,10 @@ _FIRST_CUDA: dict[Version, Version] = {
 }
 # All older capabilities are named by the CUDA of each TensorFlow that trainer runs with.
 _FIRST_BLACKWELL: Version = (10, 0)
-# On Blackwell, users reported CUDA_ERROR_INVALID_PTX for ordinary operations of the wheels before this release, and not
-# of this one. Source: TensorFlow's issues 97387, 99592, 101746 (2.16 to 2.20) and 111958 (2.21: XLA fails).
+# The wheels before this release have PTX of most operations for sm_90a, which no other GPU runs: on Blackwell they fail
+# with CUDA_ERROR_INVALID_PTX. Since this release it is for sm_90, which the driver compiles for newer GPUs. Source:
+# `grep -aoE '\.target sm_[0-9]+a?'` in libtensorflow_cc.so.2 of 2.20.0 and 2.21.0; TensorFlow's issues 97387, 99592 and
+# 101746 (2.16 to 2.20), and 111958 (only XLA fails).
 _FIRST_FOR_BLACKWELL: Version = (2, 21)
 
 

@@ -3,13 +3,15 @@ words.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.config.settings import Config
 from trainer.errors import UserError
-from trainer.hardware.checks import Machine, check_support, this_machine
+from trainer.hardware.checks import Machine, check_driver, check_reach, check_support, this_machine
 from trainer.hardware.cuda import first_cuda_of, support_of
+from trainer.hardware.library_checks import check_libraries
 from trainer.model.size import bytes_of_checkpoint, num_checkpoints
 from trainer.system.findings import Finding
 from trainer.system.folder_checks import Need, check_space
@@ -40,7 +42,6 @@ def quick_checks(config: Config, machine: Machine) -> Iterator[Finding]:
     yield from check_packages(machine.packages, deep=False)
     yield from check_tensorflow(machine.packages)
     if may_use_gpus(config):
-        # TensorFlow leaves out GPUs that are too old for it; the line about unused GPUs is printed later.
         seen = _seen_by_tensorflow(machine)
         yield from check_support(seen, config.distribution.gpus, config.train.xla)
         yield from check_shared_memory(len(seen.gpus(config.distribution.gpus)))
@@ -77,12 +78,17 @@ def need_of_run(config: Config, folder: Location, vocabulary_size: int | None) -
 
 
 def _seen_by_tensorflow(machine: Machine) -> Machine:
+    """Returns the machine with only the GPUs that TensorFlow takes. It leaves out GPUs that are too old for it, and all
+    if a library is missing; the line about unused GPUs is printed when the devices are open.
+    """
     build, driver = machine.build, machine.driver
     if build is None or driver is None:
         return machine
+    looks = (check_reach(machine), check_driver(machine), check_libraries(machine, xla="off"))
+    is_usable = all(finding.level != "error" for finding in itertools.chain(*looks))
     seen = [
         gpu
         for gpu in driver.gpus
-        if support_of(build, gpu.capability).runs or first_cuda_of(gpu.capability) is not None
+        if is_usable and (support_of(build, gpu.capability).runs or first_cuda_of(gpu.capability) is not None)
     ]
     return dataclasses.replace(machine, driver=driver._replace(gpus=tuple(seen)))
