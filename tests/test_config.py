@@ -876,7 +876,7 @@ def test_weights_change_from_steps_on_in_a_file_and_in_overrides():
         (["data.weights_from_step.x=[1,2]"], r"data\.weights_from_step: 'x' is not a step"),
         (
             ["data.weights_from_step=[1,2]"],
-            r"data\.weights_from_step=.* has no steps; write data\.weights_from_step\.STEP=",
+            r"data\.weights_from_step=.* has no steps; write 'data\.weights_from_step\.STEP=",
         ),
         (
             ["data.weights_from_step.99=[1,2]"],

@@ -471,6 +471,7 @@ def test_a_program_explains_itself_and_refuses_what_it_does_not_know_before_it_d
         asked = programs.run(program, option)
         assert asked.returncode == 0
         assert f"{program} " in asked.stdout or f"usage: {Path(program).name} " in asked.stdout
+        assert "--dry-run" in asked.stdout or not program.startswith("scripts/launch/")
     # pytest, or the program after it, judges what follows these.
     if program not in ("scripts/test", "scripts/parity", "scripts/venv_python"):
         wrong = programs.run(program, "--nonsense")

@@ -142,8 +142,8 @@ class DataConfig(Section):
     def _by_step(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             raise ValueError(
-                f"data.weights_from_step={value!r} has no steps; write data.weights_from_step.STEP=[WEIGHT,WEIGHT] for "
-                "each change."
+                f"data.weights_from_step={value!r} has no steps; write 'data.weights_from_step.STEP=[WEIGHT,WEIGHT]' "
+                "for each change."
             )
         for step in value:
             if not re.fullmatch(r"0*[1-9][0-9]{0,17}", str(step).replace("_", "")):
