@@ -59,7 +59,7 @@ def test_the_lowest_final_loss_wins_among_runs_with_one_text_and_tokenizer(runs:
 
 def test_losses_are_compared_after_the_same_tokens(runs: dict[str, Path]):
     # The batch of the second run is twice as large, so it has seen the same tokens after half as many steps.
-    rows = compared(runs, "low", "wide").at_equal_tokens()
+    rows = compared(runs, "low", "wide").at_equal_amounts()
     per_step = 64 * 128
     assert [tokens for tokens, _ in rows] == [per_step * step for step in (20, 30, 40)]
     (_, (low, wide)), (_, (_, between)), _ = rows
@@ -73,8 +73,21 @@ def test_different_tokenizers_are_compared_in_bits_per_byte(runs: dict[str, Path
     comparison = compared(runs, "low", "bpe")
     assert comparison.unit == "bits per byte" and "have different tokenizers" in comparison.notes[0]
     assert comparison.winner() == (0, pytest.approx(1 / 3))
-    assert comparison.at_equal_tokens()[0][1][0] == pytest.approx(evaluation_at(10).bits_per_byte)
     assert "final, bits per byte" in dict(score_rows(comparison))
+    # Without the prepared data the bytes of a token are not known.
+    assert comparison.amount == "tokens" and "prepared data of a run are gone" in comparison.notes[1]
+    assert comparison.at_equal_amounts()[0][1][0] == pytest.approx(evaluation_at(10).bits_per_byte)
+    low, bpe = comparison.histories
+    known = compare([low._replace(bytes_per_token=2.0), bpe._replace(bytes_per_token=4.0)])
+    assert known.amount == "bytes of text" and len(known.notes) == 1
+    # The second run has read twice as much text at each step.
+    assert [amount for amount, _ in known.at_equal_amounts()] == [64 * 128 * 2 * step for step in (20, 30, 40)]
+    ends = (
+        [evaluation_at(step).bits_per_byte for step in (20, 40)],
+        [evaluation_at(s, 1.0).bits_per_byte for s in (10, 20)],
+    )
+    assert [values[0] for _, values in known.at_equal_amounts()[::2]] == pytest.approx(ends[0])
+    assert [values[1] for _, values in known.at_equal_amounts()[::2]] == pytest.approx(ends[1])
 
 
 def test_no_winner_is_named_if_the_validation_texts_differ_or_a_run_is_not_over(runs: dict[str, Path], tmp_path: Path):

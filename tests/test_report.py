@@ -1,17 +1,21 @@
 import html.parser
 import json
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_run import prepared_text  # type: ignore[import-not-found]
 from watched_run import evaluation_at, finish, loss_at, record, watch  # type: ignore[import-not-found]
 
 from trainer.cli import main
 from trainer.commands.charts import MAX_POINTS, Line, chart, make_scale, number, padded, short, text_chart, thinned
 from trainer.commands.history import read_history
 from trainer.commands.report_page import MAX_SAMPLE_STEPS, spread
+from trainer.system.storage import Url, copy_folder
 
 EVIL = "<script>alert('no')</script> & \"quoted\" </blockquote> \x1b[31m 고양이\n  two  blanks\n\n# no *Markdown*"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -167,6 +171,52 @@ def test_tokens_of_a_fork_include_those_of_its_parents(tmp_path: Path):
     history = read_history(str(record(tmp_path / "run", *overrides, facts={"parents": parents}).path))
     seen = [history.tokens_at(step) for step in (0, 5, 10, 20, 30, 31)]
     assert seen == [0, 5 * 4 * 8, 320, 320 + 10 * 4 * 16, 320 + 20 * 4 * 16, 320 + 20 * 64 + 8 * 16]
+
+
+def test_tokens_do_not_count_padding_while_the_prepared_data_are_there(tmp_path: Path):
+    prepared = prepared_text(tmp_path, "the cat\nsat on the mat\n" * 30)
+    facts = {"data_fingerprint": prepared.fingerprint, "prepared_folder": str(prepared.folder)}
+    settings = ("train.global_batch_size=2", "train.sequence_length=64")
+    packed = read_history(str(record(tmp_path / "packed", *settings, facts=facts).path))
+    lines = read_history(str(record(tmp_path / "lines", *settings, "data.mode=lines", facts=facts).path))
+    split = prepared.split("train")
+    assert packed.num_tokens == lines.num_tokens == split.num_tokens
+    assert packed.bytes_per_token == split.num_bytes / split.num_tokens
+    assert packed.tokens_per_step == 128 and lines.tokens_per_step == min(
+        128, 2 * split.num_tokens / split.num_documents
+    )
+
+
+def test_a_run_in_a_store_has_a_report(run: Path, capsys: pytest.CaptureFixture[str]):
+    url = Url("ram://reported/run")
+    copy_folder(run, url)
+    assert main(["report", str(url), "--html"]) == 0
+    assert capsys.readouterr().out == "ram://reported/run/report.html\n"
+    there, here = (Page((folder / "report.html").read_text(encoding="utf-8")) for folder in (url, run))
+    assert there.lines() == here.lines()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
+def test_a_browser_shows_the_values_under_the_pointer(run: Path, page: Page, tmp_path: Path):
+    text = (run / "report.html").read_text(encoding="utf-8")
+    moved = (
+        "const box = document.querySelector('.plot').getBoundingClientRect();"
+        "document.querySelector('.plot').dispatchEvent("
+        "new PointerEvent('pointermove', {clientX: box.left + box.width * 0.49}));"
+    )
+    (tmp_path / "moved.html").write_text(text.replace("</script>", f"{moved}</script>"), encoding="utf-8")
+    command = [
+        "chromium",
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--dump-dom",
+        str(tmp_path / "moved.html"),
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (tip,) = re.findall(r'<div class="tip".*?</div>', shown)
+    assert "step 20<br>" in tip and f"{loss_at(20):.5g}" in tip and f"{evaluation_at(20).loss:.5g}" in tip
 
 
 def test_scales_have_round_ticks_within_their_values():

@@ -163,8 +163,9 @@ def chart(
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
-    x = make_scale([each for line in lines for each, _ in line.points])
-    y = padded(make_scale([each for line in lines for _, each in line.points], from_zero, may_be_log))
+    most = 7 if is_large else 4
+    x = make_scale([each for line in lines for each, _ in line.points], most=most)
+    y = padded(make_scale([each for line in lines for _, each in line.points], from_zero, may_be_log, most))
     shown = f"{html.escape(title)}{f' <span>{html.escape(unit)}</span>' if unit else ''}"
     log = ' <span class="log">log scale</span>' if y.is_log else ""
     legend = "".join(

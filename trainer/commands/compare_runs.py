@@ -107,16 +107,16 @@ def _print(comparison: Comparison) -> None:
         say(f"note: {note}")
     rows = [(key, [setting(value) for value in values]) for key, values in differing_settings(comparison.histories)]
     screen.print(_grid(["setting", *names], rows) if rows else "\nAll settings are equal.")
-    equal = [(short(x), [f"{value:.4f}" for value in values]) for x, values in comparison.at_equal_tokens()]
+    equal = [(short(x), [f"{value:.4f}" for value in values]) for x, values in comparison.at_equal_amounts()]
     if equal:
-        say(f"validation loss at equal tokens, {comparison.unit}")
-        screen.print(_grid(["tokens", *names], equal))
+        say(f"validation loss in {comparison.unit} after the same {comparison.amount}")
+        screen.print(_grid([comparison.amount, *names], equal))
     lines = _validation_lines(comparison)
     if any(line.points for line in lines):
         marks = f"a line for {names[0]}; " + ", ".join(
             f"{mark} {name}" for name, mark in zip(names[1:], _marks(), strict=False)
         )
-        print(f"validation loss in {comparison.unit} by tokens: {marks}")
+        print(f"validation loss in {comparison.unit} by {comparison.amount}: {marks}")
         print("\n".join(text_chart(lines, min(screen.width, 120), is_ascii=not encodes(sys.stdout))))
     for decoder, samples in _newest_samples(comparison):
         for name, sample in zip(names, samples, strict=True):
@@ -148,7 +148,7 @@ def _newest_samples(comparison: Comparison) -> list[tuple[str, list[Sample | Non
 def _validation_lines(comparison: Comparison) -> list[Line]:
     names = short_names(comparison.histories)
     return [
-        Line(name, [(h.tokens_at(dot.step), dot.value) for dot in comparison.validation(h)], i, is_dotted=True)
+        Line(name, [(comparison.seen(h, dot.step), dot.value) for dot in comparison.validation(h)], i, is_dotted=True)
         for i, (name, h) in enumerate(zip(names, comparison.histories, strict=True))
     ]
 
@@ -160,18 +160,18 @@ def comparison_page(comparison: Comparison) -> str:
     winner = comparison.winner()
     scores = score_rows(comparison)
     marks = [winner[0] + 1 if winner and name.startswith("final, ") else None for name, _ in scores]
-    equal = [(short(x), *(f"{value:.4f}" for value in values)) for x, values in comparison.at_equal_tokens()]
+    equal = [(short(x), *(f"{value:.4f}" for value in values)) for x, values in comparison.at_equal_amounts()]
     times = [(short_time(x), *(f"{value:.4f}" for value in values)) for x, values in comparison.at_equal_time()]
     settings = [(key, *map(setting, values)) for key, values in differing_settings(histories)]
-    same = f"Validation loss ({comparison.unit}) at equal tokens"
+    same = f"Validation loss ({comparison.unit}) after the same {comparison.amount}"
     between = '<p class="soft">A loss between two scores of a run is read off the straight line between them.</p>\n'
     body = (
         f"<header><h1>{html.escape(' / '.join(names))}</h1>\n<p>{html.escape(verdict(comparison))}</p></header>\n"
         + warnings(comparison.notes)
         + section("Scores", table(("", *names), [(name, *cells) for name, cells in scores], True, marks))
         + f'<div class="charts">\n{_charts(comparison)}</div>\n'
-        + section(same, table(("tokens", *names), equal, True) + between if equal else "")
-        + section("The same at equal time of training", table(("time", *names), times, True) if times else "")
+        + section(same, table((comparison.amount, *names), equal, True) + between if equal else "")
+        + section("The same after equal time of training", table(("time", *names), times, True) if times else "")
         + section("Settings that differ", table(("setting", *names), settings) if settings else "<p>None.</p>\n")
         + section("Samples", _samples(comparison))
     )
@@ -184,13 +184,13 @@ def _charts(comparison: Comparison) -> str:
     def lines(points: Sequence[Points]) -> list[Line]:
         return [Line(name, each, i) for i, (name, each) in enumerate(zip(names, points, strict=True))]
 
-    training = lines([[(h.tokens_at(dot.step), dot.value) for dot in comparison.training(h)] for h in histories])
+    training = lines([[(comparison.seen(h, dot.step), dot.value) for dot in comparison.training(h)] for h in histories])
     by_time = lines([[(dot.secs / 60, dot.value) for dot in comparison.validation(h)] for h in histories])
     rates = lines([by_step(h.curve(tags.LEARNING_RATE)) for h in histories])
-    unit = comparison.unit
+    unit, amount = comparison.unit, comparison.amount
     return (
-        chart("Validation loss", _validation_lines(comparison), "tokens", unit, may_be_log=True, is_large=True)
-        + chart("Training loss", training, "tokens", unit, may_be_log=True)
+        chart("Validation loss", _validation_lines(comparison), amount, unit, may_be_log=True, is_large=True)
+        + chart("Training loss", training, amount, unit, may_be_log=True)
         + chart("Validation loss by time", by_time, "minutes of training", unit, may_be_log=True)
         + chart("Learning rate", rates, "step", from_zero=True)
     )

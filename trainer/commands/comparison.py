@@ -30,6 +30,21 @@ class Comparison(NamedTuple):
     is_fair: bool
 
     @property
+    def by_bytes(self) -> bool:
+        """Whether runs are compared after the same bytes of text: tokenizers make tokens of different sizes."""
+        return self.by_bits and all(history.bytes_per_token is not None for history in self.histories)
+
+    @property
+    def amount(self) -> str:
+        """What the runs are compared after the same amount of."""
+        return "bytes of text" if self.by_bytes else "tokens"
+
+    def seen(self, history: History, step: int) -> float:
+        """Returns how many tokens, or bytes of text, a run has trained on after a step."""
+        tokens = history.tokens_at(step)
+        return tokens * (history.bytes_per_token or 1.0) if self.by_bytes else tokens
+
+    @property
     def unit(self) -> str:
         """The unit of the losses."""
         return "bits per byte" if self.by_bits else "nats per token"
@@ -63,11 +78,11 @@ class Comparison(NamedTuple):
         lowest, second = sorted(known)[:2]
         return (finals.index(lowest), second - lowest) if lowest < second else None
 
-    def at_equal_tokens(self) -> list[tuple[float, list[float]]]:
-        """Returns numbers of tokens, and the validation loss of each run after that many; see `_at_equal`."""
+    def at_equal_amounts(self) -> list[tuple[float, list[float]]]:
+        """Returns numbers of tokens, or bytes, and the validation loss of each run after that many; see `_at_equal`."""
         return _at_equal(
             [
-                [(history.tokens_at(dot.step), dot.value) for dot in self.validation(history)]
+                [(self.seen(history, dot.step), dot.value) for dot in self.validation(history)]
                 for history in self.histories
             ]
         )
@@ -90,6 +105,11 @@ def compare(histories: Sequence[History]) -> Comparison:
         notes.append(
             "One of the tokenizers loses some of the text, or lines mode cuts it: its bits per byte are about less "
             "text, and look better than they are."
+        )
+    if by_bits and any(history.bytes_per_token is None for history in histories):
+        notes.append(
+            "The prepared data of a run are gone, so losses are shown after the same number of tokens, though "
+            "tokenizers make tokens of different sizes."
         )
     differing = sorted({key for history in histories[1:] for key in _validation_differs(histories[0], history)})
     if differing:
@@ -154,7 +174,7 @@ def _at_equal(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[flo
         return []
     low, high = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
     places = [x for x, _ in curves[0] if low <= x <= high] or ([high] if low <= high else [])
-    if places and places[-1] < high:
+    if places and places[-1] < high * 0.99:
         places.append(high)
     kept = [places[i] for i in spread(range(len(places)), MAX_ROWS)]
     return [(x, [_value_at(curve, x) for curve in curves]) for x in kept]

@@ -56,6 +56,7 @@ class History(NamedTuple):
         samples: what it has written, oldest first.
         num_parameters: the numbers that the model learns; None: there is no checkpoint yet.
         num_tokens: the tokens of the training text; None: the prepared data are gone.
+        bytes_per_token: the bytes of the training text for each of its tokens; None: the prepared data are gone.
         tokens_per_step: the tokens of a step, without padding if `num_tokens` is known.
     """
 
@@ -69,6 +70,7 @@ class History(NamedTuple):
     samples: list[Sample]
     num_parameters: int | None
     num_tokens: int | None
+    bytes_per_token: float | None
     tokens_per_step: float
 
     @property
@@ -157,7 +159,7 @@ def read_history(path: str) -> History:
         step = max([step, *(dots[-1].step for dots in train.curves.values())])
     result = read_result(run, step)
     samples = _samples(run.config, train.texts)
-    num_tokens, tokens_per_step = _tokens(run)
+    num_tokens, bytes_per_token, tokens_per_step = _tokens(run)
     return History(
         run=run,
         state=state,
@@ -169,6 +171,7 @@ def read_history(path: str) -> History:
         samples=samples,
         num_parameters=_num_parameters(run),
         num_tokens=num_tokens,
+        bytes_per_token=bytes_per_token,
         tokens_per_step=tokens_per_step,
     )
 
@@ -207,24 +210,26 @@ def _parts(parents: Sequence[Mapping[str, Any]], per_step: float) -> list[tuple[
     return parts
 
 
-def _tokens(run: RunFolder) -> tuple[int | None, float]:
-    """Returns the tokens of the training text, and of a step."""
+def _tokens(run: RunFolder) -> tuple[int | None, float | None, float]:
+    """Returns the tokens of the training text, the bytes of each, and the tokens of a step."""
     train = run.config.train
     slots = float(train.global_batch_size * train.sequence_length)
     try:
         split = read_manifest(find_data_folder(run))["splits"]["train"]
     except (UserError, OSError, KeyError):
-        return None, slots
+        return None, None, slots
     if run.config.data.mode == "lines" and split["num_documents"]:
         slots = min(slots, train.global_batch_size * split["num_tokens"] / split["num_documents"])
-    return int(split["num_tokens"]), slots
+    return int(split["num_tokens"]), split["num_bytes"] / max(1, split["num_tokens"]), slots
 
 
 def _num_parameters(run: RunFolder) -> int | None:
     """Returns the numbers in the weights of the newest checkpoint, from the head of its file."""
     for step in reversed(steps_in(run.path / "checkpoints")):
         file = run.path / "checkpoints" / f"step_{step:09d}" / "weights.safetensors"
-        with contextlib.suppress(OSError, ValueError, struct.error, UserError), file.open("rb") as opened:
+        if not file.is_file():
+            continue  # The process that trains has replaced this checkpoint by a newer one.
+        with contextlib.suppress(OSError, ValueError, struct.error), file.open("rb") as opened:
             (size,) = struct.unpack("<Q", opened.read(8))
             head = json.loads(opened.read(size))
             return sum(math.prod(entry["shape"]) for name, entry in head.items() if name != "__metadata__")
