@@ -18,6 +18,7 @@ from trainer.hardware.cuda import (
     dotted,
     first_cuda_of,
     installed_build,
+    lacks_code,
     read_driver,
     support_of,
 )
@@ -213,7 +214,7 @@ def check_support(machine: Machine, chosen: tuple[int, ...] | None = None, xla: 
         return
     for gpu in dict.fromkeys(machine.gpus(chosen)):
         support = support_of(build, gpu.capability)
-        has = f"TensorFlow {build.version}, built with CUDA {dotted(build.cuda)}, has no code for {gpu}"
+        has = lacks_code(build, gpu)
         newer = _how_to_build(gpu)
         if not support.runs and first_cuda_of(gpu.capability) is None:
             yield error("code", f"{has}, and does not use it", "Train on the CPU: distribution.kind=cpu")

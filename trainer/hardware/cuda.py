@@ -65,6 +65,10 @@ class Gpu(NamedTuple):
         return f"{self.name} (compute capability {dotted(self.capability)})"
 
 
+# The newest wheels of TensorFlow, for a machine that has none with CUDA. Source: their build_info.py.
+NEWEST_WHEEL = Build("2.21.0", (12, 5), ((6, 0), (7, 0), (8, 0), (8, 9)), ((9, 0),))
+
+
 class Driver(NamedTuple):
     """What NVIDIA's driver tells a process.
 
@@ -103,6 +107,11 @@ def support_of(build: Build, capability: Version) -> Support:
     runs = is_native or (bool(ptx) and (capability < _FIRST_BLACKWELL or is_for_blackwell))
     first_cuda = first_cuda_of(capability)
     return Support(runs, is_native, runs and (first_cuda is None or (build.cuda or (0, 0)) >= first_cuda))
+
+
+def lacks_code(build: Build, gpu: Gpu) -> str:
+    """Returns the sentence that a build of TensorFlow has no code for a GPU, which may go on."""
+    return f"TensorFlow {build.version}, built with CUDA {dotted(build.cuda or (0, 0))}, has no code for {gpu}"
 
 
 def first_cuda_of(capability: Version) -> Version | None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from trainer.config.settings import Config
 from trainer.execution import Execution, resolve
-from trainer.hardware.cuda import dotted, first_cuda_of, installed_build, support_of
+from trainer.hardware.cuda import NEWEST_WHEEL, Gpu, installed_build, lacks_code, support_of
 from trainer.hardware.devices import Target
 from trainer.planning.estimate import estimate_memory
 from trainer.planning.ways import Way, needs_of, smallest_memory, ways_to_fit
@@ -171,17 +171,20 @@ def _software_lines(config: Config, target: Target) -> Iterator[str]:
         )
     if "cc" not in device.circuits:
         return
-    capability = divmod(round(device.circuits["cc"] * 10), 10)
-    build, first = installed_build(), first_cuda_of(capability)
-    # A build without CUDA says nothing about the machine with the GPU. All wheels are alike in this.
-    compiles = support_of(build, capability).compiles if build is not None and build.cuda else first is None
-    if config.train.xla == "off" or compiles or first is None:
+    build = installed_build()
+    # A build without CUDA says nothing about the machine that has the GPU.
+    build = build if build is not None and build.cuda else NEWEST_WHEEL
+    gpu = Gpu(device.known_as[0], divmod(round(device.circuits["cc"] * 10), 10))
+    support = support_of(build, gpu.capability)
+    if support.compiles or (support.runs and config.train.xla == "off"):
         return
-    what = f"{build.version} has" if build is not None and build.cuda else "has, in its wheels up to 2.21,"
+    if not support.runs:
+        yield f"tensorflow   {lacks_code(build, gpu)}: nothing runs there; docs/devices.md tells which build has code"
+        return
     step = "a step runs there without XLA"
     if config.train.xla == "on":
         step = "train.xla='on' is refused there; with train.xla=off a step runs"
     yield (
-        f"tensorflow   {what} no code for compute capability {dotted(capability)}, which needs CUDA {dotted(first)}: "
-        f"{step}, and is likely to need more memory and time than is said here; see trainer doctor"
+        f"tensorflow   {lacks_code(build, gpu)}: {step}, and is likely to need more memory and time than is said here; "
+        "docs/devices.md tells which build has code"
     )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from trainer.config.settings import Config
 from trainer.errors import UserError
 from trainer.execution import resolve
-from trainer.hardware.cuda import first_cuda_of
+from trainer.hardware.cuda import NEWEST_WHEEL, support_of
 from trainer.hardware.data_sheets import GPUS, TPUS, Device
 from trainer.hardware.devices import Target, parse_target
 from trainer.planning.estimate import estimate_memory
@@ -164,7 +164,7 @@ class _Search:
         is_cpu, number = self.target.device.name == "cpu", self.target.num_devices
         memory_bytes = self.target.device.memory_bytes * (number if is_cpu else 1)
         for kind in kinds:
-            for device in sorted(kind.values(), key=lambda each: (lacks_code(each), each.memory_bytes)):
+            for device in sorted(kind.values(), key=lambda each: (_is_unknown_to_wheels(each), each.memory_bytes)):
                 target = _as_offered(Target(device, 1 if is_cpu else number))
                 if target is not None and device.memory_bytes > memory_bytes and device.in_tensorflow:
                     yield target
@@ -228,11 +228,11 @@ def smallest_memory(config: Config, vocabulary_size: int, target: Target) -> dic
     return min(tried, key=lambda parts: sum(parts.values()))
 
 
-def lacks_code(device: Device) -> bool:
-    """Whether TensorFlow's wheels have no code for this GPU with which XLA could compile a step."""
+def _is_unknown_to_wheels(device: Device) -> bool:
+    """Whether XLA of TensorFlow's wheels cannot compile a step for this GPU."""
     if "cc" not in device.circuits:
         return False
-    return first_cuda_of(divmod(round(device.circuits["cc"] * 10), 10)) is not None
+    return not support_of(NEWEST_WHEEL, divmod(round(device.circuits["cc"] * 10), 10)).compiles
 
 
 def _as_offered(target: Target) -> Target | None:
