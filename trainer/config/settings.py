@@ -612,6 +612,16 @@ class LogConfig(Section):
 
     every_steps: PositiveInt = 50
     """The number of steps between two points of the curves in TensorBoard, and between two lines on the terminal."""
+    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Where the curves go besides TensorBoard: Weights & Biases, MLflow, trackio. Each needs its package, and is told
+    where to send by its own environment variables."""
+
+    @pydantic.field_validator("trackers")
+    @classmethod
+    def _check_trackers(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(trackers)) < len(trackers):
+            raise ValueError(f"log.trackers={list(trackers)} names a tracker twice; leave one out.")
+        return trackers
 
 
 class ProfileConfig(Section):

@@ -20,6 +20,7 @@ from trainer.monitoring import tags
 from trainer.monitoring.events import Interval, Place, Sink
 from trainer.monitoring.progress import TrainingProgress
 from trainer.monitoring.tensorboard import TensorBoard
+from trainer.monitoring.trackers import open_trackers
 from trainer.runs.parentage import describe_history
 from trainer.runs.results import Evaluation
 from trainer.runs.run_folder import RunFolder
@@ -217,7 +218,7 @@ def make_monitor(
         data_begins_at=-run.data_offset / config.train.global_batch_size,
         history=describe_history(run),
         peak_tokens_per_sec=find_peak(config, model, prepared.vocabulary_size, strategy, say),
-        sinks=sinks,
+        sinks=[*sinks, *open_trackers(run, say)],
     )
 
 

@@ -37,6 +37,7 @@ from trainer.errors import UserError, quoted
 from trainer.exchange.starting_weights import read_beginning
 from trainer.model.build import BuildModel
 from trainer.monitoring.callbacks import Callback
+from trainer.monitoring.trackers import check_trackers
 from trainer.runs.fork import Fork, check_has_steps, place_in_data, plan_fork
 from trainer.runs.parentage import Beginning, parents_by_run
 from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints, read_checkpoint, write_beginning
@@ -179,6 +180,8 @@ def _locked_by_chief(folder: Location, workers: Workers, say: Say) -> contextlib
 
 
 def _launch(request: Request, workers: Workers, say: Say) -> TrainingResult:
+    if workers.is_chief:
+        check_trackers(request.config.log)
     check_start(request.config, say)
     if request.run is not None:
         request.run.check_model(request.build_model)
