@@ -51,10 +51,10 @@ def installed_packages(names: Iterable[str] | None = None, folder: Path | None =
             facts = each.metadata  # It is parsed anew whenever it is asked for.
             if own := facts["Name"]:
                 requires = tuple(facts.get_all("Requires-Dist") or ())
+                # Not [...]: the backport importlib_metadata, which MLflow installs, raises KeyError if it is missing.
+                python = (facts.get_all("Requires-Python") or ("",))[0]
                 # The first one in the order of sys.path is the one that is imported.
-                found.setdefault(
-                    canonicalize_name(own), Package(facts["Version"], requires, facts["Requires-Python"] or "")
-                )
+                found.setdefault(canonicalize_name(own), Package(facts["Version"], requires, python))
     return found
 
 
