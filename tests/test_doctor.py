@@ -18,7 +18,7 @@ from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has thi
 
 from trainer.cli import main
 from trainer.commands import doctor
-from trainer.commands.doctor import check_folders, check_workers, examine
+from trainer.commands.doctor import check_folders, examine
 from trainer.errors import UserError
 from trainer.exit_status import ExitStatus
 from trainer.hardware.checks import Machine
@@ -363,24 +363,6 @@ def test_the_doctor_names_the_cause_of_a_breakage_and_its_repair(name: str, whol
         tiny_config(tmp_path, setting)
     # The sentence ends once, so that a message can be made of both.
     assert not found.what.endswith(".") and not found.repair.endswith(".")
-
-
-@pytest.mark.parametrize(
-    ("environ", "cause", "repair"),
-    [
-        ({"TF_CONFIG": "{"}, "TF_CONFIG='{' is not what it should be, JSON", "Set it on every worker, as in"),
-        ({"TF_CONFIG": json.dumps({"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 3}})},
-         "task.index=3 must be a number from 0 to 0", "Set it on every worker, as in"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_JOB_ID (not set) must be a number", "Start the workers with srun"),
-    ],
-)  # fmt: skip
-def test_wrong_workers_are_named_with_the_repair(environ, cause, repair, monkeypatch):
-    for name in ("TF_CONFIG", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    (found,) = check_workers(tiny_config().distribution)
-    assert found.level == "error" and cause in found.what and found.repair.startswith(repair)
 
 
 def test_both_folders_of_a_run_are_checked(tmp_path: Path):

@@ -512,7 +512,7 @@ def help_of(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 VERBS = (
-    *("prepare", "train", "inspect", "evaluate", "generate", "export", "verify", "plan"),
+    *("prepare", "train", "inspect", "evaluate", "generate", "export", "verify", "plan", "doctor"),
     *("runs", "report", "compare"),
 )
 

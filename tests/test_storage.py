@@ -19,6 +19,7 @@ from trainer.decoding import samples
 from trainer.errors import UserError
 from trainer.runs.run_checkpoints import load_model
 from trainer.runs.run_folder import RunFolder
+from trainer.system.folder_checks import Need, check_writing
 from trainer.system.storage import Url, copy_folder, locate, on_disk, place_on_disk, remove_folder
 
 
@@ -250,3 +251,12 @@ def test_a_name_with_the_most_bytes_that_a_file_system_accepts_is_a_path(tmp_pat
     folder = locate(tmp_path / ("한" * 85))
     folder.mkdir()
     assert not (folder / "config.toml").is_file()
+
+
+def test_the_doctor_writes_into_a_store_and_removes_what_it_wrote(store):
+    (found,) = check_writing(locate(f"{store}/runs"), Need("run_folder"))
+    assert found.level == "ok" and found.what.startswith(f"{store}/runs: written at ")
+    assert not locate(f"{store}/runs/.trainer-doctor").is_file()
+    (found,) = check_writing(locate("nowhere://runs"), Need("run_folder"))
+    assert found.level == "error" and "nowhere://runs cannot be written" in found.what
+    assert found.repair.endswith("or choose another run_folder")

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from trainer.commands.doctor import check_workers
 from trainer.config.settings import DistributionConfig
 from trainer.distributed.workers import Workers, describe_loss, find_workers, read_tf_config, split_address
 from trainer.errors import UserError
@@ -306,3 +307,21 @@ def test_slurm_is_ignored_for_one_process_or_if_tf_config_is_set(slurm_task, mon
     assert find_workers(DistributionConfig()).addresses == ("a:1", "b:2")
     slurm_task("node1", "1", "node1", count=1)
     assert find_workers(DistributionConfig()) == Workers()
+
+
+@pytest.mark.parametrize(
+    ("environ", "cause", "repair"),
+    [
+        ({"TF_CONFIG": "{"}, "TF_CONFIG='{' is not what it should be, JSON", "Set it on every worker, as in"),
+        ({"TF_CONFIG": json.dumps({"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 3}})},
+         "task.index=3 must be a number from 0 to 0", "Set it on every worker, as in"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_JOB_ID (not set) must be a number", "Start the workers with srun"),
+    ],
+)  # fmt: skip
+def test_the_doctor_names_what_is_wrong_with_the_workers_and_the_repair(environ, cause, repair, monkeypatch):
+    for name in ("TF_CONFIG", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    (found,) = check_workers(DistributionConfig())
+    assert found.level == "error" and cause in found.what and found.repair.startswith(repair)

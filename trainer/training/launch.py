@@ -4,11 +4,12 @@
 1. find out which worker this process is: the only one, or one of the several that TF_CONFIG or SLURM name;
 2. lock the run's folder until the run is over, if this worker is the chief, and open the run to go on with, if there is
    one;
-3. get the devices, the prepared data and the folder. A single worker opens its devices, gets the data, and then makes
+3. make the checks of the machine that take milliseconds (checks.py);
+4. get the devices, the prepared data and the folder. A single worker opens its devices, gets the data, and then makes
    the folder if the run is new (`_launch_one`). Several workers first meet and compare what they have: TensorFlow waits
    for a missing worker for ever, and workers with different settings would spoil the model. Then they get the data,
    make or open the folder, and open their devices last (`_launch_several`);
-4. call `loop.train`.
+5. call `loop.train`.
 """
 
 import contextlib
