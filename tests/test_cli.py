@@ -96,6 +96,11 @@ def test_a_verb_that_does_not_need_tensorflow_does_not_load_it(tmp_path: Path):
         (["train", MINIGPT, f"data.train={tmp_path}/nothing.txt"], 2),
         (["train", MINIGPT, "data.train=storybook", f"tokenizer.path={tmp_path}/nothing.json"], 2),
         (["prepare", MINIGPT, f"data.train={tmp_path}/nothing.txt"], 2),
+        (["runs", str(tmp_path)], 0),
+        (["report", str(taken)], 0),
+        (["report", str(taken), "--html"], 0),
+        (["compare", str(taken), str(tmp_path)], 2),
+        (["completion", "fish"], 0),
     ]
     program = [sys.executable, "-c", RUN, json.dumps([arguments for arguments, _ in commands])]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)

@@ -138,6 +138,16 @@ def test_the_terminal_and_the_page_show_the_runs_side_by_side(
     assert sum("a story of" in word for word in page.words["blockquote"]) == 6
 
 
+def test_a_run_without_a_step_is_compared_too(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    record(tmp_path / "begun", facts={"data_fingerprint": "d", "tokenizer_fingerprint": "t"})
+    assert main(["compare", str(tmp_path / "begun"), str(runs["low"])]) == 0
+    assert "not all are finished" in (shown := capsys.readouterr().out) and "●" in shown and "⠉" not in shown
+    assert main(["compare", str(runs["low"]), str(tmp_path / "begun"), "--html", str(tmp_path / "page.html")]) == 0
+    Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+
+
 def test_a_comparison_needs_two_different_runs(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]):
     assert main(["compare", str(runs["low"])]) == 2
     assert "compare needs at least two runs" in capsys.readouterr().err

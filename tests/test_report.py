@@ -158,6 +158,9 @@ def test_a_run_without_a_step_has_a_report(tmp_path: Path, capsys: pytest.Captur
     assert "is not a run folder" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "run"), "--html", str(tmp_path / "nowhere/page.html")]) == 2
     assert "nowhere/page.html cannot be written" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "run"), "--html", str(tmp_path)]) == 2
+    assert f"is a folder: name a file in it, after the runs: --html {tmp_path}/page.html" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_tokens_of_a_fork_include_those_of_its_parents(tmp_path: Path):

@@ -353,7 +353,7 @@ def _add_html(parser: argparse.ArgumentParser, default: str) -> None:
         nargs="?",
         const="",
         metavar="FILE",
-        help=f"write a page instead, which a browser opens without a network (default: {default})",
+        help=f"write a page instead, which a browser opens without a network; stands after RUN (default: {default})",
     )
 
 

@@ -18,6 +18,7 @@ MAX_POINTS = 800
 _LOG_FROM = 5.0
 # The room above and below the lines, as a share of the height.
 _ROOM = 0.04
+NUM_COLORS = 6  # In page.css.
 # The SVG's own units, which the page stretches.
 _UNITS = 1000.0
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # Of a braille character, by row and column.
@@ -29,7 +30,7 @@ class Line(NamedTuple):
     Attributes:
         name: its name in the legend.
         points: x and y of each point, by rising x.
-        color: the number of its color.
+        color: the number of its color; there are `NUM_COLORS`.
         is_dotted: whether each point is drawn, as for the few scores of a validation text.
     """
 
@@ -238,6 +239,8 @@ def text_chart(lines: Sequence[Line], width: int, height: int = 12, is_ascii: bo
         is_ascii: whether the terminal has ASCII only.
     """
     lines = [line._replace(points=[p for p in line.points if math.isfinite(p[1])]) for line in lines]
+    marks = marks_of(len(lines), is_ascii)
+    marks = [mark for mark, line in zip(marks, lines, strict=True) if line.points]
     lines = [line for line in lines if line.points]
     if not lines:
         return []
@@ -247,19 +250,19 @@ def text_chart(lines: Sequence[Line], width: int, height: int = 12, is_ascii: bo
     margin = max(map(len, labels.values()), default=0)
     columns = max(20, width - margin - 3)
     cells = [[0] * columns for _ in range(height)]
-    marks: dict[tuple[int, int], str] = {}
-    for line, mark in zip(lines, ("", *("x+*#@" if is_ascii else "●○◆◇■")), strict=False):
+    marked: dict[tuple[int, int], str] = {}
+    for line, mark in zip(lines, marks, strict=True):
         places = [(x.place(a) * (columns * 2 - 1), (1 - y.place(b)) * (height * 4 - 1)) for a, b in line.points]
         for column, row in places if mark else _joined(places):
             across, down = round(column) // 2, round(row) // 4
             if mark:
-                marks[down, across] = mark
+                marked[down, across] = mark
             else:
                 cells[down][across] |= _DOTS[round(row) % 4][round(column) % 2]
     shown = []
     for row in range(height):
         signs = [("." if is_ascii else chr(0x2800 + dots)) if dots else " " for dots in cells[row]]
-        signs = [marks.get((row, column), sign) for column, sign in enumerate(signs)]
+        signs = [marked.get((row, column), sign) for column, sign in enumerate(signs)]
         shown.append(
             f"{labels.get(row, ''):>{margin}} {'|' if is_ascii else '┤' if row in labels else '│'}{''.join(signs)}"
         )
@@ -269,6 +272,12 @@ def text_chart(lines: Sequence[Line], width: int, height: int = 12, is_ascii: bo
         at = min(max(0, at - len(word) // 2), columns - len(word))
         axis[at : at + len(word)] = word
     return [*shown, f"{'':{margin}}  {''.join(axis).rstrip()}"]
+
+
+def marks_of(num_lines: int, is_ascii: bool) -> list[str]:
+    """Returns the mark of each line of a chart for a terminal; "" for the first line, which has dots."""
+    marks = itertools.cycle("x+*#@" if is_ascii else "●○◆◇■")
+    return ["", *(next(marks) for _ in range(num_lines - 1))][:num_lines]
 
 
 def _joined(places: Points) -> Iterator[tuple[float, float]]:

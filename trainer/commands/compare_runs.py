@@ -8,7 +8,7 @@ import rich.box
 import rich.table
 import rich.text
 
-from trainer.commands.charts import Line, Points, chart, short, text_chart
+from trainer.commands.charts import NUM_COLORS, Line, Points, chart, marks_of, short, text_chart
 from trainer.commands.comparison import Comparison, compare, differing_settings
 from trainer.commands.history import History, Sample, read_history
 from trainer.commands.list_runs import short_time
@@ -111,22 +111,17 @@ def _print(comparison: Comparison) -> None:
     if equal:
         say(f"validation loss in {comparison.unit} after the same {comparison.amount}")
         screen.print(_grid([comparison.amount, *names], equal))
-    lines = _validation_lines(comparison)
+    lines, is_ascii = _validation_lines(comparison), not encodes(sys.stdout)
     if any(line.points for line in lines):
-        marks = f"a line for {names[0]}; " + ", ".join(
-            f"{mark} {name}" for name, mark in zip(names[1:], _marks(), strict=False)
-        )
+        signs = list(zip(names, marks_of(len(names), is_ascii), strict=True))
+        marks = f"a line for {names[0]}; {', '.join(f'{mark} {name}' for name, mark in signs[1:])}"
         print(f"validation loss in {comparison.unit} by {comparison.amount}: {marks}")
-        print("\n".join(text_chart(lines, min(screen.width, 120), is_ascii=not encodes(sys.stdout))))
+        print("\n".join(text_chart(lines, min(screen.width, 120), is_ascii=is_ascii)))
     for decoder, samples in _newest_samples(comparison):
         for name, sample in zip(names, samples, strict=True):
             if sample is not None:
                 remark = f" ({sample.remark})" if sample.remark else ""
                 say(f"\n{decoder}, {name}, step {sample.step}{remark}:\n{sample.text}")
-
-
-def _marks() -> str:
-    return "●○◆◇■" if encodes(sys.stdout) else "x+*#@"
 
 
 def _grid(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> rich.table.Table:
@@ -148,7 +143,9 @@ def _newest_samples(comparison: Comparison) -> list[tuple[str, list[Sample | Non
 def _validation_lines(comparison: Comparison) -> list[Line]:
     names = short_names(comparison.histories)
     return [
-        Line(name, [(comparison.seen(h, dot.step), dot.value) for dot in comparison.validation(h)], i, is_dotted=True)
+        Line(
+            name, [(comparison.seen(h, dot.step), dot.value) for dot in comparison.validation(h)], i % NUM_COLORS, True
+        )
         for i, (name, h) in enumerate(zip(names, comparison.histories, strict=True))
     ]
 
@@ -182,7 +179,7 @@ def _charts(comparison: Comparison) -> str:
     histories, names = comparison.histories, short_names(comparison.histories)
 
     def lines(points: Sequence[Points]) -> list[Line]:
-        return [Line(name, each, i) for i, (name, each) in enumerate(zip(names, points, strict=True))]
+        return [Line(name, each, i % NUM_COLORS) for i, (name, each) in enumerate(zip(names, points, strict=True))]
 
     training = lines([[(comparison.seen(h, dot.step), dot.value) for dot in comparison.training(h)] for h in histories])
     by_time = lines([[(dot.secs / 60, dot.value) for dot in comparison.validation(h)] for h in histories])
@@ -202,7 +199,12 @@ def _samples(comparison: Comparison) -> str:
     for i, (decoder, samples) in enumerate(_newest_samples(comparison)):
         found = zip(names, samples, range(len(names)), strict=True)
         entries = [
-            (name, f"step {sample.step:,}{f'; {sample.remark}' if sample.remark else ''}", sample.text, color)
+            (
+                name,
+                f"step {sample.step:,}{f'; {sample.remark}' if sample.remark else ''}",
+                sample.text,
+                color % NUM_COLORS,
+            )
             for name, sample, color in found
             if sample is not None
         ]

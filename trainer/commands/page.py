@@ -5,8 +5,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from trainer.errors import UserError
-from trainer.system.storage import Location, reason_and_remedy
+from trainer.errors import UserError, quoted
+from trainer.system.storage import Location, Url, reason_and_remedy
 from trainer.system.whole import write_whole
 from trainer.version import __version__
 
@@ -33,9 +33,15 @@ def write_page(file: Location, text: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
+    if file.is_dir():
+        raise UserError(
+            f"--html {file} is a folder: name a file in it, after the runs: --html {quoted(file)}/page.html"
+        )
     try:
         write_whole(file, text)
     except OSError as error:
+        if not isinstance(file, Url):
+            file.with_name(f"{file.name}.partial").unlink(missing_ok=True)
         raise UserError(f"{file} cannot be written: {reason_and_remedy(error)}.") from None
 
 
