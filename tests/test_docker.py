@@ -7,6 +7,8 @@ is asked for and downloads nothing.
 """
 
 import configparser
+import importlib.util
+import json
 import re
 import shutil
 import site
@@ -149,14 +151,14 @@ def test_services_of_compose_run_as_the_image_s_user_with_a_read_only_root():
     assert volumes["trainer"] == volumes["trainer-gpu"] == ["runs:/app/runs", "prepared:/app/prepared"]
     assert volumes["tensorboard"] == ["runs:/app/runs:ro"]
     (written,) = texts_of("VOLUME")
-    assert eval(written) == ["/app/runs", "/app/prepared"]
+    assert json.loads(written) == ["/app/runs", "/app/prepared"]
     assert COMPOSE["volumes"].keys() == {"runs", "prepared"}
 
 
 def test_compose_gives_a_run_time_to_save_the_gpu_a_profile_and_tensorboard_this_machine_only():
     for name in ("trainer", "trainer-gpu"):
         assert SERVICES[name]["stop_grace_period"] == "5m"
-        assert SERVICES[name]["command"] == eval(texts_of("CMD")[0])
+        assert SERVICES[name]["command"] == json.loads(texts_of("CMD")[0])
     assert SERVICES["trainer-gpu"]["profiles"] == ["gpu"]
     (gpus,) = SERVICES["trainer-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert gpus == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
@@ -165,6 +167,10 @@ def test_compose_gives_a_run_time_to_save_the_gpu_a_profile_and_tensorboard_this
 
 
 # --- the lines of the stages, run in a plain folder ---
+
+
+# uv makes environments without pip.
+HAS_PIP = importlib.util.find_spec("pip") is not None
 
 
 def stand_ins(folder: Path, pins: dict[str, str]) -> Path:
@@ -186,12 +192,16 @@ class Image:
 
     def __init__(self, root: Path, packages: list[Path]) -> None:
         self.root = self.workdir = root
-        venv.create(root / "usr")
+        # A pip of its own takes seconds to make, and brings an old setuptools along.
+        venv.create(root / "usr", with_pip=not HAS_PIP)
         (self.library,) = (root / "usr/lib").glob("python3*/site-packages")
+        for old in self.library.glob("setuptools*"):
+            shutil.rmtree(old)
         (self.library / "packages.pth").write_text("".join(f"{folder}\n" for folder in packages))
         programs = dict.fromkeys(("useradd", "chown"), f'echo "${{0##*/}}" "$@" >>{root}/by_root')
-        # A venv with pip of its own takes seconds to make, and brings an old setuptools along.
-        for name, text in (programs | {"pip": f'exec {root}/usr/bin/python -m pip "$@"'}).items():
+        if HAS_PIP:
+            programs["pip"] = f'exec {root}/usr/bin/python -m pip "$@"'
+        for name, text in programs.items():
             program = root / "usr/bin" / name
             program.write_text(f"#!/bin/sh\n{text}\n")
             program.chmod(0o755)
@@ -262,7 +272,8 @@ def test_the_lines_of_packages_for_gpus_and_tpus_find_every_version_in_their_loc
     for device in ("gpu", "tpu"):
         if device == "tpu":
             # The other packages are left out: pip would take their versions for installed.
-            shutil.copytree(installed / "pip", tpu / "pip")
+            if HAS_PIP:
+                shutil.copytree(installed / "pip", tpu / "pip")
             (image.library / "packages.pth").write_text(f"{tpu}\n")
         packages = stages_of(device)[:-1]
         assert packages[-1] == STAGES[f"packages-{device}"]
