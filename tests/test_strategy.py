@@ -17,11 +17,14 @@ from trainer.distributed.strategy import (
     find_devices,
     gpu_numbers,
     make_strategy,
+    refuse_gpus_without_code,
     share_cores,
     use_one_inter_op_thread,
+    visible_gpus,
 )
 from trainer.distributed.workers import Workers
 from trainer.errors import UserError
+from trainer.hardware.cuda import Gpu, make_build
 from trainer.hardware.devices import parse_target
 from trainer.system.machine import describe_cpu
 
@@ -82,6 +85,7 @@ def test_a_run_sees_no_gpu_but_those_named():
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
 def test_a_run_prints_its_devices_and_warns_of_a_gpu_that_it_does_not_use(monkeypatch):
     warning = "This machine's NVIDIA GPU is not used: ..."
+    monkeypatch.setattr(distribution, "has_nvidia_gpu", lambda: True)
     monkeypatch.setattr(distribution, "unused_gpu", lambda machine: warning)
     strategy = make_strategy(DistributionConfig())
     devices = f"Devices: {describe_cpu()}"
@@ -91,6 +95,16 @@ def test_a_run_prints_its_devices_and_warns_of_a_gpu_that_it_does_not_use(monkey
         assert describe_devices(strategy, config, Workers()) == [devices]
     of_several = describe_devices(strategy, DistributionConfig(kind="cpu"), Workers(("a:1", "b:1"), 1))
     assert of_several == [f"Devices: 2 workers; worker 1: {describe_cpu()}"]
+
+
+def test_a_gpu_on_which_this_tensorflow_fails_is_refused_before_it_is_used():
+    wheel = {"is_cuda_build": True, "cuda_version": "12.5.1", "cuda_compute_capabilities": ["sm_89", "compute_90"]}
+    new, known = Gpu("NVIDIA GeForce RTX 5090", (12, 0)), Gpu("NVIDIA L4", (8, 9))
+    with pytest.raises(UserError, match=r"has no code for NVIDIA GeForce RTX 5090 .*Install 2\.21"):
+        refuse_gpus_without_code((known, new), make_build("2.20.0", wheel))
+    refuse_gpus_without_code((known, new), make_build("2.21.0", wheel))  # There it runs without XLA.
+    refuse_gpus_without_code((known,), make_build("2.20.0", wheel))
+    refuse_gpus_without_code(visible_gpus())
 
 
 @pytest.mark.parametrize(

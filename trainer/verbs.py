@@ -287,9 +287,15 @@ def generate(options: argparse.Namespace) -> None:
     prompts = read_prompts(options.prompts) if options.prompts else [options.prompt or options.text or ""]
     with quiet_import():
         from trainer.decoding.generate import Generator
-        from trainer.distributed.strategy import unseen_gpu, use_one_inter_op_thread
+        from trainer.distributed.strategy import (
+            refuse_gpus_without_code,
+            unseen_gpu,
+            use_one_inter_op_thread,
+            visible_gpus,
+        )
 
     use_one_inter_op_thread()
+    refuse_gpus_without_code(visible_gpus())
     if warning := unseen_gpu():
         warn(f"warning: {warning}")
     opened = open_model(options.run_folder, step=options.step, say=warn)

@@ -6,6 +6,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
+from pathlib import Path
 
 import tensorflow as tf
 
@@ -15,12 +16,12 @@ from trainer.distributed.tpu_install import check_tpu_install
 from trainer.distributed.workers import Workers, find_workers
 from trainer.errors import UserError
 from trainer.execution import resolve
-from trainer.hardware.checks import this_machine
-from trainer.hardware.cuda import make_build, support_of
+from trainer.hardware.checks import Machine, check_support, this_machine
+from trainer.hardware.cuda import Build, Driver, Gpu, make_build, support_of
 from trainer.hardware.devices import Target, find_gpu, parse_target
 from trainer.hardware.processor import Processor, processor
 from trainer.hardware.unused import unused_gpu, unused_tpu
-from trainer.system.machine import describe_cpu, num_cores
+from trainer.system.machine import describe_cpu, has_nvidia_gpu, num_cores
 
 TPU_TIMEOUT_SECS = 50.0
 
@@ -144,10 +145,38 @@ def processor_of(strategy: tf.distribute.Strategy) -> Processor:
     if found.kind != "GPU":
         return found
     # The devices are open, and XLA has not compiled for them yet: only then would it end the process.
-    build = make_build(tf.__version__, tf.sysconfig.get_build_info())
+    gpus = visible_gpus()
+    return found._replace(compiles=all(support_of(_build(), gpu.capability).compiles for gpu in gpus))
+
+
+def visible_gpus() -> tuple[Gpu, ...]:
+    """Returns the NVIDIA GPUs that TensorFlow may use."""
     details = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices("GPU"))
-    capabilities = [each["compute_capability"] for each in details if "compute_capability" in each]
-    return found._replace(compiles=all(support_of(build, each).compiles for each in capabilities))
+    return tuple(
+        Gpu(each.get("device_name", "a GPU"), each["compute_capability"])
+        for each in details
+        if "compute_capability" in each
+    )
+
+
+def refuse_gpus_without_code(gpus: tuple[Gpu, ...], build: Build | None = None) -> None:
+    """Refuses GPUs on which the operations of this build of TensorFlow fail.
+
+    Args:
+        gpus: the GPUs to use.
+        build: the build; None: the installed one.
+
+    Raises:
+        UserError: there is such a GPU; the message is that of `trainer doctor`.
+    """
+    machine = Machine({}, build or _build(), Path(), Driver(gpus=gpus))
+    for finding in check_support(machine, xla="off"):
+        if finding.level == "error":
+            raise UserError(str(finding))
+
+
+def _build() -> Build:
+    return make_build(tf.__version__, tf.sysconfig.get_build_info())
 
 
 def device_names(strategy: tf.distribute.Strategy) -> set[str]:
@@ -191,7 +220,8 @@ def describe_devices(strategy: tf.distribute.Strategy, config: DistributionConfi
 
 def unseen_gpu() -> str | None:
     """Returns why TensorFlow does not see this machine's GPU, and what to do; None if it sees one or none exists."""
-    return None if _num_gpus() else unused_gpu(this_machine())
+    # Without this look every start on a CPU would read the metadata of all packages.
+    return unused_gpu(this_machine()) if has_nvidia_gpu() and not _num_gpus() else None
 
 
 def find_devices(kind: str, names: Collection[str], num_replicas: int) -> Target | None:
@@ -236,6 +266,7 @@ def _gpus(chosen: tuple[int, ...] | None) -> tf.distribute.Strategy:
             f"distribution.gpus={numbers}: this process has used TensorFlow already, and GPUs can only be chosen "
             "before. Start a new process."
         ) from None
+    refuse_gpus_without_code(visible_gpus())
     # TensorFlow numbers the visible GPUs from 0.
     devices = [f"/gpu:{i}" for i in range(len(used))]
     return tf.distribute.OneDeviceStrategy(devices[0]) if len(used) == 1 else tf.distribute.MirroredStrategy(devices)
