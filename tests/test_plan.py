@@ -75,9 +75,16 @@ def test_the_vocabulary_and_the_number_of_epochs_come_from_the_prepared_text(
     overrides = ["train.total_steps=5", "train.global_batch_size=16"]
     with pytest.raises(UserError, match="give --vocabulary-size"):
         print_plan(make_config(settings, overrides))
+    print_plan(make_config(settings, overrides), 70_000)
+    out = capsys.readouterr().out
+    assert "epochs       known once the text is prepared\n" in out
+    assert (
+        f"text         {4 * 5 * 16 * 128 / 1e6:.1f} MB of disk if it is prepared to as many tokens, of 4 bytes" in out
+    )
     prepared = prepare(make_config(settings), lambda _: None)
     print_plan(make_config(settings, overrides))
     out = capsys.readouterr().out
+    assert "text   " not in out
     assert f"vocabulary {prepared.vocabulary_size}," in out
     assert f"steps        5 of 16 x 128 tokens: {5 * 16 * 128:,} tokens" in out
     assert f"epochs       2.00 of 40 examples ({prepared.folder})" in out

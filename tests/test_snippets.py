@@ -20,9 +20,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tomli_w
 import yaml
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 import trainer
 import trainer.config.file
@@ -45,7 +49,7 @@ PAGES = (
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 PROGRAMS = (
     *("trainer", ".venv", "scripts", "tests", "docker", "sbatch", "kubectl", "sky"),
-    *("pip", "uv", "mkdir", "curl", "gcloud", "python"),
+    *("pip", "uv", "mkdir", "curl", "gcloud", "python", "hf"),
 )
 
 # What a fenced block of a page can hold: commands, programs and settings; output and pictures are not run.
@@ -171,7 +175,28 @@ def shrink(path: Path) -> None:
         settings.get(section, {}).pop("every_steps", None)
         settings.get(section, {}).pop("num_batches", None)
     settings.setdefault("optimizer", {})["warmup_steps"] = 2
+    if settings["data"].get("held_out_fraction", 1) < 0.01:
+        settings["data"]["held_out_fraction"] = 0.2  # A small part of a small text has no document.
     path.write_text(tomli_w.dumps(settings), encoding="utf-8")
+
+
+def write_fineweb(folder: Path) -> None:
+    """Writes small files with the names and columns of FineWeb's sample."""
+    folder.mkdir(parents=True)
+    for number in range(2):
+        texts = [f"Page {i} of site {number} has news about cats.\n\nA cat sat on a mat." for i in range(40)]
+        columns = {
+            "text": texts,
+            "id": [f"<urn:uuid:{number}-{i}>" for i in range(len(texts))],
+            "dump": ["CC-MAIN-2021-04"] * len(texts),
+            "url": [f"http://site{number}.test/{i}" for i in range(len(texts))],
+            "date": ["2021-01-16T00:00:00Z"] * len(texts),
+            "file_path": ["s3://commoncrawl/crawl-data/CC-MAIN-2021-04/segments/1.warc.gz"] * len(texts),
+            "language": ["en"] * len(texts),
+            "language_score": [0.9] * len(texts),
+            "token_count": [20] * len(texts),
+        }
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"{number:03}_00000.parquet", row_group_size=10)
 
 
 @pytest.fixture
@@ -188,6 +213,10 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (texts / "prompts.txt").write_text("once\n\nonce upon\n", encoding="utf-8")
     (texts / "c.jsonl").write_text('{"text": "A cat."}\n', encoding="utf-8")
     (tmp_path / "tinyshakespeare.txt").touch()
+    write_fineweb(tmp_path / "data/fineweb/sample/10BT")
+    (tmp_path / "data/gpt2").mkdir()
+    vocabulary = {token: i for i, token in enumerate([*ByteLevel.alphabet(), "<|endoftext|>"])}
+    ByteLevelBPETokenizer(vocabulary, []).save(str(tmp_path / "data/gpt2/tokenizer.json"))
     simplebooks = tmp_path / ".keras/datasets/simplebooks/simplebooks-92-raw"
     simplebooks.mkdir(parents=True)
     for name in ("train.txt", "valid.txt"):
@@ -330,6 +359,13 @@ def check_eval(words: list[str]) -> None:
     check_trainer(shlex.split(printed.removeprefix("$(trainer ").removesuffix(")")))
 
 
+def check_hub(words: list[str]) -> None:
+    assert words[0] == "download"
+    program = Path(sys.executable).parent / "hf"
+    known = subprocess.run([program, "download", "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(word in known for word in words if word.startswith("--"))
+
+
 # Programs that are not run here, what is checked in their place, and why.
 DRY: dict[str, tuple[Callable[[list[str]], None], str]] = {
     ".venv/bin/tensorboard": (check_tensorboard, "serves until it is stopped"),
@@ -351,6 +387,7 @@ DRY: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "gcloud": (check_program, "needs Google Cloud"),
     "mkdir": (check_program, "makes folders for Docker"),
     "curl": (check_program, "needs the internet"),
+    "hf": (check_hub, "needs the internet"),
 }
 SCRIPTS = sorted(
     path

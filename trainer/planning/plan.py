@@ -13,7 +13,7 @@ import rich.console
 import rich.table
 
 from trainer.config.settings import CharConfig, Config
-from trainer.data.shards import PreparedData, num_examples, prepared_in
+from trainer.data.shards import PreparedData, num_examples, prepared_in, token_dtype
 from trainer.errors import UserError
 from trainer.execution import resolve
 from trainer.hardware.devices import Target, known_targets
@@ -65,7 +65,7 @@ def print_plan(
     vocabulary_size = find_vocabulary_size(config, vocabulary_size)
     if with_weights:
         _print_weights(config, vocabulary_size)
-    for line in (*_model_lines(config, vocabulary_size), *_data_lines(config)):
+    for line in (*_model_lines(config, vocabulary_size), *_data_lines(config, vocabulary_size)):
         say(line)
     if target is None:
         own = own_devices(config)
@@ -182,7 +182,7 @@ def _model_lines(config: Config, vocabulary_size: int) -> Iterator[str]:
     yield f"checkpoints  {size_of(count * checkpoint_bytes)} of disk: {count} of {size_of(checkpoint_bytes)}"
 
 
-def _data_lines(config: Config) -> Iterator[str]:
+def _data_lines(config: Config, vocabulary_size: int) -> Iterator[str]:
     train, examples = config.train, _num_examples(config)
     batch = f"{train.global_batch_size:,} x {train.sequence_length:,} tokens"
     steps = _num_steps(config)
@@ -194,6 +194,9 @@ def _data_lines(config: Config) -> Iterator[str]:
         yield "epochs       each source has its own number, by data.weights"
     elif examples is None:
         yield "epochs       known once the text is prepared"
+        num_bytes = 2 if token_dtype(vocabulary_size) == "uint16" else 4
+        size = size_of(num_bytes * steps * train.global_batch_size * train.sequence_length)
+        yield f"text         {size} of disk if it is prepared to as many tokens, of {num_bytes} bytes each"
     else:
         prepared = _prepared(config)
         source = "about: the stories that are not held out" if prepared is None else str(prepared.folder)
