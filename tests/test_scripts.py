@@ -141,6 +141,29 @@ def test_an_extra_can_have_an_environment_of_its_own(checkout: Checkout) -> None
     assert not (checkout.root / ".venv").exists()
 
 
+def test_pythons_runs_the_fast_tests_with_each_python_and_names_those_that_fail(checkout: Checkout) -> None:
+    shutil.copy(REPOSITORY / "scripts/pythons", checkout.root / "scripts/pythons")
+    with (checkout.root / "scripts/environment.sh").open("a") as file:
+        file.write('make_environment() { echo "$1 with $TRAINER_PYTHON"; venv=$root/$2; }\n')
+    first, second, last = (f"3.{minor}" for minor in range(FIRST_MINOR, PAST_MINOR))
+    checkout.add_python(f"python{first}", f"{first}.4")
+    checkout.add_python(f"python{second}", f"{second}.0")
+    checkout.add_python(f"python{last}", f"{first}.4")  # A shim that leads to another one.
+    for version in (first, second):
+        pytest = f"#!{BASH}\necho {version}: $@\n[[ {version} == {first} ]]\n"
+        checkout.program(checkout.root / f".venv-{version}/bin/pytest", pytest)
+    ran = checkout.run("scripts/pythons", "-k", "two words")
+    options = "--numprocesses logical --maxprocesses 4 --dist loadfile -m not slow -k two words"
+    assert ran.returncode == 1
+    assert ran.stdout.splitlines() == [
+        *(f"== Python {first}", f"test with {checkout.bin}/python{first}", f"{first}: {options}"),
+        *(f"== Python {second}", f"test with {checkout.bin}/python{second}", f"{second}: {options}"),
+        *(f"== Python {last}", f"Python {last} was not found; install it, as with: uv python install {last}"),
+        f"Failed with Python: {second} {last}",
+    ]
+    assert checkout.run("scripts/pythons", first).returncode == 0
+
+
 def test_a_missing_python_is_reported(checkout: Checkout) -> None:
     result = checkout.make_environment()
     assert result.returncode == 1
@@ -473,7 +496,7 @@ def test_a_program_explains_itself_and_refuses_what_it_does_not_know_before_it_d
         assert f"{program} " in asked.stdout or f"usage: {Path(program).name} " in asked.stdout
         assert "--dry-run" in asked.stdout or not program.startswith("scripts/launch/")
     # pytest, or the program after it, judges what follows these.
-    if program not in ("scripts/test", "scripts/parity", "scripts/venv_python"):
+    if program not in ("scripts/test", "scripts/parity", "scripts/pythons", "scripts/venv_python"):
         wrong = programs.run(program, "--nonsense")
         assert wrong.returncode in (1, 2)
         assert "--nonsense" in wrong.stdout or f"{program} " in wrong.stdout or "required: " in wrong.stdout
