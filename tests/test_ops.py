@@ -96,47 +96,52 @@ def difference(ours, theirs):
 
 
 # Each kind and each recompute, and what devices take: for the fast tests. The slow ones try all.
-SOME_WAYS = {"plain, recompute blocks", "cpu, recompute nothing", "xla, recompute nothing", "xla, recompute attention"}
+SOME_WAYS = ("plain, recompute blocks", "cpu, recompute nothing", "xla, recompute nothing", "xla, recompute attention")
 
 
-def assert_ways_are_the_plain_one(shape, sequence, tolerance, dtype="float64", some=None):
+@functools.cache
+def plain_one(shape, sequence, dtype="float64"):
+    """The model of a shape, and the loss and gradients of the plain way. Their test is tests/test_gpt.py."""
     model = make_model(SHAPES[shape], sequence, dtype)
-    (_, plain), *others = ways()
-    loss, *gradients = loss_and_gradients(model, sequence, plain)
-    for name, ops in others:
-        if some is not None and name not in some:
-            continue
-        other_loss, *other_gradients = loss_and_gradients(model, sequence, ops)
+    return model, loss_and_gradients(model, sequence, dict(ways())["plain, recompute nothing"])
+
+
+def assert_ways_are_the_plain_one(shape, sequence, tolerance, names, dtype="float64"):
+    model, (loss, *gradients) = plain_one(shape, sequence, dtype)
+    for name in names:
+        other_loss, *other_gradients = loss_and_gradients(model, sequence, dict(ways())[name])
         assert difference([other_loss], [loss]) <= tolerance, name
         assert difference(other_gradients, gradients) <= tolerance, name
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_some_ways_give_the_loss_and_gradients_of_the_plain_one(shape):
-    assert_ways_are_the_plain_one(shape, 12, 1e-13, some=SOME_WAYS)  # float64: a bug is larger by far.
+    assert_ways_are_the_plain_one(shape, 12, 1e-13, SOME_WAYS)  # float64: a bug is larger by far.
 
 
-# 300 tokens are two query blocks and a part of one; a block and a part of one while gradients compute again.
+# 300 tokens are two query blocks and a part of one; a block and a part of one while gradients compute again. The other
+# ways with 12 tokens are the test above.
 @pytest.mark.slow
 @pytest.mark.parametrize("sequence", [12, 300])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_way_gives_the_loss_and_gradients_of_the_plain_one(shape, sequence):
-    assert_ways_are_the_plain_one(shape, sequence, 1e-13)
+    _, *others = dict(ways())
+    names = [name for name in others if sequence > 12 or name not in SOME_WAYS]
+    assert len(names) == 8 - (sequence == 12) * len(SOME_WAYS)
+    assert_ways_are_the_plain_one(shape, sequence, 1e-13, names)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("mixed_bfloat16", 5e-2)])
 def test_ways_differ_from_the_plain_one_by_rounding_only(dtype, tolerance):
-    assert_ways_are_the_plain_one("llama", 12, tolerance, dtype, SOME_WAYS)
+    assert_ways_are_the_plain_one("llama", 12, tolerance, SOME_WAYS, dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sequence", [12, 300])
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "tied"])
 def test_compiled_by_xla_the_loss_and_gradients_are_those_of_the_plain_way(shape, sequence):
-    model = make_model(SHAPES[shape], sequence)
-    (_, plain), *others = ways()
-    expected = loss_and_gradients(model, sequence, plain)
-    for name, ops in others:
+    model, expected = plain_one(shape, sequence)
+    for name, ops in ways():
         if isinstance(ops, XlaOps):
             assert difference(loss_and_gradients(model, sequence, ops, jit_compile=True), expected) <= 1e-13, name
 
