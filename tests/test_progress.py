@@ -1,5 +1,6 @@
 import contextlib
 import io
+import os
 import re
 import sys
 import types
@@ -95,6 +96,19 @@ def test_an_error_leaves_the_terminal_as_it_was():
         raise KeyboardInterrupt
     assert stream.getvalue().count("\x1b[?25h") == stream.getvalue().count("\x1b[?25l") == 1
     assert terminal.live_console() is None
+
+
+def test_a_process_that_ends_at_once_leaves_the_cursor_seen_and_below_the_bar():
+    reader, writer = os.openpty()
+    try:
+        terminal.leave_bar(writer)
+        assert os.read(reader, 100) == b"\x1b[?25h"
+        with on_terminal(), shown(terminal.warn, "evaluating"):
+            terminal.leave_bar(writer)
+        assert os.read(reader, 100) in (b"\x1b[?25h\n", b"\x1b[?25h\r\n")
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 @pytest.mark.parametrize("to", [terminal.warn, lambda line: None, io.StringIO()])

@@ -35,7 +35,7 @@ def ignore(done: int, total: int | None = None) -> None:
 
 
 class Bar:
-    """How far a task is. This one shows nothing; what it is told costs no more than setting attributes.
+    """How far a task is. This one shows nothing; to tell it something takes microseconds.
 
     Attributes:
         is_shown: whether somebody sees it, so that lines on the progress are not needed.
