@@ -13,11 +13,14 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util.tensor_util import make_tensor_proto
 
 from trainer.errors import UserError
+from trainer.monitoring.events import Histogram
 from trainer.system.storage import Location, reason_and_remedy
 from trainer.system.terminal import Say, printable
 
@@ -39,6 +42,9 @@ class EventLog:
         first_step: the last step of which earlier files keep their events.
         say: prints a line; called when the file cannot be written, and when it can be written again.
 
+    Attributes:
+        is_first: whether the folder had no file before this one.
+
     Raises:
         UserError: the file cannot be written at the start.
     """
@@ -58,6 +64,7 @@ class EventLog:
     def _open(self) -> RecordWriter:
         tf.io.gfile.makedirs(str(self.folder))
         names = event_files(self.folder)
+        self.is_first = not names
         second = int(time.time())
         if names:
             second = max(second, int(_EVENT_FILE.match(names[-1])[1]) + 1)  # type: ignore[index]
@@ -79,6 +86,23 @@ class EventLog:
         """Writes texts, in Markdown."""
         self._write(step, [{"summary": text_pb(name, text)} for name, text in texts.items()])
 
+    def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Writes histograms."""
+        for name, histogram in histograms.items():
+            edges = np.linspace(histogram.low, histogram.high, len(histogram.counts) + 1)
+            rows = np.stack([edges[:-1], edges[1:], histogram.counts], axis=1)  # What histogram_pb makes of values.
+            summary = histogram_pb(name, [])
+            summary.value[0].tensor.CopyFrom(make_tensor_proto(rows, np.float64))
+            self.summary(step, summary)
+
+    def summary(self, step: int, summary: Summary) -> None:
+        """Writes a summary that is made elsewhere."""
+        self._write(step, [{"summary": summary}])
+
+    def graph(self, graph: bytes) -> None:
+        """Writes a serialized GraphDef."""
+        self._write(0, [{"graph_def": graph}])
+
     def close(self) -> None:
         """Closes the file, and prints if not everything could be written."""
         if self._unwritten:
@@ -93,7 +117,7 @@ class EventLog:
                 self._writer.close()
         self._writer = None
 
-    def _write(self, step: int, events: list[dict[str, str | SessionLog | Summary]]) -> None:
+    def _write(self, step: int, events: list[dict[str, bytes | SessionLog | Summary]]) -> None:
         was_failing = self._writer is None
         for event in events:
             self._write_event(step, event)

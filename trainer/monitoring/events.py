@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from trainer.runs.results import Evaluation
 
 
@@ -60,6 +62,20 @@ class Interval(NamedTuple):
     loss_scale: float | None = None
 
 
+class Histogram(NamedTuple):
+    """How often values are in buckets of the same width.
+
+    Attributes:
+        low: the lowest value.
+        high: the highest value.
+        counts: int [buckets], the values in each bucket from low to high.
+    """
+
+    low: float
+    high: float
+    counts: np.ndarray
+
+
 class Sink:
     """Receives what a run reports. A method does nothing unless a subclass overrides it.
 
@@ -90,6 +106,9 @@ class Sink:
 
     def checkpoint(self, place: Place, folder: str) -> None:
         """Receives the folder of a checkpoint that is whole; place is that of the checkpoint."""
+
+    def histograms(self, place: Place, histograms: Mapping[str, Histogram]) -> None:
+        """Receives the histograms of weights and gradients, by their tags."""
 
     def samples(self, place: Place, samples: Mapping[str, str]) -> None:
         """Receives the samples, by the decoder that wrote them."""

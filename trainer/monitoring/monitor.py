@@ -17,7 +17,7 @@ from trainer.distributed.strategy import device_kind, device_names, find_devices
 from trainer.model.language_model import adapt
 from trainer.model.size import tokens_per_sec_at_peak
 from trainer.monitoring import tags
-from trainer.monitoring.events import Interval, Place, Sink
+from trainer.monitoring.events import Histogram, Interval, Place, Sink
 from trainer.monitoring.progress import TrainingProgress
 from trainer.monitoring.tensorboard import TensorBoard
 from trainer.monitoring.trackers import open_trackers
@@ -48,6 +48,7 @@ class Monitor:
         history: a line for each run that this one comes from, and for each change.
         peak_tokens_per_sec: the speed at a model FLOPs utilisation of 1; None: unknown, and the curve is left out.
         sinks: what else receives the reports.
+        model: the model whose graph TensorBoard shows; None: no graph.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Monitor:
         history: Sequence[str] = (),
         peak_tokens_per_sec: float | None = None,
         sinks: Sequence[Sink] = (),
+        model: keras.Model | None = None,
     ) -> None:
         self.total_steps = total_steps
         self._peak_tokens_per_sec = peak_tokens_per_sec
@@ -77,8 +79,10 @@ class Monitor:
         self._data_begins_at = data_begins_at
         terminal_sink = TrainingProgress(first_step, total_steps, terminal, say)
         self.say = terminal_sink.say
-        tensorboard = TensorBoard(logs, config, first_step, total_steps, history, self.say)
+        tensorboard = TensorBoard(logs, config, first_step, total_steps, history, self.say, model)
         self.profiled = tensorboard.profiled
+        # The steps of this process, and the seconds that they took for each token of a step.
+        self._num_steps, self._secs_per_token = 0, 0.0
         self._sinks: list[Sink] = [tensorboard, terminal_sink, *sinks]
 
     @contextlib.contextmanager
@@ -128,6 +132,9 @@ class Monitor:
         if self._peak_tokens_per_sec is not None:
             values[tags.MFU_IN_STEPS] = interval.tokens_per_sec_in_steps / self._peak_tokens_per_sec
             values[tags.MFU_OVERALL] = interval.tokens_per_sec_overall / self._peak_tokens_per_sec
+        if interval.tokens_per_sec_in_steps:
+            self._num_steps += interval.num_steps
+            self._secs_per_token += interval.num_steps / interval.tokens_per_sec_in_steps
         for sink in self._sinks:
             sink.interval(place, interval, _known(values))
 
@@ -140,6 +147,7 @@ class Monitor:
             tags.bits_per_byte(evaluation.is_lossy): evaluation.bits_per_byte,
             tags.EXCESS: evaluation.excess,
             tags.EPOCH: place.epochs,
+            tags.MEAN_TOKENS_PER_SEC: self._num_steps / self._secs_per_token if self._num_steps else None,
         }
         values |= {tags.loss_of_source(i): loss for i, loss in enumerate(evaluation.losses)}
         for name, score in evaluation.sets.items():
@@ -152,6 +160,11 @@ class Monitor:
         """Reports the folder of a checkpoint that is whole."""
         for sink in self._sinks:
             sink.checkpoint(self._place(step), str(folder))
+
+    def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Reports the histograms of weights and gradients, by their tags."""
+        for sink in self._sinks:
+            sink.histograms(self._place(step), histograms)
 
     def samples(self, step: int, samples: Mapping[str, str]) -> None:
         """Reports the samples, by the decoder that wrote them."""
@@ -179,7 +192,7 @@ class SilentMonitor:
     def say(self, *_: object) -> None:
         """Does nothing."""
 
-    advance = interval = evaluation = checkpoint = samples = say
+    advance = interval = evaluation = checkpoint = histograms = samples = say
 
 
 def _known(values: Mapping[str, float | None]) -> dict[str, float]:
@@ -219,6 +232,7 @@ def make_monitor(
         history=describe_history(run),
         peak_tokens_per_sec=find_peak(config, model, prepared.vocabulary_size, strategy, say),
         sinks=[*sinks, *open_trackers(run, say)],
+        model=model,
     )
 
 

@@ -9,6 +9,7 @@ PERPLEXITY = "loss/perplexity"
 EXCESS = "loss/excess_nats_per_token"
 TOKENS_PER_SEC_IN_STEPS = "speed/tokens_per_sec_in_steps"
 TOKENS_PER_SEC_OVERALL = "speed/tokens_per_sec_overall"
+MEAN_TOKENS_PER_SEC = "speed/mean_tokens_per_sec_in_steps"
 MFU_IN_STEPS = "speed/mfu_in_steps"
 MFU_OVERALL = "speed/mfu_overall"
 LEARNING_RATE = "optimizer/learning_rate"
@@ -35,6 +36,16 @@ def of_set(tag: str, name: str) -> str:
 def loss_of_source(number: int) -> str:
     """Returns the tag of the validation loss of a source that data.weights mixes."""
     return f"{LOSS}_of_source_{number}"
+
+
+def weights_of(variable: str) -> str:
+    """Returns the tag of the histograms of a variable's weights."""
+    return f"weights/{variable}"
+
+
+def gradients_of(variable: str) -> str:
+    """Returns the tag of the histograms of a variable's gradients."""
+    return f"weight_gradients/{variable}"  # After the curves, in the order of the alphabet.
 
 
 def samples_of(decoder: str) -> str:

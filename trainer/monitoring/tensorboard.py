@@ -1,14 +1,18 @@
-"""Writes what a run reports for TensorBoard: curves, texts and profiles."""
+"""Writes what a run reports for TensorBoard: curves, texts, histograms, the graph, the settings and profiles."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
+import keras
 import tensorflow as tf
 
 from trainer.config.settings import Config
 from trainer.monitoring import tags
 from trainer.monitoring.event_log import EventLog, literal
-from trainer.monitoring.events import Interval, Place, Sink
+from trainer.monitoring.events import Histogram, Interval, Place, Sink
+from trainer.monitoring.graph import graph_of
+from trainer.monitoring.hparams import Session
+from trainer.monitoring.layout import layout_summary
 from trainer.runs.results import Evaluation
 from trainer.system.storage import Location
 from trainer.system.terminal import Say
@@ -24,10 +28,18 @@ class TensorBoard(Sink):
         total_steps: the number of steps of the run.
         history: a line for each run that this one comes from, and for each change.
         say: prints a line.
+        model: the model whose graph is shown; None: no graph.
     """
 
     def __init__(
-        self, logs: Location, config: Config, first_step: int, total_steps: int, history: Sequence[str], say: Say
+        self,
+        logs: Location,
+        config: Config,
+        first_step: int,
+        total_steps: int,
+        history: Sequence[str],
+        say: Say,
+        model: keras.Model | None = None,
     ) -> None:
         self._say = say
         self._train = EventLog(logs / "train", first_step, say)
@@ -38,6 +50,13 @@ class TensorBoard(Sink):
         if history:
             texts[tags.HISTORY] = literal("\n".join(history))
         self._train.texts(first_step, texts)
+        self._train.summary(first_step, layout_summary(config))
+        # A process that goes on with a run finds the graph in an earlier file.
+        graph = graph_of(model, config.train.sequence_length) if model is not None and self._train.is_first else None
+        if graph is not None:
+            self._train.graph(graph)
+        self._session = Session(self._validation.folder, config, total_steps, say)
+        self._is_finished = False
         self._profile = config.profile
         self._is_profiling = False
 
@@ -47,6 +66,7 @@ class TensorBoard(Sink):
         try:
             yield
         finally:
+            self._session.end(self._is_finished)
             self._train.close()
             self._validation.close()
             self._end_profile()  # The run may have been stopped during the profiled steps.
@@ -58,6 +78,11 @@ class TensorBoard(Sink):
     def evaluation(self, place: Place, evaluation: Evaluation, values: Mapping[str, float]) -> None:
         """Adds a point to each curve of the validation text."""
         self._validation.scalars(place.step, values)
+        self._is_finished = place.step == place.total_steps
+
+    def histograms(self, place: Place, histograms: Mapping[str, Histogram]) -> None:
+        """Adds the histograms of weights and gradients."""
+        self._train.histograms(place.step, histograms)
 
     def samples(self, place: Place, samples: Mapping[str, str]) -> None:
         """Adds the samples as texts."""
