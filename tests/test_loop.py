@@ -239,9 +239,13 @@ def test_a_run_killed_and_resumed_on_other_devices_sees_the_same_batches(tmp_pat
     process.communicate()
     assert not (run / "checkpoints" / "step_000000040").exists()
 
-    for process in two_workers(free_addresses(2), "resume", str(run), f"evaluation.sets.foxes={tmp_path}/text.txt"):
+    more = (f"evaluation.sets.foxes={tmp_path}/text.txt", "log.histograms_every_steps=10")
+    for process in two_workers(free_addresses(2), "resume", str(run), *more):
         returncode, output = finish(process)
         assert returncode == 0, output
+    steps = histogram_steps(run)
+    assert {tag.partition("/")[0] for tag in steps} == {"weights", "weight_gradients"}
+    assert all(each[-1] == 30 for each in steps.values())
     # Each worker has scored its share of the set.
     opened = open_model(str(run))
     scorer = Scorer(opened.model, opened.tokenizer, opened.config.train.sequence_length)
@@ -542,10 +546,11 @@ def subclassed(config, vocabulary_size):
 def test_a_foreign_keras_model_of_any_style_trains_resumes_and_writes(tmp_path, monkeypatch, build):
     monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
     settings = settings_of(tmp_path, model__dropout=0.0, evaluation__every_steps=None, samples__every_steps=None)
-    config = trainer.make_config(settings)
+    config = trainer.make_config(settings | {"log": {"histograms_every_steps": 20}})
     said, said_again = [], []
     result = trainer.train(config, build, say=said.append)
     assert result.evaluation.loss < np.log(40)
+    assert len(histogram_steps(Path(result.run_folder))) == 2 * len(result.model.trainable_variables)
     again = trainer.resume(result.run_folder, build, say=said_again.append)
     assert said[0].startswith("Devices: ") and said_again[0] == said[0]
     assert again.evaluation == result.evaluation
@@ -628,21 +633,29 @@ def profiled_steps(run):
     return found
 
 
+def histogram_steps(run):
+    """The steps of each histogram, by its tag."""
+    events = EventAccumulator(str(run / "logs/train"), size_guidance={"tensors": 0}).Reload()
+    tags = [tag for tag in events.Tags()["tensors"] if tag.startswith(("weights/", "weight_gradients/"))]
+    return {tag: tuple(event.step for event in events.Tensors(tag)) for tag in tags}
+
+
 def settings_to_profile(tmp_path, name="run", **profile):
     short = {"samples__num_tokens": 2, "train__total_steps": 14, "checkpoint__every_steps": 4}
     return settings_of(tmp_path, name, **short) | {"profile": profile}
 
 
 @pytest.mark.slow
-def test_a_profile_has_the_steps_of_its_settings_and_changes_nothing(tmp_path):
+def test_a_profile_has_the_steps_of_its_settings_and_with_histograms_changes_nothing(tmp_path):
     plain, run = (
         Path(trainer.train(trainer.make_config(settings), say=lambda _: None).run_folder)
         for settings in (
             settings_to_profile(tmp_path, "plain"),
-            settings_to_profile(tmp_path, at_step=7, num_steps=3),
+            settings_to_profile(tmp_path, at_step=7, num_steps=3) | {"log": {"histograms_every_steps": 5}},
         )
     )
     assert_bit_identical(saved(run, 14), saved(plain, 14))
+    assert set(histogram_steps(run).values()) == {(5, 10)} and not histogram_steps(plain)
     assert profiled_steps(run) == [[8, 9, 10]]
     assert profiled_steps(plain) == []
 

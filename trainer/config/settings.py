@@ -612,6 +612,9 @@ class LogConfig(Section):
 
     every_steps: PositiveInt = 50
     """The number of steps between two points of the curves in TensorBoard, and between two lines on the terminal."""
+    histograms_every_steps: PositiveInt | None = None
+    """The number of steps between two histograms of each weight and its gradient in TensorBoard. Each computes the
+    gradients of a step once more. By default there are none."""
     trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
     """Where the curves go besides TensorBoard: Weights & Biases, MLflow, trackio. Each needs its package, and is told
     where to send by its own environment variables."""

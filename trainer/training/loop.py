@@ -15,14 +15,15 @@ prepare   Every worker makes the batches, the compiled steps, and what scores, s
 loop      Every worker takes the same steps. In a step (step.py) each replica computes the gradients of its share of the
           batch, the gradients are summed over all replicas, and each replica makes the same update of its copy of the
           model.
-          Between calls of the compiled loop, whenever it is due: the chief logs; the chief saves a checkpoint; every
+          Between calls of the compiled loop, whenever it is due: the chief logs; histograms of weights and gradients
+          are computed by every worker and written by the chief; the chief saves a checkpoint; every
           worker scores its share of the validation text and of evaluation.sets; the chief writes samples. If a signal
           stops the run, it is saved, and ends here.
 finish    Every worker scores its share of the whole validation text and of evaluation.sets. The chief writes samples
           and the results.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import keras
@@ -30,8 +31,8 @@ import tensorflow as tf
 
 from trainer.config.schedule import learning_rate
 from trainer.config.settings import Config
+from trainer.data.batches import Batch, training_batches
 from trainer.data.batches import total_steps as count_steps
-from trainer.data.batches import training_batches
 from trainer.data.shards import PreparedData
 from trainer.decoding.generate import Generator
 from trainer.decoding.samples import warn_about_samples, write_samples
@@ -55,6 +56,7 @@ from trainer.system.terminal import Say
 from trainer.training.evaluation import Evaluator
 from trainer.training.evaluation_sets import EvaluationSets
 from trainer.training.health import check_is_learning, report_skipped
+from trainer.training.histograms import Histograms
 from trainer.training.meter import Meter
 from trainer.training.micro_batch import advising_on_memory, settle_micro_batch
 from trainer.training.snapshot import restore, save
@@ -129,13 +131,15 @@ def train(
         if workers.is_chief:
             monitor = make_monitor(run, prepared, model, strategy, step, say, [called])
             checkpoints.on_whole = monitor.checkpoint
+
         # repeat(): with a finite dataset TensorFlow synchronizes the workers before every step to ask if data is left.
-        batches = iter(
-            distributed(
+        def batches_from(first: int) -> Iterable[Batch]:
+            return distributed(
                 strategy,
-                lambda share: training_batches(prepared, config, step, total_steps, share, run.data_offset).repeat(),
+                lambda share: training_batches(prepared, config, first, total_steps, share, run.data_offset).repeat(),
             )
-        )
+
+        batches, histograms = iter(batches_from(step)), Histograms(training_step, batches_from)
         run_steps = training_step.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
 
     def stop_requested() -> bool:
@@ -180,6 +184,11 @@ def train(
                 # Log, the chief.
                 if is_due(step, config.log.every_steps) or step == total_steps:
                     log(step, training_step, meter, monitor)
+
+                # Histograms, every worker: all compute the gradients of the next step. The chief writes.
+                if is_due(step, config.log.histograms_every_steps) and step < total_steps:
+                    with spent.on("histograms"), advising_on_memory(run):
+                        monitor.histograms(step, histograms.at(step))
 
                 # Save, the chief.
                 is_saved = is_due(step, config.checkpoint.every_steps) or step == total_steps
@@ -298,6 +307,7 @@ def steps_in_call(config: Config, step: int, total_steps: int) -> int:
     ends = (total_steps, *config.profile.ends())
     cadences = (
         config.log.every_steps,
+        config.log.histograms_every_steps,
         config.checkpoint.every_steps,
         config.evaluation.every_steps,
         config.samples.every_steps,

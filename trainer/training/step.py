@@ -188,12 +188,8 @@ class TrainingStep:
             batch: this replica's share.
             stop: bool scalar, whether this worker received a stop signal.
         """
-        # With several workers the number of examples is not in the batch's static shape.
-        shape = [self.execution.examples, self.config.train.sequence_length]
-        inputs, targets, target_weights = (tf.ensure_shape(part, shape) for part in batch)
-        batch = (inputs, targets, target_weights)
+        batch, first_example = self._place_on_replica(batch)
         replica = tf.distribute.get_replica_context()
-        first_example = tf.cast(replica.replica_id_in_sync_group, tf.int64) * self.execution.examples
         scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
         local = self._sums_on_replica(batch, first_example, scale)
 
@@ -220,6 +216,29 @@ class TrainingStep:
             num_clipped=tf.where(is_clipped, one, zero),
             stop_votes=stop_votes,
         )
+
+    def local_sums(self, batch: Batch) -> tuple[Gradients, tf.Tensor | None]:
+        """Computes what this replica would contribute to the next step, and changes nothing; call it through
+        `strategy.run`.
+
+        Args:
+            batch: this replica's share.
+
+        Returns:
+            (sums, the loss scale that multiplies the gradients; None if there is none).
+        """
+        batch, first_example = self._place_on_replica(batch)
+        scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
+        return self._sums_on_replica(batch, first_example, scale), scale
+
+    def _place_on_replica(self, batch: Batch) -> tuple[Batch, tf.Tensor]:
+        """Returns this replica's share with its static shape, and the place of its first example in the batch."""
+        # With several workers the number of examples is not in the batch's static shape.
+        shape = [self.execution.examples, self.config.train.sequence_length]
+        inputs, targets, target_weights = (tf.ensure_shape(part, shape) for part in batch)
+        replica = tf.distribute.get_replica_context()
+        first_example = tf.cast(replica.replica_id_in_sync_group, tf.int64) * self.execution.examples
+        return (inputs, targets, target_weights), first_example
 
     def _sums_on_replica(self, batch: Batch, first_example: tf.Tensor, scale: tf.Tensor | None) -> Gradients:
         """Computes what this replica contributes to a step: see `accumulate`."""
