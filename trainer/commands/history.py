@@ -110,15 +110,16 @@ class History(NamedTuple):
 
         The intervals between two points of the curves count by their steps. Empty if nothing was logged.
         """
-        speeds, inputs = self.curve(tags.TOKENS_PER_SEC_IN_STEPS), self.curve(tags.INPUT_SHARE)
-        overall = {dot.step: dot.value for dot in self.curve(tags.TOKENS_PER_SEC_OVERALL)}
+        overall, inputs = (
+            {dot.step: dot.value for dot in self.curve(tag)} for tag in (tags.TOKENS_PER_SEC_OVERALL, tags.INPUT_SHARE)
+        )
         in_steps = all_time = waiting = 0.0
         before = self.run.first_step
-        for dot, waited in zip(speeds, inputs, strict=False):
+        for dot in self.curve(tags.TOKENS_PER_SEC_IN_STEPS):
             if dot.value > 0 and overall.get(dot.step, 0) > 0:
                 in_steps += (dot.step - before) / dot.value
                 all_time += (dot.step - before) / overall[dot.step]
-                waiting += (dot.step - before) / dot.value * waited.value
+                waiting += (dot.step - before) / dot.value * inputs.get(dot.step, 0.0)
             before = dot.step
         if not all_time:
             return {}
