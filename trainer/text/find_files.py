@@ -125,7 +125,7 @@ def _nothing_there(source: str, setting: str) -> str:
         own = "data.train=PATH" if download.member == "" else "data.train=PATH data.validation=PATH"
         return (
             f"no such file, seen from {Path.cwd()}. Fetch {download.name} with\n"
-            f"  trainer prepare {download.config} --download\nor train on your own text: {own}"
+            f"  trainer prepare {quoted(download.config)} --download\nor train on your own text: {own}"
         )
     if "," in source:
         several = quoted(f"{setting}=[{source.strip('[]')}]")
