@@ -845,7 +845,7 @@ def test_weights_that_do_not_make_a_mixture_are_refused(overrides, message):
 def test_weights_change_from_steps_on_in_a_file_and_in_overrides():
     data = {"train": ["a", "b"], "weights": [9, 1], "weights_from_step": {"50": [0, 1]}}
     mixture = SETTINGS | {"data": data, "train": SETTINGS["train"] | {"total_steps": 99}}
-    config = make_config(mixture, ["data.weights_from_step.1_0=[1,1.]"])
+    config = make_config(mixture, ["data.weights_from_step.1__0=[1,1.]"])
     assert list(config.data.weights_from_step.items()) == [(10, (1, 1)), (50, (0, 1))]
     assert make_config(tomllib.loads(config.to_toml())) == config
     assert not make_config(mixture, ["data.weights_from_step=none"]).data.weights_from_step

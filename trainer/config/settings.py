@@ -148,11 +148,11 @@ class DataConfig(Section):
         for step in value:
             if not re.fullmatch(r"0*[1-9][0-9]{0,17}", str(step).replace("_", "")):
                 raise ValueError(f"data.weights_from_step: {step!r} is not a step; write a whole number, from 1 on.")
-        steps = [int(step) for step in value]
+        steps = [int(str(step).replace("_", "")) for step in value]
         if len({*steps}) < len(steps):
             raise ValueError(f"data.weights_from_step: {max(steps, key=steps.count)} is there twice; leave out one.")
-        listed = {int(step): tuple(each) if isinstance(each, list) else each for step, each in value.items()}
-        return dict(sorted(listed.items()))
+        listed = (tuple(weights) if isinstance(weights, list) else weights for weights in value.values())
+        return dict(sorted(zip(steps, listed, strict=True)))
 
     def _check_weights(self, weights: tuple[float, ...]) -> None:
         for setting, each in self._weights_by_setting(weights).items():
