@@ -3,12 +3,10 @@
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-import tensorflow as tf
 
-from trainer.hardware.cuda import Build, Driver, Gpu, Support, installed_build, make_build, read_driver, support_of
+from trainer.hardware.cuda import Build, Driver, Gpu, Support, make_build, read_driver, support_of
 
 WHEEL = {
     "is_cuda_build": True,
@@ -57,11 +55,6 @@ def test_a_build_s_record_is_read_as_versions():
 )
 def test_what_runs_on_a_gpu_follows_from_the_build_and_the_capability(build, capability, support):
     assert support_of(build, capability) == support
-
-
-def test_the_installed_build_is_read_without_loading_it_as_tensorflow_tells_it():
-    assert installed_build() == make_build(tf.__version__, tf.sysconfig.get_build_info())
-    assert installed_build(Path("nowhere")) is None
 
 
 STUB = """

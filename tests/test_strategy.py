@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import tensorflow as tf
@@ -24,7 +25,7 @@ from trainer.distributed.strategy import (
 )
 from trainer.distributed.workers import Workers
 from trainer.errors import UserError
-from trainer.hardware.cuda import Gpu, make_build
+from trainer.hardware.cuda import Gpu, installed_build, make_build
 from trainer.hardware.devices import parse_target
 from trainer.system.machine import describe_cpu
 
@@ -95,6 +96,11 @@ def test_a_run_prints_its_devices_and_warns_of_a_gpu_that_it_does_not_use(monkey
         assert describe_devices(strategy, config, Workers()) == [devices]
     of_several = describe_devices(strategy, DistributionConfig(kind="cpu"), Workers(("a:1", "b:1"), 1))
     assert of_several == [f"Devices: 2 workers; worker 1: {describe_cpu()}"]
+
+
+def test_the_installed_build_is_read_without_loading_it_as_tensorflow_tells_it():
+    assert installed_build() == make_build(tf.__version__, tf.sysconfig.get_build_info())
+    assert installed_build(Path("nowhere")) is None
 
 
 def test_a_gpu_on_which_this_tensorflow_fails_is_refused_before_it_is_used():
