@@ -73,6 +73,9 @@ def test_the_table_fits_80_columns_and_names_what_is_damaged(
     assert max(map(len, table.splitlines())) <= 80
     assert "2.5000 (20)" in table and " 40/40 " in table and " 1 h" in table and "0/?" in table
     assert "/damaged/run.json is damaged" in fault
+    # A long name goes on in the next line; nothing of it is cut off.
+    at = next(line.index("from") for line in table.splitlines() if "from" in line)
+    assert "".join(line[at:].strip() for line in table.splitlines()[1:] if "─" not in line) == "fromruns/done@20"
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["runs", str(folder)]) == 0
     assert "tokens/s" not in table and "tokens/s" in capsys.readouterr().out

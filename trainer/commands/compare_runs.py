@@ -60,7 +60,8 @@ def verdict(comparison: Comparison) -> str:
     names, winner = short_names(comparison.histories), comparison.winner()
     if winner is not None:
         best, ahead = winner
-        return f"{names[best]} has the lowest final loss, by {ahead:.4f} {comparison.unit}."
+        limits = "; the notes limit what that means" if comparison.notes else ""
+        return f"{names[best]} has the lowest final loss, by {ahead:.4f} {comparison.unit}{limits}."
     if not comparison.is_fair:
         return "No run is called the best: they are scored on different texts."
     unfinished = [name for name, each in zip(names, comparison.histories, strict=True) if each.result is None]

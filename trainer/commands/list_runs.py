@@ -176,13 +176,13 @@ def _age_secs(folder: Location) -> float | None:
 
 def _table(rows: list[Row], folder: Location, width: int) -> rich.table.Table:
     is_wide = width >= _WIDE
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("run", overflow="fold", min_width=12)
-    table.add_column("state")
-    for name in ("step", "best (at step)", "loss", *(["tokens/s"] if is_wide else []), "age"):
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("run", overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for name in ("step", "best (step)", "loss", *(["tokens/s"] if is_wide else []), "age"):
         table.add_column(name, justify="right", no_wrap=True)
     if any(row.parent for row in rows):
-        table.add_column("from", overflow="fold", min_width=8)
+        table.add_column("from", overflow="fold")
     for row in rows:
         best = "" if row.best_loss is None else f"{row.best_loss:.4f} ({row.best_step})"
         step = "" if row.step is None else f"{row.step}/{row.total_steps or '?'}"
