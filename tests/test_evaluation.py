@@ -131,33 +131,33 @@ def text_of(folder, name, lines):
 
 
 @pytest.mark.parametrize("halved_from_tokens", [1, 100_000])
-@pytest.mark.parametrize("num_batches", [None, 3])
 @pytest.mark.parametrize("mode", ["packed", "lines", "lines without ends"])
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_bits_per_byte_are_of_exactly_what_was_scored(folder, monkeypatch, kind, mode, num_batches, halved_from_tokens):
+def test_bits_per_byte_are_of_exactly_what_was_scored(folder, monkeypatch, kind, mode, halved_from_tokens):
     monkeypatch.setattr(execution, "HALVED_FROM_TOKENS", halved_from_tokens)
     width = {"bpe": 20, "char": 40}[kind]  # Lines mode cuts some of the text, and less than it may.
     text = text_of(folder, "plain", PLAIN)
     data = {"train": text, "validation": text, "mode": mode.split()[0], "predict_end": "without" not in mode}
     evaluator = evaluator_of(folder, sequence_length=width, tokenizer={"kind": kind}, **data)
     tokenizer = evaluator.prepared.tokenizer()
-    num_bytes, loss_sum, num_tokens = 0, 0.0, 0
-    for batch in evaluation_batches(evaluator.prepared, evaluator.config, num_batches):
-        loss_sum += float(evaluator.model.evaluation_loss(*batch)[0])
-        for targets, weights in zip(batch[1].numpy(), batch[2].numpy(), strict=True):
-            num_tokens += int(weights.sum())
-            num_bytes += len(tokenizer.decode(targets[weights == 1]).encode())
-    evaluation = evaluator(num_batches)
-    assert evaluation.num_tokens == num_tokens
-    assert evaluation.bits_per_byte == pytest.approx(loss_sum / math.log(2) / num_bytes, rel=1e-12)
-    if mode == "packed" and num_batches is None:
-        assert num_bytes == sum(map(len, PLAIN))  # Neither the ends of documents nor the cuts of windows are bytes.
-    cut = sum(max(0, len(tokenizer.encode(line)) - width) for line in PLAIN)
-    share = 0 if mode == "packed" else cut / evaluator.prepared.split("validation").num_tokens
-    assert evaluation.cut_share == pytest.approx(share)
-    assert evaluation.is_lossy == (mode != "packed")
-    if mode != "packed":
-        assert f"(of what the tokenizer keeps, of the {1 - share:.1%} that is not cut)" in str(evaluation)
+    for num_batches in (None, 3):
+        num_bytes, loss_sum, num_tokens = 0, 0.0, 0
+        for batch in evaluation_batches(evaluator.prepared, evaluator.config, num_batches):
+            loss_sum += float(evaluator.model.evaluation_loss(*batch)[0])
+            for targets, weights in zip(batch[1].numpy(), batch[2].numpy(), strict=True):
+                num_tokens += int(weights.sum())
+                num_bytes += len(tokenizer.decode(targets[weights == 1]).encode())
+        evaluation = evaluator(num_batches)
+        assert evaluation.num_tokens == num_tokens
+        assert evaluation.bits_per_byte == pytest.approx(loss_sum / math.log(2) / num_bytes, rel=1e-12)
+        if mode == "packed" and num_batches is None:
+            assert num_bytes == sum(map(len, PLAIN))  # Neither the ends of documents nor the cuts of windows are bytes.
+        cut = sum(max(0, len(tokenizer.encode(line)) - width) for line in PLAIN)
+        share = 0 if mode == "packed" else cut / evaluator.prepared.split("validation").num_tokens
+        assert evaluation.cut_share == pytest.approx(share)
+        assert evaluation.is_lossy == (mode != "packed")
+        if mode != "packed":
+            assert f"(of what the tokenizer keeps, of the {1 - share:.1%} that is not cut)" in str(evaluation)
 
 
 @pytest.mark.parametrize("mode", ["packed", "lines"])
