@@ -5,9 +5,9 @@ from test_report import Page  # type: ignore[import-not-found]
 from watched_run import evaluation_at, finish, record, watch  # type: ignore[import-not-found]
 
 from trainer.cli import main
-from trainer.commands.compare_runs import score_rows, verdict
-from trainer.commands.comparison import Comparison, compare, differing_settings
-from trainer.commands.history import read_history
+from trainer.reports.compare_runs import score_rows, verdict
+from trainer.reports.comparison import Comparison, compare, differing_settings
+from trainer.reports.history import read_history
 
 
 def trained(folder: Path, *overrides: str, above: float = 0.0, facts: dict[str, object] | None = None) -> Path:

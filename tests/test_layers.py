@@ -36,6 +36,7 @@ ROOMS = (
     "trainer.runs",
     "trainer.exchange",
     "trainer.monitoring",
+    "trainer.reports",
     "trainer.training",
     "trainer.planning",
     "trainer.commands",

@@ -7,7 +7,7 @@ import pytest
 from watched_run import evaluation_at, finish, loss_at, record, saved, watch  # type: ignore[import-not-found]
 
 from trainer.cli import main
-from trainer.commands.list_runs import find_runs, short_time
+from trainer.reports.list_runs import find_runs, short_time
 from trainer.runs.results import write_scores
 from trainer.runs.run_lock import only_run_in
 from trainer.system.storage import Url

@@ -12,9 +12,9 @@ from tiny_run import prepared_text  # type: ignore[import-not-found]
 from watched_run import evaluation_at, finish, loss_at, record, watch  # type: ignore[import-not-found]
 
 from trainer.cli import main
-from trainer.commands.charts import MAX_POINTS, Line, chart, make_scale, number, padded, short, text_chart, thinned
-from trainer.commands.history import read_history
-from trainer.commands.report_page import MAX_SAMPLE_STEPS, spread
+from trainer.reports.charts import MAX_POINTS, Line, chart, make_scale, number, padded, short, text_chart, thinned
+from trainer.reports.history import read_history
+from trainer.reports.report_page import MAX_SAMPLE_STEPS, spread
 from trainer.system.storage import Url, copy_folder
 
 EVIL = "<script>alert('no')</script> & \"quoted\" </blockquote> \x1b[31m 고양이\n  two  blanks\n\n# no *Markdown*"

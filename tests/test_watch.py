@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from tiny_run import prepared_text, save_checkpoint, tiny  # type: ignore[import-not-found]
 
-from trainer.commands import watch
-from trainer.commands.watch import Watched, follow
 from trainer.errors import UserError
 from trainer.exit_status import ExitStatus
 from trainer.monitoring import tags
 from trainer.monitoring.event_log import EventLog
+from trainer.reports import watch
+from trainer.reports.watch import Watched, follow
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.run_lock import is_training_in, only_run_in
 

@@ -12,13 +12,9 @@ import sys
 from typing import TYPE_CHECKING
 
 import trainer
-from trainer.commands.compare_runs import compare_runs
 from trainer.commands.doctor import run_doctor
 from trainer.commands.generate import answer_prompts, read_prompts, write_texts
 from trainer.commands.inspect_run import inspect as inspect_data
-from trainer.commands.list_runs import print_runs
-from trainer.commands.report import report as print_report
-from trainer.commands.watch import follow
 from trainer.completion import shell_code
 from trainer.config.file import kept_changes, load_config, make_config, whole_number
 from trainer.config.settings import Config
@@ -36,6 +32,10 @@ from trainer.exit_status import ExitStatus
 from trainer.hardware.devices import parse_target
 from trainer.planning.plan import print_compiled, print_plan
 from trainer.planning.verdict import Command
+from trainer.reports.compare_runs import compare_runs
+from trainer.reports.list_runs import print_runs
+from trainer.reports.report import report as print_report
+from trainer.reports.watch import follow
 from trainer.runs.fork import plan_fork
 from trainer.runs.run_changes import changes_of, check_length, newest_step
 from trainer.runs.run_data import find_prepared

@@ -4,11 +4,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from trainer.commands.history import History
-from trainer.commands.report_page import spread
 from trainer.config.settings import Config
 from trainer.monitoring import tags
 from trainer.monitoring.run_log import Dot
+from trainer.reports.history import History
+from trainer.reports.report_page import spread
 
 # Of the table of losses after the same tokens.
 MAX_ROWS = 8

@@ -5,11 +5,11 @@ import sys
 import rich.table
 import rich.text
 
-from trainer.commands.charts import text_chart
-from trainer.commands.history import History, read_history
-from trainer.commands.page import write_page
-from trainer.commands.report_page import report_page
-from trainer.commands.summary import facts, loss_lines, remarks, scores
+from trainer.reports.charts import text_chart
+from trainer.reports.history import History, read_history
+from trainer.reports.page import write_page
+from trainer.reports.report_page import report_page
+from trainer.reports.summary import facts, loss_lines, remarks, scores
 from trainer.runs.parentage import describe_history
 from trainer.system.storage import Location, locate
 from trainer.system.terminal import console, encodes, printable, say

@@ -4,11 +4,11 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from trainer.commands.charts import Line, short
-from trainer.commands.history import History
-from trainer.commands.list_runs import short_time
 from trainer.monitoring import tags
 from trainer.monitoring.run_log import Dot
+from trainer.reports.charts import Line, short
+from trainer.reports.history import History
+from trainer.reports.list_runs import short_time
 
 
 def facts(history: History) -> dict[str, str]:

@@ -3,12 +3,12 @@
 import html
 from collections.abc import Sequence
 
-from trainer.commands.charts import Line, chart, number, short
-from trainer.commands.history import History, Sample
-from trainer.commands.list_runs import short_time
-from trainer.commands.page import cards, folded, page, section, table, texts, warnings
-from trainer.commands.summary import by_step, facts, loss_lines, remarks, setting
 from trainer.monitoring import tags
+from trainer.reports.charts import Line, chart, number, short
+from trainer.reports.history import History, Sample
+from trainer.reports.list_runs import short_time
+from trainer.reports.page import cards, folded, page, section, table, texts, warnings
+from trainer.reports.summary import by_step, facts, loss_lines, remarks, setting
 from trainer.runs.parentage import describe_history
 
 # A page shows at most this many steps of samples, evenly spread, and the newest.

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from pydantic_core import PydanticUndefined
 
-from trainer.commands.list_runs import state_of
 from trainer.config.settings import Config
 from trainer.data.shards import read_manifest
 from trainer.decoding.decoder import DECODERS
 from trainer.errors import UserError
 from trainer.monitoring import tags
 from trainer.monitoring.run_log import Dot, RunLog, read_log
+from trainer.reports.list_runs import state_of
 from trainer.runs.results import Evaluation, read_result, read_scores
 from trainer.runs.run_changes import newest_step
 from trainer.runs.run_data import find_data_folder

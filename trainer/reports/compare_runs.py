@@ -8,14 +8,14 @@ import rich.box
 import rich.table
 import rich.text
 
-from trainer.commands.charts import NUM_COLORS, Line, Points, chart, marks_of, short, text_chart
-from trainer.commands.comparison import Comparison, compare, differing_settings
-from trainer.commands.history import History, Sample, read_history
-from trainer.commands.list_runs import short_time
-from trainer.commands.page import folded, page, section, table, texts, warnings, write_page
-from trainer.commands.summary import by_step, setting
 from trainer.errors import UserError
 from trainer.monitoring import tags
+from trainer.reports.charts import NUM_COLORS, Line, Points, chart, marks_of, short, text_chart
+from trainer.reports.comparison import Comparison, compare, differing_settings
+from trainer.reports.history import History, Sample, read_history
+from trainer.reports.list_runs import short_time
+from trainer.reports.page import folded, page, section, table, texts, warnings, write_page
+from trainer.reports.summary import by_step, setting
 from trainer.system.storage import locate
 from trainer.system.terminal import console, encodes, printable, say
 
