@@ -191,7 +191,8 @@ def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = pr
         say: a function that prints a line.
 
     Returns:
-        A data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length].
+        A data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length]: the
+        batches of all steps of the config, so that `fit` needs no `epochs`.
     """
     check_not_forked()
     with quiet_import():

@@ -1,8 +1,8 @@
 """The settings of a run and their checks: frozen, strict models, one class for each section of the TOML file.
 
 Every check that needs neither data nor a device is made here or in file.py, before TensorFlow is imported. Each
-default is written only here, in a class below. If a setting has a counterpart in the tutorial, the default is the
-tutorial's. file.py reads files and overrides into these models.
+default is written only here, in a class below. If a setting of the model or the optimizer has a counterpart in the
+tutorial, the default is the tutorial's. file.py reads files and overrides into these models.
 """
 
 import hashlib
