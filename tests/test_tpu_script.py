@@ -28,6 +28,7 @@ printf '\\0' >>"$CALLS"
 if [[ "$3 $4" == "queued-resources describe" && -e $QUEUE ]]; then
     read -r state <"$QUEUE"
     sed -i 1d "$QUEUE"
+    if [[ $state == ERROR ]]; then echo "ERROR: (gcloud.x) UNAVAILABLE" >&2; exit 1; fi
     if [[ $state == NONE ]]; then echo "ERROR: (gcloud.x) NOT_FOUND: Resource q was not found." >&2; exit 1; fi
     echo "$state"
     exit
@@ -505,7 +506,30 @@ def test_a_host_that_cannot_be_reached_is_looked_at(bench: Bench, node: str, is_
     assert ("queued-resources delete" in calls) == is_asked_again
     if not is_asked_again:
         assert calls == ["tpu-vm ssh"] * 10
-        assert "gcloud failed 10 times, one after the other" in kept.stderr
+        assert "gcloud, or what it ran on the host, failed 10 times, one after the other" in kept.stderr
+
+
+@only_linux
+def test_a_training_that_its_host_refuses_is_not_asked_for_without_end(bench: Bench) -> None:
+    bench.make_host("x:y:10.0.0.2,x:y:10.0.0.3")
+    bench.program(bench.host / "made_by_install/bin/python", f"#!{BASH}\necho gs://b/run and prepared\n")
+    bench.track()
+    # What an earlier training left is not the result of this one.
+    bench.program(bench.host / "trainer/train.status", "0\n")
+    bench.queue.write_text("ACTIVE\n" * 10 + "FAILED\n")
+    kept = bench.run(KEEP[0], *WHERE, *KEEP[1:])
+    assert kept.returncode == 1
+    assert kept.stderr.count("have to be on gs://; they are gs://b/run and prepared.") == 10
+    assert "failed 10 times, one after the other" in kept.stderr
+
+
+def test_only_failures_in_a_row_are_counted(bench: Bench) -> None:
+    between = ("WAITING_FOR_RESOURCES", "NONE", "SUSPENDED", "FAILED")
+    bench.queue.write_text("".join("ERROR\n" * 9 + f"{state}\n" for state in between))
+    kept = bench.run(KEEP[0], *WHERE, *KEEP[1:])
+    assert kept.returncode == 1
+    assert "The queued resource my-tpu is FAILED; gcloud says why:" in kept.stderr
+    assert kinds_of(bench.calls()) == ["queued-resources create", "queued-resources delete"]
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])

@@ -77,6 +77,7 @@ if [[ ! -x trainer/.venv-tpu/bin/trainer ]]; then
     exit 1
 fi
 cd trainer
+rm -f train.status # an earlier training's: if this one is refused, keep must not read it
 tpu=$(find_servers)
 
 go_on() {
