@@ -126,6 +126,12 @@ def test_without_a_network_the_error_has_the_commands_that_do_it_by_hand(address
     assert [path.read_text() for path in found] == ["train of 92", "valid of 92"]
 
 
+def test_the_command_that_fetches_a_single_file_makes_its_folder_in_the_home(address, tmp_path):
+    play = downloads.KNOWN[1]._replace(place="~/it's new/tinyshakespeare.txt")
+    subprocess.run(["bash", "-ec", downloads.by_hand(play)], check=True, capture_output=True)
+    assert (tmp_path / "home/it's new/tinyshakespeare.txt").read_bytes() == PLAY
+
+
 def test_a_part_of_a_text_is_not_replaced(address, tmp_path):
     (tmp_path / "home/.keras/datasets/simplebooks/simplebooks-92-raw").mkdir(parents=True)
     with pytest.raises(UserError, match=r"simplebooks-92-raw is there, but not all of SimpleBooks; delete it, and"):

@@ -1,8 +1,10 @@
 """Laws of files that are not text in UTF-8: each is refused for what it is, and the command in the message mends it."""
 
 import bz2
+import contextlib
 import csv
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -268,6 +270,30 @@ def test_a_table_is_refused_by_name_or_content_and_the_command_makes_it_json_lin
     target = Path(message.split("and name ")[1].split(", and in data.text_field")[0])
     obey(message)
     assert train_documents(target, text_field="body") == [row["body"] for row in TABLE]
+
+
+@pytest.mark.parametrize("other", ["before", "after"])
+def test_the_command_that_makes_json_lines_replaces_no_other_file(tmp_path, other):
+    path, beside = tmp_path / "a.csv", tmp_path / "a.jsonl"
+    path.write_bytes(as_table(","))
+    if other == "before":
+        beside.write_text("another")
+    message = refusal(path)
+    beside.write_text("another")
+    with contextlib.suppress(subprocess.CalledProcessError):  # By its version, mv -n fails if it moves nothing.
+        obey(message)
+    assert beside.read_text() == "another"
+    if other == "before":
+        assert train_documents(tmp_path / "a-2.jsonl", text_field="body") == [row["body"] for row in TABLE]
+
+
+def test_a_packed_table_that_is_cut_off_becomes_no_half_of_it(tmp_path):
+    rows = "".join(f"{i},{hashlib.sha256(bytes([i % 256])).hexdigest()}\n" for i in range(20_000))
+    packed = gzip.compress(f"id,body\n{rows}".encode())
+    (tmp_path / "a.csv.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(subprocess.CalledProcessError):
+        obey(refusal(tmp_path / "a.csv.gz"))
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 @pytest.mark.parametrize(

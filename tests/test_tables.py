@@ -16,6 +16,7 @@ from trainer.config.file import make_config
 from trainer.config.settings import DataConfig
 from trainer.errors import UserError
 from trainer.text import tables
+from trainer.text.arrow import arrow_file
 from trainer.text.files import parts_of
 from trainer.text.find_files import find_files
 from trainer.text.sources import open_source, read_texts
@@ -157,6 +158,24 @@ def test_a_prompt_may_be_in_a_column(tmp_path):
         read_prompts(str(path))
 
 
+def test_of_an_arrow_file_only_the_column_of_text_is_read(tmp_path, monkeypatch):
+    class Counting:
+        def __init__(self, file):
+            self.file, self.seek, self.tell = file, file.seek, file.tell
+
+        def read(self, size=-1):
+            part = self.file.read(size)
+            read.append(len(part))
+            return part
+
+    read = []
+    monkeypatch.setattr(tables, "arrow_file", lambda file: arrow_file(Counting(file)))
+    columns = {"before": ["x" * 1000] * 1000, "text": ["one", "two"] * 500, "after": ["y" * 1000] * 1000}
+    path = write_table(tmp_path / "file.arrow", columns, rows_in_group=100)
+    assert list(tables.read_table(path, "text")) == columns["text"]
+    assert sum(read) < path.stat().st_size / 20
+
+
 # Folders of Hugging Face.
 
 
@@ -194,11 +213,28 @@ def test_a_folder_of_save_to_disk_is_its_files_in_order(tmp_path):
         assert "state.json: not as the library datasets writes it (" in refusal(folder)
 
 
-def named_in(message: str) -> list[str]:
+def test_a_selection_of_rows_that_an_old_datasets_saved_is_refused_with_what_to_do(tmp_path):
+    folder = saved_by_datasets(tmp_path / "set", ["a"])
+    state = json.loads((folder / "state.json").read_text())
+    for key in ("_indices_data_files", "_indices_files"):
+        (folder / "state.json").write_text(json.dumps(state | {key: [{"filename": "indices.arrow"}]}))
+        assert refusal(folder).startswith(f"{folder}: a selection of rows, saved by an old version of datasets; save ")
+
+
+def test_files_without_a_pattern_of_their_own_are_named_one_by_one(tmp_path):
+    for name in ("a-train.jsonl", "b-train.jsonl", "c-test.jsonl"):  # *.jsonl would match all.
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match="name those of one: ") as error:
+        find_files([str(tmp_path)], "data.train")
+    found = [[path.name for path in find_files(each, "data.train")] for each in named_in(str(error.value))]
+    assert sorted(found) == [["a-train.jsonl", "b-train.jsonl"], ["c-test.jsonl"]]
+
+
+def named_in(message: str) -> list[list[str]]:
     """Returns the data.train of each setting in a message, as a shell and trainer read it."""
     words = shlex.split(message.partition("of one: ")[2].removesuffix(".").replace(", or ", " "))
     settings = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 1}}
-    return [make_config(settings, [word]).data.train[0] for word in words]
+    return [make_config(settings, [word]).data.train for word in words]
 
 
 def test_a_folder_of_a_dictionary_names_its_splits(tmp_path):
@@ -225,7 +261,7 @@ def test_a_clone_from_the_hub_is_its_files_if_they_are_of_one_split(tmp_path, en
     other.write_text("")
     with pytest.raises(UserError, match=r"has files of 2 splits or kinds; name those of one: ") as error:
         find_files([str(folder)], "data.train")
-    assert [find_files([name], "data.train") for name in named_in(str(error.value))] == [[other], found]
+    assert [find_files(names, "data.train") for names in named_in(str(error.value))] == [[other], found]
     monkeypatch.chdir(tmp_path)
     (folder / "more").mkdir()
     (folder / "more/part.parquet").write_text("")

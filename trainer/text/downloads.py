@@ -149,9 +149,9 @@ def fetch(download: Download, say: Say) -> None:
 def by_hand(download: Download) -> str:
     """Returns commands that get a text without --download."""
     if not download.member:
-        return f"  curl -fLo {quoted(download.place)} {download.url}"
+        return f"  curl -fL --create-dirs -o {quoted(locate(download.place))} {download.url}"
     # As in the archive, the folder of the place is in another one.
-    archive, folder = Path(download.url).name, str(Path(download.place).parent.parent)
+    archive, folder = Path(download.url).name, quoted(Path(str(locate(download.place))).parent.parent)
     unpack = f"{quoted(sys.executable)} -m zipfile -e {archive} {folder}"
     return f"  curl -fLO {download.url}\n  mkdir -p {folder} && {unpack}"
 

@@ -96,6 +96,8 @@ def _listed(path: Location, names_in: Callable[[Any], list[str]]) -> list[str]:
         names = names_in(json.loads(path.read_text("utf-8")))
         if not isinstance(names, list) or not names or not all(map(_is_name, names)):
             raise ValueError("it lists no names of files")
+    except UserError:  # A ValueError, too.
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not as the library datasets writes it ({error!r:.100}); save it again.") from None
     return names
@@ -152,5 +154,7 @@ def _ways_to_name(groups: dict[_Group, list[Location]], setting: str) -> str:
         pattern = f"{glob.escape(start)}*{group.suffix}"
         if len(names) > 1 and len(fnmatch.filter(others, pattern)) == len(names):
             names = [pattern]
-        ways.append(quoted(f"{setting}={group.folder / names[0]}"))
+        paths = [str(group.folder / name) for name in names]
+        value = paths[0] if len(paths) == 1 else f"[{','.join(paths)}]"
+        ways.append(quoted(f"{setting}={value}"))
     return ", or ".join(ways) + (", and so on." if len(groups) > _NUM_NAMED else ".")

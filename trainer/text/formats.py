@@ -358,10 +358,17 @@ def _as_json_lines(path: Location, kind: str, what: str, packer: Packer | None) 
     stem = name[: len(name) - _num_packed_chars(path)]
     stem = stem[: len(stem) - len(_suffix(path))] if _suffix(path) else stem
     target = f"{stem}.jsonl"
-    new = _word(f"{target}.new")
+    # A file is replaced by its own lines only: a.jsonl beside a.csv is another one.
+    while target != name and os.path.lexists(target):
+        target = f"{target.removesuffix('.jsonl')}-2.jsonl"
+    new, raw = _word(f"{target}.new"), _word(f"{target}.raw")
     program = f"{_PYTHON} -c {shlex.quote(_TO_JSON_LINES[kind])}"
-    command = f"{program} < {_quoted(path)}" if packer is None else f"{packer} -dc < {_quoted(path)} | {program}"
+    if packer is None:
+        command = f"{program} < {_quoted(path)} > {new}"
+    else:  # With a pipe, the file would be made of the part before a fault in the packed one.
+        command = f"{packer} -dc < {_quoted(path)} > {raw} && {program} < {raw} > {new} && rm {raw}"
+    move = f"mv {'' if target == name else '-n '}{new} {_word(target)}"
     return (
-        f"{path}: {what}; make it JSON Lines with:\n  {command} > {new} && mv {new} {_word(target)}\n"
+        f"{path}: {what}; make it JSON Lines with:\n  {command} && {move}\n"
         f"and name {target}, and in data.text_field the field that holds the text."
     )

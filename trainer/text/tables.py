@@ -1,6 +1,7 @@
 """Texts in a column of a table: Parquet files, and Arrow files, such as those of a Hugging Face data set.
 
-Only a few rows are in memory at a time, whatever the size of the file and of its row groups.
+Only a few rows of a Parquet file are in memory at a time, whatever the size of the file and of its row groups. Of an
+Arrow file it is one record batch: of the file format only the column of text, of a stream all columns.
 """
 
 from collections.abc import Iterator
@@ -109,13 +110,17 @@ def _of_arrow(
 ) -> Iterator[Any]:
     from pyarrow import ipc
 
-    opened = (ipc.open_file if is_file_format else ipc.open_stream)(arrow_file(file))
-    _check_column(path, opened.schema, field)
-    place = opened.schema.get_field_index(field)
+    open_it = ipc.open_file if is_file_format else ipc.open_stream
+    schema = open_it(arrow_file(file)).schema
+    _check_column(path, schema, field)
+    file.seek(0)
+    # Only this column is read, or of a stream, which is read whole, decompressed.
+    options = ipc.IpcReadOptions(included_fields=[schema.get_field_index(field)])
+    opened = open_it(arrow_file(file), options=options)
     batches = map(opened.get_batch, range(opened.num_record_batches)) if is_file_format else iter(opened)
     before = 0
     for batch in batches:
-        column = batch.column(place)
+        column = batch.column(0)
         column.validate(full=True)  # Reading an unchecked offset of a damaged file would end the process.
         for start in range(0, len(column), _MAX_BATCH_ROWS):
             yield column[start : start + _MAX_BATCH_ROWS]
