@@ -15,6 +15,13 @@ def newest_step(run: RunFolder) -> int:
     return max((step for step in steps_in(run.path / "checkpoints") if end is None or step <= end), default=0)
 
 
+def has_steps_left(run: RunFolder) -> bool:
+    """Whether the newest step that has the folder of a checkpoint is before the last one; True if that is not known."""
+    train, is_longer = run.config.train, run.config.train.num_epochs != run.recorded.train.num_epochs
+    end = train.total_steps or (None if is_longer else run.total_steps)
+    return end is None or newest_step(run) < end
+
+
 def changes_of(run: RunFolder) -> list[str]:
     """Returns the settings of a run's config that change the run for good, one `key=value (was value)` for each."""
     return kept_changes(run.config, run.recorded)

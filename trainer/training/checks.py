@@ -24,20 +24,25 @@ from trainer.system.terminal import Say, size_of
 _REFUSED = ("code", "run_folder")
 
 
-def check_start(config: Config, say: Say) -> None:
+def check_start(config: Config, say: Say, saves: bool = True) -> None:
     """Checks that a run can begin, and prints a line for each thing that may keep it from working.
+
+    Args:
+        config: the run's configuration.
+        say: prints a line.
+        saves: whether this process will write checkpoints.
 
     Raises:
         UserError: the run would fail.
     """
-    for finding in quick_checks(config, this_machine(required_by_trainer())):
+    for finding in quick_checks(config, this_machine(required_by_trainer()), saves):
         if finding.level == "error" and finding.check in _REFUSED:
             raise UserError(f"{finding}")
         if finding.level != "ok":
             say(f"warning: {finding}")
 
 
-def quick_checks(config: Config, machine: Machine) -> Iterator[Finding]:
+def quick_checks(config: Config, machine: Machine, saves: bool = True) -> Iterator[Finding]:
     """Yields what the checks find that take milliseconds."""
     yield from check_packages(machine.packages, deep=False)
     yield from check_tensorflow(machine.packages)
@@ -46,8 +51,9 @@ def quick_checks(config: Config, machine: Machine) -> Iterator[Finding]:
         yield from check_support(seen, config.distribution.gpus, config.train.xla)
         yield from check_shared_memory(len(seen.gpus(config.distribution.gpus)))
     yield from check_open_files()
-    run_folder = locate(config.run_folder)
-    yield from check_space(run_folder, need_of_run(config, run_folder, config.vocabulary_size()))
+    if saves:
+        run_folder = locate(config.run_folder)
+        yield from check_space(run_folder, need_of_run(config, run_folder, config.vocabulary_size()))
 
 
 def may_use_gpus(config: Config) -> bool:

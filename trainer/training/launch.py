@@ -41,6 +41,7 @@ from trainer.monitoring.callbacks import Callback
 from trainer.monitoring.trackers import check_trackers
 from trainer.runs.fork import Fork, check_has_steps, place_in_data, plan_fork
 from trainer.runs.parentage import Beginning, parents_by_run
+from trainer.runs.run_changes import has_steps_left
 from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints, read_checkpoint, write_beginning
 from trainer.runs.run_data import find_prepared
 from trainer.runs.run_folder import CheckpointStep, RunFolder, check_is_free, find_run, run_and_step
@@ -183,7 +184,9 @@ def _locked_by_chief(folder: Location, workers: Workers, say: Say) -> contextlib
 def _launch(request: Request, workers: Workers, say: Say) -> TrainingResult:
     if workers.is_chief:
         check_trackers(request.config.log)
-    check_start(request.config, say)
+    # A finished run goes on to report its result, on a full disk, too.
+    has_steps = request.run is None or request.step is not None or has_steps_left(request.run)
+    check_start(request.config, say, workers.is_chief and has_steps)
     if request.run is not None:
         request.run.check_model(request.build_model)
     if workers.are_several:
