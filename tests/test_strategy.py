@@ -103,6 +103,14 @@ def test_the_installed_build_is_read_without_loading_it_as_tensorflow_tells_it()
     assert installed_build(Path("nowhere")) is None
 
 
+def test_a_build_whose_record_is_cut_off_is_none(tmp_path):
+    record = tmp_path / "python/platform/build_info.py"
+    record.parent.mkdir(parents=True)
+    for text in ("build_info = {'is_cuda_build': (", "", "raise SystemError"):
+        record.write_text(text)
+        assert installed_build(tmp_path) is None
+
+
 def test_a_gpu_on_which_this_tensorflow_fails_is_refused_before_it_is_used():
     wheel = {"is_cuda_build": True, "cuda_version": "12.5.1", "cuda_compute_capabilities": ["sm_89", "compute_90"]}
     new, known = Gpu("NVIDIA GeForce RTX 5090", (12, 0)), Gpu("NVIDIA L4", (8, 9))

@@ -150,7 +150,7 @@ def installed_build(folder: Path | None = None) -> Build | None:
         folder = Path(spec.submodule_search_locations[0])
     try:
         info = runpy.run_path(str(folder / "python" / "platform" / "build_info.py"))["build_info"]
-    except (OSError, KeyError):
+    except Exception:  # The file is missing, or cut off: its code may raise anything.
         return None
     return make_build(_version_in(folder), info)
 

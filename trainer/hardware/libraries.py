@@ -40,7 +40,7 @@ class Found(NamedTuple):
 
     Attributes:
         path: the file.
-        by: who leads to it: "LD_LIBRARY_PATH", "a package" or "the system".
+        by: who leads to it: "LD_LIBRARY_PATH", "a package", "conda" or "the system".
     """
 
     path: Path
@@ -76,12 +76,28 @@ def find_library(
     # The order of the dynamic linker. TensorFlow's own search path (RUNPATH) names NVIDIA's packages.
     places = [(folder, "LD_LIBRARY_PATH") for folder in _folders_of(environ.get("LD_LIBRARY_PATH", ""), root)]
     places += [(folder, "a package") for folder in sorted(site.glob("nvidia/*/lib"))]
+    if has_conda_tensorflow(site):
+        places.append((prefix_of(site) / "lib", "conda"))
     places += [(folder, "the system") for folder in system_folders(root)]
     return next((Found(folder / file, by) for folder, by in places if (folder / file).exists()), None)
 
 
-def find_elsewhere(file: str, root: Path = Path("/")) -> Path | None:
+def prefix_of(site: Path) -> Path:
+    """Returns the prefix of the environment with these packages: X for X/lib/python3.12/site-packages."""
+    return site.parents[2] if len(site.parents) > 2 else site
+
+
+def has_conda_tensorflow(site: Path) -> bool:
+    """Whether TensorFlow is conda's own, whose search path names the environment's lib. The one that pip installs names
+    only NVIDIA's packages (RUNPATH), in an environment of conda, too.
+    """
+    return any((prefix_of(site) / "conda-meta").glob("tensorflow-base-*.json"))
+
+
+def find_elsewhere(file: str, root: Path = Path("/"), site: Path = Path()) -> Path | None:
     """Returns a place of a library that the dynamic linker does not look into; None if no usual place has it."""
+    if (prefix_of(site) / "conda-meta").is_dir() and (prefix_of(site) / "lib" / file).exists():
+        return prefix_of(site) / "lib"
     for pattern in ("usr/local/cuda*/lib64", "usr/local/cuda*/targets/*/lib", "opt/cuda*/lib64", "usr/lib/cuda/lib64"):
         for folder in sorted(root.glob(pattern), reverse=True):
             if (folder / file).exists():
@@ -94,7 +110,7 @@ def system_folders(root: Path) -> Iterator[Path]:
     files = [root / "etc/ld.so.conf", *sorted((root / "etc/ld.so.conf.d").glob("*.conf"))]
     for file in files:
         try:
-            lines = file.read_text().splitlines()
+            lines = file.read_text(errors="replace").splitlines()  # A comment may be Latin-1.
         except OSError:
             continue
         for line in lines:

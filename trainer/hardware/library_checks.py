@@ -1,6 +1,9 @@
 """Checks that the dynamic linker finds the libraries of CUDA that TensorFlow opens, and XLA what it needs of CUDA."""
 
+import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -10,8 +13,10 @@ from trainer.hardware.libraries import (
     Found,
     find_elsewhere,
     find_library,
+    has_conda_tensorflow,
     least_version,
     needed_libraries,
+    prefix_of,
     version_of_library,
     wanted_wheels,
 )
@@ -64,7 +69,7 @@ def check_libraries(machine: Machine, chosen: tuple[int, ...] | None = None, xla
 def _misplaced(machine: Machine, file: str, wheel: Requirement | None) -> Finding | None:
     """Returns why a library is not found although it is installed; None if it is not."""
     is_installed = wheel is not None and wheel.name in machine.packages
-    if elsewhere := find_elsewhere(file, machine.root):
+    if elsewhere := find_elsewhere(file, machine.root, machine.site):
         return error(
             "libraries",
             f"{file} is in {elsewhere}, where the dynamic linker does not look",
@@ -95,8 +100,15 @@ def _too_old(machine: Machine, file: str, found: Found, wheel: Requirement) -> F
 def _check_compiler(machine: Machine) -> Iterator[Finding]:
     toolkits = [machine.site / "nvidia/cuda_nvcc", *sorted(machine.root.glob("usr/local/cuda*"))]
     toolkits += sorted(machine.site.glob("nvidia/cu[0-9]*"))
+    if has_conda_tensorflow(machine.site):
+        toolkits.append(prefix_of(machine.site))
+    # XLA reads this setting, and neither CUDA_HOME nor CUDA_PATH.
+    if given := re.search(r"--xla_gpu_cuda_data_dir=(\S+)", machine.environ.get("XLA_FLAGS", "")):
+        toolkits.append(Path(given[1]))
     for file, of in (("bin/ptxas", "assembler"), ("nvvm/libdevice/libdevice.10.bc", "library of functions")):
-        if not any((toolkit / file).exists() for toolkit in toolkits):
+        # XLA looks for programs on PATH first. Source: PreferPtxasFromPath in tsl.
+        is_on_path = shutil.which(Path(file).name, path=machine.environ.get("PATH", "")) is not None
+        if not is_on_path and not any((toolkit / file).exists() for toolkit in toolkits):
             yield error(
                 "libraries",
                 f"{file}, the {of} of XLA, is missing",

@@ -45,7 +45,7 @@ def multiplies_bfloat16(cpuinfo: Path = CPUINFO) -> bool:
     AMD's CPUs are faster with vector instructions.
     """
     try:
-        text = cpuinfo.read_text()
+        text = cpuinfo.read_text(errors="replace")
     except OSError:
         return False  # Not Linux.
     found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)

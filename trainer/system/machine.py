@@ -12,7 +12,8 @@ def num_cores() -> int:
 
 def describe_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Returns the cores that this process may use and the widest of their instructions: "2 CPU cores with AMX"."""
-    flags = re.findall(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)[:1] if cpuinfo.is_file() else []
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    flags = re.findall(r"^flags\s*:(.*)$", text, re.MULTILINE)[:1]
     known = {"amx_bf16": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
     widest = next((f" with {name}" for flag, name in known.items() if flags and flag in flags[0].split()), "")
     return f"{num_cores()} CPU core{'s' if num_cores() > 1 else ''}{widest}"
@@ -56,6 +57,6 @@ def on_bus(root: Path) -> list[Path]:
 def read_line(path: Path) -> str:
     """Returns the text of a small file; "" if it cannot be read."""
     try:
-        return path.read_text().strip()
+        return path.read_text(errors="replace").strip()
     except OSError:
         return ""  # It does not exist, or this user may not read it.
