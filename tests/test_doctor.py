@@ -10,22 +10,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
+from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 from trainer.cli import main
 from trainer.commands import doctor
-from trainer.commands.doctor import check_folders, examine
+from trainer.commands.doctor import check_folders, examine, host_memory, need_of_text
 from trainer.errors import UserError
 from trainer.exit_status import ExitStatus
-from trainer.hardware.checks import Machine
+from trainer.hardware.checks import Machine, check_driver
 from trainer.hardware.cuda import Build, Driver, Gpu, make_build
+from trainer.hardware.libraries import system_folders
+from trainer.hardware.library_checks import check_libraries
+from trainer.hardware.processor import multiplies_bfloat16
+from trainer.hardware.unused import unused_gpu
 from trainer.system.findings import Finding
 from trainer.system.folder_checks import Need, check_space, check_writing
 from trainer.system.limits import check_memory, check_open_files, check_shared_memory, memory_limit
+from trainer.system.machine import describe_cpu, read_line
 from trainer.system.packages import Package, check_python
 from trainer.training.checks import check_start, quick_checks
 
@@ -365,6 +371,86 @@ def test_the_doctor_names_the_cause_of_a_breakage_and_its_repair(name: str, whol
     assert not found.what.endswith(".") and not found.repair.endswith(".")
 
 
+def test_what_concerns_only_gpus_is_no_error_for_a_run_that_takes_none(whole: Machine, tmp_path: Path):
+    on_cpu = dataclasses.replace(whole, build=Build("2.21.0"))
+    for override in ("distribution.kind=cpu", "distribution.logical_devices=2"):
+        assert not faults(examine(tiny_config(tmp_path, override), on_cpu))
+    hidden = dataclasses.replace(whole, driver=Driver(100, (13, 0)), environ={"CUDA_VISIBLE_DEVICES": ""})
+    for kind, level in (("auto", "warning"), ("gpu", "error")):
+        (found,) = faults(examine(tiny_config(tmp_path, f"distribution.kind={kind}"), hidden))
+        assert (found.level, found.check) == (level, "GPU")
+    assert "CUDA_VISIBLE_DEVICES='' hides the GPUs" in (unused_gpu(hidden) or "")
+
+
+def test_the_memory_of_a_step_is_asked_of_the_host_only_if_its_cpu_computes(whole: Machine, tmp_path: Path):
+    def need(machine: Machine, override: str = "distribution.kind=auto") -> float:
+        return host_memory(tiny_config(tmp_path, override), machine)
+
+    assert need(whole) < need(dataclasses.replace(whole, driver=None)) == need(whole, "distribution.kind=cpu")
+    assert need(whole) == need(whole, "distribution.kind=gpu") < need(whole, "distribution.logical_devices=2")
+
+
+def test_conda_s_own_tensorflow_finds_what_its_environment_has_and_that_of_pip_needs_the_path(whole: Machine):
+    prefix = whole.root / "env"
+    for _, files in WHEELS.values():
+        for file in files:
+            touch(prefix / "lib" / file)
+    for file in ("bin/ptxas", "nvvm/libdevice/libdevice.10.bc", "conda-meta/cuda-nvcc-12.9.json"):
+        touch(prefix / file)
+    machine = dataclasses.replace(whole, site=prefix / "lib/python3.12/site-packages")
+    found = faults(check_libraries(machine, xla="off"))
+    assert len(found) == 9 and all(f"export LD_LIBRARY_PATH={prefix}/lib$" in each.repair for each in found)
+    touch(prefix / "conda-meta/tensorflow-base-2.21.0-cuda126.json")
+    assert not faults(check_libraries(machine))
+
+
+def test_xla_finds_its_assembler_on_the_path_and_its_functions_by_its_flag(whole: Machine):
+    tools = whole.root / "tools"
+    touch(tools / "bin/ptxas")
+    (tools / "bin/ptxas").chmod(0o755)
+    touch(tools / "nvvm/libdevice/libdevice.10.bc")
+    shutil.rmtree(whole.site / "nvidia/cuda_nvcc")
+    environ = {"PATH": f"/nowhere:{tools}/bin"}
+    (found,) = faults(check_libraries(dataclasses.replace(whole, environ=environ)))
+    assert found.what.startswith("nvvm/libdevice/libdevice.10.bc, the library of functions")
+    environ = {"XLA_FLAGS": f"--xla_dump_to=/x --xla_gpu_cuda_data_dir={tools}"}
+    assert not faults(check_libraries(dataclasses.replace(whole, environ=environ)))
+
+
+def test_files_of_the_system_are_read_whatever_their_encoding(whole: Machine, tmp_path: Path):
+    text = tmp_path / "latin"
+    text.write_bytes(b"flags : amx_bf16\n# caf\xe9\n/opt/cuda/lib\n")
+    touch(whole.root / "etc/ld.so.conf.d/empty.conf")
+    shutil.copy(text, whole.root / "etc/ld.so.conf.d/latin.conf")
+    assert whole.root / "opt/cuda/lib" in list(system_folders(whole.root))
+    assert read_line(text).endswith("lib") and describe_cpu(text).endswith("AMX") and multiplies_bfloat16(text)
+
+
+def test_a_driver_for_a_cuda_without_a_known_one_is_the_newest(whole: Machine):
+    newer = dataclasses.replace(whole, build=Build("2.23.0", (14, 0), ((9, 0),)))
+    (found,) = check_driver(newer)
+    assert found.repair.startswith("Install the newest driver (on Ubuntu: ")
+
+
+def test_a_prepared_text_needs_no_room_and_nobody_writes_beside_it(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat\n" * 50)
+    data = {"train": str(tmp_path / "a.txt"), "documents": "file", "held_out_fraction": 0.1}
+    config = tiny_config(tmp_path, data=data, tokenizer={"kind": "char"})
+    prepared = tiny_prepared(config)
+    found = [each for each in check_folders(config) if each.check == "data.prepared_folder"]
+    assert found == [Finding("ok", "data.prepared_folder", f"{prepared.folder}: the text is prepared already")]
+    (prepared.folder / "manifest.json").write_text("{")
+    (again,) = [each for each in check_folders(config) if each.check == "data.prepared_folder"]
+    assert "written at" in again.what
+
+
+def test_a_text_that_cannot_be_found_or_read_is_left_to_its_reader(tmp_path: Path):
+    file = tmp_path / "a.txt"
+    file.write_text("four")
+    need = need_of_text(tiny_config(tmp_path, data={"train": ["~no-such-user/x", f"{file}/b", str(file)]}))
+    assert need.room_bytes == 8
+
+
 def test_both_folders_of_a_run_are_checked(tmp_path: Path):
     found = list(check_folders(tiny_config(tmp_path)))
     assert [(each.check, each.level) for each in found] == [("run_folder", "ok"), ("data.prepared_folder", "ok")]
@@ -416,6 +502,18 @@ def test_a_clock_that_differs_is_named(skew: float, direction: str, tmp_path: Pa
     assert direction in found[0].what and "timedatectl set-ntp true" in found[0].repair
 
 
+def test_a_disk_that_takes_long_to_write_has_no_wrong_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    flushed: list[int] = []
+
+    def slow_at_first(file: int) -> None:  # The file was written long before all of it is on the disk.
+        if not flushed:
+            os.utime(file, (time.time() - 20, time.time() - 20))
+        flushed.append(file)
+
+    monkeypatch.setattr(os, "fsync", slow_at_first)
+    assert not faults(check_writing(tmp_path, Need("run_folder")))
+
+
 def test_limits_that_are_too_low_are_named(whole: Machine):
     (found,) = check_open_files((64, 1_000_000))
     assert "only 64 files" in found.what and found.repair.endswith("ulimit -n 4096")
@@ -453,6 +551,13 @@ def test_training_makes_the_quick_checks_with_the_words_of_the_doctor(whole: Mac
     broken = dataclasses.replace(whole, driver=unknown)
     for override in ("distribution.kind=cpu", "distribution.logical_devices=2"):
         assert not faults(quick_checks(tiny_config(tmp_path, override), broken))
+
+
+def test_only_a_worker_that_saves_needs_room(whole: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(total=1 << 40, free=0))
+    (found,) = faults(quick_checks(tiny_config(tmp_path), whole))
+    assert (found.level, found.check) == ("error", "run_folder")
+    assert not faults(quick_checks(tiny_config(tmp_path), whole, saves=False))
 
 
 def test_training_refuses_what_would_fail_and_warns_of_the_rest(

@@ -3,6 +3,7 @@
 `examine` and `check_up` are the lists of the checks. Each check yields findings, or none if it has nothing to look at.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from trainer.hardware.library_checks import check_libraries
 from trainer.hardware.unused import unused_tpu
 from trainer.model.size import bytes_of_checkpoint
 from trainer.planning.estimate import estimate_memory
-from trainer.planning.plan import find_vocabulary_size
+from trainer.planning.plan import find_vocabulary_size, newest_prepared
 from trainer.system.findings import Finding, error, ok, warning
 from trainer.system.folder_checks import Need, check_space, check_writing
 from trainer.system.limits import check_memory, check_open_files, check_shared_memory
@@ -38,17 +39,17 @@ def examine(config: Config, machine: Machine) -> Iterator[Finding]:
     yield from check_python(machine.packages)
     yield from check_packages(machine.packages)
     yield from check_tensorflow(machine.packages)
-    yield from check_build(machine)
+    yield from check_build(machine, may_use_gpus(config))
     yield from check_tpu(machine.packages, config.distribution.kind == "tpu")
     yield from check_unused_tpu(config, machine)
     if may_use_gpus(config):
-        yield from check_reach(machine)
+        yield from check_reach(machine, config.distribution.kind == "gpu")
         yield from check_driver(machine)
         yield from check_libraries(machine, gpus, xla)
         yield from check_support(machine, gpus, xla)
         yield from check_shared_memory(len(machine.gpus(gpus)))
     yield from check_workers(config.distribution)
-    yield from check_memory(host_memory(config), machine.root)
+    yield from check_memory(host_memory(config, machine), machine.root)
     yield from check_open_files()
 
 
@@ -112,7 +113,7 @@ def check_workers(config: DistributionConfig) -> Iterator[Finding]:
         yield ok("workers", f"{len(workers.addresses)} workers; this is {workers.name(workers.number)}")
 
 
-def host_memory(config: Config) -> float:
+def host_memory(config: Config, machine: Machine) -> float:
     """Returns about how many bytes of this host's memory a run needs."""
     try:
         vocabulary_size = find_vocabulary_size(config)
@@ -121,7 +122,8 @@ def host_memory(config: Config) -> float:
     # Saving copies the weights and the moments to the host.
     need = _BASE_BYTES + bytes_of_checkpoint(config, vocabulary_size)
     distribution = config.distribution
-    if distribution.kind == "cpu" or (distribution.kind == "auto" and distribution.gpus is None):
+    takes_gpus = may_use_gpus(config) and bool(machine.gpus())
+    if distribution.kind in ("auto", "cpu", "multi_worker") and not takes_gpus:
         target = cpu(distribution.logical_devices)
         need += target.num_devices * sum(estimate_memory(config, vocabulary_size, target).values())
     return need
@@ -134,10 +136,11 @@ def check_folders(config: Config) -> Iterator[Finding]:
         vocabulary_size = find_vocabulary_size(config)
     except UserError:
         vocabulary_size = None
-    needs = (
-        (run_folder, need_of_run(config, run_folder, vocabulary_size)),
-        (prepared_folder, need_of_text(config)),
-    )
+    needs = [(run_folder, need_of_run(config, run_folder, vocabulary_size))]
+    if (ready := _prepared_already(config)) is not None:
+        yield ok("data.prepared_folder", f"{ready}: the text is prepared already")
+    else:
+        needs.append((prepared_folder, need_of_text(config)))
     for folder, need in needs:
         found = list(check_writing(folder, need))
         yield from found
@@ -145,10 +148,23 @@ def check_folders(config: Config) -> Iterator[Finding]:
             yield from check_space(folder, need)
 
 
+def _prepared_already(config: Config) -> Path | None:
+    """Returns the folder that the config's text was prepared to on this machine's disks; None if it is still to do."""
+    try:
+        prepared = newest_prepared(config)
+    except (OSError, UserError):
+        return None
+    return None if prepared is None else prepared.folder
+
+
 def need_of_text(config: Config) -> Need:
     """Returns what the prepared text needs of its folder's disk at most: twice the plain text files."""
-    files = [Path(source).expanduser() for source in config.data.train if "://" not in source]
-    size = 2.0 * sum(file.stat().st_size for file in files if file.is_file())
+    size = 0.0
+    for source in config.data.train:
+        # What cannot be read is reported when the text is opened.
+        with contextlib.suppress(OSError, UserError):
+            file = locate(source)
+            size += 2.0 * file.stat().st_size if isinstance(file, Path) and file.is_file() else 0.0
     return Need("data.prepared_folder", size, size / 4, "the prepared text, at most twice the text")
 
 

@@ -122,13 +122,18 @@ def this_machine(packages: Packages | None = None) -> Machine:
     )
 
 
-def check_build(machine: Machine) -> Iterator[Finding]:
-    """Checks that TensorFlow is installed, and is built with CUDA if there is an NVIDIA GPU."""
+def check_build(machine: Machine, may_use_gpus: bool = True) -> Iterator[Finding]:
+    """Checks that TensorFlow is installed, and is built with CUDA if there is an NVIDIA GPU.
+
+    Args:
+        machine: the machine.
+        may_use_gpus: whether a run takes the GPUs of its machine if there are any.
+    """
     build, name = machine.build, machine.tensorflow
     if build is None:
         what = "TensorFlow is not installed, or its files are damaged"
         yield error("TensorFlow", what, f"Run: {_reinstall(machine)}")
-    elif build.cuda is None and has_nvidia_gpu(machine.root):
+    elif build.cuda is None and may_use_gpus and has_nvidia_gpu(machine.root):
         yield error(
             "TensorFlow",
             f"{name} {build.version} is built without CUDA, so it cannot use this machine's NVIDIA GPU",
@@ -141,8 +146,14 @@ def check_build(machine: Machine) -> Iterator[Finding]:
         yield ok("TensorFlow", f"{name} {build.version}, {with_cuda}" + (f" for {' '.join(code)}" if code else ""))
 
 
-def check_reach(machine: Machine) -> Iterator[Finding]:
-    """Checks that the driver is loaded and shows this machine's GPUs to this process."""
+def check_reach(machine: Machine, needs_gpu: bool = True) -> Iterator[Finding]:
+    """Checks that the driver is loaded and shows this machine's GPUs to this process.
+
+    Args:
+        machine: the machine.
+        needs_gpu: whether a run cannot do without a GPU: then it is an error if CUDA_VISIBLE_DEVICES hides all of them.
+            Otherwise it is a warning, because that may be intended.
+    """
     root, driver = machine.root, machine.driver
     if not has_nvidia_gpu(root):
         yield ok("GPU", "this machine has no NVIDIA GPU")
@@ -175,7 +186,7 @@ def check_reach(machine: Machine) -> Iterator[Finding]:
         reason, remedy = _REFUSALS.get(driver.error, (f"error {driver.error} of cuInit", "See: sudo dmesg | grep NVRM"))
         yield error("GPU", f"NVIDIA's driver does not start: {reason}", remedy)
     elif not driver.gpus and hidden_by is not None:
-        yield error(
+        yield (error if needs_gpu else warning)(
             "GPU",
             f"CUDA_VISIBLE_DEVICES={hidden_by!r} hides the GPUs that TensorFlow could use",
             "Make all visible with: unset CUDA_VISIBLE_DEVICES",
@@ -249,8 +260,8 @@ def _is_older_minor(one: Version | None, other: Version) -> bool:
 
 
 def _newer_driver(cuda: Version) -> str:
-    first = _FIRST_DRIVER.get(cuda, "the newest")
-    return f"Install driver {first} or newer (on Ubuntu: sudo ubuntu-drivers install) and restart; {_ON_CPU}"
+    first = f"driver {_FIRST_DRIVER[cuda]} or newer" if cuda in _FIRST_DRIVER else "the newest driver"
+    return f"Install {first} (on Ubuntu: sudo ubuntu-drivers install) and restart; {_ON_CPU}"
 
 
 def _code(support: Support) -> str:

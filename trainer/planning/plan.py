@@ -155,7 +155,7 @@ def find_vocabulary_size(config: Config, given: int | None = None) -> int:
     Raises:
         UserError: none of these names a number, or the number is impossible.
     """
-    prepared = None if given is not None else _prepared(config)
+    prepared = None if given is not None else newest_prepared(config)
     size = prepared.vocabulary_size if prepared is not None else config.vocabulary_size() if given is None else given
     if size is None:
         where, example = "tokenizer.path", "GPT-2: 50257"
@@ -198,7 +198,7 @@ def _data_lines(config: Config, vocabulary_size: int) -> Iterator[str]:
         size = size_of(num_bytes * steps * train.global_batch_size * train.sequence_length)
         yield f"text         {size} of disk if it is prepared to as many tokens, of {num_bytes} bytes each"
     else:
-        prepared = _prepared(config)
+        prepared = newest_prepared(config)
         source = "about: the stories that are not held out" if prepared is None else str(prepared.folder)
         yield f"epochs       {steps * train.global_batch_size / examples:.2f} of {examples:,} examples ({source})"
 
@@ -249,8 +249,12 @@ def _print_weights(config: Config, vocabulary_size: int) -> None:
     rich.console.Console().print(table)
 
 
-def _prepared(config: Config) -> PreparedData | None:
-    """Returns the newest data that the config's text was prepared to on this machine's disks, if any."""
+def newest_prepared(config: Config) -> PreparedData | None:
+    """Returns the newest data that the config's text was prepared to on this machine's disks, if any.
+
+    Raises:
+        UserError: it is damaged.
+    """
     home = locate(config.data.prepared_folder)
     folders = home.glob(f"{glob.escape(config.prepared_name())}-*") if isinstance(home, Path) else ()
     newest = max(folders, key=lambda path: path.stat().st_mtime, default=None)
@@ -258,7 +262,7 @@ def _prepared(config: Config) -> PreparedData | None:
 
 
 def _num_examples(config: Config) -> int | None:
-    if (prepared := _prepared(config)) is not None:
+    if (prepared := newest_prepared(config)) is not None:
         return num_examples(prepared.split("train"), config)
     data = config.data
     if data.is_storybook() and data.mode == "lines" and data.validation is None and not data.min_bytes:
