@@ -398,7 +398,7 @@ def test_conda_s_own_tensorflow_finds_what_its_environment_has_and_that_of_pip_n
     for file in ("bin/ptxas", "nvvm/libdevice/libdevice.10.bc", "conda-meta/cuda-nvcc-12.9.json"):
         touch(prefix / file)
     machine = dataclasses.replace(whole, site=prefix / "lib/python3.12/site-packages")
-    found = faults(check_libraries(machine, xla="off"))
+    found = faults(check_libraries(machine))
     assert len(found) == 9 and all(f"export LD_LIBRARY_PATH={prefix}/lib$" in each.repair for each in found)
     touch(prefix / "conda-meta/tensorflow-base-2.21.0-cuda126.json")
     assert not faults(check_libraries(machine))

@@ -13,7 +13,6 @@ from trainer.hardware.libraries import (
     Found,
     find_elsewhere,
     find_library,
-    has_conda_tensorflow,
     least_version,
     needed_libraries,
     prefix_of,
@@ -99,14 +98,13 @@ def _too_old(machine: Machine, file: str, found: Found, wheel: Requirement) -> F
 
 def _check_compiler(machine: Machine) -> Iterator[Finding]:
     toolkits = [machine.site / "nvidia/cuda_nvcc", *sorted(machine.root.glob("usr/local/cuda*"))]
-    toolkits += sorted(machine.site.glob("nvidia/cu[0-9]*"))
-    if has_conda_tensorflow(machine.site):
-        toolkits.append(prefix_of(machine.site))
-    # XLA reads this setting, and neither CUDA_HOME nor CUDA_PATH.
+    # The prefix is for conda's packages of NVIDIA. XLA reads neither CUDA_HOME nor CUDA_PATH. Source:
+    # CandidateCudaRoots in tsl's cuda_root_path.cc.
+    toolkits += [*sorted(machine.site.glob("nvidia/cu[0-9]*")), prefix_of(machine.site), machine.root / "opt/cuda"]
     if given := re.search(r"--xla_gpu_cuda_data_dir=(\S+)", machine.environ.get("XLA_FLAGS", "")):
         toolkits.append(Path(given[1]))
     for file, of in (("bin/ptxas", "assembler"), ("nvvm/libdevice/libdevice.10.bc", "library of functions")):
-        # XLA looks for programs on PATH first. Source: PreferPtxasFromPath in tsl.
+        # XLA looks for programs on PATH, too. Source: FindCudaExecutable in xla's subprocess_compilation.cc.
         is_on_path = shutil.which(Path(file).name, path=machine.environ.get("PATH", "")) is not None
         if not is_on_path and not any((toolkit / file).exists() for toolkit in toolkits):
             yield error(
