@@ -1,6 +1,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
@@ -12,6 +13,7 @@ from watched_run import record, watch  # type: ignore[import-not-found]
 from trainer.monitoring import tags
 from trainer.monitoring.event_files import event_files, newest_points, read_events
 from trainer.monitoring.event_log import EventLog
+from trainer.monitoring.events import Histogram
 from trainer.monitoring.run_log import read_log
 
 TEXTS = ("plain", "", " leading", "two  blanks ", "\n\nlines\n", "# *no* `Markdown` <b>&amp;</b> 1. - |", "고양이 😀")
@@ -72,6 +74,22 @@ def test_a_damaged_record_ends_a_file(tmp_path: Path):
     assert newest_points(tmp_path, ["x"]) == {"x": (3, 3.0)}
     file.write_bytes(b"\0" * 1000)
     assert list(read_events(file)) == [] and read_log(tmp_path).curves == {} and read_log(tmp_path / "no").curves == {}
+
+
+def test_histograms_and_the_graph_are_skipped_unread(tmp_path: Path):
+    log = EventLog(tmp_path, 0)
+    log.graph(b"g" * 1000)
+    log.histograms(1, {"weights/a": Histogram(0.0, 1.0, np.ones(30, int))})
+    log.texts(2, {"a": "ends like one:\n\nhistograms"})
+    log.scalars(3, {"x": 3.0})
+    log.close()
+    (file,) = event_files(tmp_path)
+    assert [event.step for event in read_events(file)] == [0, 1, 2, 3]
+    content = bytearray(file.read_bytes())
+    content[content.index(b"weights/a") + 40] ^= 1  # A checksum would end the file here.
+    file.write_bytes(bytes(content))
+    assert [event.step for event in read_events(file)] == [0, 1, 2, 3]
+    assert newest_points(tmp_path, ["x"]) == {"x": (3, 3.0)}
 
 
 def cut_after(content: bytes, num_records: int) -> bytes:

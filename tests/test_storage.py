@@ -59,6 +59,7 @@ def test_a_folder_is_copied_to_a_store_and_back_byte_for_byte(store, tmp_path):
     copy_folder(tmp_path / "a", folder)
     assert [entry.name for entry in folder.iterdir()] == ["bytes", "deep"]
     assert folder.is_dir() and not folder.is_file() and (folder / "bytes").is_file()
+    assert (folder / "bytes").read_bytes(200) == bytes(range(200, 256))
     with on_disk(folder) as copy:
         assert (copy / "bytes").read_bytes() == bytes(range(256))
         assert (copy / "deep/text").read_text() == (folder / "deep" / "text").read_text() == "한국어"

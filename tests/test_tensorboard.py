@@ -12,10 +12,12 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.summary.writer.record_writer import RecordWriter
 from test_monitor import SCORE, curves, interval  # type: ignore[import-not-found]
 from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 from trainer.model.build import build_gpt
+from trainer.monitoring.event_log import EventLog
 from trainer.monitoring.events import Histogram
 from trainer.monitoring.graph import MAX_NODES, graph_of
 from trainer.monitoring.hparams import settings_of
@@ -164,3 +166,42 @@ def test_the_mean_speed_of_a_run_counts_every_step(tmp_path: Path):
         watched.evaluation(15, SCORE)
     # 15 steps of 100 tokens: 10 took 10 s, and 5 took 20 s.
     assert curves(tmp_path / "validation")["speed/mean_tokens_per_sec_in_steps"] == {15: 50.0}
+
+
+class OfEight(keras.Model):
+    """Takes only batches of eight."""
+
+    def call(self, tokens):
+        raise ValueError(f"a batch of 8, not of {tokens.shape[0]}\nTraceback of a library")
+
+
+def test_a_run_goes_on_without_the_graph_of_a_model_that_cannot_be_traced(tmp_path: Path):
+    terminal = io.StringIO()
+    with Monitor(tmp_path, CONFIG, 0, 30, 0.5, False, terminal, model=OfEight()).running():
+        pass
+    (line,) = terminal.getvalue().splitlines()
+    assert line.startswith("TensorBoard's graph is left out: the model cannot be traced (ValueError: ")
+    assert "a batch of 8, not of 1" in line and graphs(tmp_path) == []
+
+
+def test_histograms_are_written_at_once_and_are_dropped_while_that_is_not_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    histogram, said, flushes = Histogram(0.0, 1.0, np.ones(30, int)), list[str](), list[int]()
+    log = EventLog(tmp_path / "train", 0, said.append)
+
+    def fail(writer: RecordWriter) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "flush", lambda writer: flushes.append(1))
+        log.histograms(1, {f"weights/{i}": histogram for i in range(5)})
+        assert flushes == [1]
+        patch.setattr(RecordWriter, "flush", fail)
+        log.scalars(2, {"x": 2.0})
+        log.histograms(3, {"weights/dropped": histogram})
+    log.scalars(4, {"x": 4.0})
+    log.close()
+    found = curves(tmp_path / "train")
+    assert found["x"] == {2: 2.0, 4: 4.0} and "weights/4" in found and "weights/dropped" not in found
+    assert len(said) == 2

@@ -176,3 +176,11 @@ def test_watching_loads_no_tensorflow(run: RunFolder):
         [sys.executable, "-c", program, str(run.path)], capture_output=True, text=True, check=True
     ).stdout
     assert json.loads(found.splitlines()[-1]) == [ExitStatus.STOPPED, False]
+
+
+def test_a_loss_that_is_read_before_its_perplexity_is_shown(run: RunFolder):
+    log_of(run).scalars(500, {tags.LOSS: 2.0, tags.MFU_OVERALL: 0.5})  # The rest of the report is not written yet.
+    watched = Watched(run)
+    watched.read()
+    assert watched.newest is not None
+    assert "loss 2.0000  perplexity 7.39  " in watched.news(watched.newest).line(None)

@@ -7,7 +7,6 @@ Source: TensorFlow, core/lib/io/record_writer.h.
 import re
 import struct
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
@@ -15,8 +14,9 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from trainer.errors import UserError
 from trainer.monitoring.tags import current
-from trainer.system.storage import Location, reason_and_remedy
+from trainer.system.storage import Location, Url, reason_and_remedy
 
+_HISTOGRAM = b"J\x0e\n\x0c\n\nhistograms"
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
 
@@ -42,7 +42,8 @@ def event_files(folder: Location) -> list[Location]:
 
 
 def read_events(file: Location) -> Iterator[Event]:
-    """Yields the events of a file, up to a damaged one: the file of a run that was killed may end in half a record.
+    """Yields the events of a file, up to a damaged one: the file of a run that was killed may end in half a record. The
+    graph and histograms are left out.
 
     Raises:
         UserError: the file cannot be read.
@@ -51,13 +52,16 @@ def read_events(file: Location) -> Iterator[Event]:
 
 
 def events_from(file: Location, start: int) -> Iterator[tuple[Event, int]]:
-    """Yields the events that begin at a byte of a file and later, each with the byte at which the next one begins.
+    """Yields the events that begin at a byte of a file and later, each with the byte at which the next one begins. The
+    graph and histograms are left out.
 
     Raises:
         UserError: the file cannot be read.
     """
     content = _content(file, start)
     for first, end in _spans(content):
+        if _is_large(content, first, end):
+            continue
         event = _event(content, first, end)
         if event is None:
             return
@@ -65,7 +69,8 @@ def events_from(file: Location, start: int) -> Iterator[tuple[Event, int]]:
 
 
 def newest_points(folder: Location, wanted: Collection[str]) -> dict[str, Point]:
-    """Returns the newest point of some curves, as `read_curves` would, from the ends of the files only.
+    """Returns the newest point of some curves, as `read_curves` would. It reads the files whole, but decodes only their
+    ends, as far as the points are there.
 
     Args:
         folder: the folder that an `EventLog` writes into.
@@ -76,7 +81,7 @@ def newest_points(folder: Location, wanted: Collection[str]) -> dict[str, Point]
     for file in reversed(event_files(folder)):
         content = _content(file)
         for start, end in reversed(list(_spans(content))):
-            event = _event(content, start, end)
+            event = None if _is_large(content, start, end) else _event(content, start, end)
             if event is None:
                 continue
             for value in event.summary.value:
@@ -100,8 +105,8 @@ def _content(file: Location, start: int = 0) -> bytes:
     try:
         if file.stat().st_size <= start:
             return b""
-        if not isinstance(file, Path):
-            return file.read_bytes()[start:]
+        if isinstance(file, Url):
+            return file.read_bytes(start)
         with file.open("rb") as opened:
             opened.seek(start)
             return opened.read()
@@ -120,6 +125,16 @@ def _spans(content: bytes) -> Iterator[tuple[int, int]]:
             return
         yield start, start + size
         start += size + 16
+
+
+def _is_large(content: bytes, start: int, end: int) -> bool:
+    """Whether the record between two places holds a histogram or the graph, as `EventLog` writes them. Nobody wants
+    these here, and the checksums of megabytes would take seconds.
+    """
+    # The graph is the field with tag 0x22, after the 9 bytes of the time: it has step 0, which takes no bytes.
+    is_graph = content[start : start + 1] == b"\x09" and content[start + 9 : start + 10] == b"\x22"
+    # The last field of a histogram's summary is its metadata, with the plugin's name and no content.
+    return is_graph or content.endswith(_HISTOGRAM, start, end)
 
 
 def _event(content: bytes, start: int, end: int) -> Event | None:

@@ -34,8 +34,8 @@ class EventLog:
     TensorBoard reads the files of a folder in the order of their names, which begin with the time. If the clock was set
     back, the name and the times of the events go on from the newest ones in the folder.
 
-    If the file cannot be written later on, for example because the disk is full, the events are kept in memory and are
-    written into another file once that is possible. Training goes on.
+    If the file cannot be written later on, for example because the disk is full, points and texts are kept in memory,
+    and are written into another file once that is possible. Training goes on.
 
     Args:
         folder: the folder for the file.
@@ -87,13 +87,17 @@ class EventLog:
         self._write(step, [{"summary": text_pb(name, text)} for name, text in texts.items()])
 
     def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Writes histograms."""
+        """Writes histograms. While the file cannot be written they are dropped: a large model has megabytes of them."""
+        if self._writer is None:
+            return
+        summaries = []
         for name, histogram in histograms.items():
             edges = np.linspace(histogram.low, histogram.high, len(histogram.counts) + 1)
             rows = np.stack([edges[:-1], edges[1:], histogram.counts], axis=1)  # What histogram_pb makes of values.
             summary = histogram_pb(name, [])
             summary.value[0].tensor.CopyFrom(make_tensor_proto(rows, np.float64))
-            self.summary(step, summary)
+            summaries.append(summary)
+        self._write(step, [{"summary": summary} for summary in summaries])
 
     def summary(self, step: int, summary: Summary) -> None:
         """Writes a summary that is made elsewhere."""

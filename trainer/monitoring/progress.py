@@ -1,6 +1,7 @@
 """Shows what a run reports: a progress bar on a terminal or in a notebook, and plain lines elsewhere."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -102,12 +103,14 @@ class News:
         self._loss = self._learned = "no step was applied"
         if interval.loss is not None:
             self._loss = f"loss {interval.loss:.4f}"
-            self._learned = f"{self._loss}  perplexity {values[tags.PERPLEXITY]:.2f}"
+            # A reader can find the loss in the file before the figures that are written after it.
+            perplexity = values.get(tags.PERPLEXITY, math.exp(min(interval.loss, 700.0)))
+            self._learned = f"{self._loss}  perplexity {perplexity:.2f}"
         self._norm = "" if interval.grad_norm is None else f"norm {interval.grad_norm:.2f}  "
         in_steps, overall = interval.tokens_per_sec_in_steps, interval.tokens_per_sec_overall
         self._speed = f"{in_steps:,.0f} tokens/s in steps, {overall:,.0f} overall"
         self._short_speed = f"{overall:,.0f} tokens/s"
-        if tags.MFU_OVERALL in values:
+        if {tags.MFU_IN_STEPS, tags.MFU_OVERALL} <= values.keys():
             mfu = f"mfu {values[tags.MFU_IN_STEPS]:.1%} in steps, {values[tags.MFU_OVERALL]:.1%} overall"
             self._speed += f"  {mfu}"
 

@@ -52,13 +52,24 @@ class TensorBoard(Sink):
         self._train.texts(first_step, texts)
         self._train.summary(first_step, layout_summary(config))
         # A process that goes on with a run finds the graph in an earlier file.
-        graph = graph_of(model, config.train.sequence_length) if model is not None and self._train.is_first else None
-        if graph is not None:
-            self._train.graph(graph)
+        if model is not None and self._train.is_first:
+            self._add_graph(model, config.train.sequence_length)
         self._session = Session(self._validation.folder, config, total_steps, say)
         self._is_finished = False
         self._profile = config.profile
         self._is_profiling = False
+
+    def _add_graph(self, model: keras.Model, sequence_length: int) -> None:
+        try:
+            graph = graph_of(model, sequence_length)
+        except Exception as error:  # A foreign model may take only the batches that it is trained with.
+            reason = str(error).strip().partition("\n")[0]
+            self._say(
+                f"TensorBoard's graph is left out: the model cannot be traced ({type(error).__name__}: {reason})."
+            )
+            return
+        if graph is not None:
+            self._train.graph(graph)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

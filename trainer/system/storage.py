@@ -96,9 +96,11 @@ class Url:
         with _as_user_errors(self):
             _gfile().makedirs(self._text)
 
-    def read_bytes(self) -> bytes:
-        """Returns the content of the file."""
+    def read_bytes(self, start: int = 0) -> bytes:
+        """Returns the content of the file from a byte on."""
         with _as_user_errors(self), _gfile().GFile(self._text, "rb") as file:
+            if start:
+                file.seek(start)
             return bytes(file.read())
 
     def write_bytes(self, content: bytes) -> None:
