@@ -1,8 +1,10 @@
 """Laws of trackers. The packages are stand-ins that record our calls: this is a test of what we call, not of them."""
 
+import contextlib
 import importlib.machinery
 import sys
 import threading
+import time
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -139,15 +141,18 @@ class Service:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.released, self.steps = error, threading.Event(), list[int]()
+        self.asked, self.finished, self.is_over = threading.Event(), threading.Event(), False
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if self.error is not None:
             raise self.error
+        self.asked.set()
         self.released.wait(10)
         self.steps.append(step)
 
     def finish(self, is_over: bool) -> None:
-        pass
+        self.is_over = is_over
+        self.finished.set()
 
 
 def test_a_tracker_that_fails_is_reported_once():
@@ -170,7 +175,53 @@ def test_a_tracker_that_hangs_neither_stops_nor_holds_up_training(monkeypatch: p
     with tracker.running():
         for step in range(10):
             tracker.interval(Place(step, 10, None, 0), None, {})  # type: ignore[arg-type]
+            assert service.asked.wait(10)  # It holds the first one, so that the others fill the queue.
     service.released.set()
     assert said[0].startswith("warning: mlflow fails (it has not taken 3 reports); training goes on")
     assert said[1] == "mlflow does not answer: the run ends without its last reports."
-    assert service.steps in ([], [0])
+    assert service.finished.wait(10)  # No thread waits for ever, though the queue was full at the end.
+    assert service.steps == [0, 1, 2, 3]
+
+
+def test_all_trackers_of_a_run_share_the_time_at_its_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trackers, "_FINISH_SECS", 0.5)
+    said, end, services = list[str](), trackers._End(), [Service(), Service(), Service()]
+    services[1].released.set()  # It answers.
+    with contextlib.ExitStack() as stack:
+        for name, service in zip(NAMES, services, strict=True):
+            tracker = Tracker(name, service, said.append, end)
+            stack.enter_context(tracker.running())
+            tracker.interval(Place(1, 9, None, 0), None, {})  # type: ignore[arg-type]
+        started = time.monotonic()
+    assert time.monotonic() - started < 0.9
+    assert said == [f"{name} does not answer: the run ends without its last reports." for name in ("trackio", "wandb")]
+    assert services[1].finished.is_set() and services[1].steps == [1]
+    for service in services:
+        service.released.set()
+        assert service.finished.wait(10)
+
+
+def test_a_run_is_over_once_it_is_scored_after_its_last_step():
+    place, service = Place(9, 9, None, 0), Service()
+    tracker = Tracker("mlflow", service, print)
+    with pytest.raises(KeyError), tracker.running():
+        tracker.advance(place)
+        raise KeyError  # While it was scored.
+    assert service.finished.is_set() and not service.is_over
+    tracker = Tracker("mlflow", resumed := Service(), print)
+    resumed.released.set()
+    with tracker.running():  # It was resumed only to be scored, so it takes no step.
+        tracker.evaluation(place, None, {})  # type: ignore[arg-type]
+    assert resumed.is_over
+
+
+def test_trackers_that_were_started_are_ended_if_another_one_cannot_be(
+    tmp_path: Path, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    def fail(**options: Any) -> None:
+        raise RuntimeError("no login.")
+
+    monkeypatch.setattr(sys.modules["trackio"], "init", fail)
+    with pytest.raises(UserError, match="trackio cannot be started"):
+        open_trackers(run_with(tmp_path, "wandb", "mlflow", "trackio"), print)
+    assert ("run.finish", (), {}) in calls and ("client.set_terminated", ("m1", "KILLED"), {}) in calls

@@ -20,7 +20,6 @@ from trainer.monitoring import tags
 from trainer.monitoring.events import Histogram, Interval, Place, Sink
 from trainer.monitoring.progress import TrainingProgress
 from trainer.monitoring.tensorboard import TensorBoard
-from trainer.monitoring.trackers import open_trackers
 from trainer.runs.parentage import describe_history
 from trainer.runs.results import Evaluation
 from trainer.runs.run_folder import RunFolder
@@ -84,6 +83,10 @@ class Monitor:
         # The steps of this process, and the seconds that they took for each token of a step.
         self._num_steps, self._secs_per_token = 0, 0.0
         self._sinks: list[Sink] = [tensorboard, terminal_sink, *sinks]
+
+    def add(self, sinks: Sequence[Sink]) -> None:
+        """Adds sinks. Call it before the block of `running`."""
+        self._sinks += sinks
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -231,7 +234,7 @@ def make_monitor(
         data_begins_at=-run.data_offset / config.train.global_batch_size,
         history=describe_history(run),
         peak_tokens_per_sec=find_peak(config, model, prepared.vocabulary_size, strategy, say),
-        sinks=[*sinks, *open_trackers(run, say)],
+        sinks=sinks,
         model=model,
     )
 

@@ -43,7 +43,7 @@ class Service(Protocol):
         """Sends figures of a step."""
 
     def finish(self, is_over: bool) -> None:
-        """Sends what is left; is_over tells whether the run has taken all its steps."""
+        """Sends what is left; is_over tells whether the run has taken all its steps and is scored."""
 
 
 class _Wandb:
@@ -137,18 +137,20 @@ def open_trackers(run: RunFolder, say: Say) -> list["Tracker"]:
             without it, with a line.
     """
     known: dict[str, str] = run.facts.get("trackers", {})
-    trackers, ids = [], dict(known)
+    trackers, ids, end = list[Tracker](), dict(known), _End()
     for name in run.config.log.trackers:
         try:
             service = _SERVICES[name](run.path.name, known.get(name), _flat(run.config.model_dump(mode="json")))
         except Exception as error:  # Each package raises its own kinds.
             why = f"log.trackers: {name} cannot be started ({type(error).__name__}: {str(error).strip().rstrip('.')})"
             if name not in known:
+                for tracker in trackers:  # Otherwise their service would show this run as running for ever.
+                    tracker.abandon()
                 raise UserError(f"{why}. Repair that, or leave {name} out.") from error
             say(f"warning: {why}; the run goes on without it.")
             continue
         ids[name] = service.id
-        trackers.append(Tracker(name, service, say))
+        trackers.append(Tracker(name, service, say, end))
     if ids != known:
         run.record(trackers=ids)
     return trackers
@@ -161,6 +163,32 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+_Reports = queue.Queue[tuple[int, dict[str, float]] | None]
+
+
+class _End:
+    """The end of a run, which its trackers share: all send what is left at the same time, until one deadline."""
+
+    def __init__(self) -> None:
+        self.has_come = threading.Event()
+        self.queues: list[_Reports] = []
+        self._deadline = 0.0
+
+    def come(self) -> None:
+        """Wakes all threads. A thread whose queue is full is not asleep."""
+        if self.has_come.is_set():
+            return
+        self._deadline = time.monotonic() + _FINISH_SECS
+        self.has_come.set()
+        for waiting in self.queues:
+            with contextlib.suppress(queue.Full):
+                waiting.put_nowait(None)
+
+    def secs_left(self) -> float:
+        """Returns the seconds until the deadline."""
+        return max(0.0, self._deadline - time.monotonic())
+
+
 class Tracker(Sink):
     """Sends reports to a service, in a thread of its own.
 
@@ -168,12 +196,20 @@ class Tracker(Sink):
         name: the name of the service, for messages.
         service: the service.
         say: prints a line.
+        end: what the trackers of a run share; None: there is no other one.
     """
 
-    def __init__(self, name: str, service: Service, say: Say) -> None:
+    def __init__(self, name: str, service: Service, say: Say, end: _End | None = None) -> None:
         self._name, self._service, self._say = name, service, say
-        self._waiting: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(_MAX_WAITING)
+        self._waiting: _Reports = queue.Queue(_MAX_WAITING)
+        self._end = end or _End()
+        self._end.queues.append(self._waiting)
         self._num_lost, self._is_over = 0, False
+
+    def abandon(self) -> None:
+        """Ends a run that does not begin."""
+        with contextlib.suppress(Exception):  # Each package raises its own kinds.
+            self._service.finish(False)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -183,24 +219,20 @@ class Tracker(Sink):
         try:
             yield
         finally:
-            with contextlib.suppress(queue.Full):
-                self._waiting.put(None, timeout=_FINISH_SECS)
-            thread.join(_FINISH_SECS)
+            self._end.come()
+            thread.join(self._end.secs_left())
             if thread.is_alive():
                 self._say(f"{self._name} does not answer: the run ends without its last reports.")
             elif self._num_lost:
                 self._say(f"{self._name}: {self._num_lost} reports could not be sent; TensorBoard has all of them.")
-
-    def advance(self, place: Place) -> None:
-        """Notes whether steps are left."""
-        self._is_over = place.step >= place.total_steps
 
     def interval(self, place: Place, interval: Interval, values: Mapping[str, float]) -> None:
         """Sends the figures of training."""
         self._put(place.step, {f"train/{name}": value for name, value in values.items()})
 
     def evaluation(self, place: Place, evaluation: Evaluation, values: Mapping[str, float]) -> None:
-        """Sends the figures of the validation text."""
+        """Sends the figures of the validation text. The run is over once it is scored after its last step."""
+        self._is_over = place.step >= place.total_steps
         self._put(place.step, {f"validation/{name}": value for name, value in values.items()})
 
     def _put(self, step: int, values: dict[str, float]) -> None:
@@ -210,7 +242,10 @@ class Tracker(Sink):
             self._lose(f"it has not taken {_MAX_WAITING} reports")
 
     def _send(self) -> None:
-        while (report := self._waiting.get()) is not None:
+        while not (self._end.has_come.is_set() and self._waiting.empty()):
+            report = self._waiting.get()
+            if report is None:
+                break
             try:
                 self._service.log(*report)
             except Exception as error:  # Each package raises its own kinds.

@@ -43,6 +43,7 @@ from trainer.model.build import BuildModel, make_model
 from trainer.monitoring.callbacks import Callback, Callbacks
 from trainer.monitoring.curves import Curve, read_history
 from trainer.monitoring.monitor import Monitor, SilentMonitor, describe_run, make_monitor
+from trainer.monitoring.trackers import open_trackers
 from trainer.runs.checkpoint import Checkpoints
 from trainer.runs.first_batch import check_first_batch, hash_of_first_batch
 from trainer.runs.results import Evaluation, read_result, record_score, scores_to_keep, write_result
@@ -141,6 +142,8 @@ def train(
 
         batches, histograms = iter(batches_from(step)), Histograms(training_step, batches_from)
         run_steps = training_step.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
+        if isinstance(monitor, Monitor):  # Last: from here on monitor.running() ends them, whatever fails.
+            monitor.add(open_trackers(run, say))
 
     def stop_requested() -> bool:
         # With several workers always False: only the votes counted in a step (metrics.stop_votes) stop them, so that
