@@ -141,3 +141,15 @@ def test_help_names_every_function_and_explains_every_argument():
         assert not [each for each in arguments if f"\n    {each}: " not in docstring], name
     assert "class Callback" in text and "class GPT" not in text
     assert {"Callback", "load_config", "train"} <= set(dir(trainer))
+
+
+def test_an_error_that_is_kept_is_said_if_another_one_ends_the_run():
+    said, place = list[str](), Place(1, 3, None, 0)
+    callbacks = Callbacks([Raising(1, ZeroDivisionError("by 0"))], lambda: None, said.append)
+    with pytest.raises(OSError, match="full"), callbacks.running():
+        callbacks.interval(place, None, {})
+        raise OSError("the disk is full")
+    assert said == ["Before that, a callback raised ZeroDivisionError: by 0"]
+    with pytest.raises(ZeroDivisionError), callbacks.running():
+        callbacks.ended()
+    assert len(said) == 1

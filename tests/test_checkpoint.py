@@ -592,3 +592,11 @@ def test_the_best_by_validation_is_kept_besides_the_newest(folder: str):
     assert checkpoints.best_step() == 20
     save(checkpoints, 60)
     assert checkpoints.best_step() == 60 and checkpoints.steps() == [50, 60]
+
+
+def test_a_step_that_is_saved_twice_is_reported_once(tmp_path: Path):
+    checkpoints, reported = Checkpoints(str(tmp_path)), list[int]()
+    checkpoints.on_whole = lambda step, folder: reported.append(step)
+    save(checkpoints, 1, 1)
+    save(checkpoints, 1, 2)
+    assert reported == [1, 2]

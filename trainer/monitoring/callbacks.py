@@ -1,9 +1,11 @@
 """Callbacks: functions of a user's program that a run calls, in Python, as it reports something."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from trainer.monitoring.events import Interval, Place, Sink
 from trainer.runs.results import Evaluation
+from trainer.system.terminal import Say, say
 
 
 class StopTraining(Exception):
@@ -60,13 +62,27 @@ class Callbacks(Sink):
     Args:
         callbacks: the callbacks.
         request_stop: stops the run after the step under way, as a signal does.
+        say: prints a line.
     """
 
-    def __init__(self, callbacks: Sequence[Callback], request_stop: Callable[[], object]) -> None:
+    def __init__(self, callbacks: Sequence[Callback], request_stop: Callable[[], object], say: Say = say) -> None:
         self._callbacks = callbacks
         self._request_stop = request_stop
+        self._say = say
         self._is_over = False
         self._error: Exception | None = None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Says what a callback has raised, if the run ends by another error before `ended` could raise it: for example,
+        what was trained cannot be saved.
+        """
+        try:
+            yield
+        except BaseException as other:
+            if self._error is not None and other is not self._error:
+                self._say(f"Before that, a callback raised {type(self._error).__name__}: {self._error}")
+            raise
 
     def advance(self, place: Place) -> None:
         """Notes whether steps are left."""

@@ -87,7 +87,7 @@ class Checkpoints:
 
     Attributes:
         on_whole: called with the step and the folder of each checkpoint that is whole, by the thread that saves, from
-            within `save`, `check` or `wait`.
+            within `save`, `check` or `wait`; once for a step that is saved twice in a row.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[int | None] | None = None
         self._num_failures = 0
+        self._last_whole: int | None = None
         # For the writer, which may be waiting to try again: whether a newer checkpoint replaces the one that it writes,
         # whether the run is over and waits for it, and an event that ends the writer's wait.
         self._is_superseded, self._is_awaited, self._woken = False, False, threading.Event()
@@ -172,7 +173,8 @@ class Checkpoints:
         finally:
             self._is_superseded, self._is_awaited = False, False
             self._woken.clear()
-        if step is not None:
+        if step is not None and step != self._last_whole:
+            self._last_whole = step
             self.on_whole(step, self._folder_of(step))
 
     def latest(self) -> Checkpoint | None:

@@ -127,7 +127,7 @@ def train(
         # One dict with two users: `record_score` adds a loss, and the checkpoints keep the one with the lowest loss.
         scores = {} if is_scored_otherwise else scores_to_keep(checkpoints, step, from_step)
         checkpoints.scores = scores
-        called = Callbacks(callbacks, lambda: training_step.stop_requested.assign(True))
+        called = Callbacks(callbacks, lambda: training_step.stop_requested.assign(True), say)
         monitor: Monitor | SilentMonitor = SilentMonitor()
         if workers.is_chief:
             monitor = make_monitor(run, prepared, model, strategy, step, say, [called])
