@@ -1,13 +1,17 @@
+import math
 from pathlib import Path
 
 import pytest
 from test_report import Page  # type: ignore[import-not-found]
+from tiny_run import prepared_text  # type: ignore[import-not-found]
 from watched_run import evaluation_at, finish, record, watch  # type: ignore[import-not-found]
 
 from trainer.cli import main
+from trainer.monitoring import tags
+from trainer.monitoring.run_log import Dot
 from trainer.reports.compare_runs import score_rows, verdict
 from trainer.reports.comparison import Comparison, compare, differing_settings
-from trainer.reports.history import read_history
+from trainer.reports.history import History, read_history
 
 
 def trained(folder: Path, *overrides: str, above: float = 0.0, facts: dict[str, object] | None = None) -> Path:
@@ -153,3 +157,52 @@ def test_a_comparison_needs_two_different_runs(runs: dict[str, Path], capsys: py
     assert "compare needs at least two runs" in capsys.readouterr().err
     assert main(["compare", str(runs["low"]), str(runs["low"])]) == 2
     assert "a run is named twice" in capsys.readouterr().err
+
+
+def test_a_validation_text_that_was_replaced_under_its_path_is_noticed(tmp_path: Path):
+    def history(name: str, text: str, **facts: object) -> History:
+        (tmp_path / name).mkdir()
+        prepared = prepared_text(tmp_path / name, text)
+        known = {"data_fingerprint": prepared.fingerprint, "prepared_folder": str(prepared.folder)}
+        known["tokenizer_fingerprint"] = prepared.tokenizer_fingerprint
+        return read_history(str(trained(tmp_path / f"run_{name}", above=float(name), facts=known | facts)))
+
+    old, new = history("0", "the cat sat\n" * 60), history("1", "the act sat\n" * 60)
+    found = compare([old, new])
+    assert found.winner() is None and len(found.notes) == 1 and "replaced under its path" in found.notes[0]
+    assert verdict(found) == "No run is called the best: they are scored on different texts."
+    # Only the training texts differ.
+    assert compare([old, new._replace(validation_splits=old.validation_splits)]).winner() == (0, pytest.approx(1.0))
+    # With other tokens, the bytes of the texts are compared.
+    bpe = history("2", "the act sat\n" * 60, tokenizer_fingerprint="other")
+    assert compare([old, bpe]).is_fair and compare([new, bpe]).is_fair
+    longer = history("3", "the act sat on\n" * 60, tokenizer_fingerprint="another")
+    assert not compare([old, longer]).is_fair
+    # The prepared data are gone: what was scored has to do.
+    gone = new._replace(validation_splits=None)
+    assert gone.result is not None and compare([old, gone]).is_fair
+    assert not compare([old, gone._replace(result=gone.result._replace(num_tokens=999))]).is_fair
+    unknown = compare([old, gone._replace(result=gone.result._replace(cut_share=0.5))])
+    assert not unknown.is_fair and "nothing shows whether the validation texts are the same" in unknown.notes[0]
+    assert verdict(unknown) == "No run is called the best: they may be scored on different texts."
+
+
+def test_a_loss_that_is_not_a_number_is_no_best_loss(runs: dict[str, Path]):
+    low, high = compared(runs, "low", "high").histories
+    assert high.result is not None
+    diverged = high._replace(
+        result=high.result._replace(loss=math.nan),
+        scores={10: math.nan, 20: 5.0},
+        validation=high.validation._replace(curves={tags.LOSS: [Dot(10, math.nan, 1.0), Dot(20, 5.0, 2.0)]}),
+    )
+    comparison = compare([low, diverged])
+    assert comparison.winner() is None and comparison.best(diverged) == Dot(20, 5.0, 2.0)
+    assert diverged.best_step == 20
+    assert verdict(comparison) == "No run is called the best, because a final loss is not a number: high."
+    assert dict(score_rows(comparison))["final, nats per token"][1] == ""
+
+
+def test_a_name_cannot_control_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    paths = [str(trained(tmp_path / name)) for name in ("a\x1b[2J", "b")]
+    assert main(["compare", *paths]) == 0
+    assert "\x1b" not in capsys.readouterr().out

@@ -1,7 +1,11 @@
+import errno
 import json
+import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from watched_run import evaluation_at, finish, loss_at, record, saved, watch  # type: ignore[import-not-found]
@@ -24,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finish(done)
     stopped = record(folder / "deep/er/stopped", facts={"parents": [{"kind": "fork", "from": "runs/done", "step": 20}]})
     watch(stopped, 0, 30)
-    write_scores(stopped, {10: 3.0, 20: 2.5, 30: 2.75})
+    write_scores(stopped, {5: math.nan, 10: 3.0, 20: 2.5, 30: 2.75})
     saved(stopped, 30)
     killed = record(folder / "killed")
     watch(killed, 0, 20)
@@ -116,3 +120,31 @@ def test_a_time_is_shown_by_its_largest_unit():
     assert [short_time(secs) for secs in (None, 0, 59, 60, 3599, 3600, 86400 * 3)] == [
         "", "0 s", "59 s", "1 min", "60 min", "1 h", "3 d",
     ]  # fmt: skip
+
+
+def test_what_may_not_be_read_hides_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("open", "secret", "locked/run"):
+        record(tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / "locked/run")
+    stat, iterdir = Path.stat, Path.iterdir
+
+    def stat_outside(path: Path, **options: Any) -> os.stat_result:
+        if path.parent.name == "locked" or path.name == "link":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    def iterdir_outside(path: Path) -> Iterator[Path]:
+        if path.name == "secret":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return iterdir(path)
+
+    # Not chmod: root may read everything.
+    monkeypatch.setattr(Path, "stat", stat_outside)
+    monkeypatch.setattr(Path, "iterdir", iterdir_outside)
+    rows = listed(tmp_path, capsys)
+    assert {name: row["state"] for name, row in rows.items()} == {"open": "stopped", "secret": "damaged"}
+    assert rows["secret"]["fault"] == (
+        f"{tmp_path}/secret cannot be read: Permission denied. Give this user the permission to do that."
+    )

@@ -160,6 +160,8 @@ def test_a_run_without_a_step_has_a_report(tmp_path: Path, capsys: pytest.Captur
     assert "nowhere/page.html cannot be written" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "run"), "--html", str(tmp_path)]) == 2
     assert f"is a folder: name a file in it, after the runs: --html {tmp_path}/page.html" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "run"), "--html", str(tmp_path / "page.html/x.html")]) == 2
+    assert "page.html/x.html cannot be written: Not a directory" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.partial"))
 
 

@@ -63,10 +63,14 @@ def verdict(comparison: Comparison) -> str:
         limits = "; the notes limit what that means" if comparison.notes else ""
         return f"{names[best]} has the lowest final loss, by {ahead:.4f} {comparison.unit}{limits}."
     if not comparison.is_fair:
-        return "No run is called the best: they are scored on different texts."
+        are = "may be" if comparison.is_uncertain else "are"
+        return f"No run is called the best: they {are} scored on different texts."
     unfinished = [name for name, each in zip(names, comparison.histories, strict=True) if each.result is None]
     if unfinished:
         return f"No run is called the best yet, because not all are finished: {', '.join(unfinished)}."
+    diverged = [name for name, each in zip(names, comparison.histories, strict=True) if comparison.final(each) is None]
+    if diverged:
+        return f"No run is called the best, because a final loss is not a number: {', '.join(diverged)}."
     return "The final losses are equal."
 
 
@@ -116,7 +120,7 @@ def _print(comparison: Comparison) -> None:
     if any(line.points for line in lines):
         signs = list(zip(names, marks_of(len(names), is_ascii), strict=True))
         marks = f"a line for {names[0]}; {', '.join(f'{mark} {name}' for name, mark in signs[1:])}"
-        print(f"validation loss in {comparison.unit} by {comparison.amount}: {marks}")
+        say(f"validation loss in {comparison.unit} by {comparison.amount}: {marks}")
         print("\n".join(text_chart(lines, min(screen.width, 120), is_ascii=is_ascii)))
     for decoder, samples in _newest_samples(comparison):
         for name, sample in zip(names, samples, strict=True):

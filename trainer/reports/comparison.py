@@ -1,6 +1,7 @@
 """Compares runs: what differs, whether losses can be compared, and what they are after the same tokens or time."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,12 +23,14 @@ class Comparison(NamedTuple):
         by_bits: whether the losses are in bits per byte: nats per token cannot be compared between tokenizers.
         notes: what a reader has to know before comparing.
         is_fair: whether the scores are about the same text, so that the lowest one is the best.
+        is_uncertain: whether they may be about the same text, but that cannot be found out any more.
     """
 
     histories: Sequence[History]
     by_bits: bool
     notes: list[str]
     is_fair: bool
+    is_uncertain: bool = False
 
     @property
     def by_bytes(self) -> bool:
@@ -58,18 +61,20 @@ class Comparison(NamedTuple):
         return history.bits_per_byte("train") if self.by_bits else history.curve(tags.LOSS)
 
     def final(self, history: History) -> float | None:
-        """Returns the score on the whole validation text; None if the run is not over."""
+        """Returns the score on the whole validation text; None if the run is not over, or if it is not a number."""
         if history.result is None:
             return None
-        return history.result.bits_per_byte if self.by_bits else history.result.loss
+        score = history.result.bits_per_byte if self.by_bits else history.result.loss
+        return score if math.isfinite(score) else None
 
     def best(self, history: History) -> Dot | None:
-        """Returns the lowest score; None if there is none."""
-        return min(self.validation(history), key=lambda dot: (dot.value, dot.step), default=None)
+        """Returns the lowest score that is a number; None if there is none."""
+        dots = [dot for dot in self.validation(history) if math.isfinite(dot.value)]
+        return min(dots, key=lambda dot: (dot.value, dot.step), default=None)
 
     def winner(self) -> tuple[int, float] | None:
         """Returns the number of the run with the lowest final score, and how far the next one is above it; None if the
-        scores cannot be compared, a run is not over, or two are equal.
+        scores cannot be compared, a run is not over, a score is not a number, or two are equal.
         """
         finals = [self.final(history) for history in self.histories]
         known = [each for each in finals if each is not None]
@@ -111,11 +116,23 @@ def compare(histories: Sequence[History]) -> Comparison:
             "The prepared data of a run are gone, so losses are shown after the same number of tokens, though "
             "tokenizers make tokens of different sizes."
         )
+    on_one_text = "Score the models on one text: trainer evaluate RUN --data FILE"
     differing = sorted({key for history in histories[1:] for key in _validation_differs(histories[0], history)})
     if differing:
         notes.append(
-            f"The validation texts differ ({', '.join(differing)}), so the lowest loss is not the best model. Score "
-            "the models on one text: trainer evaluate RUN --data FILE"
+            f"The validation texts differ ({', '.join(differing)}), so the lowest loss is not the best model. "
+            f"{on_one_text}"
+        )
+    are_same = [_has_same_validation(histories[0], history) for history in histories[1:]]
+    if not differing and False in are_same:
+        notes.append(
+            "The validation texts differ, though no setting of them does: a file was replaced under its path. So the "
+            f"lowest loss is not the best model. {on_one_text}"
+        )
+    elif not differing and None in are_same:
+        notes.append(
+            "The prepared data of the runs differ, and those of one are gone, so nothing shows whether the validation "
+            f"texts are the same. {on_one_text}"
         )
     parts = {_scored_examples(history.config) for history in histories}
     if len(parts) > 1:
@@ -125,7 +142,8 @@ def compare(histories: Sequence[History]) -> Comparison:
         )
     if any(history.num_tokens is None and history.config.data.mode == "lines" for history in histories):
         notes.append("The prepared data of a run are gone, so its tokens are counted with padding.")
-    return Comparison(histories, by_bits, notes, not differing)
+    is_fair = not differing and all(are_same)
+    return Comparison(histories, by_bits, notes, is_fair, is_uncertain=not differing and False not in are_same)
 
 
 def differing_settings(histories: Sequence[History]) -> list[tuple[str, list[Any]]]:
@@ -162,6 +180,35 @@ def _validation_differs(one: History, other: History) -> list[str]:
         keys += ("data.mode", "train.sequence_length")
     mine, others = _flat(one.config), _flat(other.config)
     return [key for key in keys if mine.get(key) != others.get(key)]
+
+
+def _has_same_validation(one: History, other: History) -> bool | None:
+    """Returns whether two runs are scored on the same text, by what was prepared from it; None if that is not known."""
+    if one.run.facts["data_fingerprint"] == other.run.facts["data_fingerprint"]:
+        return True
+    if one.validation_splits is None or other.validation_splits is None:
+        sizes = [_scored_bytes(history) for history in (one, other)]
+        # Without the data, the number of the bytes that were scored has to do; it is a quotient of floats.
+        return None if None in sizes else math.isclose(*sizes, rel_tol=1e-6)  # type: ignore[arg-type]
+    mine, others = one.validation_splits, other.validation_splits
+    if one.run.facts["tokenizer_fingerprint"] == other.run.facts["tokenizer_fingerprint"]:
+        return [_hashes(split) for split in mine] == [_hashes(split) for split in others]
+    # Tokens cannot be compared; documents and bytes are counted in the text itself.
+    names = ("num_documents", "num_bytes")
+    return [[split[name] for name in names] for split in mine] == [[split[name] for name in names] for split in others]
+
+
+def _hashes(split: dict[str, Any]) -> list[str]:
+    return [shard["tokens_sha256"] for shard in split["shards"]]
+
+
+def _scored_bytes(history: History) -> float | None:
+    """Returns the bytes of the text that the final score is about: they are the same with every tokenizer."""
+    result = history.result
+    if result is None or result.cut_share or not result.bits_per_byte:
+        return None  # What lines mode cuts differs by tokenizer.
+    num_bytes = result.loss * result.num_tokens / math.log(2) / result.bits_per_byte
+    return num_bytes if math.isfinite(num_bytes) else None
 
 
 def _at_equal(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, list[float]]]:

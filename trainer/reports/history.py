@@ -58,6 +58,7 @@ class History(NamedTuple):
         num_tokens: the tokens of the training text; None: the prepared data are gone.
         bytes_per_token: the bytes of the training text for each of its tokens; None: the prepared data are gone.
         tokens_per_step: the tokens of a step, without padding if `num_tokens` is known.
+        validation_splits: the entries of the validation text in the manifest of the prepared data; None: they are gone.
     """
 
     run: RunFolder
@@ -72,6 +73,7 @@ class History(NamedTuple):
     num_tokens: int | None
     bytes_per_token: float | None
     tokens_per_step: float
+    validation_splits: list[dict[str, Any]] | None = None
 
     @property
     def config(self) -> Config:
@@ -85,8 +87,9 @@ class History(NamedTuple):
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss; None if nothing was scored."""
-        return min(self.scores, key=lambda step: (self.scores[step], step), default=None)
+        """The step with the lowest validation loss that is a number; None if nothing was scored."""
+        steps = [step for step, loss in self.scores.items() if math.isfinite(loss)]
+        return min(steps, key=lambda step: (self.scores[step], step), default=None)
 
     def tokens_at(self, step: float) -> float:
         """Returns how many tokens the model has seen after a step, by the run and the runs that it was forked from."""
@@ -174,6 +177,7 @@ def read_history(path: str) -> History:
         num_tokens=num_tokens,
         bytes_per_token=bytes_per_token,
         tokens_per_step=tokens_per_step,
+        validation_splits=_validation_splits(run),
     )
 
 
@@ -222,6 +226,14 @@ def _tokens(run: RunFolder) -> tuple[int | None, float | None, float]:
     if run.config.data.mode == "lines" and split["num_documents"]:
         slots = min(slots, train.global_batch_size * split["num_tokens"] / split["num_documents"])
     return int(split["num_tokens"]), split["num_bytes"] / max(1, split["num_tokens"]), slots
+
+
+def _validation_splits(run: RunFolder) -> list[dict[str, Any]] | None:
+    with contextlib.suppress(UserError, OSError, KeyError):
+        manifest = read_manifest(find_data_folder(run))
+        if manifest["fingerprint"] == run.facts["data_fingerprint"]:
+            return [split for name, split in manifest["splits"].items() if name.partition("-")[0] == "validation"]
+    return None
 
 
 def _num_parameters(run: RunFolder) -> int | None:

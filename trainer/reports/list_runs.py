@@ -1,6 +1,8 @@
 """Lists the runs in a folder: how far each has come, its losses and its age. TensorFlow is not loaded."""
 
+import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from trainer.runs.results import read_scores
 from trainer.runs.run_changes import newest_step
 from trainer.runs.run_folder import RECORD, RESULT, RunFolder
 from trainer.runs.run_lock import is_training_in
-from trainer.system.storage import Location, Url, locate
+from trainer.system.storage import Location, Url, locate, reason_and_remedy
 from trainer.system.terminal import console, printable, say
 
 # Folders of a run, in which no other run is looked for.
@@ -102,28 +104,34 @@ def _find_runs(folder: Location, seen: set[Path]) -> Iterator[Location]:
     if is_run:
         yield folder
     try:
-        below = [each for each in folder.iterdir() if not (is_run and each.name in _PARTS) and each.is_dir()]
+        names = sorted(folder.iterdir(), key=lambda each: each.name)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return
-    for each in sorted(below, key=lambda each: each.name):
-        if not each.name.startswith("."):
-            yield from _find_runs(each, seen)
+    for each in names:
+        # What this user may not look into is left out, and does not hide what is beside it.
+        with contextlib.suppress(PermissionError):
+            if not each.name.startswith(".") and not (is_run and each.name in _PARTS) and each.is_dir():
+                yield from _find_runs(each, seen)
 
 
 def _row(folder: Location) -> Row:
-    age_secs = _age_secs(folder)
+    age_secs = None
     try:
+        age_secs = _age_secs(folder)
         run = RunFolder(folder)
         scores = read_scores(run)
         points = newest_points(folder / "logs" / "train", (tags.LOSS, tags.TOKENS_PER_SEC_OVERALL))
         step = newest_step(run)
+        state = state_of(run, step)
     except UserError as error:
         return Row(str(folder), "damaged", age_secs=age_secs, fault=str(error))
+    except OSError as error:
+        fault = f"{error.filename or folder} cannot be read: {reason_and_remedy(error)}."
+        return Row(str(folder), "damaged", age_secs=age_secs, fault=fault)
     loss, speed = points.get(tags.LOSS), points.get(tags.TOKENS_PER_SEC_OVERALL)
-    state = state_of(run, step)
     if state == "training" and loss is not None:
         step = max(step, loss.step)
-    best = min(scores, key=lambda at: (scores[at], at), default=None)
+    best = min((at for at in scores if math.isfinite(scores[at])), key=lambda at: (scores[at], at), default=None)
     return Row(
         str(folder),
         state,

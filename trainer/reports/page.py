@@ -1,5 +1,6 @@
 """The parts of an HTML page about runs. A page is one file that loads nothing, so it can be sent and kept."""
 
+import contextlib
 import html
 import itertools
 from collections.abc import Iterable, Sequence
@@ -41,7 +42,8 @@ def write_page(file: Location, text: str) -> None:
         write_whole(file, text)
     except OSError as error:
         if not isinstance(file, Url):
-            file.with_name(f"{file.name}.partial").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.with_name(f"{file.name}.partial").unlink()
         raise UserError(f"{file} cannot be written: {reason_and_remedy(error)}.") from None
 
 
