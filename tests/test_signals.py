@@ -26,7 +26,7 @@ def stubborn(options):
             time.sleep(60)
         except BaseException:
             pass
-verbs.train = verbs.generate = stubborn
+verbs.train = verbs.generate = verbs.prepare = stubborn
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -50,7 +50,8 @@ def start(*arguments: str, ignored: int | None = None) -> subprocess.Popen[str]:
         ("train", signal.SIGTERM, 75, "trainer: stopped by SIGTERM. No run was begun. Start it again with the same"),
         ("train", signal.SIGHUP, 75, "trainer: stopped by SIGHUP. No run was begun. Start it again with the same"),
         ("generate", signal.SIGINT, 130, "trainer: stopped by SIGINT.\n"),
-        ("generate", signal.SIGTERM, -signal.SIGTERM, ""),
+        ("generate", signal.SIGTERM, 143, "trainer: stopped by SIGTERM.\n"),
+        ("prepare", signal.SIGTERM, 143, "trainer: stopped by SIGTERM.\n"),
     ],
 )
 def test_a_signal_ends_a_verb_at_once_whatever_the_code_under_way_catches(

@@ -25,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     open_streams()
     with lasting_errors():
-        if words[:1] == ["prepare"]:  # Here Ctrl-C raises KeyboardInterrupt: the text prepared so far is kept.
-            return _run(words, Ending())
         if words[:1] not in (["train"], ["fork"]):
-            with ended_by([signal.SIGINT], Ending()):
+            # In prepare, Ctrl-C raises KeyboardInterrupt: the text prepared so far is kept.
+            numbers = [signal.SIGTERM] if words[:1] == ["prepare"] else [signal.SIGINT, signal.SIGTERM]
+            with ended_by(numbers, Ending()):
                 return _run(words, Ending())
         ending = Ending(ExitStatus.STOPPED, lambda: "No run was begun. Start it again with the same command.")
         with ended_by(STOPPING, ending):
