@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.distributed.workers import read_tf_config
+from trainer.config.file import load_config
+from trainer.distributed.workers import find_workers, read_tf_config
 
 ROOT = Path(__file__).parents[1]
 TASK = yaml.safe_load((ROOT / "scripts/launch/sky.yaml").read_text(encoding="utf-8"))
@@ -42,18 +44,21 @@ def test_the_example_has_only_fields_that_skypilot_knows():
     for fields, values in ((TASK_FIELDS, TASK), (RESOURCES_FIELDS, TASK["resources"])):
         assert all(type(value) is fields[name] for name, value in values.items())
     # Without a value they have to be given on the command line.
-    assert TASK["envs"] == {"OUTPUT": None, "DATA": None} and TASK["secrets"] == {"TRAINER_MEETING_SECRET": None}
+    assert TASK["envs"] == dict.fromkeys(("OUTPUT", "PREPARED", "DATA"))
+    assert TASK["secrets"] == {"TRAINER_MEETING_SECRET": None}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_run_starts_the_worker_of_its_rank_and_passes_the_text_on_unread(tmp_path: Path, rank: int):
+def test_the_run_starts_the_worker_of_its_rank_and_passes_the_text_on_unread(
+    tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+):
     programs = tmp_path / ".venv/bin"
     programs.mkdir(parents=True)
     (programs / "python").symlink_to(sys.executable)
     (programs / "trainer").write_text('#!/bin/sh\nprintf "%s\\n" "$TF_CONFIG" "$@"\n')
     (programs / "trainer").chmod(0o755)
     sky = {"SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5", "SKYPILOT_NODE_RANK": str(rank), "SKYPILOT_NUM_NODES": "2"}
-    given = {"OUTPUT": "gs://b/run", "DATA": "gs://b/*.gz"}
+    given = {"OUTPUT": "gs://b/run", "PREPARED": "gs://b/prepared", "DATA": "gs://b/*.gz"}
     done = subprocess.run(
         ["bash", "-e", "-c", TASK["run"]], cwd=tmp_path, env=os.environ | sky | given, capture_output=True, text=True
     )
@@ -62,13 +67,21 @@ def test_the_run_starts_the_worker_of_its_rank_and_passes_the_text_on_unread(tmp
     workers = read_tf_config(tf_config)
     assert (workers.addresses, workers.number) == (("10.0.0.4:2222", "10.0.0.5:2222"), rank)
     assert json.loads(tf_config)["task"]["index"] == rank
-    config = "configs/gpt2_124m_8gpu.toml"
-    assert words == ["train", config, "--or-resume", "run_folder=gs://b/run", "data.train=gs://b/*.gz"]
-    assert (ROOT / config).is_file()
+    verb, path, how, *overrides = words
+    assert (verb, how) == ("train", "--or-resume")
+    config = load_config(ROOT / path, overrides)
+    folders = (config.run_folder, config.data.prepared_folder, config.data.train)
+    assert folders == ("gs://b/run", "gs://b/prepared", ("gs://b/*.gz",))
+    # With another kind than multi_worker the machines would train by themselves, into the same folder.
+    monkeypatch.setenv("TF_CONFIG", tf_config)
+    assert find_workers(config.distribution) == workers and workers.are_several
 
 
 def test_the_setup_installs_what_the_gpu_image_has():
-    (install,) = (line for line in TASK["setup"].splitlines() if "pip install" in line)
+    make, install = TASK["setup"].splitlines()
+    (oldest,) = re.findall(r"python_requires = >=(3\.\d+),", (ROOT / "setup.cfg").read_text(encoding="utf-8"))
+    # Without --seed the environment would have no pip.
+    assert f" --seed --allow-existing --python {oldest} .venv" in make
     dockerfile = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
     assert '--constraint requirements.lock --constraint cuda.lock ".[cuda]"' in dockerfile
     assert "--constraint requirements.lock --constraint docker/cuda.lock --editable '.[cuda]'" in install
