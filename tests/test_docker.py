@@ -141,12 +141,15 @@ def test_the_list_for_tpus_has_everything_that_setup_cfg_requires():
 
 
 def test_services_of_compose_run_as_the_image_s_user_with_a_read_only_root():
-    for service in SERVICES.values():
+    for name, service in SERVICES.items():
         assert (service["read_only"], service["init"], service["tmpfs"]) == (True, True, ["/tmp"])
         assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
         assert "user" not in service and "privileged" not in service
-        device = service["image"].removeprefix("gpt-trainer:")
+        tag = service["image"].removeprefix("gpt-trainer:")
+        device = "cpu" if name == "tensorboard" else tag
         assert service["build"] == {"context": "..", "dockerfile": "docker/Dockerfile", "args": {"DEVICE": device}}
+    # Compose builds them at the same time.
+    assert len({service["image"] for service in SERVICES.values()}) == len(SERVICES)
     volumes = {name: service["volumes"] for name, service in SERVICES.items()}
     assert volumes["trainer"] == volumes["trainer-gpu"] == ["runs:/app/runs", "prepared:/app/prepared"]
     assert volumes["tensorboard"] == ["runs:/app/runs:ro"]

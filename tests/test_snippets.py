@@ -267,7 +267,7 @@ def check_tests(words: list[str]) -> None:
 
 
 def check_docker(words: list[str]) -> None:
-    if words[0] == "stop" or words[:2] == ["compose", "stop"] or words[0] == "buildx":
+    if words[0] in ("stop", "buildx"):
         return
     if words[0] == "compose":
         check_compose(words[1:])
@@ -287,9 +287,9 @@ def check_compose(words: list[str]) -> None:
     services = yaml.safe_load(Path(words[words.index("--file") + 1]).read_text(encoding="utf-8"))["services"]
     if "up" in words:
         assert set(words[words.index("up") + 1 :]) - {"--build"} <= services.keys()
-    else:
-        service = words.index("run") + 2
-        assert words[service - 1] == "--rm" and words[service] in services
+    elif words[-1] != "stop":
+        run, service = words.index("run"), next(number for number, word in enumerate(words) if word in services)
+        assert words[run + 1] == "--rm" and set(words[run + 2 : service : 2]) <= {"--volume"}
         check_trainer(words[service + 1 :])
 
 
