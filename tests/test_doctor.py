@@ -285,13 +285,13 @@ BREAKAGES = {
     "compute capability 12.0": (
         change(driver=Driver(0, (13, 0), (RTX_5090, RTX_5090))),
         (),
-        r"has no code for NVIDIA GeForce RTX 5090 \(compute capability 12\.0\): XLA would abort, so the step ",
+        r"has no machine code for NVIDIA GeForce RTX 5090 \(compute capability 12\.0\): XLA would abort, so the step ",
         r"CUDA_CACHE_MAXSIZE=.*a TensorFlow built with CUDA 12\.8 or newer for sm_120",
     ),
     "compute capability 10.0": (
         change(driver=Driver(0, (13, 0), (B200,))),
         ("train.xla=on",),
-        r"train\.xla='on', but .* has no code for NVIDIA B200 \(compute capability 10\.0\), and XLA would abort",
+        r"train\.xla='on', but .* no machine code for NVIDIA B200 \(compute capability 10\.0\), and XLA would abort",
         r"Set train\.xla=off; or use a TensorFlow built with CUDA 12\.8 or newer for sm_100",
     ),
     "compute capability 12.0 with an older TensorFlow": (
@@ -303,7 +303,7 @@ BREAKAGES = {
     "a GPU that is too old": (
         change(driver=Driver(0, (12, 5), (GTX_980,))),
         (),
-        r"has no code for NVIDIA GeForce GTX 980 \(compute capability 5\.2\), and does not use it",
+        r"has no machine code for NVIDIA GeForce GTX 980 \(compute capability 5\.2\), and does not use it",
         r"distribution\.kind=cpu",
     ),
     "TensorFlow without CUDA": (
@@ -576,7 +576,9 @@ def test_training_refuses_what_would_fail_and_warns_of_the_rest(
         else:
             check_start(tiny_config(tmp_path, *overrides), said.append)
     (line,) = said
-    assert line.startswith("warning: TensorFlow 2.21.0, built with CUDA 12.5, has no code for NVIDIA GeForce RTX 5090")
+    assert line.startswith(
+        "warning: TensorFlow 2.21.0, built with CUDA 12.5, has no machine code for NVIDIA GeForce RTX 5090"
+    )
 
 
 def test_the_command_prints_each_fault_with_its_repair_and_fails(

@@ -114,7 +114,7 @@ def test_a_build_whose_record_is_cut_off_is_none(tmp_path):
 def test_a_gpu_on_which_this_tensorflow_fails_is_refused_before_it_is_used():
     wheel = {"is_cuda_build": True, "cuda_version": "12.5.1", "cuda_compute_capabilities": ["sm_89", "compute_90"]}
     new, known = Gpu("NVIDIA GeForce RTX 5090", (12, 0)), Gpu("NVIDIA L4", (8, 9))
-    with pytest.raises(UserError, match=r"has no code for NVIDIA GeForce RTX 5090 .*Install 2\.21"):
+    with pytest.raises(UserError, match=r"has no machine code for NVIDIA GeForce RTX 5090 .*Install 2\.21"):
         refuse_gpus_without_code((known, new), make_build("2.20.0", wheel))
     refuse_gpus_without_code((known, new), make_build("2.21.0", wheel))  # There it runs without XLA.
     refuse_gpus_without_code((known,), make_build("2.20.0", wheel))

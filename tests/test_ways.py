@@ -152,12 +152,16 @@ def test_a_device_that_tensorflow_cannot_use_is_not_offered(capsys: pytest.Captu
 
 def test_a_gpu_that_xla_has_no_code_for_is_planned_with_a_warning(capsys: pytest.CaptureFixture[str]):
     printed = planned(f"trainer plan {GPU_CONFIG} --target gpu:RTX5090x8", capsys)
-    lacks = r"has no code for NVIDIA GeForce RTX 5090 \(compute capability 12.0\)"
-    assert re.search(
-        rf"tensorflow   TensorFlow 2\.\S+, built with CUDA \S+, {lacks}: a step runs there without", printed
-    )
-    assert "tensorflow" not in planned(f"trainer plan {GPU_CONFIG} --target gpu:RTX5090x8 train.xla=off", capsys)
-    assert "tensorflow" not in planned(f"trainer plan {GPU_CONFIG} --target gpu:H100x8", capsys)
+    lacks = r"has no machine code for NVIDIA GeForce RTX 5090 \(compute capability 12.0\)"
+    how = "the driver compiles its operations, and XLA is not used"
+    assert re.search(rf"tensorflow   TensorFlow 2\.\S+, built with CUDA \S+, {lacks}; {how}", printed)
+    assert re.search(r"micro_batch_size=\d+ is the largest that does with XLA\n", printed)
+    assert re.search(r"time .* which is assumed \(--utilisation\); both with XLA\n", printed)
+    refused = planned(f"trainer plan {GPU_CONFIG} --target gpu:RTX5090x8 train.xla=on", capsys)
+    assert "train.xla='on' is refused there; with train.xla=off the driver compiles its operations" in refused
+    for command in ("gpu:RTX5090x8 train.xla=off", "gpu:H100x8"):
+        printed = planned(f"trainer plan {GPU_CONFIG} --target {command}", capsys)
+        assert "tensorflow" not in printed and "XLA" not in printed
 
 
 def random_case(pick: random.Random) -> tuple[dict[str, object], Target]:

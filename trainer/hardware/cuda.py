@@ -110,8 +110,8 @@ def support_of(build: Build, capability: Version) -> Support:
 
 
 def lacks_code(build: Build, gpu: Gpu) -> str:
-    """Returns the sentence that a build of TensorFlow has no code for a GPU, which may go on."""
-    return f"TensorFlow {build.version}, built with CUDA {dotted(build.cuda or (0, 0))}, has no code for {gpu}"
+    """Returns the sentence that a build of TensorFlow has no machine code for a GPU, which may go on."""
+    return f"TensorFlow {build.version}, built with CUDA {dotted(build.cuda or (0, 0))}, has no machine code for {gpu}"
 
 
 def first_cuda_of(capability: Version) -> Version | None:

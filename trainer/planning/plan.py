@@ -28,7 +28,7 @@ from trainer.model.size import (
 from trainer.planning.compiler import DoesNotFit, compile_step, largest_that_fits
 from trainer.planning.estimate import smallest_step_secs
 from trainer.planning.own_devices import own_devices
-from trainer.planning.verdict import UNKNOWN, Command, memory_lines, print_line, way_lines
+from trainer.planning.verdict import UNKNOWN, Command, memory_lines, print_line, way_lines, with_xla
 from trainer.planning.ways import Way, needs_of, ways_to_fit
 from trainer.system.storage import locate
 from trainer.system.terminal import say, size_of
@@ -223,10 +223,11 @@ def _time_lines(config: Config, vocabulary_size: int, target: Target, utilisatio
     elif steps is not None and tokens is not None:
         assumed = "" if utilisation is not None else ", which is assumed (--utilisation)"
         utilisation = utilisation or ASSUMED_UTILISATION
+        xla = f"; both{only}" if (only := with_xla(config, target)) else ""
         at_roofline, likely = _duration(steps * least), _duration(tokens / at_peak / utilisation)
         yield (
             f"time         {at_roofline} at the roofline; {likely} at a model FLOPs utilisation of "
-            f"{utilisation:.0%}{assumed}"
+            f"{utilisation:.0%}{assumed}{xla}"
         )
     elif utilisation is not None:
         raise UserError(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from trainer.config.settings import Config
 from trainer.execution import Execution, resolve
-from trainer.hardware.cuda import NEWEST_WHEEL, Gpu, installed_build, lacks_code, support_of
+from trainer.hardware.cuda import NEWEST_WHEEL, Build, Gpu, installed_build, lacks_code, support_of
 from trainer.hardware.devices import Target
 from trainer.planning.estimate import estimate_memory
 from trainer.planning.ways import Way, needs_of, smallest_memory, ways_to_fit
@@ -64,7 +64,10 @@ def memory_lines(config: Config, vocabulary_size: int, target: Target, command: 
     verdict = f"memory       {size_of(needed)} of {size_of(there_is)} on each:"
     if needed <= there_is:
         largest = max(needs.fitting(there_is))
-        yield f"{verdict} fits, by this estimate; train.micro_batch_size={largest} is the largest that does"
+        yield (
+            f"{verdict} fits, by this estimate; train.micro_batch_size={largest} is the largest that does"
+            f"{with_xla(config, target)}"
+        )
         yield from _part_lines(config, parts, execution)
         return
     yield f"{verdict} does not fit, by this estimate"
@@ -169,22 +172,36 @@ def _software_lines(config: Config, target: Target) -> Iterator[str]:
             f"tensorflow   not supported on TPU {device.name}, by Google's documents: trainer cannot train there. "
             "Memory and time are given to compare."
         )
-    if "cc" not in device.circuits:
+    if not with_xla(config, target):
         return
-    build = installed_build()
-    # A build without CUDA says nothing about the machine that has the GPU.
-    build = build if build is not None and build.cuda else NEWEST_WHEEL
-    gpu = Gpu(device.known_as[0], divmod(round(device.circuits["cc"] * 10), 10))
-    support = support_of(build, gpu.capability)
-    if support.compiles or (support.runs and config.train.xla == "off"):
-        return
-    if not support.runs:
+    build, gpu = _build(), _gpu_of(target)
+    if not support_of(build, gpu.capability).runs:
         yield f"tensorflow   {lacks_code(build, gpu)}: nothing runs there; docs/devices.md tells which build has code"
         return
-    step = "a step runs there without XLA"
+    how = "the driver compiles its operations, and XLA is not used"
     if config.train.xla == "on":
-        step = "train.xla='on' is refused there; with train.xla=off a step runs"
+        how = "train.xla='on' is refused there; with train.xla=off the driver compiles its operations"
     yield (
-        f"tensorflow   {lacks_code(build, gpu)}: {step}, and is likely to need more memory and time than is said here; "
-        "docs/devices.md tells which build has code"
+        f"tensorflow   {lacks_code(build, gpu)}; {how}. A step is likely to need more memory and time than is said "
+        "here; docs/devices.md tells which build has code"
     )
+
+
+def with_xla(config: Config, target: Target) -> str:
+    """Returns what a plan appends to memory and hours that hold with XLA only, if the target's TensorFlow cannot use
+    it; "" otherwise.
+    """
+    if "cc" not in target.device.circuits:
+        return ""
+    support = support_of(_build(), _gpu_of(target).capability)
+    return "" if support.compiles or (support.runs and config.train.xla == "off") else " with XLA"
+
+
+def _build() -> Build:
+    build = installed_build()
+    # A build without CUDA says nothing about the machine that has the GPU.
+    return build if build is not None and build.cuda else NEWEST_WHEEL
+
+
+def _gpu_of(target: Target) -> Gpu:
+    return Gpu(target.device.known_as[0], divmod(round(target.device.circuits["cc"] * 10), 10))
