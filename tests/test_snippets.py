@@ -61,6 +61,8 @@ FILLED_IN = {
     "YOUR/*.txt": "texts/*.txt",
     "TRAIN/*.txt.gz": "texts/*.txt.gz",
     "VALIDATION.txt.gz": "texts/b.txt.gz",
+    "TEXT/train/*.txt.gz": "texts/*.txt.gz",
+    "TEXT/validation.txt.gz": "texts/b.txt.gz",
     "YOUR.txt": "texts/a.txt",
     "PROMPTS.txt": "texts/prompts.txt",
     "YOUR.jsonl.gz": "texts/c.jsonl",
@@ -134,9 +136,10 @@ def inline_commands(name: str) -> list[str]:
 def header_commands(path: Path) -> list[str]:
     """The commands in a config's header: lines of their own, and those within its sentences."""
     lines = [line[1:] for line in path.read_text(encoding="utf-8").split("\n") if line.startswith("#")]
-    own = [line.strip() for line in lines if re.match(r"   (trainer|scripts/|curl)\b", line)]
+    own = [line.strip() for line in lines if re.match(r"   (trainer|\.venv-tpu/|scripts/|curl|gcloud)\b", line)]
     sentences = " ".join(line.strip() for line in lines)
-    return own + re.findall(r"\((trainer [^)]*)\)", sentences)
+    found = own + re.findall(r"\((trainer [^)]*)\)", sentences)
+    return [command.replace(".venv-tpu/", ".venv/") for command in found]
 
 
 def expanded_by_zsh(command: str) -> list[str]:
@@ -259,7 +262,7 @@ SMALLEST: dict[str, Any] = {"run_folder": "runs/x", "train": {"precision": "floa
 
 def check_tensorboard(words: list[str]) -> None:
     assert (Path(sys.executable).parent / "tensorboard").exists()
-    assert words[:2] == ["--logdir", "runs"]
+    assert words[0] == "--logdir" and words[1].startswith(("runs", "gs://"))
 
 
 def check_tests(words: list[str]) -> None:
@@ -384,7 +387,8 @@ DRY: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "python": (check_python, "installs"),
     "uv": (check_uv, "installs"),
     "eval": (check_eval, "changes the shell; tests/test_completion.py"),
-    "gcloud": (check_program, "needs Google Cloud"),
+    "gcloud": (check_program, "needs Google Cloud; tests/test_tpu_script.py has its parser read them"),
+    "git": (check_program, "needs the address of the repository"),
     "mkdir": (check_program, "makes folders for Docker"),
     "curl": (check_program, "needs the internet"),
     "hf": (check_hub, "needs the internet"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
+TPU = REPOSITORY / "scripts/launch/tpu"
 BASH = shutil.which("bash") or "bash"
 WHERE = ("my-tpu", "--zone", "us-west4-a")
 CONFIG = "configs/quickstart.toml"
@@ -289,6 +290,25 @@ def test_an_impossible_request_is_refused_with_what_is_possible(
     assert bench.calls() == []
 
 
+def test_a_config_that_git_does_not_know_is_refused_since_it_would_not_be_copied(bench: Bench) -> None:
+    (bench.root / ".gitignore").write_text("/mine/\n")
+    bench.track()
+    for name in ("configs/my own.toml", "mine/mine.toml"):
+        (bench.root / name).parent.mkdir(exist_ok=True)
+        (bench.root / name).touch()
+        kept = bench.run("keep", *WHERE, "--type", "v5e-8", name, "run_folder=gs://b/run", "--dry-run")
+        refused = bench.run("train", *WHERE, name, "--dry-run")
+        for each in (kept, refused):
+            assert (each.returncode, each.stdout) == (1, "")
+            assert f"{name}: git does not know this file" in each.stderr
+        # keep installs by itself.
+        add, _, install = refused.stderr.splitlines()[-1].partition("; ")
+        assert add == kept.stderr.splitlines()[-1]
+        assert install == "scripts/launch/tpu install my-tpu --zone us-west4-a"
+        assert bench.bash("-c", add).returncode == 0
+        assert bench.run("train", *WHERE, name, "--dry-run").returncode == 0
+
+
 def test_a_missing_gcloud_is_reported_with_where_to_get_it(bench: Bench) -> None:
     (bench.bin / "gcloud").unlink()
     result = bench.run("log", *WHERE)
@@ -556,8 +576,8 @@ def test_gcloud_s_own_parser_takes_every_command(bench: Bench, tmp_path: Path) -
     # The texts for hosts are the shell's own; gcloud takes any.
     lines = [line for line in lines if line.startswith("gcloud ")]
     commands = {re.sub(r" \S*--command=.*(?= --zone=)", " --command=x", line) for line in lines}
-    for page in (REPOSITORY / "docs/clusters.md", REPOSITORY / "scripts/launch/tpu"):
-        commands |= set(re.findall(r"(?m)^(?:#   )?(gcloud compute tpus .*|gcloud storage .*)$", page.read_text()))
+    for page in (*(REPOSITORY / "docs").glob("*.md"), *(REPOSITORY / "configs").glob("*.toml"), TPU):
+        commands |= set(re.findall(r"(?m)^(?:#   )?(gcloud .*)$", page.read_text()))
     commands.add("gcloud compute tpus queued-resources delete q --force --quiet --zone=z --project=p")
     commands.add("gcloud compute tpus tpu-vm describe q '--format=value(state)' --zone=z --project=p")
     assert len(commands) > 8

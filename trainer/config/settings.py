@@ -661,7 +661,8 @@ class DistributionConfig(Section):
     logical_devices: PositiveInt = 1
     """Split the CPU into this many replicas, to rehearse a run on as many accelerators."""
     tpu_name: Annotated[str, Field(min_length=1)] = "local"
-    """The TPU: local on a TPU VM, or the name of a TPU in Google Cloud."""
+    """local: the TPU of this VM. Or the grpc:// addresses of a TPU's servers, with commas. The name of a TPU in Google
+    Cloud needs Google's API client, which is not installed, and is untested."""
     tpu_zone: str | None = None
     """The zone of a named TPU, such as us-central1-a. By default the zone of this machine."""
     tpu_project: str | None = None

@@ -326,9 +326,9 @@ def _tpu(config: DistributionConfig) -> tf.distribute.Strategy:
     except Exception as error:
         reason = f"no answer within {TPU_TIMEOUT_SECS:.0f} s" if isinstance(error, TimeoutError) else str(error)
         raise UserError(
-            f"distribution.tpu_name={name!r}: no TPU could be reached ({reason[:300]}). On a TPU VM use 'local'; "
-            "from elsewhere give the TPU's name, tpu_zone and tpu_project. Or set "
-            "distribution.kind='cpu'."
+            f"distribution.tpu_name={name!r}: no TPU could be reached ({reason[:300]}). Use 'local' for the TPU "
+            "of this VM, or the grpc:// addresses of its servers; a name needs Google's API client, and is untested. "
+            "Or set distribution.kind='cpu'."
         ) from None
     return tf.distribute.TPUStrategy(resolver)
 
