@@ -49,7 +49,7 @@ PAGES = (
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 PROGRAMS = (
     *("trainer", ".venv", "scripts", "tests", "docker", "sbatch", "kubectl", "sky"),
-    *("pip", "uv", "mkdir", "curl", "gcloud", "python", "hf"),
+    *("pip", "uv", "mkdir", "curl", "gcloud", "git", "python", "hf"),
 )
 
 # What a fenced block of a page can hold: commands, programs and settings; output and pictures are not run.
@@ -342,8 +342,10 @@ def check_program(words: list[str]) -> None:
 
 def check_pip(words: list[str]) -> None:
     assert words[0] == "install"
-    for extra in re.findall(r"\.\[(\w+)\]", " ".join(words)):
-        assert f"\n{extra} =" in (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    setup = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    for name, extra in re.findall(r"(\.|[\w-]+)\[(\w+)\]", " ".join(words)):
+        assert f"\n{extra} =" in setup and (name == "." or f"\nname = {name}\n" in setup)
+    assert all((ROOT / lock).is_file() for before, lock in itertools.pairwise(words) if before == "--constraint")
 
 
 def check_python(words: list[str]) -> None:
