@@ -423,6 +423,7 @@ DRY_WORDS = {
     "--runner": "needs a cluster; tests/test_beam.py",
     "--download": "needs the internet; tests/test_downloads.py",
     "fork": "takes thousands of steps; tests/test_fork.py",
+    "log.trackers": "needs the tracker's package; tests/test_trackers.py",
     "train.total_steps=3000": "takes as many steps; tests/test_run_changes.py",
     "compare": "needs two runs; tests/test_compare_runs.py",
     "init.from": "trains a whole config; tests/test_starting_weights.py",
