@@ -596,7 +596,7 @@ def script_commands(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if script_commands(path)], ids=lambda path: path.name)
 def test_a_script_s_own_examples_are_read_by_what_would_run_them(checkout: Path, path: Path):
     for command in script_commands(path):
-        check_or_run(command.replace("$run/logs", "runs").replace("$run", "runs/quickstart"))
+        check_or_run(command.replace("$runs", "runs").replace("$run", "runs/quickstart"))
 
 
 def shell_lines() -> Iterator[tuple[str, str]]:
