@@ -230,7 +230,7 @@ def test_files_without_a_pattern_of_their_own_are_named_one_by_one(tmp_path):
     assert sorted(found) == [["a-train.jsonl", "b-train.jsonl"], ["c-test.jsonl"]]
 
 
-def named_in(message: str) -> list[list[str]]:
+def named_in(message: str) -> list[tuple[str, ...]]:
     """Returns the data.train of each setting in a message, as a shell and trainer read it."""
     words = shlex.split(message.partition("of one: ")[2].removesuffix(".").replace(", or ", " "))
     settings = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 1}}

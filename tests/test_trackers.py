@@ -211,7 +211,7 @@ def test_a_run_is_over_once_it_is_scored_after_its_last_step():
     tracker = Tracker("mlflow", resumed := Service(), print)
     resumed.released.set()
     with tracker.running():  # It was resumed only to be scored, so it takes no step.
-        tracker.evaluation(place, None, {})  # type: ignore[arg-type]
+        tracker.evaluation(place, None, {})
     assert resumed.is_over
 
 

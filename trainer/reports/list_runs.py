@@ -104,7 +104,8 @@ def _find_runs(folder: Location, seen: set[Path]) -> Iterator[Location]:
     if is_run:
         yield folder
     try:
-        names = sorted(folder.iterdir(), key=lambda each: each.name)
+        entries: Iterator[Location] = iter(folder.iterdir())
+        names = sorted(entries, key=lambda each: each.name)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return
     for each in names:
