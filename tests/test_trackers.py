@@ -67,25 +67,26 @@ def run_with(folder: Path, *names: str) -> RunFolder:
     return RunFolder.create(tiny(folder, f"log.trackers=[{','.join(names)}]"), prepared)
 
 
-def follow(tracker: Tracker, last_step: int, total_steps: int = 2) -> None:
-    with tracker.running():
-        place = Place(last_step, total_steps, None, 0)
-        tracker.advance(place)
-        tracker.interval(place, None, {"loss/nats_per_token": 2.0})  # type: ignore[arg-type]
-        tracker.evaluation(place, None, {"loss/nats_per_token": 2.5})  # type: ignore[arg-type]
+def follow(opened: list[Tracker], last_step: int, total_steps: int = 2) -> None:
+    with contextlib.ExitStack() as stack:
+        for tracker in opened:
+            stack.enter_context(tracker.running())
+            place = Place(last_step, total_steps, None, 0)
+            tracker.advance(place)
+            tracker.interval(place, None, {"loss/nats_per_token": 2.0})  # type: ignore[arg-type]
+            tracker.evaluation(place, None, {"loss/nats_per_token": 2.5})  # type: ignore[arg-type]
 
 
 def test_each_tracker_gets_every_figure_at_its_step_and_goes_on_after_a_stop(tmp_path: Path, calls: list[Any]):
     run = run_with(tmp_path, *NAMES)
-    for tracker in open_trackers(run, print):
-        follow(tracker, 1)
+    follow(open_trackers(run, print), 1)
     first = {name: (arguments, options) for name, arguments, options in calls}
     assert first["wandb.init"][1]["project"] == "trainer" and first["wandb.init"][1]["id"] is None
     assert first["wandb.init"][1]["config"]["train.total_steps"] == 2
     assert first["wandb.init"][1]["settings"] == {"console": "off"}
     assert ("client.create_experiment", ("trainer",), {}) in calls
     assert ("client.set_terminated", ("m1", "KILLED"), {}) in calls
-    logged = [arguments[0] for name, arguments, _ in calls if name == "run.log"]
+    logged = [arguments[0] for name, arguments, options in calls if name == "run.log" and not options]
     assert logged[:2] == [{"step": 1, "train/loss/nats_per_token": 2.0},
                           {"step": 1, "validation/loss/nats_per_token": 2.5}]  # fmt: skip
     steps = [options["step"] for name, _, options in calls if name == "run.log" and options]
@@ -98,8 +99,7 @@ def test_each_tracker_gets_every_figure_at_its_step_and_goes_on_after_a_stop(tmp
     assert ids == {"wandb": "w1", "mlflow": "m1", "trackio": first["trackio.init"][1]["name"]}
 
     calls.clear()
-    for tracker in open_trackers(RunFolder(run.path), print):
-        follow(tracker, 2)
+    follow(open_trackers(RunFolder(run.path), print), 2)
     again = {name: options for name, _, options in calls}
     assert again["wandb.init"]["id"] == "w1" and again["wandb.init"]["resume"] == "allow"
     assert again["trackio.init"]["name"] == ids["trackio"]

@@ -1,6 +1,7 @@
 """Writes what a run reports for TensorBoard: curves, texts, histograms, the graph, the settings and profiles."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import keras
@@ -63,7 +64,7 @@ class TensorBoard(Sink):
         try:
             graph = graph_of(model, sequence_length)
         except Exception as error:  # A foreign model may take only the batches that it is trained with.
-            reason = str(error).strip().partition("\n")[0]
+            reason = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())[:200]  # Keras writes lines, some in bold.
             self._say(
                 f"TensorBoard's graph is left out: the model cannot be traced ({type(error).__name__}: {reason})."
             )
