@@ -141,7 +141,7 @@ def _with_counts(text: str) -> Iterator[tuple[str, int | None]]:
 
 def _find_tpu(text: str) -> tuple[Device, str] | None:
     """Returns the TPU of a text such as v5e-8, and the text of its number."""
-    found = re.fullmatch(r"(?:tpu[ _-]?)?(v?[a-z0-9]*?)(?:[ _-]+(.*))?", text)
+    found = re.fullmatch(r"(?:tpu[ _-]?)?(v?[a-z0-9]*?)(?:[ _-](.*))?", text)
     name = _plain(found[1]) if found else ""
     name = _TPU_NAMES.get(name, name)
     return (TPUS[name], found[2] or "") if found and name in TPUS else None
