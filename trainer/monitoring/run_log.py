@@ -73,7 +73,7 @@ class _Reader:
         self.num_processes = 0
         self.secs = 0.0
         self.repeated: list[tuple[int, int]] = []
-        self._wall_time: float | None = None  # Of the event before, in the same process.
+        self._wall_time: float | None = None  # The time of the previous event of this process.
         self._last_step = 0
 
     def add(self, event: Event) -> None:

@@ -21,7 +21,7 @@ _ROOM = 0.04
 NUM_COLORS = 6  # In page.css.
 # The SVG's own units, which the page stretches.
 _UNITS = 1000.0
-_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # Of a braille character, by row and column.
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # The dots of a braille character, by row and column.
 
 
 class Line(NamedTuple):

@@ -11,7 +11,7 @@ from trainer.monitoring.run_log import Dot
 from trainer.reports.history import History
 from trainer.reports.report_page import spread
 
-# Of the table of losses after the same tokens.
+# The most rows in the table of losses after the same tokens.
 MAX_ROWS = 8
 
 

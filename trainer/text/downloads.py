@@ -56,8 +56,8 @@ class Download(NamedTuple):
         return not is_url(source) and Path(self.place).name in Path(source).parts
 
 
-# Source of the first size: what the tutorial prints, on keras.io. Of the second, and of the SHA-256: tiny_shakespeare
-# in tensorflow-datasets. The checks of the zip archive stand in for the SHA-256 that the first one lacks.
+# Sources: the tutorial on keras.io prints the first size. tiny_shakespeare in tensorflow-datasets has the second size
+# and its SHA-256. No SHA-256 of the first file is published: the checksums in the zip archive are checked instead.
 KNOWN = (
     Download(
         "SimpleBooks",

@@ -1,7 +1,7 @@
 """Texts in a column of a table: Parquet files, and Arrow files, such as those of a Hugging Face data set.
 
-Only a few rows of a Parquet file are in memory at a time, whatever the size of the file and of its row groups. Of an
-Arrow file it is one record batch: of the file format only the column of text, of a stream all columns.
+Only a few rows of a Parquet file are in memory at a time, whatever the size of the file and of its row groups. An Arrow
+file is read a record batch at a time: the file format gives only the column of text, a stream gives all columns.
 """
 
 from collections.abc import Iterator
