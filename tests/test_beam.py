@@ -160,7 +160,7 @@ def test_parts_of_a_killed_pipeline_do_no_harm(tmp_path):
     for prepare_again in ways:
         child = run_python(program, tmp_path)
         assert child.returncode == -signal.SIGKILL
-        assert len(list(tmp_path.glob("prepared/.partial-*/parts/*.json"))) == 5
+        assert len(list(tmp_path.glob("prepared/.partial-*/parts/*.json"))) == 7
         folder = prepare_again().folder
         assert contents(folder) == expected
         assert list(tmp_path.glob("prepared/*")) == [folder]

@@ -47,6 +47,7 @@ def config_of(folder: Path, overrides: Sequence[str]) -> Config:
         [
             "data.train=storybook",
             "data.validation=none",
+            "data.held_out_fraction=0.01",  # the configuration's is for ten billion tokens
             f"data.prepared_folder={folder}",
             "tokenizer.kind=byte",
             "tokenizer.vocabulary_size=none",

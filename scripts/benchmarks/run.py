@@ -107,6 +107,7 @@ def configs_of(options: argparse.Namespace, folder: Path) -> dict[str, Config]:
     gpt2 = [
         "data.train=storybook",
         "data.validation=none",
+        "data.held_out_fraction=0.01",  # the configuration's is for ten billion tokens
         "data.storybook_stories=1000",
         "tokenizer.kind=byte",
         "tokenizer.vocabulary_size=none",
