@@ -30,6 +30,7 @@ ROOMS = (
     "trainer.tokenizers",
     "trainer.data",
     "trainer.model",
+    "trainer.optimizers",
     "trainer.decoding",
     "trainer.distributed",
     "trainer.scoring",

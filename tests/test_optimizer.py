@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.config.settings import OptimizerConfig
-from trainer.training.optimizer import AdamW
+from trainer.optimizers.adamw import AdamW
 
 STEPS = 20
 

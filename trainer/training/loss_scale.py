@@ -4,7 +4,7 @@ import math
 
 import tensorflow as tf
 
-from trainer.training.optimizer import counter
+from trainer.optimizers.variables import counter
 
 
 class LossScale(tf.Module):

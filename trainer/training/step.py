@@ -24,9 +24,10 @@ from trainer.model.language_model import adapt
 from trainer.model.ops import make_ops
 from trainer.model.ops.plain import PLAIN, Ops
 from trainer.model.precision import accumulation_dtype
+from trainer.optimizers.optimizer import make_optimizer
+from trainer.optimizers.variables import counter
 from trainer.training.batch_hash import batch_hash, hash_from_floats, hash_to_floats
 from trainer.training.loss_scale import LossScale
-from trainer.training.optimizer import AdamW, counter
 
 # Inputs int32, targets int32 and weights float32, each [batch, sequence]. The weight is 0 if the target is padding.
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
@@ -127,7 +128,7 @@ class TrainingStep:
         name_of = {id(variable): name for name, variable in self.named_variables.items()}
         trainable = {name_of[id(variable)]: variable for variable in model.trainable_variables}
         with strategy.scope():
-            self.optimizer = AdamW(config.optimizer, trainable)
+            self.optimizer = make_optimizer(config.optimizer, trainable)
             self.step = counter("step")
             self.batches_hash = counter("batches_hash")
             self.skipped_in_a_row = counter("skipped_in_a_row")

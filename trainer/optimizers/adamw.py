@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from trainer.config.settings import OptimizerConfig
+from trainer.optimizers.variables import counter, slot
 
 # Endings of the names that Keras's layers, and most custom layers, give to weights that are added or that multiply
 # number by number: query_bias.
@@ -31,8 +32,8 @@ class AdamW(tf.Module):
         self.names = list(variables)
         self.variables_to_train = list(variables.values())
         self.num_updates = counter("num_updates")
-        self.first_moments = [_slot(variable) for variable in self.variables_to_train]
-        self.second_moments = [_slot(variable) for variable in self.variables_to_train]
+        self.first_moments = [slot(variable) for variable in self.variables_to_train]
+        self.second_moments = [slot(variable) for variable in self.variables_to_train]
 
     def state(self) -> dict[str, tf.Variable]:
         """Returns every variable of the optimizer by a name that begins with its weight's name."""
@@ -83,18 +84,3 @@ def decays(variable: keras.Variable) -> bool:
     and so do the scales of a normalization over several axes.
     """
     return len(variable.shape) > 1 and not variable.name.endswith(NAMES_WITHOUT_DECAY)
-
-
-def counter(name: str) -> tf.Variable:
-    """Returns a new int64 variable, 0 at first, that every replica counts up alike."""
-    # Every replica computes the same value, so there is nothing to aggregate.
-    return tf.Variable(0, dtype=tf.int64, trainable=False, aggregation=tf.VariableAggregation.NONE, name=name)
-
-
-def _slot(variable: keras.Variable) -> tf.Variable:
-    return tf.Variable(
-        tf.zeros(variable.shape, variable.dtype),
-        trainable=False,
-        # Every replica computes the same update, so there is nothing to aggregate.
-        aggregation=tf.VariableAggregation.NONE,
-    )

@@ -1,0 +1,1 @@
+"""How a step changes the weights: optimizers of gradients that were summed over replicas and clipped."""
