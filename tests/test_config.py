@@ -188,7 +188,37 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
         (["data.held_out_fraction=1.0"], "data.held_out_fraction=1.0: input should be less than 1."),
         (
             ["optimizer.final_learning_rate=1e-4"],
-            "optimizer.final_learning_rate=0.0001 has no effect with optimizer.schedule='constant'; choose 'linear' or",
+            "optimizer.final_learning_rate=0.0001 has no effect with optimizer.schedule='constant'; choose 'linear', "
+            "'cosine' or 'wsd', or leave it out.",
+        ),
+        (
+            ["optimizer.schedule=wsd"],
+            "optimizer.schedule='wsd' needs optimizer.decay_steps, the number of steps at the end over which the rate "
+            "falls; a fifth of the run is a good start.",
+        ),
+        (
+            ["optimizer.decay_steps=2", "optimizer.schedule=cosine"],
+            "optimizer.decay_steps=2 has no effect with optimizer.schedule='cosine'; choose 'wsd' or 'inverse_sqrt', "
+            "or leave it out (optimizer.decay_steps=none).",
+        ),
+        (
+            ["optimizer.decay_shape=sqrt"],
+            "optimizer.decay_shape='sqrt' has no effect without optimizer.decay_steps; set that too, or leave "
+            "decay_shape out.",
+        ),
+        (
+            ["optimizer.schedule=inverse_sqrt"],
+            "optimizer.schedule='inverse_sqrt' falls as the root of optimizer.warmup_steps / step, and "
+            "optimizer.warmup_steps is 0; set it.",
+        ),
+        (
+            ["optimizer.schedule=inverse_sqrt", "optimizer.warmup_steps=2", "optimizer.final_learning_rate=1e-4"],
+            "optimizer.final_learning_rate=0.0001 has no effect with optimizer.schedule='inverse_sqrt'; choose",
+        ),
+        (
+            ["optimizer.schedule=wsd", "optimizer.warmup_steps=4", "optimizer.decay_steps=7"],
+            "optimizer.decay_steps=7 and the way to the peak (optimizer.warmup_steps=4) are together more than "
+            "train.total_steps=10; lower one of them, or train longer.",
         ),
         (
             ["optimizer.final_learning_rate=0.1", "optimizer.schedule=cosine"],
@@ -201,9 +231,9 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
         ),
         (
             ["optimizer.warmup_steps=10", "optimizer.schedule=cosine"],
-            "optimizer.schedule='cosine' ends at optimizer.final_learning_rate, but with optimizer.warmup_steps=10 the "
-            "rate reaches its peak at the last step of train.total_steps=10; train longer, lower "
-            "optimizer.warmup_steps, or choose optimizer.schedule='constant'.",
+            "optimizer.schedule='cosine' falls after its peak, but with optimizer.warmup_steps=10 the rate reaches its "
+            "peak at the last step of train.total_steps=10; train longer, lower optimizer.warmup_steps, or choose "
+            "optimizer.schedule='constant'.",
         ),
         (
             ["train.total_steps=1", "optimizer.schedule=linear"],
@@ -263,6 +293,9 @@ def test_impossible_settings_are_refused(overrides: list[str], message: str):
         ["tokenizer={kind='wordpiece',path='v',lowercase=false}"],
         ["optimizer.warmup_steps=10"],
         ["optimizer.warmup_steps=9", "optimizer.schedule=cosine"],
+        ["optimizer.warmup_steps=9", "optimizer.schedule=inverse_sqrt"],
+        ["optimizer.schedule=wsd", "optimizer.warmup_steps=4", "optimizer.decay_steps=6"],
+        ["optimizer.schedule=wsd", "optimizer.decay_steps=9", "optimizer.decay_shape=sqrt"],
         ["train.total_steps=1", "optimizer.warmup_steps=1"],
         ["train.total_steps=2", "optimizer.warmup_steps=1", "optimizer.schedule=linear"],
         ["profile.at_step=5"],
@@ -752,7 +785,7 @@ def test_a_run_reads_every_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         "data": {"train": ["a.txt", "b.jsonl"], "max_broken_fraction": 0.5},
         "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4, "positions": "rope"},
         "train": {"precision": "float32", "num_epochs": 1, "sequence_length": 8, "global_batch_size": 128},
-        "optimizer": {"schedule": "cosine"},
+        "optimizer": {"schedule": "wsd", "decay_steps": 1},
         "evaluation": {"every_steps": 2},
         "samples": {"num_beams": 2, "top_k": 2, "num_tokens": 2},
         "profile": {"at_step": 1, "num_steps": 1},

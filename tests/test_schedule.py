@@ -21,10 +21,23 @@ def test_constant_rate_is_the_same_at_every_step():
     assert rates(5, learning_rate=0.5) == [0.5] * 5
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+# Every schedule, with the settings that it needs.
+SCHEDULES = {
+    "constant": {"schedule": "constant"},
+    "linear": {"schedule": "linear"},
+    "cosine": {"schedule": "cosine"},
+    "wsd": {"schedule": "wsd", "decay_steps": 3},
+    "wsd with sqrt": {"schedule": "wsd", "decay_steps": 3, "decay_shape": "sqrt"},
+    "inverse_sqrt": {"schedule": "inverse_sqrt"},
+    "inverse_sqrt with a decay": {"schedule": "inverse_sqrt", "decay_steps": 3},
+}
+every_schedule = pytest.mark.parametrize("settings", SCHEDULES.values(), ids=SCHEDULES)
+
+
+@every_schedule
 @pytest.mark.parametrize("warmup_steps", [1, 2, 4])
-def test_warmup_rises_linearly_and_its_last_step_has_the_peak(schedule, warmup_steps):
-    values = rates(20, learning_rate=1.0, schedule=schedule, warmup_steps=warmup_steps)
+def test_warmup_rises_linearly_and_its_last_step_has_the_peak(settings, warmup_steps):
+    values = rates(20, learning_rate=1.0, warmup_steps=warmup_steps, **settings)
     expected = [(step + 1) / warmup_steps for step in range(warmup_steps)]
     assert values[:warmup_steps] == pytest.approx(expected, rel=1e-12)
     assert max(values) == values[warmup_steps - 1] == 1.0
@@ -60,6 +73,32 @@ def test_the_last_step_has_the_final_rate(schedule):
     assert values == sorted(values, reverse=True)
 
 
+def test_wsd_stays_at_its_peak_up_to_the_last_decay_steps():
+    values = rates(12, learning_rate=1.0, schedule="wsd", warmup_steps=3, decay_steps=4, final_learning_rate=0.2)
+    assert values[2:8] == [1.0] * 6
+    assert values[8:] == pytest.approx([0.8, 0.6, 0.4, 0.2], rel=1e-12)
+    sqrt = rates(12, learning_rate=1.0, schedule="wsd", warmup_steps=3, decay_steps=4, decay_shape="sqrt")
+    assert sqrt[2:8] == [1.0] * 6
+    assert sqrt[8:] == pytest.approx([0.5, 1 - 0.5**0.5, 1 - 0.75**0.5, 0.0], abs=1e-12)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 5])
+def test_wsd_without_a_stable_part_is_linear_to_the_bit(warmup_steps):
+    shared = {"learning_rate": 0.3, "warmup_steps": warmup_steps, "final_learning_rate": 0.01}
+    decay_steps = 20 - max(1, warmup_steps)
+    assert rates(20, schedule="wsd", decay_steps=decay_steps, **shared) == rates(20, schedule="linear", **shared)
+
+
+def test_inverse_sqrt_is_the_formula_of_its_paper_and_can_end_with_a_decay():
+    number, warmup_steps = np.arange(1, 31), 6
+    # Vaswani et al. 2017, equation 3, scaled to the peak.
+    expected = 0.3 * warmup_steps**0.5 * np.minimum(number**-0.5, number * warmup_steps**-1.5)
+    settings = {"learning_rate": 0.3, "schedule": "inverse_sqrt", "warmup_steps": warmup_steps}
+    assert rates(30, **settings) == pytest.approx(expected, rel=1e-12)
+    ended = expected * np.minimum(1, (29 - np.arange(30)) / 10)
+    assert rates(30, **settings, decay_steps=10) == pytest.approx(ended, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("settings", "step", "allowed"),
     [
@@ -70,6 +109,12 @@ def test_the_last_step_has_the_final_rate(schedule):
         ({"schedule": "cosine"}, 0, True),
         ({"schedule": "cosine"}, 1, True),
         ({"schedule": "cosine"}, 2, False),
+        ({"schedule": "wsd", "decay_steps": 4}, 16, True),
+        ({"schedule": "wsd", "decay_steps": 4}, 17, False),
+        ({"schedule": "wsd", "decay_steps": 4, "decay_shape": "sqrt", "final_learning_rate": 3e-4}, 16, True),
+        ({"schedule": "inverse_sqrt", "warmup_steps": 3}, 20, True),
+        ({"schedule": "inverse_sqrt", "warmup_steps": 3, "decay_steps": 4}, 16, True),
+        ({"schedule": "inverse_sqrt", "warmup_steps": 3, "decay_steps": 4}, 17, False),
     ],
 )
 def test_a_run_may_get_longer_as_long_as_all_its_rates_are_those_of_the_longer_run(settings, step, allowed):
@@ -80,13 +125,13 @@ def test_a_run_may_get_longer_as_long_as_all_its_rates_are_those_of_the_longer_r
     assert can_extend(config, 20, 20, step)
 
 
-def test_the_rate_that_is_checked_is_the_rate_that_trains():
-    for schedule in ("constant", "linear", "cosine"):
-        config = OptimizerConfig(schedule=schedule, warmup_steps=7)
-        steps = np.arange(50, dtype=np.float64)
-        np.testing.assert_allclose(
-            learning_rate(config, steps, 50), learning_rate(config, tf.constant(steps), 50, tf), rtol=1e-14
-        )
+@every_schedule
+def test_the_rate_that_is_checked_is_the_rate_that_trains(settings):
+    config = OptimizerConfig(warmup_steps=7, **settings)
+    steps = np.arange(50, dtype=np.float64)
+    np.testing.assert_allclose(
+        learning_rate(config, steps, 50), learning_rate(config, tf.constant(steps), 50, tf), rtol=1e-14
+    )
 
 
 def test_cosine_follows_its_formula():

@@ -506,12 +506,20 @@ class OptimizerConfig(Section):
 
     learning_rate: PositiveFloat = 1e-3
     """The peak of the learning rate, reached after warmup_steps."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """constant, or how the learning rate falls from learning_rate to final_learning_rate at the last step."""
+    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "constant"
+    """How the learning rate goes on after the warm-up. constant: it stays. linear, cosine: it falls from learning_rate
+    to final_learning_rate at the last step. wsd: it stays, and falls only in the last decay_steps steps. inverse_sqrt:
+    it falls as 1 over the root of the step."""
     warmup_steps: NonNegativeInt = 0
     """The number of steps over which the learning rate rises linearly to learning_rate."""
     final_learning_rate: NonNegativeFloat = 0.0
-    """The learning rate at the last step; a constant schedule does not use it."""
+    """The learning rate at the last step; constant and inverse_sqrt do not use it."""
+    decay_steps: PositiveInt | None = None
+    """The number of steps at the end of the run over which the learning rate falls to final_learning_rate, with
+    schedule="wsd"; or to 0 with "inverse_sqrt", which by default goes on to the end without that."""
+    decay_shape: Literal["linear", "sqrt"] = "linear"
+    """How the learning rate falls over decay_steps. sqrt: by 1 minus the root of the part of the decay that is over,
+    fast at first."""
     beta_1: BelowOne = 0.9
     """The decay of the mean of the gradients."""
     beta_2: BelowOne = 0.999
@@ -525,17 +533,40 @@ class OptimizerConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
-        if self.schedule == "constant" and self.final_learning_rate:
+        if self.schedule in ("constant", "inverse_sqrt") and self.final_learning_rate:
             raise ValueError(
                 f"optimizer.final_learning_rate={self.final_learning_rate} has no effect with "
-                "optimizer.schedule='constant'; choose 'linear' or 'cosine', or leave it out."
+                f"optimizer.schedule={self.schedule!r}; choose 'linear', 'cosine' or 'wsd', or leave it out."
             )
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"optimizer.final_learning_rate={self.final_learning_rate} is above "
                 f"optimizer.learning_rate={self.learning_rate}; the schedule only falls."
             )
+        self._check_decay()
         return self
+
+    def _check_decay(self) -> None:
+        if self.schedule == "wsd" and self.decay_steps is None:
+            raise ValueError(
+                "optimizer.schedule='wsd' needs optimizer.decay_steps, the number of steps at the end over which the "
+                "rate falls; a fifth of the run is a good start."
+            )
+        if self.schedule not in ("wsd", "inverse_sqrt") and self.decay_steps is not None:
+            raise ValueError(
+                f"optimizer.decay_steps={self.decay_steps} has no effect with optimizer.schedule={self.schedule!r}; "
+                "choose 'wsd' or 'inverse_sqrt', or leave it out (optimizer.decay_steps=none)."
+            )
+        if self.decay_shape != type(self).model_fields["decay_shape"].default and self.decay_steps is None:
+            raise ValueError(
+                f"optimizer.decay_shape={self.decay_shape!r} has no effect without optimizer.decay_steps; set that "
+                "too, or leave decay_shape out."
+            )
+        if self.schedule == "inverse_sqrt" and not self.warmup_steps:
+            raise ValueError(
+                "optimizer.schedule='inverse_sqrt' falls as the root of optimizer.warmup_steps / step, and "
+                "optimizer.warmup_steps is 0; set it."
+            )
 
 
 class EvaluationConfig(Section):
@@ -746,8 +777,8 @@ class Config(Section):
             what: the setting that decides this number, for messages.
 
         Raises:
-            UserError: the warm-up, the fall of the learning rate after it, a change of data.weights_from_step, or the
-                profile does not fit.
+            UserError: the warm-up, the fall of the learning rate after it, its decay, a change of
+                data.weights_from_step, or the profile does not fit.
         """
         warmup, schedule, profile = self.optimizer.warmup_steps, self.optimizer.schedule, self.profile
         if warmup > total_steps:
@@ -758,9 +789,15 @@ class Config(Section):
         peak = max(1, warmup)
         if schedule != "constant" and peak >= total_steps:
             raise UserError(
-                f"optimizer.schedule={schedule!r} ends at optimizer.final_learning_rate, but with "
+                f"optimizer.schedule={schedule!r} falls after its peak, but with "
                 f"optimizer.warmup_steps={warmup} the rate reaches its peak at the last step of {what}; train longer, "
                 "lower optimizer.warmup_steps, or choose optimizer.schedule='constant'."
+            )
+        decay = self.optimizer.decay_steps or 0
+        if peak + decay > total_steps:
+            raise UserError(
+                f"optimizer.decay_steps={decay} and the way to the peak (optimizer.warmup_steps={warmup}) are together "
+                f"more than {what}; lower one of them, or train longer."
             )
         last_change = max(self.data.weights_from_step, default=0)
         if last_change >= total_steps:
