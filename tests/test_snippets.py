@@ -20,11 +20,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tomli_w
 import yaml
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -471,7 +474,7 @@ def test_a_page_works_as_printed_from_top_to_bottom(checkout: Path, name: str, c
     namespace: dict[str, Any] = {}
     for language, block in blocks_of_page(name):
         if language == "python":
-            exec(block, namespace)
+            exec(block.replace("n_trials=20", "n_trials=1"), namespace)
         elif language == "toml":
             check_toml(block)
         elif language == "sh":
@@ -479,6 +482,24 @@ def test_a_page_works_as_printed_from_top_to_bottom(checkout: Path, name: str, c
                 check_or_run(command, run_verbs=True)
     assert all((checkout / "runs" / run / "result.json").exists() for run in MAKES.get(name, ()))
     assert name not in MAKES or "once upon a time" in capsys.readouterr().out
+    if name == "docs/settings.md":
+        check_sweep(namespace)
+
+
+def check_sweep(namespace: dict[str, Any]) -> None:
+    """A pruner stops a trial of the sweep at its first score, and each trial is in the tab HParams."""
+    study = namespace["study"]
+    study.pruner = optuna.pruners.ThresholdPruner(upper=0.0)
+    study.optimize(namespace["objective"], n_trials=1)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
+    whole, pruned = (list(trial.intermediate_values) for trial in study.trials)
+    assert (len(pruned), pruned) == (1, whole[:1])
+    for trial in study.trials:
+        events = EventAccumulator(f"runs/sweep/{trial.number}/logs/validation").Reload()
+        start = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        found = HParamsPluginData.FromString(start).session_start_info.hparams
+        assert found["optimizer.learning_rate"].number_value == trial.params["rate"]
+        assert found["model.num_layers"].number_value == trial.params["layers"]
 
 
 @pytest.mark.parametrize("name", PAGES)
