@@ -594,6 +594,14 @@ def test_the_best_by_validation_is_kept_besides_the_newest(folder: str):
     assert checkpoints.best_step() == 60 and checkpoints.steps() == [50, 60]
 
 
+def test_steps_that_are_to_be_kept_are_kept_besides_the_newest(folder: str):
+    checkpoints = Checkpoints(folder, keep_last=1)
+    checkpoints.kept_steps = (20, 50)
+    for step in (10, 20, 30, 40):
+        save(checkpoints, step)
+    assert checkpoints.steps() == [20, 40]
+
+
 def test_a_step_that_is_saved_twice_is_reported_once(tmp_path: Path):
     checkpoints, reported = Checkpoints(str(tmp_path)), list[int]()
     checkpoints.on_whole = lambda step, folder: reported.append(step)

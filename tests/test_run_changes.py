@@ -23,7 +23,7 @@ from trainer.runs.fork import plan_fork
 from trainer.runs.results import read_scores, write_scores
 from trainer.runs.run_changes import changes_of, check_length, has_other_scores, newest_step, record_changes
 from trainer.runs.run_checkpoints import find_checkpoint, load_model, open_checkpoints
-from trainer.runs.run_folder import RunFolder, find_run
+from trainer.runs.run_folder import RunFolder, find_run, steps_in
 from trainer.training import launch
 
 
@@ -49,6 +49,45 @@ def test_an_extended_run_equals_the_longer_run_bit_for_bit(tmp_path: Path):
     again = RunFolder(run)
     assert again.config.train.total_steps == 6
     assert [open_checkpoints(again).of_step(step).step for step in (1, 3, 6)] == [1, 3, 6]
+
+
+@pytest.mark.slow
+def test_a_run_before_its_decay_is_extended_and_cooled_down_to_the_bits_of_the_run_of_that_length(tmp_path: Path):
+    decay = ("optimizer.schedule=wsd", "optimizer.warmup_steps=2", "optimizer.decay_steps=2")
+    rare = ("checkpoint.every_steps=100", "checkpoint.keep_last=1")
+    trainer.train(text_run(tmp_path, "long", "train.total_steps=6", *decay), say=quiet)
+    trainer.train(text_run(tmp_path, "short", "train.total_steps=4", *decay, *rare), say=quiet)
+    long, short = tmp_path / "long", tmp_path / "short"
+    # The last checkpoint before the decay is made and kept, though no cadence is due and one is kept.
+    assert steps_in(short / "checkpoints") == [2, 4]
+    cooled = trainer.fork(f"{long}@2", [f"run_folder={tmp_path}/cooled", "train.total_steps=4"], say=quiet)
+    assert_same_bits(saved(cooled.run_folder, 4), saved(short, 4))
+    assert trainer.resume(str(short), say=quiet, overrides=["train.total_steps=6"], step=2).step == 6
+    assert_same_bits(saved(short, 6), saved(long, 6))
+    assert steps_in(short / "checkpoints") == [4, 6]
+
+
+def test_a_run_after_its_decay_names_the_checkpoint_before_it(tmp_path: Path):
+    decay = ("optimizer.schedule=wsd", "optimizer.decay_steps=3", "train.total_steps=9")
+    run = RunFolder.create(tiny(tmp_path, *decay), prepared_text(tmp_path))
+    longer = RunFolder(run.path, ["train.total_steps=12"])
+    check_length(longer, 6)
+    no_step_left = r"other learning rates\. Make a fork, which goes on from here .* trainer fork \S+/run@9 "
+    with pytest.raises(UserError, match=no_step_left):
+        check_length(longer, 9)
+    for step in (5, 6, 9):
+        save_checkpoint(run, step)
+    with pytest.raises(UserError) as error:
+        check_length(longer, 9)
+    assert str(error.value) == (
+        "train.total_steps=12 (was 9): optimizer.schedule='wsd' depends on the length, so the 9 steps that are taken "
+        "would have had other learning rates. The checkpoint of step 6 is from before the decay. Fork it, and the fork "
+        f"ends as the run that has this length from the start: trainer fork {run.path}@6 run_folder={run.path}-2 "
+        "train.total_steps=12"
+    )
+    # A shorter run would have begun its decay earlier, at step 5.
+    with pytest.raises(UserError, match=r"The checkpoint of step 5 is from before the decay\."):
+        check_length(RunFolder(run.path, ["train.total_steps=8"]), 7)
 
 
 def test_or_resume_takes_the_length_of_the_config(tmp_path: Path):

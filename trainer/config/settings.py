@@ -632,7 +632,8 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt = 500
     """The number of steps between two checkpoints."""
     keep_last: PositiveInt = 3
-    """The number of newest checkpoints that are kept. The one with the lowest validation loss is kept as well."""
+    """The number of newest checkpoints that are kept. The one with the lowest validation loss is kept as well, and
+    so is the last one before optimizer.decay_steps."""
     max_failures: PositiveInt | None = None
     """Stop the run after this many failures in a row to write a checkpoint. By default it reports each failure, trains
     on and tries again."""

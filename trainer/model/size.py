@@ -52,8 +52,10 @@ def bytes_of_checkpoint(config: Config, vocabulary_size: int) -> float:
 
 def num_checkpoints(config: Config) -> int:
     """Returns the most checkpoints that a run has on disk at a time."""
-    # A new checkpoint is written before the oldest is removed, and the best one that was scored is kept as well.
-    return config.checkpoint.keep_last + 1 + (config.evaluation.every_steps is not None)
+    # A new checkpoint is written before the oldest is removed, and the best one that was scored is kept as well, and so
+    # is the one before the decay of the learning rate.
+    has_best, has_decay = config.evaluation.every_steps is not None, config.optimizer.decay_steps is not None
+    return config.checkpoint.keep_last + 1 + has_best + has_decay
 
 
 def matrix_parameters(config: Config, vocabulary_size: int) -> int:

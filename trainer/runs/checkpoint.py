@@ -10,7 +10,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -86,6 +86,7 @@ class Checkpoints:
         on_saved: called from another thread after a checkpoint was written, before older ones are removed.
 
     Attributes:
+        kept_steps: steps whose checkpoints are kept, too.
         on_whole: called with the step and the folder of each checkpoint that is whole, by the thread that saves, from
             within `save`, `check` or `wait`; once for a step that is saved twice in a row.
     """
@@ -105,6 +106,7 @@ class Checkpoints:
         self.say = say
         self.max_failures = max_failures
         self.scores = {} if scores is None else scores
+        self.kept_steps: Collection[int] = ()
         self.on_whole: Callable[[int, Location], None] = lambda step, folder: None
         self._fault_of = fault_of
         self._on_saved = on_saved
@@ -297,7 +299,9 @@ class Checkpoints:
             return False
 
     def _remove_before(self, step: int) -> None:
-        """Removes old checkpoints except the best one. If one cannot be removed, the next call tries again."""
+        """Removes old checkpoints except the best one and those of kept_steps. If one cannot be removed, the next call
+        tries again.
+        """
         try:
             best = self.best_step()
             # A later step than the one just saved is a damaged checkpoint, and does not count as one of the newest.
@@ -307,7 +311,7 @@ class Checkpoints:
             return
         for old in old_steps:
             folder = self._folder_of(old)
-            if old == best:
+            if old == best or old in self.kept_steps:
                 continue
             try:
                 # The manifest first: a process can be killed while it removes a tree, and the rest must not look like a

@@ -50,11 +50,29 @@ def check_length(run: RunFolder, step: int, before: int | None = None, now: int 
             "checkpoint, with --step."
         )
     if not can_extend(run.config.optimizer, old, new, min(step, old)):
+        at, advice = step, "Make a fork, which goes on from here with the new schedule"
+        if shared := _newest_before_decay(run, old, new):
+            at = shared
+            advice = (
+                f"The checkpoint of step {shared} is from before the decay. Fork it, and the fork ends as the run that "
+                "has this length from the start"
+            )
         raise UserError(
             f"{what}: optimizer.schedule={run.config.optimizer.schedule!r} depends on the length, so the {step} steps "
-            "that are taken would have had other learning rates. Make a fork, which goes on from here with the new "
-            f"schedule: trainer fork {quoted(f'{run.path}@{step}')} {quoted(f'run_folder={run.path}-2')} {length}"
+            f"that are taken would have had other learning rates. {advice}: trainer fork {quoted(f'{run.path}@{at}')} "
+            f"{quoted(f'run_folder={run.path}-2')} {length}"
         )
+
+
+def _newest_before_decay(run: RunFolder, old: int, new: int) -> int:
+    """Returns the newest step that has the folder of a checkpoint and is before the decay of a run of either length; 0
+    if there is none, or no decay.
+    """
+    if run.config.optimizer.decay_steps is None:
+        return 0
+    end = min(old, new)
+    steps = [step for step in steps_in(run.path / "checkpoints") if step <= end]
+    return max((step for step in steps if can_extend(run.config.optimizer, old, new, step)), default=0)
 
 
 def has_other_scores(run: RunFolder) -> bool:

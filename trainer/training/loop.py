@@ -29,7 +29,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from trainer.config.schedule import learning_rate
+from trainer.config.schedule import first_decay_step, learning_rate
 from trainer.config.settings import Config
 from trainer.data.batches import Batch, training_batches
 from trainer.data.batches import total_steps as count_steps
@@ -127,6 +127,7 @@ def train(
         # One dict with two users: `record_score` adds a loss, and the checkpoints keep the one with the lowest loss.
         scores = {} if is_scored_otherwise else scores_to_keep(checkpoints, step, from_step)
         checkpoints.scores = scores
+        checkpoints.kept_steps = saved_anyway = steps_saved_anyway(config, total_steps)
         called = Callbacks(callbacks, lambda: training_step.stop_requested.assign(True), say)
         monitor: Monitor | SilentMonitor = SilentMonitor()
         if workers.is_chief:
@@ -194,7 +195,7 @@ def train(
                         monitor.histograms(step, histograms.at(step))
 
                 # Save, the chief.
-                is_saved = is_due(step, config.checkpoint.every_steps) or step == total_steps
+                is_saved = is_due(step, config.checkpoint.every_steps) or step in saved_anyway
                 if is_saved:
                     save_now()
 
@@ -305,9 +306,17 @@ def is_due(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step > 0 and step % every_steps == 0
 
 
+def steps_saved_anyway(config: Config, total_steps: int) -> tuple[int, ...]:
+    """Returns the steps that are saved whatever the cadence: the last one of the run, and the last one before the decay
+    of the learning rate if there is a decay. The run can get longer only from before its decay.
+    """
+    decay_step = first_decay_step(config.optimizer, total_steps)
+    return (total_steps,) if decay_step is None else (decay_step, total_steps)
+
+
 def steps_in_call(config: Config, step: int, total_steps: int) -> int:
     """Returns how many steps to take in one call of the compiled loop: at most until something is due."""
-    ends = (total_steps, *config.profile.ends())
+    ends = (*steps_saved_anyway(config, total_steps), *config.profile.ends())
     cadences = (
         config.log.every_steps,
         config.log.histograms_every_steps,
