@@ -45,7 +45,7 @@ def config_of(distribution, case, num_replicas=1):
             "sequence_length": SEQUENCE_LENGTH,
             **case.get("train", {}),
         },
-        "optimizer": {"learning_rate": 1e-2, "clip_norm": 0.1, "weight_decay": 0.1},
+        "optimizer": {"learning_rate": 1e-2, "clip_norm": 0.1, "weight_decay": 0.1, **case.get("optimizer", {})},
         "distribution": distribution,
     }
     return make_config(settings)
@@ -129,7 +129,9 @@ def take_steps(strategy, config):
     gradients = {name: value.numpy() for name, value in step.optimizer.state().items() if name.endswith("first_moment")}
     metrics = run_steps(batches, tf.constant(NUM_STEPS - 1, tf.int64))
     assert int(metrics.num_steps) == NUM_STEPS - 1
+    averages = {} if step.average is None else step.average.state()
     return {
+        **{f"averages/{name}": value.numpy() for name, value in averages.items()},
         **{f"weights/{name}": value.numpy() for name, value in step.named_variables.items()},
         **{f"gradients/{name}": value for name, value in gradients.items()},
         "num_clipped": metrics.num_clipped.numpy(),

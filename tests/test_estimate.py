@@ -34,6 +34,8 @@ def test_the_roofline_is_the_memory_s_if_memory_is_slow():
 def test_memory_of_weights_and_moments_is_exact():
     parts = estimate_memory(make_config(SETTINGS), 5000, V5E_8)
     assert (parts["weights"], parts["optimizer"]) == (3_387_266 * 4, 2 * 3_387_266 * 4)
+    averaged = estimate_memory(make_config(SETTINGS, ["optimizer.ema_decay=0.999"]), 5000, V5E_8)
+    assert averaged == parts | {"average": 3_387_266 * 4}
     bf16 = estimate_memory(make_config(SETTINGS, ["train.precision=mixed_bfloat16"]), 5000, V5E_8)
     assert bf16["weights"] - parts["weights"] == 2 * matrix_parameters(make_config(SETTINGS), 5000)
 

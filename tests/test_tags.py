@@ -8,6 +8,7 @@ from trainer.monitoring.event_log import EventLog
 
 TODAY = {
     tags.LOSS,
+    tags.RAW_LOSS,
     tags.PERPLEXITY,
     tags.EXCESS,
     tags.bits_per_byte(False),

@@ -17,6 +17,7 @@ from test_monitor import SCORE, curves, interval  # type: ignore[import-not-foun
 from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 from trainer.model.build import build_gpt
+from trainer.monitoring import tags
 from trainer.monitoring.event_log import EventLog
 from trainer.monitoring.events import Histogram
 from trainer.monitoring.graph import MAX_NODES, graph_of
@@ -86,12 +87,15 @@ def test_a_session_that_cannot_be_written_is_said_and_no_error(tmp_path: Path):
     assert "a.tfevents.hparams, for TensorBoard's tab HParams, cannot be written: " in terminal.getvalue()
 
 
-@pytest.mark.parametrize("sets", [{}, {"books": "a.txt"}])
-def test_every_chart_of_the_layout_finds_a_curve(tmp_path: Path, sets: dict[str, str]):
-    watched = monitor(tmp_path, config=tiny_config("runs", evaluation={"every_steps": 5, "sets": sets}))
+@pytest.mark.parametrize(("sets", "raw_loss"), [({}, None), ({"books": "a.txt"}, 2.5)])
+def test_every_chart_of_the_layout_finds_a_curve(tmp_path: Path, sets: dict[str, str], raw_loss: float | None):
+    average = {} if raw_loss is None else {"ema_decay": 0.9}
+    evaluation = {"every_steps": 5, "sets": sets}
+    watched = monitor(tmp_path, config=tiny_config("runs", evaluation=evaluation, optimizer=average))
     with watched.running():
         watched.interval(10, interval())
-        watched.evaluation(10, SCORE._replace(sets={name: Score(20.0, 10, 40, 5) for name in sets}))
+        sets_scores = {name: Score(20.0, 10, 40, 5) for name in sets}
+        watched.evaluation(10, SCORE._replace(sets=sets_scores, raw_loss=raw_loss))
     events = EventAccumulator(str(tmp_path / "train"))
     events.Reload()
     tensor = events.Tensors("custom_scalars__config__")[0].tensor_proto
@@ -102,6 +106,8 @@ def test_every_chart_of_the_layout_finds_a_curve(tmp_path: Path, sets: dict[str,
         for chart in category.chart:
             found = [name for name in names for pattern in chart.multiline.tag if re.match(pattern, name)]
             assert found and len(found) == len(set(found)), chart.title
+            if chart.title == "loss, nats per token":  # The average and the weights are in one chart.
+                assert (tags.RAW_LOSS in found) == (raw_loss is not None)
 
 
 def graphs(logs: Path) -> list[tf.compat.v1.GraphDef]:

@@ -69,6 +69,7 @@ def alone(training: Training) -> Take:
     take_step = tf.function(lambda: training.strategy.run(step.take_step_on_replica, (batch, stop)), autograph=False)
 
     variables = [*step.named_variables.values(), *step.state().values(), step.step]
+    variables += [] if step.average is None else step.average.state().values()
 
     def take(num_steps: int) -> tuple[float, float]:
         # Copies: on a CPU numpy() may return the memory that the next step writes to.

@@ -4,6 +4,7 @@ It maps the files of tokens and offsets into memory and reads only what it needs
 """
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def inspect(path: str, split_name: str = "train", num_examples: int = 3, sequenc
         raise UserError(f"--sequence-length {sequence_length} must be at least 1.")
     run = _run_of(path)
     console = rich.console.Console(highlight=False)
-    for line in [] if run is None else describe_history(run):  # Before the data, which may be gone.
+    for line in [] if run is None else [*describe_history(run), *_average_of(run)]:  # Before the data, maybe gone.
         console.print(_visible(line))
     stored = _data_of(path, run)
     with on_disk(stored) as folder:
@@ -89,6 +90,13 @@ def _run_of(path: str) -> RunFolder | None:
     """Returns the run that path names, by its folder or by one of its checkpoints; None if it names none."""
     run_folder, _ = run_and_step(path)
     return RunFolder(run_folder) if (locate(run_folder) / RECORD).is_file() else None
+
+
+def _average_of(run: RunFolder) -> Iterator[str]:
+    """Yields a line about the average of a run's weights, if it has one."""
+    decay = run.config.optimizer.ema_decay
+    if decay is not None:
+        yield f"its model is the average of the weights that each checkpoint has: optimizer.ema_decay={decay}"
 
 
 def _data_of(path: str, run: RunFolder | None) -> Location:

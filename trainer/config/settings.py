@@ -530,6 +530,10 @@ class OptimizerConfig(Section):
     """The decoupled decay of matrices and embeddings; biases and normalizations do not decay."""
     clip_norm: PositiveFloat | None = None
     """The largest global norm of the gradient; a longer gradient is shortened to it. By default it is not clipped."""
+    ema_decay: Annotated[float, Field(gt=0, le=1 - 2.0**-24)] | None = None
+    """The decay of an exponential average of the weights, such as 0.999: an average over about the last
+    1 / (1 - ema_decay) steps, but at most over the last ninth of all steps. Evaluation, samples, generate, evaluate and
+    export use it in place of the weights. By default there is none."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:

@@ -45,12 +45,13 @@ class Card(NamedTuple):
         Args:
             how_to_load: Python code that loads the model.
         """
-        train = self.config.train
+        train, decay = self.config.train, self.config.optimizer.ema_decay
         rows = {
             "trained on": f"`{self.config.data.train}`",
             "steps": f"{self.step:,}, each of {train.global_batch_size:,} examples of at most "
             f"{train.sequence_length:,} tokens",
             **self._score(),
+            **({} if decay is None else {"weights": f"an average over the steps, with a decay of {decay}"}),
             **({"history": "<br>".join(self.history)} if self.history else {}),
             "parameters": f"{self.num_parameters:,}",
             "vocabulary": f"{self.vocabulary_size:,} tokens, {self.config.tokenizer.kind}",

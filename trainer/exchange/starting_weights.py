@@ -17,7 +17,7 @@ from trainer.exchange.source import kind_of_source
 from trainer.model.build import GPT_MODEL
 from trainer.model.size import parameter_shapes
 from trainer.runs.parentage import Beginning, parents_by_run
-from trainer.runs.run_checkpoints import read_checkpoint
+from trainer.runs.run_checkpoints import averaged, read_checkpoint
 from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import RunFolder, run_and_step
 from trainer.system.storage import locate
@@ -66,8 +66,8 @@ def _from_run(source: str, config: Config, is_foreign: bool, tokenizer: Tokenize
             f"init.from={source!r} has the weights of a model that {parent.facts['model']} built; give that function "
             "as build_model, from Python, or leave out init.from."
         )
-    checkpoint, groups = read_checkpoint(parent, ("weights",), say, step)
-    weights: Weights = groups["weights"]
+    checkpoint, groups = read_checkpoint(parent, ("weights", "average"), say, step)
+    weights: Weights = averaged(groups)
     changed = differing_settings(config, parent.config)
     if not is_foreign:
         weights = fitted(weights, config, tokenizer.vocabulary_size, source, say, hint=advice(config, parent.config))

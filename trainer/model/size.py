@@ -46,8 +46,11 @@ def count_parameters(config: Config, vocabulary_size: int) -> int:
 
 
 def bytes_of_checkpoint(config: Config, vocabulary_size: int) -> float:
-    """Returns the size of a checkpoint: the weights and AdamW's two moments."""
-    return 3.0 * count_parameters(config, vocabulary_size) * (8 if config.train.precision == "float64" else 4)
+    """Returns the size of a checkpoint: the weights, AdamW's two moments, and the average of the weights if there is
+    one.
+    """
+    num_copies = 3.0 + (config.optimizer.ema_decay is not None)
+    return num_copies * count_parameters(config, vocabulary_size) * (8 if config.train.precision == "float64" else 4)
 
 
 def num_checkpoints(config: Config) -> int:

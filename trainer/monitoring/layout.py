@@ -39,10 +39,14 @@ def layout_summary(config: Config) -> Summary:
     """Returns the charts of a run as TensorBoard reads them; it joins those of all runs that it shows."""
     layout = layout_pb2.Layout()
     has_several = config.evaluation.sets or config.data.weights is not None
+    is_averaged = config.optimizer.ema_decay is not None
     for title, charts in (CHARTS | (CHARTS_OF_SEVERAL_TEXTS if has_several else {})).items():
         category = layout.category.add(title=title)
         for name, patterns in charts.items():
-            category.chart.add(title=name).multiline.tag.extend(f"^{pattern}" for pattern in patterns)
+            chart = category.chart.add(title=name).multiline
+            chart.tag.extend(f"^{pattern}" for pattern in patterns)
+            if is_averaged and f"{tags.LOSS}$" in patterns:
+                chart.tag.append(f"^{tags.RAW_LOSS}$")
     summary = Summary()
     summary.value.add(
         tag=metadata.CONFIG_SUMMARY_TAG,

@@ -146,6 +146,7 @@ class Monitor:
         place = self._place(step)
         values = {
             tags.LOSS: evaluation.loss,
+            tags.RAW_LOSS: evaluation.raw_loss,
             tags.PERPLEXITY: evaluation.perplexity,
             tags.bits_per_byte(evaluation.is_lossy): evaluation.bits_per_byte,
             tags.EXCESS: evaluation.excess,

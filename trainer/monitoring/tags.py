@@ -5,6 +5,7 @@ folders, so a metric of both is one chart.
 """
 
 LOSS = "loss/nats_per_token"
+RAW_LOSS = "loss/nats_per_token_raw"
 PERPLEXITY = "loss/perplexity"
 EXCESS = "loss/excess_nats_per_token"
 TOKENS_PER_SEC_IN_STEPS = "speed/tokens_per_sec_in_steps"

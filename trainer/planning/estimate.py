@@ -14,7 +14,8 @@ def estimate_memory(
     Two instants compete. Right after the loss, everything that the backward pass will read is there, with the gradient
     of the output projection and a chunk of logits with its gradient. At the end of the backward pass none of that is
     there, but the gradients of all weights are. At both instants there are the sum over micro-batches, if there are
-    several, the weights with a copy of their matrices in the compute dtype, and AdamW's two moments.
+    several, the weights with a copy of their matrices in the compute dtype, AdamW's two moments, and the average of the
+    weights if there is one.
 
     Args:
         config: the run's configuration.
@@ -32,6 +33,8 @@ def estimate_memory(
     copies = matrix_parameters(config, vocabulary_size) * compute_bytes if compute_bytes < weight_bytes else 0
     sums = num_weights * execution.gradient_sum_bytes
     always = {"weights": float(num_weights * weight_bytes + copies), "optimizer": 2.0 * num_weights * weight_bytes}
+    if config.optimizer.ema_decay is not None:
+        always["average"] = float(num_weights * weight_bytes)
     logit_rows = min(execution.logit_rows, execution.examples_at_once * config.train.sequence_length)
     after_loss = {
         "gradients": sums + num_logits * config.model.hidden_dim * float(weight_bytes),
@@ -92,9 +95,9 @@ def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> 
     """Returns the time of a step at the roofline: the longer of its operations at the device's peak and of its traffic
     at the peak of the device's memory. None if a peak is not known.
 
-    The traffic is the least possible: AdamW reads weights, moments and gradients and writes the first two; a
-    micro-batch writes what it keeps and reads it again, reads its matrices forward and backward and adds to the sum of
-    gradients.
+    The traffic is the least possible: AdamW reads weights, moments and gradients and writes the first two; an average
+    of the weights is read and written; a micro-batch writes what it keeps and reads it again, reads its matrices
+    forward and backward and adds to the sum of gradients.
     """
     at_peak, train = tokens_per_sec_at_peak(config, vocabulary_size, target), config.train
     if at_peak is None or target.device.bytes_per_sec is None:
@@ -104,6 +107,7 @@ def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> 
     kept = kept_bytes(config, execution, copies_operands=False)
     matrices_bytes = 2.0 * matrix_parameters(config, vocabulary_size) * execution.compute_bytes
     num_micro_batches = execution.examples // execution.micro_batch_size
-    traffic = 7 * weights_bytes + num_micro_batches * (2 * kept + matrices_bytes + 2 * weights_bytes)
+    num_passes = 7 + 2 * (config.optimizer.ema_decay is not None)
+    traffic = num_passes * weights_bytes + num_micro_batches * (2 * kept + matrices_bytes + 2 * weights_bytes)
     tokens = train.global_batch_size * train.sequence_length
     return max(tokens / at_peak, traffic / target.device.bytes_per_sec)

@@ -128,6 +128,7 @@ def _part_lines(config: Config, parts: dict[str, float], execution: Execution) -
     notes = {
         "weights": f"the model in {execution.weight_dtype}{copies}",
         "optimizer": "AdamW's two moments of each weight",
+        "average": "the average of each weight",
         "gradients": gradients,
         "activations": f"of {execution.examples_at_once} x {sequence:,} tokens"
         + recomputed.get(execution.recompute, ""),

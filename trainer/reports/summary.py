@@ -67,10 +67,12 @@ def remarks(history: History) -> list[str]:
 
 
 def loss_lines(history: History) -> list[Line]:
-    """Returns the curves of the training and validation loss."""
+    """Returns the curves of the training and validation loss: with an average of the weights, also the weights' own."""
+    raw = by_step(history.curve(tags.RAW_LOSS, "validation"))
     return [
         Line("training", by_step(history.curve(tags.LOSS)), 0),
         Line("validation", by_step(history.curve(tags.LOSS, "validation")), 1, is_dotted=True),
+        *([Line("validation, not averaged", raw, 2, is_dotted=True)] if raw else []),
     ]
 
 

@@ -239,6 +239,8 @@ def _line_of(place: Place, values: Mapping[str, float]) -> str:
             parts.append(f"{values[tag]:.3f} bits per byte{' (of what the tokenizer keeps)' * is_lossy}")
     if tags.EXCESS in values:
         parts.append(f"{values[tags.EXCESS]:+.4f} nats per token above the text's own entropy")
+    if tags.RAW_LOSS in values:
+        parts.append(f"without the average of the weights {values[tags.RAW_LOSS]:.4f}")
     sets = sorted(tag.removeprefix(f"{tags.LOSS}/") for tag in values if tag.startswith(f"{tags.LOSS}/"))
     parts += [f"{name}: loss {values[tags.of_set(tags.LOSS, name)]:.4f}" for name in sets]
     return f"{place}  validation: {', '.join(parts)}"

@@ -16,7 +16,8 @@ class Beginning(NamedTuple):
 
     Attributes:
         step: the number of steps that were taken before.
-        groups: the arrays of its first checkpoint, by group: `weights`, and `optimizer` unless that begins anew.
+        groups: the arrays of its first checkpoint, by group: `weights`, and unless they begin anew `optimizer` and
+            `average`.
         parents: the entries of its record about its parents, nearest first.
         data_offset: see `RunFolder.data_offset`.
     """
@@ -38,7 +39,9 @@ def parents_by_run(
         kind: init: only the weights are the parent's. fork: also the optimizer and the steps are.
         changed: the settings that differ, one `key=value (was value)` for each.
     """
-    file = checkpoint.manifest["files"]["weights.safetensors"]
+    # A fork goes on with the weights; a run that begins with the parent's model has their average.
+    group = "average" if kind == "init" and checkpoint.has("average") else "weights"
+    file = checkpoint.manifest["files"][f"{group}.safetensors"]
     entry = {
         "kind": kind,
         "from": str(run.path),

@@ -32,6 +32,7 @@ class Evaluation(NamedTuple):
         losses: the loss of each source that data.weights mixes.
         cut_share: the share of the validation tokens that lines mode cuts off.
         sets: the score of each text of evaluation.sets, by its name.
+        raw_loss: the loss of the weights themselves, if everything else is about their average; otherwise None.
     """
 
     loss: float
@@ -42,6 +43,7 @@ class Evaluation(NamedTuple):
     losses: tuple[float, ...] = ()
     cut_share: float = 0.0
     sets: dict[str, Score] = {}  # noqa: RUF012 (nothing changes it)
+    raw_loss: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -67,6 +69,8 @@ class Evaluation(NamedTuple):
         ]
         if self.excess is not None:
             parts.append(f"{self.excess:+.4f} nats per token above the text's own entropy")
+        if self.raw_loss is not None:
+            parts.append(f"without the average of the weights {self.raw_loss:.4f}")
         if self.losses:
             parts.append("by source " + ", ".join(f"{loss:.4f}" for loss in self.losses))
         return ", ".join(parts) + f" ({self.num_tokens:,} tokens)"

@@ -1,6 +1,6 @@
 """Opens the checkpoints of a run, finds the one that is meant, and loads a model from it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -11,7 +11,8 @@ from trainer.config.schedule import can_extend
 from trainer.errors import UserError, quoted
 from trainer.model.build import BuildModel, make_model
 from trainer.model.language_model import adapt
-from trainer.runs.checkpoint import Checkpoint, Checkpoints, assign, write_first
+from trainer.optimizers.average import name_of_average
+from trainer.runs.checkpoint import Arrays, Checkpoint, Checkpoints, assign, write_first
 from trainer.runs.parentage import Beginning
 from trainer.runs.results import read_scores
 from trainer.runs.run_data import load_tokenizer_of
@@ -88,7 +89,7 @@ def load_model(
     say: Callable[[str], None] = print,
     step: CheckpointStep | None = None,
 ) -> tuple[keras.Model, Checkpoint]:
-    """Builds the model of a run with the weights of a checkpoint.
+    """Builds the model of a run with the weights of a checkpoint, or with their average if it has one.
 
     Args:
         run: the run, in which another process may be training.
@@ -100,11 +101,19 @@ def load_model(
         UserError: the checkpoint does not exist, is damaged, or belongs to another model.
     """
     run.check_model(build_model)
-    checkpoint, groups = read_checkpoint(run, ("weights",), say, step)
+    checkpoint, groups = read_checkpoint(run, ("weights", "average"), say, step)
     tokenizer = load_tokenizer_of(run)
     model = make_model(build_model, run.config, tokenizer.vocabulary_size, tokenizer.bos_id)
-    assign(adapt(model).named_variables(), groups["weights"], checkpoint.folder)
+    assign(adapt(model).named_variables(), averaged(groups), checkpoint.folder)
     return model, checkpoint
+
+
+def averaged(groups: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
+    """Returns the weights to use a model with: their average if the groups of its checkpoint have one, else they
+    themselves. A variable that is not trained has no average.
+    """
+    average = groups.get("average", {})
+    return {name: average.get(name_of_average(name), array) for name, array in groups["weights"].items()}
 
 
 def read_checkpoint(

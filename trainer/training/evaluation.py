@@ -15,6 +15,7 @@ from trainer.distributed.strategy import distributed, processor_of
 from trainer.execution import resolve
 from trainer.model.language_model import adapt
 from trainer.model.ops import make_ops
+from trainer.optimizers.average import WeightAverage
 from trainer.runs.results import Evaluation
 from trainer.system.progress import Note, ignore
 
@@ -22,20 +23,29 @@ from trainer.system.progress import Note, ignore
 class Evaluator:
     """Scores the model of a run at any time. Scoring does not change the model.
 
+    If there is an average of the weights, it is what counts, and the loss of the weights is only `raw_loss`.
+
     Args:
         model: a GPT, or any Keras model that returns logits.
         strategy: the strategy under whose scope the model was built.
         prepared: the data whose validation split is scored.
         config: the run's configuration.
+        average: the average of the model's weights; None: there is none, or the model already has it as its weights.
     """
 
     def __init__(
-        self, model: keras.Model, strategy: tf.distribute.Strategy, prepared: PreparedData, config: Config
+        self,
+        model: keras.Model,
+        strategy: tf.distribute.Strategy,
+        prepared: PreparedData,
+        config: Config,
+        average: WeightAverage | None = None,
     ) -> None:
         self.model = model
         self.strategy = strategy
         self.prepared = prepared
         self.config = config
+        self._average = average
         self._execution = resolve(config, processor_of(strategy), strategy.num_replicas_in_sync, use="evaluation")
         text_bytes = TextBytes(prepared)
         parts = prepared.parts("validation")
@@ -63,6 +73,15 @@ class Evaluator:
         Returns:
             The score. None if stop_requested, which is called after each batch, has returned True.
         """
+        if self._average is None:
+            return self._score(stop_requested, num_batches, note)
+        with self._average.in_the_model():
+            score = self._score(stop_requested, num_batches, note)
+        raw = None if score is None else self._score(stop_requested, num_batches, note)
+        return None if score is None or raw is None else score._replace(raw_loss=raw.loss)
+
+    def _score(self, stop_requested: Callable[[], bool], num_batches: int | None, note: Note) -> Evaluation | None:
+        """Scores the weights that the model has now; see `until_stopped`."""
         splits = self.prepared.parts("validation")
         sums, done = np.zeros([len(splits), 3]), 0
         num_of_all = sum(num_evaluation_batches(split, self.config, num_batches) for split in splits)

@@ -259,7 +259,9 @@ def _beginning(request: Request, read: Callable[..., Beginning | None], say: Say
     if request.fork is None:
         return read(request.config, request.build_model is not None, say=say)
     parent = request.fork.parent
-    checkpoint, groups = read_checkpoint(parent, ("weights", "optimizer"), say, request.fork.step)
+    # A fork without optimizer.ema_decay drops the average of its parent.
+    average = () if request.config.optimizer.ema_decay is None else ("average",)
+    checkpoint, groups = read_checkpoint(parent, ("weights", "optimizer", *average), say, request.fork.step)
     parents = parents_by_run(parent, checkpoint, "fork", request.fork.changed)
     return Beginning(checkpoint.step, groups, parents)
 

@@ -112,12 +112,13 @@ def train(
         result = TrainingResult(run_folder=str(run.path), model=model, step=step, samples={})
         if step == total_steps and not has_changed and (written := read_result(run, step)) is not None:
             say(f"{run.path}: all {total_steps} steps are taken, and this is the result.")
+            training_step.hand_over_average()
             return result._replace(evaluation=written[0], samples=written[1], best_step=checkpoints.best_step())
         say(describe_run(run, prepared, model, step, total_steps))
 
         # Prepare the loop, every worker: what scores, samples and reports; the batches; the compiled steps.
         tokenizer = load_tokenizer_of(run)
-        evaluator = Evaluator(model, strategy, prepared, config)
+        evaluator = Evaluator(model, strategy, prepared, config, training_step.average)
         evaluation_sets = EvaluationSets(model, strategy, tokenizer, config)
         generator = Generator(model, tokenizer, config.train.sequence_length)
         warn_about_samples(generator, config.samples, say)
@@ -160,7 +161,8 @@ def train(
         """Scores the model and keeps the score; returns whether it is the best so far."""
         with spent.on("evaluate"), monitor.doing(step, "evaluating") as note:
             score = evaluator.until_stopped(stop_requested, config.evaluation.num_batches, note)
-            sets = evaluation_sets.until_stopped(stop_requested)
+            with training_step.averaged():
+                sets = evaluation_sets.until_stopped(stop_requested)
         if score is None or sets is None:
             return False
         monitor.evaluation(step, score._replace(sets=sets))
@@ -207,7 +209,7 @@ def train(
 
                 # Sample, the chief.
                 if is_due(step, config.samples.every_steps) and step < total_steps and workers.is_chief:
-                    with spent.on("sample"), monitor.doing(step, "sampling"):
+                    with spent.on("sample"), monitor.doing(step, "sampling"), training_step.averaged():
                         monitor.samples(step, write_samples(generator, config.samples, monitor.say, stop_requested))
 
             is_stopped = is_stopped or stop_requested()
@@ -219,6 +221,7 @@ def train(
             # stop here; the others fail while they score the text below, and name the missing worker. All is saved.
             is_stopped = is_stopped or bool(training_step.stop_requested.numpy())
         if is_stopped:
+            training_step.hand_over_average()
             say(f"Stopped at step {step} of {total_steps}, saved. {how_to_go_on(run, checkpoints, step)}")
             called.ended()
             return result._replace(step=step, is_stopped=True, best_step=checkpoints.best_step())
@@ -229,6 +232,7 @@ def train(
             evaluation, num_batches = evaluator(note=note), config.evaluation.num_batches
             # Earlier scores used num_batches batches: compare with the score of the same batches.
             comparable = evaluation if num_batches is None else evaluator(num_batches)
+            training_step.hand_over_average()
             evaluation = evaluation._replace(sets=evaluation_sets())
         monitor.evaluation(step, evaluation)
         record_score(run, workers, step, comparable.loss, scores, monitor.say)
@@ -247,7 +251,7 @@ class TrainingResult(NamedTuple):
 
     Attributes:
         run_folder: the run's folder.
-        model: the model, with its weights after step steps.
+        model: the model, with its weights after step steps, or their average if there is one.
         step: the steps that were taken.
         samples: what each decoder wrote, by its name; empty if the run was stopped, and on workers except the chief.
         is_stopped: whether a signal, or a callback, stopped the run before its end.

@@ -13,12 +13,21 @@ from trainer.training.step import TrainingStep
 def restore(training_step: TrainingStep, checkpoint: Checkpoint | None) -> int:
     """Gives the model, the optimizer and the step counter the values of a checkpoint.
 
+    An average of the weights that the checkpoint does not have begins with the weights: the run is new, or a fork that
+    adds the average.
+
     Returns:
         The step to go on from: the checkpoint's, or 0 if there is none.
     """
+    if checkpoint is not None:
+        assign(training_step.named_variables, checkpoint.arrays("weights"), checkpoint.folder)
+    if training_step.average is not None:
+        if checkpoint is not None and checkpoint.has("average"):
+            assign(training_step.average.state(), checkpoint.arrays("average"), checkpoint.folder)
+        else:
+            training_step.average.begin()
     if checkpoint is None:
         return 0
-    assign(training_step.named_variables, checkpoint.arrays("weights"), checkpoint.folder)
     if checkpoint.step == 0 and not checkpoint.has("optimizer"):
         return 0  # A new run, which begins with the weights of another model.
     # Runs of older releases did not count the steps that were skipped in a row.
@@ -42,6 +51,8 @@ def save(checkpoints: Checkpoints, training_step: TrainingStep, run: RunFolder) 
         "weights": _snapshot(training_step.named_variables),
         "optimizer": _snapshot(training_step.state()),
     }
+    if training_step.average is not None:
+        groups["average"] = _snapshot(training_step.average.state())
     checkpoints.save(int(training_step.step.numpy()), groups, facts_of(run))
 
 

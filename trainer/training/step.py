@@ -7,6 +7,7 @@ forward_backward       the loss and the gradients of a micro-batch
 mean_and_clip          sums -> means, scaled down to a largest norm
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from trainer.model.language_model import adapt
 from trainer.model.ops import make_ops
 from trainer.model.ops.plain import PLAIN, Ops
 from trainer.model.precision import accumulation_dtype
+from trainer.optimizers.average import WeightAverage
 from trainer.optimizers.optimizer import make_optimizer
 from trainer.optimizers.variables import counter
 from trainer.training.batch_hash import batch_hash, hash_from_floats, hash_to_floats
@@ -102,6 +104,7 @@ class TrainingStep:
     Attributes:
         run_steps: the compiled `_run_steps`.
         execution: how each replica computes.
+        average: the average of the weights; None: the config has no optimizer.ema_decay.
         stop_requested: bool variable, read at the start of each step. Set it, from any thread, to end a call of
             run_steps after the next step, which sees it.
 
@@ -129,6 +132,8 @@ class TrainingStep:
         trainable = {name_of[id(variable)]: variable for variable in model.trainable_variables}
         with strategy.scope():
             self.optimizer = make_optimizer(config.optimizer, trainable)
+            decay = config.optimizer.ema_decay
+            self.average = None if decay is None else WeightAverage(decay, trainable)
             self.step = counter("step")
             self.batches_hash = counter("batches_hash")
             self.skipped_in_a_row = counter("skipped_in_a_row")
@@ -150,10 +155,21 @@ class TrainingStep:
         self.execution = resolve(self.config, kind, num_replicas, size)
 
     def state(self) -> dict[str, tf.Variable]:
-        """Returns every variable that a step changes by name, except the model's variables and the step itself."""
+        """Returns every variable that a step changes by name, except the model's variables, their average and the step
+        itself.
+        """
         scale = {} if self.loss_scale is None else self.loss_scale.state()
         counters = {"batches_hash": self.batches_hash, "skipped_in_a_row": self.skipped_in_a_row}
         return self.optimizer.state() | counters | scale
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Lets the model have the average as its weights in a block. Without an average the weights stay."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_the_model()
+
+    def hand_over_average(self) -> None:
+        """Gives the model the average as its weights for good, if there is one: no step may follow."""
+        if self.average is not None:
+            self.average.exchange()
 
     def _run_steps(self, batches: tf.data.Iterator, num_steps: tf.Tensor) -> CallMetrics:
         """Takes num_steps steps, or fewer: a step that finds stop_requested set on any worker is the last.
@@ -277,6 +293,8 @@ class TrainingStep:
 
         def update() -> None:
             self.optimizer.apply(gradients, rate)
+            if self.average is not None:
+                self.average.update()
             for variable, value in zip(self.model.non_trainable_variables, state, strict=True):
                 variable.value.assign(value)
             # A chain, modulo 2**64: it depends on which batches shaped the weights, and in which order.
