@@ -266,7 +266,7 @@ def test_a_sample_is_called_a_story_or_the_place_where_it_leaves_the_grammar_is_
     assert verdict(story(0, 0)) == "a story of the storybook's grammar"
     words = story(0, 0).split(" ")
     words[3] = "xylophone"
-    assert verdict(" ".join(words)) == "leaves the storybook's grammar: token 3 is 'xylophone'"
+    assert verdict(" ".join(words)) == f"leaves the storybook's grammar at 'xylophone', after {' '.join(words[:3])!r}"
 
 
 TINY = """

@@ -9,6 +9,7 @@ import pytest
 from trainer.errors import UserError
 from trainer.storybook.engine import Grammar
 from trainer.storybook.grammar import read_rules
+from trainer.storybook.printing import tokens_of
 from trainer.storybook.storybook import GRAMMAR_FILE
 
 
@@ -20,13 +21,17 @@ from trainer.storybook.storybook import GRAMMAR_FILE
         ("# comment\n\nstory\ntale\n    once", 3, "symbol 'story' has no alternatives; give it one, indented, below"),
         ("story\n    once\n    3 * once", 3, "symbol 'story' has the alternative 'once' twice; give one more weight."),
         ("story\n    2 * | kind=b", 2, "symbol 'story' has an empty alternative, which no text shows; write words."),
-        ("story\n    Once", 2, "cannot read 'Once'; write a lower-case word, one of . , ! ? \", <symbol>, <variable:"),
-        ("story\n    once  upon", 2, "cannot read ''; write a lower-case word"),
-        ("story\n    don't", 2, 'cannot read "don\'t"; write a lower-case word'),
-        ("story\n    <a/b/c>", 2, "cannot read '<a/b/c>'; write a lower-case word"),
-        ("story\n    0 * once", 2, "cannot read '0'; write a lower-case word"),
+        (
+            "story\n    ONCE",
+            2,
+            "cannot read 'ONCE'; write a word in lower case or a name, one of . , ! ? \", <symbol>, <va",
+        ),
+        ("story\n    once  upon", 2, "cannot read ''; write a word in lower case"),
+        ("story\n    don't", 2, 'cannot read "don\'t"; write a word in lower case'),
+        ("story\n    <a/b/c>", 2, "cannot read '<a/b/c>'; write a word in lower case"),
+        ("story\n    0 * once", 2, "cannot read '0'; write a word in lower case"),
         ("story\n    once | kind", 2, "cannot read the attribute 'kind'; write name=words, and `, ` between two."),
-        ("story | kind=B\n    once", 1, "cannot read the attribute 'kind=B'; write name=words"),
+        ("story | kind=bB\n    once", 1, "cannot read the attribute 'kind=bB'; write name=words"),
         ("story 1\n    once", 1, "cannot read the symbol 'story 1'; write letters and _, at most one /, then ` | name"),
     ],
 )
@@ -55,5 +60,10 @@ def test_the_example_in_the_head_of_the_file_is_a_grammar():
     lines = [line.removeprefix("#     ") for line in head.splitlines() if line.startswith("#     ")]
     # What explains a line stands to its right, after four blanks or more.
     example = Grammar("\n".join(re.sub(r"(?<=\S) {4,}.*", "", line) for line in lines))
-    assert list(example.derivations("mia lost her cap . mia saw it . the girl danced ."))
-    assert list(example.derivations("tom lost his cap . tom saw it . the boy sang ."))
+    told = next(line for line in head.splitlines() if "printed as in a book: " in line).partition("book: ")[2]
+    assert told.startswith("Mia lost her cap. Mia saw it. “I like it!” cried the girl.")
+    for page in (
+        "Mia lost her cap. Mia saw it. “I like it!” cried the girl.",
+        "Tom lost his cap. Tom saw it. The boy sang.",
+    ):
+        assert list(example.derivations(" ".join(tokens_of(page, example.spelling))))

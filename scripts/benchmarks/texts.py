@@ -103,7 +103,7 @@ def write_numbered(folder: Path, num_bytes: float) -> Counts:
             if len(stories) == number and num_written < STORYBOOK_BYTES:
                 stories.append(story(0, number))
             document = f"{number} {stories[number % len(stories)]}"
-            num_written += len(document) + 1
+            num_written += len(document.encode()) + 1
             yield document
             if num_written >= num_bytes:
                 return

@@ -5,10 +5,10 @@ Every choice must show in the text. Then a text has one derivation, and its prob
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from trainer.storybook.grammar import Alternative, Expand, RandomSource, Recall, Rule, Words, read_rules
-from trainer.storybook.linker import candidates, link, selected
+from trainer.storybook.linker import candidates, link, selected, spelling
 
 # The choices in the order of the text: (symbol, index of its alternative).
 Derivation = tuple[tuple[str, int], ...]
@@ -16,8 +16,22 @@ Derivation = tuple[tuple[str, int], ...]
 Bindings = dict[str, Alternative]
 
 
+class NotDerived(ValueError):
+    """A text is not a text of the grammar.
+
+    Attributes:
+        position: the first token at which no text continues; the number of tokens if the text stops too early.
+    """
+
+    def __init__(self, words: Sequence[str], position: int):
+        self.position = position
+        stands = f"token {position} is {words[position]!r}" if position < len(words) else f"it stops at {position}"
+        super().__init__(f"not a text of the grammar: {stands}, after {' '.join(words[:position])!r}.")
+
+
 class Grammar:
-    """A probabilistic grammar whose texts have an exact probability.
+    """A probabilistic grammar whose texts have an exact probability. A text is its tokens, joined by single spaces;
+    printing.py prints it as a book does.
 
     Args:
         text: the grammar, in the notation that the head of grammar.txt explains.
@@ -27,14 +41,16 @@ class Grammar:
     Attributes:
         start: the part that every text is derived from.
         rules: the rule of each symbol, after the rules of the symbols that it contains.
+        spelling: how the grammar writes each word, by the word in lower case.
 
     Raises:
-        UserError: as `read_rules` and `link`.
+        UserError: as `read_rules`, `link` and `spelling`.
     """
 
     def __init__(self, text: str, file: object = "grammar", start: str = "story"):
         self.start = Expand(start)
         self.rules = link(read_rules(text, file), start)
+        self.spelling = spelling(self.rules)
         self._first_words = _first_words(self.rules)
 
     def sample(self, random_source: RandomSource) -> str:
@@ -54,7 +70,8 @@ class Grammar:
         """Returns the one derivation of a text.
 
         Raises:
-            ValueError: the text has no derivation (as `derivations`), or more than one.
+            NotDerived: as `derivations`.
+            ValueError: the text has more than one derivation.
         """
         found = list(itertools.islice(self.derivations(text), 2))
         if len(found) > 1:
@@ -65,6 +82,7 @@ class Grammar:
         """Returns the exact log-probability of a text in nats.
 
         Raises:
+            NotDerived: as `derivations`.
             ValueError: as `parse`.
         """
         return math.fsum(self.rules[symbol].log_probabilities[index] for symbol, index in self.parse(text))
@@ -73,7 +91,7 @@ class Grammar:
         """Yields every derivation of a text: only one if the grammar is unambiguous.
 
         Raises:
-            ValueError: there is none, naming the first token at which no text continues. Raised by the iterator.
+            NotDerived: there is none, naming the first token at which no text continues. Raised by the iterator.
         """
         words = tuple(text.split(" "))
         found, furthest = 0, 0
@@ -93,8 +111,7 @@ class Grammar:
                 found += 1
                 yield _unlink(choices)
         if not found:
-            stands = f"token {furthest} is {words[furthest]!r}" if furthest < len(words) else f"it stops at {furthest}"
-            raise ValueError(f"not a text of the grammar: {stands}, after {' '.join(words[:furthest])!r}.")
+            raise NotDerived(words, furthest)
 
     def rule(self, part: Expand, bindings: Bindings) -> Rule:
         """Returns the rule that a part stands for, given what the variables keep."""

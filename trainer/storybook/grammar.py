@@ -14,12 +14,13 @@ from typing import Protocol
 
 from trainer.errors import UserError
 
-# Only words that lower-casing and splitting at white space and punctuation leave as they are: one token each.
-_WORD = re.compile(r'[a-z]+|[.,!?"]')
+# Only what splitting at white space and punctuation leaves whole: one token each. Names begin with a capital.
+_LETTERS = "(?:[A-Z][a-z]*|[a-z]+)"
+_WORD = re.compile(rf'{_LETTERS}|[.,!?"]')
 _SYMBOL = r"[a-z_]+(?:/[a-z_]+)?"
 _HEAD = re.compile(rf"({_SYMBOL})(?: \| (.+))?")
 _ALTERNATIVE = re.compile(r"(?:([1-9][0-9]*) \* )?(.*?)(?: \| (.+))?")
-_ATTRIBUTE = re.compile(r"([a-z_]+)=([a-z]+(?: [a-z]+)*)")
+_ATTRIBUTE = re.compile(rf"([a-z_]+)=({_LETTERS}(?: {_LETTERS})*)")
 _RECALL = re.compile(r"\$([a-z_]+)(?:\.([a-z_]+))?")
 _EXPAND = re.compile(rf"<(?:([a-z_]+):)?(?:({_SYMBOL})|([a-z_]+)/\$([a-z_]+)\.([a-z_]+))>")
 
@@ -196,8 +197,8 @@ def _read_part(token: str, place: str) -> Recall | Expand:
         variable, whole, prefix, selecting_variable, attribute = match.groups()
         return Expand(whole or prefix, Recall(selecting_variable, attribute) if prefix else None, variable)
     raise UserError(
-        f'{place}: cannot read {token!r}; write a lower-case word, one of . , ! ? ", <symbol>, <variable:symbol>, '
-        "<symbol/$variable.attribute>, $variable or $variable.attribute, one space between."
+        f'{place}: cannot read {token!r}; write a word in lower case or a name, one of . , ! ? ", <symbol>, '
+        "<variable:symbol>, <symbol/$variable.attribute>, $variable or $variable.attribute, one space between."
     )
 
 

@@ -3,6 +3,7 @@
 Also writes the symbols that variables keep as lists of all their texts, so that the value of a variable is one choice.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -52,6 +53,24 @@ def selected(part: Expand, value: Alternative) -> str:
     """Returns the symbol that a part stands for if the variable of its selector is a value."""
     assert part.selector is not None
     return f"{part.symbol}/{'_'.join(value.attributes[part.selector.attribute])}"
+
+
+def spelling(rules: Mapping[str, Rule]) -> dict[str, str]:
+    """Returns how each word is written, by the word in lower case.
+
+    Raises:
+        UserError: a word is written in two ways. A printed text begins its sentences with capitals, so nobody could
+            tell which of the two it holds. The message names the file and the line.
+    """
+    written: dict[str, str] = {}
+    for rule in rules.values():
+        for one in rule.alternatives:
+            fixed = [part.words for part in one.parts if isinstance(part, Words)]
+            for word in itertools.chain(*fixed, *one.attributes.values()):
+                known = written.setdefault(word.lower(), word)
+                if known != word:
+                    raise UserError(f"{one.place}: {word!r} is also written {known!r}; write it in one way everywhere.")
+    return written
 
 
 def all_parts(rule: Rule) -> list[Part]:

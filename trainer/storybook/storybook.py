@@ -1,14 +1,17 @@
-"""The storybook: the stories of grammar.txt, and the exact probability of each."""
+"""The storybook: the stories of grammar.txt as they are printed, and the exact probability of each."""
 
 import functools
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from trainer.storybook.engine import Grammar
+from trainer.storybook.engine import Grammar, NotDerived
+from trainer.storybook.printing import PIECE, forms, printed, tokens_of
 
 GRAMMAR_FILE = Path(__file__).with_name("grammar.txt")
-CLOSING = "the end ."
+CLOSING = "The end."
+_CONTEXT_WORDS = 4  # How many words a verdict shows before the place where a text leaves the grammar.
 
 
 @functools.cache
@@ -22,8 +25,8 @@ def built_in_grammar() -> Grammar:
 
 
 def story(seed: int, index: int) -> str:
-    """Returns a story, a function of its arguments only: one line, lower-case, one space between tokens."""
-    return built_in_grammar().sample(random.Random(f"{seed}/{index}"))
+    """Returns a story, a function of its arguments only: one line, printed as in a book."""
+    return printed(built_in_grammar().sample(random.Random(f"{seed}/{index}")).split(" "))
 
 
 def stories(seed: int, num_stories: int) -> Iterator[str]:
@@ -35,18 +38,52 @@ def log_probability(text: str) -> float:
     """Returns the exact log-probability of a story in nats.
 
     Raises:
-        ValueError: the text is not a story of the storybook; names the first token at which no story continues.
+        ValueError: the text is not a story of the storybook; names the first word at which no story continues.
     """
-    return built_in_grammar().log_probability(text)
+    nats, remark = _read(text, lambda tokens: (printed(tokens),))
+    if remark:
+        raise ValueError(f"not a story: the text {remark}.")
+    return nats
 
 
 def verdict(text: str) -> str:
-    """Returns a remark on a text: it is a whole story of the storybook's grammar, or it leaves the grammar here."""
+    """Returns a remark on a text: it is a whole story of the storybook's grammar, or here is the first word at which no
+    story continues. A text as WordPiece decodes it, which loses spaces and may lose capitals, is a story by its words.
+    """
+    return _read(text, forms)[1] or "a story of the storybook's grammar"
+
+
+def _read(text: str, forms_of: Callable[[list[str]], tuple[str, ...]]) -> tuple[float, str]:
+    """Returns the log-probability of a story, and what there is to say if a text is none.
+
+    Args:
+        text: the text.
+        forms_of: returns the texts that are allowed to stand for some tokens.
+    """
+    grammar = built_in_grammar()
+    tokens = tokens_of(text, grammar.spelling)
+    nats = -math.inf
     try:
-        log_probability(text)
-    except ValueError as error:
-        return f"leaves the storybook's grammar: {str(error).split(': ', 1)[1].split(', after', 1)[0]}"
-    return "a story of the storybook's grammar"
+        nats = grammar.log_probability(" ".join(tokens))
+    except NotDerived as error:
+        tokens = tokens[: error.position]
+    allowed = forms_of(tokens)
+    if nats > -math.inf and text in allowed:
+        return nats, ""
+    num_read = max(map(functools.partial(_num_common, text), allowed))
+    # The first word or mark that is not read to its end, or else the white space that the text ends with.
+    found = next((each for each in PIECE.finditer(text) if each.end() > num_read), None)
+    place, word = (found.start(), found[0]) if found else (num_read, text[num_read:])
+    before = " ".join(text[:place].split()[-_CONTEXT_WORDS:])
+    if not word:
+        return -math.inf, f"begins as a story of the storybook's grammar, and stops after {before!r}"
+    return -math.inf, f"leaves the storybook's grammar at {word!r}, after {before!r}"
+
+
+def _num_common(text: str, other: str) -> int:
+    """Returns how many characters two texts begin with together."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))
 
 
 def recipe(seed: int, num_stories: int) -> list[str | int]:
