@@ -6,6 +6,7 @@ DISTRIBUTION is the section of the config as JSON, and a CASE the other sections
 One process makes one strategy: two could collide on the keys of their collective operations.
 """
 
+import functools
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ import tensorflow as tf
 
 import trainer.training.step as step_module
 from trainer.config.file import make_config
+from trainer.data.batches import places_of_slots
 from trainer.distributed.strategy import distributed, make_strategy
 from trainer.model.dropout import DropoutDraw
 from trainer.model.gpt import GPT
@@ -63,18 +65,16 @@ def global_batches():
     return tokens, np.roll(tokens, -1, axis=2), weights
 
 
-def elements(share):
+def elements(train, share):
     """The part of the batches that a worker feeds to its replicas."""
-    parts = [tf.constant(part) for part in global_batches()]
+    parts = [tf.reshape(part, [-1, SEQUENCE_LENGTH]) for part in global_batches()]
 
     def element(number):
-        batch, places = share.of_element(number, GLOBAL_BATCH_SIZE)
-        return tuple(
-            tf.ensure_shape(
-                tf.gather(part[batch], places), [GLOBAL_BATCH_SIZE // share.total_replicas, SEQUENCE_LENGTH]
-            )
-            for part in parts
-        )
+        batch, slots = share.of_element(number, GLOBAL_BATCH_SIZE)
+        places, is_used = places_of_slots(batch * GLOBAL_BATCH_SIZE + slots, train, share.total_replicas)
+        shape = [GLOBAL_BATCH_SIZE // share.total_replicas, SEQUENCE_LENGTH]
+        inputs, targets, weights = (tf.ensure_shape(tf.gather(part, places), shape) for part in parts)
+        return inputs, targets, weights * tf.cast(is_used, tf.float32)[:, tf.newaxis]
 
     return tf.data.Dataset.range(NUM_STEPS * share.num_replicas).map(element).repeat()
 
@@ -122,7 +122,7 @@ def take_steps(strategy, config):
     with strategy.scope():
         model = GPT(config.model, VOCABULARY, SEQUENCE_LENGTH, dtype=config.train.precision)
     step = step_module.TrainingStep(config, NUM_STEPS, model, strategy)
-    batches = iter(distributed(strategy, elements))
+    batches = iter(distributed(strategy, functools.partial(elements, config.train)))
     run_steps = step.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
     run_steps(batches, tf.constant(1, tf.int64))
     # Adam's first moment after one step is the gradient times 1 - beta_1.

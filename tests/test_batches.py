@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 
-from trainer.config.settings import MIXTURE_EXAMPLES, DataConfig
+from trainer.config.settings import MIXTURE_EXAMPLES, DataConfig, TrainConfig
 from trainer.data.batches import Share, evaluation_batches, total_steps, training_batches
 from trainer.data.mixture import Phase, mean_weights, phases_of, shares_of
 from trainer.data.order import Window, mixed, permuted, shuffled
@@ -336,10 +336,11 @@ def test_weights_that_change_give_each_source_its_share_of_each_phase(phases):
 
 def test_phases_begin_at_their_steps_and_those_before_the_data_are_over():
     data = DataConfig(train=("a", "b"), weights=(9, 1), weights_from_step={30: (0, 1), 10: (1, 1)})
-    assert phases_of(data, 4) == [(0, (9, 1)), (40, (1, 1)), (120, (0, 1))]
-    assert phases_of(data, 4, data_offset=-4 * 10) == [(0, (1, 1)), (80, (0, 1))]
-    assert phases_of(data, 4, data_offset=-4 * 31) == [(0, (0, 1))]
-    assert phases_of(data, 4, data_offset=2) == [(0, (9, 1)), (42, (1, 1)), (122, (0, 1))]
+    train = TrainConfig(precision="float32", total_steps=200, global_batch_size=4)
+    assert phases_of(data, train) == [(0, (9, 1)), (40, (1, 1)), (120, (0, 1))]
+    assert phases_of(data, train, data_offset=-4 * 10) == [(0, (1, 1)), (80, (0, 1))]
+    assert phases_of(data, train, data_offset=-4 * 31) == [(0, (0, 1))]
+    assert phases_of(data, train, data_offset=2) == [(0, (9, 1)), (42, (1, 1)), (122, (0, 1))]
 
 
 def mixture_of(tmp_path, **data):

@@ -221,6 +221,29 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
             "train.total_steps=10; lower one of them, or train longer.",
         ),
         (
+            ["train.batch_warmup=8"],
+            "train.batch_warmup='8' has no steps; write 'train.batch_warmup.STEP=SIZE' for each",
+        ),
+        (["train.batch_warmup.0=8"], "train.batch_warmup: '0' is not a step; write a whole number, from 1 on."),
+        (
+            ["train.batch_warmup.3=8", "train.batch_warmup.5=8"],
+            "train.batch_warmup.5=8: the batches must grow from step to step, and be smaller than "
+            "train.global_batch_size=64; change one of them.",
+        ),
+        (
+            ["train.batch_warmup.3=64"],
+            "train.batch_warmup.3=64: the batches must grow from step to step, and be smaller",
+        ),
+        (
+            ["train.batch_warmup.3=6", "train.micro_batch_size=4"],
+            "train.batch_warmup.3=6 is not a multiple of train.micro_batch_size=4; change one of the two.",
+        ),
+        (
+            ["train.batch_warmup.10=8"],
+            "train.batch_warmup.10: the batches would not reach train.global_batch_size=64 within "
+            "train.total_steps=10; set an earlier step, or train longer.",
+        ),
+        (
             ["optimizer.final_learning_rate=0.1", "optimizer.schedule=cosine"],
             "optimizer.final_learning_rate=0.1 is above optimizer.learning_rate=0.001; the schedule only falls.",
         ),
@@ -296,6 +319,7 @@ def test_impossible_settings_are_refused(overrides: list[str], message: str):
         ["optimizer.warmup_steps=9", "optimizer.schedule=inverse_sqrt"],
         ["optimizer.schedule=wsd", "optimizer.warmup_steps=4", "optimizer.decay_steps=6"],
         ["optimizer.schedule=wsd", "optimizer.decay_steps=9", "optimizer.decay_shape=sqrt"],
+        ["train.batch_warmup.9=63"],
         ["train.total_steps=1", "optimizer.warmup_steps=1"],
         ["train.total_steps=2", "optimizer.warmup_steps=1", "optimizer.schedule=linear"],
         ["profile.at_step=5"],

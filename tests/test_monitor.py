@@ -256,7 +256,7 @@ def test_plain_lines_without_a_terminal(tmp_path: Path):
 def test_lines_and_bar_show_the_epoch_and_what_is_being_done(tmp_path: Path):
     terminal = io.StringIO()
     config = make_config({"run_folder": "r", "train": {"precision": "float32", "num_epochs": 3}})
-    watched = Monitor(tmp_path, config, 0, 49, 0.5, False, terminal, steps_per_epoch=16.25)
+    watched = Monitor(tmp_path, config, 0, 49, 0.5, False, terminal, epochs_at=lambda step: step / 16.25)
     with watched.running():
         watched.interval(13, interval())
         with watched.doing(13, "evaluating"):
@@ -266,7 +266,7 @@ def test_lines_and_bar_show_the_epoch_and_what_is_being_done(tmp_path: Path):
     assert lines[0].startswith("step 13/49  epoch 0.80/3  loss 2.0000  ")
     assert lines[1] == "step 13/49  epoch 0.80/3  evaluating"
     assert lines[2].startswith("step 49/49  epoch 3.00/3  validation: ")  # Though the last batch begins a fourth.
-    by_steps = Monitor(tmp_path, CONFIG, 0, 30, 0.5, False, terminal, steps_per_epoch=20)
+    by_steps = Monitor(tmp_path, CONFIG, 0, 30, 0.5, False, terminal, epochs_at=lambda step: step / 20)
     with by_steps.running(), by_steps.doing(15, "saving"):
         pass
     assert terminal.getvalue().endswith("step 15/30  epoch 0.75/1.5  saving\n")
@@ -367,7 +367,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     terminal = Terminal()
-    watched = Monitor(tmp_path, CONFIG, 10, 30, 0.5, False, terminal, steps_per_epoch=4)
+    watched = Monitor(tmp_path, CONFIG, 10, 30, 0.5, False, terminal, epochs_at=lambda step: step / 4)
     with watched.running():
         watched.advance(20)
         watched.interval(20, interval())

@@ -31,7 +31,7 @@ MODERN = {
         "num_key_value_heads": 1,
         "activation": "swiglu",
     },
-    "train": {"z_loss": 0.1},
+    "train": {"z_loss": 0.1, "batch_warmup": {2: 48}},
     "optimizer": {"ema_decay": 0.3},
 }
 CONTROLS = [{"mistake": mistake} for mistake in MISTAKES]
@@ -111,7 +111,7 @@ def one_device(results):
 
 
 def test_two_replicas_make_the_weights_of_one(tmp_path):
-    cases = [{}, MODERN]
+    cases = [{}, MODERN | {"micro_batches": 4}]
     process = start(tmp_path / "2.npz", on_replicas(2), [case | {"micro_batches": 2} for case in cases])
     wholes = []
     for case in cases:

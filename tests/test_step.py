@@ -339,6 +339,9 @@ def test_a_batch_that_replicas_cannot_share_is_refused():
         UserError, match=r"train.global_batch_size=4 is not a multiple of 3 replicas x train.micro_batch"
     ):
         examples_per_replica(config, 3)
+    config = config_of(train={"total_steps": 9, "batch_warmup": {5: 1}})
+    with pytest.raises(UserError, match=r"train.batch_warmup.5=1 is not a multiple of 2 replicas; change one of them"):
+        examples_per_replica(config, 2)
 
 
 def test_a_weight_without_influence_is_an_error():

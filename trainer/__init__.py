@@ -192,7 +192,8 @@ def batches(config: Config, first_step: int = 0, say: Callable[[str], None] = pr
 
     Returns:
         A data set of (inputs int32, targets int32, weights float32), each [global_batch_size, sequence_length]: the
-        batches of all steps of the config, so that `fit` needs no `epochs`.
+        batches of all steps of the config, so that `fit` needs no `epochs`. The weights are 0 where a document or, in
+        train.batch_warmup, a batch has ended.
     """
     check_not_forked()
     with quiet_import():

@@ -5,7 +5,7 @@ Pure functions of settings and device. They import no TensorFlow, so that `train
 
 from typing import Literal, NamedTuple
 
-from trainer.config.settings import Config, examples_per_replica
+from trainer.config.settings import Config, divisor_of_shares, examples_per_replica
 from trainer.errors import UserError
 from trainer.hardware.processor import KINDS, Processor
 
@@ -43,7 +43,7 @@ class Execution(NamedTuple):
     """How one replica computes its share of a batch.
 
     Attributes:
-        examples: the replica's share of the global batch.
+        examples: the replica's share of the global batch; in a batch warm-up, of the largest.
         micro_batch_size: examples at a time; divides examples.
         at_once: micro-batches of a replica that may be under way at the same time.
         total_micro_batches: the micro-batches of all replicas.
@@ -127,7 +127,9 @@ def resolve(
     train, is_cpu = config.train, device.kind == "CPU"
     examples = examples_per_replica(config, num_replicas)
     asked = (micro_batch_size or train.fixed_micro_batch_size()) if use == "training" else None
-    size = asked or _examples_at_a_time(examples, train.sequence_length, device)
+    # In a batch warm-up a replica's share of every batch is a number of whole micro-batches.
+    share = divisor_of_shares(config, num_replicas) if use == "training" else examples
+    size = asked or _examples_at_a_time(share, train.sequence_length, device)
     if use == "training" and train.xla == "on" and not device.compiles:
         raise UserError(
             f"train.xla='on': this build of TensorFlow does not know this {device.kind}, and XLA would abort. "

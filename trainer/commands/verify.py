@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainer.config.settings import Config, DistributionConfig, examples_per_replica
+from trainer.config.settings import Config, DistributionConfig, divisor_of_shares, examples_per_replica
 from trainer.data.batches import training_batches
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
@@ -72,8 +72,10 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
     if len(replicas) < 2:
         raise UserError(f"verify compares numbers of replicas, and {list(replicas)} names fewer than two; give more.")
     distributions = [distribution_of(config.distribution, num_replicas) for num_replicas in replicas]
-    shares = [examples_per_replica(config, num_replicas) for num_replicas in replicas]
-    micro_batch_size = config.train.fixed_micro_batch_size() or math.gcd(*shares)
+    for num_replicas in replicas:
+        examples_per_replica(config, num_replicas)
+    divisors = [divisor_of_shares(config, num_replicas) for num_replicas in replicas]
+    micro_batch_size = config.train.fixed_micro_batch_size() or math.gcd(*divisors)
     config = config.with_micro_batch_size(micro_batch_size)
     prepared = prepare(config, say)
     say(

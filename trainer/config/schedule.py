@@ -1,11 +1,12 @@
-"""The learning rate as a function of the step, and when a run may become longer or shorter."""
+"""The learning rate and the batches as functions of the step, and when a run may become longer or shorter."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from trainer.config.settings import OptimizerConfig
+from trainer.config.settings import OptimizerConfig, TrainConfig
 
 _STEPS_AT_A_TIME = 1_000_000
 
@@ -69,3 +70,47 @@ def can_extend(config: OptimizerConfig, old_total: int, new_total: int, step: in
         if not np.array_equal(learning_rate(config, steps, old_total), learning_rate(config, steps, new_total)):
             return False
     return True
+
+
+def examples_before(train: TrainConfig, step: Any, minimum: Callable[[Any, Any], Any] = min) -> Any:
+    """Returns the number of examples in all batches before a step, which is the place of the step's first example.
+
+    Args:
+        train: the batch size and its warm-up.
+        step: the step; a number, or an int64 tensor of any shape.
+        minimum: returns the smaller of two numbers: min, or tf.minimum if step is a tensor.
+    """
+    examples = step * train.global_batch_size
+    sizes = train.batch_sizes()
+    for end, size, next_size in zip(train.batch_warmup, sizes, sizes[1:], strict=False):
+        examples -= minimum(step, end) * (next_size - size)
+    return examples
+
+
+def batch_size_at(train: TrainConfig, step: Any, minimum: Callable[[Any, Any], Any] = min) -> Any:
+    """Returns the number of examples in the batch of a step; see `examples_before` for the arguments."""
+    return examples_before(train, step + 1, minimum) - examples_before(train, step, minimum)
+
+
+def describe_batch_warmup(train: TrainConfig) -> str:
+    """Returns the batch sizes before the full one for the end of a sentence; empty if there are none."""
+    parts = [f"{size} examples up to step {step:,}" for step, size in train.batch_warmup.items()]
+    return f", but {', '.join(parts)}" if parts else ""
+
+
+def steps_for(train: TrainConfig, num_examples: int, data_offset: int = 0) -> int:
+    """Returns the steps of a run: total_steps, or the fewest whose batches hold num_epochs times all examples.
+
+    Args:
+        train: the length, the batch size and its warm-up.
+        num_examples: the examples of the data.
+        data_offset: the place in the data at which step 0 begins; see `training_batches`.
+    """
+    if train.total_steps is not None:
+        return train.total_steps
+    assert train.num_epochs is not None  # A config has one of the two.
+    steps, left = 0, num_examples * train.num_epochs - data_offset
+    for end, size in train.batch_warmup.items():
+        steps_of_size = min(-(-left // size), end - steps)
+        steps, left = steps + steps_of_size, left - steps_of_size * size
+    return steps - (-left // train.global_batch_size)

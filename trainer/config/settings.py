@@ -8,6 +8,7 @@ tutorial, the default is the tutorial's. file.py reads files and overrides into 
 import hashlib
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -53,6 +54,25 @@ class Section(pydantic.BaseModel):
             if isinstance(number, float) and number and not 2.0**-126 <= abs(number) < 2.0**128:
                 raise PydanticCustomError("size", "input should be 0 or from 1.2e-38 to 3.4e+38, to fit 32 bits")
         return value
+
+
+def by_step(name: str, example: str, value: Any) -> dict[int, Any]:
+    """Returns a setting that has a value for each of some steps, in the order of the steps.
+
+    Args:
+        name: the setting.
+        example: what a value looks like, for messages.
+        value: the setting as it was read.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} has no steps; write '{name}.STEP={example}' for each change.")
+    for step in value:
+        if not re.fullmatch(r"0*[1-9][0-9]{0,17}", str(step).replace("_", "")):
+            raise ValueError(f"{name}: {step!r} is not a step; write a whole number, from 1 on.")
+    steps = [int(str(step).replace("_", "")) for step in value]
+    if len({*steps}) < len(steps):
+        raise ValueError(f"{name}: {max(steps, key=steps.count)} is there twice; leave out one.")
+    return dict(sorted(zip(steps, value.values(), strict=True), key=lambda pair: pair[0]))
 
 
 class DataConfig(Section):
@@ -140,19 +160,8 @@ class DataConfig(Section):
     @pydantic.field_validator("weights_from_step", mode="before")
     @classmethod
     def _by_step(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            raise ValueError(
-                f"data.weights_from_step={value!r} has no steps; write 'data.weights_from_step.STEP=[WEIGHT,WEIGHT]' "
-                "for each change."
-            )
-        for step in value:
-            if not re.fullmatch(r"0*[1-9][0-9]{0,17}", str(step).replace("_", "")):
-                raise ValueError(f"data.weights_from_step: {step!r} is not a step; write a whole number, from 1 on.")
-        steps = [int(str(step).replace("_", "")) for step in value]
-        if len({*steps}) < len(steps):
-            raise ValueError(f"data.weights_from_step: {max(steps, key=steps.count)} is there twice; leave out one.")
-        listed = (tuple(weights) if isinstance(weights, list) else weights for weights in value.values())
-        return dict(sorted(zip(steps, listed, strict=True)))
+        steps = by_step("data.weights_from_step", "[WEIGHT,WEIGHT]", value)
+        return {step: tuple(weights) if isinstance(weights, list) else weights for step, weights in steps.items()}
 
     def _check_weights(self, weights: tuple[float, ...]) -> None:
         for setting, each in self._weights_by_setting(weights).items():
@@ -447,6 +456,9 @@ class TrainConfig(Section):
     """The number of passes over the training examples; set this or total_steps."""
     global_batch_size: PositiveInt = 64
     """The number of examples per step, over all replicas."""
+    batch_warmup: dict[PositiveInt, PositiveInt] = {}
+    """Smaller batches at the beginning, by the step that they end at: with batch_warmup.500 = 16 the batches of the
+    first 500 steps have 16 examples. A run with them sees the examples in the same order as a run without."""
     micro_batch_size: PositiveInt | Literal["auto"] | None = None
     """The number of examples that a replica computes at a time. Fewer need less memory; the gradients of a step are
     summed before the optimizer uses them. By default a replica computes its whole share at once, or on a CPU in two
@@ -470,17 +482,10 @@ class TrainConfig(Section):
     seed: Seed = 0
     """The seed of the initial weights, of the order of the examples and of the dropout masks."""
 
-    def steps_for(self, num_examples: int, data_offset: int = 0) -> int:
-        """Returns the steps of the run: total_steps, or num_epochs passes over this many examples, rounded up.
-
-        Args:
-            num_examples: the examples of the data.
-            data_offset: the place in the data at which step 0 begins; see `training_batches`.
-        """
-        if self.total_steps is not None:
-            return self.total_steps
-        assert self.num_epochs is not None  # The check below ensures that one of the two is set.
-        return -((data_offset - num_examples * self.num_epochs) // self.global_batch_size)
+    @pydantic.field_validator("batch_warmup", mode="before")
+    @classmethod
+    def _by_step(cls, value: Any) -> Any:
+        return by_step("train.batch_warmup", "SIZE", value)
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
@@ -494,7 +499,24 @@ class TrainConfig(Section):
                 f"train.global_batch_size={self.global_batch_size} is not a multiple of train.micro_batch_size="
                 f"{self.micro_batch_size}; change one of the two."
             )
+        before = 0
+        for step, size in self.batch_warmup.items():
+            if not before < size < self.global_batch_size:
+                raise ValueError(
+                    f"train.batch_warmup.{step}={size}: the batches must grow from step to step, and be smaller than "
+                    f"train.global_batch_size={self.global_batch_size}; change one of them."
+                )
+            if size % (self.fixed_micro_batch_size() or 1):
+                raise ValueError(
+                    f"train.batch_warmup.{step}={size} is not a multiple of train.micro_batch_size="
+                    f"{self.micro_batch_size}; change one of the two."
+                )
+            before = size
         return self
+
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Returns the examples of a batch in each part of the run: those of batch_warmup, and global_batch_size."""
+        return (*self.batch_warmup.values(), self.global_batch_size)
 
     def fixed_micro_batch_size(self) -> int | None:
         """Returns micro_batch_size if it is a number; None if the device decides."""
@@ -783,7 +805,7 @@ class Config(Section):
 
         Raises:
             UserError: the warm-up, the fall of the learning rate after it, its decay, a change of
-                data.weights_from_step, or the profile does not fit.
+                data.weights_from_step, the batch warm-up, or the profile does not fit.
         """
         warmup, schedule, profile = self.optimizer.warmup_steps, self.optimizer.schedule, self.profile
         if warmup > total_steps:
@@ -803,6 +825,12 @@ class Config(Section):
             raise UserError(
                 f"optimizer.decay_steps={decay} and the way to the peak (optimizer.warmup_steps={warmup}) are together "
                 f"more than {what}; lower one of them, or train longer."
+            )
+        end = max(self.train.batch_warmup, default=0)
+        if end >= total_steps:
+            raise UserError(
+                f"train.batch_warmup.{end}: the batches would not reach train.global_batch_size="
+                f"{self.train.global_batch_size} within {what}; set an earlier step, or train longer."
             )
         last_change = max(self.data.weights_from_step, default=0)
         if last_change >= total_steps:
@@ -864,12 +892,19 @@ def examples_per_replica(config: Config, num_replicas: int) -> int:
         UserError: the global batch cannot be divided into equal shares of whole micro-batches.
     """
     train = config.train
-    share, rest = divmod(train.global_batch_size, num_replicas)
     size = train.fixed_micro_batch_size()
-    if rest or share % (size or 1):
-        micro = f" x train.micro_batch_size={size}" if size else ""
-        raise UserError(
-            f"train.global_batch_size={train.global_batch_size} is not a multiple of {num_replicas} replicas{micro}; "
-            "change one of them."
-        )
-    return share
+    sizes = {f"train.batch_warmup.{step}": each for step, each in train.batch_warmup.items()}
+    for name, batch_size in {**sizes, "train.global_batch_size": train.global_batch_size}.items():
+        if batch_size % (num_replicas * (size or 1)):
+            micro = f" x train.micro_batch_size={size}" if size else ""
+            raise UserError(
+                f"{name}={batch_size} is not a multiple of {num_replicas} replicas{micro}; change one of them."
+            )
+    return train.global_batch_size // num_replicas
+
+
+def divisor_of_shares(config: Config, num_replicas: int) -> int:
+    """Returns the most examples that a replica's share of every batch can be divided by: its share, if all batches have
+    the same size.
+    """
+    return math.gcd(*config.train.batch_sizes()) // num_replicas

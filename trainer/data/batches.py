@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from trainer.config.settings import Config
+from trainer.config.schedule import batch_size_at, examples_before, steps_for
+from trainer.config.settings import Config, TrainConfig
 from trainer.data.mixture import phases_of
 from trainer.data.order import Window, mixed, shuffled
 from trainer.data.shards import MANIFEST, PreparedData, Split, examples_per_shard, num_examples
@@ -69,15 +70,16 @@ def training_batches(
 ) -> tf.data.Dataset:
     """Returns the batches of steps first_step to total_steps - 1, in order.
 
-    Step s takes the places from s * global_batch_size + data_offset on. Place n of the run holds one of the data's N
+    Step s takes the places from `examples_before` of s + data_offset on. Place n of the run holds one of the data's N
     examples: `shuffled` of n % N in epoch n // N. Each epoch has another order, and no example is dropped: a batch may
     hold the end of one epoch and the start of the next. With data.weights it holds the example that `mixed` returns for
-    n.
+    n. During train.batch_warmup the first slots of each replica hold the batch's examples; the others, of weight 0, are
+    empty.
 
     Args:
         prepared: the data.
         config: the run's configuration. The batches depend on data.mode, predict_end, weights, weights_from_step
-            and shuffle_window_mb, and on train.sequence_length, global_batch_size and seed.
+            and shuffle_window_mb, and on train.sequence_length, global_batch_size, batch_warmup and seed.
         first_step: the first batch to make; earlier batches cost nothing.
         total_steps: the length of the run.
         share: the part of each batch to make, which is all that is read; by default all of it.
@@ -93,16 +95,39 @@ def training_batches(
     count = num_examples(split, config)
     read = _reader(prepared, split, config)
     window = _window(prepared, split, config)
-    phases = phases_of(config.data, config.train.global_batch_size, data_offset) if is_mixture else []
+    phases = phases_of(config.data, config.train, data_offset) if is_mixture else []
     counts = [num_examples(part, config) for part in prepared.parts("train")]
 
+    def example_at(n: tf.Tensor) -> tf.Tensor:
+        return mixed(n, counts, phases, seed) if is_mixture else shuffled(n % count, n // count, count, seed, window)
+
     def examples_at(n: tf.Tensor, shards: Shards) -> Batch:
-        n += data_offset
-        if is_mixture:
-            return read(mixed(n, counts, phases, seed), shards)
-        return read(shuffled(n % count, n // count, count, seed, window), shards)
+        if not config.train.batch_warmup:
+            return read(example_at(n + data_offset), shards)
+        places, is_used = places_of_slots(n, config.train, share.total_replicas)
+        inputs, targets, weights = read(example_at(places + data_offset), shards)
+        return inputs, targets, weights * tf.cast(is_used, tf.float32)[:, tf.newaxis]
 
     return _pipeline(prepared, split, config, share, first_step, total_steps, examples_at)
+
+
+def places_of_slots(slots: tf.Tensor, train: TrainConfig, num_replicas: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Maps the slots of a run's batches, all of global_batch_size, to the places of the run's examples.
+
+    Args:
+        slots: int64 [n]; step s has the slots from s * global_batch_size on, one replica's after the other's.
+        train: the batch size and its warm-up.
+        num_replicas: the number of replicas among which a batch is divided.
+
+    Returns:
+        (places, is_used): int64 [n] and bool [n]. An empty slot has the place of the last example of its replica.
+    """
+    step, slot = slots // train.global_batch_size, slots % train.global_batch_size
+    slots_per_replica = train.global_batch_size // num_replicas
+    replica, slot = slot // slots_per_replica, slot % slots_per_replica
+    num_examples = batch_size_at(train, step, tf.minimum) // num_replicas
+    first = examples_before(train, step, tf.minimum) + replica * num_examples
+    return first + tf.minimum(slot, num_examples - 1), slot < num_examples
 
 
 def evaluation_batches(
@@ -158,7 +183,7 @@ def total_steps(prepared: PreparedData, config: Config, data_offset: int = 0) ->
     Raises:
         UserError: a setting does not fit into the steps of num_epochs epochs.
     """
-    steps = config.train.steps_for(num_examples(prepared.split("train"), config), data_offset)
+    steps = steps_for(config.train, num_examples(prepared.split("train"), config), data_offset)
     if config.train.total_steps is None:
         config.check_total_steps(steps, f"the {steps} steps that train.num_epochs={config.train.num_epochs} takes")
     return steps

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trainer.config.schedule import examples_before
 from trainer.config.settings import Config
 from trainer.data.mixture import mean_weights, phases_of
 from trainer.data.shards import PreparedData, Shard, Split, num_examples
@@ -264,9 +265,9 @@ class TextBytes:
         num_bytes = num_targets = 0.0
         weights = [1.0]
         if config.data.weights is not None:
-            batch_size, total_steps = config.train.global_batch_size, config.train.total_steps
+            total_steps = config.train.total_steps
             assert total_steps is not None  # A mixture has no epochs.
-            weights = mean_weights(phases_of(config.data, batch_size), batch_size * total_steps)
+            weights = mean_weights(phases_of(config.data, config.train), examples_before(config.train, total_steps))
         for part, weight in zip(parts, weights, strict=True):
             coverage = coverage_of(part, self._prepared.folder, config)
             num_bytes += weight * self.of_epoch(part, config) / coverage.num_examples

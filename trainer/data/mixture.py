@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.config.settings import MIXTURE_EXAMPLES, DataConfig
+from trainer.config.schedule import examples_before
+from trainer.config.settings import MIXTURE_EXAMPLES, DataConfig, TrainConfig
 
 
 class Phase(NamedTuple):
@@ -25,16 +26,16 @@ class Phase(NamedTuple):
     weights: tuple[float, ...]
 
 
-def phases_of(data: DataConfig, batch_size: int, data_offset: int = 0) -> list[Phase]:
+def phases_of(data: DataConfig, train: TrainConfig, data_offset: int = 0) -> list[Phase]:
     """Returns the phases of a run with data.weights, from place 0 on.
 
     Args:
         data: the settings.
-        batch_size: examples in a batch.
+        train: the batch size and its warm-up.
         data_offset: the place of the first example of step 0, as in `training_batches`.
     """
     assert data.weights is not None
-    changes = [(step * batch_size + data_offset, weights) for step, weights in data.weights_from_step.items()]
+    changes = [(examples_before(train, step) + data_offset, each) for step, each in data.weights_from_step.items()]
     # A fork that begins its text anew has the places from 0 on for the steps from its first one on.
     past = [weights for begin, weights in changes if begin <= 0]
     first = Phase(0, past[-1] if past else data.weights)

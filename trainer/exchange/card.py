@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from trainer.config.schedule import describe_batch_warmup
 from trainer.config.settings import Config
 from trainer.exchange.open import OpenedModel
 from trainer.model.size import count_parameters
@@ -49,7 +50,7 @@ class Card(NamedTuple):
         rows = {
             "trained on": f"`{self.config.data.train}`",
             "steps": f"{self.step:,}, each of {train.global_batch_size:,} examples of at most "
-            f"{train.sequence_length:,} tokens",
+            f"{train.sequence_length:,} tokens{describe_batch_warmup(train)}",
             **self._score(),
             **({} if decay is None else {"weights": f"an average over the steps, with a decay of {decay}"}),
             **({"history": "<br>".join(self.history)} if self.history else {}),

@@ -2,12 +2,13 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
 
 import keras
 import tensorflow as tf
 
+from trainer.config.schedule import describe_batch_warmup, examples_before
 from trainer.config.settings import Config
 from trainer.data.batches import num_examples
 from trainer.data.batches import total_steps as count_steps
@@ -42,8 +43,7 @@ class Monitor:
             is cut.
         terminal: the stream for lines and the progress bar; None: standard output.
         say: prints a line, in place of terminal; then there is no progress bar. None: terminal is used.
-        steps_per_epoch: the steps of an epoch; None: the run has no epochs.
-        data_begins_at: the step at which the first epoch begins; not 0 only in a fork with other data or batches.
+        epochs_at: returns how often all examples were used before a step; None: the run has no epochs.
         history: a line for each run that this one comes from, and for each change.
         peak_tokens_per_sec: the speed at a model FLOPs utilisation of 1; None: unknown, and the curve is left out.
         sinks: what else receives the reports.
@@ -60,8 +60,7 @@ class Monitor:
         is_lossy: bool,
         terminal: TextIO | None = None,
         say: Say | None = None,
-        steps_per_epoch: float | None = None,
-        data_begins_at: float = 0.0,
+        epochs_at: Callable[[int], float] | None = None,
         history: Sequence[str] = (),
         peak_tokens_per_sec: float | None = None,
         sinks: Sequence[Sink] = (),
@@ -71,11 +70,8 @@ class Monitor:
         self._peak_tokens_per_sec = peak_tokens_per_sec
         self._bits_per_token_byte = bits_per_token_byte
         self._bits_tag = tags.bits_per_byte(is_lossy)
-        self._steps_per_epoch = steps_per_epoch
-        self._num_epochs = config.train.num_epochs or round(
-            (total_steps - data_begins_at) / (steps_per_epoch or total_steps), 2
-        )
-        self._data_begins_at = data_begins_at
+        self._epochs_at = epochs_at
+        self._num_epochs = config.train.num_epochs or (1.0 if epochs_at is None else round(epochs_at(total_steps), 2))
         terminal_sink = TrainingProgress(first_step, total_steps, terminal, say)
         self.say = terminal_sink.say
         tensorboard = TensorBoard(logs, config, first_step, total_steps, history, self.say, model)
@@ -177,9 +173,9 @@ class Monitor:
 
     def _place(self, step: int) -> Place:
         epochs = None
-        if self._steps_per_epoch is not None:
+        if self._epochs_at is not None:
             # The batch of the last step may be filled with examples of the next epoch.
-            epochs = min((step - self._data_begins_at) / self._steps_per_epoch, self._num_epochs)
+            epochs = min(self._epochs_at(step), self._num_epochs)
         return Place(step, self.total_steps, epochs, self._num_epochs)
 
 
@@ -221,7 +217,11 @@ def make_monitor(
     config, split = run.config, prepared.split("train")
     text_bytes, parts = TextBytes(prepared), prepared.parts("train")
     is_cut = config.data.mode == "lines" and split.max_tokens > config.train.sequence_length
-    has_epochs = config.data.weights is None  # The sources of a mixture end at different times.
+    epoch_examples = num_examples(split, config)
+
+    def epochs_at(step: int) -> float:
+        return (examples_before(config.train, step) + run.data_offset) / epoch_examples
+
     return Monitor(
         run.path / "logs",
         config,
@@ -231,8 +231,8 @@ def make_monitor(
         is_lossy=is_cut or any(map(text_bytes.is_lossy, parts)),
         # print_line is the default of launch.py: in its place the Monitor may show a progress bar.
         say=None if say is print_line else say,
-        steps_per_epoch=num_examples(split, config) / config.train.global_batch_size if has_epochs else None,
-        data_begins_at=-run.data_offset / config.train.global_batch_size,
+        # The sources of a mixture end at different times.
+        epochs_at=epochs_at if config.data.weights is None else None,
         history=describe_history(run),
         peak_tokens_per_sec=find_peak(config, model, prepared.vocabulary_size, strategy, say),
         sinks=sinks,
@@ -265,5 +265,6 @@ def describe_run(run: RunFolder, prepared: PreparedData, model: keras.Model, ste
     text = prepared.split("train")
     return (
         f"{run.path}: {model.count_params():,} parameters, {train.precision}; {text.num_tokens:,} tokens of text; "
-        f"steps {step} to {total_steps} of {train.global_batch_size} x {train.sequence_length} = {tokens:,} tokens."
+        f"steps {step} to {total_steps} of {train.global_batch_size} x {train.sequence_length} = {tokens:,} "
+        f"tokens{describe_batch_warmup(train)}."
     )

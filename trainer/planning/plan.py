@@ -12,6 +12,7 @@ import rich.box
 import rich.console
 import rich.table
 
+from trainer.config.schedule import describe_batch_warmup, examples_before, steps_for
 from trainer.config.settings import CharConfig, Config
 from trainer.data.shards import PreparedData, num_examples, prepared_in, token_dtype
 from trainer.errors import UserError
@@ -189,18 +190,19 @@ def _data_lines(config: Config, vocabulary_size: int) -> Iterator[str]:
     if steps is None:
         yield f"steps        of {batch}; how many {train.num_epochs} epochs take is known once the text is prepared"
         return
-    yield f"steps        {steps:,} of {batch}: {_num_tokens(config):,} tokens, padding included"
+    warmup = describe_batch_warmup(train)
+    yield f"steps        {steps:,} of {batch}{warmup}: {_num_tokens(config):,} tokens, padding included"
     if config.data.weights is not None:
         yield "epochs       each source has its own number, by data.weights"
     elif examples is None:
         yield "epochs       known once the text is prepared"
         num_bytes = 2 if token_dtype(vocabulary_size) == "uint16" else 4
-        size = size_of(num_bytes * steps * train.global_batch_size * train.sequence_length)
+        size = size_of(num_bytes * examples_before(train, steps) * train.sequence_length)
         yield f"text         {size} of disk if it is prepared to as many tokens, of {num_bytes} bytes each"
     else:
         prepared = newest_prepared(config)
         source = "about: the stories that are not held out" if prepared is None else str(prepared.folder)
-        yield f"epochs       {steps * train.global_batch_size / examples:.2f} of {examples:,} examples ({source})"
+        yield f"epochs       {examples_before(train, steps) / examples:.2f} of {examples:,} examples ({source})"
 
 
 def _time_lines(config: Config, vocabulary_size: int, target: Target, utilisation: float | None) -> Iterator[str]:
@@ -224,7 +226,8 @@ def _time_lines(config: Config, vocabulary_size: int, target: Target, utilisatio
         assumed = "" if utilisation is not None else ", which is assumed (--utilisation)"
         utilisation = utilisation or ASSUMED_UTILISATION
         xla = f"; both{only}" if (only := with_xla(config, target)) else ""
-        at_roofline, likely = _duration(steps * least), _duration(tokens / at_peak / utilisation)
+        full_steps = examples_before(config.train, steps) / config.train.global_batch_size
+        at_roofline, likely = _duration(full_steps * least), _duration(tokens / at_peak / utilisation)
         yield (
             f"time         {at_roofline} at the roofline; {likely} at a model FLOPs utilisation of "
             f"{utilisation:.0%}{assumed}{xla}"
@@ -273,12 +276,12 @@ def _num_examples(config: Config) -> int | None:
 
 def _num_steps(config: Config) -> int | None:
     examples = _num_examples(config)
-    return config.train.total_steps if examples is None else config.train.steps_for(examples)
+    return config.train.total_steps if examples is None else steps_for(config.train, examples)
 
 
 def _num_tokens(config: Config) -> int | None:
     steps = _num_steps(config)
-    return None if steps is None else steps * config.train.global_batch_size * config.train.sequence_length
+    return None if steps is None else int(examples_before(config.train, steps)) * config.train.sequence_length
 
 
 def _duration(secs: float) -> str:

@@ -1,5 +1,6 @@
 """What is known about a run, for reports and comparisons: its record, curves, scores and samples. No TensorFlow."""
 
+import ast
 import contextlib
 import json
 import math
@@ -10,7 +11,8 @@ from typing import Any, NamedTuple
 
 from pydantic_core import PydanticUndefined
 
-from trainer.config.settings import Config
+from trainer.config.schedule import examples_before
+from trainer.config.settings import Config, TrainConfig
 from trainer.data.shards import read_manifest
 from trainer.decoding.decoder import DECODERS
 from trainer.errors import UserError
@@ -93,12 +95,12 @@ class History(NamedTuple):
 
     def tokens_at(self, step: float) -> float:
         """Returns how many tokens the model has seen after a step, by the run and the runs that it was forked from."""
-        seen, begin, per_step = 0.0, 0, self.tokens_per_step
-        parts = list(reversed(_parts(self.run.facts.get("parents", []), per_step)))
-        for end, of_part in parts:
-            seen += (min(step, end) - begin) * of_part if step > begin else 0.0
-            begin = end
-        return seen + max(0.0, step - begin) * per_step
+        seen, begin = 0.0, 0.0
+        for part in reversed(_parts(self.run.facts.get("parents", []), self.config.train, self.tokens_per_step)):
+            if step > begin:
+                seen += part.tokens_between(begin, min(step, part.end))
+                begin = part.end
+        return seen
 
     def curve(self, tag: str, split: str = "train") -> list[Dot]:
         """Returns a curve; no points if there is none."""
@@ -195,23 +197,39 @@ def _samples(config: Config, texts: Mapping[str, Mapping[int, str]]) -> list[Sam
     return sorted(found, key=lambda each: (each.step, order.get(each.decoder, len(order)), each.decoder))
 
 
-def _parts(parents: Sequence[Mapping[str, Any]], per_step: float) -> list[tuple[int, float]]:
-    """Returns for each parent that a run was forked from, nearest first: its last step, and the tokens of a step."""
-    parts = []
+class _Part(NamedTuple):
+    """The steps that one of a run and the runs that it was forked from has taken.
+
+    Attributes:
+        end: the last step; infinite for the run itself.
+        train: its batches.
+        tokens_per_example: the tokens of an example.
+    """
+
+    end: float
+    train: TrainConfig
+    tokens_per_example: float
+
+    def tokens_between(self, step: float, later: float) -> float:
+        """Returns the tokens of the steps between two steps."""
+        examples = examples_before(self.train, later) - examples_before(self.train, step)
+        return float(examples * self.tokens_per_example)
+
+
+def _parts(parents: Sequence[Mapping[str, Any]], train: TrainConfig, tokens_per_step: float) -> list[_Part]:
+    """Returns a run's own part and then one for each parent that it was forked from, nearest first."""
+    own = _Part(math.inf, train, tokens_per_step / train.global_batch_size)
+    parts = [own]
     for parent in parents:
         if parent["kind"] != "fork":
             break  # It gave only its weights: the steps begin at 0 there.
-        was = dict(
-            re.findall(
-                r"^train\.(global_batch_size|sequence_length)=\d+ \(was (\d+)\)$", "\n".join(parent["changed"]), re.M
-            )
-        )
-        now = dict(
-            re.findall(r"^train\.(global_batch_size|sequence_length)=(\d+) ", "\n".join(parent["changed"]), re.M)
-        )
-        for key, before in was.items():
-            per_step *= int(before) / int(now[key])
-        parts.append((int(parent["step"]), per_step))
+        changed = r"^train\.(global_batch_size|sequence_length|batch_warmup)=.* \(was (.*)\)$"
+        was = {key: ast.literal_eval(value) for key, value in re.findall(changed, "\n".join(parent["changed"]), re.M)}
+        if "batch_warmup" in was:
+            was["batch_warmup"] = {int(step): size for step, size in was["batch_warmup"].items()}
+        train = train.model_copy(update=was)
+        per_example = own.tokens_per_example * train.sequence_length / own.train.sequence_length
+        parts.append(_Part(parent["step"], train, per_example))
     return parts
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from trainer.config.schedule import describe_batch_warmup
 from trainer.monitoring import tags
 from trainer.monitoring.run_log import Dot
 from trainer.reports.charts import Line, short
@@ -19,12 +20,13 @@ def facts(history: History) -> dict[str, str]:
     shape = f"{model.num_layers} layers, {model.num_heads} heads, width {model.hidden_dim}"
     tokens = "" if history.num_tokens is None else f" ({history.num_tokens:,} tokens)"
     release = run.facts.get("tensorflow", "?")
+    warmup = describe_batch_warmup(train)
     batch = f"{train.global_batch_size} x {train.sequence_length} = {train.global_batch_size * train.sequence_length:,}"
     return {
         "state": f"{history.state}, step {history.step} of {run.total_steps or '?'}",
         "model": f"{size}{shape}" if run.facts["model"] == "gpt" else f"{size}foreign, {run.facts['model']}",
         "text": f"{', '.join(config.data.train)}{tokens}; tokenizer {config.tokenizer.kind}",
-        "steps": f"{batch} tokens each; {short(history.tokens_at(history.step))} tokens seen",
+        "steps": f"{batch} tokens each{warmup}; {short(history.tokens_at(history.step))} tokens seen",
         "computed": f"in {train.precision}, devices: {config.distribution.kind}, TensorFlow {release}",
         "time": _time(history),
     }

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from trainer.config.schedule import examples_before
 from trainer.errors import quoted
 from trainer.exit_status import ExitStatus
 from trainer.monitoring import tags
@@ -107,7 +108,7 @@ class Watched:
         train = self.run.config.train
         epochs = self._train.points.get(tags.EPOCH, {}).get(step)
         total = self.run.total_steps or step
-        num_epochs = train.num_epochs or (epochs * total / step if epochs and step else 0.0)
+        num_epochs = train.num_epochs or (epochs * self._examples(total) / self._examples(step) if epochs else 0.0)
         return Place(step, total, epochs, round(num_epochs, 2))
 
     def news(self, report: Report) -> News:
@@ -119,8 +120,11 @@ class Watched:
         train, speed = self.run.config.train, report.values.get(tags.TOKENS_PER_SEC_OVERALL)
         if not speed or self.run.total_steps is None:
             return None
-        left = self.run.total_steps - report.step
-        return left * train.global_batch_size * train.sequence_length / speed
+        left = self._examples(self.run.total_steps) - self._examples(report.step)
+        return left * train.sequence_length / speed
+
+    def _examples(self, step: int) -> int:
+        return int(examples_before(self.run.config.train, step))
 
     def describe(self, state: State) -> str:
         """Returns a line on how the run is."""

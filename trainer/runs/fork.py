@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.config.file import differing_settings, make_config
+from trainer.config.schedule import examples_before
 from trainer.config.settings import MIXTURE_EXAMPLES, Config
 from trainer.data.mixture import are_same_before, end_of_turn, phases_of
 from trainer.errors import UserError, quoted
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _ORDER = ("data.mode=", "data.predict_end=", "data.weights=", "data.shuffle_window_mb=", "train.sequence_length=")
 _SEED = "train.seed="
 # The settings that decide at which examples the weights of a mixture change.
-_OF_PHASES = ("data.weights_from_step=", "train.global_batch_size=")
+_OF_PHASES = ("data.weights_from_step=", "train.global_batch_size=", "train.batch_warmup=")
 
 
 class Fork(NamedTuple):
@@ -125,14 +126,15 @@ def _check_sizes(fork: Fork) -> None:
 
 def place_in_data(fork: Fork, prepared: "PreparedData", step: int) -> tuple[int, str]:
     """Returns the data_offset of a fork from this step, see `RunFolder.data_offset`, and a line about it."""
-    had, has = fork.parent.recorded.train.global_batch_size, fork.config.train.global_batch_size
+    had, has = fork.parent.recorded.train, fork.config.train
     is_same = prepared.fingerprint == fork.parent.facts["data_fingerprint"]
-    place = step * had + fork.parent.data_offset
+    place = examples_before(had, step) + fork.parent.data_offset
+    offset = place - examples_before(has, step)
     reordered = [each.partition("=")[0] for each in fork.changed if each.startswith((*_ORDER, _SEED))]
     remark = ""
     if is_same and not reordered and fork.config.data.weights is not None:
         before = phases_of(fork.parent.recorded.data, had, fork.parent.data_offset)
-        now = phases_of(fork.config.data, has, place - step * has)
+        now = phases_of(fork.config.data, has, offset)
         if not are_same_before(place, before, now):
             reordered = [each.partition("=")[0] for each in fork.changed if each.startswith(_OF_PHASES)]
         elif end_of_turn(place, before) != end_of_turn(place, now):
@@ -142,5 +144,5 @@ def place_in_data(fork: Fork, prepared: "PreparedData", step: int) -> tuple[int,
             )
     if not is_same or reordered:
         why = f"the text from the beginning, because of {', '.join(reordered)}"
-        return -step * has, f"The fork reads {why if is_same else 'its own text from the beginning'}."
-    return place - step * has, f"The fork's batches go on where the parent's ended, at example {place:,}.{remark}"
+        return -examples_before(has, step), f"The fork reads {why if is_same else 'its own text from the beginning'}."
+    return offset, f"The fork's batches go on where the parent's ended, at example {place:,}.{remark}"

@@ -8,7 +8,9 @@ _BITS = 32
 _SHIFTS = np.arange(0, _BITS, 8, dtype=np.uint32)
 
 
-def batch_hash(batch: tuple[tf.Tensor, tf.Tensor, tf.Tensor], first_example: tf.Tensor) -> tf.Tensor:
+def batch_hash(
+    batch: tuple[tf.Tensor, tf.Tensor, tf.Tensor], first_example: tf.Tensor, num_examples: tf.Tensor | None = None
+) -> tf.Tensor:
     """Returns the hash of a replica's share. The sum over replicas depends on every number of every example and on the
     example's place in the global batch, and not on how examples are spread over replicas.
 
@@ -19,6 +21,7 @@ def batch_hash(batch: tuple[tf.Tensor, tf.Tensor, tf.Tensor], first_example: tf.
     Args:
         batch: inputs int32, targets int32 and weights float32, each [batch, sequence].
         first_example: int64 scalar, the place of the share's first example in the global batch.
+        num_examples: int64 scalar; only this many examples, from the first on, count. None: all.
 
     Returns:
         int32 [2], to be added modulo 2**32; `hash_to_floats` lets it travel with the gradients.
@@ -34,7 +37,10 @@ def batch_hash(batch: tuple[tf.Tensor, tf.Tensor, tf.Tensor], first_example: tf.
     words = []
     for place_factors, *part_factors in factors.view(np.int32):
         sums = [tf.reduce_sum(part * each, axis=1) for part, each in zip(parts, part_factors, strict=True)]
-        words.append(tf.reduce_sum(_mixed(tf.reduce_sum([places * place_factors[0], *sums], axis=0))))
+        of_examples = _mixed(tf.reduce_sum([places * place_factors[0], *sums], axis=0))
+        if num_examples is not None:
+            of_examples = tf.where(tf.range(targets.shape[0]) < tf.cast(num_examples, tf.int32), of_examples, 0)
+        words.append(tf.reduce_sum(of_examples))
     return tf.stack(words)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from trainer.config.schedule import learning_rate
+from trainer.config.schedule import batch_size_at, learning_rate
 from trainer.config.settings import Config
 from trainer.distributed.strategy import processor_of
 from trainer.errors import UserError
@@ -205,15 +205,15 @@ class TrainingStep:
             batch: this replica's share.
             stop: bool scalar, whether this worker received a stop signal.
         """
-        batch, first_example = self._place_on_replica(batch)
+        batch, first_example, num_examples = self._place_on_replica(batch)
         replica = tf.distribute.get_replica_context()
         scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
-        local = self._sums_on_replica(batch, first_example, scale)
+        local = self._sums_on_replica(batch, first_example, scale, num_examples)
 
         # Sum over replicas before clipping: clipping each replica's share would make the result depend on how many
         # there are. The summands are one list of one dtype, so that one operation sums all of them.
         sum_dtype, dtype = tf.as_dtype(self.execution.sum_dtype), tf.as_dtype(self.execution.weight_dtype)
-        local_hash = tf.cast(hash_to_floats(batch_hash(batch, first_example)), sum_dtype)
+        local_hash = tf.cast(hash_to_floats(batch_hash(batch, first_example, num_examples)), sum_dtype)
         summands = [*local.by_weight, local.loss_sum, local.num_targets, local_hash, tf.cast(stop, sum_dtype)]
         sums = self.sum_over_replicas(replica, summands)
         *gradients, loss_sum, num_targets, hash_sum, stop_votes = (tf.cast(total, dtype) for total in sums)
@@ -244,20 +244,29 @@ class TrainingStep:
         Returns:
             (sums, the loss scale that multiplies the gradients; None if there is none).
         """
-        batch, first_example = self._place_on_replica(batch)
+        batch, first_example, num_examples = self._place_on_replica(batch)
         scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
-        return self._sums_on_replica(batch, first_example, scale), scale
+        return self._sums_on_replica(batch, first_example, scale, num_examples), scale
 
-    def _place_on_replica(self, batch: Batch) -> tuple[Batch, tf.Tensor]:
-        """Returns this replica's share with its static shape, and the place of its first example in the batch."""
+    def _place_on_replica(self, batch: Batch) -> tuple[Batch, tf.Tensor, tf.Tensor | None]:
+        """Returns this replica's share with its static shape, the place of its first example in the global batch, and
+        the number of its examples that the step uses, int64; None: all, since there is no batch warm-up.
+        """
         # With several workers the number of examples is not in the batch's static shape.
         shape = [self.execution.examples, self.config.train.sequence_length]
         inputs, targets, target_weights = (tf.ensure_shape(part, shape) for part in batch)
         replica = tf.distribute.get_replica_context()
-        first_example = tf.cast(replica.replica_id_in_sync_group, tf.int64) * self.execution.examples
-        return (inputs, targets, target_weights), first_example
+        num_examples = None
+        if self.config.train.batch_warmup:
+            batch_size = batch_size_at(self.config.train, tf.convert_to_tensor(self.step), tf.minimum)
+            num_examples = batch_size // self.strategy.num_replicas_in_sync
+        share = self.execution.examples if num_examples is None else num_examples
+        first_example = tf.cast(replica.replica_id_in_sync_group, tf.int64) * share
+        return (inputs, targets, target_weights), first_example, num_examples
 
-    def _sums_on_replica(self, batch: Batch, first_example: tf.Tensor, scale: tf.Tensor | None) -> Gradients:
+    def _sums_on_replica(
+        self, batch: Batch, first_example: tf.Tensor, scale: tf.Tensor | None, num_examples: tf.Tensor | None = None
+    ) -> Gradients:
         """Computes what this replica contributes to a step: see `accumulate`."""
         model, execution = self.model, self.execution
         weights = [tf.convert_to_tensor(variable.value) for variable in model.trainable_variables]
@@ -278,6 +287,7 @@ class TrainingStep:
             micro_batch_size=execution.micro_batch_size,
             at_once=execution.at_once,
             sum_dtype=tf.as_dtype(execution.sum_dtype),
+            num_examples=num_examples,
         )
 
     def sum_over_replicas(self, replica: tf.distribute.ReplicaContext, summands: list[tf.Tensor]) -> list[tf.Tensor]:
@@ -345,6 +355,7 @@ def accumulate(
     micro_batch_size: int,
     at_once: int = 1,
     sum_dtype: tf.DType | None = None,
+    num_examples: tf.Tensor | None = None,
 ) -> Gradients:
     """Adds up the gradients of a batch's micro-batches, in order.
 
@@ -358,9 +369,11 @@ def accumulate(
         micro_batch_size: examples at a time; divides the examples of the batch.
         at_once: micro-batches that may be computed at the same time. Their gradients are added in order even so.
         sum_dtype: the dtype of the result; None: the accumulation dtype.
+        num_examples: int64 scalar; only this many examples, from the first on, are computed: a number of whole
+            micro-batches. None: all.
     """
     examples, dtype = batch[0].shape[0], sum_dtype or accumulation_dtype(weights[0].dtype)
-    if micro_batch_size == examples:
+    if micro_batch_size == examples and num_examples is None:
         return _cast_sums(gradients_of(weights, state, batch, first_example), dtype)
     parts = [tf.reshape(part, [-1, micro_batch_size, *part.shape[1:]]) for part in batch]
 
@@ -377,7 +390,9 @@ def accumulate(
 
     none = tf.zeros([], dtype)
     nothing = Gradients([tf.zeros_like(weight, dtype) for weight in weights], none, none, list(state))
-    num_micro_batches = examples // micro_batch_size
+    num_micro_batches: int | tf.Tensor = examples // micro_batch_size
+    if num_examples is not None:
+        num_micro_batches = tf.cast(num_examples // micro_batch_size, tf.int32)
     _, sums = tf.while_loop(lambda i, _: i < num_micro_batches, add, (0, nothing), parallel_iterations=at_once)
     return sums
 
