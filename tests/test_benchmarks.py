@@ -10,6 +10,7 @@ import runpy
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import keras
@@ -17,10 +18,13 @@ import numpy as np
 import pytest
 import rich.console
 import tensorflow as tf
+from PIL import Image
 
-from harness import Training
+import tutorial
+from harness import Training, stream_of
 from trainer.config.file import load_config
-from trainer.data.batches import training_batches
+from trainer.data.batches import training_batches, whole_validation
+from trainer.data.prepare import prepare
 from trainer.model.build import build_gpt
 from trainer.model.size import count_parameters
 from trainer.tokenizers.vocabulary import SPECIAL_TOKENS
@@ -218,7 +222,7 @@ with torch.no_grad():
     for name, parameter in training.model.named_parameters():
         parameter.copy_(torch.tensor(job["weights"].pop(name)))
 assert not job["weights"], list(job["weights"])
-print(json.dumps([training.take(1)[1] for _ in range(4)]))
+print(json.dumps([[training.take(1)[1] for _ in range(4)], training.evaluate()]))
 """
 
 
@@ -258,14 +262,23 @@ def test_pytorch_takes_the_steps_that_trainer_takes(tmp_path, size):
     for _ in range(4):
         training.take(1)
         losses.append(training.loss)
+    # Two rows to score, one of them with padding.
+    scored = np.stack([row, np.where(np.arange(len(row)) < 9, row, 0)])
+    scored.tofile(tmp_path / "validation")
+    logits = training.model(scored[:, :-1])
+    each_loss = keras.losses.sparse_categorical_crossentropy(scored[:, 1:], logits, from_logits=True)
+    validation_loss = np.mean(each_loss[scored[:, 1:] != 0])
 
     job = {"config": config.model_dump(mode="json"), "vocabulary_size": 5000, "is_compiled": False}
-    job |= {"rows": str(tmp_path / "rows"), "weights": weights}
+    job |= {"rows": str(tmp_path / "rows"), "validation": str(tmp_path / "validation"), "weights": weights}
     command = [str(python), "-c", TORCH_STEPS, str(BENCHMARKS / "torch_gpt.py")]
     process = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     assert losses[-1] < losses[0] - 0.01
-    np.testing.assert_allclose(json.loads(process.stdout), losses, rtol=1e-5)
+    of_steps, (of_validation, num_scored) = json.loads(process.stdout)
+    np.testing.assert_allclose(of_steps, losses, rtol=1e-5)
+    assert num_scored == len(row) - 1 + 8
+    assert of_validation == pytest.approx(validation_loss, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -404,8 +417,8 @@ def test_all_benchmarks_run_even_if_one_fails(tmp_path, capfd):
 
 
 def test_every_benchmark_is_among_all_or_left_out_for_a_reason():
-    no_benchmarks = {"all", "contestant", "torch_gpt", "transformers_gpt2", "harness", "texts"}
-    need_something = {"gpu", "tutorial"}
+    no_benchmarks = {"all", "contestant", "torch_gpt", "transformers_gpt2", "harness", "texts", "learners", "curves"}
+    need_something = {"gpu", "tutorial", "time_to_loss"}
     found = {path.stem for path in BENCHMARKS.glob("*.py")}
     assert found - no_benchmarks - need_something == set(functions_of("all")["NAMES"])
 
@@ -471,6 +484,137 @@ def test_run_benchmark_ends_with_all_figures(tmp_path):
             assert each["writing_secs"] > 0
             assert each["wait_secs"] >= 0
         assert row["stall_secs"] == statistics.median(each["stall_secs"] for each in row["rounds"])
+
+
+def points_of(*losses):
+    return [
+        {"steps": 10 * i, "tokens": 100.0 * i, "secs": 2.0 * i, "loss": loss} for i, loss in enumerate(losses, start=1)
+    ]
+
+
+def test_a_target_is_reached_between_the_scores_around_it_in_proportion():
+    bench = functions_of("learners")
+    points = [bench["Point"](**point) for point in points_of(4.0, 3.0, 2.0, 2.5)]
+    assert bench["to_target"](points, 2.75) == (225.0, 4.5)
+    assert bench["to_target"](points, 3.0) == (200.0, 4.0)
+    assert bench["to_target"](points, 2.0) == (300.0, 6.0)
+    assert bench["to_target"](points, 1.99) is None
+    # Before the first score nothing is known.
+    assert bench["to_target"](points, 4.5) == (100.0, 2.0)
+
+
+def test_times_to_a_loss_are_compared_seed_by_seed_with_the_fastest_variant_of_each_program():
+    bench = functions_of("time_to_loss")
+
+    def contestant(name, program, start_secs, *losses):
+        about = {"contestant": name, "name": name, "precision": "float32", "program": program, "num_parameters": 5}
+        return {**about, "start_secs": start_secs, "points": points_of(*losses)}
+
+    of_seeds = {
+        7: [
+            contestant("ours", "trainer", 1.0, 3.0, 2.0),
+            contestant("keras", "tutorial", 2.0, 5.0, 4.0, 3.0),
+            contestant("slow", "torch", 2.0, 9.0, 9.0, 3.5, 2.5),
+            contestant("torch", "torch", 4.0, 4.0, 2.0),
+        ],
+        8: [
+            contestant("ours", "trainer", 3.0, 4.0, 2.0),
+            contestant("keras", "tutorial", 2.0, 5.0, 4.0, 3.5),
+            contestant("slow", "torch", 2.0, 9.0, 9.0, 9.0, 2.5),
+            contestant("torch", "torch", 4.0, 4.5, 2.5),
+        ],
+    }
+    figures = bench["summary"]("books", of_seeds, None)
+    # The tutorial's code ends there.
+    assert figures["targets"] == [3.0, 3.5]
+    ours, keras_fit, slow, torch = figures["contestants"]
+    assert [run["secs"] for run in ours["runs"]] == [2.0, 2.5]
+    assert [run["secs_with_start"] for run in ours["runs"]] == [3.0, 5.5]
+    assert (ours["secs"], ours["final_loss"], keras_fit["tokens"]) == (2.25, 2.0, 300.0)
+    assert [run["secs"] for run in torch["runs"]] == [3.0, 3.0] and slow["secs"] > 6
+    lines = printed_of(bench, figures).splitlines()
+    assert [line for line in lines if " of the time of " in line] == [
+        "ours reaches the target in 0.38 of the time of keras, median of 0.33, 0.42; with the start 0.53",
+        "ours reaches the target in 0.75 of the time of torch, median of 0.67, 0.83; with the start 0.61",
+    ]
+    assert "target 3.000, 3.500 nats" in lines[0]
+    # A fixed target that one seed does not reach.
+    figures = bench["summary"]("shakespeare_char", of_seeds, 2.2)
+    assert [row["secs"] for row in figures["contestants"]] == [pytest.approx(3.7), None, None, None]
+
+
+def printed_of(bench, figures):
+    with io.StringIO() as printed:
+        bench["print_figures"](rich.console.Console(file=printed, width=200), figures)
+        return printed.getvalue()
+
+
+def quick_config(bench, text, folder):
+    bench["write_quick_texts"](folder)
+    options = argparse.Namespace(quick=True, steps=4)
+    path = bench["CONFIGS"] / f"{bench['TEXTS'][text].config}.toml"
+    return bench["config_of"](path, text, "keras", ["train.precision=float32"], options, folder)
+
+
+@pytest.mark.parametrize("text", ["shakespeare_char", "books"])
+def test_the_tutorials_batches_go_on_where_they_ended_and_hold_the_text(tmp_path, text):
+    bench = functions_of("learners")
+    config = quick_config(bench, text, tmp_path)
+    prepared = prepare(config, lambda _: None)
+    batches_of = tutorial.line_batches if text == "books" else tutorial.window_batches
+    batches = batches_of(config, prepared)
+    # More than an epoch of the lines, which are 300.
+    parts = [list(batches(first, steps).as_numpy_iterator()) for first, steps in ((0, 90), (0, 60), (60, 30))]
+    np.testing.assert_array_equal(np.array(parts[0]), np.array(parts[1] + parts[2]))
+    inputs, targets = (np.concatenate(each) for each in zip(*parts[0], strict=True))
+    np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
+    if text == "books":
+        ours = bench["rows_of"](training_batches(prepared, config, 0, 75))
+    else:
+        ours = np.lib.stride_tricks.sliding_window_view(stream_of(prepared), config.train.sequence_length + 1)
+    whole = {row.tobytes() for row in ours}
+    rows = np.concatenate([inputs, targets[:, -1:]], axis=1, dtype=np.int32)
+    assert all(row.tobytes() in whole for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Layer '")  # KerasNLP's layers drop a mask and warn of it.
+def test_the_tutorials_code_is_scored_on_the_tokens_that_all_others_are(tmp_path):
+    bench = functions_of("learners")
+    config = quick_config(bench, "books", tmp_path)
+    prepared = prepare(config, lambda _: None)
+    rows = bench["rows_of"](whole_validation(prepared, config))
+    model, asked = functions_of("contestant")["as_in_the_tutorial"](config, prepared, {"is_compiled": False})
+    before = asked["evaluate"](0)
+    for _ in range(2):
+        assert asked["steps"](3)["step_secs"] > 0
+    score = asked["evaluate"](0)
+    assert score["num_tokens"] == np.count_nonzero(rows[:, 1:])
+    loss = keras.losses.sparse_categorical_crossentropy(rows[:, 1:], model(rows[:, :-1]), from_logits=True)
+    assert score["loss"] == pytest.approx(np.mean(loss[rows[:, 1:] != 0]), rel=1e-5)
+    assert score["loss"] < before["loss"]
+
+
+@pytest.mark.slow
+def test_time_to_loss_benchmark_ends_with_all_figures(tmp_path, monkeypatch, capsys):
+    contestants = ["trainer", *(["torch"] if (ROOT / ".venv-torch" / "bin" / "python").is_file() else [])]
+    arguments = ["--quick", "--texts", "shakespeare_char", "--contestants", *contestants, "--target", "9"]
+    out = ["--json", str(tmp_path / "out.json"), "--curves", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["time_to_loss.py", *arguments, *out])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    functions_of("time_to_loss")["main"]()
+    (figures,) = json.loads((tmp_path / "out.json").read_text())["texts"]
+    assert [row["contestant"] for row in figures["contestants"]] == contestants
+    for row in figures["contestants"]:
+        (run_of_seed,) = row["runs"]
+        assert [(point["steps"], point["tokens"]) for point in run_of_seed["points"]] == [(4, 256.0), (8, 512.0)]
+        assert row["start_secs"] > row["secs"] > 0
+        assert row["final_loss"] < 4.0  # A uniform guess among 23 characters has 3.1.
+    printed = capsys.readouterr().out
+    assert "target 9.000 nats" in printed
+    with Image.open(tmp_path / "time_to_loss_shakespeare_char.png") as image:
+        colors = {color for _, color in image.getcolors(1 << 24)}
+    assert (0x25, 0x63, 0xEB) in colors
 
 
 def test_the_output_of_a_training_that_does_not_start_is_printed(tmp_path):

@@ -1,16 +1,19 @@
 #!/usr/bin/env -S sh -c '"$(dirname -- "$0")/../venv_python" "$0" "$@"'
-"""Trains a model some steps at a time, for scripts/benchmarks/step.py.
+"""Trains a model some steps at a time, for scripts/benchmarks/step.py and scripts/benchmarks/time_to_loss.py.
 
     scripts/benchmarks/contestant.py JOB.json
 
 Each line of standard input is a number of steps to take; the answer, a line of JSON, has the seconds of one of them.
-After the number may stand `alone`: then the compiled step runs without loop and input. JOB.json has the keys program
-(trainer, fit or gpt2), config, prepared, rows, vocabulary_size and is_compiled; step.py writes it.
+After the number may stand `alone`: then the compiled step runs without loop and input. The line `evaluate` scores the
+validation text. JOB.json has the keys program (trainer, fit, gpt2 or tutorial), config, prepared, rows,
+vocabulary_size, is_compiled and total_steps; the benchmark writes those that the program needs.
 """
 
 import argparse
+import functools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -28,36 +31,86 @@ import tensorflow as tf
 from harness import Training, tutorial_model
 from trainer.config.file import make_config
 from trainer.config.settings import Config
-from trainer.data.shards import load_prepared
+from trainer.data.shards import PreparedData, load_prepared
+from trainer.distributed.strategy import make_strategy
+from trainer.training.evaluation import Evaluator
+from tutorial import Tutorial
 
 Figures = dict[str, Any]
 # Takes a number of steps; returns the seconds of one step, and the mean loss in nats.
 Take = Callable[[int], tuple[float, float]]
+# What the lines of standard input can ask for, by its word.
+Asked = dict[str, Callable[[int], Figures]]
 
 
 def answer(job: Figures) -> None:
-    """Reads numbers of steps from standard input, takes them, and answers each with a line of JSON."""
+    """Reads lines of standard input, does what each asks for, and answers each with a line of JSON."""
     config = make_config(job["config"])
     keras.utils.set_random_seed(config.train.seed)
     keras.config.set_dtype_policy(config.train.precision)
-    takes: dict[str, Take] = {}
     if job["program"] == "fit":
-        model, takes["steps"] = fitting(config, job["rows"], job["vocabulary_size"], job["is_compiled"])
+        model, take = fitting(config, job["rows"], job["vocabulary_size"], job["is_compiled"])
+        asked = {"steps": lambda num_steps: figures_of(*take(num_steps))}
+    elif job["program"] == "tutorial":
+        model, asked = as_in_the_tutorial(config, load_prepared(job["prepared"], check_hashes=False), job)
     else:
-        prepared = load_prepared(job["prepared"], check_hashes=False)
-        build_model = gpt2_model if job["program"] == "gpt2" else None
-        # The learning rate is constant, so the training needs no end.
-        training = Training(config, prepared, sys.maxsize, build_model)
-        model, takes["alone"] = training.model, alone(training)
-        takes["steps"] = lambda num_steps: (training.take(num_steps), training.loss)
+        model, asked = in_our_loop(config, load_prepared(job["prepared"], check_hashes=False), job)
     print(json.dumps({"num_parameters": model.count_params(), "version": f"Keras {keras.__version__}"}), flush=True)
     answered = time.process_time()
     for line in sys.stdin:
         idle_cpu_secs = time.process_time() - answered
-        num_steps, _, which = line.strip().partition(" ")
-        secs, loss = takes[which or "steps"](int(num_steps))
-        print(json.dumps({"step_secs": secs, "loss": loss, "idle_cpu_secs": idle_cpu_secs}), flush=True)
+        found = re.fullmatch(r"(\d*) ?([a-z]*)", line.strip())
+        assert found is not None, line
+        figures = asked[found[2] or "steps"](int(found[1] or 0))
+        print(json.dumps({**figures, "idle_cpu_secs": idle_cpu_secs}), flush=True)
         answered = time.process_time()
+
+
+def figures_of(step_secs: float, loss: float) -> Figures:
+    """Returns what `Take` returns under the names of the answer."""
+    return {"step_secs": step_secs, "loss": loss}
+
+
+def in_our_loop(config: Config, prepared: PreparedData, job: Figures) -> tuple[keras.Model, Asked]:
+    """Returns the config's model, or KerasNLP's GPT-2, and what can be asked of its training with trainer's step."""
+    build_model = gpt2_model if job["program"] == "gpt2" else None
+    # If the learning rate is constant, the training needs no end.
+    training = Training(config, prepared, job.get("total_steps", sys.maxsize), build_model)
+    # It takes a batch of the training, so it is made only if it is asked for.
+    take_alone = functools.cache(lambda: alone(training))
+
+    def take(num_steps: int) -> Figures:
+        secs = training.take(num_steps)
+        return {**figures_of(secs, training.loss), "num_targets": training.num_targets}
+
+    return training.model, {
+        "steps": take,
+        "alone": lambda num_steps: figures_of(*take_alone()(num_steps)),
+        "evaluate": evaluating(
+            lambda: Evaluator(training.model, training.strategy, prepared, config, training.step.average)
+        ),
+    }
+
+
+def as_in_the_tutorial(config: Config, prepared: PreparedData, job: Figures) -> tuple[keras.Model, Asked]:
+    """Returns the tutorial's model, and what can be asked of its training with the tutorial's own code."""
+    strategy = make_strategy(config.distribution)
+    tutorial = Tutorial(config, prepared, job["is_compiled"])
+    return tutorial.model, {
+        "steps": lambda num_steps: figures_of(tutorial.take(num_steps), tutorial.loss),
+        "evaluate": evaluating(lambda: Evaluator(tutorial.model, strategy, prepared, config)),
+    }
+
+
+def evaluating(make_evaluator: Callable[[], Evaluator]) -> Callable[[int], Figures]:
+    """Returns a function that scores all of the validation text."""
+    evaluator = functools.cache(make_evaluator)
+
+    def evaluate(_: int) -> Figures:
+        score = evaluator()()
+        return {"loss": score.loss, "num_tokens": score.num_tokens}
+
+    return evaluate
 
 
 def alone(training: Training) -> Take:

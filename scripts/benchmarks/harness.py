@@ -1,5 +1,9 @@
-"""The parts that benchmarks share: a training to time, the tutorial's model, and tables of figures."""
+"""The parts that benchmarks share: a training to time, here or in another process, the tutorial's model, and tables."""
 
+import contextlib
+import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +16,7 @@ from typing import Any
 
 import keras
 import keras_nlp
+import numpy as np
 import rich.box
 import rich.console
 import rich.table
@@ -41,6 +46,7 @@ class Training:
 
     Attributes:
         loss: the mean loss of the steps of the last call of `take`, in nats.
+        num_targets: the number of targets of these steps.
     """
 
     name = "trainer"
@@ -56,7 +62,7 @@ class Training:
         self.batches = iter(
             distributed(self.strategy, lambda share: training_batches(prepared, config, 0, total_steps, share).repeat())
         )
-        self.loss = float("nan")
+        self.loss, self.num_targets = float("nan"), 0
         self._steps_per_call = config.train.steps_per_call
 
     def take(self, num_steps: int) -> float:
@@ -74,8 +80,70 @@ class Training:
             num_targets += float(metrics.num_targets)
             if int(metrics.num_skipped):
                 raise FloatingPointError("A loss or a gradient was not finite; lower optimizer.learning_rate.")
-        self.loss = loss_sum / num_targets
+        self.loss, self.num_targets = loss_sum / num_targets, round(num_targets)
         return (time.perf_counter() - start) / num_steps
+
+
+class Process:
+    """A program that trains in another process. It prints a line of JSON when it is ready; then it waits for a line of
+    standard input, and prints another one as its answer.
+
+    Args:
+        name: what it is called if it ends early.
+        job: the training, as contestant.py and torch_gpt.py read it; program "torch" is the latter.
+        folder: the folder for the process's files.
+        checkout: the folder whose trainer and benchmarks it runs.
+
+    Attributes:
+        about: what it printed when it was ready.
+    """
+
+    def __init__(self, name: str, job: dict[str, Any], folder: Path, checkout: Path = ROOT) -> None:
+        self.name = name
+        self._log = folder / f"{name}.log"
+        (folder / f"{name}.json").write_text(json.dumps(job))
+        python, program = Path(sys.executable), "contestant.py"
+        if job["program"] == "torch":
+            python, program = TORCH / "bin" / "python", "torch_gpt.py"
+        # The process is killed at the end, and cannot remove its temporary files.
+        environment = os.environ | {"PYTHONPATH": str(checkout), "TMPDIR": str(folder)}
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(TORCH / "compiled")
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [str(python), str(checkout / "scripts" / "benchmarks" / program), str(folder / f"{name}.json")],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.about = self._read()
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """Sends a line and returns the answer. A program that learns nothing, or has ended, ends the benchmark."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # _read prints why the process ended.
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
+        answer = self._read()
+        if not math.isfinite(answer["loss"]):
+            self.end()
+            sys.exit(f"{self.name}: the loss is {answer['loss']}. It learns nothing, so its speed does not count.")
+        return answer
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self.end()
+            sys.exit(f"{self.name} ended:\n{self._log.read_text()[-3000:]}")
+        found: dict[str, Any] = json.loads(line)
+        return found
 
 
 def tutorial_model(config: Config, vocabulary_size: int) -> keras.Model:
@@ -86,6 +154,23 @@ def tutorial_model(config: Config, vocabulary_size: int) -> keras.Model:
     for _ in range(shape.num_layers):
         x = keras_nlp.layers.TransformerDecoder(shape.intermediate_dim, shape.num_heads)(x)
     return keras.Model(inputs, keras.layers.Dense(vocabulary_size)(x))
+
+
+def tokens_per_step(config: Config, prepared: PreparedData) -> float:
+    """Returns the mean number of targets in a batch that are not padding; packed windows count as full."""
+    if config.data.mode == "packed":
+        return config.train.global_batch_size * config.train.sequence_length
+    shards = prepared.split("train").shards
+    offsets = [np.fromfile(prepared.folder / shard.offsets_file, np.int64) for shard in shards]
+    lengths = np.concatenate([np.diff(shard_offsets) - 1 for shard_offsets in offsets]) + config.data.predict_end
+    return float(np.minimum(lengths, config.train.sequence_length).mean() * config.train.global_batch_size)
+
+
+def stream_of(prepared: PreparedData) -> np.ndarray:
+    """Returns the tokens of a training text of one shard, each [BOS] included, int32 [tokens]."""
+    (shard,) = prepared.split("train").shards
+    tokens: np.ndarray = np.fromfile(prepared.folder / shard.tokens_file, prepared.dtype).astype(np.int32)
+    return tokens
 
 
 def about() -> dict[str, Any]:

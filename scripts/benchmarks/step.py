@@ -28,10 +28,8 @@ import argparse
 import contextlib
 import itertools
 import json
-import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -47,7 +45,7 @@ import rich.console
 import rich.live
 import rich.table
 
-from harness import TORCH, about, install_torch, table_of
+from harness import Process, about, install_torch, stream_of, table_of
 from trainer.config.file import load_config
 from trainer.config.settings import Config
 from trainer.data.prepare import prepare
@@ -113,26 +111,8 @@ class Contestant:
         self.each_step_secs: list[float] = []
         self.each_alone_secs: list[float] = []
         self.loss, self.idle_cpu_secs = float("nan"), 0.0
-        stem = f"{name}, {self.precision}"
-        self._log = folder / f"{stem}.log"
-        (folder / f"{stem}.json").write_text(json.dumps(job))
-        python, program = Path(sys.executable), "contestant.py"
-        if job["program"] == "torch":
-            python, program = TORCH / "bin" / "python", "torch_gpt.py"
-        checkout = Path(job["checkout"])
-        # The process is killed at the end, and cannot remove its temporary files.
-        environment = os.environ | {"PYTHONPATH": str(checkout), "TMPDIR": str(folder)}
-        environment["TORCHINDUCTOR_CACHE_DIR"] = str(TORCH / "compiled")
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [str(python), str(checkout / "scripts" / "benchmarks" / program), str(folder / f"{stem}.json")],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        self.about = self._read()
+        self._process = Process(f"{name}, {self.precision}", job, folder, Path(job["checkout"]))
+        self.about = self._process.about
 
     def warm_up(self, block_secs: float) -> None:
         """Takes the first steps, which compile, and sets the number of steps that take this many seconds."""
@@ -170,32 +150,12 @@ class Contestant:
 
     def end(self) -> None:
         """Ends the process."""
-        self._process.kill()
-        self._process.communicate()
+        self._process.end()
 
     def _ask(self, num_steps: int, what: str) -> tuple[float, float]:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # _read prints why the process ended.
-            self._process.stdin.write(f"{num_steps}{'' if what == 'steps' else f' {what}'}\n")
-            self._process.stdin.flush()
-        answer = self._read()
-        if not math.isfinite(answer["loss"]):
-            self.end()
-            sys.exit(
-                f"{self.name}, {self.precision}: the loss is {answer['loss']}. It learns nothing, so its speed does "
-                "not count."
-            )
+        answer = self._process.ask(f"{num_steps}{'' if what == 'steps' else f' {what}'}")
         self.idle_cpu_secs += answer["idle_cpu_secs"]
         return answer["step_secs"], answer["loss"]
-
-    def _read(self) -> Figures:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self.end()
-            sys.exit(f"{self.name}, {self.precision} ended:\n{self._log.read_text()[-3000:]}")
-        found: Figures = json.loads(line)
-        return found
 
 
 def measure(size: str, options: argparse.Namespace, console: rich.console.Console) -> Figures:
@@ -286,8 +246,7 @@ def rows_of(prepared: PreparedData, sequence_length: int) -> np.ndarray:
     Returns:
         int32 [examples, sequence_length + 1], each the inputs and the last target.
     """
-    (shard,) = prepared.split("train").shards
-    tokens = np.fromfile(prepared.folder / shard.tokens_file, prepared.dtype).astype(np.int32)
+    tokens = stream_of(prepared)
     rows: np.ndarray = np.lib.stride_tricks.sliding_window_view(tokens, sequence_length + 1)[::sequence_length]
     return rows
 

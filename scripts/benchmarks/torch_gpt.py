@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Trains a GPT of the shape that trainer's has with PyTorch, some steps at a time, for scripts/benchmarks/step.py.
+"""Trains a GPT of the shape that trainer's has with PyTorch, some steps at a time, for scripts/benchmarks/step.py and
+scripts/benchmarks/time_to_loss.py.
 
     .venv-torch/bin/python scripts/benchmarks/torch_gpt.py JOB.json
 
-scripts/benchmarks/step.py runs it in an environment that has PyTorch and nothing of trainer's. Each line of standard
-input is a number of steps to take; the answer, a line of JSON, has the seconds that one of them took.
+The benchmarks run it in an environment that has PyTorch and nothing of trainer's. Each line of standard input is a
+number of steps to take; the answer, a line of JSON, has the seconds that one of them took. The line `evaluate` scores
+the validation text.
 """
 
 import json
@@ -23,6 +25,10 @@ from torch import nn
 from torch.nn import functional
 
 INITIAL_STDDEV = 0.02
+# Token 0 of trainer's vocabularies: it is in no text, and as a target it is not scored.
+PADDING = 0
+# The tokens that are scored at a time.
+SCORED_TOKENS = 1 << 13
 
 
 class Block(nn.Module):
@@ -79,16 +85,20 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=INITIAL_STDDEV)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+            if isinstance(module, Block):
+                # As in GPT-2 and nanoGPT: each block adds two such outputs to the sum that passes through all blocks.
+                for output in (module.attention_output, module.output):
+                    nn.init.normal_(output.weight, std=INITIAL_STDDEV / (2 * shape["num_layers"]) ** 0.5)
         if shape["tied_embeddings"]:
             self.unembedding.weight = self.token_embedding.weight
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Returns the mean loss in nats of int64 [batch, sequence] targets."""
+        """Returns the mean loss in nats of int64 [batch, sequence] targets, without padding."""
         x = self.token_embedding(tokens) + self.position_embedding(torch.arange(tokens.shape[1]))
         for block in self.blocks:
             x = block(x)
         logits = self.unembedding(self.final_norm(x))
-        return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=PADDING)
 
 
 class Training:
@@ -96,7 +106,9 @@ class Training:
 
     Args:
         job: the keys config (trainer's whole config), vocabulary_size, is_compiled, and rows (the path of a file of
-            int32 [examples, sequence + 1]).
+            int32 tokens). Rows of sequence + 1 tokens begin after each other, or stride tokens apart if there is a key
+            stride. The key learning_rates has the rate of each step, unless it is constant; the key validation has the
+            path of the rows to score.
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -104,8 +116,8 @@ class Training:
         torch.manual_seed(train["seed"])
         length = train["sequence_length"]
         self.batch_size = train["global_batch_size"]
-        self.rows = torch.from_file(job["rows"], size=Path(job["rows"]).stat().st_size // 4, dtype=torch.int32)
-        self.rows = self.rows.view(-1, length + 1)
+        self.rows = rows_of(job["rows"], length, job.get("stride", length + 1))
+        self.validation = rows_of(job["validation"], length, length + 1) if "validation" in job else None
         self.model = GPT(job["config"]["model"], job["vocabulary_size"], length)
         self.parameters = list(self.model.parameters())
         self.is_mixed = train["precision"] == "mixed_bfloat16"
@@ -119,6 +131,8 @@ class Training:
             eps=optimizer["epsilon"],
             fused=True,
         )
+        self.learning_rates: list[float] | None = job.get("learning_rates")
+        self.num_taken = 0
         self.loss_of = torch.compile(self.model) if job["is_compiled"] else self.model
 
     def take(self, num_steps: int) -> tuple[float, float]:
@@ -127,6 +141,10 @@ class Training:
         start = time.perf_counter()
         for _ in range(num_steps):
             batch = self.rows[torch.randint(len(self.rows), (self.batch_size,))].long()
+            if self.learning_rates is not None:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.learning_rates[self.num_taken]
+            self.num_taken += 1
             self.optimizer.zero_grad(set_to_none=True)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.is_mixed):
                 loss = self.loss_of(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
@@ -135,6 +153,25 @@ class Training:
             self.optimizer.step()
             total += loss.detach()
         return (time.perf_counter() - start) / num_steps, total.item() / num_steps
+
+    def evaluate(self) -> tuple[float, int]:
+        """Returns the mean loss in nats of the validation rows, and the number of their targets."""
+        assert self.validation is not None
+        loss_sum, num_targets = 0.0, 0
+        rows_at_once = max(1, SCORED_TOKENS // self.validation.shape[1])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.is_mixed):
+            for rows in self.validation.split(rows_at_once):
+                inputs, targets = rows[:, :-1].long().contiguous(), rows[:, 1:].long().contiguous()
+                num_of_rows = int((targets != PADDING).sum())
+                loss_sum += self.model(inputs, targets).item() * num_of_rows
+                num_targets += num_of_rows
+        return loss_sum / num_targets, num_targets
+
+
+def rows_of(file: str, length: int, stride: int) -> torch.Tensor:
+    """Returns rows of length + 1 tokens, stride tokens apart, int32 [rows, length + 1], of a file of tokens."""
+    tokens = torch.from_file(file, size=Path(file).stat().st_size // 4, dtype=torch.int32)
+    return tokens.unfold(0, length + 1, stride)
 
 
 def main() -> None:
@@ -145,8 +182,13 @@ def main() -> None:
     answered = time.process_time()
     for line in sys.stdin:
         idle_cpu_secs = time.process_time() - answered
-        secs, loss = training.take(int(line))
-        print(json.dumps({"step_secs": secs, "loss": loss, "idle_cpu_secs": idle_cpu_secs}), flush=True)
+        if line.strip() == "evaluate":
+            loss, num_tokens = training.evaluate()
+            figures = {"loss": loss, "num_tokens": num_tokens}
+        else:
+            secs, loss = training.take(int(line))
+            figures = {"step_secs": secs, "loss": loss}
+        print(json.dumps({**figures, "idle_cpu_secs": idle_cpu_secs}), flush=True)
         answered = time.process_time()
 
 

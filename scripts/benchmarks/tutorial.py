@@ -15,16 +15,16 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import keras_nlp
-import numpy as np
 import tensorflow as tf
 
-from harness import Training, tutorial_model
+from harness import Training, stream_of, tokens_per_step, tutorial_model
 from trainer.config.file import load_config
 from trainer.config.settings import Config
 from trainer.data.prepare import prepare
@@ -37,33 +37,28 @@ MINIGPT = Path(__file__).resolve().parents[2] / "configs" / "minigpt.toml"
 WARMUP_STEPS = 3
 
 
+# Returns the batches of some steps: the first step and their number.
+Batches = Callable[[int, int], tf.data.Dataset]
+
+
 class Tutorial:
-    """The tutorial's pipeline, model and fit, with our vocabulary."""
+    """The tutorial's pipeline, model and fit, with our vocabulary.
+
+    Args:
+        config: the sizes, the text and the seed; its optimizer does not count.
+        prepared: the data: the vocabulary for a text in lines mode, and the tokens of a packed one.
+        jit_compile: as `compile` of Keras takes it.
+
+    Attributes:
+        loss: the loss that the last call of `take` printed.
+    """
 
     def __init__(self, config: Config, prepared: PreparedData, jit_compile: bool) -> None:
         self.name = f"Keras fit, jit_compile={jit_compile}"
         keras.utils.set_random_seed(config.train.seed)
-        length, batch_size = config.train.sequence_length, config.train.global_batch_size
-        ours = prepared.tokenizer()
-        assert isinstance(ours, WordPieceTokenizer)
-        vocabulary = ours.vocabulary
-        tokenizer = keras_nlp.tokenizers.WordPieceTokenizer(vocabulary, sequence_length=length, lowercase=True)
-        start_packer = keras_nlp.layers.StartEndPacker(length, start_value=tokenizer.token_to_id("[BOS]"))
-
-        def preprocess(inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            outputs = tokenizer(inputs)
-            return start_packer(outputs), outputs
-
-        (source,) = config.data.train
-        lines = tf.data.TextLineDataset(source, compression_type="GZIP" if source.endswith(".gz") else None)
-        long = lines.filter(lambda line: tf.strings.length(line) > config.data.min_bytes)
-        # The order is fixed, so that each call of fit can go on with the batch after the last one of the call before.
-        self.lines = long.batch(batch_size, drop_remainder=True).shuffle(
-            256, seed=config.train.seed, reshuffle_each_iteration=False
-        )
-        self.preprocess = preprocess
-        self.num_taken = 0
-        self.model = tutorial_model(config, len(vocabulary))
+        self._batches = (line_batches if config.data.mode == "lines" else window_batches)(config, prepared)
+        self.num_taken, self.loss = 0, float("nan")
+        self.model = tutorial_model(config, prepared.vocabulary_size)
         perplexity = keras_nlp.metrics.Perplexity(from_logits=True, mask_token_id=0)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         self.model.compile("adam", loss, metrics=[perplexity], jit_compile=jit_compile)
@@ -72,20 +67,53 @@ class Tutorial:
         """Trains some steps; returns the seconds of one, without the first: fit begins by filling its buffer."""
         ends: list[float] = []
         clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
-        lines = self.lines.skip(self.num_taken).take(steps)
-        batches = lines.map(self.preprocess, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
-        self.model.fit(batches, verbose=0, shuffle=False, callbacks=[clock])
+        batches = self._batches(self.num_taken, steps)
+        history = self.model.fit(batches, verbose=0, shuffle=False, callbacks=[clock])
         self.num_taken += steps
+        self.loss = history.history["loss"][0]
         assert len(ends) == steps
         return (ends[-1] - ends[0]) / (steps - 1)
 
 
-def real_tokens_per_step(config: Config, prepared: PreparedData) -> float:
-    """Returns the mean number of targets in a batch that are not padding."""
-    shards = prepared.split("train").shards
-    offsets = [np.fromfile(prepared.folder / shard.offsets_file, np.int64) for shard in shards]
-    lengths = np.concatenate([np.diff(shard_offsets) - 1 for shard_offsets in offsets])
-    return float(np.minimum(lengths, config.train.sequence_length).mean() * config.train.global_batch_size)
+def line_batches(config: Config, prepared: PreparedData) -> Batches:
+    """Returns the tutorial's own pipeline over the lines of its text, epoch after epoch."""
+    length, batch_size = config.train.sequence_length, config.train.global_batch_size
+    ours = prepared.tokenizer()
+    assert isinstance(ours, WordPieceTokenizer)
+    tokenizer = keras_nlp.tokenizers.WordPieceTokenizer(ours.vocabulary, sequence_length=length, lowercase=True)
+    start_packer = keras_nlp.layers.StartEndPacker(length, start_value=tokenizer.token_to_id("[BOS]"))
+
+    def preprocess(inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        outputs = tokenizer(inputs)
+        return start_packer(outputs), outputs
+
+    (source,) = config.data.train
+    lines = tf.data.TextLineDataset(source, compression_type="GZIP" if source.endswith(".gz") else None)
+    long = lines.filter(lambda line: tf.strings.length(line) > config.data.min_bytes)
+    # The order is fixed, so that each call of fit can go on with the batch after the last one of the call before.
+    batches = long.batch(batch_size, drop_remainder=True).shuffle(
+        256, seed=config.train.seed, reshuffle_each_iteration=False
+    )
+
+    def batches_of(first: int, steps: int) -> tf.data.Dataset:
+        taken = batches.repeat().skip(first).take(steps)
+        return taken.map(preprocess, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+
+    return batches_of
+
+
+def window_batches(config: Config, prepared: PreparedData) -> Batches:
+    """Returns windows at random places of a text, for which the tutorial has no pipeline."""
+    length, batch_size = config.train.sequence_length, config.train.global_batch_size
+    tokens = tf.constant(stream_of(prepared))
+
+    def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        seed = tf.stack([tf.constant(config.train.seed, tf.int64), step])
+        starts = tf.random.stateless_uniform([batch_size, 1], seed, maxval=len(tokens) - length, dtype=tf.int32)
+        windows = tf.gather(tokens, starts + tf.range(length + 1))
+        return windows[:, :-1], windows[:, 1:]
+
+    return lambda first, steps: tf.data.Dataset.range(first, first + steps).map(batch).prefetch(tf.data.AUTOTUNE)
 
 
 def compare_speed(rivals: list[Tutorial], ours: Training, tokens: float, rounds: int, steps: int) -> Tutorial:
@@ -128,7 +156,7 @@ def main() -> None:
         prepared = prepare(config)
         rivals = [Tutorial(config, prepared, jit_compile) for jit_compile in (False, True)]
         ours = Training(config, prepared, total_steps)
-        tokens = real_tokens_per_step(config, prepared)
+        tokens = tokens_per_step(config, prepared)
         best = compare_speed(rivals, ours, tokens, rounds, steps_per_block)
 
         rest = total_steps - WARMUP_STEPS - rounds * steps_per_block
