@@ -3,7 +3,8 @@
 
     scripts/test tests/test_compile.py --write-figures
 
-compiles and writes tests/compiled_steps.json again, after the step was changed on purpose.
+compiles and writes tests/compiled_steps.json again, after the step was changed on purpose. A step is compiled only if
+its program, the device or the compiler has changed since; otherwise the file's figures are those of this program.
 """
 
 import json
@@ -13,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config.file import load_config
+from trainer.config.file import load_config, make_config
 from trainer.errors import UserError
 from trainer.hardware.devices import parse_target
-from trainer.planning.compiler import compile_step, largest_that_fits
+from trainer.planning.compiler import CompiledStep, compile_step, largest_that_fits
 from trainer.planning.estimate import estimate_memory
 from trainer.planning.plan import find_vocabulary_size
 
@@ -36,6 +37,7 @@ STORED = (
     "accessed_bytes",
     "num_all_reduces",
     "largest_constant_bytes",
+    "program",
 )
 
 
@@ -50,8 +52,10 @@ def test_every_config_for_an_accelerator_has_a_target_and_figures():
 def test_the_config_compiles_and_needs_as_much_as_before_and_as_planned(name: str, request: pytest.FixtureRequest):
     config, target = load_config(ROOT / "configs" / f"{name}.toml"), parse_target(TARGETS[name])
     vocabulary_size = find_vocabulary_size(config)
+    writes, stored = request.config.getoption("--write-figures"), json.loads(FIGURES.read_text())
+    known = None if writes else CompiledStep(compile_secs=0.0, **stored[name])
     try:
-        step = compile_step(config, vocabulary_size, target)
+        step = compile_step(config, vocabulary_size, target, known=known)
     except UserError as error:
         if "the package index cannot be reached" in str(error):
             pytest.skip("no package index to take the compiler from")
@@ -63,12 +67,30 @@ def test_the_config_compiles_and_needs_as_much_as_before_and_as_planned(name: st
     assert planned == pytest.approx(step.memory_bytes(), rel=0.15)
 
     figures = {key: value for key, value in step._asdict().items() if key in STORED}
-    stored = json.loads(FIGURES.read_text())
-    if request.config.getoption("--write-figures"):
+    if writes:
         FIGURES.write_text(json.dumps(stored | {name: figures}, indent=2) + "\n")
     else:
         # More than versions of TensorFlow differ by, and less than a mistake in the step costs.
+        del figures["program"], stored[name]["program"]
         assert figures == pytest.approx(stored[name], rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+def test_only_a_program_that_has_changed_is_compiled():
+    model = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 16}
+    train = {"precision": "mixed_bfloat16", "total_steps": 4, "global_batch_size": 8, "sequence_length": 8}
+    config, target = make_config({"run_folder": "unused", "model": model, "train": train}), parse_target("tpu:v5e-8")
+    of_another = CompiledStep(1, 1, 1.0, 1.0, 1, 1, 0.0, "0" * 64)
+    try:
+        found = compile_step(config, 300, target, known=of_another)
+    except UserError as error:
+        if "the package index cannot be reached" in str(error):
+            pytest.skip("no package index to take the compiler from")
+        raise
+    assert found.arguments_bytes > 1
+    assert len(found.program) == 64
+    assert compile_step(config, 300, target, known=found) is found
 
 
 @pytest.mark.parametrize("largest", [0, 1, 2, 4, 8, 16, 32, 64])

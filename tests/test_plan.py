@@ -201,7 +201,7 @@ def test_the_largest_micro_batch_is_found_with_few_compiles(
         compiled.append(size)
         if size > 32:
             raise DoesNotFit("Used 40G of 15.75G hbm.")
-        return CompiledStep(10**9, 10**9 if size <= largest else 20 * 10**9, 1e12, 1e9, 4, 0, 60.0)
+        return CompiledStep(10**9, 10**9 if size <= largest else 20 * 10**9, 1e12, 1e9, 4, 0, 60.0, program="")
 
     monkeypatch.setattr("trainer.planning.plan.compile_step", compile_step)
     config = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", [f"train.micro_batch_size={own}"])

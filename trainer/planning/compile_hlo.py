@@ -3,8 +3,11 @@
 trainer/planning/compiler.py runs this program in an environment that has JAX and the compiler but not trainer:
 
     python -I compile_hlo.py SETTINGS_JSON step.hlo
+
+With the settings' key known, the digest of a program whose figures are known, this program is not compiled again.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -43,9 +46,10 @@ def find_devices(settings: dict[str, Any]) -> list[Any]:
     return [device] * int(settings["num_devices"])
 
 
-def compile_for(devices: list[Any], hlo: bytes) -> Any:
-    """Compiles the program that each of these devices runs; returns the executable."""
-    from jax._src import compiler
+def stable_hlo(hlo: bytes) -> str:
+    """Returns a serialized HloModuleProto as StableHLO. The same step always gives the same text; the order of the
+    attributes in the proto differs each time.
+    """
     from jax._src.interpreters import mlir
     from jaxlib import _jax, xla_client
     from jaxlib.mlir import ir
@@ -54,8 +58,18 @@ def compile_for(devices: list[Any], hlo: bytes) -> Any:
         text = _jax.mlir.xla_computation_to_mlir_module(xla_client.XlaComputation(hlo))
         if isinstance(text, bytes):
             text = str(ir.Module.parse(text))
-        # StableHLO has no copy; a conversion to the same type is one.
-        text = re.sub(r"mhlo\.copy (%\S+) : (tensor<[^>]*>)", r"stablehlo.convert \1 : (\2) -> \2", text)
+    # StableHLO has no copy; a conversion to the same type is one.
+    return re.sub(r"mhlo\.copy (%\S+) : (tensor<[^>]*>)", r"stablehlo.convert \1 : (\2) -> \2", text)
+
+
+def compile_for(devices: list[Any], text: str) -> Any:
+    """Compiles the StableHLO program that each of these devices runs; returns the executable."""
+    from jax._src import compiler
+    from jax._src.interpreters import mlir
+    from jaxlib import xla_client
+    from jaxlib.mlir import ir
+
+    with mlir.make_ir_context():
         options = compiler.get_compile_options(num_replicas=len(devices), num_partitions=1)
         options.device_assignment = xla_client.DeviceAssignment.create(np.array([[each.id] for each in devices]))
         return devices[0].client.compile(ir.Module.parse(text), xla_client.DeviceList(tuple(devices)), options)
@@ -90,18 +104,25 @@ def figures(executable: Any, is_tpu: bool) -> dict[str, float | None]:
 
 
 def main() -> None:
-    """Prints the figures, or the reason why the program does not fit the device."""
-    settings, hlo = json.loads(sys.argv[1]), Path(sys.argv[2]).read_bytes()
+    """Prints the program's digest with the figures, or with the reason why the program does not fit the device."""
+    settings, text = json.loads(sys.argv[1]), stable_hlo(Path(sys.argv[2]).read_bytes())
+    known = settings.pop("known")
+    # The same program has other figures for another device or from another compiler.
+    program = hashlib.sha256((json.dumps(settings, sort_keys=True) + text).encode()).hexdigest()
+    if program == known:
+        print(json.dumps({"program": program}))
+        return
     devices = find_devices(settings)
     begin = time.monotonic()
     try:
-        executable = compile_for(devices, hlo)
+        executable = compile_for(devices, text)
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(json.dumps({"does_not_fit": str(error)[:600]}))
         return
-    print(json.dumps(figures(executable, "topology" in settings) | {"compile_secs": time.monotonic() - begin}))
+    secs = time.monotonic() - begin
+    print(json.dumps(figures(executable, "topology" in settings) | {"compile_secs": secs, "program": program}))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class CompiledStep(NamedTuple):
         num_all_reduces: operations that sum over replicas; None if the program cannot be read back.
         largest_constant_bytes: size of the largest constant in the program; None if it cannot be read back.
         compile_secs: time that the compiler took.
+        program: digest of the program, the device and the compiler.
     """
 
     arguments_bytes: int
@@ -49,6 +50,7 @@ class CompiledStep(NamedTuple):
     num_all_reduces: int | None
     largest_constant_bytes: int | None
     compile_secs: float
+    program: str
 
     def memory_bytes(self) -> int:
         """Returns all memory that the step needs."""
@@ -59,7 +61,9 @@ class DoesNotFit(Exception):
     """The compiler finds no way to run the step in the device's memory; the message is the compiler's."""
 
 
-def compile_step(config: Config, vocabulary_size: int, target: Target, say: Say = print) -> CompiledStep:
+def compile_step(
+    config: Config, vocabulary_size: int, target: Target, say: Say = print, known: CompiledStep | None = None
+) -> CompiledStep:
     """Compiles one replica's whole step for a target.
 
     Args:
@@ -67,6 +71,8 @@ def compile_step(config: Config, vocabulary_size: int, target: Target, say: Say 
         vocabulary_size: number of tokens.
         target: a TPU or GPUs.
         say: prints a line; called if the compiler has to be installed first.
+        known: an earlier report, which is returned if it is of the same program, device and compiler: compiling, which
+            takes minutes, would report the same again.
 
     Raises:
         UserError: the batch cannot be spread over the devices, or the compiler cannot be installed.
@@ -74,7 +80,8 @@ def compile_step(config: Config, vocabulary_size: int, target: Target, say: Say 
     """
     kind = target.processor().kind.lower()
     python = _compiler_environment(kind, say)
-    settings = {**compiler_settings(target), "num_devices": target.num_devices}
+    settings = {**compiler_settings(target), "num_devices": target.num_devices, "packages": PACKAGES[kind]}
+    settings["known"] = known and known.program
     with tempfile.TemporaryDirectory() as folder:
         toml, hlo = Path(folder) / "config.toml", Path(folder) / "step.hlo"
         toml.write_text(config.to_toml(), encoding="utf-8")
@@ -84,6 +91,8 @@ def compile_step(config: Config, vocabulary_size: int, target: Target, say: Say 
         answer = json.loads(_run([str(python), "-I", program, json.dumps(settings), str(hlo)]).splitlines()[-1])
     if "does_not_fit" in answer:
         raise DoesNotFit(answer["does_not_fit"])
+    if known is not None and answer["program"] == known.program:
+        return known
     return CompiledStep(**answer)
 
 
