@@ -11,7 +11,7 @@ import pytest
 from watched_run import evaluation_at, finish, loss_at, record, saved, watch  # type: ignore[import-not-found]
 
 from trainer.cli import main
-from trainer.reports.list_runs import find_runs, short_time
+from trainer.reports.list_runs import Row, find_runs, short_time
 from trainer.runs.results import write_scores
 from trainer.runs.run_lock import only_run_in
 from trainer.system.storage import Url
@@ -66,6 +66,11 @@ def test_runs_in_every_state_are_listed_the_newest_first(folder: Path, capsys: p
     assert killed["loss"] == pytest.approx(loss_at(14, above=1.0)) and killed["best_loss"] is None
     assert begun["loss"] is begun["best_step"] is begun["parent"] is None
     assert "run.json is damaged" in str(damaged["fault"])
+
+
+def test_a_loss_that_is_no_number_is_none_in_json():
+    figures = Row("runs/x", "killed", step=3, loss=math.nan, best_loss=2.0).figures()
+    assert (figures["loss"], figures["best_loss"], figures["step"], figures["name"]) == (None, 2.0, 3, "runs/x")
 
 
 def test_the_table_fits_80_columns_and_names_what_is_damaged(

@@ -59,6 +59,14 @@ class Row(NamedTuple):
     parent: str | None = None
     fault: str | None = None
 
+    def figures(self) -> dict[str, Any]:
+        """Returns the row as JSON can hold it; None if a figure is not a number: a loss may be NaN."""
+        is_number = (not isinstance(value, float) or math.isfinite(value) for value in self)
+        return {
+            name: value if known else None
+            for (name, value), known in zip(self._asdict().items(), is_number, strict=True)
+        }
+
 
 def print_runs(path: str, as_json: bool) -> None:
     """Prints a table of the runs in a folder, the one that was written last at the top.
@@ -80,7 +88,7 @@ def print_runs(path: str, as_json: bool) -> None:
         )
     if as_json:
         for row in rows:
-            print(json.dumps(row._asdict()), flush=True)
+            print(json.dumps(row.figures()), flush=True)
         return
     screen = console(sys.stdout)
     screen.print(_table(rows, folder, screen.width))
