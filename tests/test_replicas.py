@@ -37,8 +37,16 @@ MODERN = {
 CONTROLS = [{"mistake": mistake} for mistake in MISTAKES]
 # The same eight micro-batches on any number of replicas.
 EIGHTHS = {n: {"model": {}, "precision": "float32", "micro_batches": 8 // n} for n in (1, 2, 4, 8)}
+# Eight replicas are traced one by one, which takes minutes for all cases: each model and precision comes once, and each
+# number of micro-batches.
+ON_EIGHT = [
+    {"model": {}, "precision": "float64", "micro_batches": 4},
+    EIGHTHS[8],
+    {"model": TIED, "precision": "float64", "micro_batches": 1},
+    {"model": TIED, "precision": "float32", "micro_batches": 2},
+]
 # A process takes all the cases that a number of replicas is needed for.
-CASES_ON = {1: [*CASES, EIGHTHS[1]], 2: [*CASES, *CONTROLS], 4: CASES, 8: CASES}
+CASES_ON = {1: [*CASES, EIGHTHS[1]], 2: [*CASES, *CONTROLS], 4: CASES, 8: ON_EIGHT}
 
 
 def start(out, distribution, cases, environment=None):
@@ -139,8 +147,11 @@ def test_the_same_micro_batches_make_the_same_bits_on_any_number_of_replicas(res
 @pytest.mark.slow
 @pytest.mark.parametrize("num_replicas", [2, 4, 8])
 def test_the_number_of_replicas_changes_nothing(results, one_device, num_replicas):
-    for i, case in enumerate(CASES):
-        result = results[num_replicas][i]
+    cases = [case for case in CASES_ON[num_replicas] if case in CASES]
+    assert len(cases) == (len(ON_EIGHT) if num_replicas == 8 else len(CASES))
+    for case in cases:
+        result = results[num_replicas][CASES_ON[num_replicas].index(case)]
+        i = CASES.index(case)
         assert_equal(result, one_device[i - i % 3], TOLERANCE[case["precision"]])
         # One operation sums all gradients, the loss and the counts.
         assert result["num_reductions"] == num_replicas
