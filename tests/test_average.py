@@ -21,7 +21,6 @@ from tiny_run import (  # type: ignore[import-not-found]  # pytest has this fold
 import trainer
 from trainer.cli import main
 from trainer.config.file import make_config
-from trainer.decoding import samples
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.exchange.open import open_model
@@ -100,11 +99,9 @@ def test_a_decay_without_a_meaning_is_refused(value: str):
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     """A run of three large steps with an average, with a checkpoint and a score of each."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(samples, "SAMPLED", ("greedy",))
-        overrides = (f"optimizer.ema_decay={DECAY}", "optimizer.learning_rate=0.1", "evaluation.every_steps=1")
-        config = text_run(tmp_path_factory.mktemp("averaged"), "run", *overrides)
-        return trainer.train(config, say=quiet)
+    overrides = (f"optimizer.ema_decay={DECAY}", "optimizer.learning_rate=0.1", "evaluation.every_steps=1")
+    config = text_run(tmp_path_factory.mktemp("averaged"), "run", *overrides)
+    return trainer.train(config, say=quiet)
 
 
 def arrays_of(run: str, step: int) -> dict[str, np.ndarray]:
@@ -182,10 +179,7 @@ def test_both_losses_are_shown_and_the_best_one_is_the_average_s(
     assert f"optimizer.ema_decay={DECAY}" in capsys.readouterr().out
 
 
-def test_a_run_that_was_killed_and_resumed_has_the_bits_of_an_uninterrupted_one(
-    result: TrainingResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(samples, "SAMPLED", ("greedy",))
+def test_a_run_that_was_killed_and_resumed_has_the_bits_of_an_uninterrupted_one(result: TrainingResult, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(result.run_folder, run)
     for step in (2, 3):

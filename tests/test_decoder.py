@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainer.config.settings import SamplesConfig
-from trainer.decoding.decoder import DECODERS, Decoder
+from trainer.config.settings import SAMPLERS, SamplesConfig
+from trainer.decoding.decoder import Decoder
 from trainer.errors import UserError
 
 
@@ -45,11 +45,11 @@ def test_an_option_that_the_decoder_does_not_read_is_refused():
     samples = SamplesConfig()
     drawn = ["random", "top-k", "top-p", "min-p"]
     readers = {"k": ["top-k", "random"], "p": ["top-p", "random"], "min_p": ["min-p", "random"], "num_beams": ["beam"]}
-    readers |= {"length_penalty": ["beam"], "repetition_penalty": list(DECODERS), "temperature": drawn, "seed": drawn}
+    readers |= {"length_penalty": ["beam"], "repetition_penalty": list(SAMPLERS), "temperature": drawn, "seed": drawn}
     values = {"k": 3, "p": 0.25, "min_p": 0.2, "num_beams": 4, "temperature": 0.5, "seed": 0}
     values |= {"length_penalty": 0.6, "repetition_penalty": 1.2}
     for option, value in values.items():
-        for name in DECODERS:
+        for name in SAMPLERS:
             if name in readers[option]:
                 Decoder.from_options(name, samples, **{option: value})
                 continue

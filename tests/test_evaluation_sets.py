@@ -10,7 +10,6 @@ from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has thi
 import trainer
 from trainer.config.file import load_config, make_config
 from trainer.data.prepare import check_sources
-from trainer.decoding import samples
 from trainer.errors import UserError
 from trainer.exchange.open import open_model
 from trainer.monitoring.curves import read_curves
@@ -60,8 +59,7 @@ def test_what_is_not_a_set_is_refused(overrides, sets, message):
 
 
 @pytest.mark.slow
-def test_sets_are_scored_while_training_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(samples, "SAMPLED", ("greedy",))
+def test_sets_are_scored_while_training_and_at_the_end(tmp_path: Path):
     (tmp_path / "a.txt").write_text(TEXT, "utf-8")
     (tmp_path / "books.txt").write_text("the mat\nthe hat, it is said, is a mat\n", "utf-8")
     (tmp_path / "news.jsonl").write_text(json.dumps({"text": "the cat"}) + "\n", "utf-8")

@@ -25,7 +25,6 @@ import trainer
 from trainer.cli import main
 from trainer.config.file import differing_settings, load_config, make_config
 from trainer.data.batches import total_steps, training_batches
-from trainer.decoding import samples
 from trainer.errors import UserError
 from trainer.exchange.starting_weights import read_beginning
 from trainer.runs.fork import Fork, place_in_data, plan_fork
@@ -36,24 +35,17 @@ from trainer.runs.run_lock import only_run_in
 from trainer.system.storage import copy_folder, locate
 
 
-@pytest.fixture(autouse=True)
-def _one_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "SAMPLED", ("greedy",))
-
-
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run of three steps, with a checkpoint of each."""
     folder = tmp_path_factory.mktemp("parent")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(samples, "SAMPLED", ("greedy",))
-        trainer.train(text_run(folder, "parent"), say=quiet)
+    trainer.train(text_run(folder, "parent"), say=quiet)
     return RunFolder(folder / "parent")
 
 
 def in_new_process(code: str, *arguments: object) -> None:
     """Runs code that trains: a process can train only once on several devices."""
-    first = "import sys, tomllib, trainer\nfrom trainer.decoding import samples\nsamples.SAMPLED = ('greedy',)\n"
+    first = "import sys, tomllib, trainer\n"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TF_CPP_MIN_LOG_LEVEL": "3"}
     subprocess.run([sys.executable, "-c", first + code, *map(str, arguments)], env=environment, check=True)
 

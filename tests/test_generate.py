@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config.settings import ModelConfig
+from trainer.config.settings import SAMPLERS, ModelConfig
 from trainer.decoding import generate
-from trainer.decoding.decoder import DECODERS, Decoder
+from trainer.decoding.decoder import Decoder
 from trainer.decoding.generate import Generator
 from trainer.decoding.request import Request
 from trainer.errors import UserError
@@ -272,14 +272,14 @@ def test_no_text_is_empty_even_if_that_is_the_likeliest_text():
 def test_pad_and_unknown_are_never_written():
     model = make_bigram_model(*((token, bad, 99.0) for token in range(6) for bad in (PAD, UNKNOWN)), (BOS, 3, 9.0))
     generator = Generator(model, TINY_TOKENIZER, SEQUENCE)
-    for name in DECODERS:
+    for name in SAMPLERS:
         texts = generator.generate([""] * 8, Decoder(name, temperature=50.0, num_beams=20), 8)
         assert set("".join(texts)) <= set("abc")
     # In a prompt it is what the user gave.
     assert generator.generate(["?"], GREEDY, 1)[0].startswith("[UNK]")
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_logit_beyond_the_vocabulary_is_never_written_however_large(name):
     model = make_model(TUTORIAL_LIKE.model_copy(update={"vocabulary_multiple": 16}), TINY_TOKENIZER)
     model.unembedding.bias.assign(np.where(np.arange(16) < TINY_TOKENIZER.vocabulary_size, 0.0, 99.0))
@@ -410,12 +410,12 @@ def test_impossible_requests_are_refused(model, generator):
 
 
 def test_a_decoder_that_nothing_implements_is_refused(generator, monkeypatch):
-    monkeypatch.setattr("trainer.decoding.decoder.DECODERS", (*DECODERS, "new"))
+    monkeypatch.setattr("trainer.decoding.decoder.SAMPLERS", (*SAMPLERS, "new"))
     with pytest.raises(ValueError, match=r"Decoder\.name='new' .*greedy, beam, random, top-k"):
         generator.generate([""], Decoder("new"), 1)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_model_with_damaged_weights_is_refused(name):
     model = make_bigram_model((BOS, 3, 9.0), (3, 4, float("nan")))
     generator = Generator(model, TINY_TOKENIZER, SEQUENCE)

@@ -21,7 +21,6 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 import trainer
 from trainer.cli import main
 from trainer.data.prepare import prepare
-from trainer.decoding import samples
 from trainer.distributed.strategy import make_strategy
 from trainer.distributed.workers import Workers
 from trainer.exchange.open import open_model
@@ -54,19 +53,15 @@ SETTINGS = {
     "checkpoint": {"every_steps": 10, "keep_last": 10},
     "log": {"every_steps": 4},
     "evaluation": {"every_steps": 15},
-    "samples": {"every_steps": 20, "num_tokens": 4},
+    # To compile all samplers takes several times as long as these runs.
+    "samples": {"every_steps": 20, "num_tokens": 4, "samplers": ["greedy", "top-p"]},
 }
 
-# To compile all decoders takes several times as long as these runs.
-SOME_SAMPLED = ("greedy", "top-p")
-
 # A run in a new process, which waits PAUSE seconds before each call of the compiled loop.
-RUN = f"""
+RUN = """
 import json, os, sys, time
 import trainer
-from trainer.decoding import samples
 from trainer.training import launch, loop
-samples.SAMPLED = {SOME_SAMPLED}
 pause = float(os.environ["PAUSE"])
 if pause:
     due = loop.steps_until_due
@@ -327,8 +322,7 @@ def test_workers_that_train_or_resume_start_then_go_on_and_a_difference_is_an_er
 
 
 @pytest.mark.slow
-def test_train_or_resume_starts_then_goes_on_then_reports_the_result_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
+def test_train_or_resume_starts_then_goes_on_then_reports_the_result_again(tmp_path):
     lines = []
     settings = settings_of(tmp_path)
     # Made, and killed before the first checkpoint.
@@ -389,7 +383,6 @@ def test_a_fork_may_change_the_precision_and_gets_or_loses_the_loss_scale(tmp_pa
 
 @pytest.mark.slow
 def test_a_routine_overflow_does_not_stop_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "SAMPLED", ("greedy",))
     # Doubled after each step, the scale overflows again and again, each time in a step with a report of its own.
     monkeypatch.setattr(LossScale, "STEPS_TO_DOUBLE", 1)
     settings = settings_of(
@@ -485,7 +478,7 @@ def trained(tmp_path_factory):
     return config, trainer.train(config, say=lambda _: None)
 
 
-def test_run_leaves_all_that_is_needed_and_a_finished_run_reports_again(trained, monkeypatch):
+def test_run_leaves_all_that_is_needed_and_a_finished_run_reports_again(trained):
     config, result = trained
     run = Path(result.run_folder)
     assert (result.step, result.is_stopped) == (60, False)
@@ -499,7 +492,6 @@ def test_run_leaves_all_that_is_needed_and_a_finished_run_reports_again(trained,
         and scores[60] == result.evaluation.loss
         and result.best_step == min(scores, key=scores.get)
     )
-    monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
     logs = {path: path.stat().st_size for path in run.rglob("*tfevents*")}
     again = trainer.resume(str(run), say=lambda _: None)
     assert again.evaluation == result.evaluation
@@ -543,8 +535,7 @@ def subclassed(config, vocabulary_size):
 
 
 @pytest.mark.parametrize("build", [sequential, functional, subclassed])
-def test_a_foreign_keras_model_of_any_style_trains_resumes_and_writes(tmp_path, monkeypatch, build):
-    monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
+def test_a_foreign_keras_model_of_any_style_trains_resumes_and_writes(tmp_path, build):
     settings = settings_of(tmp_path, model__dropout=0.0, evaluation__every_steps=None, samples__every_steps=None)
     config = trainer.make_config(settings | {"log": {"histograms_every_steps": 20}})
     said, said_again = [], []
@@ -581,8 +572,7 @@ def test_a_foreign_model_that_returns_no_logits_is_refused(build, message):
         make_model(build, config, vocabulary_size=40, bos_id=2)
 
 
-def test_a_run_that_fails_before_its_first_step_leaves_its_folder_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
+def test_a_run_that_fails_before_its_first_step_leaves_its_folder_free(tmp_path):
 
     def build_wrongly(config, vocabulary_size):
         raise KeyError("a slip in a first draft")
@@ -698,8 +688,7 @@ def test_cadences_meet_at_their_multiples():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", [{}, {"mode": "lines"}])
-def test_models_of_short_documents_write_their_ends(tmp_path, monkeypatch, data):
-    monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
+def test_models_of_short_documents_write_their_ends(tmp_path, data):
     names = [one + two for one in ("ka", "mi", "lo", "an", "er") for two in ("ra", "na", "li", "so")]
     (tmp_path / "text.txt").write_text("\n".join(names * 20) + "\n")
     settings = settings_of(tmp_path, train__total_steps=150, train__sequence_length=16, train__global_batch_size=16)
@@ -715,9 +704,8 @@ def test_models_of_short_documents_write_their_ends(tmp_path, monkeypatch, data)
 
 
 @pytest.fixture
-def copy_of_trained(trained, tmp_path, monkeypatch):
+def copy_of_trained(trained, tmp_path):
     """A run of 60 steps, scored after 30 and 60 of them, which may be changed."""
-    monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
     return shutil.copytree(trained[1].run_folder, tmp_path / "run")
 
 
@@ -859,8 +847,7 @@ def short_retries(monkeypatch):
     monkeypatch.setattr(checkpoint, "LAST_RETRY_SECS", 0.01)
 
 
-def test_a_changed_text_is_reported_when_a_run_goes_on_without_it(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "SAMPLED", SOME_SAMPLED)
+def test_a_changed_text_is_reported_when_a_run_goes_on_without_it(trained, tmp_path):
     config, result = trained
     text = Path(config.data.train[0])
     whole = text.read_text()

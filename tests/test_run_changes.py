@@ -17,7 +17,6 @@ from tiny_run import (  # type: ignore[import-not-found]  # pytest has this fold
 import trainer
 from trainer.cli import main
 from trainer.config.file import load_config
-from trainer.decoding import samples
 from trainer.errors import UserError
 from trainer.runs.fork import plan_fork
 from trainer.runs.results import read_scores, write_scores
@@ -25,11 +24,6 @@ from trainer.runs.run_changes import changes_of, check_length, has_other_scores,
 from trainer.runs.run_checkpoints import find_checkpoint, load_model, open_checkpoints
 from trainer.runs.run_folder import RunFolder, find_run, steps_in
 from trainer.training import launch
-
-
-@pytest.fixture(autouse=True)
-def _one_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "SAMPLED", ("greedy",))
 
 
 @pytest.mark.slow

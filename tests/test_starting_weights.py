@@ -14,7 +14,6 @@ from tiny_run import text_run  # type: ignore[import-not-found]  # pytest has th
 import trainer
 from trainer.cli import main
 from trainer.config.settings import Config
-from trainer.decoding import samples
 from trainer.errors import UserError
 from trainer.exchange.starting_weights import read_beginning
 from trainer.runs import run_folder
@@ -23,17 +22,10 @@ from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import RunFolder
 
 
-@pytest.fixture(autouse=True)
-def _one_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "SAMPLED", ("greedy",))
-
-
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = tmp_path_factory.mktemp("parent")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(samples, "SAMPLED", ("greedy",))
-        trainer.train(text_run(folder, "parent"), say=quiet)
+    trainer.train(text_run(folder, "parent"), say=quiet)
     return RunFolder(folder / "parent")
 
 

@@ -15,7 +15,6 @@ from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has thi
 import trainer
 from trainer.data.batches import evaluation_batches, training_batches
 from trainer.data.prepare import fetch, prepare
-from trainer.decoding import samples
 from trainer.errors import UserError
 from trainer.runs.run_checkpoints import load_model
 from trainer.runs.run_folder import RunFolder
@@ -186,9 +185,8 @@ def test_a_manifest_damaged_in_the_store_is_an_error_though_the_copy_is_whole(st
 
 
 @pytest.mark.slow
-def test_a_run_in_a_store_is_the_same_as_on_a_disk(store, tmp_path, monkeypatch):
+def test_a_run_in_a_store_is_the_same_as_on_a_disk(store, tmp_path):
     """Trained, stopped in the middle, resumed and used, with nothing of it on a disk but the copy of the data."""
-    monkeypatch.setattr(samples, "SAMPLED", ("greedy", "top-p"))  # To compile all of them takes longer than the rest.
     on_a_disk = trainer.train(config_in(store, f"run_folder={tmp_path / 'run'}"), say=quiet)
 
     config = config_in(store, "checkpoint.every_steps=1")

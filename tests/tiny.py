@@ -8,9 +8,11 @@ from trainer.config.settings import Config
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 
-# One layer: a step of it takes less time than its compilation.
+# One layer: a step of it takes less time than its compilation. One sampler: each compiles a loop, for as long as
+# everything else in a tiny run takes.
 MODEL = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8}
 TRAIN = {"precision": "float32", "total_steps": 1}
+SAMPLES = {"samplers": ["greedy"]}
 
 
 def tiny_config(folder: object = "unused", *overrides: str, **sections: Mapping[str, Any]) -> Config:
@@ -19,9 +21,10 @@ def tiny_config(folder: object = "unused", *overrides: str, **sections: Mapping[
     Args:
         folder: the folder, or a URL.
         overrides: settings as on a command line, which replace others.
-        sections: settings by section, which are added to MODEL, TRAIN and the folder of prepared data.
+        sections: settings by section, which are added to MODEL, TRAIN, SAMPLES and the folder of prepared data.
     """
-    settings: dict[str, Any] = {"data": {"prepared_folder": f"{folder}/prepared"}, "model": MODEL, "train": TRAIN}
+    data = {"prepared_folder": f"{folder}/prepared"}
+    settings: dict[str, Any] = {"data": data, "model": MODEL, "train": TRAIN, "samples": SAMPLES}
     for name, section in sections.items():
         settings[name] = {**settings.get(name, {}), **section}
     return make_config({"run_folder": f"{folder}/run", **settings}, overrides)

@@ -30,6 +30,10 @@ MIN_BPE_TOKENS = 258
 TEMPERATURES = (1e-6, 1e6)
 _MAX_STEM_BYTES = 100
 
+# How a token is picked; trainer/decoding/decoder.py.
+Sampler = Literal["greedy", "beam", "random", "top-k", "top-p", "min-p"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 # The parts of the GPT that can have a bias.
 BiasedPart = Literal["query_key_value", "attention_output", "feedforward", "norm", "unembedding"]
@@ -638,6 +642,8 @@ class SamplesConfig(Section):
     """The number of steps between two sets of samples. By default only the end has samples."""
     prompt: str = ""
     """The text to continue."""
+    samplers: Annotated[tuple[Sampler, ...], Field(min_length=1)] = ("greedy", "beam", "top-k", "top-p")
+    """The samplers that write, each a text. Each compiles its own loop, before its first text."""
     num_tokens: PositiveInt | None = None
     """The most tokens to write after the prompt. By default as many as the model has positions left."""
     stop: Annotated[str, Field(min_length=1)] | None = None
@@ -650,6 +656,12 @@ class SamplesConfig(Section):
     """Top-p sampling draws from the fewest tokens that together have this probability."""
     temperature: Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])] = 1.0
     """Divides the logits of top-k and top-p sampling."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.samplers)) < len(self.samplers):
+            raise ValueError(f"samples.samplers={list(self.samplers)} names a sampler twice; name each once.")
+        return self
 
 
 class CheckpointConfig(Section):

@@ -5,10 +5,8 @@ import difflib
 import numbers
 from typing import Any, Self
 
-from trainer.config.settings import TEMPERATURES, SamplesConfig
+from trainer.config.settings import SAMPLERS, TEMPERATURES, SamplesConfig
 from trainer.errors import UserError
-
-DECODERS = ("greedy", "beam", "random", "top-k", "top-p", "min-p")
 
 _DRAWN = ("random", "top-k", "top-p", "min-p")
 # Which decoders read each option of `trainer.generate`. Below, the field that each option sets.
@@ -18,7 +16,7 @@ READ_BY = {
     "min_p": ("min-p", "random"),
     "num_beams": ("beam",),
     "length_penalty": ("beam",),
-    "repetition_penalty": DECODERS,
+    "repetition_penalty": SAMPLERS,
     "temperature": _DRAWN,
     "seed": _DRAWN,
 }
@@ -39,7 +37,7 @@ class Decoder:
     """How the next token is picked. Settings that its name does not read have no effect.
 
     Attributes:
-        name: one of DECODERS.
+        name: one of SAMPLERS.
         top_k: the number of likeliest tokens that are drawn from.
         top_p: the least probability that the tokens which are drawn from have together.
         num_beams: number of unfinished texts that beam keeps.
@@ -62,10 +60,10 @@ class Decoder:
     length_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in DECODERS:
-            nearest = difflib.get_close_matches(str(self.name), DECODERS, n=1)
+        if self.name not in SAMPLERS:
+            nearest = difflib.get_close_matches(str(self.name), SAMPLERS, n=1)
             hint = f" Did you mean {nearest[0]}?" if nearest else ""
-            raise UserError(f"{self.name!r} is not a sampler; choose one of {', '.join(DECODERS)}.{hint}")
+            raise UserError(f"{self.name!r} is not a sampler; choose one of {', '.join(SAMPLERS)}.{hint}")
         for setting, value in _DEFAULTS.get(self.name, {}).items():
             if getattr(self, setting) is None:
                 object.__setattr__(self, setting, value)  # The way to set a field of a frozen dataclass.
@@ -102,7 +100,7 @@ class Decoder:
         """Returns the decoder of that name with options instead of the settings of a run.
 
         Args:
-            name: one of DECODERS.
+            name: one of SAMPLERS.
             config: the run's samples settings.
             options: the keys of READ_BY; None stands for an option that is not given.
 

@@ -82,7 +82,7 @@ class Request:
 
         Args:
             samples: the run's settings: defaults of the decoder's, of num_tokens and of stop.
-            sampler: one of DECODERS.
+            sampler: one of SAMPLERS.
             options: the options of `Decoder.from_options` and the fields of a request; None stands for an option that
                 is not given.
 

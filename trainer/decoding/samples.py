@@ -7,9 +7,6 @@ from trainer.decoding.generate import Generator
 from trainer.decoding.request import Request
 from trainer.decoding.writing import NotFinite
 
-# The tutorial's decoders, except random: each compiles its own loop.
-SAMPLED = ("greedy", "beam", "top-k", "top-p")
-
 
 def warn_about_samples(generator: Generator, config: SamplesConfig, say: Callable[[str], None]) -> None:
     """Prints a warning for each sample setting that has another effect than it seems to have.
@@ -30,17 +27,17 @@ def write_samples(
     say: Callable[[str], None],
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:
-    """Returns what each decoder writes after the prompt. The same model always writes the same samples.
+    """Returns what each sampler writes after the prompt. The same model always writes the same samples.
 
     Args:
         generator: writes with the model.
-        config: the prompt, the length and the decoders' settings.
+        config: the samplers, the prompt, the length and the settings of each.
         say: prints a line; called if the logits are not finite. Then there are no samples. Whether the run can go on is
             decided by `check_is_learning`.
         stop_requested: called before each decoder; once it returns True, the remaining decoders are left out.
     """
     samples: dict[str, str] = {}
-    for name in SAMPLED:
+    for name in config.samplers:
         if stop_requested():
             break
         try:

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainer.decoding.decoder import DECODERS, Decoder
+from trainer.config.settings import SAMPLERS
+from trainer.decoding.decoder import Decoder
 from trainer.decoding.sampling import best_beams, draw, most_likely, penalize_repetition, uniform
 from trainer.errors import UserError
 from trainer.model.attention import Cache
@@ -212,7 +213,7 @@ class TextLoop:
             seed = tf.stack([prompts.seed, prompts.offset + tf.cast(index, tf.int64)])
             return draw(logits, uniform(seed, prompts.samples), decoder.temperature, **decoder.cuts())
         raise ValueError(
-            f"Decoder.name={decoder.name!r} picks no tokens here; add it, or use one of {', '.join(DECODERS)}."
+            f"Decoder.name={decoder.name!r} picks no tokens here; add it, or use one of {', '.join(SAMPLERS)}."
         )
 
 

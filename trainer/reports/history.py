@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 from pydantic_core import PydanticUndefined
 
 from trainer.config.schedule import examples_before
-from trainer.config.settings import Config, TrainConfig
+from trainer.config.settings import SAMPLERS, Config, TrainConfig
 from trainer.data.shards import read_manifest
-from trainer.decoding.decoder import DECODERS
 from trainer.errors import UserError
 from trainer.monitoring import tags
 from trainer.monitoring.run_log import Dot, RunLog, read_log
@@ -193,7 +192,7 @@ def _samples(config: Config, texts: Mapping[str, Mapping[int, str]]) -> list[Sam
         if name.startswith(prefix)
         for step, text in of_steps.items()
     ]
-    order = {name: number for number, name in enumerate(DECODERS)}
+    order: dict[str, int] = {name: number for number, name in enumerate(SAMPLERS)}
     return sorted(found, key=lambda each: (each.step, order.get(each.decoder, len(order)), each.decoder))
 
 
