@@ -51,7 +51,7 @@ def in_new_process(code: str, *arguments: object) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("replicas", "more_steps"), [(1, 100), (2, 20)])
+@pytest.mark.parametrize(("replicas", "more_steps"), [(1, 40), (2, 20)])
 def test_a_fork_that_changes_nothing_ends_with_the_parent_s_bits(tmp_path: Path, replicas: int, more_steps: int):
     last = 10 + more_steps
     config = text_run(
