@@ -25,7 +25,7 @@ from trainer.config.settings import BpeConfig, BpeFileConfig, ByteConfig, CharCo
 from trainer.text.files import read_documents
 from trainer.tokenizers.bpe import _WORDS, BpeTokenizer
 from trainer.tokenizers.characters import ByteTokenizer, CharTokenizer
-from trainer.tokenizers.cutting import BPE_BREAKS, WORDPIECE_BREAKS, cut
+from trainer.tokenizers.cutting import BOOK_MARKS, BPE_BREAKS, WORDPIECE_BREAKS, cut
 from trainer.tokenizers.tokenizer_files import load_tokenizer, train_tokenizer
 from trainer.tokenizers.vocabulary import BYTE_SPECIAL_TOKENS, SPECIAL_TOKENS
 from trainer.tokenizers.wordpiece import WordPieceTokenizer
@@ -134,11 +134,11 @@ def test_words_end_at_the_characters_at_which_they_end_for_keras_nlp(lowercase):
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
-def test_plain_ascii_gets_the_tokens_of_keras_nlp_in_another_way(lowercase):
+def test_ascii_and_the_marks_of_books_get_the_tokens_of_keras_nlp_in_another_way(lowercase):
     draw = random.Random(0)
     of_ascii = [chr(code) for code in range(128)]
     alphabets = [
-        of_ascii[32:127],
+        [*of_ascii[32:127], *3 * BOOK_MARKS],
         [*of_ascii[32:127], *" \t\n\r\x0b\f"],
         [*of_ascii, "\u00a0", "é", "한", "##", "[UNK]"],
     ]
@@ -360,9 +360,10 @@ def test_every_text_comes_back_and_none_has_a_special_token(bpe, gpt2_file):
 def test_plain_text_has_the_tokens_that_the_library_gives_it(bpe, monkeypatch):
     monkeypatch.setattr(type(bpe._tokens_of_word), "MAX_WORDS", 50)  # So that words are forgotten on the way.
     draw = np.random.default_rng(0)
-    characters = [*map(chr, range(128)), *" '\n\tste한’\u2028" * 10]
+    characters = [*map(chr, range(128)), *f" '\n\tste{BOOK_MARKS}한é\u2028" * 10]
     texts = ["".join(draw.choice(characters, length)) for length in draw.integers(0, 30, 2000)]
-    assert any(text.isascii() for text in texts) and not all(text.isascii() for text in texts)
+    is_plain = [set(text) <= set(characters) - set("한é\u2028") for text in texts]
+    assert any(is_plain) and not all(is_plain)
     tokens, lengths = bpe.encode_pieces(texts)
     expected = [each.ids for each in bpe.encoder.encode_batch_fast(texts, add_special_tokens=False)]
     assert [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])] == expected
@@ -370,7 +371,7 @@ def test_plain_text_has_the_tokens_that_the_library_gives_it(bpe, monkeypatch):
 
 def test_plain_text_has_the_words_that_the_library_finds(bpe):
     draw = np.random.default_rng(0)
-    characters = [*map(chr, range(128)), *" ''\n\tstmdrevl" * 10]
+    characters = [*map(chr, range(128)), *f" ''\n\tstmdrevl{BOOK_MARKS}" * 10]
     for length in draw.integers(1, 30, 2000):
         text = "".join(draw.choice(characters, length))
         found = [text[start:end] for _, (start, end) in bpe.encoder.pre_tokenizer.pre_tokenize_str(text)]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from trainer.tokenizers.cutting import BPE_BREAKS
+from trainer.tokenizers.cutting import BOOK_MARKS, BPE_BREAKS
 from trainer.tokenizers.tokenizer import (
     BOS_NAMES,
     PAD_NAMES,
@@ -22,8 +22,9 @@ from trainer.tokenizers.tokenizer import (
     without_special,
 )
 
-# GPT-2's words in plain ASCII (Radford et al. 2019, in the code of their encoder).
+# GPT-2's words in plain ASCII and the marks of books (Radford et al. 2019, in the code of their encoder).
 _WORDS = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+_PLAIN = re.compile(f"[\0-\x7f{BOOK_MARKS}]*")
 # Blanks of all kinds, characters that a normalizer would change, and places to cut at.
 _PROBE = "The  quick\n\n fox's\t 12 feet.\r\n  n\u0303 \u1112\u1161\u11ab 한, ① ﬁ\u00a0 、我。\u200b 🙂 \u2028 "
 
@@ -76,7 +77,7 @@ class BpeTokenizer(Tokenizer):
     def encode_pieces(self, pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encodes texts that `cut` has made short."""
         words = self._tokens_of_word
-        is_plain = [words is not None and piece.isascii() for piece in pieces]
+        is_plain = [words is not None and _PLAIN.fullmatch(piece) is not None for piece in pieces]
         others = [piece for piece, plain in zip(pieces, is_plain, strict=True) if not plain]
         encodings = iter(self.encoder.encode_batch_fast(others, add_special_tokens=False))
         encoded = [
