@@ -86,6 +86,10 @@ def test_the_model_has_the_average_for_a_while_and_then_its_own_bits_again(weigh
         raise KeyError
     assert weights["a/kernel"].numpy().tobytes() == own.tobytes()
     assert average.averages[0].numpy().tobytes() == other.tobytes()
+    # As a TPU does it.
+    tf.function(average._exchange_on_replica, jit_compile=True, autograph=False)()
+    assert weights["a/kernel"].numpy().tobytes() == other.tobytes()
+    assert average.averages[0].numpy().tobytes() == own.tobytes()
 
 
 @pytest.mark.parametrize("value", ["0", "1", "0.99999999"])

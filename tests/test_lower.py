@@ -29,9 +29,11 @@ def config_of(**train):
 
 def test_a_program_of_several_replicas_sums_each_gradient_once_over_them():
     assert b"all-reduce" not in lower_step(config_of(), 13, GPU)
-    for micro_batch_size in (2, 1):
-        of_four = lower_step(config_of(micro_batch_size=micro_batch_size), 13, GPU._replace(num_devices=4))
-        # 16 weights, and the loss, the count, the hash and the votes: for the compiler to make one operation of.
+    averaged = make_config(config_of(micro_batch_size=1).model_dump(mode="json"), ["optimizer.ema_decay=0.9"])
+    for config in (config_of(micro_batch_size=2), averaged):
+        of_four = lower_step(config, 13, GPU._replace(num_devices=4))
+        # 16 weights, and the loss, the count, the hash and the votes: for the compiler to make one operation of. The
+        # average of the weights needs none.
         assert of_four.count(b"all-reduce") == 16 + 4
 
 
