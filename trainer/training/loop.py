@@ -21,6 +21,9 @@ loop      Every worker takes the same steps. In a step (step.py) each replica co
           stops the run, it is saved, and ends here.
 finish    Every worker scores its share of the whole validation text and of evaluation.sets. The chief writes samples
           and the results.
+
+With optimizer.ema_decay every worker also keeps an average of the weights. The average takes the place of the weights
+in the model while the model is scored or writes samples, and for good once everything is saved.
 """
 
 from collections.abc import Iterable, Sequence
