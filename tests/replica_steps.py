@@ -125,8 +125,9 @@ def take_steps(strategy, config):
     batches = iter(distributed(strategy, functools.partial(elements, config.train)))
     run_steps = step.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
     run_steps(batches, tf.constant(1, tf.int64))
-    # Adam's first moment after one step is the gradient times 1 - beta_1.
-    gradients = {name: value.numpy() for name, value in step.optimizer.state().items() if name.endswith("first_moment")}
+    # Adam's first moment after one step is the gradient times 1 - beta_1, and Muon's momentum is the gradient.
+    first = ("first_moment", "momentum")
+    gradients = {name: value.numpy() for name, value in step.optimizer.state().items() if name.endswith(first)}
     metrics = run_steps(batches, tf.constant(NUM_STEPS - 1, tf.int64))
     assert int(metrics.num_steps) == NUM_STEPS - 1
     averages = {} if step.average is None else step.average.state()

@@ -55,7 +55,7 @@ def test_config_is_frozen():
         ("train.lerning_rate=1", "train.lerning_rate is not a setting. Did you mean optimizer.learning_rate?"),
         ("total_steps=1", "total_steps is not a setting. Did you mean train.total_steps?"),
         ("distribution.num_gpus=2", "distribution.num_gpus is not a setting. Did you mean distribution.gpus?"),
-        ("optimizer.lr=1", "Known settings: learning_rate, schedule, warmup_steps"),
+        ("optimizer.lr=1", "Known settings: kind, learning_rate, schedule"),
         ("xyzzy=1", "xyzzy is not a setting. Known sections: run_folder, data, tokenizer, model, train"),
         # Dropping a misspelt key must not pass for done, nor a key be taken for the kind of tokenizer.
         ("train.sed=none", "train.sed is not a setting. Did you mean train.seed?"),
@@ -244,6 +244,10 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
             "train.total_steps=10; set an earlier step, or train longer.",
         ),
         (
+            ["optimizer.momentum=0.9"],
+            "optimizer.momentum=0.9 has no effect with optimizer.kind='adamw'; choose 'muon', or leave it out.",
+        ),
+        (
             ["optimizer.final_learning_rate=0.1", "optimizer.schedule=cosine"],
             "optimizer.final_learning_rate=0.1 is above optimizer.learning_rate=0.001; the schedule only falls.",
         ),
@@ -329,6 +333,7 @@ def test_impossible_settings_are_refused(overrides: list[str], message: str):
         ["data.mode=lines", "data.predict_end=false"],
         ["data.mode=packed", "data.predict_end=true"],
         ["optimizer.final_learning_rate=0.001", "optimizer.schedule=linear"],
+        ["optimizer.momentum=0.9", "optimizer.kind=muon"],
         ["evaluation.num_batches=2", "evaluation.every_steps=1"],
         [f"train.seed={2**63 - 1}"],
     ],

@@ -9,7 +9,8 @@ from trainer.execution import resolve
 from trainer.hardware.data_sheets import Device
 from trainer.hardware.devices import Target, parse_target
 from trainer.hardware.processor import Processor
-from trainer.model.size import count_parameters, matrix_parameters, tokens_per_sec_at_peak
+from trainer.model.size import bytes_of_checkpoint, count_parameters, matrix_parameters, tokens_per_sec_at_peak
+from trainer.optimizers.cost import optimizer_flops
 from trainer.planning.estimate import estimate_memory, kept_bytes, smallest_step_secs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -38,6 +39,23 @@ def test_memory_of_weights_and_moments_is_exact():
     assert averaged == parts | {"average": 3_387_266 * 4}
     bf16 = estimate_memory(make_config(SETTINGS, ["train.precision=mixed_bfloat16"]), 5000, V5E_8)
     assert bf16["weights"] - parts["weights"] == 2 * matrix_parameters(make_config(SETTINGS), 5000)
+
+
+def test_muon_keeps_one_number_less_for_its_matrices_and_its_work_is_shared():
+    adamw, muon = (make_config(SETTINGS, [f"optimizer.kind={kind}"]) for kind in ("adamw", "muon"))
+    parts = estimate_memory(muon, 5000, V5E_8)
+    # 255 columns each for queries, keys and values, and as many rows in what follows them.
+    of_matrices = 2 * (256 * 3 * 255 + 255 * 256 + 2 * 256 * 256)
+    assert parts["optimizer"] == 2 * 3_387_266 * 4 - of_matrices * 4
+    assert bytes_of_checkpoint(adamw, 5000) - bytes_of_checkpoint(muon, 5000) == of_matrices * 4
+    alone, shared = (optimizer_flops(muon, n) for n in (1, 2))
+    # The layers have two matrices of each kind: 255 x 256 are eight, 256 x 256 are four.
+    assert alone == 5 * 2 * (8 * 255**2 * (2 * 256 + 255) + 4 * 256**2 * (2 * 256 + 256))
+    assert shared == alone / 2 and optimizer_flops(adamw, 1) == 0
+    # With a memory as fast as this one, operations decide.
+    fast_memory = Target(Device("fast", V5E_8.device.flops, 1e12, bytes_per_sec=1e15, num_axes=2), 1)
+    fast, slow = (smallest_step_secs(config, 5000, fast_memory) for config in (adamw, muon))
+    assert fast is not None and slow is not None and slow - fast == pytest.approx(alone / 197e12)
 
 
 def test_micro_batches_keep_less_and_need_a_sum_of_gradients():

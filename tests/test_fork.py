@@ -222,6 +222,10 @@ def test_another_text_is_read_from_its_beginning_with_the_parent_s_tokenizer(par
             r"train.precision='float64' \(was 'float32'\): weights and optimizer have another",
         ),
         (
+            ["optimizer.kind=muon"],
+            r"optimizer.kind='muon' \(was 'adamw'\): a fork keeps the state of the optimizer, and the other one has",
+        ),
+        (
             ["tokenizer.kind=byte"],
             r"^tokenizer.kind cannot change in a fork, which keeps the weights and the tokenizer",
         ),

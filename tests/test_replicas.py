@@ -32,8 +32,9 @@ MODERN = {
         "activation": "swiglu",
     },
     "train": {"z_loss": 0.1, "batch_warmup": {2: 48}},
-    "optimizer": {"ema_decay": 0.3},
+    "optimizer": {"kind": "muon", "ema_decay": 0.3},
 }
+MUON = [MODERN | {"micro_batches": micro_batches} for micro_batches in (1, 2, 4)]
 CONTROLS = [{"mistake": mistake} for mistake in MISTAKES]
 # The same eight micro-batches on any number of replicas.
 EIGHTHS = {n: {"model": {}, "precision": "float32", "micro_batches": 8 // n} for n in (1, 2, 4, 8)}
@@ -46,7 +47,7 @@ ON_EIGHT = [
     {"model": TIED, "precision": "float32", "micro_batches": 2},
 ]
 # A process takes all the cases that a number of replicas is needed for.
-CASES_ON = {1: [*CASES, EIGHTHS[1]], 2: [*CASES, *CONTROLS], 4: CASES, 8: ON_EIGHT}
+CASES_ON = {1: [*CASES, EIGHTHS[1], *MUON[::2]], 2: [*CASES, *CONTROLS], 4: [*CASES, MUON[1]], 8: ON_EIGHT}
 
 
 def start(out, distribution, cases, environment=None):
@@ -158,8 +159,18 @@ def test_the_number_of_replicas_changes_nothing(results, one_device, num_replica
 
 
 @pytest.mark.slow
+def test_replicas_that_share_the_work_of_muon_change_nothing(results):
+    # Two replicas are among the fast tests.
+    whole, in_parts, on_four = results[1][-2], results[1][-1], results[4][-1]
+    for result in (in_parts, on_four):
+        assert_equal(result, whole, TOLERANCE["float64"])
+    # One operation sums all gradients, and one all orthogonalized matrices.
+    assert (whole["num_reductions"], on_four["num_reductions"]) == (0, 2 * 4)
+
+
+@pytest.mark.slow
 def test_a_mistake_would_be_seen(results, one_device):
-    for mistake, broken in zip(MISTAKES, results[2][len(CASES) :], strict=True):
+    for mistake, broken in zip(MISTAKES, results[2][-len(MISTAKES) :], strict=True):
         with pytest.raises(AssertionError):
             assert_equal(broken, one_device[0], TOLERANCE["float32"])
         assert relative_difference(broken, one_device[0], "weights/") > 1e-4, mistake

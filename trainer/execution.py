@@ -95,6 +95,11 @@ class Execution(NamedTuple):
         return DTYPE_BYTES[self.sum_dtype]
 
     @property
+    def orthogonalization_dtype(self) -> str:
+        """The dtype in which Muon orthogonalizes matrices. float16 cannot hold the squares of small numbers."""
+        return "bfloat16" if self.compute_dtype == "bfloat16" else self.weight_dtype
+
+    @property
     def gradient_sum_bytes(self) -> int:
         """Bytes per weight of the sum of gradients, which a replica keeps beside the gradients of the examples under
         way. With a single micro-batch the sum is a copy if replicas add up in a wider dtype; otherwise there is none,

@@ -133,7 +133,9 @@ def check_resumable(overrides: Iterable[str], run_folder: object) -> None:
         if not override.startswith(RESUMABLE):
             changed = f"{quoted(f'run_folder={run_folder}-2')} {quoted(override)}"
             instead = f"fork the run: trainer fork {quoted(run_folder)} {changed}"
-            if override.startswith(("model.", "tokenizer", "init")) and not override.startswith("model.dropout"):
+            if override.startswith(("model.", "tokenizer", "init", "optimizer.kind")) and not override.startswith(
+                "model.dropout"
+            ):
                 instead = f"start a new run: trainer train {quoted(f'{run_folder}/config.toml')} {changed}"
             raise UserError(
                 f"{override}: a resumed run keeps the config that it was started with; only {_RESUMABLE_TEXT} can "

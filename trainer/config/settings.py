@@ -528,8 +528,12 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and its learning-rate schedule; the defaults are the tutorial's Adam."""
+    """The optimizer and its learning-rate schedule; the defaults are the tutorial's Adam."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon, which orthogonalizes the momentum of the matrices inside the blocks, and leaves embeddings, the
+    output projection, normalizations and biases to AdamW. Its updates are as large as those of AdamW, so learning_rate
+    and weight_decay are for both."""
     learning_rate: PositiveFloat = 1e-3
     """The peak of the learning rate, reached after warmup_steps."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "constant"
@@ -552,6 +556,8 @@ class OptimizerConfig(Section):
     """The decay of the mean of the squared gradients."""
     epsilon: PositiveFloat = 1e-7
     """Added to the root of the mean of the squared gradients."""
+    momentum: BelowOne = 0.95
+    """With muon: the decay of the sum of the gradients of these matrices."""
     weight_decay: NonNegativeFloat = 0.0
     """The decoupled decay of matrices and embeddings; biases and normalizations do not decay."""
     clip_norm: PositiveFloat | None = None
@@ -563,6 +569,11 @@ class OptimizerConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
+        if self.kind != "muon" and self.momentum != type(self).model_fields["momentum"].default:
+            raise ValueError(
+                f"optimizer.momentum={self.momentum} has no effect with optimizer.kind={self.kind!r}; choose 'muon', "
+                "or leave it out."
+            )
         if self.schedule in ("constant", "inverse_sqrt") and self.final_learning_rate:
             raise ValueError(
                 f"optimizer.final_learning_rate={self.final_learning_rate} has no effect with "

@@ -13,6 +13,7 @@ from trainer.model.gpt import GPT
 from trainer.model.loss import next_token_loss_from_logits, next_token_scores
 from trainer.model.ops import decoding_ops, scoring_ops
 from trainer.model.ops.plain import PLAIN, Ops
+from trainer.model.size import matrix_widths
 
 
 class LanguageModel:
@@ -37,6 +38,24 @@ class LanguageModel:
         Keras numbers the layers of a model by what was built before in the process, so their paths cannot be names.
         """
         return {f"{i:04d}/{variable.name}": variable for i, variable in enumerate(self.model.variables)}
+
+    def matrices(self, sequence_length: int) -> dict[str, tuple[int, ...]]:
+        """Returns the matrices [rows, columns] inside the model, which map hidden states to hidden states, by the names
+        of `named_variables`. Each comes with the widths of its parts: several matrices that are side by side in one
+        product. Their sum is columns.
+
+        These are the kernels with two axes, of which none is as long as the vocabulary. So they include no embedding,
+        and not the output projection.
+
+        Args:
+            sequence_length: tokens of an example.
+        """
+        num_logits = self.model(keras.Input([sequence_length], dtype="int32")).shape[-1]
+        return {
+            name: (variable.shape[1],)
+            for name, variable in self.named_variables().items()
+            if variable.name.endswith("kernel") and len(variable.shape) == 2 and num_logits not in variable.shape
+        }
 
     def training_loss(
         self,
@@ -116,6 +135,9 @@ class _GptModel(LanguageModel):
 
     def named_variables(self) -> dict[str, keras.Variable]:
         return {variable.path: variable for variable in self.model.variables}
+
+    def matrices(self, sequence_length: int) -> dict[str, tuple[int, ...]]:
+        return matrix_widths(self.model.config)
 
     def training_loss(
         self,

@@ -39,18 +39,49 @@ def parameter_shapes(model: ModelConfig, vocabulary_size: int, sequence_length: 
             yield "gpt/unembedding/bias", (num_logits,)
 
 
+def matrix_widths(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the paths of the matrices inside the blocks of the GPT, each with the widths of its parts: matrices that
+    are side by side in one product, such as those that make queries, keys and values.
+    """
+    keys = model.key_value_heads() * model.head_width()
+    num_parts = model.intermediate_projection_dim() // model.intermediate_dim  # Two if there is a gate.
+    widths = {
+        "query_key_value": (model.num_heads * model.head_width(), keys, keys),
+        "attention_output": (model.hidden_dim,),
+        "intermediate": (model.intermediate_dim,) * num_parts,
+        "output": (model.hidden_dim,),
+    }
+    return {f"gpt/block_{i}/{layer}/kernel": each for i in range(model.num_layers) for layer, each in widths.items()}
+
+
+def parts_of_matrices(model: ModelConfig) -> Iterator[tuple[int, int]]:
+    """Yields the rows and columns of each part of the matrices of `matrix_widths`."""
+    rows_of = {path: shape[0] for path, shape in parameter_shapes(model, 1, 1)}
+    for path, widths in matrix_widths(model).items():
+        yield from ((rows_of[path], width) for width in widths)
+
+
 def count_parameters(config: Config, vocabulary_size: int) -> int:
     """Returns how many numbers a model learns."""
     shapes = parameter_shapes(config.model, vocabulary_size, config.train.sequence_length)
     return sum(math.prod(shape) for _, shape in shapes)
 
 
-def bytes_of_checkpoint(config: Config, vocabulary_size: int) -> float:
-    """Returns the size of a checkpoint: the weights, AdamW's two moments, and the average of the weights if there is
-    one.
+def optimizer_numbers(config: Config, vocabulary_size: int) -> int:
+    """Returns how many numbers the optimizer keeps: AdamW's two moments of each weight. Muon keeps one momentum of the
+    weights in its matrices instead.
     """
-    num_copies = 3.0 + (config.optimizer.ema_decay is not None)
-    return num_copies * count_parameters(config, vocabulary_size) * (8 if config.train.precision == "float64" else 4)
+    of_muon = sum(map(math.prod, parts_of_matrices(config.model))) if config.optimizer.kind == "muon" else 0
+    return 2 * count_parameters(config, vocabulary_size) - of_muon
+
+
+def bytes_of_checkpoint(config: Config, vocabulary_size: int) -> float:
+    """Returns the size of a checkpoint: the weights, what the optimizer keeps, and the average of the weights if there
+    is one.
+    """
+    num_copies = 1 + (config.optimizer.ema_decay is not None)
+    numbers = num_copies * count_parameters(config, vocabulary_size) + optimizer_numbers(config, vocabulary_size)
+    return float(numbers) * (8 if config.train.precision == "float64" else 4)
 
 
 def num_checkpoints(config: Config) -> int:

@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from trainer.config.settings import OptimizerConfig
+from trainer.optimizers.replicas import Replicas
 from trainer.optimizers.variables import counter, slot
 
 # Endings of the names that Keras's layers, and most custom layers, give to weights that are added or that multiply
@@ -42,6 +43,10 @@ class AdamW(tf.Module):
             named[f"{name}/first_moment"] = first
             named[f"{name}/second_moment"] = second
         return named
+
+    def updates(self, gradients: Sequence[tf.Tensor], replicas: Replicas) -> list[tf.Tensor]:
+        """Returns what `apply` needs: the gradients. The replicas have nothing to share."""
+        return list(gradients)
 
     def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
         """Updates all weights and moments once.

@@ -5,14 +5,40 @@ from collections.abc import Mapping
 import keras
 
 from trainer.config.settings import OptimizerConfig
+from trainer.errors import UserError
+from trainer.execution import Execution
+from trainer.model.language_model import adapt
 from trainer.optimizers.adamw import AdamW
+from trainer.optimizers.muon import Muon
+
+Optimizer = AdamW | Muon
 
 
-def make_optimizer(config: OptimizerConfig, variables: Mapping[str, keras.Variable]) -> AdamW:
+def make_optimizer(
+    config: OptimizerConfig,
+    variables: Mapping[str, keras.Variable],
+    model: keras.Model,
+    sequence_length: int,
+    execution: Execution,
+) -> Optimizer:
     """Returns the optimizer that the settings name.
 
     Args:
         config: its settings.
         variables: the model's trainable variables by name. Call it under the strategy scope of these.
+        model: the model to train.
+        sequence_length: tokens of an example.
+        execution: how each replica computes.
+
+    Raises:
+        UserError: the optimizer is Muon, and the model has no matrix for it.
     """
-    return AdamW(config, variables)
+    if config.kind == "adamw":
+        return AdamW(config, variables)
+    matrices = {name: widths for name, widths in adapt(model).matrices(sequence_length).items() if name in variables}
+    if not matrices:
+        raise UserError(
+            "optimizer.kind='muon' trains kernels with two axes, except embeddings and the output projection, and this "
+            "model has none; choose 'adamw'."
+        )
+    return Muon(config, variables, matrices, execution.orthogonalization_dtype)

@@ -1,9 +1,10 @@
 """What a step needs of its device by arithmetic: memory by part, and the least time it can take."""
 
 from trainer.config.settings import Config
-from trainer.execution import Execution, query_blocks, resolve
+from trainer.execution import DTYPE_BYTES, Execution, query_blocks, resolve
 from trainer.hardware.devices import Target
-from trainer.model.size import count_parameters, matrix_parameters, tokens_per_sec_at_peak
+from trainer.model.size import count_parameters, matrix_parameters, optimizer_numbers, tokens_per_sec_at_peak
+from trainer.optimizers.cost import optimizer_flops
 
 
 def estimate_memory(
@@ -14,8 +15,9 @@ def estimate_memory(
     Two instants compete. Right after the loss, everything that the backward pass will read is there, with the gradient
     of the output projection and a chunk of logits with its gradient. At the end of the backward pass none of that is
     there, but the gradients of all weights are. At both instants there are the sum over micro-batches, if there are
-    several, the weights with a copy of their matrices in the compute dtype, AdamW's two moments, and the average of the
-    weights if there is one.
+    several, the weights with a copy of their matrices in the compute dtype, what the optimizer keeps, and the average
+    of the weights if there is one. Muon needs a copy of its matrices in the dtype in which they are orthogonalized, and
+    the results, when no activations are there.
 
     Args:
         config: the run's configuration.
@@ -32,7 +34,8 @@ def estimate_memory(
     num_logits = config.model.num_logits(vocabulary_size)
     copies = matrix_parameters(config, vocabulary_size) * compute_bytes if compute_bytes < weight_bytes else 0
     sums = num_weights * execution.gradient_sum_bytes
-    always = {"weights": float(num_weights * weight_bytes + copies), "optimizer": 2.0 * num_weights * weight_bytes}
+    optimizer = float(optimizer_numbers(config, vocabulary_size) * weight_bytes)
+    always = {"weights": float(num_weights * weight_bytes + copies), "optimizer": optimizer}
     if config.optimizer.ema_decay is not None:
         always["average"] = float(num_weights * weight_bytes)
     logit_rows = min(execution.logit_rows, execution.examples_at_once * config.train.sequence_length)
@@ -41,7 +44,9 @@ def estimate_memory(
         "activations": kept_bytes(config, execution, copies_operands=target.processor().kind != "TPU"),
         "logits": logit_rows * float(num_logits * (weight_bytes + compute_bytes)),
     }
-    at_end = {"gradients": sums + num_weights * float(weight_bytes), "activations": 0.0, "logits": 0.0}
+    of_muon = 2 * num_weights - optimizer_numbers(config, vocabulary_size)
+    updates = of_muon * float(weight_bytes + DTYPE_BYTES[execution.orthogonalization_dtype])
+    at_end = {"gradients": max(sums, updates) + num_weights * float(weight_bytes), "activations": 0.0, "logits": 0.0}
     return always | max(after_loss, at_end, key=lambda parts: sum(parts.values()))
 
 
@@ -95,9 +100,9 @@ def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> 
     """Returns the time of a step at the roofline: the longer of its operations at the device's peak and of its traffic
     at the peak of the device's memory. None if a peak is not known.
 
-    The traffic is the least possible: AdamW reads weights, moments and gradients and writes the first two; an average
-    of the weights is read and written; a micro-batch writes what it keeps and reads it again, reads its matrices
-    forward and backward and adds to the sum of gradients.
+    The traffic is the least possible: the optimizer reads weights, moments and gradients and writes the first two; an
+    average of the weights is read and written; a micro-batch writes what it keeps and reads it again, reads its
+    matrices forward and backward and adds to the sum of gradients.
     """
     at_peak, train = tokens_per_sec_at_peak(config, vocabulary_size, target), config.train
     if at_peak is None or target.device.bytes_per_sec is None:
@@ -107,7 +112,11 @@ def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> 
     kept = kept_bytes(config, execution, copies_operands=False)
     matrices_bytes = 2.0 * matrix_parameters(config, vocabulary_size) * execution.compute_bytes
     num_micro_batches = execution.examples // execution.micro_batch_size
-    num_passes = 7 + 2 * (config.optimizer.ema_decay is not None)
-    traffic = num_passes * weights_bytes + num_micro_batches * (2 * kept + matrices_bytes + 2 * weights_bytes)
+    moments_bytes = float(execution.weight_bytes) * optimizer_numbers(config, vocabulary_size)
+    num_passes = 3 + 2 * (config.optimizer.ema_decay is not None)
+    traffic = num_passes * weights_bytes + 2 * moments_bytes
+    traffic += num_micro_batches * (2 * kept + matrices_bytes + 2 * weights_bytes)
     tokens = train.global_batch_size * train.sequence_length
-    return max(tokens / at_peak, traffic / target.device.bytes_per_sec)
+    peak = target.device.flops.get(execution.orthogonalization_dtype) or target.device.flops[execution.compute_dtype]
+    of_optimizer = optimizer_flops(config, target.num_devices) / peak
+    return max(tokens / at_peak + of_optimizer, traffic / target.device.bytes_per_sec)

@@ -13,11 +13,12 @@ from trainer.errors import UserError
 from trainer.execution import resolve
 from trainer.hardware.devices import Target, parse_target
 from trainer.model.build import build_gpt
+from trainer.optimizers.replicas import Replicas
 from trainer.training.step import TrainingStep
 
 
 def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
-    """Returns one replica's whole step (forward, backward, clip and AdamW) as a serialized XLA HloModuleProto.
+    """Returns one replica's whole step (forward, backward, clip and update) as a serialized XLA HloModuleProto.
 
     The program sums over all replicas of the target.
 
@@ -59,6 +60,14 @@ class _StepOfMany(TrainingStep):
     """The step of one of several replicas, although the strategy that lowers it has only one replica."""
 
     num_replicas = 1
+
+    def replicas(self, replica: tf.distribute.ReplicaContext) -> Replicas:
+        own = super().replicas(replica)
+        return (
+            own
+            if self.num_replicas == 1
+            else own._replace(num_replicas=self.num_replicas, number=gen_xla_ops.xla_replica_id())
+        )
 
     def sum_over_replicas(self, replica: tf.distribute.ReplicaContext, summands: list[tf.Tensor]) -> list[tf.Tensor]:
         if self.num_replicas == 1:

@@ -26,6 +26,7 @@ from trainer.model.size import (
     parameter_shapes,
     tokens_per_sec_at_peak,
 )
+from trainer.optimizers.cost import optimizer_flops
 from trainer.planning.compiler import DoesNotFit, compile_step, largest_that_fits
 from trainer.planning.estimate import smallest_step_secs
 from trainer.planning.own_devices import own_devices
@@ -207,7 +208,11 @@ def _data_lines(config: Config, vocabulary_size: int) -> Iterator[str]:
 
 def _time_lines(config: Config, vocabulary_size: int, target: Target, utilisation: float | None) -> Iterator[str]:
     at_peak = tokens_per_sec_at_peak(config, vocabulary_size, target)
-    yield f"operations   {flops_per_token(config, vocabulary_size) / 1e9:.3g} gigaflop a token"
+    of_optimizer = optimizer_flops(config, target.num_devices)
+    yield (
+        f"operations   {flops_per_token(config, vocabulary_size) / 1e9:.3g} gigaflop a token"
+        + (f"; Muon adds {of_optimizer / 1e9:.3g} a step on each device" if of_optimizer else "")
+    )
     steps, tokens = _num_steps(config), _num_tokens(config)
     least = smallest_step_secs(config, vocabulary_size, target)
     if at_peak is None or least is None:

@@ -127,7 +127,9 @@ def _part_lines(config: Config, parts: dict[str, float], execution: Execution) -
     recomputed = {"attention": "; attention is computed again", "blocks": "; blocks are computed again"}
     notes = {
         "weights": f"the model in {execution.weight_dtype}{copies}",
-        "optimizer": "AdamW's two moments of each weight",
+        "optimizer": "AdamW's two moments of each weight"
+        if config.optimizer.kind == "adamw"
+        else "Muon's momentum of the matrices in blocks, AdamW's two moments of all other weights",
         "average": "the average of each weight",
         "gradients": gradients,
         "activations": f"of {execution.examples_at_once} x {sequence:,} tokens"

@@ -100,13 +100,21 @@ def check_has_steps(fork: Fork, step: int, total_steps: int) -> None:
 
 
 def _check_sizes(fork: Fork) -> None:
-    """Raises UserError if a weight has another shape or dtype than in the parent; a foreign model is not checked."""
+    """Raises UserError if a weight has another shape or dtype than in the parent, or the optimizer another state; the
+    shapes of a foreign model are not checked.
+    """
     before, now = fork.parent.recorded, fork.config
     is_wide = [each.train.precision == "float64" for each in (before, now)]
     if is_wide[0] != is_wide[1]:
         raise UserError(
             f"train.precision={now.train.precision!r} (was {before.train.precision!r}): weights and optimizer have "
             "another dtype, and a fork keeps it. Leave that out, or begin a new run with the weights only: "
+            f"init.from={quoted(fork.parent.path)}"
+        )
+    if before.optimizer.kind != now.optimizer.kind:
+        raise UserError(
+            f"optimizer.kind={now.optimizer.kind!r} (was {before.optimizer.kind!r}): a fork keeps the state of the "
+            "optimizer, and the other one has another. Leave that out, or begin a new run with the weights only: "
             f"init.from={quoted(fork.parent.path)}"
         )
     if fork.parent.facts["model"] != GPT_MODEL:

@@ -1,7 +1,7 @@
 """The training step, from the top down.
 
 run_steps              many steps in one compiled call: the next batch, then
-take_step_on_replica   a step on every replica: the replica's gradients -> one all-reduce -> clip -> AdamW
+take_step_on_replica   a step on every replica: the replica's gradients -> one all-reduce -> clip -> optimizer
 accumulate             a replica's gradients: the sums of its micro-batches, in order; on a CPU two are computed at once
 forward_backward       the loss and the gradients of a micro-batch
 mean_and_clip          sums -> means, scaled down to a largest norm
@@ -27,6 +27,7 @@ from trainer.model.ops.plain import PLAIN, Ops
 from trainer.model.precision import accumulation_dtype
 from trainer.optimizers.average import WeightAverage
 from trainer.optimizers.optimizer import make_optimizer
+from trainer.optimizers.replicas import Replicas
 from trainer.optimizers.variables import counter
 from trainer.training.batch_hash import batch_hash, hash_from_floats, hash_to_floats
 from trainer.training.loss_scale import LossScale
@@ -131,7 +132,8 @@ class TrainingStep:
         name_of = {id(variable): name for name, variable in self.named_variables.items()}
         trainable = {name_of[id(variable)]: variable for variable in model.trainable_variables}
         with strategy.scope():
-            self.optimizer = make_optimizer(config.optimizer, trainable)
+            length = config.train.sequence_length
+            self.optimizer = make_optimizer(config.optimizer, trainable, model, length, self.execution)
             decay = config.optimizer.ema_decay
             self.average = None if decay is None else WeightAverage(decay, trainable)
             self.step = counter("step")
@@ -221,7 +223,8 @@ class TrainingStep:
         clip_norm = self.config.optimizer.clip_norm
         clipped, grad_norm = mean_and_clip(gradients, num_targets, clip_norm, scale)
         finite = tf.math.is_finite(grad_norm) & tf.math.is_finite(loss_sum)
-        self._update_if(finite, clipped, local.state, hash_sum)
+        updates = self.optimizer.updates(clipped, self.replicas(replica))
+        self._update_if(finite, updates, local.state, hash_sum)
         one, zero = tf.ones([], tf.int64), tf.zeros([], tf.int64)
         is_clipped = finite & (grad_norm > tf.constant(clip_norm or float("inf"), grad_norm.dtype))
         return StepMetrics(
@@ -295,14 +298,19 @@ class TrainingStep:
         sums: list[tf.Tensor] = replica.all_reduce(tf.distribute.ReduceOp.SUM, summands)
         return sums
 
+    def replicas(self, replica: tf.distribute.ReplicaContext) -> Replicas:
+        """Returns the replicas as the one of this context sees them, for the optimizer."""
+        total = functools.partial(self.sum_over_replicas, replica)
+        return Replicas(self.strategy.num_replicas_in_sync, replica.replica_id_in_sync_group, total)
+
     def _update_if(
-        self, finite: tf.Tensor, gradients: list[tf.Tensor], state: list[tf.Tensor], hash_sum: tf.Tensor
+        self, finite: tf.Tensor, updates: list[tf.Tensor], state: list[tf.Tensor], hash_sum: tf.Tensor
     ) -> None:
-        """Applies the gradients if they are finite, and counts the step either way."""
+        """Applies the optimizer's updates if the gradients are finite, and counts the step either way."""
         rate = learning_rate(self.config.optimizer, tf.cast(self.step, tf.float64), self.total_steps, tf)
 
         def update() -> None:
-            self.optimizer.apply(gradients, rate)
+            self.optimizer.apply(updates, rate)
             if self.average is not None:
                 self.average.update()
             for variable, value in zip(self.model.non_trainable_variables, state, strict=True):
@@ -320,8 +328,8 @@ class TrainingStep:
     def rehearse_on_replica(self, batch: Batch) -> tf.Tensor:
         """Allocates all the memory that `take_step_on_replica` needs, and changes nothing.
 
-        It leaves out the sum over replicas: if one worker ran out of memory, the others would wait in that sum forever.
-        It also leaves out the update, which AdamW makes in place.
+        It leaves out the sums over replicas: if one worker ran out of memory, the others would wait in them forever. It
+        also leaves out the update of the weights, which is made in place.
 
         Args:
             batch: a batch of the size of this replica's share.
@@ -338,7 +346,8 @@ class TrainingStep:
         sums = [tf.reshape(part, summand.shape) for part, summand in zip(parts, summands, strict=True)]
         *gradients, loss_sum, num_targets = (tf.cast(total, self.execution.weight_dtype) for total in sums)
         clipped, _ = mean_and_clip(gradients, num_targets, self.config.optimizer.clip_norm, scale)
-        return tf.linalg.global_norm([*clipped, loss_sum])
+        replicas = self.replicas(tf.distribute.get_replica_context())._replace(sum=lambda summands: summands)
+        return tf.linalg.global_norm([*self.optimizer.updates(clipped, replicas), loss_sum])
 
     def _no_metrics(self) -> CallMetrics:
         zero, none = tf.zeros([], tf.int64), tf.zeros([], self.execution.weight_dtype)

@@ -1,0 +1,23 @@
+"""What an optimizer costs, by arithmetic without TensorFlow, so that `trainer plan` answers fast."""
+
+from collections import Counter
+
+from trainer.config.settings import Config
+from trainer.model.size import parts_of_matrices
+
+# How often Newton and Schulz's iteration is applied.
+NUM_ITERATIONS = 5
+
+
+def optimizer_flops(config: Config, num_replicas: int) -> float:
+    """Returns the operations of the products of matrices in the optimizer, on the replica that does most of them.
+
+    A replica orthogonalizes its share of the matrices of each shape. An iteration takes two products with the matrix,
+    and one of its square.
+    """
+    if config.optimizer.kind != "muon":
+        return 0.0
+    flops = 0
+    for (rows, columns), number in Counter(tuple(sorted(part)) for part in parts_of_matrices(config.model)).items():
+        flops += -(-number // num_replicas) * 2 * rows * rows * (2 * columns + rows)
+    return float(NUM_ITERATIONS * flops)

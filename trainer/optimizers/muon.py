@@ -1,0 +1,132 @@
+"""Muon for the matrices inside a model, beside AdamW for everything else."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import keras
+import tensorflow as tf
+
+from trainer.config.settings import OptimizerConfig
+from trainer.optimizers.adamw import AdamW
+from trainer.optimizers.newton_schulz import orthogonalize
+from trainer.optimizers.replicas import Replicas, map_in_shares
+from trainer.optimizers.variables import slot
+
+# The root mean square of the numbers in one of AdamW's updates, which those of Muon get too: so both optimizers take
+# the same learning rate and weight decay. Source: Liu et al. 2025, section 2.2.
+RMS_OF_UPDATE = 0.2
+
+
+class Muon(tf.Module):
+    """Momentum whose matrices are orthogonalized, with decoupled weight decay; equal to Keras Muon for these matrices.
+
+    An update turns every direction of a matrix by about the same amount, where AdamW's is mostly made of a few.
+
+    Args:
+        config: momentum and weight decay, and the settings of AdamW.
+        variables: the model's trainable variables by name. Create the optimizer under the strategy scope of these.
+        matrices: the variables [rows, columns] that Muon trains, by name, each with the widths of its parts, matrices
+            that are side by side: their sum is columns, and each part is orthogonalized by itself.
+        dtype: the dtype in which matrices are orthogonalized.
+
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks", with the Nesterov momentum
+    that they use; Liu et al. 2025, "Muon is scalable for LLM training", algorithm 1 and equation 4 for scale and decay.
+    """
+
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        variables: Mapping[str, keras.Variable],
+        matrices: Mapping[str, Sequence[int]],
+        dtype: str,
+    ) -> None:
+        super().__init__(name="muon")
+        self.config = config
+        self.dtype = tf.as_dtype(dtype)
+        self.is_matrix = [name in matrices for name in variables]
+        self.names = [name for name in variables if name in matrices]
+        self.variables_to_train = [variables[name] for name in self.names]
+        self.widths = [list(matrices[name]) for name in self.names]
+        self.momenta = [slot(variable) for variable in self.variables_to_train]
+        self.adamw = AdamW(config, {name: each for name, each in variables.items() if name not in matrices})
+
+    @property
+    def num_updates(self) -> tf.Variable:
+        """Updates so far, int64."""
+        return self.adamw.num_updates
+
+    def state(self) -> dict[str, tf.Variable]:
+        """Returns every variable of the optimizer by a name that begins with its weight's name."""
+        named = self.adamw.state()
+        return named | {f"{name}/momentum": each for name, each in zip(self.names, self.momenta, strict=True)}
+
+    def updates(self, gradients: Sequence[tf.Tensor], replicas: Replicas) -> list[tf.Tensor]:
+        """Returns what `apply` needs: the gradients, and after them the orthogonalized momenta. Changes nothing.
+
+        It is apart from `apply` because replicas share this work: no collective operation may be inside a condition.
+
+        Args:
+            gradients: gradients of the mean loss, one per variable, dense, of the variable's shape and dtype.
+            replicas: who shares the work.
+        """
+        ahead = []  # Nesterov: the momentum after this step, a step further.
+        for gradient, momentum in zip(self._of_matrices(gradients), self.momenta, strict=True):
+            ahead.append(gradient + self.config.momentum * self._next_momentum(momentum, gradient))
+        parts = [tf.split(each, widths, axis=1) for each, widths in zip(ahead, self.widths, strict=True)]
+        flat = iter(self._orthogonalized([part for each in parts for part in each], replicas))
+        return [*gradients, *(tf.concat([next(flat) for _ in each], axis=1) for each in parts)]
+
+    def apply(self, updates: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
+        """Updates all weights, momenta and moments once.
+
+        Args:
+            updates: what `updates` returned.
+            learning_rate: scalar.
+        """
+        gradients, directions = updates[: len(self.is_matrix)], updates[len(self.is_matrix) :]
+        others = [each for each, is_matrix in zip(gradients, self.is_matrix, strict=True) if not is_matrix]
+        self.adamw.apply(others, learning_rate)
+        for variable, momentum, gradient, direction in zip(
+            self.variables_to_train, self.momenta, self._of_matrices(gradients), directions, strict=True
+        ):
+            change = tf.cast(learning_rate, gradient.dtype) * direction
+            if self.config.weight_decay:
+                decay = tf.cast(learning_rate * self.config.weight_decay, gradient.dtype)
+                change += decay * tf.convert_to_tensor(variable.value)
+            # Raw operations, for the reason that AdamW has.
+            tf.raw_ops.AssignVariableOp(resource=momentum.handle, value=self._next_momentum(momentum, gradient))
+            tf.raw_ops.AssignSubVariableOp(resource=variable.value.handle, value=change)
+
+    def _of_matrices(self, gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        return [each for each, is_matrix in zip(gradients, self.is_matrix, strict=True) if is_matrix]
+
+    def _next_momentum(self, momentum: tf.Variable, gradient: tf.Tensor) -> tf.Tensor:
+        return self.config.momentum * momentum.read_value() + gradient
+
+    def _orthogonalized(self, matrices: Sequence[tf.Tensor], replicas: Replicas) -> list[tf.Tensor]:
+        """Returns matrices like these with singular values near 1, times the factor that makes the root mean square of
+        their numbers RMS_OF_UPDATE.
+        """
+        # Matrices of one shape are one stack: a few large products instead of many small ones.
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, matrix in enumerate(matrices):
+            places.setdefault(tuple(sorted(matrix.shape)), []).append(place)
+        stacks = [tf.stack([_lying(tf.cast(matrices[i], self.dtype)) for i in each]) for each in places.values()]
+        dtype = matrices[0].dtype
+
+        def orthogonalized(stack: tf.Tensor) -> tf.Tensor:
+            # Back in the weights' dtype, because NCCL cannot add up bfloat16 in every version.
+            return tf.cast(orthogonalize(stack), dtype)
+
+        found: dict[int, tf.Tensor] = {}
+        for each, stack in zip(places.values(), map_in_shares(orthogonalized, stacks, replicas), strict=True):
+            for place, matrix in zip(each, tf.unstack(stack), strict=True):
+                rows, columns = matrices[place].shape
+                upright = tf.transpose(matrix) if rows > columns else matrix
+                found[place] = upright * (RMS_OF_UPDATE * math.sqrt(max(rows, columns)))
+        return [found[place] for place in range(len(matrices))]
+
+
+def _lying(matrix: tf.Tensor) -> tf.Tensor:
+    """Returns a matrix with its longer axis last."""
+    return tf.transpose(matrix) if matrix.shape[0] > matrix.shape[1] else matrix
