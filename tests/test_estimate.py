@@ -91,6 +91,15 @@ def test_probabilities_are_kept_of_each_block_of_queries_up_to_its_end(sequence:
     assert kept_bytes(config, execution, copies_operands=False) - without == 2 * scores * of_one_score
 
 
+def test_normalized_queries_and_keys_are_kept_before_it_too():
+    def kept(*overrides: str) -> float:
+        config = make_config(SETTINGS, ["train.global_batch_size=2", "model.num_key_value_heads=1", *overrides])
+        return kept_bytes(config, resolve(config, Processor("TPU"), 1), copies_operands=False)
+
+    # 2 layers, 2 x 128 tokens, 3 heads of queries and one of keys, each 85 wide, in float32.
+    assert kept("model.qk_norm=true") - kept() == 2 * 2 * 128 * (3 + 1) * 85 * 4
+
+
 def test_blocks_made_again_keep_their_inputs_and_one_block():
     def kept(num_layers: int, recompute: str) -> float:
         overrides = [f"model.num_layers={num_layers}", f"train.recompute={recompute}", "train.global_batch_size=2"]

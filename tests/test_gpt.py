@@ -52,6 +52,7 @@ MODERN_SHAPES = [
         {"positions": "rope", "norm": "rms", "norm_epsilon": 0.1, "use_bias": ("query_key_value",)},
         {"use_bias": ("attention_output", "norm"), "pre_norm": True},
         {"use_bias": ("feedforward", "unembedding"), "activation": "swiglu"},
+        {"qk_norm": True, "positions": "rope", "pre_norm": True, "norm_epsilon": 0.1},
     )
 ]
 MASKED_SHAPES = [config.model_copy(update={"document_mask": True}) for config in SHAPES]
@@ -268,6 +269,12 @@ def plain_logits(model, tokens, starts):
         x /= tf.sqrt(tf.reduce_mean(x**2, axis=-1, keepdims=True) + config.norm_epsilon)
         return x * weights[f"{name}/gamma"] + weights.get(f"{name}/beta", 0.0)
 
+    def unit(x, name):
+        if not config.qk_norm:
+            return x
+        x /= tf.sqrt(tf.reduce_mean(x**2, axis=-1, keepdims=True) + config.norm_epsilon)
+        return x * weights[f"{name}/gamma"]
+
     def turned(x):
         pairs = x.shape[-1] // 2
         angles = positions[..., np.newaxis] * config.rope_theta ** (-np.arange(pairs) / pairs)
@@ -283,6 +290,7 @@ def plain_logits(model, tokens, starts):
         outs = []
         for h in range(heads):
             q, k, v = query[h], key[h * key_heads // heads], value[h * key_heads // heads]
+            q, k = unit(q, f"{block}/query_norm"), unit(k, f"{block}/key_norm")
             if config.positions == "rope":
                 q, k = turned(q), turned(k)
             scores = tf.einsum("btd,bsd->bts", q, k) / width**0.5

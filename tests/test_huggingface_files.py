@@ -54,6 +54,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
         "use_bias": ["query_key_value", "attention_output", "feedforward"],
     },
+    "qwen3": {**LLAMA, "qk_norm": True, "num_key_value_heads": 2, "norm_epsilon": 0.01},
 }
 
 # Their classes have biases that these models lack: zeros are written.
@@ -103,7 +104,7 @@ def logits_of_files(folder: Path, tokens: np.ndarray) -> np.ndarray:
     settings = json.loads((folder / "config.json").read_text())
     files = sorted(folder.glob("*.safetensors"))
     tensors = {name: t.astype(np.float64) for file in files for name, t in safetensors.numpy.load_file(file).items()}
-    compute = {"gpt2": gpt2_logits, "llama": llama_logits}[settings["model_type"]]
+    compute = {"gpt2": gpt2_logits, "llama": llama_logits, "qwen3": llama_logits}[settings["model_type"]]
     return compute(settings, tensors, tokens)
 
 
@@ -158,6 +159,9 @@ def llama_logits(c: dict[str, Any], t: dict[str, np.ndarray], tokens: np.ndarray
         y = x @ t[f"model.{name}.weight"].T
         return y + t[f"model.{name}.bias"] if has_bias else y
 
+    def unit(x: np.ndarray, name: str) -> np.ndarray:
+        return norm(x, name) if f"model.{name}.weight" in t else x
+
     n, width = len(tokens), c["head_dim"]
     theta = c["rope_parameters"]["rope_theta"]
     angles = np.arange(n)[:, None] * theta ** (-np.arange(0, width, 2) / width)
@@ -174,11 +178,13 @@ def llama_logits(c: dict[str, Any], t: dict[str, np.ndarray], tokens: np.ndarray
             linear(normed, f"{layer}.{name}_proj", c["attention_bias"]).reshape(n, -1, width)
             for name in ("q", "k", "v")
         )
+        q, k = unit(q, f"{layer}.q_norm"), unit(k, f"{layer}.k_norm")
         mixed = attend(rotated(q), rotated(k), v).reshape(n, -1)
         x = x + linear(mixed, f"{layer}.o_proj", c["attention_bias"])
         normed, mlp = norm(x, f"layers.{i}.post_attention_layernorm"), f"layers.{i}.mlp"
-        gate, up = (linear(normed, f"{mlp}.{name}_proj", c["mlp_bias"]) for name in ("gate", "up"))
-        x = x + linear(ACTIVATIONS[c["hidden_act"]](gate) * up, f"{mlp}.down_proj", c["mlp_bias"])
+        has_bias = c.get("mlp_bias", False)  # Qwen3 has no such key.
+        gate, up = (linear(normed, f"{mlp}.{name}_proj", has_bias) for name in ("gate", "up"))
+        x = x + linear(ACTIVATIONS[c["hidden_act"]](gate) * up, f"{mlp}.down_proj", has_bias)
     tied = c["tie_word_embeddings"]
     return norm(x, "norm") @ t["model.embed_tokens.weight" if tied else "lm_head.weight"].T
 

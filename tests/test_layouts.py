@@ -7,7 +7,7 @@ import pytest
 
 from trainer.config.settings import ModelConfig
 from trainer.errors import UserError
-from trainer.exchange.layouts import GPT2, LLAMA, config_json, layout_of, misfits, model_settings
+from trainer.exchange.layouts import GPT2, LLAMA, QWEN3, config_json, layout_of, misfits, model_settings
 
 OPENAI = {
     # The config.json of GPT-2, as it was published.
@@ -53,6 +53,8 @@ LLAMA_SETTINGS = {
     "use_bias": False,
     "num_heads": 4,
 }
+QWEN3_SETTINGS = LLAMA_SETTINGS | {"qk_norm": True}
+SETTINGS_OF = {"gpt2": GPT2_SETTINGS, "llama": LLAMA_SETTINGS, "qwen3": QWEN3_SETTINGS}
 
 
 def model(**settings: Any) -> ModelConfig:
@@ -94,10 +96,12 @@ def test_rotary_frequencies_are_read_in_the_form_of_transformers_4_and_of_5():
         (LLAMA, {"num_key_value_heads": 2, "head_dim": 16, "rope_theta": 5e5}),
         (LLAMA, {"tied_embeddings": True, "use_bias": ["query_key_value", "attention_output"]}),
         (LLAMA, {"num_key_value_heads": 1, "use_bias": ["feedforward"]}),
+        (QWEN3, {}),
+        (QWEN3, {"num_key_value_heads": 2, "head_dim": 16, "use_bias": ["query_key_value", "attention_output"]}),
     ],
 )
 def test_a_config_json_of_settings_gives_the_settings_back(layout, settings):
-    ours = model(**(GPT2_SETTINGS if layout is GPT2 else LLAMA_SETTINGS) | settings)
+    ours = model(**SETTINGS_OF[layout.model_type] | settings)
     assert misfits(layout, ours) == []
     written = json.loads(json.dumps(config_json(layout, ours, 300, 77)))
     assert layout_of(written, "") is layout
@@ -122,6 +126,7 @@ def test_a_config_json_of_settings_gives_the_settings_back(layout, settings):
         ({"num_heads": 3}, ["model.num_heads=3"]),
         ({"head_dim": 16}, ["model.head_dim=16"]),
         ({"num_key_value_heads": 2}, ["model.num_key_value_heads=2"]),
+        ({"qk_norm": True}, ["model.qk_norm=true"]),
     ],
 )
 def test_every_setting_that_gpt2_cannot_have_is_named(settings, unfit_for_gpt2):
@@ -138,6 +143,7 @@ def test_every_setting_that_gpt2_cannot_have_is_named(settings, unfit_for_gpt2):
         ({"activation": "gelu"}, ["model.activation=gelu"]),
         ({"use_bias": True}, ["model.use_bias=[norm,unembedding]"]),
         ({"use_bias": ["query_key_value"]}, []),
+        ({"qk_norm": True}, ["model.qk_norm=true"]),
         ({"use_bias": ["unembedding"]}, ["model.use_bias=[unembedding]"]),
         ({"num_heads": 5, "head_dim": 8}, ["model.num_heads=5"]),
     ],
@@ -150,7 +156,7 @@ def test_every_setting_that_llama_cannot_have_is_named(settings, unfit_for_llama
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "mamba"}, "model_type='mamba' is not a kind that trainer has (gpt2, llama)"),
+        ({"model_type": "mamba"}, "model_type='mamba' is not a kind that trainer has (gpt2, llama, qwen3)"),
         ({"model_type": None}, "model_type=None"),
         (OPENAI | {"activation_function": "tanh"}, "activation_function='tanh' is not in trainer; it has gelu_new"),
         (OPENAI | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True is not in trainer"),

@@ -40,7 +40,14 @@ SHAPES = {
         **WIDTHS, **GROUPED, pre_norm=True, norm="rms", positions="rope", activation="swiglu", use_bias=False
     ),
     "tied": ModelConfig(
-        **WIDTHS, **GROUPED, tied_embeddings=True, positions="rope", norm="rms", activation="gelu", document_mask=True
+        **WIDTHS,
+        **GROUPED,
+        tied_embeddings=True,
+        positions="rope",
+        norm="rms",
+        qk_norm=True,
+        activation="gelu",
+        document_mask=True,
     ),
     "parts": ModelConfig(
         **WIDTHS | {"num_heads": 3, "head_dim": 6},

@@ -30,6 +30,7 @@ MODERN = {
         "positions": "rope",
         "num_key_value_heads": 1,
         "activation": "swiglu",
+        "qk_norm": True,
     },
     "train": {"z_loss": 0.1, "batch_warmup": {2: 48}},
     "optimizer": {"kind": "muon", "ema_decay": 0.3},

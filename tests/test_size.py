@@ -35,6 +35,7 @@ V5E_8 = parse_target("tpu:v5e-8")
         ["model.head_dim=10", "model.num_heads=300", "model.use_bias=[attention_output,feedforward]"],
         ["model.use_bias=[unembedding]", "model.pre_norm=true"],
         ["model.vocabulary_multiple=16", "model.tied_embeddings=true"],
+        ["model.qk_norm=true", "model.head_dim=10"],
         *(["model.num_heads=4", *settings] for n in range(5) for settings in itertools.combinations(MODERN, n)),
     ],
 )

@@ -42,6 +42,8 @@ OURS: dict[str, dict[str, Any]] = {
     "llama tied, grouped": {**LLAMA, "tied_embeddings": True, "num_key_value_heads": 2, "vocabulary_multiple": 64},
     "llama biases": {**LLAMA, "num_key_value_heads": 1, "use_bias": [*ATTENTION, "feedforward"]},
     "llama head_dim": {**LLAMA, "head_dim": 16, "rope_theta": 5e5, "norm_epsilon": 1e-6, "use_bias": ATTENTION},
+    "qwen3 grouped": {**LLAMA, "qk_norm": True, "num_key_value_heads": 2, "norm_epsilon": 0.01},
+    "qwen3 tied, biases": {**LLAMA, "qk_norm": True, "tied_embeddings": True, "head_dim": 16, "use_bias": ATTENTION},
 }
 # The class has biases, and this model has none: zeros are written.
 WITHOUT_BIASES = {"gpt2 without biases": {**GPT2, "activation": "relu", "use_bias": False}}
@@ -73,6 +75,18 @@ THEIRS: dict[str, tuple[str, dict[str, Any], int]] = {
     "llama head_dim": (
         "LlamaConfig",
         {**SIZES_OF_LLAMA, "head_dim": 16, "attention_bias": True, "rope_parameters": {"rope_theta": 5e5}},
+        0,
+    ),
+    "qwen3 grouped": ("Qwen3Config", {**SIZES_OF_LLAMA, "num_key_value_heads": 2, "rms_norm_eps": 0.01}, 7),
+    "qwen3 tied, biases": (
+        "Qwen3Config",
+        {
+            **SIZES_OF_LLAMA,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+        },
         0,
     ),
 }

@@ -358,6 +358,9 @@ class ModelConfig(Section):
     position."""
     rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
     """With rope: the base of the rotary frequencies. Raise it for long sequences."""
+    qk_norm: bool = False
+    """Normalize the queries and the keys of each head by their root mean square, before rope rotates them, so that no
+    score can grow with their lengths."""
     pre_norm: bool = False
     """Normalize before attention and before the feed-forward layer, and once at the end, instead of after each sum."""
     tied_embeddings: bool = False

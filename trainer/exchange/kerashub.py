@@ -56,6 +56,7 @@ GPT2 = Family(
         "norm_epsilon": 1e-5,
         "positions": "learned",
         "pre_norm": True,
+        "qk_norm": False,
         "tied_embeddings": True,
     },
     biases=("query_key_value", "attention_output", "feedforward", "norm"),
@@ -73,7 +74,7 @@ LLAMA3 = Family(
         "rope_theta": "rope_max_wavelength",
         "norm_epsilon": "layer_norm_epsilon",
     },
-    always={"activation": "swiglu", "norm": "rms", "positions": "rope", "pre_norm": True},
+    always={"activation": "swiglu", "norm": "rms", "positions": "rope", "pre_norm": True, "qk_norm": False},
     biases=(),
     fixed={"rope_position_scaling_factor": 1.0, "rope_frequency_adjustment_factor": None},
 )

@@ -1,4 +1,4 @@
-"""How Hugging Face lays out a GPT: the tensors and the config.json of its GPT-2 and Llama classes.
+"""How Hugging Face lays out a GPT: the tensors and the config.json of its GPT-2, Llama and Qwen3 classes.
 
 Each layout is one table, read in both directions: for models that come in and for models that go out. These are pure
 functions of settings, names, shapes and NumPy arrays; huggingface.py reads and writes the files.
@@ -129,7 +129,7 @@ GPT2 = Layout(
     },
     activation_key="activation_function",
     biases={("query_key_value", "attention_output", "feedforward", "norm"): True},
-    always={"norm": "layer", "positions": "learned", "pre_norm": True},
+    always={"norm": "layer", "positions": "learned", "pre_norm": True, "qk_norm": False},
     dropout_keys=("resid_pdrop", "embd_pdrop"),
     zero_keys=("attn_pdrop",),  # The dropout of attention probabilities.
     fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
@@ -187,13 +187,34 @@ LLAMA = Layout(
     activations={"swiglu": ("silu", "swish")},
     activation_key="hidden_act",
     biases={("query_key_value", "attention_output"): "attention_bias", ("feedforward",): "mlp_bias"},
-    always={"norm": "rms", "positions": "rope", "pre_norm": True},
+    always={"norm": "rms", "positions": "rope", "pre_norm": True, "qk_norm": False},
     dropout_keys=(),
     zero_keys=("attention_dropout",),
     fixed={"sliding_window": None},
 )
 
-LAYOUTS = (GPT2, LLAMA)
+# Llama with normalized queries and keys, and without biases in the feed-forward layer.
+QWEN3 = LLAMA._replace(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    entries=(
+        *LLAMA.entries,
+        Entry("gpt/block_{i}/query_norm/gamma", ("model.layers.{i}.self_attn.q_norm.weight",)),
+        Entry("gpt/block_{i}/key_norm/gamma", ("model.layers.{i}.self_attn.k_norm.weight",)),
+    ),
+    defaults={
+        **LLAMA.defaults,
+        "head_dim": 128,
+        "intermediate_size": 22016,
+        "max_position_embeddings": 32768,
+        "vocab_size": 151936,
+    },
+    biases={("query_key_value", "attention_output"): "attention_bias"},
+    always={**LLAMA.always, "qk_norm": True},
+    fixed={"use_sliding_window": False},
+)
+
+LAYOUTS = (GPT2, LLAMA, QWEN3)
 
 
 class Part(NamedTuple):

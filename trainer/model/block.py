@@ -10,7 +10,7 @@ from trainer.config.settings import BiasedPart, ModelConfig
 from trainer.model.attention import rotate
 from trainer.model.dropout import DropoutDraw, dropout
 from trainer.model.initial import Initializers
-from trainer.model.layers import make_norm
+from trainer.model.layers import make_head_norm, make_norm
 from trainer.model.ops.plain import PLAIN, Ops
 
 # How queries attend to keys and values: over a whole sequence, or over a cache.
@@ -45,6 +45,8 @@ class Block(keras.layers.Layer):
         self.query_key_value = dense(
             "query_key_value", config.query_key_value_dim(), initial.query_key_value(), "query_key_value"
         )
+        self.query_norm = make_head_norm(config, "query_norm", dtype) if config.qk_norm else None
+        self.key_norm = make_head_norm(config, "key_norm", dtype) if config.qk_norm else None
         self.attention_output = dense(
             "attention_output", config.hidden_dim, initial.attention_output(), "attention_output"
         )
@@ -62,6 +64,9 @@ class Block(keras.layers.Layer):
         attention_shape = (*input_shape[:-1], self.config.num_heads * self.config.head_width())
         for layer in (self.query_key_value, self.attention_norm, self.intermediate, self.feedforward_norm):
             layer.build(input_shape)
+        for norm in (self.query_norm, self.key_norm):
+            if norm is not None:
+                norm.build((*input_shape[:-1], self.config.head_width()))
         self.attention_output.build(attention_shape)
         self.output_dense.build((*input_shape[:-1], self.config.intermediate_dim))
         self.built = True
@@ -96,6 +101,8 @@ class Block(keras.layers.Layer):
     def _attention(self, x: tf.Tensor, positions: tf.Tensor, attend: Attend, ops: Ops) -> tf.Tensor:
         heads, key_heads = self.config.num_heads, self.config.key_value_heads()
         query, key, value = ops.split_heads(x, self.query_key_value, [heads, key_heads, key_heads])
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query, ops=ops), self.key_norm(key, ops=ops)
         if self.config.positions == "rope":
             query, key = (rotate(part, positions, self.config.rope_theta) for part in (query, key))
         return ops.join_heads(attend(query, key, value), self.attention_output)

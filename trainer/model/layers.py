@@ -36,6 +36,15 @@ def make_norm(config: ModelConfig, name: str, dtype: str, scales: keras.Initiali
     return Norm(config.norm, **settings, dtype=dtype, name=name, autocast=False)
 
 
+def make_head_norm(config: ModelConfig, name: str, dtype: str) -> Norm:
+    """Returns a normalization of the queries or keys of each head, with one gamma for all heads.
+
+    Source: Henry et al. 2020 for the idea; the Qwen3 Technical Report (2025) for this form of it.
+    """
+    settings = {"epsilon": config.norm_epsilon, "center": False}
+    return Norm("rms", **settings, dtype=dtype, name=name, autocast=False)
+
+
 class Unembedding(keras.layers.Layer):
     """The weights of the output projection: kernel [num_logits, hidden_dim] and, if it has one, bias [num_logits].
 

@@ -25,6 +25,9 @@ def parameter_shapes(model: ModelConfig, vocabulary_size: int, sequence_length: 
         yield from _projection(
             f"{block}/query_key_value", (width, model.query_key_value_dim()), "query_key_value" in biases
         )
+        if model.qk_norm:
+            yield f"{block}/query_norm/gamma", (model.head_width(),)
+            yield f"{block}/key_norm/gamma", (model.head_width(),)
         yield from _projection(f"{block}/attention_output", (attention_dim, width), "attention_output" in biases)
         yield from _norm(f"{block}/attention_norm", model)
         has_bias = "feedforward" in biases

@@ -56,7 +56,7 @@ def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> f
     A block keeps, in the compute dtype and for each token:
 
         the residual stream before attention and before the feed-forward layer, from which norms are made again
-        queries, keys and values by head
+        queries, keys and values by head; with qk_norm, queries and keys before it too
         what attention returns, by head and by token
         the feed-forward layer before its activation
         two dropout masks, in bytes
@@ -81,6 +81,8 @@ def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> f
     scores *= execution.keeps_probabilities
     feedforward = model.intermediate_projection_dim() + model.intermediate_dim * (recompute == "nothing")
     numbers = tokens * (2 * width + feedforward + 2 * attention) + scores
+    if model.qk_norm:
+        numbers += tokens * (attention + model.key_value_heads() * model.head_width())
     floats = 0
     if not copies_operands:
         numbers += tokens * model.query_key_value_dim()
