@@ -21,7 +21,7 @@ CASES = [
     {"model": model, "precision": precision, "micro_batches": micro_batches}
     for model in ({}, TIED)
     for precision in ("float64", "float32")
-    for micro_batches in (1, 2, 4)
+    for micro_batches in (1, 4)
 ]
 MODERN = {
     "model": {
@@ -40,15 +40,20 @@ CONTROLS = [{"mistake": mistake} for mistake in MISTAKES]
 # The same eight micro-batches on any number of replicas.
 EIGHTHS = {n: {"model": {}, "precision": "float32", "micro_batches": 8 // n} for n in (1, 2, 4, 8)}
 # Eight replicas are traced one by one, which takes minutes for all cases: each model and precision comes once, and each
-# number of micro-batches.
+# number of micro-batches twice.
 ON_EIGHT = [
     {"model": {}, "precision": "float64", "micro_batches": 4},
     EIGHTHS[8],
     {"model": TIED, "precision": "float64", "micro_batches": 1},
-    {"model": TIED, "precision": "float32", "micro_batches": 2},
+    {"model": TIED, "precision": "float32", "micro_batches": 4},
 ]
 # A process takes all the cases that a number of replicas is needed for.
-CASES_ON = {1: [*CASES, EIGHTHS[1], *MUON[::2]], 2: [*CASES, *CONTROLS], 4: [*CASES, MUON[1]], 8: ON_EIGHT}
+CASES_ON = {
+    1: [*CASES, EIGHTHS[1], *MUON[::2]],
+    2: [*CASES, *CONTROLS],
+    4: [*CASES, EIGHTHS[4], MUON[1]],
+    8: ON_EIGHT,
+}
 
 
 def start(out, distribution, cases, environment=None):
@@ -133,9 +138,9 @@ def test_two_replicas_make_the_weights_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_micro_batches_change_nothing_on_one_device(one_device):
-    for first in range(0, len(CASES), 3):
-        for case in (first + 1, first + 2):
-            assert_equal(one_device[case], one_device[first], TOLERANCE[CASES[case]["precision"]])
+    for whole in range(0, len(CASES), 2):
+        parts = whole + 1
+        assert_equal(one_device[parts], one_device[whole], TOLERANCE[CASES[parts]["precision"]])
 
 
 @pytest.mark.slow
@@ -154,7 +159,7 @@ def test_the_number_of_replicas_changes_nothing(results, one_device, num_replica
     for case in cases:
         result = results[num_replicas][CASES_ON[num_replicas].index(case)]
         i = CASES.index(case)
-        assert_equal(result, one_device[i - i % 3], TOLERANCE[case["precision"]])
+        assert_equal(result, one_device[i - i % 2], TOLERANCE[case["precision"]])
         # One operation sums all gradients, the loss and the counts.
         assert result["num_reductions"] == num_replicas
 
@@ -181,7 +186,7 @@ def test_a_mistake_would_be_seen(results, one_device):
 @pytest.mark.parametrize("num_workers", [2, 3])
 def test_the_number_of_hosts_changes_nothing(tmp_path, one_device, num_workers, free_addresses):
     workers = free_addresses(num_workers)
-    chosen = [0, 5, 7]
+    chosen = [0, 3, 5]
     outs = [tmp_path / f"worker{i}.npz" for i in range(num_workers)]
     processes = [
         start(
@@ -195,7 +200,7 @@ def test_the_number_of_hosts_changes_nothing(tmp_path, one_device, num_workers, 
     all_results = [results_of(process, out) for process, out in zip(processes, outs, strict=True)]
     for results in all_results:
         for i, result in zip(chosen, results, strict=True):
-            assert_equal(result, one_device[i - i % 3], TOLERANCE[CASES[i]["precision"]])
+            assert_equal(result, one_device[i - i % 2], TOLERANCE[CASES[i]["precision"]])
             assert result["num_reductions"] == 1
     for results, first in zip(zip(*all_results[1:], strict=True), all_results[0], strict=True):
         for other in results:
