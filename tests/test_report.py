@@ -178,6 +178,17 @@ def test_tokens_of_a_fork_include_those_of_its_parents(tmp_path: Path):
     assert seen == [0, 5 * 4 * 8, 320, 320 + 10 * 4 * 16, 320 + 20 * 4 * 16, 320 + 20 * 64 + 8 * 16]
 
 
+def test_tokens_of_a_batch_warm_up_are_those_of_its_batches(tmp_path: Path):
+    parents = [{"kind": "fork", "from": "a", "step": 30, "changed": ["train.batch_warmup={'40': 3} (was {'10': 2})"]}]
+    sizes = ("train.global_batch_size=4", "train.batch_warmup.40=3")
+    overrides = ("train.total_steps=50", "train.sequence_length=8", *sizes)
+    history = read_history(str(record(tmp_path / "run", *overrides, facts={"parents": parents}).path))
+    seen = [history.tokens_at(step) / 8 for step in (0, 10, 30, 40, 50)]
+    assert seen == [0, 20, 20 + 80, 20 + 80 + 30, 20 + 80 + 30 + 40]
+    alone = read_history(str(record(tmp_path / "alone", *overrides).path))
+    assert [alone.tokens_at(step) / 8 for step in (0, 40, 50)] == [0, 120, 160]
+
+
 def test_tokens_do_not_count_padding_while_the_prepared_data_are_there(tmp_path: Path):
     prepared = prepared_text(tmp_path, "the cat\nsat on the mat\n" * 30)
     facts = {"data_fingerprint": prepared.fingerprint, "prepared_folder": str(prepared.folder)}
