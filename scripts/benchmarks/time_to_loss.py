@@ -17,15 +17,14 @@ epochs; both are in the folder that TRAINER_TEST_DATA names. The contestants, al
 
 Each is a process of its own. They take turns: in a turn a contestant trains the next of --blocks equal parts of its
 steps and is scored, while the others wait, so that a busy machine slows all alike. Each seed starts all of them anew.
-All compute in bfloat16 with float32 weights if this CPU is fast in it, otherwise in float32; with --precisions
-each takes part once in each of these.
-
-Every score is of all of the validation text, cut into the same windows for all, with the same tokens.
+All compute in bfloat16 with float32 weights if this CPU is fast in it, otherwise in float32; with --precisions each
+takes part once in each of these. Every score is of all of the validation text, cut into the same windows for all, with
+the same tokens.
 
 Two times are counted. Training is the time of the steps. The second one has the start, too: from the start of the
 process to the end of its first two steps, with imports, opening the data, tracing and compiling; these steps count in
-the start only. Neither has the time of scoring. `fit` begins each turn by filling its buffer; its first step of a turn
-counts like the others.
+the start only. PyTorch keeps in .venv-torch what it has compiled, so its later starts are faster. Neither time has the
+time of scoring. `fit` begins each turn by filling its buffer; its first step of a turn counts like the others.
 
 The target is nanoGPT's published validation loss for tiny Shakespeare. For books it is the loss at which the tutorial's
 code ends, with the same seed. Between two scores the loss is taken as a straight line. A time or number of tokens is
