@@ -77,7 +77,7 @@ class Walk:
         """Runs the two commands that README begins with."""
         first, second = self.readme("sh")[0].strip().splitlines()
         self.run([*shlex.split(first), *self.overrides])
-        assert "once upon a time" in self.run(second)
+        assert "Once upon a time" in self.run(second)
         self.run(".venv/bin/trainer doctor")
 
     def own_texts(self) -> None:

@@ -72,7 +72,7 @@ FILLED_IN = {
     "/text/texts": "texts",
     "CONFIG": "configs/quickstart.toml",
     "RUN": "runs/quickstart",
-    "PROMPT": "once upon a time",
+    "PROMPT": "Once upon a time",
     # The last step of the tiny quickstart.
     "step_000001000": "step_000000025",
     "IMAGE": "gpt-trainer",
@@ -481,7 +481,7 @@ def test_a_page_works_as_printed_from_top_to_bottom(checkout: Path, name: str, c
             for command in commands_of(block):
                 check_or_run(command, run_verbs=True)
     assert all((checkout / "runs" / run / "result.json").exists() for run in MAKES.get(name, ()))
-    assert name not in MAKES or "once upon a time" in capsys.readouterr().out
+    assert name not in MAKES or "Once upon a time" in capsys.readouterr().out
     if name == "docs/settings.md":
         check_sweep(namespace)
 
@@ -566,7 +566,7 @@ def test_the_package_s_docstring_is_a_program_that_works(checkout: Path, capsys:
     assert trainer.__doc__ is not None
     (program,) = blocks(trainer.__doc__)
     exec(program, {})
-    assert "once upon a time" in capsys.readouterr().out
+    assert "Once upon a time" in capsys.readouterr().out
 
 
 def help_of(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:

@@ -10,11 +10,13 @@ from collections import Counter
 
 import pytest
 
+from trainer.config.file import load_config
 from trainer.storybook import storybook
 from trainer.storybook.entropy import entropy, max_tokens
 from trainer.storybook.grammar import read_rules
 from trainer.storybook.printing import forms, printed, tokens_of
 from trainer.storybook.storybook import CLOSING, GRAMMAR_FILE
+from trainer.tokenizers.tokenizer_files import train_tokenizer
 
 
 @functools.cache
@@ -59,6 +61,18 @@ def test_no_story_is_longer_than_the_longest():
     lengths = [len(tokens) for tokens in some_token_lists(5000)]
     assert 50 <= min(lengths) <= max(lengths) <= longest
     assert 75 <= sum(lengths) / len(lengths) <= 95
+
+
+def test_an_example_of_the_quickstart_holds_every_story_in_about_as_many_tokens_as_it_has_words_and_marks():
+    config = load_config("quickstart")
+    assert config.data.is_storybook() and config.data.predict_end
+    texts = some_stories(5000)
+    tokenizer = train_tokenizer(config.tokenizer, texts)
+    tokens = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(each) for each in tokens[:100]] == texts[:100]
+    lengths = [len(each) for each in tokens]
+    assert max(lengths) + 1 <= config.train.sequence_length
+    assert sum(lengths) <= 1.01 * sum(map(len, some_token_lists(5000)))
 
 
 def test_a_story_is_one_line_of_letters_and_marks_as_in_a_book():

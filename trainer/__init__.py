@@ -4,7 +4,7 @@
 
     config = trainer.load_config("quickstart", ["run_folder=runs/python", "train.total_steps=200"])
     result = trainer.train(config)
-    print(trainer.generate(result.run_folder, "once upon a time"))
+    print(trainer.generate(result.run_folder, "Once upon a time"))
 
 - Settings: `load_config`, `make_config`, `Config`.
 - Runs: `train`, `resume`, `fork`; a `Callback` follows a run, and stops it by `StopTraining`.

@@ -239,7 +239,8 @@ def measure_case(case: Case) -> Figures:
         expected = case.write(text)
         text_bytes = sum(path.stat().st_size for path in text.iterdir())
         # Packed, because lines mode refuses a text if it would leave out most of it.
-        settings = [f"data.train={text}/*.txt", f"data.prepared_folder={prepared}", "data.mode=packed", *case.settings]
+        settings = [f"data.train={text}/*.txt", f"data.prepared_folder={prepared}", "data.mode=packed"]
+        settings += ["tokenizer.kind=wordpiece", *case.settings]  # A word of `WORDS` is one token.
         if case.is_exact:
             expected = expected.plus(write_documents(folder, [" ".join(WORDS)], "validation.txt"))
             settings.append(f"data.validation={folder / 'validation.txt'}")

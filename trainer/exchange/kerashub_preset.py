@@ -35,7 +35,7 @@ def how_to_load(config: Config, path: str, tokenizer: Tokenizer) -> str:
     return (
         "import keras_hub\n\n"
         f"model = keras_hub.models.CausalLM.from_preset({path!r})\n"
-        f'print(model.generate("once upon a time", max_length={config.train.sequence_length}{stop}))'
+        f'print(model.generate("Once upon a time", max_length={config.train.sequence_length}{stop}))'
     )
 
 

@@ -22,8 +22,8 @@ _HOW_TO_LOAD = """\
 import tensorflow as tf
 {imports}
 model = tf.saved_model.load({path!r})
-print(model.generate(["once upon a time"])["texts"].numpy()[0].decode())
-print(model.score(["once upon a time there was a girl"])["nats"].numpy()[0])"""
+print(model.generate(["Once upon a time"])["texts"].numpy()[0].decode())
+print(model.score(["Once upon a time there was a girl"])["nats"].numpy()[0])"""
 _IMPORT_TEXT = "import tensorflow_text  # It has operations of the tokenizer.\n"
 
 # The tokens that are scored at a time, padding included: all their logits are in memory.
