@@ -7,6 +7,7 @@ compiles and writes tests/compiled_steps.json again, after the step was changed 
 its program, the device or the compiler has changed since; otherwise the file's figures are those of this program.
 """
 
+import functools
 import json
 import re
 import sys
@@ -17,6 +18,7 @@ import pytest
 from trainer.config.file import load_config, make_config
 from trainer.errors import UserError
 from trainer.hardware.devices import parse_target
+from trainer.optimizers.cost import optimizer_flops
 from trainer.planning.compiler import CompiledStep, compile_step, largest_that_fits
 from trainer.planning.estimate import estimate_memory
 from trainer.planning.plan import find_vocabulary_size
@@ -75,22 +77,51 @@ def test_the_config_compiles_and_needs_as_much_as_before_and_as_planned(name: st
         assert figures == pytest.approx(stored[name], rel=0.03)
 
 
-@pytest.mark.slow
-@pytest.mark.tpu
-def test_only_a_program_that_has_changed_is_compiled():
-    model = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 16}
-    train = {"precision": "mixed_bfloat16", "total_steps": 4, "global_batch_size": 8, "sequence_length": 8}
-    config, target = make_config({"run_folder": "unused", "model": model, "train": train}), parse_target("tpu:v5e-8")
+# One example at a time on any number of devices, and the work of the optimizer exceeds that of the model.
+TINY = make_config(
+    {
+        "run_folder": "unused",
+        "model": {"num_layers": 2, "num_heads": 2, "hidden_dim": 128, "intermediate_dim": 128},
+        "train": {
+            "precision": "mixed_bfloat16",
+            "total_steps": 4,
+            "global_batch_size": 8,
+            "micro_batch_size": 1,
+            "sequence_length": 8,
+        },
+        "optimizer": {"kind": "muon"},
+    }
+)
+
+
+@functools.cache
+def compiled_for_tpus(num_devices: int) -> CompiledStep:
     of_another = CompiledStep(1, 1, 1.0, 1.0, 1, 1, 0.0, "0" * 64)
     try:
-        found = compile_step(config, 300, target, known=of_another)
+        return compile_step(TINY, 300, parse_target(f"tpu:v5e-{num_devices}"), known=of_another)
     except UserError as error:
         if "the package index cannot be reached" in str(error):
             pytest.skip("no package index to take the compiler from")
         raise
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+def test_only_a_program_that_has_changed_is_compiled():
+    found = compiled_for_tpus(4)
     assert found.arguments_bytes > 1
     assert len(found.program) == 64
-    assert compile_step(config, 300, target, known=found) is found
+    assert compile_step(TINY, 300, parse_target("tpu:v5e-4"), known=found) is found
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+def test_the_work_of_muon_on_each_tpu_core_falls_with_their_number():
+    alone, shared = (compiled_for_tpus(num_devices).flops for num_devices in (1, 4))
+    in_products = [optimizer_flops(TINY, num_devices) for num_devices in (1, 4)]
+    assert in_products[1] == in_products[0] / 4
+    # The compiler counts the other operations of these steps, too: a few for each number.
+    assert alone - shared == pytest.approx(in_products[0] - in_products[1], rel=0.03)
 
 
 @pytest.mark.parametrize("largest", [0, 1, 2, 4, 8, 16, 32, 64])
