@@ -35,7 +35,8 @@ MODERN = {
     "train": {"z_loss": 0.1, "batch_warmup": {2: 48}},
     "optimizer": {"kind": "muon", "ema_decay": 0.3},
 }
-MUON = [MODERN | {"micro_batches": micro_batches} for micro_batches in (1, 2, 4)]
+# All examples of a replica at a time, which a batch warm-up does not allow, or a part of them.
+MUON = [{**MODERN, "train": {}, "micro_batches": micro_batches} for micro_batches in (1, 2, 4)]
 CONTROLS = [{"mistake": mistake} for mistake in MISTAKES]
 # The same eight micro-batches on any number of replicas.
 EIGHTHS = {n: {"model": {}, "precision": "float32", "micro_batches": 8 // n} for n in (1, 2, 4, 8)}
