@@ -11,7 +11,6 @@ import trainer
 from trainer.config.schedule import batch_size_at, examples_before, steps_for
 from trainer.config.settings import Config, TrainConfig
 from trainer.data.batches import Share, training_batches
-from trainer.decoding import samples
 from trainer.execution import resolve
 from trainer.hardware.processor import Processor
 from trainer.training.step import Gradients, accumulate
@@ -88,10 +87,7 @@ def test_only_the_micro_batches_of_the_batch_are_computed():
 
 
 @pytest.mark.slow
-def test_a_warm_up_is_the_run_with_small_batches_that_is_forked_into_large_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(samples, "SAMPLED", ("greedy",))
+def test_a_warm_up_is_the_run_with_small_batches_that_is_forked_into_large_ones(tmp_path: Path):
     shared = ("train.micro_batch_size=1", "train.total_steps=5", "model.dropout=0.2", "checkpoint.every_steps=2")
     large = "train.global_batch_size=8"
     trainer.train(text_run(tmp_path, "warm", large, "train.batch_warmup.2=4", *shared), say=quiet)
