@@ -814,7 +814,7 @@ def test_a_run_reads_every_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         "data": {"train": ["a.txt", "b.jsonl"], "max_broken_fraction": 0.5},
         "model": {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4, "positions": "rope"},
         "train": {"precision": "float32", "num_epochs": 1, "sequence_length": 8, "global_batch_size": 128},
-        "optimizer": {"schedule": "wsd", "decay_steps": 1},
+        "optimizer": {"kind": "muon", "schedule": "wsd", "decay_steps": 1},
         "evaluation": {"every_steps": 2},
         "samples": {"num_beams": 2, "top_k": 2, "num_tokens": 2},
         "profile": {"at_step": 1, "num_steps": 1},

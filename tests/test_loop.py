@@ -474,6 +474,7 @@ def trained(tmp_path_factory):
         evaluation__every_steps=30,
         samples__every_steps=30,
     )
+    del settings["samples"]["samplers"]  # All those that write by default.
     config = trainer.make_config(settings)
     return config, trainer.train(config, say=lambda _: None)
 
