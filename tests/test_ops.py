@@ -46,7 +46,7 @@ SHAPES = {
         positions="rope",
         norm="rms",
         qk_norm=True,
-        activation="gelu",
+        activation="relu2",
         document_mask=True,
     ),
     "parts": ModelConfig(
