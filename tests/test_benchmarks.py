@@ -106,7 +106,7 @@ def test_texts_grow_threefold_to_the_largest_and_hold_what_their_counts_state(tm
         texts = [path.read_bytes().decode(errors="replace") for path in folder.iterdir()]
         lines = [line for text in texts for line in text.split("\n") if line.strip() and "\ufffd" not in line]
         words = sum(len(line.split()) for line in lines)
-        assert counts == (len(lines), words, sum(map(len, lines))), case.name
+        assert counts == (len(lines), words, sum(len(line.encode()) for line in lines)), case.name
     assert not (tmp_path / "no newline at the end" / "text.txt").read_bytes().endswith(b"\n")
 
 
