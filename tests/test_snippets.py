@@ -176,7 +176,9 @@ def shrink(path: Path) -> None:
         settings["train"]["total_steps"] = 20
     settings.setdefault("data", {})["storybook_stories"] = 200
     settings["checkpoint"] = {"every_steps": 100}
-    settings.setdefault("samples", {}).update(num_beams=2, num_tokens=4, samplers=["greedy"])
+    settings.setdefault("samples", {}).update(
+        num_beams=2, num_tokens=4, samplers=["top-k"]
+    )  # docs/tutorial.md prints this sample
     for section in ("evaluation", "samples"):
         settings.get(section, {}).pop("every_steps", None)
         settings.get(section, {}).pop("num_batches", None)
