@@ -127,7 +127,6 @@ EACH_SETTING: list[dict[str, object]] = [
     {},
     {"activation": "gelu"},
     {"activation": "gelu_tanh"},
-    {"activation": "relu2"},
     {"activation": "swiglu"},
     {"norm": "rms", "norm_epsilon": 1e-3},
     {"positions": "rope", "rope_theta": 100.0},

@@ -52,7 +52,7 @@ MODERN_SHAPES = [
         {"positions": "rope", "norm": "rms", "norm_epsilon": 0.1, "use_bias": ("query_key_value",)},
         {"use_bias": ("attention_output", "norm"), "pre_norm": True},
         {"use_bias": ("feedforward", "unembedding"), "activation": "swiglu"},
-        {"qk_norm": True, "positions": "rope", "pre_norm": True, "norm_epsilon": 0.1, "activation": "relu2"},
+        {"qk_norm": True, "positions": "rope", "pre_norm": True, "norm_epsilon": 0.1},
     )
 ]
 MASKED_SHAPES = [config.model_copy(update={"document_mask": True}) for config in SHAPES]
@@ -306,7 +306,7 @@ def plain_logits(model, tokens, starts):
         elif config.activation == "gelu_tanh":
             x *= 0.5 * (1 + tf.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
         else:
-            x *= tf.cast(x > 0, x.dtype) * (x if config.activation == "relu2" else 1)
+            x *= tf.cast(x > 0, x.dtype)
         return dense(x, f"{block}/output")
 
     x = tf.gather(weights["token_embedding/embeddings"], tokens)

@@ -59,7 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 # Their classes have biases that these models lack: zeros are written.
 FEWER_BIASES: dict[str, dict[str, Any]] = {
-    "gpt2 without biases": {**GPT2, "use_bias": False, "activation": "relu2"},
+    "gpt2 without biases": {**GPT2, "use_bias": False, "activation": "relu"},
     "llama query biases": {**LLAMA, "use_bias": ["query_key_value"]},
 }
 
@@ -124,7 +124,6 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 ACTIVATIONS = {
     "relu": lambda x: np.maximum(x, 0),
-    "relu2": lambda x: np.maximum(x, 0) ** 2,
     "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
     "gelu_new": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "silu": lambda x: x / (1 + np.exp(-x)),

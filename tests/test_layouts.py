@@ -90,7 +90,6 @@ def test_rotary_frequencies_are_read_in_the_form_of_transformers_4_and_of_5():
         (GPT2, {"num_layers": 5, "hidden_dim": 32, "intermediate_dim": 80, "norm_epsilon": 1e-3}),
         (GPT2, {"activation": "relu", "dropout": 0.25}),
         (GPT2, {"activation": "gelu"}),
-        (GPT2, {"activation": "relu2"}),
         (GPT2, {"tied_embeddings": False, "use_bias": ["query_key_value", "attention_output", "feedforward", "norm"]}),
         (LLAMA, {}),
         (LLAMA, {"num_layers": 5, "hidden_dim": 32, "intermediate_dim": 80, "norm_epsilon": 1e-6}),

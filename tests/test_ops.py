@@ -46,7 +46,7 @@ SHAPES = {
         positions="rope",
         norm="rms",
         qk_norm=True,
-        activation="relu2",
+        activation="gelu",
         document_mask=True,
     ),
     "parts": ModelConfig(

@@ -345,10 +345,10 @@ class ModelConfig(Section):
     """The width of the embeddings and of every block."""
     intermediate_dim: PositiveInt = 256
     """The width of the feed-forward layer."""
-    activation: Literal["relu", "relu2", "gelu", "gelu_tanh", "swiglu"] = "relu"
-    """The activation of the feed-forward layer. relu2 is the square of relu. gelu is the exact one, with the error
-    function; gelu_tanh is the approximation that GPT-2 was trained with. swiglu multiplies the layer by a gate, which
-    needs half as many weights again for the same intermediate_dim."""
+    activation: Literal["relu", "gelu", "gelu_tanh", "swiglu"] = "relu"
+    """The activation of the feed-forward layer. gelu is the exact one, with the error function; gelu_tanh is the
+    approximation that GPT-2 was trained with. swiglu multiplies the layer by a gate, which needs half as many weights
+    again for the same intermediate_dim."""
     norm: Literal["layer", "rms"] = "layer"
     """layer: normalize by mean and variance. rms: normalize by the root mean square only."""
     norm_epsilon: Fraction = 1e-5

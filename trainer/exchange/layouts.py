@@ -126,7 +126,6 @@ GPT2 = Layout(
         "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
         "gelu": ("gelu", "gelu_python"),
         "relu": ("relu",),
-        "relu2": ("relu2",),
     },
     activation_key="activation_function",
     biases={("query_key_value", "attention_output", "feedforward", "norm"): True},

@@ -31,14 +31,6 @@ def gelu_tanh(x: tf.Tensor) -> tf.Tensor:
     return tf.cast(wide * tf.sigmoid(2 * z), x.dtype)
 
 
-def relu2(x: tf.Tensor) -> tf.Tensor:
-    """Squares the positive numbers, and makes the others 0.
-
-    Source: So et al. 2021, section 3.
-    """
-    return tf.square(tf.nn.relu(x))
-
-
 def swiglu(x: tf.Tensor) -> tf.Tensor:
     """Multiplies the second half of [rows, 2 * width] by silu of the first half.
 
@@ -79,6 +71,5 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": tf.nn.relu,
     "gelu": computed_again(gelu),
     "gelu_tanh": computed_again(gelu_tanh),
-    "relu2": computed_again(relu2),
     "swiglu": computed_again(swiglu),
 }

@@ -8,7 +8,7 @@ from importlib import metadata
 
 import tensorflow as tf
 
-from trainer.model.activations import ACTIVATIONS, Activation, computed_again, gelu, gelu_tanh, relu2, swiglu
+from trainer.model.activations import ACTIVATIONS, Activation, computed_again, gelu, gelu_tanh, swiglu
 from trainer.model.attention import cached_attention
 from trainer.model.normalization import Passes, make_passes, normalize
 from trainer.model.ops.plain import Ops
@@ -89,7 +89,6 @@ def _compiled_passes(kind: str, epsilon: float) -> Passes:
 _ACTIVATIONS = ACTIVATIONS | {
     "gelu": computed_again(gelu, in_one_pass),
     "gelu_tanh": computed_again(gelu_tanh, in_one_pass),
-    "relu2": computed_again(relu2, in_one_pass),
     "swiglu": computed_again(swiglu, in_one_pass),
 }
 
