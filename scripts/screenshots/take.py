@@ -104,7 +104,7 @@ def train(runs: Path) -> None:
     """Trains the runs that are not there yet."""
     for name, settings in RUNS.items():
         if not (runs / name).exists():
-            words = ["train", "quickstart", f"run_folder=runs/{name}", *SETTINGS, *settings]
+            words = ["train", "quickstart", f"run_folder={runs.name}/{name}", *SETTINGS, *settings]
             subprocess.run([sys.executable, "-m", "trainer", *words], cwd=runs.parent, check=True)
 
 
