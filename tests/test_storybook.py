@@ -129,6 +129,7 @@ def test_a_word_a_mark_a_capital_or_a_space_that_no_story_has_is_named_with_the_
         (told.replace("mill.", "mill,"), f"{leaves} ',', after 'in a tall mill'"),
         (told.replace("was ", "was  ", 1), f"{leaves} 'a', after 'Once there was'"),
         ("", f"begins as {is_story}, and stops after ''"),
+        ("zebra", f"{leaves} 'zebra', its first word"),
     ):
         assert storybook.verdict(text) == remark
         with pytest.raises(ValueError, match=f"^not a story: the text {re.escape(remark)}.$"):
@@ -150,6 +151,11 @@ def test_a_story_that_wordpiece_decodes_is_a_story_by_its_words():
             if form != text:
                 with pytest.raises(ValueError, match=" leaves the storybook's grammar at "):
                     storybook.log_probability(form)
+
+
+def test_a_story_as_the_first_release_printed_it_is_a_story():
+    for tokens in some_token_lists()[:20]:
+        assert storybook.verdict(" ".join(tokens).lower()) == "a story of the storybook's grammar"
 
 
 def test_articles_fit_the_word_after_them():
