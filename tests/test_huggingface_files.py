@@ -409,11 +409,11 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path):
         read_weights(only_torch, config, 258)
 
 
-def test_every_shipped_config_except_the_tutorial_s_and_the_fast_one_can_leave_for_transformers():
+def test_every_shipped_config_except_the_tutorial_s_can_leave_for_transformers():
     configs = (Path(__file__).parent.parent / "configs").glob("*.toml")
     models = {path.stem: load_config(path).model for path in configs}
     stay = {name for name, model in models.items() if all(misfits(layout, model) for layout in LAYOUTS)}
-    assert stay == {"minigpt", "shakespeare_char_fast"}
+    assert stay == {"minigpt"}
 
 
 def test_a_model_that_no_class_can_hold_is_refused_with_the_ways_that_work(tmp_path: Path):
