@@ -217,8 +217,8 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
         ),
         (
             ["optimizer.schedule=wsd", "optimizer.warmup_steps=4", "optimizer.decay_steps=7"],
-            "optimizer.decay_steps=7 and the way to the peak (optimizer.warmup_steps=4) are together more than "
-            "train.total_steps=10; lower one of them, or train longer.",
+            "optimizer.decay_steps=7 of train.total_steps=10 leaves no step at the peak of the rate, which comes after "
+            "optimizer.warmup_steps=4; it may be at most 6; lower it, or train longer.",
         ),
         (
             ["train.batch_warmup=8"],

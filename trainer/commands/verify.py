@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config.settings import Config, DistributionConfig, divisor_of_shares, examples_per_replica
-from trainer.data.batches import training_batches
+from trainer.data.batches import total_steps, training_batches
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
 from trainer.distributed.strategy import distributed, make_strategy
@@ -54,7 +54,8 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
 
     The replicas are GPUs if distribution.kind is "gpu" or distribution.gpus names some, otherwise parts of the CPU.
     Each number is trained in a new process. All use the same micro-batches, so on a CPU they make the same bits after
-    any number of steps. train.micro_batch_size="auto" is treated like no setting.
+    any number of steps; with Muon, whose matrices they share, up to rounding. train.micro_batch_size="auto" is treated
+    like no setting.
 
     Args:
         config: the configuration, whose data, model and precision are used.
@@ -134,7 +135,9 @@ def take_steps(config: Config, prepared: PreparedData, distribution: Distributio
     strategy = make_strategy(distribution)
     with strategy.scope():
         model = build_gpt(config, prepared.vocabulary_size, prepared.bos_id)
-    training_step = TrainingStep(config, num_steps, model, strategy)
+    # The rates of the run's own first steps: a decay over the last ones would make these few steps change nothing.
+    length = max(num_steps, total_steps(prepared, config))
+    training_step = TrainingStep(config, length, model, strategy)
     data = distributed(strategy, lambda share: training_batches(prepared, config, 0, num_steps, share))
     batches, one = iter(data), tf.constant(1, tf.int64)
     metrics = [training_step.run_steps(batches, one) for _ in range(num_steps)]

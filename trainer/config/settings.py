@@ -669,7 +669,7 @@ class SamplesConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Top-p sampling draws from the fewest tokens that together have this probability."""
     temperature: Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])] = 1.0
-    """Divides the logits of top-k and top-p sampling."""
+    """Divides the logits of all samplers that draw: random, top-k, top-p and min-p."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
@@ -849,8 +849,8 @@ class Config(Section):
         decay = self.optimizer.decay_steps or 0
         if peak + decay > total_steps:
             raise UserError(
-                f"optimizer.decay_steps={decay} and the way to the peak (optimizer.warmup_steps={warmup}) are together "
-                f"more than {what}; lower one of them, or train longer."
+                f"optimizer.decay_steps={decay} of {what} leaves no step at the peak of the rate, which comes after "
+                f"optimizer.warmup_steps={warmup}; it may be at most {total_steps - peak}; lower it, or train longer."
             )
         end = max(self.train.batch_warmup, default=0)
         if end >= total_steps:

@@ -38,7 +38,7 @@ def make_optimizer(
     matrices = {name: widths for name, widths in adapt(model).matrices(sequence_length).items() if name in variables}
     if not matrices:
         raise UserError(
-            "optimizer.kind='muon' trains kernels with two axes, except embeddings and the output projection, and this "
-            "model has none; choose 'adamw'."
+            "optimizer.kind='muon' trains kernels with two axes, neither as long as the vocabulary, and this model has "
+            "no such kernel; choose 'adamw'."
         )
     return Muon(config, variables, matrices, execution.orthogonalization_dtype)
