@@ -47,6 +47,8 @@ def test_a_program_takes_a_number_of_examples():
         UserError, match=r"'auto' is found on the device itself; .*, such as train.micro_batch_size=4\.$"
     ):
         lower_step(config_of(micro_batch_size="auto"), 13, GPU._replace(num_devices=2))
+    with pytest.raises(UserError, match=r"such as train.micro_batch_size=2\.$"):
+        lower_step(config_of(micro_batch_size="auto", batch_warmup={3: 4}), 13, GPU._replace(num_devices=2))
 
 
 def has_matrix(hlo, num_rows, num_columns):

@@ -183,6 +183,28 @@ def test_an_auto_micro_batch_is_planned_as_the_largest_that_fits(capsys: pytest.
     assert "GB on each: fits, by this estimate" in said
 
 
+@pytest.mark.parametrize(("own", "limit", "tried"), [(4, 99, [4, 12, 24]), (8, 2, [8, 3, 2]), (6, 0, [6, 3, 2, 1])])
+def test_only_micro_batches_that_divide_smaller_batches_too_are_compiled(
+    own: int, limit: int, tried: list[int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    compiled = []
+
+    def compile_step(config: Config, vocabulary_size: int, target: Target) -> CompiledStep:
+        size = make_config(config.model_dump(mode="json", exclude_none=True)).train.micro_batch_size
+        assert isinstance(size, int)
+        compiled.append(size)
+        return CompiledStep(10**9, 10**9 if size <= limit else 20 * 10**9, 1e12, 1e9, 4, 0, 60.0, program="")
+
+    monkeypatch.setattr("trainer.planning.plan.compile_step", compile_step)
+    sizes = ["train.global_batch_size=384", "train.batch_warmup.9=192", f"train.micro_batch_size={own}"]
+    config = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", sizes)
+    print_plan(config, None, V5E_8)
+    largest = re.search(r"micro_batch_size=(\d+) is the largest that does", capsys.readouterr().out)
+    assert largest and 24 % int(largest[1]) == 0
+    print_compiled(config, None, V5E_8)
+    assert compiled == tried
+
+
 def test_compiling_needs_an_accelerator():
     for target in (None, parse_target("cpu")):
         with pytest.raises(UserError, match="--compile needs a --target that is a TPU or GPUs; write gpu:NAMExCOUNT"):

@@ -29,6 +29,10 @@ CASES = {
     "eight GPUs, whole share": (f"{GPU_CONFIG} {WHOLE} --target gpu:RTX5070x8", "train.recompute=blocks"),
     "eight GPUs, accumulation": (f"{GPU_CONFIG} train.micro_batch_size=32 --target gpu:RTX5060Ti-8GBx8", "size=16"),
     "more devices help": (f"{GPU_CONFIG} {WHOLE} --target gpu:A100-40GBx2", "gpu:A100-40GBx8"),
+    "smaller batches at the beginning": (
+        f"{GPU_CONFIG} {WHOLE} train.global_batch_size=480 train.batch_warmup.100=320 --target gpu:RTX4090",
+        "train.micro_batch_size=40",
+    ),
     "float32 on a T4": (f"{GPU_CONFIG} train.precision=float32 train.micro_batch_size=64 --target gpu:T4", "float16"),
     "float32 on a V100": (f"{GPU_CONFIG} train.precision=float32 {WHOLE} --target gpu:V100-16GBx8", "gpu:V100-16GBx32"),
     "float64 on an A100": (f"{GPU_CONFIG} train.precision=float64 {WHOLE} --target gpu:A100-40GBx8", "=float32"),

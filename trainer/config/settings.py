@@ -934,3 +934,9 @@ def divisor_of_shares(config: Config, num_replicas: int) -> int:
     the same size.
     """
     return math.gcd(*config.train.batch_sizes()) // num_replicas
+
+
+def micro_batch_sizes(config: Config, num_replicas: int) -> list[int]:
+    """Returns the micro-batches that divide a replica's share of every batch, rising."""
+    share = divisor_of_shares(config, num_replicas)
+    return [size for size in range(1, share + 1) if share % size == 0]

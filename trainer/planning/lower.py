@@ -7,7 +7,7 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
 from trainer.config.file import load_config
-from trainer.config.settings import Config
+from trainer.config.settings import Config, divisor_of_shares
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.execution import resolve
@@ -37,7 +37,7 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
     if train.micro_batch_size == "auto":
         raise UserError(
             "train.micro_batch_size='auto' is found on the device itself; give the number to compile for, such as "
-            f"train.micro_batch_size={execution.examples}."
+            f"train.micro_batch_size={divisor_of_shares(config, target.num_devices)}."
         )
     strategy = make_strategy(config.distribution.model_copy(update={"kind": "cpu", "gpus": None}))
     with strategy.scope():

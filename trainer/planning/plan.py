@@ -13,7 +13,7 @@ import rich.console
 import rich.table
 
 from trainer.config.schedule import describe_batch_warmup, examples_before, steps_for
-from trainer.config.settings import CharConfig, Config
+from trainer.config.settings import CharConfig, Config, micro_batch_sizes
 from trainer.data.shards import PreparedData, num_examples, prepared_in, token_dtype
 from trainer.errors import UserError
 from trainer.execution import resolve
@@ -113,12 +113,13 @@ def print_compiled(
         return _compiles(config, vocabulary_size, target, micro_batch_size)
 
     own_fits = fits(own)
-    sizes = [size for size in range(1, examples + 1) if examples % size == 0]
-    sizes = [size for size in sizes if (size > own if own_fits else size < own)]
+    allowed = micro_batch_sizes(config, target.num_devices)
+    sizes = [size for size in allowed if (size > own if own_fits else size < own)]
     largest = largest_that_fits(sizes, fits) or (own if own_fits else None)
     needs = needs_of(config, vocabulary_size, target).by_size
-    if largest is None and own < examples and needs[examples] < needs[own] and fits(examples):
-        largest = examples  # All at once need no sum of gradients.
+    # All at once need no sum of gradients. During train.batch_warmup they may not be allowed.
+    if largest is None and own < examples in allowed and needs[examples] < needs[own] and fits(examples):
+        largest = examples
     say(f"largest train.micro_batch_size that fits: {'none' if largest is None else largest}")
     if largest is None:
         ways = ways_to_fit(config, vocabulary_size, target, 1 - ESTIMATE_MARGIN, sizes_help=False)

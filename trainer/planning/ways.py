@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from trainer.config.settings import Config
+from trainer.config.settings import Config, micro_batch_sizes
 from trainer.errors import UserError
 from trainer.execution import resolve
 from trainer.hardware.cuda import NEWEST_WHEEL, support_of
@@ -39,8 +39,8 @@ class Needs(NamedTuple):
     """What a step needs of each device by the number of examples at a time.
 
     Attributes:
-        by_size: the bytes with each micro-batch that divides a replica's share; not all rising, because a micro-batch
-            that is smaller than the share needs a sum of gradients beside the gradients.
+        by_size: the bytes with each micro-batch that divides a replica's share of every batch; not all rising, because
+            a micro-batch that is smaller than the share needs a sum of gradients beside the gradients.
         own: the config's micro-batch; with "auto" the largest that a run would try.
         is_auto: whether a run finds the micro-batch.
         compute_dtype: the dtype of activations.
@@ -69,7 +69,7 @@ def needs_of(config: Config, vocabulary_size: int, target: Target) -> Needs:
         UserError: the batch cannot be spread over the devices.
     """
     execution = resolve(config, target.processor(), target.num_devices)
-    sizes = [size for size in range(1, execution.examples + 1) if execution.examples % size == 0]
+    sizes = micro_batch_sizes(config, target.num_devices)
     by_size = {size: sum(estimate_memory(config, vocabulary_size, target, size).values()) for size in sizes}
     is_auto = config.train.micro_batch_size == "auto"
     return Needs(by_size, execution.micro_batch_size, is_auto, execution.compute_dtype)
@@ -223,8 +223,8 @@ def smallest_memory(config: Config, vocabulary_size: int, target: Target) -> dic
     tried = []
     for change in [{}, *changes]:
         other = config.model_copy(update={"train": config.train.model_copy(update=change)})
-        examples = resolve(other, target.processor(), target.num_devices).examples
-        tried += [estimate_memory(other, vocabulary_size, target, size) for size in {1, examples}]
+        largest = micro_batch_sizes(other, target.num_devices)[-1]
+        tried += [estimate_memory(other, vocabulary_size, target, size) for size in {1, largest}]
     return min(tried, key=lambda parts: sum(parts.values()))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow as tf
 
-from trainer.config.settings import Config, divisor_of_shares
+from trainer.config.settings import Config, micro_batch_sizes
 from trainer.distributed.workers import Workers
 from trainer.errors import UserError, quoted
 from trainer.runs.run_folder import RunFolder
@@ -61,8 +61,8 @@ def fit_micro_batch(training_step: TrainingStep, say: Callable[[str], None]) -> 
         UserError: one example at a time does not fit either.
     """
     examples = training_step.execution.examples
-    divided = divisor_of_shares(training_step.config, training_step.strategy.num_replicas_in_sync)
-    sizes = [size for size in range(training_step.execution.micro_batch_size, 0, -1) if divided % size == 0]
+    allowed = micro_batch_sizes(training_step.config, training_step.strategy.num_replicas_in_sync)
+    sizes = [size for size in reversed(allowed) if size <= training_step.execution.micro_batch_size]
 
     def fits(size: int) -> bool:
         training_step.set_micro_batch_size(size)
