@@ -340,7 +340,7 @@ def test_a_batch_that_replicas_cannot_share_is_refused():
     ):
         examples_per_replica(config, 3)
     config = config_of(train={"total_steps": 9, "batch_warmup": {5: 1}})
-    with pytest.raises(UserError, match=r"train.batch_warmup.5=1 is not a multiple of 2 replicas; change one of them"):
+    with pytest.raises(UserError, match=r"train.batch_warmup.5=1 is not a multiple of 2 replicas; .*batch_warmup=none"):
         examples_per_replica(config, 2)
 
 

@@ -923,8 +923,9 @@ def examples_per_replica(config: Config, num_replicas: int) -> int:
     for name, batch_size in {**sizes, "train.global_batch_size": train.global_batch_size}.items():
         if batch_size % (num_replicas * (size or 1)):
             micro = f" x train.micro_batch_size={size}" if size else ""
+            way = " A run whose warm-up is over can be forked with train.batch_warmup=none." if name in sizes else ""
             raise UserError(
-                f"{name}={batch_size} is not a multiple of {num_replicas} replicas{micro}; change one of them."
+                f"{name}={batch_size} is not a multiple of {num_replicas} replicas{micro}; change one of them.{way}"
             )
     return train.global_batch_size // num_replicas
 
