@@ -24,10 +24,11 @@ from tiny_run import (  # type: ignore[import-not-found]  # pytest has this fold
 import trainer
 from trainer.cli import main
 from trainer.config.file import differing_settings, load_config, make_config
+from trainer.config.settings import Config, examples_per_replica
 from trainer.data.batches import total_steps, training_batches
 from trainer.errors import UserError
 from trainer.exchange.starting_weights import read_beginning
-from trainer.runs.fork import Fork, place_in_data, plan_fork
+from trainer.runs.fork import Fork, check_batch_warmup, place_in_data, plan_fork
 from trainer.runs.run_checkpoints import open_checkpoints
 from trainer.runs.run_data import find_prepared
 from trainer.runs.run_folder import RunFolder
@@ -170,16 +171,43 @@ def test_weights_from_a_later_step_keep_the_place_in_the_data(
     data = {"train": ["a", "b"], "weights": [3, 1], "weights_from_step": before}
     train = {"precision": "float32", "total_steps": 900, "global_batch_size": 4}
     recorded = make_config({"run_folder": "parent", "data": data, "train": train})
-    config = make_config(recorded.model_dump(mode="json", exclude_none=True), overrides)
-    changed = tuple(differing_settings(config, recorded))
+    fork = fork_of(recorded, *overrides)
     if "500" in overrides[0]:
-        assert len(changed) == 1 and changed[0].startswith("data.weights_from_step=")
-    parent = SimpleNamespace(recorded=recorded, data_offset=0, facts={"data_fingerprint": "f"}, path=Path("parent"))
-    fork = Fork(parent, None, config, changed, keeps_data=True)  # type: ignore[arg-type]
+        assert len(fork.changed) == 1 and fork.changed[0].startswith("data.weights_from_step=")
     offset, found = place_in_data(fork, SimpleNamespace(fingerprint="f"), 400)  # type: ignore[arg-type]
     assert line in found
     at = 0 if "beginning" in found else 1600
-    assert offset == at - 400 * config.train.global_batch_size
+    assert offset == at - 400 * fork.config.train.global_batch_size
+
+
+def test_a_batch_warm_up_that_ends_before_the_fork_begins_is_refused(parent: RunFolder):
+    longer, beginning = "train.total_steps=9", f"{parent.path}@3"
+    for overrides in (["train.batch_warmup.3=2"], ["train.batch_warmup.2=1", "train.batch_warmup.5=2"]):
+        with pytest.raises(UserError, match=rf"^train.{overrides[0][6:]} has no effect: the fork begins at step 3 of "):
+            plan_fork(beginning, [f"run_folder={parent.path}-fork", longer, *overrides])
+    for later in (["train.batch_warmup.4=2"], ["train.batch_warmup=none"]):
+        assert planned(parent, longer, *later).step is None
+
+
+def fork_of(recorded: Config, *overrides: str) -> Fork:
+    config = make_config(recorded.model_dump(mode="json", exclude_none=True), overrides)
+    parent = SimpleNamespace(recorded=recorded, data_offset=0, facts={"data_fingerprint": "f"}, path=Path("parent"))
+    changed = tuple(differing_settings(config, recorded))
+    return Fork(parent, None, config, changed, keeps_data=True)  # type: ignore[arg-type]
+
+
+def test_sizes_of_a_parent_s_warm_up_stay_or_are_left_out_but_do_not_change_once_it_is_over():
+    train = {"precision": "float32", "total_steps": 900, "global_batch_size": 8, "batch_warmup": {100: 2, 300: 4}}
+    recorded = make_config({"run_folder": "parent", "train": train})
+    for overrides in ([], ["train.batch_warmup.500=6"], ["train.batch_warmup.100=none"], ["train.batch_warmup=none"]):
+        check_batch_warmup(fork_of(recorded, *overrides), 300)
+    check_batch_warmup(fork_of(recorded, "train.batch_warmup.300=6"), 299)
+    with pytest.raises(UserError, match=r"^train.batch_warmup.300=6 has no effect"):
+        check_batch_warmup(fork_of(recorded, "train.batch_warmup.300=6"), 300)
+    fork = fork_of(recorded, "train.batch_warmup=none")
+    examples_per_replica(fork.config, 8)
+    offset, _ = place_in_data(fork, SimpleNamespace(fingerprint="f"), 400)
+    assert offset + 400 * 8 == 100 * 2 + 200 * 4 + 100 * 8
 
 
 def test_epochs_count_from_the_place_where_the_data_begin(parent: RunFolder):

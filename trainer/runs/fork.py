@@ -83,9 +83,23 @@ def plan_fork(run: str, overrides: Sequence[str], step: str | int | None = None)
     _check_sizes(fork)
     if isinstance(at, int):
         check_has_checkpoint(parent.path, at)
-    if config.train.total_steps is not None and at != "best":
-        check_has_steps(fork, newest_step(parent) if at is None else at, config.train.total_steps)
+    if at != "best":
+        first = newest_step(parent) if at is None else at
+        check_batch_warmup(fork, first)
+        if config.train.total_steps is not None:
+            check_has_steps(fork, first, config.train.total_steps)
     return fork
+
+
+def check_batch_warmup(fork: Fork, step: int) -> None:
+    """Raises UserError if a fork from this step sets the batch size of steps that its parent has taken."""
+    before = fork.parent.recorded.train.batch_warmup
+    for end, size in fork.config.train.batch_warmup.items():
+        if end <= step and before.get(end) != size:
+            raise UserError(
+                f"train.batch_warmup.{end}={size} has no effect: the fork begins at step {step} of "
+                f"{fork.parent.path}. Leave it out, or set a later step."
+            )
 
 
 def check_has_steps(fork: Fork, step: int, total_steps: int) -> None:

@@ -39,7 +39,7 @@ from trainer.exchange.starting_weights import read_beginning
 from trainer.model.build import BuildModel
 from trainer.monitoring.callbacks import Callback
 from trainer.monitoring.trackers import check_trackers
-from trainer.runs.fork import Fork, check_has_steps, place_in_data, plan_fork
+from trainer.runs.fork import Fork, check_batch_warmup, check_has_steps, place_in_data, plan_fork
 from trainer.runs.parentage import Beginning, parents_by_run
 from trainer.runs.run_changes import has_steps_left
 from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints, read_checkpoint, write_beginning
@@ -269,6 +269,7 @@ def _beginning(request: Request, read: Callable[..., Beginning | None], say: Say
 def _create(request: Request, prepared: PreparedData, beginning: Beginning | None, say: Say) -> RunFolder:
     """Makes the folder of a new run, with its first checkpoint if it does not begin with random weights."""
     if beginning is not None and request.fork is not None:
+        check_batch_warmup(request.fork, beginning.step)
         offset, line = place_in_data(request.fork, prepared, beginning.step)
         check_has_steps(request.fork, beginning.step, total_steps(prepared, request.config, offset))
         beginning = beginning._replace(data_offset=offset)
