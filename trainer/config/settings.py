@@ -465,7 +465,8 @@ class TrainConfig(Section):
     """The number of examples per step, over all replicas."""
     batch_warmup: dict[PositiveInt, PositiveInt] = {}
     """Smaller batches at the beginning, by the step that they end at: with batch_warmup.500 = 16 the batches of the
-    first 500 steps have 16 examples. A run with them sees the examples in the same order as a run without."""
+    first 500 steps have 16 examples. A run with them sees the examples in the same order as a run without, unless
+    data.weights_from_step changes the weights at a step: it comes after fewer examples then."""
     micro_batch_size: PositiveInt | Literal["auto"] | None = None
     """The number of examples that a replica computes at a time. Fewer need less memory; the gradients of a step are
     summed before the optimizer uses them. By default a replica computes its whole share at once, or on a CPU in two
