@@ -1,11 +1,14 @@
 """Laws of train.batch_warmup: sizes by the step, one order of the examples, and the weights of smaller batches."""
 
+import contextlib
+import io
 from pathlib import Path
 
 import pytest
 import tensorflow as tf
 from tiny import quiet, tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 from tiny_run import assert_same_bits, saved, text_run  # type: ignore[import-not-found]  # likewise
+from watched_run import evaluation_at, interval_at, record  # type: ignore[import-not-found]  # likewise
 
 import trainer
 from trainer.config.schedule import batch_size_at, examples_before, steps_for
@@ -13,6 +16,10 @@ from trainer.config.settings import Config, TrainConfig
 from trainer.data.batches import Share, training_batches
 from trainer.execution import resolve
 from trainer.hardware.processor import Processor
+from trainer.monitoring import tags
+from trainer.monitoring.monitor import Monitor
+from trainer.reports.history import read_history
+from trainer.system import progress
 from trainer.training.step import Gradients, accumulate
 
 WARMUP = {"global_batch_size": 8, "batch_warmup": {3: 2, 5: 4}}
@@ -84,6 +91,32 @@ def test_only_the_micro_batches_of_the_batch_are_computed():
         )
     )
     assert [float(count(tf.constant(used, tf.int64))) for used in (2, 6, 8)] == [1, 3, 4]
+
+
+def test_speeds_shares_and_the_time_left_count_what_the_batches_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sizes = ("train.total_steps=8", "train.global_batch_size=8", "train.batch_warmup.3=2", "train.batch_warmup.5=4")
+    run, said, now = record(tmp_path / "run", *sizes), io.StringIO(), 0.0
+    bar, secs_left = progress.Bar("training", 8), []
+    monkeypatch.setattr("trainer.monitoring.progress.shown", lambda *_, **__: contextlib.nullcontext(bar))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monitor = Monitor(run.path / "logs", run.config, 0, 8, 0.5, False, said)
+    with monitor.running():
+        now = 12.0
+        for step, num_steps, overall in ((3, 3, 0.5), (8, 5, 2.0)):
+            speeds = {"tokens_per_sec_in_steps": 2 * overall, "tokens_per_sec_overall": overall, "input_share": 0.0}
+            monitor.advance(step)
+            secs_left.append(bar.secs_left())
+            monitor.interval(step, interval_at(step, 0.0)._replace(num_steps=num_steps, **speeds))
+        monitor.evaluation(8, evaluation_at(8))
+    first, second = sum(SIZES[:3]), sum(SIZES[3:])
+    secs = first / 1.0 + second / 4.0
+    history = read_history(str(run.path))
+    assert [dot.value for dot in history.curve(tags.MEAN_TOKENS_PER_SEC, "validation")] == [
+        pytest.approx(sum(SIZES) / secs)
+    ]
+    assert history.goodput()["computing"] == pytest.approx(secs / (first / 0.5 + second / 2.0))
+    assert secs_left[0] == pytest.approx(12 / first * second)
+    assert f"  {progress.clock(12 / first * second)} left" in said.getvalue()
 
 
 @pytest.mark.slow

@@ -92,6 +92,11 @@ def batch_size_at(train: TrainConfig, step: Any, minimum: Callable[[Any, Any], A
     return examples_before(train, step + 1, minimum) - examples_before(train, step, minimum)
 
 
+def full_steps_between(train: TrainConfig, step: float, later: float) -> float:
+    """Returns how many steps of the full batch have the examples of the steps between two steps."""
+    return float(examples_before(train, later) - examples_before(train, step)) / train.global_batch_size
+
+
 def describe_batch_warmup(train: TrainConfig) -> str:
     """Returns the batch sizes before the full one for the end of a sentence; empty if there are none."""
     parts = [f"{size} examples up to step {step:,}" for step, size in train.batch_warmup.items()]

@@ -8,7 +8,7 @@ from typing import TextIO
 import keras
 import tensorflow as tf
 
-from trainer.config.schedule import describe_batch_warmup, examples_before
+from trainer.config.schedule import describe_batch_warmup, examples_before, full_steps_between
 from trainer.config.settings import Config
 from trainer.data.batches import num_examples
 from trainer.data.batches import total_steps as count_steps
@@ -72,12 +72,13 @@ class Monitor:
         self._bits_tag = tags.bits_per_byte(is_lossy)
         self._epochs_at = epochs_at
         self._num_epochs = config.train.num_epochs or (1.0 if epochs_at is None else round(epochs_at(total_steps), 2))
-        terminal_sink = TrainingProgress(first_step, total_steps, terminal, say)
+        terminal_sink = TrainingProgress(config.train, first_step, total_steps, terminal, say)
         self.say = terminal_sink.say
         tensorboard = TensorBoard(logs, config, first_step, total_steps, history, self.say, model)
         self.profiled = tensorboard.profiled
-        # The steps of this process, and the seconds that they took for each token of a step.
-        self._num_steps, self._secs_per_token = 0, 0.0
+        self._train = config.train
+        # The steps of this process, counted as full ones, and the seconds that they took for each token of a full step.
+        self._num_steps, self._secs_per_token = 0.0, 0.0
         self._sinks: list[Sink] = [tensorboard, terminal_sink, *sinks]
 
     def add(self, sinks: Sequence[Sink]) -> None:
@@ -132,8 +133,9 @@ class Monitor:
             values[tags.MFU_IN_STEPS] = interval.tokens_per_sec_in_steps / self._peak_tokens_per_sec
             values[tags.MFU_OVERALL] = interval.tokens_per_sec_overall / self._peak_tokens_per_sec
         if interval.tokens_per_sec_in_steps:
-            self._num_steps += interval.num_steps
-            self._secs_per_token += interval.num_steps / interval.tokens_per_sec_in_steps
+            num_steps = full_steps_between(self._train, step - interval.num_steps, step)
+            self._num_steps += num_steps
+            self._secs_per_token += num_steps / interval.tokens_per_sec_in_steps
         for sink in self._sinks:
             sink.interval(place, interval, _known(values))
 

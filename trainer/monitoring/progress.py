@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TextIO
 
+from trainer.config.schedule import full_steps_between
+from trainer.config.settings import TrainConfig
 from trainer.monitoring import tags
 from trainer.monitoring.events import Interval, Place, Sink
 from trainer.runs.results import Evaluation
@@ -18,13 +20,22 @@ class TrainingProgress(Sink):
     """Shows the progress of a run.
 
     Args:
+        train: the batch size and its warm-up, which decide how long the rest takes.
         first_step: the step that this process goes on from.
         total_steps: the number of steps of the run.
         terminal: the stream for lines and the progress bar; None: standard output.
         say: prints a line, in place of terminal; then there is no progress bar. None: terminal is used.
     """
 
-    def __init__(self, first_step: int, total_steps: int, terminal: TextIO | None = None, say: Say | None = None):
+    def __init__(
+        self,
+        train: TrainConfig,
+        first_step: int,
+        total_steps: int,
+        terminal: TextIO | None = None,
+        say: Say | None = None,
+    ) -> None:
+        self._train = train
         self._first_step = first_step
         self._total_steps = total_steps
         self._terminal = terminal or sys.stdout
@@ -38,6 +49,7 @@ class TrainingProgress(Sink):
         self._started = time.monotonic()
         # The first call of the compiled loop also compiles it.
         with shown(self._say or self._terminal, "compiling", self._total_steps, stays=True) as self._bar:
+            self._bar.work_between = self._full_steps_between
             self._bar.update(self._first_step)
             yield
         self._bar = Bar("")
@@ -85,8 +97,12 @@ class TrainingProgress(Sink):
             self.say(f"{place}  {name}: {score}")
 
     def _secs_left(self, place: Place) -> float:
-        per_step = (time.monotonic() - self._started) / max(1, place.step - self._first_step)
-        return per_step * (place.total_steps - place.step)
+        done = self._full_steps_between(self._first_step, place.step)
+        per_step = (time.monotonic() - self._started) / (done or 1.0)
+        return per_step * self._full_steps_between(place.step, place.total_steps)
+
+    def _full_steps_between(self, step: float, later: float) -> float:
+        return full_steps_between(self._train, step, later)
 
 
 class News:

@@ -12,7 +12,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from trainer.config.schedule import describe_batch_warmup, examples_before, steps_for
+from trainer.config.schedule import describe_batch_warmup, examples_before, full_steps_between, steps_for
 from trainer.config.settings import CharConfig, Config, micro_batch_sizes
 from trainer.data.shards import PreparedData, num_examples, prepared_in, token_dtype
 from trainer.errors import UserError
@@ -232,7 +232,7 @@ def _time_lines(config: Config, vocabulary_size: int, target: Target, utilisatio
         assumed = "" if utilisation is not None else ", which is assumed (--utilisation)"
         utilisation = utilisation or ASSUMED_UTILISATION
         xla = f"; both{only}" if (only := with_xla(config, target)) else ""
-        full_steps = examples_before(config.train, steps) / config.train.global_batch_size
+        full_steps = full_steps_between(config.train, 0, steps)
         at_roofline, likely = _duration(full_steps * least), _duration(tokens / at_peak / utilisation)
         yield (
             f"time         {at_roofline} at the roofline; {likely} at a model FLOPs utilisation of "

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic_core import PydanticUndefined
 
-from trainer.config.schedule import examples_before
+from trainer.config.schedule import examples_before, full_steps_between
 from trainer.config.settings import SAMPLERS, Config, TrainConfig
 from trainer.data.shards import read_manifest
 from trainer.errors import UserError
@@ -112,7 +112,7 @@ class History(NamedTuple):
     def goodput(self) -> dict[str, float]:
         """Returns the shares of the time of training: in steps (of that waiting for batches), and everything else.
 
-        The intervals between two points of the curves count by their steps. Empty if nothing was logged.
+        The intervals between two points of the curves count by their examples. Empty if nothing was logged.
         """
         overall, inputs = (
             {dot.step: dot.value for dot in self.curve(tag)} for tag in (tags.TOKENS_PER_SEC_OVERALL, tags.INPUT_SHARE)
@@ -121,9 +121,10 @@ class History(NamedTuple):
         before = self.run.first_step
         for dot in self.curve(tags.TOKENS_PER_SEC_IN_STEPS):
             if dot.value > 0 and overall.get(dot.step, 0) > 0:
-                in_steps += (dot.step - before) / dot.value
-                all_time += (dot.step - before) / overall[dot.step]
-                waiting += (dot.step - before) / dot.value * inputs.get(dot.step, 0.0)
+                num_steps = full_steps_between(self.config.train, before, dot.step)
+                in_steps += num_steps / dot.value
+                all_time += num_steps / overall[dot.step]
+                waiting += num_steps / dot.value * inputs.get(dot.step, 0.0)
             before = dot.step
         if not all_time:
             return {}

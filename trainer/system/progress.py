@@ -34,6 +34,10 @@ def ignore(done: int, total: int | None = None) -> None:
     """Is a `Note` that nobody reads."""
 
 
+def _difference(done: float, later: float) -> float:
+    return later - done
+
+
 class Bar:
     """How far a task is. This one shows nothing; to tell it something takes microseconds.
 
@@ -44,6 +48,7 @@ class Bar:
         total: how much there is to do; None: unknown.
         in_bytes: whether bytes are counted.
         states: the same news from long to short; the longest that has room is shown.
+        work_between: returns how much work is done between two values of `done`; the time left is in proportion to it.
         known_secs_left: how long the rest will take; None: that follows from the pace of the last minute.
     """
 
@@ -54,6 +59,7 @@ class Bar:
         self.in_bytes = in_bytes
         self.done: float | None = None
         self.states: Sequence[str] = ("",)
+        self.work_between: Callable[[float, float], float] = _difference
         self.known_secs_left: float | None = None
         self._samples: collections.deque[tuple[float, float]] = collections.deque(maxlen=_NUM_SAMPLES)
 
@@ -95,7 +101,10 @@ class Bar:
         if self.total is None or self.done is None or len(self._samples) < 2:
             return None
         (first, before), (last, now) = self._samples[0], self._samples[-1]
-        return None if now <= before else max(0.0, (self.total - self.done) * (last - first) / (now - before))
+        if now <= before:
+            return None
+        left = self.work_between(self.done, self.total)
+        return max(0.0, left * (last - first) / self.work_between(before, now))
 
     def line(self, columns: int) -> tuple[str, str]:
         """Returns what stands to the left and to the right of the bar in a line of this many columns."""
