@@ -423,8 +423,10 @@ def test_a_model_that_no_class_can_hold_is_refused_with_the_ways_that_work(tmp_p
     assert str(error.value) == (
         "No Hugging Face class can hold this model: GPT2LMHeadModel has no model.pre_norm=false, model.num_heads=3, "
         "model.use_bias=[unembedding]; LlamaForCausalLM has no model.norm=layer, model.positions=learned, "
-        "model.pre_norm=false, model.activation=relu, model.num_heads=3, model.use_bias=[norm,unembedding]. These hold "
-        "every GPT: --to savedmodel, --to keras."
+        "model.pre_norm=false, model.activation=relu, model.num_heads=3, model.use_bias=[norm,unembedding]; "
+        "Qwen3ForCausalLM has no model.norm=layer, model.positions=learned, model.pre_norm=false, "
+        "model.qk_norm=false, model.activation=relu, model.num_heads=3, model.use_bias=[feedforward,norm,unembedding]. "
+        "These hold every GPT: --to savedmodel, --to keras."
     )
     assert not (tmp_path / "out").exists()
     assert layout_for(config_for("llama tied").model).architecture == "LlamaForCausalLM"
