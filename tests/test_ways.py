@@ -68,7 +68,10 @@ CASES = {
         "--target gpu:A40x8",
         "train.recompute=blocks",
     ),
-    "a CPU": (f"{GPU_CONFIG} distribution.gpus=none distribution.kind=cpu {WHOLE}", "train.micro_batch_size=4"),
+    "a CPU": (
+        f"{GPU_CONFIG} distribution.gpus=none distribution.kind=cpu train.precision=float32 {WHOLE}",
+        "train.micro_batch_size=4",
+    ),
     "a CPU as a target": (f"{GPU_CONFIG} {WHOLE} --target cpu", "--target cpu"),
     "a CPU in parts": (
         "quickstart model.num_layers=24 model.hidden_dim=768 model.intermediate_dim=3072 model.num_heads=12 "
