@@ -185,6 +185,9 @@ def test_a_batch_warm_up_that_ends_before_the_fork_begins_is_refused(parent: Run
     for overrides in (["train.batch_warmup.3=2"], ["train.batch_warmup.2=1", "train.batch_warmup.5=2"]):
         with pytest.raises(UserError, match=rf"^train.{overrides[0][6:]} has no effect: the fork begins at step 3 of "):
             plan_fork(beginning, [f"run_folder={parent.path}-fork", longer, *overrides])
+    with pytest.raises(UserError, match=r"^train.batch_warmup.1=2 has no effect: the fork begins at step \d of "):
+        trainer.fork(f"{parent.path}@best", [f"run_folder={parent.path}-fork", "train.batch_warmup.1=2"], say=quiet)
+    assert not Path(f"{parent.path}-fork").exists()
     for later in (["train.batch_warmup.4=2"], ["train.batch_warmup=none"]):
         assert planned(parent, longer, *later).step is None
 
