@@ -40,6 +40,7 @@ from trainer.config.settings import examples_per_replica
 from trainer.errors import UserError
 from trainer.hardware.devices import parse_target
 from trainer.text.sources import open_source
+from trainer.training.loop import TrainingResult
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -489,7 +490,7 @@ def test_a_page_works_as_printed_from_top_to_bottom(checkout: Path, name: str, c
 
 
 def check_sweep(namespace: dict[str, Any]) -> None:
-    """A pruner stops a trial of the sweep at its first score, and each trial is in the tab HParams."""
+    """A pruner stops a trial of the sweep at its first score, and each trial is in the tab HParams. Ctrl-C ends it."""
     study = namespace["study"]
     study.pruner = optuna.pruners.ThresholdPruner(upper=0.0)
     study.optimize(namespace["objective"], n_trials=1)
@@ -502,6 +503,12 @@ def check_sweep(namespace: dict[str, Any]) -> None:
         found = HParamsPluginData.FromString(start).session_start_info.hparams
         assert found["optimizer.learning_rate"].number_value == trial.params["rate"]
         assert found["model.num_layers"].number_value == trial.params["layers"]
+    # What a run returns that Ctrl-C has stopped: it has no score.
+    stopped = TrainingResult("runs/sweep/2", model=None, step=1, samples={}, is_stopped=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "train", lambda config, callbacks: stopped)
+        study.optimize(namespace["objective"], n_trials=2)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED", "FAIL"]
 
 
 @pytest.mark.parametrize("name", PAGES)
