@@ -21,7 +21,7 @@ import tensorflow as tf
 from PIL import Image
 
 import tutorial
-from harness import Training, stream_of
+from harness import Training, stream_of, tutorial_model
 from trainer.config.file import load_config
 from trainer.data.batches import training_batches, whole_validation
 from trainer.data.prepare import prepare
@@ -183,6 +183,19 @@ def test_steps_alone_leave_the_training_as_it_was(tmp_path):
     for kept, expected in zip(training.model.variables, plain.model.variables, strict=True):
         np.testing.assert_array_equal(kept.numpy(), expected.numpy())
     assert training.step.step.numpy() == 5
+
+
+@pytest.mark.filterwarnings("ignore:Layer '")  # KerasNLP's layers drop a mask and warn of it.
+def test_the_tutorials_model_has_float32_logits_in_bfloat16_too():
+    config = load_config(ROOT / "configs" / "minigpt.toml", ["model.num_layers=1", "model.hidden_dim=24"])
+    policy = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        model = tutorial_model(config, 50)
+    finally:
+        keras.config.set_dtype_policy(policy)
+    assert model.output.dtype == "float32"
+    assert model.layers[-2].compute_dtype == "bfloat16"
 
 
 def test_larger_size_has_as_many_weights_as_gpt2():

@@ -147,13 +147,15 @@ class Process:
 
 
 def tutorial_model(config: Config, vocabulary_size: int) -> keras.Model:
-    """Builds a model of the config's sizes from KerasNLP's layers, as the tutorial does."""
+    """Builds a model of the config's sizes from KerasNLP's layers, as the tutorial does. Its logits are float32 in any
+    dtype policy, as Keras's guide to mixed precision asks for the outputs of a model.
+    """
     shape, length = config.model, config.train.sequence_length
     inputs = keras.layers.Input(shape=(None,), dtype="int32")
     x = keras_nlp.layers.TokenAndPositionEmbedding(vocabulary_size, length, shape.hidden_dim, mask_zero=True)(inputs)
     for _ in range(shape.num_layers):
         x = keras_nlp.layers.TransformerDecoder(shape.intermediate_dim, shape.num_heads)(x)
-    return keras.Model(inputs, keras.layers.Dense(vocabulary_size)(x))
+    return keras.Model(inputs, keras.layers.Dense(vocabulary_size, dtype="float32")(x))
 
 
 def tokens_per_step(config: Config, prepared: PreparedData) -> float:
