@@ -516,6 +516,35 @@ def test_a_target_is_reached_between_the_scores_around_it_in_proportion():
     assert bench["to_target"](points, 4.5) == (100.0, 2.0)
 
 
+class FakeProcess:
+    """A contestant's process: a step takes 2 s, and before each answer it waits, which takes 0.5 s of CPU time."""
+
+    def __init__(self, name, job, folder):
+        self.about, self.lines = {"num_parameters": 5}, []
+
+    def ask(self, line):
+        self.lines.append(line)
+        figures = {"num_tokens": 7} if line == "evaluate" else {"step_secs": 2.0}
+        return {**figures, "loss": 1.0, "idle_cpu_secs": 0.5}
+
+
+def test_a_contestant_takes_its_steps_in_equal_turns_and_counts_what_it_takes_while_it_waits(tmp_path, monkeypatch):
+    bench = functions_of("learners")
+    monkeypatch.setitem(bench["Contestant"].take_turn.__globals__, "Process", FakeProcess)
+    about = {"contestant": "a", "name": "a", "precision": "float32", "program": "trainer"}
+    contestant = bench["Contestant"]({**about, "total_steps": 14, "tokens_per_step": 3, "num_scored": 7}, tmp_path)
+    for block in range(3):
+        contestant.take_turn(block, 3)
+    assert contestant.process.lines == ["2", "2", "evaluate", "5", "evaluate", "5", "evaluate"]
+    figures = contestant.figures()
+    assert [(point["steps"], point["tokens"], point["secs"]) for point in figures["points"]] == [
+        (4, 12.0, 4.0),
+        (9, 27.0, 14.0),
+        (14, 42.0, 24.0),
+    ]
+    assert figures["idle_cpu_secs"] == 0.5 * 7
+
+
 def test_times_to_a_loss_are_compared_seed_by_seed_with_the_fastest_variant_of_each_program():
     bench = functions_of("time_to_loss")
 
@@ -622,9 +651,11 @@ def test_time_to_loss_benchmark_ends_with_all_figures(tmp_path, monkeypatch, cap
         (run_of_seed,) = row["runs"]
         assert [(point["steps"], point["tokens"]) for point in run_of_seed["points"]] == [(4, 256.0), (8, 512.0)]
         assert row["start_secs"] > row["secs"] > 0
+        assert run_of_seed["idle_cpu_secs"] >= 0
         assert row["final_loss"] < 4.0  # A uniform guess among 23 characters has 3.1.
     printed = capsys.readouterr().out
     assert "target 9.000 nats" in printed
+    assert "shakespeare_char, seed 0: waiting contestants took " in printed
     with Image.open(tmp_path / "time_to_loss_shakespeare_char.png") as image:
         colors = {color for _, color in image.getcolors(1 << 24)}
     assert (0x25, 0x63, 0xEB) in colors

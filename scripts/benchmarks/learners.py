@@ -201,11 +201,13 @@ class Contestant:
     Attributes:
         start_secs: the seconds to the end of the first steps.
         points: the scores so far.
+        idle_cpu_secs: the CPU time that the process took while others started or had their turn.
     """
 
     def __init__(self, job: Figures, folder: Path) -> None:
         self.name, self.job = job["name"], job
         self.points: list[Point] = []
+        self.idle_cpu_secs = 0.0
         self._steps, self._tokens, self._secs = 0, 0.0, 0.0
         start = time.perf_counter()
         self.process = Process(self.name, job, folder)
@@ -215,22 +217,28 @@ class Contestant:
     def take_turn(self, block: int, num_blocks: int) -> None:
         """Trains the steps of a block of all blocks, and is scored."""
         self._take(self.job["total_steps"] * (block + 1) // num_blocks - self._steps)
-        score = self.process.ask("evaluate")
+        score = self._ask("evaluate")
         assert score["num_tokens"] == self.job["num_scored"], f"{self.name} scores {score['num_tokens']} tokens"
         self.points.append(Point(self._steps, self._tokens, self._secs, score["loss"]))
 
     def figures(self) -> Figures:
         """Returns the figures of the training so far."""
         about = {key: self.job[key] for key in ("contestant", "name", "precision", "program")} | self.process.about
-        return {**about, "start_secs": self.start_secs, "points": [point._asdict() for point in self.points]}
+        points = [point._asdict() for point in self.points]
+        return {**about, "start_secs": self.start_secs, "points": points, "idle_cpu_secs": self.idle_cpu_secs}
 
     def _take(self, num_steps: int) -> None:
         if num_steps <= 0:
             return
-        answer = self.process.ask(str(num_steps))
+        answer = self._ask(str(num_steps))
         self._steps += num_steps
         self._tokens += answer.get("num_targets", num_steps * self.job["tokens_per_step"])
         self._secs += num_steps * answer["step_secs"]
+
+    def _ask(self, line: str) -> Figures:
+        answer = self.process.ask(line)
+        self.idle_cpu_secs += answer["idle_cpu_secs"]
+        return answer
 
 
 def to_target(points: Sequence[Point], target: float) -> tuple[float, float] | None:

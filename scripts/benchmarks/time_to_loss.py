@@ -38,6 +38,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def compete(
     """Lets all contestants train in turn; returns the figures of each, and prints as it goes."""
     with contextlib.ExitStack() as stack:
         contestants: list[Contestant] = []
+        start = time.perf_counter()
         for job in jobs(text, seed, options, folder):
             contestants.append(Contestant(job, folder))
             stack.callback(contestants[-1].process.end)
@@ -78,6 +80,8 @@ def compete(
                 for contestant in contestants:
                     contestant.take_turn(block, options.blocks)
                     live.update(progress_table(text, seed, contestants), refresh=True)
+        idle = sum(each.idle_cpu_secs for each in contestants) / (time.perf_counter() - start)
+        console.print(f"{text}, seed {seed}: waiting contestants took {idle:.1%} of a core", highlight=False)
         return [each.figures() for each in contestants]
 
 
