@@ -637,6 +637,32 @@ def test_the_tutorials_code_is_scored_on_the_tokens_that_all_others_are(tmp_path
     assert score["loss"] < before["loss"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "no/out.json"], "--json: no is not a folder that can be written to"),
+        (["--json", "there"], "--json: there is a folder; name a file"),
+        (["--curves", "no"], "--curves: no is not a folder that can be written to"),
+        (["--blocks", "0"], "--blocks 0 is less than one turn"),
+        ([], "There is no there/books/simple_train.txt.gz, there/books/simple_valid.txt."),
+        (["--quick", "--steps", "7"], "shakespeare_char, trainer: 7 steps are too few for 2 turns of at least 4"),
+        (["--quick", "--fast", "no.toml", "--texts", "books"], "no.toml"),
+    ],
+)
+def test_time_to_loss_finds_faults_before_it_trains(tmp_path, monkeypatch, capsys, arguments, message):
+    bench = functions_of("time_to_loss")
+    for name in ("compete", "install_torch"):
+        monkeypatch.setitem(bench["main"].__globals__, name, lambda *_: pytest.fail("it trains"))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "tinyshakespeare.txt").write_text("cats sat on mats.\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRAINER_TEST_DATA", "there")
+    monkeypatch.setattr(sys, "argv", ["time_to_loss.py", *arguments])
+    with pytest.raises(SystemExit) as raised:
+        bench["main"]()
+    assert message in str(raised.value) + capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_time_to_loss_benchmark_ends_with_all_figures(tmp_path, monkeypatch, capsys):
     contestants = ["trainer", *(["torch"] if (ROOT / ".venv-torch" / "bin" / "python").is_file() else [])]

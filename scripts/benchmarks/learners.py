@@ -24,6 +24,8 @@ from trainer.data.shards import PreparedData, num_examples
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # These compile. At least two: the first step of a call of fit is not timed.
 FIRST_STEPS = 2
+# The least that a turn may have. The first turn has FIRST_STEPS fewer left, and fit needs two to time one.
+MIN_STEPS = FIRST_STEPS + 2
 
 Figures = dict[str, Any]
 
@@ -131,14 +133,28 @@ def config_of(
         settings.append(f"train.total_steps={options.steps}")
     elif name != "fast":
         settings += TEXTS[text].length
-    data = folder if options.quick else Path(os.environ.get("TRAINER_TEST_DATA", ""))
-    for setting, file in TEXTS[text].files.items():
-        if not (data / file).is_file():
-            sys.exit(f"{data / file} does not exist: set TRAINER_TEST_DATA to the folder of test data.")
-        settings.append(f"{setting}={data / file}")
+    settings += [f"{setting}={file}" for setting, file in files_of(text, options, folder).items()]
     return load_config(
         path, [*settings, f"data.prepared_folder={folder / f'{text}-prepared'}", "distribution.kind=cpu"]
     )
+
+
+def files_of(text: str, options: argparse.Namespace, folder: Path) -> dict[str, Path]:
+    """Returns the files of a text, by the settings that name them."""
+    data = folder if options.quick else Path(os.environ.get("TRAINER_TEST_DATA", ""))
+    return {setting: data / file for setting, file in TEXTS[text].files.items()}
+
+
+def check_files(options: argparse.Namespace, folder: Path) -> None:
+    """Ends the program if a file of one of its texts is not there."""
+    files = [file for text in options.texts for file in files_of(text, options, folder).values()]
+    missing = ", ".join(str(file) for file in files if not file.is_file())
+    if missing:
+        sys.exit(
+            f"There is no {missing}. TRAINER_TEST_DATA names the folder of the texts; without it they are looked for "
+            "in this folder. `trainer prepare shakespeare_char --download` fetches tinyshakespeare.txt into this "
+            "folder, and --texts shakespeare_char needs no other."
+        )
 
 
 def fast_config(text: str, options: argparse.Namespace) -> Path | None:

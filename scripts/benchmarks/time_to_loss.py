@@ -52,7 +52,17 @@ import rich.table
 
 from curves import Panel, draw
 from harness import about, install_torch, table_of
-from learners import CONTESTANTS, TEXTS, Contestant, Point, jobs, to_target, write_quick_texts
+from learners import (
+    CONTESTANTS,
+    MIN_STEPS,
+    TEXTS,
+    Contestant,
+    Point,
+    check_files,
+    jobs,
+    to_target,
+    write_quick_texts,
+)
 from trainer.errors import UserError
 from trainer.hardware.processor import multiplies_bfloat16
 from trainer.reports.charts import Line
@@ -61,6 +71,22 @@ BLOCKS = 20
 PRECISIONS = ("float32", "mixed_bfloat16")
 
 Figures = dict[str, Any]
+
+
+def check_contests(options: argparse.Namespace, folder: Path) -> None:
+    """Makes the jobs of the first seed of all texts, which finds most faults before hours of training.
+
+    Raises:
+        UserError: a config does not fit its text.
+    """
+    check_files(options, folder)
+    for text in options.texts:
+        for job in jobs(text, options.seeds[0], options, folder):
+            if job["total_steps"] < MIN_STEPS * options.blocks:
+                sys.exit(
+                    f"{text}, {job['name']}: {job['total_steps']:,} steps are too few for {options.blocks} turns of at "
+                    f"least {MIN_STEPS}; give at least --steps {MIN_STEPS * options.blocks}, or fewer --blocks."
+                )
 
 
 def compete(
@@ -197,8 +223,8 @@ def draw_curves(file: Path, figures: Figures) -> None:
     draw(file, f"{figures['text']}: validation loss in nats per token", panels, target)
 
 
-def main() -> None:
-    """Measures, prints and writes."""
+def read_options() -> argparse.Namespace:
+    """Reads and checks the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS), help="the texts (both)")
     parser.add_argument(
@@ -224,14 +250,31 @@ def main() -> None:
     needs_target = [text for text in options.texts if TEXTS[text].target is None and options.target is None]
     if needs_target and not {"keras", "keras-xla"} & set(options.contestants):
         parser.error(f"{needs_target[0]} has no target without keras or keras-xla; give --target.")
+    if options.blocks < 1:
+        parser.error(f"--blocks {options.blocks} is less than one turn.")
+    if options.json is not None and options.json.is_dir():
+        parser.error(f"--json: {options.json} is a folder; name a file.")
+    for option, out in (("--json", options.json and options.json.parent), ("--curves", options.curves)):
+        if out is not None and not (out.is_dir() and os.access(out, os.W_OK)):
+            parser.error(f"{option}: {out} is not a folder that can be written to; make it first.")
+    return options
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    options = read_options()
     console = rich.console.Console()
-    if {"torch", "torch-compile"} & set(options.contestants):
-        install_torch(console, "--contestants trainer fast keras keras-xla")
     report: Figures = {**about(), "texts": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if options.quick:
             write_quick_texts(folder)
+        try:
+            check_contests(options, folder)
+        except UserError as error:
+            sys.exit(str(error))
+        if {"torch", "torch-compile"} & set(options.contestants):
+            install_torch(console, "--contestants trainer fast keras keras-xla")
         for text in options.texts:
             try:
                 of_seeds = {seed: compete(text, seed, options, folder, console) for seed in options.seeds}
