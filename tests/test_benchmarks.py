@@ -531,7 +531,7 @@ class FakeProcess:
 def test_a_contestant_takes_its_steps_in_equal_turns_and_counts_what_it_takes_while_it_waits(tmp_path, monkeypatch):
     bench = functions_of("learners")
     monkeypatch.setitem(bench["Contestant"].take_turn.__globals__, "Process", FakeProcess)
-    about = {"contestant": "a", "name": "a", "precision": "float32", "program": "trainer"}
+    about = {"contestant": "a", "name": "a", "precision": "float32", "program": "trainer", "recipe": ""}
     contestant = bench["Contestant"]({**about, "total_steps": 14, "tokens_per_step": 3, "num_scored": 7}, tmp_path)
     for block in range(3):
         contestant.take_turn(block, 3)
@@ -550,7 +550,7 @@ def test_times_to_a_loss_are_compared_seed_by_seed_with_the_fastest_variant_of_e
 
     def contestant(name, program, start_secs, *losses):
         about = {"contestant": name, "name": name, "precision": "float32", "program": program, "num_parameters": 5}
-        return {**about, "start_secs": start_secs, "points": points_of(*losses)}
+        return {**about, "recipe": f"as {name}", "start_secs": start_secs, "points": points_of(*losses)}
 
     of_seeds = {
         7: [
@@ -575,14 +575,34 @@ def test_times_to_a_loss_are_compared_seed_by_seed_with_the_fastest_variant_of_e
     assert (ours["secs"], ours["final_loss"], keras_fit["tokens"]) == (2.25, 2.0, 300.0)
     assert [run["secs"] for run in torch["runs"]] == [3.0, 3.0] and slow["secs"] > 6
     lines = printed_of(bench, figures).splitlines()
-    assert [line for line in lines if " of the time of " in line] == [
+    assert lines[-5:] == [
         "ours reaches the target in 0.38 of the time of keras, median of 0.33, 0.42; with the start 0.53",
+        "  ours: as ours; keras: as keras",
         "ours reaches the target in 0.75 of the time of torch, median of 0.67, 0.83; with the start 0.61",
+        "  ours: as ours; torch: as torch",
+        "A share compares recipes as much as programs; only scripts/benchmarks/step.py compares equal models.",
     ]
     assert "target 3.000, 3.500 nats" in lines[0]
     # A fixed target that one seed does not reach.
     figures = bench["summary"]("shakespeare_char", of_seeds, 2.2)
     assert [row["secs"] for row in figures["contestants"]] == [pytest.approx(3.7), None, None, None]
+
+
+def test_each_program_is_trained_by_the_recipe_that_is_printed(tmp_path):
+    bench = functions_of("learners")
+    options = argparse.Namespace(
+        quick=True, steps=8, precisions=["float32"], fast=None, contestants=["trainer", "keras", "torch"]
+    )
+    bench["write_quick_texts"](tmp_path)
+    found = {text: [job["recipe"] for job in bench["jobs"](text, 0, options, tmp_path)] for text in bench["TEXTS"]}
+    keras_recipe = "adam at 0.001, constant, untied embeddings"
+    torch_recipe = "adamw at 0.001, cosine, tied embeddings"
+    assert found == {
+        "shakespeare_char": ["adamw at 0.005, cosine, untied embeddings", keras_recipe, torch_recipe],
+        "books": ["adamw at 0.001, constant, untied embeddings", keras_recipe, torch_recipe],
+    }
+    # The tutorial's code names its optimizer only.
+    assert float(keras.optimizers.get("adam").learning_rate) == pytest.approx(1e-3)
 
 
 def printed_of(bench, figures):

@@ -63,7 +63,8 @@ CONTESTANTS = {
     "torch": ("torch", "PyTorch", False),
     "torch-compile": ("torch", "PyTorch, torch.compile", True),
 }
-# Source: nanoGPT's README (its run on tiny Shakespeare on a CPU), config/train_shakespeare_char.py and train.py.
+# Source: nanoGPT's README (its run on tiny Shakespeare on a CPU), config/train_shakespeare_char.py and train.py. It has
+# published none for the books; there the same are taken.
 NANOGPT = (
     "model.pre_norm=true",
     "model.activation=gelu",
@@ -108,6 +109,7 @@ def jobs(text: str, seed: int, options: argparse.Namespace, folder: Path) -> Ite
             "precision": precision,
             "program": program,
             "is_compiled": is_compiled,
+            "recipe": recipe_of(program, config),
             "config": config.model_dump(mode="json", exclude_none=True),
             "prepared": str(prepared.folder),
             "vocabulary_size": prepared.vocabulary_size,
@@ -120,6 +122,15 @@ def jobs(text: str, seed: int, options: argparse.Namespace, folder: Path) -> Ite
             job |= {"learning_rates": rates.tolist(), "validation": str(validation)}
             job |= torch_rows(config, prepared, folder / f"{text}-train")
         yield job
+
+
+def recipe_of(program: str, config: Config) -> str:
+    """Returns what differs most between the programs: optimizer, peak of the learning rate, schedule and embeddings."""
+    if program == "tutorial":
+        return "adam at 0.001, constant, untied embeddings"
+    optimizer = config.optimizer
+    embeddings = "tied" if config.model.tied_embeddings else "untied"
+    return f"{optimizer.kind} at {optimizer.learning_rate:g}, {optimizer.schedule}, {embeddings} embeddings"
 
 
 def config_of(
@@ -143,6 +154,22 @@ def files_of(text: str, options: argparse.Namespace, folder: Path) -> dict[str, 
     """Returns the files of a text, by the settings that name them."""
     data = folder if options.quick else Path(os.environ.get("TRAINER_TEST_DATA", ""))
     return {setting: data / file for setting, file in TEXTS[text].files.items()}
+
+
+def check_contests(options: argparse.Namespace, folder: Path) -> None:
+    """Makes the jobs of the first seed of all texts, which finds most faults before hours of training.
+
+    Raises:
+        UserError: a config does not fit its text.
+    """
+    check_files(options, folder)
+    for text in options.texts:
+        for job in jobs(text, options.seeds[0], options, folder):
+            if job["total_steps"] < MIN_STEPS * options.blocks:
+                sys.exit(
+                    f"{text}, {job['name']}: {job['total_steps']:,} steps are too few for {options.blocks} turns of at "
+                    f"least {MIN_STEPS}; give at least --steps {MIN_STEPS * options.blocks}, or fewer --blocks."
+                )
 
 
 def check_files(options: argparse.Namespace, folder: Path) -> None:
@@ -239,7 +266,9 @@ class Contestant:
 
     def figures(self) -> Figures:
         """Returns the figures of the training so far."""
-        about = {key: self.job[key] for key in ("contestant", "name", "precision", "program")} | self.process.about
+        about = {
+            key: self.job[key] for key in ("contestant", "name", "precision", "program", "recipe")
+        } | self.process.about
         points = [point._asdict() for point in self.points]
         return {**about, "start_secs": self.start_secs, "points": points, "idle_cpu_secs": self.idle_cpu_secs}
 

@@ -11,9 +11,15 @@ epochs; both are in the folder that TRAINER_TEST_DATA names. The contestants, al
   left out if there is none;
 - keras, keras-xla: the tutorial's own code, with its layers, its Adam and `fit`, without XLA and with it. On books the
   input is the tutorial's too; on tiny Shakespeare it is windows at random places;
-- torch, torch-compile: torch_gpt.py, a plain GPT of the config's sizes with nanoGPT's published model and
-  hyperparameters (pre-norm, GELU, no biases, tied embeddings; its CPU run on tiny Shakespeare), eager and compiled. Its
-  rows are drawn at random, as in nanoGPT: windows at any place, or lines of the books.
+- torch, torch-compile: torch_gpt.py, a plain GPT of the config's sizes with the model and the hyperparameters that
+  nanoGPT published for its CPU run on tiny Shakespeare (pre-norm, GELU, no biases), eager and compiled. Its rows are
+  drawn at random, as in nanoGPT: windows at any place, or lines of the books.
+
+Each program has its own recipe, so a time to a loss compares the recipes as much as the programs. Only step.py beside
+this file compares equal models with the same update. The learning rates and the embeddings are:
+- trainer on tiny Shakespeare: AdamW, cosine from 5e-3, untied embeddings; on books AdamW, constant 1e-3, untied;
+- keras, on both texts: Adam, constant 1e-3, untied;
+- torch, on both texts: AdamW, cosine from 1e-3, tied. For books nanoGPT has published nothing.
 
 Each is a process of its own. They take turns: in a turn a contestant trains the next of --blocks equal parts of its
 steps and is scored, while the others wait, so that a busy machine slows all alike. Each seed starts all of them anew.
@@ -52,17 +58,7 @@ import rich.table
 
 from curves import Panel, draw
 from harness import about, install_torch, table_of
-from learners import (
-    CONTESTANTS,
-    MIN_STEPS,
-    TEXTS,
-    Contestant,
-    Point,
-    check_files,
-    jobs,
-    to_target,
-    write_quick_texts,
-)
+from learners import CONTESTANTS, TEXTS, Contestant, Point, check_contests, jobs, to_target, write_quick_texts
 from trainer.errors import UserError
 from trainer.hardware.processor import multiplies_bfloat16
 from trainer.reports.charts import Line
@@ -71,22 +67,6 @@ BLOCKS = 20
 PRECISIONS = ("float32", "mixed_bfloat16")
 
 Figures = dict[str, Any]
-
-
-def check_contests(options: argparse.Namespace, folder: Path) -> None:
-    """Makes the jobs of the first seed of all texts, which finds most faults before hours of training.
-
-    Raises:
-        UserError: a config does not fit its text.
-    """
-    check_files(options, folder)
-    for text in options.texts:
-        for job in jobs(text, options.seeds[0], options, folder):
-            if job["total_steps"] < MIN_STEPS * options.blocks:
-                sys.exit(
-                    f"{text}, {job['name']}: {job['total_steps']:,} steps are too few for {options.blocks} turns of at "
-                    f"least {MIN_STEPS}; give at least --steps {MIN_STEPS * options.blocks}, or fewer --blocks."
-                )
 
 
 def compete(
@@ -140,7 +120,9 @@ def summary(text: str, of_seeds: dict[int, list[Figures]], given: float | None) 
             tokens, secs = to_target([Point(**point) for point in run["points"]], target) or (None, None)
             with_start = None if secs is None else secs + run["start_secs"]
             runs.append({"seed": seed, **run, "tokens": tokens, "secs": secs, "secs_with_start": with_start})
-        row: Figures = {key: runs[0][key] for key in ("contestant", "name", "precision", "program", "num_parameters")}
+        row: Figures = {
+            key: runs[0][key] for key in ("contestant", "name", "precision", "program", "recipe", "num_parameters")
+        }
         row |= {"final_loss": statistics.fmean(run["points"][-1]["loss"] for run in runs), "runs": runs}
         for key in ("start_secs", "tokens", "secs", "secs_with_start"):
             each = [run[key] for run in runs]
@@ -166,7 +148,7 @@ def shares(ours: Figures, theirs: Figures, key: str) -> list[float] | None:
 
 def print_figures(console: rich.console.Console, figures: Figures) -> None:
     """Prints what `summary` returns: all contestants; then our times as shares of those of each other program, in its
-    faster variant.
+    faster variant, with the recipes of both.
     """
     rows = figures["contestants"]
     cells = [
@@ -206,6 +188,11 @@ def print_figures(console: rich.console.Console, figures: Figures) -> None:
                 f"{statistics.median(with_start):.2f}",
                 highlight=False,
             )
+            console.print(f"  {ours['name']}: {ours['recipe']}; {best['name']}: {best['recipe']}", highlight=False)
+    console.print(
+        "A share compares recipes as much as programs; only scripts/benchmarks/step.py compares equal models.",
+        highlight=False,
+    )
 
 
 def draw_curves(file: Path, figures: Figures) -> None:
