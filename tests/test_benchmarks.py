@@ -586,6 +586,7 @@ def test_times_to_a_loss_are_compared_seed_by_seed_with_the_fastest_variant_of_e
     # A fixed target that one seed does not reach.
     figures = bench["summary"]("shakespeare_char", of_seeds, 2.2)
     assert [row["secs"] for row in figures["contestants"]] == [pytest.approx(3.7), None, None, None]
+    assert "A share compares" not in printed_of(bench, figures)
 
 
 def test_each_program_is_trained_by_the_recipe_that_is_printed(tmp_path):

@@ -174,6 +174,7 @@ def print_figures(console: rich.console.Console, figures: Figures) -> None:
         "both",
     ]
     console.print(table_of(f"{figures['text']}, target {', '.join(targets)} nats", names, cells, num_names=1))
+    is_compared = False
     for ours in [row for row in rows if row["program"] == "trainer"]:
         for program in ("tutorial", "torch"):
             others = [row for row in rows if row["program"] == program and row["secs"] is not None]
@@ -189,10 +190,12 @@ def print_figures(console: rich.console.Console, figures: Figures) -> None:
                 highlight=False,
             )
             console.print(f"  {ours['name']}: {ours['recipe']}; {best['name']}: {best['recipe']}", highlight=False)
-    console.print(
-        "A share compares recipes as much as programs; only scripts/benchmarks/step.py compares equal models.",
-        highlight=False,
-    )
+            is_compared = True
+    if is_compared:
+        console.print(
+            "A share compares recipes as much as programs; only scripts/benchmarks/step.py compares equal models.",
+            highlight=False,
+        )
 
 
 def draw_curves(file: Path, figures: Figures) -> None:
