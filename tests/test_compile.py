@@ -19,6 +19,7 @@ from trainer.config.file import load_config, make_config
 from trainer.errors import UserError
 from trainer.hardware.devices import parse_target
 from trainer.optimizers.cost import optimizer_flops
+from trainer.planning import compiler
 from trainer.planning.compiler import CompiledStep, compile_step, largest_that_fits
 from trainer.planning.estimate import estimate_memory
 from trainer.planning.plan import find_vocabulary_size
@@ -107,11 +108,21 @@ def compiled_for_tpus(num_devices: int) -> CompiledStep:
 
 @pytest.mark.slow
 @pytest.mark.tpu
-def test_only_a_program_that_has_changed_is_compiled():
+def test_only_a_program_that_has_changed_is_compiled(monkeypatch: pytest.MonkeyPatch):
     found = compiled_for_tpus(4)
+    printed: list[str] = []
+    run = compiler._run
+
+    def noted(command: list[str]) -> str:
+        printed.append(run(command))
+        return printed[-1]
+
+    monkeypatch.setattr(compiler, "_run", noted)
     assert found.arguments_bytes > 1
     assert len(found.program) == 64
     assert compile_step(TINY, 300, parse_target("tpu:v5e-4"), known=found) is found
+    # The program that compiles said only which program this is.
+    assert json.loads(printed[-1].splitlines()[-1]) == {"program": found.program}
 
 
 @pytest.mark.slow

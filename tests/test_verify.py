@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
+from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 
 from trainer.commands import verify as verify_module
 from trainer.commands.verify import Trace, difference, distribution_of, names_not_finite, verify
@@ -44,6 +44,22 @@ def test_zeros_and_huge_numbers_have_a_difference_too():
     huge = np.array([3e38, 3e38], np.float32)
     assert difference(trace(weights=-huge), trace(weights=huge)).weights == pytest.approx(2)
     assert difference(trace(weights=(1e308, 1e308)), trace(weights=(-1e308, 1e308))).weights == np.inf
+
+
+def test_a_few_steps_have_the_rates_of_the_whole_run(tmp_path, monkeypatch):
+    lengths = []
+
+    def training_step(_config, total_steps, *_):
+        lengths.append(total_steps)
+        raise InterruptedError
+
+    monkeypatch.setattr(verify_module, "TrainingStep", training_step)
+    config = config_of(tmp_path)
+    prepared = tiny_prepared(config)
+    for num_steps in (2, 12):
+        with pytest.raises(InterruptedError):
+            verify_module.take_steps(config, prepared, DistributionConfig(kind="cpu"), num_steps)
+    assert lengths == [config.train.total_steps, 12]
 
 
 def test_weights_that_are_nan_are_not_the_same_model(tmp_path, monkeypatch):
