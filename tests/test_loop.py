@@ -89,6 +89,14 @@ def settings_of(tmp_path, name="run", **overrides):
     return settings
 
 
+# A run with Muon, smaller batches at first and an average of the weights has all kinds of state that resuming restores.
+ALL_STATE = {
+    "train__global_batch_size": 8,
+    "train__batch_warmup": {12: 4},
+    "optimizer__kind": "muon",
+    "optimizer__ema_decay": 0.9,
+}
+
 # Sends SIGTERM to the process when it has taken its last step.
 STOP_AFTER_THE_LAST_STEP = """
 import os, signal, time
@@ -136,7 +144,7 @@ def saved(run, step):
     folder = run / "checkpoints" / f"step_{step:09d}"
     return {
         f"{group}/{name}": array
-        for group in ("weights", "optimizer")
+        for group in sorted(file.stem for file in folder.glob("*.safetensors"))
         for name, array in safetensors.numpy.load((folder / f"{group}.safetensors").read_bytes()).items()
     }
 
@@ -162,9 +170,19 @@ def uninterrupted(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def uninterrupted_with_all_state(tmp_path_factory):
+    """The folder of an uninterrupted run with ALL_STATE."""
+    folder = tmp_path_factory.mktemp("all_state")
+    returncode, output = finish(start("train", json.dumps(settings_of(folder, **ALL_STATE))))
+    assert returncode == 0, output
+    assert all(any(kind in name for name in saved(folder / "run", 40)) for kind in ("momentum", "average/"))
+    return folder / "run"
+
+
 @pytest.mark.slow
-def test_killed_and_resumed_run_ends_with_the_bits_of_an_uninterrupted_run(tmp_path, uninterrupted):
-    process = start("train", json.dumps(settings_of(tmp_path)), pause=0.4)
+def test_killed_and_resumed_run_ends_with_the_bits_of_an_uninterrupted_run(tmp_path, uninterrupted_with_all_state):
+    process = start("train", json.dumps(settings_of(tmp_path, **ALL_STATE)), pause=0.4)
     run = tmp_path / "run"
     # Past step 20, with logs and steps that no checkpoint has.
     wait_for(run / "checkpoints" / "step_000000020", process)
@@ -174,14 +192,16 @@ def test_killed_and_resumed_run_ends_with_the_bits_of_an_uninterrupted_run(tmp_p
     assert not (run / "checkpoints" / "step_000000040").exists()
     returncode, output = finish(start("resume", str(run)))
     assert returncode == 0, output
-    assert_bit_identical(saved(run, 40), saved(uninterrupted, 40))
-    assert_same_best(run, uninterrupted)
+    assert_bit_identical(saved(run, 40), saved(uninterrupted_with_all_state, 40))
+    assert_same_best(run, uninterrupted_with_all_state)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_75_and_the_resumed_run_ends_with_the_same_bits(tmp_path, uninterrupted, number):
-    process = start("train", json.dumps(settings_of(tmp_path, checkpoint__every_steps=1000)), pause=0.4)
+def test_a_signal_saves_and_exits_75_and_the_resumed_run_ends_with_the_same_bits(
+    tmp_path, uninterrupted_with_all_state, number
+):
+    process = start("train", json.dumps(settings_of(tmp_path, **ALL_STATE, checkpoint__every_steps=1000)), pause=0.4)
     run = tmp_path / "run"
     wait_for(run / "lock", process)
     while "step 4/" not in process.stdout.readline():
@@ -194,8 +214,8 @@ def test_a_signal_saves_and_exits_75_and_the_resumed_run_ends_with_the_same_bits
     assert 4 <= int(folder.name.removeprefix("step_")) < 40
     returncode, output = finish(start("resume", str(run)))
     assert returncode == 0, output
-    assert_bit_identical(saved(run, 40), saved(uninterrupted, 40))
-    assert_same_best(run, uninterrupted)
+    assert_bit_identical(saved(run, 40), saved(uninterrupted_with_all_state, 40))
+    assert_same_best(run, uninterrupted_with_all_state)
 
 
 @pytest.mark.slow
