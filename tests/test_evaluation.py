@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  #
 
 from trainer import execution
 from trainer.data.batches import evaluation_batches
-from trainer.data.coverage import TextBytes
+from trainer.data.coverage import TextBytes, notes_on_examples
 from trainer.distributed.strategy import make_strategy
 from trainer.model.build import build_gpt
 from trainer.model.gpt import GPT
@@ -109,18 +109,36 @@ def test_excess_is_measured_from_the_exact_probability_of_the_same_stories(folde
     assert evaluation.excess == pytest.approx(evaluation.loss - entropy, abs=1e-9)
 
 
-@pytest.mark.parametrize("case", ["some batches only", "stories packed", "stories cut", "a text file"])
+@pytest.mark.parametrize("case", ["some batches only", "stories packed", "a text file"])
 def test_excess_is_left_out_if_it_is_not_exact(folder, case):
     if case == "some batches only":
         assert evaluator_of(folder)(num_batches=1).excess is None
     elif case == "stories packed":
         assert evaluator_of(folder, mode="packed")().excess is None
-    elif case == "stories cut":
-        assert evaluator_of(folder, sequence_length=100)().excess is None
     else:
         text = folder / "text.txt"
         text.write_text("\n".join(f"line {i}" for i in range(50)), encoding="utf-8")
         assert evaluator_of(folder, train=[str(text)])().excess is None
+
+
+def test_a_story_that_is_cut_leaves_out_the_excess_and_a_warning_says_so_before_training(folder):
+    whole = evaluator_of(folder)
+    longest = whole.prepared.split("validation").max_tokens
+    for predict_end in (True, False):
+        needed = longest + predict_end
+        for length in (needed, needed - 1):
+            evaluator = evaluator_of(folder, sequence_length=length, predict_end=predict_end)
+            notes = [note for note in notes_on_examples(evaluator.prepared, evaluator.config) if "entropy" in note]
+            assert len(notes) == (length < needed)
+            if predict_end:
+                assert (evaluator().excess is None) == (length < needed)
+        assert notes[0].startswith("warning: ")
+        end = " and its end" if predict_end else ""
+        assert notes[0].endswith(
+            f"the longest one has {longest} tokens{end}, and train.sequence_length={length} cuts it; set "
+            f"train.sequence_length={needed}."
+        )
+    assert not notes_on_examples(whole.prepared, whole.config)
 
 
 # Bits per byte.

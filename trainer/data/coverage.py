@@ -131,8 +131,8 @@ def coverage_of(split: Split, folder: Path, config: Config) -> Coverage:
 
 
 def notes_on_examples(prepared: PreparedData, config: Config) -> list[str]:
-    """Returns lines on what an epoch of training examples cuts off, and on how much of it is padding; each line names
-    the setting that changes this.
+    """Returns lines on what an epoch of training examples cuts off, on how much of it is padding, and on validation
+    stories that are cut, so that their excess is not known; each line names the setting that changes this.
 
     Raises:
         UserError: a split holds no token, or lines mode leaves out more than half of a source's tokens.
@@ -152,7 +152,21 @@ def notes_on_examples(prepared: PreparedData, config: Config) -> list[str]:
             notes.append(f"warning: {note}.")
         if coverage.padding_share > MOST_PADDING:
             notes.append(f"warning: {source}{_what_is_padding(coverage, config)}.")
-    return notes
+    return notes + _notes_on_excess(prepared.split("validation"), config)
+
+
+def _notes_on_excess(split: Split, config: Config) -> list[str]:
+    """Returns a line if a validation text of known entropy will have no excess, because documents are cut."""
+    needed = split.max_tokens + (1 if config.data.predict_end else 0)
+    length = config.train.sequence_length
+    if split.source_nats is None or config.data.mode != "lines" or needed <= length:
+        return []
+    end = " and its end" if config.data.predict_end else ""
+    return [
+        "warning: validation losses will not be compared with the text's own entropy, which is that of whole "
+        f"documents: the longest one has {split.max_tokens:,} tokens{end}, and train.sequence_length={length} cuts it; "
+        f"set train.sequence_length={needed}."
+    ]
 
 
 def _what_is_cut(coverage: Coverage, config: Config) -> str:
