@@ -119,16 +119,24 @@ def test_a_word_a_mark_a_capital_or_a_space_that_no_story_has_is_named_with_the_
         "Once there was a cheerful boy called Jack who lived in a tall mill. One clear afternoon, while he was dreaming"
     )
     is_story, leaves = "a story of the storybook's grammar", "leaves the storybook's grammar at"
+    stops = f"begins as {is_story}, and stops"
     for text, remark in (
-        (told, f"begins as {is_story}, and stops after 'while he was dreaming'"),
-        (told.removesuffix("ing"), f"{leaves} 'dream', after 'afternoon, while he was'"),
+        (told, f"{stops} after 'while he was dreaming'"),
+        (told.removesuffix("ing"), f"{stops} within a word, at 'dream', after 'afternoon, while he was'"),
+        (told[: told.index("ack")], f"{stops} within a word, at 'J', after 'a cheerful boy called'"),
+        ("Onc", f"{stops} within a word, at 'Onc', its first word"),
+        (" ", f"{leaves} ' ', its first word"),
+        (told.removesuffix("ing") + "s", f"{leaves} 'dreams', after 'afternoon, while he was'"),
+        (told.removesuffix("ing") + " ", f"{leaves} 'dream', after 'afternoon, while he was'"),
+        (told.removesuffix("ing").replace("Jack", "jack"), f"{leaves} 'jack', after 'a cheerful boy called'"),
+        (told.removesuffix("dreaming") + "Dream", f"{leaves} 'Dream', after 'afternoon, while he was'"),
         (told.replace("Jack", "Paris"), f"{leaves} 'Paris', after 'a cheerful boy called'"),
         (told.replace("Jack", "jack"), f"{leaves} 'jack', after 'a cheerful boy called'"),
         (told.replace("One", "one"), f"{leaves} 'one', after 'in a tall mill.'"),
         (told.replace("afternoon,", "afternoon ,"), f"{leaves} ',', after 'mill. One clear afternoon'"),
         (told.replace("mill.", "mill,"), f"{leaves} ',', after 'in a tall mill'"),
         (told.replace("was ", "was  ", 1), f"{leaves} 'a', after 'Once there was'"),
-        ("", f"begins as {is_story}, and stops after ''"),
+        ("", f"{stops} after ''"),
         ("zebra", f"{leaves} 'zebra', its first word"),
     ):
         assert storybook.verdict(text) == remark
@@ -144,6 +152,9 @@ def test_a_story_that_wordpiece_decodes_is_a_story_by_its_words():
     spaced = "Oscar lived in a windy hut and loved to climb trees . His aunt"
     for text in (spaced, spaced.lower()):
         assert storybook.verdict(f"{text} gave").endswith(" stops after '. " + text[-8:] + " gave'")
+        assert storybook.verdict(f"{text} ga").endswith(
+            " stops within a word, at 'ga', after 'trees . " + text[-8:] + "'"
+        )
         assert storybook.verdict(f"{text} zebra").endswith(" at 'zebra', after 'trees . " + text[-8:] + "'")
     for text in some_stories()[:20]:
         for form in forms(tokens_of(text, storybook.built_in_grammar().spelling)):

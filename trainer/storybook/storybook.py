@@ -47,8 +47,9 @@ def log_probability(text: str) -> float:
 
 
 def verdict(text: str) -> str:
-    """Returns a remark on a text: it is a whole story of the storybook's grammar, or here is the first word at which no
-    story continues. A text as WordPiece decodes it, which loses spaces and may lose capitals, is a story by its words.
+    """Returns a remark on a text: it is a whole story of the storybook's grammar, or the start of one, or here is the
+    first word at which no story continues. A text as WordPiece decodes it, which loses spaces and may lose capitals, is
+    a story by its words.
     """
     # Release 0.1.0 printed stories as the last of these forms; `report` judges the samples of its runs, too.
     _, remark = _read(text, lambda tokens: (*forms(tokens), " ".join(tokens).lower()))
@@ -77,10 +78,34 @@ def _read(text: str, forms_of: Callable[[list[str]], tuple[str, ...]]) -> tuple[
     found = next((each for each in PIECE.finditer(text) if each.end() > num_read), None)
     place, word = (found.start(), found[0]) if found else (num_read, text[num_read:])
     before = " ".join(text[:place].split()[-_CONTEXT_WORDS:])
+    begins = "begins as a story of the storybook's grammar, and stops"
     if not word:
-        return -math.inf, f"begins as a story of the storybook's grammar, and stops after {before!r}"
+        return -math.inf, f"{begins} after {before!r}"
     where = f"after {before!r}" if before else "its first word"
+    if _is_cut_in_its_last_word(text, forms_of):
+        return -math.inf, f"{begins} within a word, at {word!r}, {where}"
     return -math.inf, f"leaves the storybook's grammar at {word!r}, {where}"
+
+
+def _is_cut_in_its_last_word(text: str, forms_of: Callable[[list[str]], tuple[str, ...]]) -> bool:
+    """Returns whether a text whose last word is in no story is the start of one if this word gets more letters: what
+    writes a sample may stop between two tokens of a word. For the arguments see `_read`.
+    """
+    grammar = built_in_grammar()
+    tokens = tokens_of(text, grammar.spelling)
+    last = "".join(tokens[-1:]).lower()
+    for folded, word in grammar.spelling.items():
+        if not last or not folded.startswith(last):
+            continue
+        longer = [*tokens[:-1], word]
+        try:
+            grammar.log_probability(" ".join(longer))
+        except NotDerived as error:
+            if error.position < len(longer):
+                continue
+        if any(form.startswith(text) for form in forms_of(longer)):
+            return True
+    return False
 
 
 def _num_common(text: str, other: str) -> int:
