@@ -1,0 +1,72 @@
+"""Exchanges pieces of small arrays between the replicas of DISTRIBUTION, and compares with NumPy. Run by
+test_collectives.py, in a process of its own.
+
+    python tests/exchange_pieces.py DISTRIBUTION
+
+DISTRIBUTION is the section of the config as JSON.
+"""
+
+import json
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.config.settings import DistributionConfig
+from trainer.distributed.collectives import make_collectives
+from trainer.distributed.strategy import make_strategy
+
+SHAPES, DTYPES = [(3,), (2, 5), (1,)], (tf.float64, tf.float32, tf.bfloat16, tf.float32)
+
+
+def main():
+    strategy = make_strategy(DistributionConfig(**json.loads(sys.argv[1])))
+    collectives, count = make_collectives(strategy), strategy.num_replicas_in_sync
+
+    def on_replica():
+        # The numbers of replica i are i + 1, plus their own places: exact in every dtype.
+        number = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.float64) + 1
+        pieces = [tf.cast(number + own, dtype) for own, dtype in arrays(1)]
+        scattered = collectives.reduce_scatter([tf.cast(number + own, dtype) for own, dtype in arrays(count)])
+        mine = collectives.own(tf.range(2 * count))
+        place = tf.convert_to_tensor(collectives.place(), tf.int32)
+        return collectives.gather(pieces), scattered, collectives.all_reduce(number[tf.newaxis]), mine, number, place
+
+    @tf.function(autograph=False)
+    def exchange():
+        return [strategy.experimental_local_results(each) for each in tf.nest.flatten(strategy.run(on_replica))]
+
+    of_replicas = zip(*([np.asarray(tf.cast(each, tf.float64)) for each in part] for part in exchange()), strict=True)
+    places = []
+    for *results, total, mine, number, place in of_replicas:
+        gathered, scattered = results[: len(SHAPES) + 1], results[len(SHAPES) + 1 :]
+        places.append(int(place))
+        assert total == count * (count + 1) / 2
+        assert mine.tolist() == [2 * place, 2 * place + 1]
+        for (own, _), whole in zip(arrays(1), gathered, strict=True):
+            rows = own.shape[0]
+            # A piece stands at its replica's place.
+            np.testing.assert_array_equal(whole[int(place) * rows :][:rows], own + number)
+            senders = np.sort(np.ravel(whole - np.concatenate([own] * count)))
+            np.testing.assert_array_equal(senders, np.repeat(np.arange(1, count + 1), own.size))
+        for (own, _), piece in zip(arrays(count), scattered, strict=True):
+            rows = own.shape[0] // count
+            np.testing.assert_array_equal(piece, own[int(place) * rows :][:rows] * count + total)
+    assert places == collectives.places_of_this_process(strategy)
+    print("places", *places)
+
+
+def arrays(count):
+    """Arrays of `count` times as many rows, with their dtypes."""
+    shapes = [(count * shape[0], *shape[1:]) for shape in (*SHAPES, SHAPES[1])]
+    return [
+        (np.arange(np.prod(shape), dtype=np.float64).reshape(shape) % 3, dtype)
+        for shape, dtype in zip(shapes, DTYPES, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Laws of what replicas exchange: NumPy is the reference, in tests/exchange_pieces.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "exchange_pieces.py"
+
+
+def start(distribution, **environment):
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), json.dumps(distribution)],
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def places_of(processes):
+    """What the replicas of each process learned about their places."""
+    try:
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, said, strict=True):
+        assert process.returncode == 0, output[-3000:]
+    return [[int(each) for each in output.split("places ")[1].split()] for output in said]
+
+
+@pytest.mark.slow
+# All-to-all, in one process; and from 12 replicas on a sum and a slice.
+@pytest.mark.parametrize("num_replicas", [3, 12])
+def test_replicas_of_a_process_exchange_pieces(num_replicas):
+    assert places_of([start({"kind": "cpu", "logical_devices": num_replicas})]) == [list(range(num_replicas))]
+
+
+@pytest.mark.slow
+def test_of_eleven_workers_each_finds_its_own_piece(free_addresses):
+    workers = free_addresses(11)
+    of_workers = places_of(
+        [
+            start(
+                {"kind": "multi_worker"},
+                TF_CONFIG=json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}}),
+            )
+            for i in range(11)
+        ]
+    )
+    # TensorFlow orders workers by the text of their names: 0, 1, 10, 2, ...
+    assert of_workers == [[0], [1], [3], [4], [5], [6], [7], [8], [9], [10], [2]]

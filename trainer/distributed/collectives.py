@@ -1,0 +1,311 @@
+"""How replicas exchange pieces of tensors. Only this module has ranks, ordering tokens, keys and hints.
+
+                on CPUs                       on GPUs (NCCL)               in a program of XLA, as on TPUs
+gather          CollectiveGatherV2            CollectiveGatherV2           stablehlo.all_gather
+reduce_scatter  CollectiveAllToAllV2, a sum;  CollectiveReduceScatterV2    stablehlo.reduce_scatter
+                from 12 replicas on
+                CollectiveReduceV2, a slice
+all_reduce      CollectiveReduceV2            CollectiveReduceV2           stablehlo.all_reduce
+
+Why these:
+- CPUs have no kernel for CollectiveReduceScatterV2. Each replica sends the others their rows and adds up its own, in
+  the order of the ranks, so the same bits come out every time.
+- TensorFlow's all-to-all on CPUs names a message by its sender and receiver without a separator: with 12 replicas, 1 to
+  10 and 11 to 0 have the same name.
+- CollectiveGatherV2 does not take bfloat16; its bits travel as float16.
+- XLA has no kernels for these operations, and `XlaAllReduce` and `XlaReduceScatter` refuse float64. `XlaCallModule`
+  holds one StableHLO operation of any dtype. XLA turns reduce_scatter of a vector into an all-reduce of twice the
+  traffic, so vectors are joined to one matrix [pieces, numbers].
+- Operations in a replica function are chained in the order of the program over all replicas of a process, so that
+  replica 0's would wait for replica 1's, which wait for replica 0. An ordering token, a variable that each replica has
+  for itself, chains only one replica's operations.
+- A piece's place is the rank, which the operations' results are ordered by: the order of the names of tasks and devices
+  as texts. Of 11 workers, worker 10 comes after worker 1. So it is learned once, by gathering the replicas' numbers.
+- No operation has a timeout: for each one that has, TensorFlow keeps a thread asleep as long as the timeout, though the
+  operation is over, so that a run would have thousands. A lost worker ends the others' operations by TensorFlow's own
+  checks of workers, as in a run without pieces.
+
+All replicas must call the same functions of a Collectives in the same order while they trace: a count of the calls
+tells their operations apart.
+"""
+
+import abc
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.compiler.mlir.stablehlo import stablehlo
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+from trainer.distributed.strategy import device_kind
+from trainer.optimizers.variables import per_replica
+
+# From this many replicas on CollectiveAllToAllV2 fails on CPUs; see above.
+_ALL_TO_ALL_BELOW = 12
+# Larger than the keys that tf.distribute counts up from.
+_group_keys = itertools.count(7_000)
+
+
+class Collectives(abc.ABC):
+    """What replicas exchange, as one of them sees it. Call it in a replica function, except `places_of_this_process`.
+
+    Attributes:
+        num_pieces: the replicas that exchange, each of which has a piece.
+    """
+
+    num_pieces: int
+
+    def place(self) -> int | tf.Tensor:
+        """Returns which piece is this replica's, from 0 on: a number, or an int32 scalar."""
+        return self._place()
+
+    def gather(self, pieces: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns all replicas' pieces one below the other: of each [rows, ...] a [num_pieces * rows, ...]."""
+        return _by_dtype(self._gather, pieces)
+
+    def reduce_scatter(self, summands: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns this replica's piece of sums over replicas: of each [num_pieces * rows, ...] a [rows, ...]."""
+        return _by_dtype(self._reduce_scatter, summands)
+
+    def all_reduce(self, summand: tf.Tensor) -> tf.Tensor:
+        """Returns the sum of a vector over replicas, equal on all."""
+        return self._all_reduce(summand)
+
+    def own(self, whole: tf.Tensor) -> tf.Tensor:
+        """Returns this replica's piece of a tensor [num_pieces * rows, ...] that all replicas have."""
+        return tf.gather(tf.reshape(whole, [self.num_pieces, -1, *whole.shape[1:]]), self.place())
+
+    def places_of_this_process(self, strategy: tf.distribute.Strategy) -> list[int]:
+        """Returns the places of this process's replicas, in the order of `experimental_local_results`."""
+
+        @tf.function(autograph=False)
+        def places() -> tf.Tensor:
+            return strategy.run(lambda: tf.identity(tf.convert_to_tensor(self.place(), tf.int32)))
+
+        return [int(each) for each in strategy.experimental_local_results(places())]
+
+    @abc.abstractmethod
+    def _place(self) -> int | tf.Tensor: ...
+
+    @abc.abstractmethod
+    def _gather(self, pieces: Sequence[tf.Tensor]) -> list[tf.Tensor]: ...
+
+    @abc.abstractmethod
+    def _reduce_scatter(self, summands: Sequence[tf.Tensor]) -> list[tf.Tensor]: ...
+
+    @abc.abstractmethod
+    def _all_reduce(self, summand: tf.Tensor) -> tf.Tensor: ...
+
+
+class TensorFlowCollectives(Collectives):
+    """TensorFlow's own operations, for CPUs and GPUs of one process or several.
+
+    Every worker makes it at the same time: it gathers the replicas' numbers, to learn the place of each.
+
+    Args:
+        strategy: the run's strategy, of several replicas.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy) -> None:
+        self.num_pieces = strategy.num_replicas_in_sync
+        self._is_gpu = device_kind(strategy) == "GPU"
+        self._group_key = next(_group_keys)
+        self._num_calls: dict[int, int] = {}
+        with strategy.scope():
+            self._token = per_replica([], tf.float32, "ordering_token")
+
+        def number() -> tf.Tensor:
+            return tf.raw_ops.CollectiveGatherV2(input=tf.constant([_number()], tf.int32), **self._how())
+
+        @tf.function(autograph=False)
+        def numbers() -> tf.Tensor:
+            return strategy.run(number)
+
+        self._order = strategy.experimental_local_results(numbers())[0].numpy().tolist()
+
+    def _place(self) -> int:
+        return int(self._order.index(_number()))
+
+    def _gather(self, pieces: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        flat = tf.concat([tf.reshape(piece, [1, -1]) for piece in pieces], axis=1)
+        is_bfloat16 = flat.dtype == tf.bfloat16
+        travels = tf.bitcast(flat, tf.float16) if is_bfloat16 else flat
+        joined = tf.raw_ops.CollectiveGatherV2(input=travels, **self._how())
+        joined = tf.ensure_shape(joined, [self.num_pieces, flat.shape[1]])
+        joined = tf.bitcast(joined, tf.bfloat16) if is_bfloat16 else joined
+        parts = tf.split(joined, [math.prod(piece.shape) for piece in pieces], axis=1)
+        return [
+            tf.reshape(part, [self.num_pieces * piece.shape[0], *piece.shape[1:]])
+            for part, piece in zip(parts, pieces, strict=True)
+        ]
+
+    def _reduce_scatter(self, summands: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        parts = [tf.reshape(summand, [self.num_pieces, -1]) for summand in summands]
+        flat = tf.concat(parts, axis=1)
+        if self._is_gpu:
+            own = tf.raw_ops.CollectiveReduceScatterV2(input=flat, merge_op="Add", final_op="Id", **self._how())
+        elif self.num_pieces < _ALL_TO_ALL_BELOW:
+            own = tf.reduce_sum(tf.raw_ops.CollectiveAllToAllV2(input=flat, **self._how()), axis=0)
+        else:
+            own = self.own(self._all_reduce(flat))
+        own = tf.ensure_shape(tf.reshape(own, [-1]), [flat.shape[1]])
+        pieces = tf.split(own, [part.shape[1] for part in parts])
+        return [
+            tf.reshape(piece, [summand.shape[0] // self.num_pieces, *summand.shape[1:]])
+            for piece, summand in zip(pieces, summands, strict=True)
+        ]
+
+    def _all_reduce(self, summand: tf.Tensor) -> tf.Tensor:
+        total = tf.raw_ops.CollectiveReduceV2(input=summand, merge_op="Add", final_op="Id", **self._how())
+        return tf.ensure_shape(total, summand.shape)
+
+    def _how(self) -> dict[str, Any]:
+        number = _number()
+        self._num_calls[number] = self._num_calls.get(number, 0) + 1
+        return {
+            "group_size": self.num_pieces,
+            "group_key": self._group_key,
+            "instance_key": self._num_calls[number],
+            "ordering_token": [self._token.handle],
+            "communication_hint": "nccl" if self._is_gpu else "auto",
+        }
+
+
+class XlaCollectives(Collectives):
+    """Operations of one program that XLA compiles as a whole for several replicas.
+
+    Args:
+        num_pieces: the replicas that run the program.
+    """
+
+    def __init__(self, num_pieces: int) -> None:
+        self.num_pieces = num_pieces
+
+    def _place(self) -> tf.Tensor:
+        # Not the number that tf.distribute gives a replica: on a TPU the two need not agree.
+        return gen_xla_ops.xla_replica_id()
+
+    def _gather(self, pieces: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        return self._joining_vectors(self._gather_one, pieces, lambda piece: piece[tf.newaxis])
+
+    def _gather_one(self, piece: tf.Tensor) -> tf.Tensor:
+        shape = [self.num_pieces * piece.shape[0], *piece.shape[1:]]
+        return self._call("all_gather", piece, shape, "all_gather_dim = 0 : i64, ")
+
+    def _reduce_scatter(self, summands: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        return self._joining_vectors(
+            self._scatter_one, summands, lambda summand: tf.reshape(summand, [self.num_pieces, -1])
+        )
+
+    def _scatter_one(self, summand: tf.Tensor) -> tf.Tensor:
+        shape = [summand.shape[0] // self.num_pieces, *summand.shape[1:]]
+        return self._call("reduce_scatter", summand, shape, "scatter_dimension = 0 : i64, ", adds=True)
+
+    def _all_reduce(self, summand: tf.Tensor) -> tf.Tensor:
+        return self._call("all_reduce", summand, summand.shape.as_list(), adds=True)
+
+    def _joining_vectors(
+        self,
+        run: Callable[[tf.Tensor], tf.Tensor],
+        tensors: Sequence[tf.Tensor],
+        matrix_of: Callable[[tf.Tensor], tf.Tensor],
+    ) -> list[tf.Tensor]:
+        """Returns run of each tensor. All vectors are side by side in one matrix for it."""
+        vectors = [matrix_of(each) for each in tensors if each.shape.rank == 1]
+        joined = tf.split(run(tf.concat(vectors, 1)), [each.shape[1] for each in vectors], 1) if vectors else []
+        flat = iter([tf.reshape(each, [-1]) for each in joined])
+        return [next(flat) if each.shape.rank == 1 else run(each) for each in tensors]
+
+    def _call(
+        self, name: str, operand: tf.Tensor, shape: Sequence[int], how: str = "", adds: bool = False
+    ) -> tf.Tensor:
+        """Returns what a collective operation of StableHLO makes of a tensor."""
+        before, after = _type_of(operand.shape, operand.dtype), _type_of(shape, operand.dtype)
+        number = _type_of([], operand.dtype)
+        region = f"""({{
+              ^bb0(%one: {number}, %other: {number}):
+                %sum = stablehlo.add %one, %other : {number}
+                stablehlo.return %sum : {number}
+            }}) """
+        groups = f"dense<[{list(range(self.num_pieces))}]> : tensor<1x{self.num_pieces}xi64>"
+        text = f"""
+        module @{name} attributes {{mhlo.num_partitions = 1 : i32, mhlo.num_replicas = {self.num_pieces} : i32}} {{
+          func.func public @main(%operand: {before}) -> {after} {{
+            %result = "stablehlo.{name}"(%operand) {region if adds else ""}{{{how}replica_groups = {groups}}} :
+                ({before}) -> {after}
+            return %result : {after}
+          }}
+        }}"""
+        (result,) = gen_xla_ops.xla_call_module(
+            [operand],
+            version=9,
+            module=stablehlo.serialize_portable_artifact_str(text, stablehlo.get_minimum_version()),
+            Sout=[list(shape)],
+            Tout=[operand.dtype],
+            # The operation wants one platform. The program is the same for all, and a TPU's is lowered on CPUs too.
+            platforms=["CPU"],
+            disabled_checks=["platform"],
+            dim_args_spec=[],
+            function_list=[],
+            has_token_input_output=False,
+        )
+        return tf.ensure_shape(result, shape)
+
+
+class RehearsedCollectives(Collectives):
+    """Allocates what the collectives of several replicas allocate, and exchanges nothing: other replicas may be out of
+    memory, and this one would wait for them.
+
+    Args:
+        num_pieces: the replicas that would exchange.
+    """
+
+    def __init__(self, num_pieces: int) -> None:
+        self.num_pieces = num_pieces
+
+    def _place(self) -> int:
+        return 0
+
+    def _gather(self, pieces: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        return [tf.concat([piece] * self.num_pieces, axis=0) for piece in pieces]
+
+    def _reduce_scatter(self, summands: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        joined = tf.concat([tf.reshape(summand, [self.num_pieces, -1]) for summand in summands], axis=1)
+        parts = tf.split(joined[0], [math.prod(summand.shape) // self.num_pieces for summand in summands])
+        return [
+            tf.reshape(part, [summand.shape[0] // self.num_pieces, *summand.shape[1:]])
+            for part, summand in zip(parts, summands, strict=True)
+        ]
+
+    def _all_reduce(self, summand: tf.Tensor) -> tf.Tensor:
+        return tf.identity(summand)
+
+
+def make_collectives(strategy: tf.distribute.Strategy) -> Collectives:
+    """Returns the collectives of a run's replicas. Every worker calls it at the same time."""
+    if device_kind(strategy) == "TPU":
+        return XlaCollectives(strategy.num_replicas_in_sync)
+    return TensorFlowCollectives(strategy)
+
+
+def _number() -> int:
+    """Returns the number that tf.distribute gives the replica which is being traced."""
+    return int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
+
+
+def _by_dtype(run: Callable[[Sequence[tf.Tensor]], list[tf.Tensor]], tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Returns run of tensors, which gets those of one dtype at a time."""
+    found: dict[int, tf.Tensor] = {}
+    for dtype in dict.fromkeys(each.dtype for each in tensors):
+        places = [place for place, each in enumerate(tensors) if each.dtype == dtype]
+        found |= zip(places, run([tensors[place] for place in places]), strict=True)
+    return [found[place] for place in range(len(tensors))]
+
+
+def _type_of(shape: Sequence[int], dtype: tf.DType) -> str:
+    """Returns a tensor's type in StableHLO, such as tensor<2x3xf32>."""
+    kind = "bf16" if dtype == tf.bfloat16 else f"f{8 * np.dtype(dtype.as_numpy_dtype).itemsize}"
+    return f"tensor<{''.join(f'{size}x' for size in shape)}{kind}>"
