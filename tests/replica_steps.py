@@ -16,12 +16,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import tensorflow as tf
 
+import trainer.training.split as split_module
 import trainer.training.step as step_module
 from trainer.config.file import make_config
 from trainer.data.batches import places_of_slots
 from trainer.distributed.strategy import distributed, make_strategy
 from trainer.model.dropout import DropoutDraw
 from trainer.model.gpt import GPT
+from trainer.optimizers.adamw import AdamW
 
 VOCABULARY, NUM_STEPS, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH = 29, 5, 96, 8
 
@@ -48,7 +50,7 @@ def config_of(distribution, case, num_replicas=1):
             **case.get("train", {}),
         },
         "optimizer": {"learning_rate": 1e-2, "clip_norm": 0.1, "weight_decay": 0.1, **case.get("optimizer", {})},
-        "distribution": distribution,
+        "distribution": {**distribution, **case.get("distribution", {})},
     }
     return make_config(settings)
 
@@ -80,7 +82,9 @@ def elements(train, share):
 
 
 def break_on_purpose(what):
-    """Makes a mistake that a trainer could make."""
+    """Makes a mistake that a trainer could make; returns what undoes it."""
+    if what in SPLIT_MISTAKES:
+        return break_split(what)
     accumulate = step_module.accumulate
 
     def clip_before_reduce(*arguments, **options):
@@ -110,6 +114,44 @@ def break_on_purpose(what):
     return lambda: [setattr(step_module, "accumulate", accumulate), setattr(step_module, "DropoutDraw", DropoutDraw)]
 
 
+SPLIT_MISTAKES = ["piece_updated_twice", "gather_of_the_step_before", "moments_of_another_piece"]
+
+
+def break_split(what):
+    """Makes a mistake that only a trainer with a split optimizer could make; returns what undoes it."""
+    split = split_module.SplitOptimizer
+    apply, begin, finish, write = AdamW.apply, split.begin, split.finish, split.write
+    before = []
+
+    def apply_twice(self, gradients, rate):
+        apply(self, gradients, rate)
+        apply(self, gradients, rate)
+
+    def begin_with_a_gather(self):
+        begin(self)
+        before[:] = self.gathered()
+
+    def finish_with_it(self):
+        for variable, whole in zip(self._variables, before, strict=True):
+            tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=whole)
+
+    def write_the_next(self, variable, cut, array):
+        moved = np.roll(cut.padded(array), cut.piece_shape[0], axis=0)
+        write(self, variable, cut, moved[: cut.num_rows].reshape(cut.shape))
+
+    if what == "piece_updated_twice":
+        AdamW.apply = apply_twice
+    elif what == "gather_of_the_step_before":
+        split.begin, split.finish = begin_with_a_gather, finish_with_it
+    else:
+        split.write = write_the_next
+
+    def mend():
+        AdamW.apply, split.begin, split.finish, split.write = apply, begin, finish, write
+
+    return mend
+
+
 def count_reductions(function):
     """How many collective reductions a traced function holds, in all the functions it calls."""
     graph = function.graph.as_graph_def()
@@ -127,7 +169,10 @@ def take_steps(strategy, config):
     run_steps(batches, tf.constant(1, tf.int64))
     # Adam's first moment after one step is the gradient times 1 - beta_1, and Muon's momentum is the gradient.
     first = ("first_moment", "momentum")
-    gradients = {name: value.numpy() for name, value in step.optimizer.state().items() if name.endswith(first)}
+    gradients = {name: value.numpy() for name, value in step.state().items() if name.endswith(first)}
+    if step.split is not None:  # As if it were saved and restored here.
+        for name, array in gradients.items():
+            step.state()[name].assign(array)
     metrics = run_steps(batches, tf.constant(NUM_STEPS - 1, tf.int64))
     assert int(metrics.num_steps) == NUM_STEPS - 1
     averages = {} if step.average is None else step.average.state()

@@ -41,6 +41,21 @@ def test_memory_of_weights_and_moments_is_exact():
     assert bf16["weights"] - parts["weights"] == 2 * matrix_parameters(make_config(SETTINGS), 5000)
 
 
+def test_an_optimizer_that_is_split_over_eight_needs_an_eighth_of_two_moments_and_a_copy_of_the_weights():
+    whole, split = (
+        estimate_memory(make_config(SETTINGS, [f"distribution.shard={shard}"]), 5000, V5E_8)
+        for shard in ("nothing", "optimizer")
+    )
+    padding = split["optimizer"] - 3 * 4 * 3_387_266 / 8
+    # 255 rows of attention's output, in each of two blocks, are 256 here.
+    assert split["weights"] == whole["weights"] and 0 < padding < 0.02 * split["optimizer"]
+    # If the end of the backward pass is the worst instant, the piece of the summed gradients is there, too.
+    short = make_config(SETTINGS, ["train.sequence_length=2"])
+    short_split = make_config(SETTINGS, ["train.sequence_length=2", "distribution.shard=optimizer"])
+    more = [estimate_memory(config, 5000, V5E_8, 1)["gradients"] for config in (short, short_split)]
+    assert more[1] - more[0] >= 4 * count_parameters(short, 5000) / 8
+
+
 def test_muon_keeps_one_number_less_for_its_matrices_and_its_work_is_shared():
     adamw, muon = (make_config(SETTINGS, [f"optimizer.kind={kind}"]) for kind in ("adamw", "muon"))
     parts = estimate_memory(muon, 5000, V5E_8)

@@ -278,6 +278,79 @@ def test_a_run_killed_and_resumed_on_other_devices_sees_the_same_batches(tmp_pat
     assert difference / size < 1e-5
 
 
+def kill_after(run, step, *processes):
+    """Kills the last of the processes once a checkpoint is there. Returns what the others print, who end with 1."""
+    wait_for(run / "checkpoints" / f"step_{step:09d}", processes[0])
+    processes[-1].send_signal(signal.SIGKILL)
+    processes[-1].communicate()
+    ends = [finish(process) for process in processes[:-1]]
+    assert all(returncode == 1 for returncode, _ in ends), ends
+    return [output for _, output in ends]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_split_of_its_optimizer_and_ends_with_the_same_weights(tmp_path, free_addresses):
+    settings = settings_of(
+        tmp_path,
+        train__precision="float64",
+        train__total_steps=30,
+        checkpoint__every_steps=6,
+        evaluation__every_steps=9,
+    )
+    settings["samples"] = {"samplers": ["greedy"], "num_tokens": 1}
+    settings["optimizer"]["ema_decay"] = 0.9
+    run, split = tmp_path / "run", "distribution.shard=optimizer"
+    kill_after(run, 6, start("train", json.dumps(settings), pause=0.4))
+    on_four = (split, "distribution.logical_devices=4", "train.micro_batch_size=auto")
+    kill_after(run, 12, start("resume", str(run), *on_four, pause=0.4))
+    (output,) = kill_after(run, 18, *two_workers(free_addresses(2), "resume", str(run), split, pause=0.4))
+    assert "UserError: worker 1 (127.0.0.1:" in output and f"trainer train --resume {run}" in output
+    returncode, output = finish(start("resume", str(run)))
+    assert returncode == 0, output
+    returncode, output = finish(start("train", json.dumps(settings | {"run_folder": str(tmp_path / "whole")})))
+    assert returncode == 0, output
+    expected, found = saved(tmp_path / "whole", 30), saved(run, 30)
+    assert found["optimizer/batches_hash"] == expected["optimizer/batches_hash"]
+    assert found.keys() == expected.keys()
+    for group in ("weights/", "optimizer/", "average/"):
+        one, two = (
+            np.concatenate([np.ravel(arrays[name]) for name in sorted(arrays) if name.startswith(group)])
+            for arrays in (averages_of(run, 30) | found, averages_of(tmp_path / "whole", 30) | expected)
+        )
+        if group == "optimizer/":  # Without the hash, whose size would hide all else.
+            one, two = (each[np.abs(two) < 1e6] for each in (one, two))
+        assert np.linalg.norm(one - two) <= 1e-12 * np.linalg.norm(two)  # float64: separates a bug from rounding
+
+
+def averages_of(run, step):
+    """All arrays of the average of the weights in a checkpoint."""
+    file = run / "checkpoints" / f"step_{step:09d}" / "average.safetensors"
+    return {f"average/{name}": array for name, array in safetensors.numpy.load(file.read_bytes()).items()}
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_a_split_optimizer_ends_with_the_same_bits(tmp_path):
+    settings = settings_of(tmp_path, train__total_steps=12, checkpoint__every_steps=6)
+    settings |= {"distribution": {"shard": "optimizer", "logical_devices": 2}, "samples": {"samplers": ["greedy"]}}
+    run = tmp_path / "run"
+    returncode, output = finish(start("train", json.dumps(settings)))
+    assert returncode == 0, output
+    whole = saved(run, 12)
+    # What a process leaves that is killed before it saves the last step.
+    shutil.rmtree(run / "checkpoints" / "step_000000012")
+    (run / "result.json").unlink()
+    returncode, output = finish(start("resume", str(run)))
+    assert returncode == 0, output
+    assert_bit_identical(saved(run, 12), whole)
+
+
+def test_an_optimizer_is_not_split_over_one_device_and_nothing_is_left_behind(tmp_path):
+    settings = settings_of(tmp_path) | {"distribution": {"kind": "cpu", "shard": "optimizer"}}
+    with pytest.raises(trainer.UserError, match=r"distribution.shard='optimizer' splits over several .*; choose 'noth"):
+        trainer.train(trainer.make_config(settings))
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_worker_stops_all_of_them_saved(tmp_path, free_addresses):
     run = tmp_path / "run"

@@ -37,6 +37,20 @@ def test_a_program_of_several_replicas_sums_each_gradient_once_over_them():
         assert of_four.count(b"all-reduce") == 16 + 4
 
 
+def count_operations(hlo, name):
+    # An operation's opcode, and the name that begins with it.
+    return hlo.count(name) // 2
+
+
+def test_a_split_optimizer_scatters_each_gradient_once_and_gathers_each_weight_once():
+    config = make_config(config_of(micro_batch_size=2).model_dump(mode="json"), ["distribution.shard=optimizer"])
+    of_four = lower_step(config, 13, GPU._replace(num_devices=4))
+    # 7 matrices by themselves, and 9 vectors that are joined; the loss, the counts and the square of the norm.
+    assert [count_operations(of_four, name) for name in (b"reduce-scatter", b"all-gather", b"all-reduce")] == [8, 8, 1]
+    with pytest.raises(UserError, match=r"distribution.shard='optimizer' splits over several replicas"):
+        lower_step(config, 13, GPU)
+
+
 def test_a_batch_that_replicas_cannot_share_is_refused():
     with pytest.raises(UserError, match=r"train.global_batch_size=8 is not a multiple of 3 replicas"):
         lower_step(config_of(), 13, GPU._replace(num_devices=3))

@@ -38,6 +38,26 @@ MODERN = {
 # All examples of a replica at a time, which a batch warm-up does not allow, or a part of them.
 MUON = [{**MODERN, "train": {}, "micro_batches": micro_batches} for micro_batches in (1, 2, 4)]
 CONTROLS = [{"mistake": mistake} for mistake in MISTAKES]
+# Sizes that leave pieces of which the last rows are padding.
+ODD = {"num_layers": 2, "num_heads": 3, "hidden_dim": 18, "intermediate_dim": 40}
+SPLIT = [
+    {"model": ODD | TIED, "precision": "float64", "micro_batches": 3},
+    {
+        "model": {**ODD, **MODERN["model"], "pre_norm": False, "tied_embeddings": False},
+        "optimizer": {"ema_decay": 0.3},
+        "precision": "float64",
+        "micro_batches": 1,
+    },
+    {"model": ODD, "precision": "float32", "micro_batches": 3},
+]
+
+
+def split(case, shard="optimizer"):
+    """The same case with something split over the replicas."""
+    return {**case, "distribution": {"shard": shard}}
+
+
+SPLIT_CONTROLS = [split({"mistake": mistake}) for mistake in [*MISTAKES, *replica_steps.SPLIT_MISTAKES]]
 # The same eight micro-batches on any number of replicas.
 EIGHTHS = {n: {"model": {}, "precision": "float32", "micro_batches": 8 // n} for n in (1, 2, 4, 8)}
 # Eight replicas are traced one by one, which takes minutes for all cases: each model and precision comes once, and each
@@ -50,10 +70,10 @@ ON_EIGHT = [
 ]
 # A process takes all the cases that a number of replicas is needed for.
 CASES_ON = {
-    1: [*CASES, EIGHTHS[1], *MUON[::2]],
-    2: [*CASES, *CONTROLS],
-    4: [*CASES, EIGHTHS[4], MUON[1]],
-    8: ON_EIGHT,
+    1: [*CASES, EIGHTHS[1], *SPLIT, *MUON[::2]],
+    2: [*CASES, *SPLIT_CONTROLS, *CONTROLS],
+    4: [*CASES, EIGHTHS[4], *map(split, SPLIT), MUON[1]],
+    8: [*ON_EIGHT, split(SPLIT[0])],
 }
 
 
@@ -127,14 +147,16 @@ def one_device(results):
 
 
 def test_two_replicas_make_the_weights_of_one(tmp_path):
-    cases = [{}, MODERN | {"micro_batches": 4}]
-    process = start(tmp_path / "2.npz", on_replicas(2), [case | {"micro_batches": 2} for case in cases])
+    cases = [{}, MODERN | {"micro_batches": 4}, SPLIT[0] | {"micro_batches": 6}]
+    halves = [{"micro_batches": 2}, {"micro_batches": 2}, split({"micro_batches": 3})]
+    given = [case | half for case, half in zip(cases, halves, strict=True)]
+    process = start(tmp_path / "2.npz", on_replicas(2), given)
     wholes = []
     for case in cases:
         config = replica_steps.config_of(on_replicas(1), case)
         wholes.append(replica_steps.take_steps(make_strategy(config.distribution), config))
-    for halves, whole in zip(results_of(process, tmp_path / "2.npz"), wholes, strict=True):
-        assert_equal(halves, whole, TOLERANCE["float64"])
+    for in_halves, whole in zip(results_of(process, tmp_path / "2.npz"), wholes, strict=True):
+        assert_equal(in_halves, whole, TOLERANCE["float64"])
 
 
 @pytest.mark.slow
@@ -176,8 +198,22 @@ def test_replicas_that_share_the_work_of_muon_change_nothing(results):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_replicas", [4, 8])
+def test_an_optimizer_in_pieces_changes_nothing(results, num_replicas):
+    cases = [case for case in SPLIT if split(case) in CASES_ON[num_replicas]]
+    assert len(cases) == (1 if num_replicas == 8 else len(SPLIT))
+    for case in cases:
+        result = results[num_replicas][CASES_ON[num_replicas].index(split(case))]
+        assert_equal(result, results[1][CASES_ON[1].index(case)], TOLERANCE[case["precision"]])
+        # The loss, the counts and the square of the norm; the gradients are scattered.
+        assert result["num_reductions"] == num_replicas
+
+
+@pytest.mark.slow
 def test_a_mistake_would_be_seen(results, one_device):
-    for mistake, broken in zip(MISTAKES, results[2][-len(MISTAKES) :], strict=True):
+    controls = [case for case in CASES_ON[2] if "mistake" in case]
+    assert len(controls) == 2 * len(MISTAKES) + len(replica_steps.SPLIT_MISTAKES)
+    for mistake, broken in zip(controls, results[2][-len(controls) :], strict=True):
         with pytest.raises(AssertionError):
             assert_equal(broken, one_device[0], TOLERANCE["float32"])
         assert relative_difference(broken, one_device[0], "weights/") > 1e-4, mistake
@@ -185,25 +221,26 @@ def test_a_mistake_would_be_seen(results, one_device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [2, 3])
-def test_the_number_of_hosts_changes_nothing(tmp_path, one_device, num_workers, free_addresses):
+def test_the_number_of_hosts_changes_nothing(tmp_path, results, one_device, num_workers, free_addresses):
     workers = free_addresses(num_workers)
-    chosen = [0, 3, 5]
+    chosen, apart = [0, 3, 5], SPLIT[:2]
     outs = [tmp_path / f"worker{i}.npz" for i in range(num_workers)]
     processes = [
         start(
             out,
             {"kind": "multi_worker"},
-            [CASES[i] for i in chosen],
+            [*(CASES[i] for i in chosen), *map(split, apart)],
             {"TF_CONFIG": json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}})},
         )
         for i, out in enumerate(outs)
     ]
     all_results = [results_of(process, out) for process, out in zip(processes, outs, strict=True)]
-    for results in all_results:
-        for i, result in zip(chosen, results, strict=True):
-            assert_equal(result, one_device[i - i % 2], TOLERANCE[CASES[i]["precision"]])
+    expected = [one_device[i - i % 2] for i in chosen] + [results[1][CASES_ON[1].index(case)] for case in apart]
+    for of_worker in all_results:
+        for case, result, one in zip([*(CASES[i] for i in chosen), *apart], of_worker, expected, strict=True):
+            assert_equal(result, one, TOLERANCE[case["precision"]])
             assert result["num_reductions"] == 1
-    for results, first in zip(zip(*all_results[1:], strict=True), all_results[0], strict=True):
-        for other in results:
+    for others, first in zip(zip(*all_results[1:], strict=True), all_results[0], strict=True):
+        for other in others:
             for name in first:
                 np.testing.assert_array_equal(other[name], first[name])

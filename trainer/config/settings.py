@@ -745,6 +745,9 @@ class DistributionConfig(Section):
     several workers uses all that it sees; CUDA_VISIBLE_DEVICES restricts these."""
     logical_devices: PositiveInt = 1
     """Split the CPU into this many replicas, to rehearse a run on as many accelerators."""
+    shard: Literal["nothing", "optimizer"] = "nothing"
+    """What is split over the replicas, instead of being held by each. optimizer: what the optimizer keeps of every
+    weight; each replica updates its piece of the weights."""
     tpu_name: Annotated[str, Field(min_length=1)] = "local"
     """local: the TPU of this VM. Or the grpc:// addresses of a TPU's servers, with commas. The name of a TPU in Google
     Cloud needs Google's API client, which is not installed, and is untested."""
@@ -820,6 +823,11 @@ class Config(Section):
             raise ValueError(
                 f"model.document_mask=true does not go with data.mode={self.data.mode!r}, where every example is one "
                 "document; leave it out, or choose 'packed'."
+            )
+        if self.distribution.shard != "nothing" and self.optimizer.kind == "muon":
+            raise ValueError(
+                f"distribution.shard={self.distribution.shard!r} cuts matrices, and optimizer.kind='muon' needs them "
+                "whole; choose 'nothing', or optimizer.kind='adamw'."
             )
         return self
 
@@ -929,6 +937,16 @@ def examples_per_replica(config: Config, num_replicas: int) -> int:
                 f"{name}={batch_size} is not a multiple of {num_replicas} replicas{micro}; change one of them.{way}"
             )
     return train.global_batch_size // num_replicas
+
+
+def check_shard(config: Config, num_replicas: int) -> None:
+    """Raises UserError if distribution.shard cannot split anything over this many replicas."""
+    shard = config.distribution.shard
+    if shard != "nothing" and num_replicas == 1:
+        raise UserError(
+            f"distribution.shard={shard!r} splits over several replicas, and there is only one; choose 'nothing', or "
+            "train on more devices."
+        )
 
 
 def divisor_of_shares(config: Config, num_replicas: int) -> int:

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from trainer.config.settings import OptimizerConfig
 from trainer.optimizers.replicas import Replicas
-from trainer.optimizers.variables import counter, slot
+from trainer.optimizers.variables import Piece, counter, slot
 
 # Endings of the names that Keras's layers, and most custom layers, give to weights that are added or that multiply
 # number by number: query_bias.
@@ -21,13 +21,14 @@ class AdamW(tf.Module):
 
     Args:
         config: betas, epsilon and weight decay.
-        variables: the model's trainable variables by name. Create the optimizer under the strategy scope of these.
+        variables: the model's trainable variables, or this replica's pieces of them, by name. Create the optimizer
+            under the strategy scope of these.
 
     Source: Kingma and Ba 2015, algorithm 1 in the form of the last paragraph of section 2; Loshchilov and Hutter 2019,
     algorithm 2.
     """
 
-    def __init__(self, config: OptimizerConfig, variables: Mapping[str, keras.Variable]) -> None:
+    def __init__(self, config: OptimizerConfig, variables: Mapping[str, keras.Variable | Piece]) -> None:
         super().__init__(name="adamw")
         self.config = config
         self.names = list(variables)
@@ -82,7 +83,7 @@ class AdamW(tf.Module):
             )
 
 
-def decays(variable: keras.Variable) -> bool:
+def decays(variable: keras.Variable | Piece) -> bool:
     """Returns whether weight decay applies: to matrices and embeddings, not to biases and normalizations.
 
     The name decides as well as the shape: biases of Keras's MultiHeadAttention, EinsumDense and GRU have several axes,

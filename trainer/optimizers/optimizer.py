@@ -10,13 +10,14 @@ from trainer.execution import Execution
 from trainer.model.language_model import adapt
 from trainer.optimizers.adamw import AdamW
 from trainer.optimizers.muon import Muon
+from trainer.optimizers.variables import Piece
 
 Optimizer = AdamW | Muon
 
 
 def make_optimizer(
     config: OptimizerConfig,
-    variables: Mapping[str, keras.Variable],
+    variables: Mapping[str, keras.Variable | Piece],
     model: keras.Model,
     sequence_length: int,
     execution: Execution,
@@ -25,7 +26,8 @@ def make_optimizer(
 
     Args:
         config: its settings.
-        variables: the model's trainable variables by name. Call it under the strategy scope of these.
+        variables: the model's trainable variables, or this replica's pieces of them, which only AdamW takes, by name.
+            Call it under the strategy scope of these.
         model: the model to train.
         sequence_length: tokens of an example.
         execution: how each replica computes.

@@ -3,7 +3,14 @@
 from trainer.config.settings import Config
 from trainer.execution import DTYPE_BYTES, Execution, query_blocks, resolve
 from trainer.hardware.devices import Target
-from trainer.model.size import count_parameters, matrix_parameters, optimizer_numbers, tokens_per_sec_at_peak
+from trainer.model.pieces import BYTES_AT_ONCE, numbers_of_pieces
+from trainer.model.size import (
+    count_parameters,
+    matrix_parameters,
+    optimizer_numbers,
+    parameter_shapes,
+    tokens_per_sec_at_peak,
+)
 from trainer.optimizers.cost import optimizer_flops
 
 
@@ -17,7 +24,8 @@ def estimate_memory(
     there, but the gradients of all weights are. At both instants there are the sum over micro-batches, if there are
     several, the weights with a copy of their matrices in the compute dtype, what the optimizer keeps, and the average
     of the weights if there is one. Muon needs a copy of its matrices in the dtype in which they are orthogonalized, and
-    the results, when no activations are there.
+    the results, when no activations are there. If distribution.shard splits the optimizer, a replica has its piece of
+    two moments and a weight, of a gradient at the end, and copies of what travels at a time.
 
     Args:
         config: the run's configuration.
@@ -34,7 +42,11 @@ def estimate_memory(
     num_logits = config.model.num_logits(vocabulary_size)
     copies = matrix_parameters(config, vocabulary_size) * compute_bytes if compute_bytes < weight_bytes else 0
     sums = num_weights * execution.gradient_sum_bytes
-    optimizer = float(optimizer_numbers(config, vocabulary_size) * weight_bytes)
+    optimizer, piece = float(optimizer_numbers(config, vocabulary_size) * weight_bytes), 0.0
+    if config.distribution.shard == "optimizer":
+        numbers = pieces_numbers(config, vocabulary_size, target)
+        optimizer = 3.0 * numbers * weight_bytes
+        piece = float(numbers * execution.sum_bytes) + 2 * min(BYTES_AT_ONCE, num_weights * execution.sum_bytes)
     always = {"weights": float(num_weights * weight_bytes + copies), "optimizer": optimizer}
     if config.optimizer.ema_decay is not None:
         always["average"] = float(num_weights * weight_bytes)
@@ -46,8 +58,15 @@ def estimate_memory(
     }
     of_muon = 2 * num_weights - optimizer_numbers(config, vocabulary_size)
     updates = of_muon * float(weight_bytes + DTYPE_BYTES[execution.orthogonalization_dtype])
-    at_end = {"gradients": max(sums, updates) + num_weights * float(weight_bytes), "activations": 0.0, "logits": 0.0}
+    gradients = max(sums, updates) + num_weights * float(weight_bytes) + piece
+    at_end = {"gradients": gradients, "activations": 0.0, "logits": 0.0}
     return always | max(after_loss, at_end, key=lambda parts: sum(parts.values()))
+
+
+def pieces_numbers(config: Config, vocabulary_size: int, target: Target) -> int:
+    """Returns how many numbers a replica has of all weights if they are split over the target's devices."""
+    shapes = dict(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
+    return numbers_of_pieces(shapes, target.num_devices)
 
 
 def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> float:
@@ -115,6 +134,8 @@ def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> 
     matrices_bytes = 2.0 * matrix_parameters(config, vocabulary_size) * execution.compute_bytes
     num_micro_batches = execution.examples // execution.micro_batch_size
     moments_bytes = float(execution.weight_bytes) * optimizer_numbers(config, vocabulary_size)
+    if config.distribution.shard == "optimizer":
+        moments_bytes = 2.0 * execution.weight_bytes * pieces_numbers(config, vocabulary_size, target)
     num_passes = 3 + 2 * (config.optimizer.ema_decay is not None)
     traffic = num_passes * weights_bytes + 2 * moments_bytes
     traffic += num_micro_batches * (2 * kept + matrices_bytes + 2 * weights_bytes)

@@ -7,7 +7,8 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
 from trainer.config.file import load_config
-from trainer.config.settings import Config, divisor_of_shares
+from trainer.config.settings import Config, check_shard, divisor_of_shares
+from trainer.distributed.collectives import XlaCollectives
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.execution import resolve
@@ -20,7 +21,7 @@ from trainer.training.step import TrainingStep
 def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
     """Returns one replica's whole step (forward, backward, clip and update) as a serialized XLA HloModuleProto.
 
-    The program sums over all replicas of the target.
+    The program sums over all replicas of the target, and exchanges with them what distribution.shard splits.
 
     Args:
         config: the run's configuration.
@@ -28,7 +29,8 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
         target: the devices to lower for, with one replica on each.
 
     Raises:
-        UserError: the batch cannot be spread over that many replicas, or train.micro_batch_size is not a number.
+        UserError: the batch cannot be spread over that many replicas, there is only one to split over, or
+            train.micro_batch_size is not a number.
     """
     train = config.train
     # XLA compiles the whole step here, whatever train.xla is.
@@ -39,11 +41,13 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
             "train.micro_batch_size='auto' is found on the device itself; give the number to compile for, such as "
             f"train.micro_batch_size={divisor_of_shares(config, target.num_devices)}."
         )
+    check_shard(config, target.num_devices)
     strategy = make_strategy(config.distribution.model_copy(update={"kind": "cpu", "gpus": None}))
     with strategy.scope():
         # The number of the [BOS] token makes no difference to what the program costs.
         model = build_gpt(config, vocabulary_size, bos_id=0)
-    training_step = _StepOfMany(config, train.total_steps or 1, model, strategy, execution)
+    collectives = XlaCollectives(target.num_devices)
+    training_step = _StepOfMany(config, train.total_steps or 1, model, strategy, execution, collectives)
     training_step.num_replicas = target.num_devices
 
     @tf.function(autograph=False, jit_compile=True)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from trainer.config.settings import Config, examples_per_replica
+from trainer.config.settings import Config, check_shard, examples_per_replica
 from trainer.data.batches import total_steps
 from trainer.data.prepare import prepare, text_fingerprint
 from trainer.data.shards import PreparedData
@@ -283,8 +283,11 @@ def _be_silent(_: str) -> None:
 
 
 def _check_shares(config: Config, num_replicas: int) -> None:
-    """Raises UserError if the global batch cannot be divided into equal shares of whole micro-batches."""
+    """Raises UserError if the global batch cannot be divided into equal shares of whole micro-batches, or if
+    distribution.shard has nothing to split over.
+    """
     examples_per_replica(config, num_replicas)
+    check_shard(config, num_replicas)
 
 
 def _prepared(request: Request, prepare_text: Callable[..., PreparedData], say: Say) -> PreparedData:

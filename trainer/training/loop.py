@@ -14,11 +14,11 @@ prepare   Every worker makes the batches, the compiled steps, and what scores, s
           the settings that are others from here on.
 loop      Every worker takes the same steps. In a step (step.py) each replica computes the gradients of its share of the
           batch, the gradients are summed over all replicas, and each replica makes the same update of its copy of the
-          model.
+          model; or, if distribution.shard says so, updates its piece of the weights and passes it on (split.py).
           Between calls of the compiled loop, whenever it is due: the chief logs; histograms of weights and gradients
-          are computed by every worker and written by the chief; the chief saves a checkpoint; every
-          worker scores its share of the validation text and of evaluation.sets; the chief writes samples. If a signal
-          stops the run, it is saved, and ends here.
+          are computed by every worker and written by the chief; the chief saves a checkpoint, for which every worker
+          passes on what is split; every worker scores its share of the validation text and of evaluation.sets; the
+          chief writes samples. If a signal stops the run, it is saved, and ends here.
 finish    Every worker scores its share of the whole validation text and of evaluation.sets. The chief writes samples
           and the results.
 
@@ -156,9 +156,10 @@ def train(
         return not workers.are_several and bool(training_step.stop_requested.numpy())
 
     def save_now() -> None:
-        if workers.is_chief:
+        # Of what is split over replicas every worker passes on its pieces.
+        if workers.is_chief or training_step.split is not None:
             with spent.on("checkpoint"), monitor.doing(step, "saving"):
-                save(checkpoints, training_step, run)
+                save(checkpoints, training_step, run, writes=workers.is_chief)
 
     def evaluate() -> bool:
         """Scores the model and keeps the score; returns whether it is the best so far."""

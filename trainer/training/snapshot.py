@@ -1,5 +1,6 @@
 """Saves everything that a step changes into a checkpoint, and restores it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from trainer.runs.checkpoint import Checkpoint, Checkpoints, assign
 from trainer.runs.run_checkpoints import facts_of
 from trainer.runs.run_folder import RunFolder
+from trainer.training.split import SplitArray
 from trainer.training.step import TrainingStep
 
 
@@ -45,17 +47,32 @@ def _with_loss_scale(state: dict[str, Any], training_step: TrainingStep) -> dict
     return {name: variable.numpy() for name, variable in training_step.loss_scale.state().items()} | state
 
 
-def save(checkpoints: Checkpoints, training_step: TrainingStep, run: RunFolder) -> None:
-    """Saves everything that a step changes."""
+def save(checkpoints: Checkpoints, training_step: TrainingStep, run: RunFolder, writes: bool = True) -> None:
+    """Saves everything that a step changes.
+
+    Args:
+        checkpoints: the run's checkpoints.
+        training_step: the model, the optimizer and the step counter.
+        run: the run.
+        writes: whether this worker writes the checkpoint. If distribution.shard splits something, all workers call
+            this: those that do not write pass on their pieces.
+    """
     groups = {
-        "weights": _snapshot(training_step.named_variables),
-        "optimizer": _snapshot(training_step.state()),
+        "weights": _snapshot(training_step.named_variables, writes),
+        "optimizer": _snapshot(training_step.state(), writes),
     }
     if training_step.average is not None:
-        groups["average"] = _snapshot(training_step.average.state())
-    checkpoints.save(int(training_step.step.numpy()), groups, facts_of(run))
+        groups["average"] = _snapshot(training_step.average.state(), writes)
+    if writes:
+        checkpoints.save(int(training_step.step.numpy()), groups, facts_of(run))
 
 
-def _snapshot(variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    # A copy: on a CPU numpy() can return the memory that the next step writes to.
-    return {name: np.array(variable.numpy()) for name, variable in variables.items()}
+def _snapshot(variables: Mapping[str, Any], keeps: bool) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, variable in variables.items():
+        if isinstance(variable, SplitArray) or keeps:
+            # A copy: on a CPU numpy() can return the memory that the next step writes to.
+            array = np.array(variable.numpy())
+            if keeps:
+                arrays[name] = array
+    return arrays

@@ -1,7 +1,8 @@
 """The training step, from the top down.
 
 run_steps              many steps in one compiled call: the next batch, then
-take_step_on_replica   a step on every replica: the replica's gradients -> one all-reduce -> clip -> optimizer
+take_step_on_replica   a step on every replica: the replica's gradients -> one all-reduce -> clip -> optimizer; if the
+                       optimizer is split: -> reduce-scatter -> clip -> optimizer -> all-gather (split.py)
 accumulate             a replica's gradients: the sums of its micro-batches, in order; on a CPU two are computed at once
 forward_backward       the loss and the gradients of a micro-batch
 mean_and_clip          sums -> means, scaled down to a largest norm
@@ -16,7 +17,8 @@ import keras
 import tensorflow as tf
 
 from trainer.config.schedule import batch_size_at, learning_rate
-from trainer.config.settings import Config
+from trainer.config.settings import Config, check_shard
+from trainer.distributed.collectives import Collectives, make_collectives
 from trainer.distributed.strategy import processor_of
 from trainer.errors import UserError
 from trainer.execution import Execution, resolve
@@ -31,6 +33,7 @@ from trainer.optimizers.replicas import Replicas
 from trainer.optimizers.variables import counter
 from trainer.training.batch_hash import batch_hash, hash_from_floats, hash_to_floats
 from trainer.training.loss_scale import LossScale
+from trainer.training.split import SplitArray, SplitOptimizer
 
 # Inputs int32, targets int32 and weights float32, each [batch, sequence]. The weight is 0 if the target is padding.
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
@@ -101,11 +104,14 @@ class TrainingStep:
         model: a model that was built under the strategy's scope.
         strategy: the run's strategy.
         execution: how each replica computes; None: what `resolve` returns for the config and the strategy's devices.
+        collectives: how replicas exchange pieces, if distribution.shard splits something; None: as the strategy's
+            devices do it.
 
     Attributes:
         run_steps: the compiled `_run_steps`.
         execution: how each replica computes.
         average: the average of the weights; None: the config has no optimizer.ema_decay.
+        split: splits the optimizer over the replicas; None: every replica has all of it.
         stop_requested: bool variable, read at the start of each step. Set it, from any thread, to end a call of
             run_steps after the next step, which sees it.
 
@@ -121,6 +127,7 @@ class TrainingStep:
         model: keras.Model,
         strategy: tf.distribute.Strategy,
         execution: Execution | None = None,
+        collectives: Collectives | None = None,
     ) -> None:
         self.config = config
         self.total_steps = total_steps
@@ -131,9 +138,17 @@ class TrainingStep:
         self.named_variables = adapt(model).named_variables()
         name_of = {id(variable): name for name, variable in self.named_variables.items()}
         trainable = {name_of[id(variable)]: variable for variable in model.trainable_variables}
+        self.split: SplitOptimizer | None = None
+        if config.distribution.shard == "optimizer":
+            if collectives is None:
+                check_shard(config, strategy.num_replicas_in_sync)
+                collectives = make_collectives(strategy)
+            with strategy.scope():
+                self.split = SplitOptimizer(collectives, trainable)
         with strategy.scope():
             length = config.train.sequence_length
-            self.optimizer = make_optimizer(config.optimizer, trainable, model, length, self.execution)
+            trained = trainable if self.split is None else self.split.pieces
+            self.optimizer = make_optimizer(config.optimizer, trained, model, length, self.execution)
             decay = config.optimizer.ema_decay
             self.average = None if decay is None else WeightAverage(decay, trainable)
             self.step = counter("step")
@@ -156,13 +171,16 @@ class TrainingStep:
         kind, num_replicas = processor_of(self.strategy), self.strategy.num_replicas_in_sync
         self.execution = resolve(self.config, kind, num_replicas, size)
 
-    def state(self) -> dict[str, tf.Variable]:
+    def state(self) -> dict[str, tf.Variable | SplitArray]:
         """Returns every variable that a step changes by name, except the model's variables, their average and the step
-        itself.
+        itself. If distribution.shard splits some of them, every worker reads these, in the same order.
         """
         scale = {} if self.loss_scale is None else self.loss_scale.state()
         counters = {"batches_hash": self.batches_hash, "skipped_in_a_row": self.skipped_in_a_row}
-        return self.optimizer.state() | counters | scale
+        of_optimizer: dict[str, tf.Variable | SplitArray] = dict(self.optimizer.state())
+        if self.split is not None:
+            of_optimizer = {name: self.split.whole(name, each) for name, each in of_optimizer.items()}
+        return of_optimizer | counters | scale
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Lets the model have the average as its weights in a block. Without an average the weights stay."""
@@ -216,12 +234,17 @@ class TrainingStep:
         # there are. The summands are one list of one dtype, so that one operation sums all of them.
         sum_dtype, dtype = tf.as_dtype(self.execution.sum_dtype), tf.as_dtype(self.execution.weight_dtype)
         local_hash = tf.cast(hash_to_floats(batch_hash(batch, first_example, num_examples)), sum_dtype)
-        summands = [*local.by_weight, local.loss_sum, local.num_targets, local_hash, tf.cast(stop, sum_dtype)]
-        sums = self.sum_over_replicas(replica, summands)
+        counts = [local.loss_sum, local.num_targets, local_hash, tf.cast(stop, sum_dtype)]
+        norm = None
+        if self.split is None:
+            sums = self.sum_over_replicas(replica, [*local.by_weight, *counts])
+        else:  # Of each gradient only this replica's piece.
+            pieces, counts, norm = self.split.sums(local.by_weight, counts)
+            sums = [*pieces, *counts]
         *gradients, loss_sum, num_targets, hash_sum, stop_votes = (tf.cast(total, dtype) for total in sums)
 
         clip_norm = self.config.optimizer.clip_norm
-        clipped, grad_norm = mean_and_clip(gradients, num_targets, clip_norm, scale)
+        clipped, grad_norm = mean_and_clip(gradients, num_targets, clip_norm, scale, norm)
         finite = tf.math.is_finite(grad_norm) & tf.math.is_finite(loss_sum)
         updates = self.optimizer.updates(clipped, self.replicas(replica))
         self._update_if(finite, updates, local.state, hash_sum)
@@ -308,10 +331,12 @@ class TrainingStep:
     ) -> None:
         """Applies the optimizer's updates if the gradients are finite, and counts the step either way."""
         rate = learning_rate(self.config.optimizer, tf.cast(self.step, tf.float64), self.total_steps, tf)
+        if self.split is not None:
+            self.split.begin()
 
         def update() -> None:
             self.optimizer.apply(updates, rate)
-            if self.average is not None:
+            if self.average is not None and self.split is None:
                 self.average.update()
             for variable, value in zip(self.model.non_trainable_variables, state, strict=True):
                 variable.value.assign(value)
@@ -319,6 +344,12 @@ class TrainingStep:
             self.batches_hash.assign(self.batches_hash * 1_000_003 + hash_from_floats(hash_sum))
 
         tf.cond(finite, update, lambda: None)
+        if self.split is not None:
+            # Not in the condition: no collective operation may be there. Of a step that is skipped the same weights
+            # come back.
+            self.split.finish()
+            if self.average is not None:
+                tf.cond(finite, self.average.update, lambda: None)
         self.step.assign_add(1)
         one, zero = tf.ones([], tf.int64), tf.zeros([], tf.int64)
         # The loss scale is found by overflowing. Such a skip is normal, so it is not counted.
@@ -339,6 +370,11 @@ class TrainingStep:
         """
         scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
         local = self._sums_on_replica(batch, tf.zeros([], tf.int64), scale)
+        if self.split is not None:
+            split = self.split.rehearsing()
+            pieces, (num_targets, loss_sum), norm = split.sums(local.by_weight, [local.num_targets, local.loss_sum])
+            clipped, _ = mean_and_clip(pieces, num_targets, self.config.optimizer.clip_norm, scale, norm)
+            return tf.linalg.global_norm([*(tf.cast(each, loss_sum.dtype) for each in split.gathered()), *clipped])
         # This stands for the sum over replicas, which joins its summands into one tensor.
         summands = [*local.by_weight, local.loss_sum, local.num_targets]
         joined = tf.concat([tf.reshape(summand, [-1]) for summand in summands], axis=0)
@@ -455,15 +491,24 @@ def mean_and_clip(
     num_targets: tf.Tensor,
     clip_norm: float | None,
     loss_scale: tf.Tensor | None = None,
+    norm_of_sums: tf.Tensor | None = None,
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     """Divides summed gradients by the number of targets, and by the loss scale if there is one, and scales them down to
     a global norm of at most clip_norm.
+
+    Args:
+        gradients: sums, all of one dtype.
+        num_targets: scalar.
+        clip_norm: None: they are not scaled down.
+        loss_scale: scalar.
+        norm_of_sums: the global norm of the sums, if gradients are only pieces of them; None: that of gradients.
 
     Returns:
         (gradients, the global norm of the mean before clipping). Each gradient is scaled once, by one number.
     """
     count = tf.maximum(num_targets, 1) * (1 if loss_scale is None else tf.cast(loss_scale, num_targets.dtype))
-    norm = tf.linalg.global_norm(gradients) / tf.cast(count, gradients[0].dtype)
+    norm = tf.linalg.global_norm(gradients) if norm_of_sums is None else tf.cast(norm_of_sums, gradients[0].dtype)
+    norm /= tf.cast(count, gradients[0].dtype)
     scale = 1 / tf.cast(count, norm.dtype)
     if clip_norm is not None:
         scale *= tf.minimum(tf.ones([], norm.dtype), tf.constant(clip_norm, norm.dtype) / norm)

@@ -1,0 +1,171 @@
+"""An optimizer whose state is split over the replicas (`distribution.shard = "optimizer"`).
+
+Every replica keeps all weights, computes with them, and updates its piece of each. Its optimizer has slots for these
+pieces only. In a step
+
+    SplitOptimizer.sums      gradients -> this replica's pieces of their sums, and the norm of the whole sums
+    SplitOptimizer.begin     the pieces of the weights -> variables, which the optimizer updates
+    SplitOptimizer.finish    these variables -> the weights, whole on every replica
+
+Source: Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion parameter models", stage 1.
+"""
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainer.distributed.collectives import Collectives, RehearsedCollectives
+from trainer.model.pieces import Cut, cut_all, travel_together
+from trainer.optimizers.variables import Piece
+
+
+class SplitOptimizer:
+    """What the replicas exchange so that each updates its piece of every weight.
+
+    Args:
+        collectives: how they exchange.
+        variables: the model's trainable variables by name. Create it under the strategy scope of these.
+
+    Attributes:
+        pieces: what the optimizer trains, by the name of its weight. Between steps these variables hold nothing of
+            value: each step begins with the weights.
+    """
+
+    def __init__(self, collectives: Collectives, variables: Mapping[str, keras.Variable]) -> None:
+        self._collectives = collectives
+        self._strategy = tf.distribute.get_strategy()
+        self._variables = list(variables.values())
+        shapes = {name: variable.shape for name, variable in variables.items()}
+        self._cuts = cut_all(shapes, collectives.num_pieces)
+        self.pieces = {
+            name: Piece(variables[name].name, cut.piece_shape, variables[name].dtype)
+            for name, cut in self._cuts.items()
+        }
+
+        self._gathers: dict[tuple[tuple[int, ...], tf.DType], tf.types.experimental.PolymorphicFunction] = {}
+
+    def rehearsing(self) -> Self:
+        """Returns the same with collectives that wait for nobody."""
+        other = copy.copy(self)
+        other._collectives = RehearsedCollectives(self._collectives.num_pieces)
+        return other
+
+    def sums(
+        self, gradients: Sequence[tf.Tensor], counts: Sequence[tf.Tensor]
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor], tf.Tensor]:
+        """Sums gradients and counts over all replicas.
+
+        Args:
+            gradients: this replica's gradient of each whole weight, all of one dtype.
+            counts: scalars and vectors of that dtype.
+
+        Returns:
+            (pieces, counts, norm): this replica's piece of each gradient's sum, the sum of each count, and the global
+            norm of the sums of all gradients, the same on all replicas. All have the dtype of the arguments.
+        """
+        cuts = list(self._cuts.values())
+        pieces: list[tf.Tensor] = []
+        for places in travel_together(cuts, gradients[0].dtype.size):
+            pieces += self._collectives.reduce_scatter([cuts[i].padded(gradients[i], tf) for i in places])
+        # Rows of zeros, which pad the last pieces, add nothing.
+        squares = 2 * tf.add_n([tf.nn.l2_loss(piece) for piece in pieces])
+        summands = [tf.reshape(each, [-1]) for each in (*counts, squares)]
+        total = self._collectives.all_reduce(tf.concat(summands, axis=0))
+        *sums, squares = tf.split(total, [each.shape[0] for each in summands])
+        shaped = [tf.reshape(each, count.shape) for each, count in zip(sums, counts, strict=True)]
+        return pieces, shaped, tf.sqrt(squares[0])
+
+    def begin(self) -> None:
+        """Gives the pieces the newest weights, whoever has changed these since the last step."""
+        for variable, piece, cut in self._together():
+            own = self._collectives.own(cut.padded(tf.convert_to_tensor(variable.value), tf))
+            tf.raw_ops.AssignVariableOp(resource=piece.value.handle, value=tf.ensure_shape(own, piece.shape))
+
+    def finish(self) -> None:
+        """Gives the weights the values of all replicas' pieces."""
+        for variable, whole in zip(self._variables, self.gathered(), strict=True):
+            # The raw operation, as `assign` would aggregate over replicas, which all have the same.
+            tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=whole)
+
+    def gathered(self) -> list[tf.Tensor]:
+        """Returns whole weights, made of the values of all replicas' pieces."""
+        cuts, pieces = list(self._cuts.values()), list(self.pieces.values())
+        wholes: list[tf.Tensor] = []
+        for places in travel_together(cuts, pieces[0].value.dtype.size):
+            padded = self._collectives.gather([tf.convert_to_tensor(pieces[i].value) for i in places])
+            wholes += [cuts[i].whole(each, tf) for i, each in zip(places, padded, strict=True)]
+        return wholes
+
+    def whole(self, name: str, variable: tf.Variable) -> "tf.Variable | SplitArray":
+        """Returns a variable of the optimizer as checkpoints have it: of a slot, which is split, the whole array.
+
+        Args:
+            name: its name in the optimizer's state, which begins with its weight's name if it is a slot.
+            variable: the variable.
+        """
+        cut = self._cuts.get(name.rpartition("/")[0])
+        return variable if cut is None else SplitArray(variable, cut, self)
+
+    def read(self, variable: tf.Variable, cut: Cut) -> np.ndarray:
+        """Returns the whole array that replicas hold pieces of. Every worker calls it, for the same arrays in turn."""
+        own = iter([tf.convert_to_tensor(each) for each in self._strategy.experimental_local_results(variable)])
+        pieces = self._strategy.experimental_distribute_values_from_function(lambda context: next(own))
+        whole = self._gather(cut.piece_shape, variable.dtype)(pieces)
+        return np.asarray(cut.whole(self._strategy.experimental_local_results(whole)[0].numpy()))
+
+    def write(self, variable: tf.Variable, cut: Cut, array: np.ndarray) -> None:
+        """Gives each replica of this process its piece of a whole array."""
+        pieces = np.reshape(cut.padded(array), (cut.num_pieces, *cut.piece_shape))
+        own = self._strategy.experimental_local_results(variable)
+        for component, place in zip(own, self._places, strict=True):
+            component.assign(pieces[place])
+
+    def _together(self) -> list[tuple[keras.Variable, Piece, Cut]]:
+        return list(zip(self._variables, self.pieces.values(), self._cuts.values(), strict=True))
+
+    @functools.cached_property
+    def _places(self) -> list[int]:
+        return self._collectives.places_of_this_process(self._strategy)
+
+    def _gather(self, shape: tuple[int, ...], dtype: tf.DType) -> tf.types.experimental.PolymorphicFunction:
+        """Returns what gathers the pieces of an array of this shape: a model has few shapes and many arrays."""
+        if (shape, dtype) not in self._gathers:
+
+            def gather(piece: tf.Tensor) -> tf.Tensor:
+                return self._collectives.gather([piece])[0]
+
+            self._gathers[shape, dtype] = tf.function(
+                lambda piece: self._strategy.run(gather, (piece,)), autograph=False
+            )
+        return self._gathers[shape, dtype]
+
+
+class SplitArray:
+    """An array of which each replica holds a piece, as what reads and writes checkpoints sees it.
+
+    Args:
+        variable: the variable that every replica has for itself.
+        cut: how the array is cut.
+        split: the replicas that hold it.
+
+    Attributes:
+        shape: the shape of the whole array.
+        dtype: its dtype.
+    """
+
+    def __init__(self, variable: tf.Variable, cut: Cut, split: SplitOptimizer) -> None:
+        self.shape, self.dtype = tf.TensorShape(cut.shape), variable.dtype
+        self._variable, self._cut, self._split = variable, cut, split
+
+    def numpy(self) -> np.ndarray:
+        """Returns the whole array. Every worker calls it, for the same arrays in the same order."""
+        return self._split.read(self._variable, self._cut)
+
+    def assign(self, array: np.ndarray) -> None:
+        """Gives each replica of this process its piece of a whole array."""
+        self._split.write(self._variable, self._cut, np.asarray(array))
