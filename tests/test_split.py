@@ -1,0 +1,98 @@
+"""Laws of a step whose optimizer is split, on one device: its only piece is the whole. test_replicas.py has several."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
+
+from trainer.distributed.collectives import RehearsedCollectives
+from trainer.distributed.strategy import make_strategy
+from trainer.model.gpt import GPT
+from trainer.training.step import TrainingStep
+
+VOCABULARY, NUM_STEPS = 17, 3
+
+
+def make_step(shard, precision="float64"):
+    config = tiny_config(
+        train={"precision": precision, "total_steps": 9, "global_batch_size": 4, "sequence_length": 6},
+        optimizer={"learning_rate": 0.01, "clip_norm": 0.1, "weight_decay": 0.1, "ema_decay": 0.9},
+        distribution={"kind": "cpu", "shard": shard},
+    )
+    strategy = make_strategy(config.distribution)
+    with strategy.scope():
+        model = GPT(config.model, VOCABULARY, 6, dtype=precision)
+    # With one replica they exchange with nobody, and what each returns is right.
+    return TrainingStep(config, 9, model, strategy, collectives=RehearsedCollectives(1))
+
+
+def batches():
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (NUM_STEPS, 4, 6)).astype(np.int32)
+    weights = np.ones(tokens.shape, np.float32)
+    return iter(tf.data.Dataset.from_tensor_slices((tokens, np.roll(tokens, -1, axis=2), weights)).repeat())
+
+
+def values_of(step):
+    variables = {**step.named_variables, **step.state(), **step.average.state()}
+    return {name: np.array(variable.numpy()) for name, variable in variables.items()}
+
+
+@pytest.fixture(scope="module")
+def split():
+    return make_step("optimizer")
+
+
+def test_a_step_on_the_only_piece_is_the_step_on_the_whole(split):
+    results = []
+    for step in (make_step("nothing"), split):
+        metrics = step.run_steps(batches(), tf.constant(NUM_STEPS, tf.int64))
+        results.append(values_of(step) | {"clipped": metrics.num_clipped.numpy(), "norm": metrics.grad_norm_sum})
+    whole, pieces = results
+    assert whole.keys() == pieces.keys() and whole["clipped"] == NUM_STEPS
+    for name, value in whole.items():
+        np.testing.assert_allclose(pieces[name], value, rtol=1e-12, atol=1e-15, err_msg=name)
+
+
+def test_weights_that_are_set_between_two_steps_are_those_that_the_next_step_changes(split):
+    before = {name: np.array(variable.numpy()) for name, variable in split.named_variables.items()}
+    for name, variable in split.named_variables.items():
+        variable.assign(before[name] + 1)
+    split.run_steps(batches(), tf.constant(1, tf.int64))
+    for name, variable in split.named_variables.items():
+        # An update of Adam changes a number by about the learning rate, and the decay by a thousandth of it.
+        np.testing.assert_allclose(variable.numpy(), before[name] + 1, atol=0.05, err_msg=name)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_even_if_it_is_the_first(split):
+    for step in (make_step("optimizer", "float32"), split):
+        good = values_of(step)
+        first = next(iter(step.named_variables))
+        step.named_variables[first].assign(np.full_like(good[first], np.inf))
+        metrics = step.run_steps(batches(), tf.constant(1, tf.int64))
+        assert int(metrics.num_skipped) == 1
+        skipped = values_of(step)
+        step.named_variables[first].assign(good[first])
+        for name in good.keys() - {first, "skipped_in_a_row"}:
+            np.testing.assert_array_equal(skipped[name], good[name], err_msg=name)
+
+
+def test_what_is_split_is_restored_from_whole_arrays(split):
+    before = values_of(split)
+    for name, variable in split.state().items():
+        variable.assign(before[name] + np.asarray(1, before[name].dtype))
+        np.testing.assert_array_equal(variable.numpy(), before[name] + np.asarray(1, before[name].dtype))
+        variable.assign(before[name])
+
+
+def test_a_rehearsal_changes_nothing(split):
+    split.run_steps(batches(), tf.constant(1, tf.int64))
+    before = values_of(split)
+    inputs, targets, weights = next(batches())
+
+    @tf.function(autograph=False)
+    def rehearse():
+        return split.strategy.run(split.rehearse_on_replica, ((inputs, targets, weights),))
+
+    assert np.isfinite(float(rehearse()))
+    for name, value in values_of(split).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
