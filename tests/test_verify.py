@@ -90,6 +90,14 @@ def test_replicas_of_a_split_cpu_make_the_same_model(tmp_path, precision):
 
 
 @pytest.mark.slow
+def test_what_a_config_splits_is_split_over_several_replicas(tmp_path):
+    lines, config = [], config_of(tmp_path)
+    split = DistributionConfig(shard="optimizer")
+    assert verify(config.model_copy(update={"distribution": split}), [1, 2], num_steps=3, say=lines.append)
+    assert lines[-1].startswith("the same model") and "differs by" in lines[-2]
+
+
+@pytest.mark.slow
 def test_the_quickstart_has_the_same_losses_on_four_devices_for_60_steps(tmp_path):
     # Rounding would grow by the step: only equal bits stay equal.
     overrides = ["data.storybook_stories=7000", f"data.prepared_folder={tmp_path / 'prepared'}"]
@@ -102,6 +110,9 @@ def test_replicas_are_the_first_gpus_named_or_parts_of_the_cpu(tmp_path):
     assert distribution_of(DistributionConfig(), 2) == DistributionConfig(kind="cpu", logical_devices=2)
     assert distribution_of(DistributionConfig(kind="gpu"), 2) == DistributionConfig(kind="gpu", gpus=(0, 1))
     assert distribution_of(DistributionConfig(gpus=(3, 1, 2)), 2) == DistributionConfig(kind="gpu", gpus=(3, 1))
+    split = DistributionConfig(shard="optimizer")
+    assert distribution_of(split, 2) == DistributionConfig(kind="cpu", logical_devices=2, shard="optimizer")
+    assert distribution_of(split, 1) == DistributionConfig(kind="cpu")
     config = config_of(tmp_path).model_copy(update={"distribution": DistributionConfig(gpus=(3, 1))})
     with pytest.raises(
         UserError, match=r"--replicas 4 is more than the GPUs of distribution\.gpus=\[3, 1\]; name more"

@@ -54,7 +54,8 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
 
     The replicas are GPUs if distribution.kind is "gpu" or distribution.gpus names some, otherwise parts of the CPU.
     Each number is trained in a new process. All use the same micro-batches, so on a CPU they make the same bits after
-    any number of steps; with Muon, whose matrices they share, up to rounding. train.micro_batch_size="auto" is treated
+    any number of steps; with Muon, whose matrices they share, and with distribution.shard, which splits the norm of the
+    gradients over them, up to rounding. train.micro_batch_size="auto" is treated
     like no setting.
 
     Args:
@@ -114,25 +115,28 @@ def _verdict(worst: float, tolerance: float) -> str:
 
 
 def distribution_of(config: DistributionConfig, num_replicas: int) -> DistributionConfig:
-    """Returns the settings for this many replicas: the first GPUs that config uses, or parts of the CPU.
+    """Returns the settings for this many replicas: the first GPUs that config uses, or parts of the CPU. Several
+    replicas split what config splits.
 
     Raises:
         UserError: the config names fewer GPUs.
     """
+    shard = config.shard if num_replicas > 1 else "nothing"
     if config.kind != "gpu" and config.gpus is None:
-        return DistributionConfig(kind="cpu", logical_devices=num_replicas)
+        return DistributionConfig(kind="cpu", logical_devices=num_replicas, shard=shard)
     gpus = config.gpus or tuple(range(num_replicas))
     if num_replicas > len(gpus):
         raise UserError(
             f"--replicas {num_replicas} is more than the GPUs of distribution.gpus={list(gpus)}; name more, or leave "
             "it out to use the first GPUs of the machine."
         )
-    return DistributionConfig(kind="gpu", gpus=gpus[:num_replicas])
+    return DistributionConfig(kind="gpu", gpus=gpus[:num_replicas], shard=shard)
 
 
 def take_steps(config: Config, prepared: PreparedData, distribution: DistributionConfig, num_steps: int) -> Trace:
     """Takes the first steps of a config on these devices, in this process."""
     strategy = make_strategy(distribution)
+    config = config.model_copy(update={"distribution": distribution})
     with strategy.scope():
         model = build_gpt(config, prepared.vocabulary_size, prepared.bos_id)
     # The rates of the run's own first steps: a decay over the last ones would make these few steps change nothing.
