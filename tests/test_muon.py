@@ -70,7 +70,7 @@ def orthogonalized(matrix):
 def test_equals_a_plain_reference_with_each_part_by_itself():
     ours, momenta = variables(), {name: np.zeros(SHAPES[name]) for name in PARTS}
     expected = {name: each.numpy() for name, each in ours.items()}
-    train(Muon(CONFIG, ours, PARTS, "float64"), gradient_steps())
+    train(Muon(CONFIG, ours, PARTS, "float64", "float64"), gradient_steps())
     for gradients in gradient_steps():
         for name, gradient in zip(SHAPES, gradients, strict=True):
             if name in PARTS:
@@ -98,7 +98,7 @@ def test_equals_keras_muon_where_all_matrices_are_whole(floatx64):
     optimizer.exclude_from_weight_decay(var_names=["bias"])
     for gradients in gradient_steps():
         optimizer.apply([tf.constant(each) for each in gradients], list(theirs.values()))
-    train(Muon(CONFIG, ours, whole, "float64"), gradient_steps())
+    train(Muon(CONFIG, ours, whole, "float64", "float64"), gradient_steps())
     for name in SHAPES:
         difference = np.linalg.norm(ours[name].numpy() - theirs[name].numpy()) / np.linalg.norm(theirs[name].numpy())
         assert difference <= 1e-6, (name, difference)
@@ -134,13 +134,25 @@ def shares(optimizer, gradients, count):
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_replicas_that_share_the_work_get_the_updates_of_one(count):
-    optimizer = Muon(CONFIG, variables(), PARTS, "float64")
+    optimizer = Muon(CONFIG, variables(), PARTS, "float64", "float64")
     (gradients,) = [[tf.constant(each) for each in step] for step in gradient_steps(1)]
     given, shared = shares(optimizer, gradients, count)
     for found, expected in zip(shared, optimizer.updates(gradients, ALONE), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-13)
     for buffers in zip(*given, strict=True):
         assert (sum(np.any(each, axis=(2, 3)).astype(int) for each in buffers) <= 1).all(), "computed twice"
+
+
+def test_an_exchange_in_bfloat16_gives_the_updates_of_one_in_float32_because_each_sum_has_one_term():
+    (gradients,) = [[tf.constant(each, tf.float32) for each in step] for step in gradient_steps(1)]
+    found = [
+        shares(Muon(CONFIG, variables("float32"), PARTS, "bfloat16", dtype), gradients, 3)
+        for dtype in ("bfloat16", "float32")
+    ]
+    assert [{each.dtype for each in given[0]} for given, _ in found] == [{tf.bfloat16}, {tf.float32}]
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert one.dtype == other.dtype == tf.float32
+        np.testing.assert_array_equal(one, other)
 
 
 def products(function, *arguments):
@@ -157,7 +169,7 @@ def products(function, *arguments):
 def test_the_work_of_a_replica_falls_with_their_number():
     model = GPT(ModelConfig(num_layers=2, num_heads=2, hidden_dim=16, intermediate_dim=32), 11, 8)
     weights = {variable.path: variable for variable in model.trainable_variables}
-    optimizer = Muon(CONFIG, weights, adapt(model).matrices(8), "float32")
+    optimizer = Muon(CONFIG, weights, adapt(model).matrices(8), "float32", "float32")
     gradients = [tf.zeros(variable.shape) for variable in weights.values()]
 
     def work(count):
@@ -235,4 +247,7 @@ def test_muon_leaves_embeddings_and_output_of_another_model_to_adamw():
     ],
 )
 def test_matrices_are_orthogonalized_in_bfloat16_where_it_is_fast_and_asked_for(precision, processor, dtype):
-    assert resolve(tiny_config(train={"precision": precision}), processor, 1).orthogonalization_dtype == dtype
+    execution = resolve(tiny_config(train={"precision": precision}), processor, 1)
+    assert execution.orthogonalization_dtype == dtype
+    # NCCL and the CPUs' collectives add up the weights' dtype.
+    assert execution.direction_dtype == (dtype if processor.kind == "TPU" else execution.weight_dtype)

@@ -58,6 +58,7 @@ class Execution(NamedTuple):
         compute_dtype: the dtype of activations.
         weight_dtype: the dtype of weights, of their gradients after the sum over replicas, and of losses.
         sum_dtype: the dtype in which gradients are added up over micro-batches and replicas.
+        direction_dtype: the dtype in which replicas exchange the matrices that Muon has orthogonalized.
     """
 
     examples: int
@@ -73,6 +74,7 @@ class Execution(NamedTuple):
     compute_dtype: str
     weight_dtype: str
     sum_dtype: str
+    direction_dtype: str
 
     @property
     def examples_at_once(self) -> int:
@@ -144,7 +146,7 @@ def resolve(
     is_compiled = use == "training" and wants_xla and device.compiles
     ops = ops_of(device, is_compiled, use)
     recompute = _recompute(config, device) if use == "training" else "nothing"
-    weight_dtype = WEIGHT_DTYPES[train.precision]
+    compute_dtype, weight_dtype = compute_dtype_of(train.precision, device, ops), WEIGHT_DTYPES[train.precision]
     total_micro_batches = train.global_batch_size // size
     # A CPU adds up float32 gradients in float64, which has 29 more bits, and rounds the sum to float32. In practice the
     # result does not depend on the order of the terms, unless they differ by more than a factor of 2**29. So the same
@@ -164,9 +166,12 @@ def resolve(
         query_block=QUERY_BLOCK if recompute == "nothing" else RECOMPUTED_QUERY_BLOCK,
         keeps_probabilities=recompute == "nothing" or train.sequence_length < BLOCKS_FROM_QUERIES,
         logit_rows=LOGIT_ROWS,
-        compute_dtype=compute_dtype_of(train.precision, device, ops),
+        compute_dtype=compute_dtype,
         weight_dtype=weight_dtype,
         sum_dtype="float64" if is_wide else weight_dtype,
+        # Half the bytes, and the same numbers, because every sum has one term. NCCL, which adds up on GPUs, cannot add
+        # up bfloat16 in every version.
+        direction_dtype="bfloat16" if device.kind == "TPU" and compute_dtype == "bfloat16" else weight_dtype,
     )
 
 

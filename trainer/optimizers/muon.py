@@ -28,6 +28,7 @@ class Muon(tf.Module):
         matrices: the variables [rows, columns] that Muon trains, by name, each with the widths of its parts, matrices
             that are side by side: their sum is columns, and each part is orthogonalized by itself.
         dtype: the dtype in which matrices are orthogonalized.
+        direction_dtype: the dtype in which replicas exchange the orthogonalized matrices.
 
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks", with the Nesterov momentum
     that they use; Liu et al. 2025, "Muon is scalable for LLM training", algorithm 1 and equation 4 for scale and decay.
@@ -39,10 +40,11 @@ class Muon(tf.Module):
         variables: Mapping[str, keras.Variable],
         matrices: Mapping[str, Sequence[int]],
         dtype: str,
+        direction_dtype: str,
     ) -> None:
         super().__init__(name="muon")
         self.config = config
-        self.dtype = tf.as_dtype(dtype)
+        self.dtype, self.direction_dtype = tf.as_dtype(dtype), tf.as_dtype(direction_dtype)
         self.is_matrix = [name in matrices for name in variables]
         self.names = [name for name in variables if name in matrices]
         self.variables_to_train = [variables[name] for name in self.names]
@@ -115,15 +117,14 @@ class Muon(tf.Module):
         dtype = matrices[0].dtype
 
         def orthogonalized(stack: tf.Tensor) -> tf.Tensor:
-            # Back in the weights' dtype, because NCCL cannot add up bfloat16 in every version.
-            return tf.cast(orthogonalize(stack), dtype)
+            return tf.cast(orthogonalize(stack), self.direction_dtype)
 
         found: dict[int, tf.Tensor] = {}
         for each, stack in zip(places.values(), map_in_shares(orthogonalized, stacks, replicas), strict=True):
             for place, matrix in zip(each, tf.unstack(stack), strict=True):
                 rows, columns = matrices[place].shape
                 upright = tf.transpose(matrix) if rows > columns else matrix
-                found[place] = upright * (RMS_OF_UPDATE * math.sqrt(max(rows, columns)))
+                found[place] = tf.cast(upright, dtype) * (RMS_OF_UPDATE * math.sqrt(max(rows, columns)))
         return [found[place] for place in range(len(matrices))]
 
 
