@@ -173,6 +173,13 @@ def test_a_batch_that_the_devices_cannot_share_is_refused():
         print_plan(GPT2, None, parse_target("gpu:H100x3"))
 
 
+def test_a_split_over_one_device_is_refused_as_training_does():
+    split = make_config(SETTINGS, ["distribution.shard=optimizer"])
+    for target in (parse_target("gpu:H100"), parse_target("cpu")):
+        with pytest.raises(UserError, match=r"distribution.shard='optimizer' splits over several .*; choose 'nothing'"):
+            print_plan(split, 50257, target)
+
+
 def test_an_auto_micro_batch_is_planned_as_the_largest_that_fits(capsys: pytest.CaptureFixture[str]):
     overrides = ["train.micro_batch_size=auto", "train.global_batch_size=1024"]
     print_plan(load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", overrides), None, V5E_8)

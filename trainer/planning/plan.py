@@ -60,7 +60,8 @@ def print_plan(
         command: the command that asks, from which the commands for what would fit are made.
 
     Raises:
-        UserError: the vocabulary is not known, a number is impossible, or the batch cannot be spread over the devices.
+        UserError: the vocabulary is not known, a number is impossible, the batch cannot be spread over the devices, or
+            distribution.shard has only one to split over.
     """
     if utilisation is not None and not 0 < utilisation <= 1:
         raise UserError(f"--utilisation {utilisation} must be above 0 and at most 1.")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from trainer.config.settings import Config, micro_batch_sizes
+from trainer.config.settings import Config, check_shard, micro_batch_sizes
 from trainer.errors import UserError
 from trainer.execution import resolve
 from trainer.hardware.cuda import NEWEST_WHEEL, support_of
@@ -66,9 +66,10 @@ def needs_of(config: Config, vocabulary_size: int, target: Target) -> Needs:
     """Returns what a config's step needs of each device of a target, which does not depend on their memory.
 
     Raises:
-        UserError: the batch cannot be spread over the devices.
+        UserError: the batch cannot be spread over the devices, or distribution.shard has only one to split over.
     """
     execution = resolve(config, target.processor(), target.num_devices)
+    check_shard(config, target.num_devices)
     sizes = micro_batch_sizes(config, target.num_devices)
     by_size = {size: sum(estimate_memory(config, vocabulary_size, target, size).values()) for size in sizes}
     is_auto = config.train.micro_batch_size == "auto"
