@@ -7,11 +7,11 @@ import pytest
 from trainer.config.file import load_config, make_config
 from trainer.execution import resolve
 from trainer.hardware.data_sheets import Device
-from trainer.hardware.devices import Target, parse_target
+from trainer.hardware.devices import Target, cpu, parse_target
 from trainer.hardware.processor import Processor
 from trainer.model.size import bytes_of_checkpoint, count_parameters, matrix_parameters, tokens_per_sec_at_peak
 from trainer.optimizers.cost import optimizer_flops
-from trainer.planning.estimate import estimate_memory, kept_bytes, smallest_step_secs
+from trainer.planning.estimate import estimate_memory, kept_bytes, sent_bytes, smallest_step_secs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SETTINGS = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 1}}
@@ -54,6 +54,18 @@ def test_an_optimizer_that_is_split_over_eight_needs_an_eighth_of_two_moments_an
     short_split = make_config(SETTINGS, ["train.sequence_length=2", "distribution.shard=optimizer"])
     more = [estimate_memory(config, 5000, V5E_8, 1)["gradients"] for config in (short, short_split)]
     assert more[1] - more[0] >= 4 * count_parameters(short, 5000) / 8
+
+
+def test_a_cpu_sends_gradients_in_the_wider_dtype_in_which_it_adds_up_many_micro_batches():
+    number, four = count_parameters(make_config(SETTINGS), 5000), cpu(4)
+    assert sent_bytes(make_config(SETTINGS, ["train.global_batch_size=64"]), 5000, cpu(1)) == {}
+    whole, split = (
+        sent_bytes(make_config(SETTINGS, ["train.micro_batch_size=1", f"distribution.shard={shard}"]), 5000, four)
+        for shard in ("nothing", "optimizer")
+    )
+    # An all-reduce sends 2 x 3/4 of the sum, a reduce-scatter and an all-gather 3/4 each, with the rows that pad.
+    assert whole == {"gradients": 2 * 3 / 4 * 8 * number}
+    assert split["gradients"] == 2 * split["weights"] and 0 <= split["weights"] / (3 / 4 * 4 * number) - 1 < 0.01
 
 
 def test_muon_keeps_one_number_less_for_its_matrices_and_its_work_is_shared():

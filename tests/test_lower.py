@@ -3,11 +3,15 @@
 import sys
 
 import pytest
+import tensorflow as tf
 
 from trainer.config.file import make_config
 from trainer.errors import UserError
 from trainer.hardware.devices import parse_target
+from trainer.planning import lower
+from trainer.planning.estimate import sent_bytes
 from trainer.planning.lower import lower_step, main
+from trainer.training.batch_hash import hash_to_floats
 
 GPU = parse_target("gpu:H100")
 
@@ -49,6 +53,33 @@ def test_a_split_optimizer_scatters_each_gradient_once_and_gathers_each_weight_o
     assert [count_operations(of_four, name) for name in (b"reduce-scatter", b"all-gather", b"all-reduce")] == [8, 8, 1]
     with pytest.raises(UserError, match=r"distribution.shard='optimizer' splits over several replicas"):
         lower_step(config, 13, GPU)
+
+
+@pytest.mark.parametrize(
+    "setting", ["distribution.shard=nothing", "distribution.shard=optimizer", "optimizer.kind=muon"]
+)
+def test_plan_counts_what_a_step_sends(monkeypatch, setting):
+    sent = []
+
+    def record(owner, name, tensors_of, share):
+        real = getattr(owner, name)
+
+        def recording(self, *arguments):
+            # The loss, the counts and the hash have too few numbers for a weight.
+            sent.extend(share * x.shape.num_elements() * x.dtype.size for x in tensors_of(arguments) if x.shape.rank)
+            return real(self, *arguments)
+
+        monkeypatch.setattr(owner, name, recording)
+
+    record(lower._StepOfMany, "sum_over_replicas", lambda arguments: arguments[1], 2 * 3 / 4)
+    record(lower.XlaCollectives, "gather", lambda arguments: arguments[0], 3)
+    record(lower.XlaCollectives, "reduce_scatter", lambda arguments: arguments[0], 3 / 4)
+    settings = config_of(precision="mixed_bfloat16", micro_batch_size=2).model_dump(mode="json")
+    config, four = make_config(settings, [setting]), parse_target("tpu:v5e-4")
+    lower_step(config, 13, four)
+    hash_bytes = 4 * hash_to_floats(tf.zeros([], tf.int64)).shape.num_elements()
+    of_hash = 0 if config.distribution.shard == "optimizer" else 2 * 3 / 4 * hash_bytes
+    assert sum(sent) - of_hash == sum(sent_bytes(config, 13, four).values())
 
 
 def test_a_batch_that_replicas_cannot_share_is_refused():

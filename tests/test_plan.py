@@ -180,6 +180,22 @@ def test_a_split_over_one_device_is_refused_as_training_does():
             print_plan(split, 50257, target)
 
 
+def test_several_devices_have_a_line_about_what_each_sends(capsys: pytest.CaptureFixture[str]):
+    print_plan(GPT2, None, V5E_8)
+    # 2 x 7/8 of 4 bytes for each weight.
+    (line,) = re.findall(r"exchange .*\n", capsys.readouterr().out)
+    size = f"{7 * count_parameters(GPT2, 50257) / 1e6:.1f} MB"
+    assert line == f"exchange     each device sends {size} a step: {size} of gradients in float32\n"
+    print_plan(make_config(SETTINGS, ["distribution.shard=optimizer"]), 50257, V5E_8)
+    assert re.search(
+        r"sends \S+ MB a step: \S+ MB of gradients in float32, \S+ MB of new weights in f", capsys.readouterr().out
+    )
+    print_plan(make_config(SETTINGS, ["optimizer.kind=muon", "train.precision=mixed_bfloat16"]), 50257, V5E_8)
+    assert re.search(r"of gradients in float32, \S+ MB of Muon's matrices in bfloat16\n", capsys.readouterr().out)
+    print_plan(GPT2, None, parse_target("gpu:H100"))
+    assert "exchange " not in capsys.readouterr().out
+
+
 def test_an_auto_micro_batch_is_planned_as_the_largest_that_fits(capsys: pytest.CaptureFixture[str]):
     overrides = ["train.micro_batch_size=auto", "train.global_batch_size=1024"]
     print_plan(load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", overrides), None, V5E_8)

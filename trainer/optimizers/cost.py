@@ -21,3 +21,15 @@ def optimizer_flops(config: Config, num_replicas: int) -> float:
     for (rows, columns), number in Counter(tuple(sorted(part)) for part in parts_of_matrices(config.model)).items():
         flops += -(-number // num_replicas) * 2 * rows * rows * (2 * columns + rows)
     return float(NUM_ITERATIONS * flops)
+
+
+def exchanged_numbers(config: Config, num_replicas: int) -> int:
+    """Returns how many numbers the optimizer sums over the replicas in a step: those of Muon's matrices, and of the
+    matrices of zeros that fill the last shares.
+    """
+    if config.optimizer.kind != "muon" or num_replicas == 1:
+        return 0
+    by_shape = Counter(tuple(sorted(part)) for part in parts_of_matrices(config.model))
+    return sum(
+        -(-number // num_replicas) * num_replicas * rows * columns for (rows, columns), number in by_shape.items()
+    )

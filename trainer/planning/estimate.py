@@ -11,7 +11,7 @@ from trainer.model.size import (
     parameter_shapes,
     tokens_per_sec_at_peak,
 )
-from trainer.optimizers.cost import optimizer_flops
+from trainer.optimizers.cost import exchanged_numbers, optimizer_flops
 
 
 def estimate_memory(
@@ -115,6 +115,35 @@ def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> f
     if recompute == "blocks":
         return model.num_layers * tokens * width * compute_bytes + block + ends
     return model.num_layers * block + ends
+
+
+def sent_bytes(config: Config, vocabulary_size: int, target: Target) -> dict[str, float]:
+    """Returns the bytes that each device sends to others in a step, by what it sends; empty if it is alone.
+
+    An operation over N devices sends at least (N - 1) / N of an array in a reduce-scatter or an all-gather, and twice
+    that in an all-reduce. Rings of devices reach that. A loss, counts and a hash, less than 100 bytes, are left out.
+
+    Args:
+        config: the run's configuration.
+        vocabulary_size: number of tokens.
+        target: the devices that the run uses.
+
+    Raises:
+        UserError: the batch cannot be spread over that many devices.
+
+    Source: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
+    """
+    execution, number = resolve(config, target.processor(), target.num_devices), target.num_devices
+    if number == 1:
+        return {}
+    share = (number - 1) / number
+    if config.distribution.shard == "optimizer":
+        padded = number * pieces_numbers(config, vocabulary_size, target)
+        return {"gradients": share * padded * execution.sum_bytes, "weights": share * padded * execution.weight_bytes}
+    sent = {"gradients": 2 * share * count_parameters(config, vocabulary_size) * execution.sum_bytes}
+    if of_optimizer := exchanged_numbers(config, number):
+        sent["directions"] = 2 * share * of_optimizer * DTYPE_BYTES[execution.direction_dtype]
+    return sent
 
 
 def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> float | None:

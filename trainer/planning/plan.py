@@ -28,7 +28,7 @@ from trainer.model.size import (
 )
 from trainer.optimizers.cost import optimizer_flops
 from trainer.planning.compiler import DoesNotFit, compile_step, largest_that_fits
-from trainer.planning.estimate import smallest_step_secs
+from trainer.planning.estimate import sent_bytes, smallest_step_secs
 from trainer.planning.own_devices import own_devices
 from trainer.planning.verdict import UNKNOWN, Command, memory_lines, print_line, way_lines, with_xla
 from trainer.planning.ways import Way, needs_of, ways_to_fit
@@ -215,6 +215,7 @@ def _time_lines(config: Config, vocabulary_size: int, target: Target, utilisatio
         f"operations   {flops_per_token(config, vocabulary_size) / 1e9:.3g} gigaflop a token"
         + (f"; Muon adds {of_optimizer / 1e9:.3g} a step on each device" if of_optimizer else "")
     )
+    yield from _exchange_lines(config, vocabulary_size, target)
     steps, tokens = _num_steps(config), _num_tokens(config)
     least = smallest_step_secs(config, vocabulary_size, target)
     if at_peak is None or least is None:
@@ -244,6 +245,22 @@ def _time_lines(config: Config, vocabulary_size: int, target: Target, utilisatio
             f"--utilisation {utilisation} has no effect: the number of steps is known once the text is prepared. Leave "
             "it out, prepare the text first, or set train.total_steps."
         )
+
+
+def _exchange_lines(config: Config, vocabulary_size: int, target: Target) -> Iterator[str]:
+    """Yields a line about what several devices exchange in a step."""
+    sent, execution = (
+        sent_bytes(config, vocabulary_size, target),
+        resolve(config, target.processor(), target.num_devices),
+    )
+    names = {
+        "gradients": f"gradients in {execution.sum_dtype}",
+        "weights": f"new weights in {execution.weight_dtype}",
+        "directions": f"Muon's matrices in {execution.direction_dtype}",
+    }
+    if sent:
+        parts = ", ".join(f"{size_of(size)} of {names[part]}" for part, size in sent.items())
+        yield f"exchange     each device sends {size_of(sum(sent.values()))} a step: {parts}"
 
 
 def _print_weights(config: Config, vocabulary_size: int) -> None:
