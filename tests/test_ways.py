@@ -73,6 +73,32 @@ CASES = {
         "train.micro_batch_size=4",
     ),
     "a CPU as a target": (f"{GPU_CONFIG} {WHOLE} --target cpu", "--target cpu"),
+    "a split of the optimizer": (
+        f"{GPU_CONFIG} {XL} train.recompute=blocks --target gpu:RTX5090x8",
+        "train.recompute=blocks distribution.shard=optimizer --target gpu:RTX5090x8",
+    ),
+    "a split and fewer examples": (
+        f"{GPU_CONFIG} {XL} --target gpu:RTX5090x8",
+        "distribution.shard=optimizer train.micro_batch_size=4 --target gpu:RTX5090x8",
+    ),
+    "a split, fewer examples and recomputation": (
+        f"{GPU_CONFIG} {XL} train.global_batch_size=1024 train.sequence_length=4096 train.precision=mixed_bfloat16 "
+        "--target gpu:RTX5090x8",
+        "train.recompute=blocks distribution.shard=optimizer train.micro_batch_size=",
+    ),
+    "a split over more devices": (
+        f"{GPU_CONFIG} {XL} train.recompute=blocks train.micro_batch_size=1 --target gpu:RTX4090x8",
+        "distribution.shard=optimizer --target gpu:RTX4090x16",
+    ),
+    "a split that is there already": (
+        f"{GPU_CONFIG} {XL} train.recompute=blocks distribution.shard=optimizer --target gpu:RTX4090x8",
+        "--target gpu:RTX4090x16",
+    ),
+    "a split CPU of which one part is left": (
+        "quickstart model.num_layers=24 model.hidden_dim=1280 model.intermediate_dim=5120 model.num_heads=20 "
+        "distribution.logical_devices=2 distribution.shard=optimizer",
+        "distribution.logical_devices=1 distribution.shard=nothing",
+    ),
     "a CPU in parts": (
         "quickstart model.num_layers=24 model.hidden_dim=768 model.intermediate_dim=3072 model.num_heads=12 "
         "distribution.logical_devices=16",
@@ -131,9 +157,9 @@ def test_a_model_that_no_device_holds_is_said_to_be_too_large(capsys: pytest.Cap
     large = "model.num_layers=96 model.hidden_dim=12288 model.num_heads=96 model.intermediate_dim=49152"
     printed = planned(f"trainer plan {GPU_CONFIG} {large} --target gpu:H100x8", capsys)
     assert not offers(printed)
-    needed = "at least 3142.60 GB of 80.00 GB are needed, by the estimate: weights 1047.50 GB, optimizer 1396.74 GB"
+    needed = "at least 2095.12 GB of 80.00 GB are needed, by the estimate: weights 1047.50 GB, optimizer 261.89 GB"
     assert f"makes it fit gpu:H100x8: {needed}, gradients" in printed
-    assert "trainer cannot split a model over devices yet" in printed
+    assert "Every device holds all weights and gradients: trainer splits over devices only what AdamW keeps" in printed
     assert "No device of the table holds it either. What is left is another model" in printed
 
 
@@ -144,9 +170,20 @@ def test_a_sequence_that_no_device_holds_is_said_to_be_too_long(capsys: pytest.C
     assert "trainer cannot split a sequence over devices" in printed and "or a shorter train.sequence_length" in printed
 
 
+def test_a_split_is_offered_only_where_training_takes_it(capsys: pytest.CaptureFixture[str]):
+    words = f"trainer plan {GPU_CONFIG} {XL} train.recompute=blocks train.micro_batch_size=1"
+    of_muon = offers(planned(f"{words} optimizer.kind=muon --target gpu:RTX4090x8", capsys))
+    assert of_muon and not any("shard" in each for each in of_muon)
+    # Not on the one GPU itself.
+    of_one = [each for each in offers(planned(f"{words} --target gpu:RTX5090", capsys)) if "shard" in each]
+    assert [each[each.index("distribution.") :] for each in of_one] == [
+        "distribution.shard=optimizer --target gpu:RTX5090x4"
+    ]
+
+
 def test_more_devices_are_not_offered_if_the_model_alone_is_too_large(capsys: pytest.CaptureFixture[str]):
     printed = planned(f"trainer plan {GPU_CONFIG} {XL} --target gpu:RTX4090x8", capsys)
-    assert "trainer cannot split a model over devices yet" in printed
+    assert "Every device holds all weights and gradients: trainer splits over devices only what AdamW keeps" in printed
     assert all("RTX4090" not in command for command in offers(printed)) and offers(printed)
 
 
@@ -198,7 +235,7 @@ def test_every_way_fits_in_a_sample_of_models_and_devices():
             continue
         for way in ways_to_fit(config, 50257, target):
             number += 1
-            overrides = [each for each in way.overrides if not each.startswith("distribution")]
+            overrides = [each for each in way.overrides if "logical_devices" not in each]
             changed = make_config(settings, overrides)
             needed = sum(estimate_memory(changed, 50257, way.target, way.micro_batch_size).values())
             assert needed == way.memory_bytes <= way.target.device.memory_bytes

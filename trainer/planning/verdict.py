@@ -92,13 +92,16 @@ def way_lines(
     if not any(way.target.device.name == target.device.name for way in ways):
         least = smallest_memory(config, vocabulary_size, target)
         parts = ", ".join(f"{part} {size_of(size)}" for part, size in least.items() if size)
-        why = "Every device holds all weights, moments and gradients: trainer cannot split a model over devices yet."
+        why = (
+            "Every device holds all weights and gradients: trainer splits over devices only what AdamW keeps "
+            "(distribution.shard)."
+        )
         if max(least, key=lambda part: least[part]) == "activations":
             why = "These are the activations of a single example: trainer cannot split a sequence over devices."
         needed = f"{size_of(sum(least.values()))} of {size_of(target.device.memory_bytes)}"
         yield (
-            f"No micro-batch, recomputation or precision makes it fit {target}: at least {needed} are needed, by the "
-            f"estimate: {parts}. {why}"
+            f"No micro-batch, recomputation, precision or split makes it fit {target}: at least {needed} are needed, "
+            f"by the estimate: {parts}. {why}"
         )
     if not ways:
         yield (
@@ -123,11 +126,16 @@ def _part_lines(config: Config, parts: dict[str, float], execution: Execution) -
         gradients += f", and the sum of all gradients in {execution.sum_dtype}"
         if execution.micro_batch_size < execution.examples:
             gradients += f" over {execution.examples // execution.micro_batch_size} micro-batches"
+    moments = "AdamW's two moments of each weight"
+    if config.distribution.shard == "optimizer":
+        piece = f"1/{config.train.global_batch_size // execution.examples} of "
+        moments = f"{piece}AdamW's two moments of each weight, and of the weights that it updates"
+        gradients += f", and {piece}the sum over devices" if is_end else ""
     sequence = config.train.sequence_length
     recomputed = {"attention": "; attention is computed again", "blocks": "; blocks are computed again"}
     notes = {
         "weights": f"the model in {execution.weight_dtype}{copies}",
-        "optimizer": "AdamW's two moments of each weight"
+        "optimizer": moments
         if config.optimizer.kind == "adamw"
         else "Muon's momentum of the matrices in blocks, AdamW's two moments of all other weights",
         "average": "the average of each weight",
@@ -153,13 +161,16 @@ def _change(config: Config, target: Target, way: Way) -> str:
     elif way.target.num_devices > target.num_devices:
         said.append(f"{way.target.num_devices} devices, {execution.examples} examples a step on each")
     elif way.target.num_devices < target.num_devices:
-        said.append(f"{way.target.num_devices} replicas, which share the memory")
+        number = way.target.num_devices
+        said.append(f"{number} replicas, which share the memory" if number > 1 else "one replica, with all the memory")
     if "train.precision" in settings:
         said.append(f"computed in {settings['train.precision'].removeprefix('mixed_')}, which rounds more")
     if "train.recompute" in settings:
         more = {"attention": "a sixth more of attention's products", "blocks": "one more forward pass"}
         what = settings["train.recompute"]
         said.append(f"{what} computed again, {more[what]}")
+    if settings.get("distribution.shard") == "optimizer":
+        said.append("AdamW's moments split over the devices, the same model up to rounding")
     if "train.micro_batch_size" in settings:
         is_whole = way.micro_batch_size == execution.examples
         size = f"{way.micro_batch_size} examples at a time"

@@ -11,7 +11,7 @@ from trainer.hardware.data_sheets import GPUS, TPUS, Device
 from trainer.hardware.devices import Target, parse_target
 from trainer.planning.estimate import estimate_memory
 
-# Settings of the section train, in the order in which they are tried together.
+# Values by names such as train.recompute.
 Change = dict[str, Any]
 # From the one that keeps most in memory to the one that keeps least.
 _RECOMPUTE = ("nothing", "attention", "blocks")
@@ -92,8 +92,8 @@ def ways_to_fit(
         sizes_help: whether another micro-batch alone may be enough; False: the compiler said that none is.
     """
     search = _Search(config, vocabulary_size, target, budget)
-    found = [*search.settings(sizes_help), *search.precisions(), *search.fewer_replicas(), *search.more_devices()]
-    return [*found, *search.other_devices()]
+    found = [*search.settings(sizes_help), *search.precisions()]
+    return [*found, *search.fewer_replicas(), *search.more_devices(splits=not found), *search.other_devices()]
 
 
 class _Search:
@@ -108,15 +108,20 @@ class _Search:
 
     def settings(self, sizes_help: bool) -> list[Way]:
         """Returns the ways that change how the same step is computed."""
-        alone = [self._first([{}], sizes=True) if sizes_help else None, self._first(self.recomputing())]
-        found = [way for way in alone if way is not None]
-        together = None if found else self._first(self.recomputing(), sizes=True)
-        return found if together is None else [together]
+        recomputing, splitting = self.recomputing(), self.splitting()
+        alone = [self._first([{}], sizes=True) if sizes_help else None, self._first(recomputing)]
+        two = [self._first(recomputing, sizes=True), self._first(splitting, sizes=True)]
+        three = [self._first(_together(recomputing, splitting), sizes=True)]
+        for number in ([*alone, self._first(splitting)], two, three):
+            if found := [way for way in number if way is not None]:
+                return found
+        return []
 
     def precisions(self) -> list[Way]:
         """Returns the way with the nearest narrower precision, together with other settings if it must be."""
         for change in self.narrower():
-            changes = [change, *({**change, **other} for other in self.recomputing())]
+            changes = [change, *_together([change], self.recomputing())]
+            changes += _together(changes, self.splitting())
             way = self._first([change]) or self._first([change], sizes=True) or self._first(changes, sizes=True)
             if way is not None:
                 return [way]
@@ -130,17 +135,22 @@ class _Search:
         for fewer in (each for each in range(number - 1, 0, -1) if number % each == 0):
             whole = self.target.device.memory_bytes * number
             target = Target(Device("cpu", {}, whole / fewer), fewer)
-            if way := self._try({}, target):
-                return [way._replace(overrides=(f"distribution.logical_devices={fewer}", *way.overrides))]
+            if way := self._try({"distribution.logical_devices": fewer}, target):
+                return [way]
         return []
 
-    def more_devices(self) -> list[Way]:
-        """Returns the way with the fewest more devices of the same kind, at the same global batch."""
+    def more_devices(self, splits: bool) -> list[Way]:
+        """Returns the way with the fewest more devices of the same kind, at the same global batch.
+
+        Args:
+            splits: whether the optimizer may be split over them if that alone makes it fit.
+        """
         if self.target.device.name == "cpu":
             return []
-        for doublings in range(1, 13):
-            target = _as_offered(Target(self.target.device, self.target.num_devices << doublings))
-            if target is not None and (way := self._try({}, target)):
+        numbers = [self.target.num_devices << doublings for doublings in range(1, 13)]
+        targets = [target for number in numbers if (target := _as_offered(Target(self.target.device, number)))]
+        for change in [{}, *(self.splitting(is_several=True) if splits else [])]:
+            if way := next((way for target in targets if (way := self._try(change, target))), None):
                 return [way]
         return []
 
@@ -150,8 +160,7 @@ class _Search:
         """
         targets = [*self._bigger_devices()]
         as_it_is = next((way for target in targets if (way := self._try({}, target))), None)
-        changes = [{}, *self.recomputing(), *self.narrower()]
-        changes += [{**one, **other} for one in self.narrower() for other in self.recomputing()]
+        changes = self.all_changes()
         for target in [] if as_it_is else targets:
             if way := self._first(changes, target) or self._first(changes, target, sizes=True):
                 return [way]
@@ -173,14 +182,30 @@ class _Search:
     def recomputing(self) -> list[Change]:
         """Returns the recomputations that keep less than the config's, the smallest first."""
         own = resolve(self.config, self.target.processor(), self.target.num_devices).recompute
-        return [{"recompute": each} for each in _RECOMPUTE[_RECOMPUTE.index(own) + 1 :]]
+        return [{"train.recompute": each} for each in _RECOMPUTE[_RECOMPUTE.index(own) + 1 :]]
+
+    def splitting(self, is_several: bool = False) -> list[Change]:
+        """Returns the split of what the optimizer keeps, if training would accept it.
+
+        Args:
+            is_several: whether there are several devices whatever the target has.
+        """
+        distribution, is_several = self.config.distribution, is_several or self.target.num_devices > 1
+        if not is_several or distribution.shard != "nothing" or self.config.optimizer.kind != "adamw":
+            return []
+        return [{"distribution.shard": "optimizer"}]
+
+    def all_changes(self) -> list[Change]:
+        """Returns every change and all that go together, without those of the micro-batch."""
+        changes = [{}, *self.recomputing(), *self.narrower(), *_together(self.narrower(), self.recomputing())]
+        return [*changes, *_together(changes, self.splitting())]
 
     def narrower(self) -> list[Change]:
         """Returns the precisions that keep less, the nearest first."""
         flops, precision = self.target.device.flops, self.config.train.precision
         mixed = "mixed_float16" if flops and "bfloat16" not in flops else "mixed_bfloat16"
         narrower = {"float64": ["float32", mixed], "float32": [mixed]}.get(precision, [])
-        return [{"precision": each} for each in narrower]
+        return [{"train.precision": each} for each in narrower]
 
     def _first(self, changes: list[Change], target: Target | None = None, sizes: bool = False) -> Way | None:
         """Returns the way with the first change that fits, and if sizes with the largest micro-batch that does."""
@@ -188,6 +213,8 @@ class _Search:
 
     def _try(self, change: Change, target: Target, sizes: bool = False) -> Way | None:
         """Returns the way with a change and perhaps another micro-batch; None if it does not fit."""
+        if target.num_devices == 1 and self.config.distribution.shard != "nothing":
+            change = {**change, "distribution.shard": "nothing"}
         needs, most_bytes = self._needs(change, target), self.budget * target.device.memory_bytes
         if needs is None:
             return None
@@ -197,20 +224,18 @@ class _Search:
         size = needs.planned(most_bytes)
         if sizes and not needs.is_auto:
             size = max(needs.fitting(most_bytes), default=size)
-            change = {**change, "micro_batch_size": size}
+            change = {**change, "train.micro_batch_size": size}
         if needs.by_size[size] > most_bytes:
             return None
-        overrides = tuple(f"train.{name}={value}" for name, value in change.items())
+        overrides = tuple(f"{name}={value}" for name, value in change.items())
         return Way(target, overrides, needs.by_size[size], size)
 
     def _needs(self, change: Change, target: Target) -> Needs | None:
         """Returns what a changed config needs of these devices; None if they cannot share the batch."""
         key = (*change.items(), target.processor().kind, target.num_devices)
         if key not in self.known:
-            train = self.config.train.model_copy(update=change)
             try:
-                config = self.config.model_copy(update={"train": train})
-                self.known[key] = needs_of(config, self.vocabulary_size, target)
+                self.known[key] = needs_of(_changed(self.config, change), self.vocabulary_size, target)
             except UserError:
                 self.known[key] = None
         return self.known[key]
@@ -218,15 +243,27 @@ class _Search:
 
 def smallest_memory(config: Config, vocabulary_size: int, target: Target) -> dict[str, float]:
     """Returns what a step needs of these devices by part, with the settings that need least."""
-    search = _Search(config, vocabulary_size, target, budget=1.0)
-    changes = [*search.recomputing(), *search.narrower()]
-    changes += [{**one, **other} for one in search.narrower() for other in search.recomputing()]
     tried = []
-    for change in [{}, *changes]:
-        other = config.model_copy(update={"train": config.train.model_copy(update=change)})
+    for change in _Search(config, vocabulary_size, target, budget=1.0).all_changes():
+        other = _changed(config, change)
         largest = micro_batch_sizes(other, target.num_devices)[-1]
         tried += [estimate_memory(other, vocabulary_size, target, size) for size in {1, largest}]
     return min(tried, key=lambda parts: sum(parts.values()))
+
+
+def _together(ones: list[Change], others: list[Change]) -> list[Change]:
+    """Returns each of some changes with each of others."""
+    return [{**one, **other} for one in ones for other in others]
+
+
+def _changed(config: Config, change: Change) -> Config:
+    """Returns a config with other values, which are not checked."""
+    sections: dict[str, Change] = {}
+    for name, value in change.items():
+        section, _, setting = name.partition(".")
+        sections.setdefault(section, {})[setting] = value
+    changed = {section: getattr(config, section).model_copy(update=each) for section, each in sections.items()}
+    return config.model_copy(update=changed)
 
 
 def _is_unknown_to_wheels(device: Device) -> bool:
