@@ -329,7 +329,7 @@ def averages_of(run, step):
 
 
 @pytest.mark.slow
-def test_a_killed_run_with_a_split_optimizer_ends_with_the_same_bits(tmp_path):
+def test_a_run_with_a_split_optimizer_that_resumes_from_a_checkpoint_ends_with_the_same_bits(tmp_path):
     settings = settings_of(tmp_path, train__total_steps=12, checkpoint__every_steps=6)
     settings |= {"distribution": {"shard": "optimizer", "logical_devices": 2}, "samples": {"samplers": ["greedy"]}}
     run = tmp_path / "run"

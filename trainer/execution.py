@@ -150,8 +150,9 @@ def resolve(
     total_micro_batches = train.global_batch_size // size
     # A CPU adds up float32 gradients in float64, which has 29 more bits, and rounds the sum to float32. In practice the
     # result does not depend on the order of the terms, unless they differ by more than a factor of 2**29. So the same
-    # micro-batches give the same bits on any number of replicas. Two terms give the same bits in either order, and need
-    # no wider sum. Accelerators are slow in float64, or lack it.
+    # micro-batches give the same bits on any number of replicas, except with distribution.shard, whose replicas add up
+    # the gradients' norm in pieces, and with Muon, whose matrices they share. Two terms give the same bits in either
+    # order, and need no wider sum. Accelerators are slow in float64, or lack it.
     is_wide = is_cpu and total_micro_batches > 2
     return Execution(
         examples=examples,
