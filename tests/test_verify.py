@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  # pytest has this folder on its path
 
+from trainer import verbs
 from trainer.commands import verify as verify_module
 from trainer.commands.verify import Trace, difference, distribution_of, names_not_finite, verify
 from trainer.config.file import load_config
 from trainer.config.settings import DistributionConfig
 from trainer.errors import UserError
+from trainer.exit_status import ExitStatus
+from trainer.parser import parse
 
 
 def config_of(tmp_path, **train):
@@ -69,6 +72,22 @@ def test_weights_that_are_nan_are_not_the_same_model(tmp_path, monkeypatch):
     assert not verify(config_of(tmp_path), [1, 2], say=lines.append)
     assert lines[-2].endswith("inf in all weights; NOT FINITE: weights")
     assert lines[-1].startswith("NOT the same model: the lines above have numbers that are not finite")
+
+
+def test_an_override_of_the_command_splits_over_several_replicas_and_not_on_one(tmp_path, monkeypatch):
+    splits = []
+
+    def noted(_take_steps, config, _prepared, distribution, _num_steps):
+        splits.append((distribution.logical_devices, distribution.shard, config.distribution.shard))
+        return trace()
+
+    # A stand-in for the steps, in processes of their own.
+    monkeypatch.setattr(verify_module, "call_in_new_process", noted)
+    path = tmp_path / "config.toml"
+    path.write_text(config_of(tmp_path).to_toml())
+    command = ["verify", str(path), "distribution.shard=optimizer", "--replicas", "1,2,4"]
+    assert verbs.verify(parse(command)) == ExitStatus.DONE
+    assert splits == [(1, "nothing", "optimizer"), (2, "optimizer", "optimizer"), (4, "optimizer", "optimizer")]
 
 
 def nan_weights(*_):
