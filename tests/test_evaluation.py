@@ -130,8 +130,7 @@ def test_a_story_that_is_cut_leaves_out_the_excess_and_a_warning_says_so_before_
             evaluator = evaluator_of(folder, sequence_length=length, predict_end=predict_end)
             notes = [note for note in notes_on_examples(evaluator.prepared, evaluator.config) if "entropy" in note]
             assert len(notes) == (length < needed)
-            if predict_end:
-                assert (evaluator().excess is None) == (length < needed)
+            assert (evaluator().excess is None) == (length < needed)
         assert notes[0].startswith("warning: ")
         end = " and its end" if predict_end else ""
         assert notes[0].endswith(

@@ -43,7 +43,9 @@ def test_a_program_of_several_replicas_sums_each_gradient_once_over_them():
 
 def count_operations(hlo, name):
     # An operation's opcode, and the name that begins with it.
-    return hlo.count(name) // 2
+    count = hlo.count(name)
+    assert count % 2 == 0
+    return count // 2
 
 
 def test_a_split_optimizer_scatters_each_gradient_once_and_gathers_each_weight_once():
