@@ -18,6 +18,7 @@ import tensorflow as tf
 from trainer.config.settings import DistributionConfig
 from trainer.distributed.collectives import make_collectives
 from trainer.distributed.strategy import make_strategy
+from trainer.optimizers.variables import per_replica
 
 SHAPES, DTYPES = [(3,), (2, 5), (1,)], (tf.float64, tf.float32, tf.bfloat16, tf.float32)
 
@@ -56,7 +57,20 @@ def main():
             rows = own.shape[0] // count
             np.testing.assert_array_equal(piece, own[int(place) * rows :][:rows] * count + total)
     assert places == collectives.places_of_this_process(strategy)
+    own = per_replica_on(strategy)
+    if len(strategy.experimental_local_results(own)) > 1:
+        try:
+            own.numpy()
+        except ValueError:
+            pass
+        else:
+            raise AssertionError("several values were read as one")
     print("places", *places)
+
+
+def per_replica_on(strategy):
+    with strategy.scope():
+        return per_replica([2], tf.float32)
 
 
 def arrays(count):

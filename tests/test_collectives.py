@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
+
+from trainer.distributed.collectives import XlaCollectives
 
 SCRIPT = Path(__file__).parent / "exchange_pieces.py"
 
@@ -31,6 +34,11 @@ def places_of(processes):
     for process, output in zip(processes, said, strict=True):
         assert process.returncode == 0, output[-3000:]
     return [[int(each) for each in output.split("places ")[1].split()] for output in said]
+
+
+def test_a_program_of_xla_exchanges_no_integers():
+    with tf.Graph().as_default(), pytest.raises(ValueError, match="exchange floating-point numbers, not int32"):
+        XlaCollectives(2).gather([tf.zeros([4], tf.int32)])
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ Why these:
   replica 0's would wait for replica 1's, which wait for replica 0. An ordering token, a variable that each replica has
   for itself, chains only one replica's operations.
 - A piece's place is the rank, which the operations' results are ordered by: the order of the names of tasks and devices
-  as texts. Of 11 workers, worker 10 comes after worker 1. So it is learned once, by gathering the replicas' numbers.
+  as texts. With 11 workers, worker 10 comes after worker 1. So it is learned once, by gathering the replicas' numbers.
 - No operation has a timeout: for each one that has, TensorFlow keeps a thread asleep as long as the timeout, though the
   operation is over, so that a run would have thousands. A lost worker ends the others' operations by TensorFlow's own
   checks of workers, as in a run without pieces.
@@ -35,7 +35,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from tensorflow.compiler.mlir.stablehlo import stablehlo
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
@@ -63,11 +62,15 @@ class Collectives(abc.ABC):
         return self._place()
 
     def gather(self, pieces: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Returns all replicas' pieces one below the other: of each [rows, ...] a [num_pieces * rows, ...]."""
+        """Returns all replicas' pieces one below the other. For each input [rows, ...] returns
+        [num_pieces * rows, ...].
+        """
         return _by_dtype(self._gather, pieces)
 
     def reduce_scatter(self, summands: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Returns this replica's piece of sums over replicas: of each [num_pieces * rows, ...] a [rows, ...]."""
+        """Returns this replica's piece of sums over replicas. For each input [num_pieces * rows, ...] returns
+        [rows, ...].
+        """
         return _by_dtype(self._reduce_scatter, summands)
 
     def all_reduce(self, summand: tf.Tensor) -> tf.Tensor:
@@ -306,6 +309,12 @@ def _by_dtype(run: Callable[[Sequence[tf.Tensor]], list[tf.Tensor]], tensors: Se
 
 
 def _type_of(shape: Sequence[int], dtype: tf.DType) -> str:
-    """Returns a tensor's type in StableHLO, such as tensor<2x3xf32>."""
-    kind = "bf16" if dtype == tf.bfloat16 else f"f{8 * np.dtype(dtype.as_numpy_dtype).itemsize}"
+    """Returns a tensor's type in StableHLO, such as tensor<2x3xf32>.
+
+    Raises:
+        ValueError: the dtype is not a floating-point dtype.
+    """
+    if not dtype.is_floating:
+        raise ValueError(f"replicas exchange floating-point numbers, not {dtype.name}")
+    kind = "bf16" if dtype == tf.bfloat16 else f"f{8 * dtype.size}"
     return f"tensor<{''.join(f'{size}x' for size in shape)}{kind}>"

@@ -1,4 +1,5 @@
-"""How weights are cut into pieces, one for each replica that holds a part of every weight. Only this module says so.
+"""How weights are cut into pieces, one for each replica that holds a part of every weight. No other module cuts
+weights.
 
 A weight is read as a matrix: all axes before the last one are joined. Its rows are padded with rows of zeros to a
 multiple of the number of pieces, and piece i is the i-th run of consecutive rows. A vector is cut like a matrix of one

@@ -42,8 +42,8 @@ def slot(variable: keras.Variable | Piece) -> tf.Variable:
 
 
 def per_replica(shape: Sequence[int], dtype: str | tf.DType, name: str | None = None) -> tf.Variable:
-    """Returns a new variable, 0 at first, that holds another value on each replica. Reading it as one value is an
-    error, as on a replica it is only a part.
+    """Returns a new variable, 0 at first, that holds another value on each replica. Reading it as one value
+    outside of a replica is an error if there are several replicas, as on each it is only a part.
     """
     return tf.Variable(
         tf.zeros(shape, dtype),
