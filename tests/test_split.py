@@ -13,9 +13,9 @@ from trainer.training.step import TrainingStep
 VOCABULARY, NUM_STEPS = 17, 3
 
 
-def make_step(shard, precision="float64"):
+def make_step(shard, precision="float64", **train):
     config = tiny_config(
-        train={"precision": precision, "total_steps": 9, "global_batch_size": 4, "sequence_length": 6},
+        train={"precision": precision, "total_steps": 9, "global_batch_size": 4, "sequence_length": 6, **train},
         optimizer={"learning_rate": 0.01, "clip_norm": 0.1, "weight_decay": 0.1, "ema_decay": 0.9},
         distribution={"kind": "cpu", "shard": shard},
     )
@@ -51,6 +51,18 @@ def test_a_step_on_the_only_piece_is_the_step_on_the_whole(split):
     assert whole.keys() == pieces.keys() and whole["clipped"] == NUM_STEPS
     for name, value in whole.items():
         np.testing.assert_allclose(pieces[name], value, rtol=1e-12, atol=1e-15, err_msg=name)
+
+
+def test_a_loss_scale_and_a_batch_warmup_give_the_only_piece_the_same_steps():
+    results = []
+    for shard in ("nothing", "optimizer"):
+        step = make_step(shard, "mixed_float16", batch_warmup={2: 2})
+        step.run_steps(batches(), tf.constant(NUM_STEPS, tf.int64))
+        results.append(values_of(step))
+    whole, pieces = results
+    assert whole.keys() == pieces.keys() and int(whole["num_updates"]) > 0
+    for name, value in whole.items():
+        np.testing.assert_allclose(pieces[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 def test_weights_that_are_set_between_two_steps_are_those_that_the_next_step_changes(split):

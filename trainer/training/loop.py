@@ -16,8 +16,8 @@ loop      Every worker takes the same steps. In a step (step.py) each replica co
           batch, the gradients are summed over all replicas, and each replica makes the same update of its copy of the
           model; or, if distribution.shard says so, updates its piece of the weights and passes it on (split.py).
           Between calls of the compiled loop, whenever it is due: the chief logs; histograms of weights and gradients
-          are computed by every worker and written by the chief; the chief saves a checkpoint, for which every worker
-          passes on what is split; every worker scores its share of the validation text and of evaluation.sets; the
+          are computed by every worker and written by the chief; the chief saves a checkpoint, and every worker sends
+          its pieces for it; every worker scores its share of the validation text and of evaluation.sets; the
           chief writes samples. If a signal stops the run, it is saved, and ends here.
 finish    Every worker scores its share of the whole validation text and of evaluation.sets. The chief writes samples
           and the results.
@@ -156,7 +156,7 @@ def train(
         return not workers.are_several and bool(training_step.stop_requested.numpy())
 
     def save_now() -> None:
-        # Of what is split over replicas every worker passes on its pieces.
+        # Every worker sends its pieces of what is split over the replicas.
         if workers.is_chief or training_step.split is not None:
             with spent.on("checkpoint"), monitor.doing(step, "saving"):
                 save(checkpoints, training_step, run, writes=workers.is_chief)
@@ -200,12 +200,12 @@ def train(
                     with spent.on("histograms"), advising_on_memory(run):
                         monitor.histograms(step, histograms.at(step))
 
-                # Save, the chief.
+                # Save, the chief; every worker if the optimizer is split.
                 is_saved = is_due(step, config.checkpoint.every_steps) or step in saved_anyway
                 if is_saved:
                     save_now()
 
-                # Evaluate, every worker. The chief saves the best model.
+                # Evaluate, every worker. The best model is saved as above.
                 if is_due(step, config.evaluation.every_steps) and step < total_steps:
                     is_best = evaluate()
                     if is_best and not is_saved:

@@ -70,9 +70,9 @@ def save(checkpoints: Checkpoints, training_step: TrainingStep, run: RunFolder, 
 def _snapshot(variables: Mapping[str, Any], keeps: bool) -> dict[str, np.ndarray]:
     arrays = {}
     for name, variable in variables.items():
-        if isinstance(variable, SplitArray) or keeps:
+        if keeps:
             # A copy: on a CPU numpy() can return the memory that the next step writes to.
-            array = np.array(variable.numpy())
-            if keeps:
-                arrays[name] = array
+            arrays[name] = np.array(variable.numpy())
+        elif isinstance(variable, SplitArray):
+            variable.send()
     return arrays

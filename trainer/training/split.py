@@ -112,11 +112,17 @@ class SplitOptimizer:
         return variable if cut is None else SplitArray(variable, cut, self)
 
     def read(self, variable: tf.Variable, cut: Cut) -> np.ndarray:
-        """Returns the whole array that replicas hold pieces of. Every worker calls it, for the same arrays in turn."""
+        """Returns the whole array that replicas hold pieces of. Every worker calls this or `send`, for the same arrays
+        in turn.
+        """
+        return np.asarray(cut.whole(self.send(variable, cut).numpy()))
+
+    def send(self, variable: tf.Variable, cut: Cut) -> tf.Tensor:
+        """Sends the pieces of this process to all workers. Returns all pieces one below the other, on a device."""
         own = iter([tf.convert_to_tensor(each) for each in self._strategy.experimental_local_results(variable)])
         pieces = self._strategy.experimental_distribute_values_from_function(lambda context: next(own))
-        whole = self._gather(cut.piece_shape, variable.dtype)(pieces)
-        return np.asarray(cut.whole(self._strategy.experimental_local_results(whole)[0].numpy()))
+        padded = self._gather(cut.piece_shape, variable.dtype)(pieces)
+        return self._strategy.experimental_local_results(padded)[0]
 
     def write(self, variable: tf.Variable, cut: Cut, array: np.ndarray) -> None:
         """Gives each replica of this process its piece of a whole array."""
@@ -163,8 +169,12 @@ class SplitArray:
         self._variable, self._cut, self._split = variable, cut, split
 
     def numpy(self) -> np.ndarray:
-        """Returns the whole array. Every worker calls it, for the same arrays in the same order."""
+        """Returns the whole array. Every worker calls it, or `send`, for the same arrays in the same order."""
         return self._split.read(self._variable, self._cut)
+
+    def send(self) -> None:
+        """Takes part in the other workers' `numpy`, and copies nothing to the host."""
+        self._split.send(self._variable, self._cut)
 
     def assign(self, array: np.ndarray) -> None:
         """Gives each replica of this process its piece of a whole array."""

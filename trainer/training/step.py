@@ -238,7 +238,7 @@ class TrainingStep:
         norm = None
         if self.split is None:
             sums = self.sum_over_replicas(replica, [*local.by_weight, *counts])
-        else:  # Of each gradient only this replica's piece.
+        else:  # This replica has only its piece of each sum.
             pieces, counts, norm = self.split.sums(local.by_weight, counts)
             sums = [*pieces, *counts]
         *gradients, loss_sum, num_targets, hash_sum, stop_votes = (tf.cast(total, dtype) for total in sums)
@@ -345,8 +345,8 @@ class TrainingStep:
 
         tf.cond(finite, update, lambda: None)
         if self.split is not None:
-            # Not in the condition: no collective operation may be there. Of a step that is skipped the same weights
-            # come back.
+            # Not in the condition: no collective operation may be there. A step that is skipped gets the same weights
+            # back.
             self.split.finish()
             if self.average is not None:
                 tf.cond(finite, self.average.update, lambda: None)
@@ -374,7 +374,10 @@ class TrainingStep:
             split = self.split.rehearsing()
             pieces, (num_targets, loss_sum), norm = split.sums(local.by_weight, [local.num_targets, local.loss_sum])
             clipped, _ = mean_and_clip(pieces, num_targets, self.config.optimizer.clip_norm, scale, norm)
-            return tf.linalg.global_norm([*(tf.cast(each, loss_sum.dtype) for each in split.gathered()), *clipped])
+            # As in a step, the weights are gathered when the gradients are no longer needed.
+            with tf.control_dependencies(clipped):
+                weights_norm = tf.linalg.global_norm(split.gathered())
+            return tf.linalg.global_norm([*clipped, tf.cast(weights_norm, loss_sum.dtype)])
         # This stands for the sum over replicas, which joins its summands into one tensor.
         summands = [*local.by_weight, local.loss_sum, local.num_targets]
         joined = tf.concat([tf.reshape(summand, [-1]) for summand in summands], axis=0)
