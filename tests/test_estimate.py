@@ -9,9 +9,10 @@ from trainer.execution import resolve
 from trainer.hardware.data_sheets import Device
 from trainer.hardware.devices import Target, cpu, parse_target
 from trainer.hardware.processor import Processor
+from trainer.model.pieces import BYTES_AT_ONCE
 from trainer.model.size import bytes_of_checkpoint, count_parameters, matrix_parameters, tokens_per_sec_at_peak
 from trainer.optimizers.cost import optimizer_flops
-from trainer.planning.estimate import estimate_memory, kept_bytes, sent_bytes, smallest_step_secs
+from trainer.planning.estimate import estimate_memory, kept_bytes, pieces_numbers, sent_bytes, smallest_step_secs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SETTINGS = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 1}}
@@ -54,6 +55,11 @@ def test_an_optimizer_that_is_split_over_eight_needs_an_eighth_of_two_moments_an
     short_split = make_config(SETTINGS, ["train.sequence_length=2", "distribution.shard=optimizer"])
     more = [estimate_memory(config, 5000, V5E_8, 1)["gradients"] for config in (short, short_split)]
     assert more[1] - more[0] >= 4 * count_parameters(short, 5000) / 8
+    # A weight above 32 MB travels by itself, in two copies.
+    more = [estimate_memory(config, 50_000, V5E_8, 1)["gradients"] for config in (short, short_split)]
+    embedding = 50_000 * short.model.hidden_dim
+    assert 4 * embedding > BYTES_AT_ONCE
+    assert more[1] - more[0] == 4 * pieces_numbers(short, 50_000, V5E_8) + 2 * 4 * embedding
 
 
 def test_a_cpu_sends_gradients_in_the_wider_dtype_in_which_it_adds_up_many_micro_batches():

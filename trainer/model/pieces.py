@@ -70,6 +70,15 @@ def numbers_of_pieces(shapes: Mapping[str, Sequence[int]], num_pieces: int) -> i
     return sum(math.prod(cut.piece_shape) for cut in cut_all(shapes, num_pieces).values())
 
 
+def most_bytes_at_once(shapes: Mapping[str, Sequence[int]], num_pieces: int, bytes_of_number: int) -> int:
+    """Returns the bytes of whole weights, with their padding, that the largest operation exchanges: more than
+    BYTES_AT_ONCE if one weight has more.
+    """
+    cuts = list(cut_all(shapes, num_pieces).values())
+    groups = travel_together(cuts, bytes_of_number)
+    return max(sum(math.prod(cuts[i].padded_shape) for i in group) * bytes_of_number for group in groups)
+
+
 def travel_together(cuts: Sequence[Cut], bytes_of_number: int) -> Iterator[list[int]]:
     """Yields the places of consecutive weights whose pieces travel in one operation; see BYTES_AT_ONCE."""
     group: list[int] = []

@@ -3,7 +3,7 @@
 from trainer.config.settings import Config
 from trainer.execution import DTYPE_BYTES, Execution, query_blocks, resolve
 from trainer.hardware.devices import Target
-from trainer.model.pieces import BYTES_AT_ONCE, numbers_of_pieces
+from trainer.model.pieces import most_bytes_at_once, numbers_of_pieces
 from trainer.model.size import (
     count_parameters,
     matrix_parameters,
@@ -46,7 +46,9 @@ def estimate_memory(
     if config.distribution.shard == "optimizer":
         numbers = pieces_numbers(config, vocabulary_size, target)
         optimizer = 3.0 * numbers * weight_bytes
-        piece = float(numbers * execution.sum_bytes) + 2 * min(BYTES_AT_ONCE, num_weights * execution.sum_bytes)
+        shapes = dict(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
+        at_once = most_bytes_at_once(shapes, target.num_devices, execution.sum_bytes)
+        piece = float(numbers * execution.sum_bytes) + 2 * at_once
     always = {"weights": float(num_weights * weight_bytes + copies), "optimizer": optimizer}
     if config.optimizer.ema_decay is not None:
         always["average"] = float(num_weights * weight_bytes)
@@ -118,7 +120,8 @@ def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> f
 
 
 def sent_bytes(config: Config, vocabulary_size: int, target: Target) -> dict[str, float]:
-    """Returns the bytes that each device sends to others in a step, by what it sends; empty if it is alone.
+    """Returns the bytes that each device sends to others in a step, by what it sends; empty if there is one
+    device.
 
     An operation over N devices sends at least (N - 1) / N of an array in a reduce-scatter or an all-gather, and twice
     that in an all-reduce. Rings of devices reach that. A loss, counts and a hash, less than 100 bytes, are left out.
