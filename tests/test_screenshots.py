@@ -9,9 +9,11 @@ def test_pictures_are_drawn_from_the_code_of_today():
 
 
 def test_every_picture_is_shown_and_small():
-    pictures = {f"{picture.name}.png" for picture in PICTURES}
-    assert {path.name for path in IMAGES.glob("*.png")} == pictures
-    sizes = [(IMAGES / name).stat().st_size for name in pictures]
-    assert max(sizes) < 150_000 and sum(sizes) < 600_000
-    page = (ROOT / "docs" / "tensorboard.md").read_text(encoding="utf-8")
-    assert all(f"](images/{name})" in page for name in pictures)
+    of_tensorboard = {f"{picture.name}.png" for picture in PICTURES}
+    curves = {path.name for path in IMAGES.glob("time_to_loss_*.png")}
+    assert {path.name for path in IMAGES.glob("*.png")} == of_tensorboard | curves
+    sizes = [path.stat().st_size for path in IMAGES.glob("*.png")]
+    assert max(sizes) < 150_000 and sum(sizes) < 750_000
+    for page, names in (("tensorboard.md", of_tensorboard), ("learning.md", curves)):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        assert all(f"](images/{name})" in text for name in names)
