@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_bash_completes_verbs_options_configs_settings_values_and_runs(folder: Path):
     expected = {
         "trainer pre": "prepare ",
-        "trainer plan m": "minigpt mine.toml",
+        "trainer plan m": "minigpt minigpt_fast mine.toml",
         "trainer train quickstart train.total_": "train.total_steps=",
         "trainer train quickstart train.precision=mixed_f": "mixed_float16 ",
         "trainer train --resume runs/one samples.pro": "samples.prompt=",

@@ -59,7 +59,10 @@ def configs(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> dict[str,
     """Returns the shipped configs and the TOML files that begin with a prefix, and the folders on the way to one."""
     if getattr(parsed_args, "resume", None):  # argparse takes the first override for the config.
         return overrides(prefix)
-    return [*(path.stem for path in _CONFIGS.glob("*.toml")), *_paths(prefix, lambda path: path.suffix == ".toml")]
+    return [
+        *sorted(path.stem for path in _CONFIGS.glob("*.toml")),
+        *_paths(prefix, lambda path: path.suffix == ".toml"),
+    ]
 
 
 def runs(prefix: str, **_: Any) -> list[str]:
