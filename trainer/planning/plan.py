@@ -249,10 +249,8 @@ def _time_lines(config: Config, vocabulary_size: int, target: Target, utilisatio
 
 def _exchange_lines(config: Config, vocabulary_size: int, target: Target) -> Iterator[str]:
     """Yields a line about what several devices exchange in a step."""
-    sent, execution = (
-        sent_bytes(config, vocabulary_size, target),
-        resolve(config, target.processor(), target.num_devices),
-    )
+    sent = sent_bytes(config, vocabulary_size, target)
+    execution = resolve(config, target.processor(), target.num_devices)
     names = {
         "gradients": f"gradients in {execution.sum_dtype}",
         "weights": f"new weights in {execution.weight_dtype}",
