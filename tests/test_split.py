@@ -1,5 +1,7 @@
 """Laws of a step whose optimizer is split, on one device: its only piece is the whole. test_replicas.py has several."""
 
+import logging
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -94,6 +96,18 @@ def test_what_is_split_is_restored_from_whole_arrays(split):
         variable.assign(before[name] + np.asarray(1, before[name].dtype))
         np.testing.assert_array_equal(variable.numpy(), before[name] + np.asarray(1, before[name].dtype))
         variable.assign(before[name])
+
+
+def test_a_first_checkpoint_prints_no_warning_of_tensorflow():
+    step, printed = make_step("optimizer"), []
+    handler = logging.Handler()
+    handler.emit = printed.append
+    tf.get_logger().addHandler(handler)
+    try:
+        assert len({np.shape(array) for array in values_of(step).values()}) > 5  # Each shape has a function of its own.
+    finally:
+        tf.get_logger().removeHandler(handler)
+    assert not [record.getMessage() for record in printed]
 
 
 def test_a_rehearsal_changes_nothing(split):

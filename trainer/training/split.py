@@ -47,7 +47,7 @@ class SplitOptimizer:
             for name, cut in self._cuts.items()
         }
 
-        self._gathers: dict[tuple[tuple[int, ...], tf.DType], tf.types.experimental.PolymorphicFunction] = {}
+        self._gathers: dict[tuple[tuple[int, ...], tf.DType], tf.types.experimental.ConcreteFunction] = {}
 
     def rehearsing(self) -> Self:
         """Returns the same with collectives that wait for nobody."""
@@ -121,8 +121,7 @@ class SplitOptimizer:
         """Sends the pieces of this process to all workers. Returns all pieces one below the other, on a device."""
         own = iter([tf.convert_to_tensor(each) for each in self._strategy.experimental_local_results(variable)])
         pieces = self._strategy.experimental_distribute_values_from_function(lambda context: next(own))
-        padded = self._gather(cut.piece_shape, variable.dtype)(pieces)
-        return self._strategy.experimental_local_results(padded)[0]
+        return self._strategy.experimental_local_results(self._gather(pieces))[0]
 
     def write(self, variable: tf.Variable, cut: Cut, array: np.ndarray) -> None:
         """Gives each replica of this process its piece of a whole array."""
@@ -138,17 +137,20 @@ class SplitOptimizer:
     def _places(self) -> list[int]:
         return self._collectives.places_of_this_process(self._strategy)
 
-    def _gather(self, shape: tuple[int, ...], dtype: tf.DType) -> tf.types.experimental.PolymorphicFunction:
-        """Returns what gathers the pieces of an array of this shape: a model has few shapes and many arrays."""
-        if (shape, dtype) not in self._gathers:
+    def _gather(self, pieces: tf.Tensor) -> tf.Tensor:
+        """Returns all pieces of an array one below the other, on each replica, of each replica's piece."""
+        own = self._strategy.experimental_local_results(pieces)[0]
+        key = (tuple(own.shape), own.dtype)
+        # A model has few shapes and many arrays. TensorFlow takes functions that were made on one line for one function
+        # that is traced again and again, and warns, unless they are traced by get_concrete_function.
+        if key not in self._gathers:
 
             def gather(piece: tf.Tensor) -> tf.Tensor:
                 return self._collectives.gather([piece])[0]
 
-            self._gathers[shape, dtype] = tf.function(
-                lambda piece: self._strategy.run(gather, (piece,)), autograph=False
-            )
-        return self._gathers[shape, dtype]
+            function = tf.function(lambda piece: self._strategy.run(gather, (piece,)), autograph=False)
+            self._gathers[key] = function.get_concrete_function(pieces)
+        return self._gathers[key](pieces)
 
 
 class SplitArray:
