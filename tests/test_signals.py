@@ -15,9 +15,14 @@ from trainer.system.signals import stop_on_signals, watched
 
 ROOT = Path(__file__).parent.parent
 
-# The command, whose verb catches whatever is raised, as imports do, and never ends.
+# The command, whose verb catches whatever is raised, as imports do, and never ends. A shell's background job, as which
+# tests may run, ignores SIGINT. The program sets its signals itself, and not preexec_fn: that runs Python between fork
+# and exec, and a child of a process with threads can die there.
 STUBBORN = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if sys.argv[1]:
+    signal.signal(int(sys.argv[1]), signal.SIG_IGN)
 from trainer import cli, verbs
 def stubborn(options):
     print("in", flush=True)
@@ -27,20 +32,20 @@ def stubborn(options):
         except BaseException:
             pass
 verbs.train = verbs.generate = verbs.prepare = stubborn
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(cli.main(sys.argv[2:]))
 """
 
 
 def start(*arguments: str, ignored: int | None = None) -> subprocess.Popen[str]:
-    def set_signals() -> None:
-        # A shell's background job, as which tests may run, ignores SIGINT.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if ignored is not None:
-            signal.signal(ignored, signal.SIG_IGN)
-
+    """Returns a process of STUBBORN, once its verb runs."""
     pipe = subprocess.PIPE
-    program = [sys.executable, "-c", STUBBORN, *arguments]
-    return subprocess.Popen(program, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=set_signals)
+    program = [sys.executable, "-c", STUBBORN, "" if ignored is None else str(int(ignored)), *arguments]
+    process = subprocess.Popen(program, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout is not None
+    if process.stdout.readline() != "in\n":
+        _, errors = process.communicate()
+        pytest.fail(f"ended with {process.returncode} before its verb ran: {errors}")
+    return process
 
 
 @pytest.mark.parametrize(
@@ -58,7 +63,6 @@ def test_a_signal_ends_a_verb_at_once_whatever_the_code_under_way_catches(
     verb: str, number: int, status: int, message: str
 ):
     with start(verb, "x") as process:
-        assert process.stdout is not None and process.stdout.readline() == "in\n"
         process.send_signal(number)
         _, errors = process.communicate(timeout=10)
     assert process.returncode == status and errors.startswith(message) and "Traceback" not in errors, errors
@@ -66,7 +70,6 @@ def test_a_signal_ends_a_verb_at_once_whatever_the_code_under_way_catches(
 
 def test_what_nohup_started_outlives_the_terminal():
     with start("train", "x", ignored=signal.SIGHUP) as process:
-        assert process.stdout is not None and process.stdout.readline() == "in\n"
         process.send_signal(signal.SIGHUP)
         time.sleep(0.3)
         assert process.poll() is None
