@@ -490,8 +490,8 @@ def test_run_benchmark_ends_with_all_figures(tmp_path):
     assert [row["model"] for row in figures["checkpoint"]] == ["quickstart", "GPT-2, 1 layers"]
     for row in figures["checkpoint"]:
         assert len(row["rounds"]) == ROUNDS
-        # float32 weights and two moments of each.
-        assert row["num_bytes"] > 3 * 4 * row["num_parameters"]
+        # float32 weights, and two moments of each or, of Muon's matrices, one.
+        assert row["num_bytes"] > 2 * 4 * row["num_parameters"]
         for each in row["rounds"]:
             assert 0 < each["call_secs"] < each["stall_secs"] + row["num_steps"] * each["step_secs"]
             assert each["writing_secs"] > 0

@@ -132,9 +132,9 @@ def shares(optimizer, gradients, count):
     return given, optimizer.updates(gradients, Replicas(count, tf.constant(0), lambda _: sums))
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
-def test_replicas_that_share_the_work_get_the_updates_of_one(count):
-    optimizer = Muon(CONFIG, variables(), PARTS, "float64", "float64")
+@pytest.mark.parametrize(("count", "stacks"), [(2, True), (3, False), (5, True)])
+def test_replicas_that_share_the_work_get_the_updates_of_one(count, stacks):
+    optimizer = Muon(CONFIG, variables(), PARTS, "float64", "float64", stacks)
     (gradients,) = [[tf.constant(each) for each in step] for step in gradient_steps(1)]
     given, shared = shares(optimizer, gradients, count)
     for found, expected in zip(shared, optimizer.updates(gradients, ALONE), strict=True):

@@ -94,7 +94,7 @@ def test_the_vocabulary_and_the_number_of_epochs_come_from_the_prepared_text(
 
 def test_steps_of_epochs_over_the_storybook_are_known_before_it_is_prepared(capsys: pytest.CaptureFixture[str]):
     print_plan(load_config(CONFIGS / "quickstart.toml", ["data.prepared_folder=nowhere"]))
-    assert "steps        2,166 of 32 x 112 tokens" in capsys.readouterr().out
+    assert "steps        1,733 of 32 x 112 tokens" in capsys.readouterr().out
     packed = load_config(CONFIGS / "quickstart.toml", ["data.prepared_folder=nowhere", "data.mode=packed"])
     print_plan(packed)
     assert "how many 1 epochs take is known once the text is prepared" in capsys.readouterr().out

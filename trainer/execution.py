@@ -58,6 +58,8 @@ class Execution(NamedTuple):
         compute_dtype: the dtype of activations.
         weight_dtype: the dtype of weights, of their gradients after the sum over replicas, and of losses.
         sum_dtype: the dtype in which gradients are added up over micro-batches and replicas.
+        stacks_matrices: whether Muon multiplies matrices of one shape as a stack. A CPU is faster with one by one, and
+            then a product has the same bits whichever replica computes it.
         direction_dtype: the dtype in which replicas exchange the matrices that Muon has orthogonalized.
     """
 
@@ -74,6 +76,7 @@ class Execution(NamedTuple):
     compute_dtype: str
     weight_dtype: str
     sum_dtype: str
+    stacks_matrices: bool
     direction_dtype: str
 
     @property
@@ -151,8 +154,8 @@ def resolve(
     # A CPU adds up float32 gradients in float64, which has 29 more bits, and rounds the sum to float32. In practice the
     # result does not depend on the order of the terms, unless they differ by more than a factor of 2**29. So the same
     # micro-batches give the same bits on any number of replicas, except with distribution.shard, whose replicas add up
-    # the gradients' norm in pieces, and with Muon, whose matrices they share. Two terms give the same bits in either
-    # order, and need no wider sum. Accelerators are slow in float64, or lack it.
+    # the gradients' norm in pieces. Two terms give the same bits in either order, and need no wider sum. Accelerators
+    # are slow in float64, or lack it.
     is_wide = is_cpu and total_micro_batches > 2
     return Execution(
         examples=examples,
@@ -172,6 +175,7 @@ def resolve(
         sum_dtype="float64" if is_wide else weight_dtype,
         # Half the bytes, and the same numbers, because every sum has one term. NCCL, which adds up on GPUs, cannot add
         # up bfloat16 in every version.
+        stacks_matrices=not is_cpu,
         direction_dtype="bfloat16" if device.kind == "TPU" and compute_dtype == "bfloat16" else weight_dtype,
     )
 

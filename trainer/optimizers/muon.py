@@ -29,6 +29,7 @@ class Muon(tf.Module):
             that are side by side: their sum is columns, and each part is orthogonalized by itself.
         dtype: the dtype in which matrices are orthogonalized.
         direction_dtype: the dtype in which replicas exchange the orthogonalized matrices.
+        stacks: whether matrices of one shape are multiplied as a stack, and not one by one.
 
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks", with the Nesterov momentum
     that they use; Liu et al. 2025, "Muon is scalable for LLM training", algorithm 1 and equation 4 for scale and decay.
@@ -41,10 +42,12 @@ class Muon(tf.Module):
         matrices: Mapping[str, Sequence[int]],
         dtype: str,
         direction_dtype: str,
+        stacks: bool = True,
     ) -> None:
         super().__init__(name="muon")
         self.config = config
         self.dtype, self.direction_dtype = tf.as_dtype(dtype), tf.as_dtype(direction_dtype)
+        self.stacks = stacks
         self.is_matrix = [name in matrices for name in variables]
         self.names = [name for name in variables if name in matrices]
         self.variables_to_train = [variables[name] for name in self.names]
@@ -109,7 +112,7 @@ class Muon(tf.Module):
         """Returns matrices like these with singular values near 1, times the factor that makes the root mean square of
         their numbers RMS_OF_UPDATE.
         """
-        # Matrices of one shape are one stack: a few large products instead of many small ones.
+        # Matrices of one shape are one stack, of which each replica takes its share; see `map_in_shares`.
         places: dict[tuple[int, ...], list[int]] = {}
         for place, matrix in enumerate(matrices):
             places.setdefault(tuple(sorted(matrix.shape)), []).append(place)
@@ -117,7 +120,8 @@ class Muon(tf.Module):
         dtype = matrices[0].dtype
 
         def orthogonalized(stack: tf.Tensor) -> tf.Tensor:
-            return tf.cast(orthogonalize(stack), self.direction_dtype)
+            done = orthogonalize(stack) if self.stacks else tf.stack([*map(orthogonalize, tf.unstack(stack))])
+            return tf.cast(done, self.direction_dtype)
 
         found: dict[int, tf.Tensor] = {}
         for each, stack in zip(places.values(), map_in_shares(orthogonalized, stacks, replicas), strict=True):

@@ -43,4 +43,5 @@ def make_optimizer(
             "optimizer.kind='muon' trains kernels with two axes, neither as long as the vocabulary, and this model has "
             "no such kernel; choose 'adamw'."
         )
-    return Muon(config, variables, matrices, execution.orthogonalization_dtype, execution.direction_dtype)
+    dtypes = execution.orthogonalization_dtype, execution.direction_dtype
+    return Muon(config, variables, matrices, *dtypes, stacks=execution.stacks_matrices)
