@@ -95,7 +95,7 @@ CASES = {
         "--target gpu:RTX4090x32",
     ),
     "a split CPU of which one part is left": (
-        "quickstart model.num_layers=24 model.hidden_dim=1280 model.intermediate_dim=3424 model.num_heads=20 "
+        "quickstart model.num_layers=22 model.hidden_dim=1280 model.intermediate_dim=3424 model.num_heads=20 "
         "distribution.logical_devices=2 distribution.shard=optimizer optimizer.kind=adamw",
         "distribution.logical_devices=1 distribution.shard=nothing",
     ),
