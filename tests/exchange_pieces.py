@@ -33,8 +33,12 @@ def main():
         pieces = [tf.cast(number + own, dtype) for own, dtype in arrays(1)]
         scattered = collectives.reduce_scatter([tf.cast(number + own, dtype) for own, dtype in arrays(count)])
         mine = collectives.own(tf.range(2 * count))
+        # What i gives to j is 16 i + j, which bfloat16 holds.
+        both = [tf.cast(16 * number + tf.range(count, dtype=tf.float64), dtype) for dtype in (tf.float64, tf.bfloat16)]
+        given = collectives.all_to_all([tf.reshape(both[0], [count, 1, 1]), both[1]])
         place = tf.convert_to_tensor(collectives.place(), tf.int32)
-        return collectives.gather(pieces), scattered, collectives.all_reduce(number[tf.newaxis]), mine, number, place
+        total = collectives.all_reduce(number[tf.newaxis])
+        return collectives.gather(pieces), scattered, given, total, mine, number, place
 
     @tf.function(autograph=False)
     def exchange():
@@ -42,7 +46,10 @@ def main():
 
     of_replicas = zip(*([np.asarray(tf.cast(each, tf.float64)) for each in part] for part in exchange()), strict=True)
     places = []
-    for *results, total, mine, number, place in of_replicas:
+    numbers, received = {}, {}
+    for *results, given, narrow, total, mine, number, place in of_replicas:
+        numbers[int(place)], received[int(place)] = float(number), given
+        np.testing.assert_array_equal(narrow, np.ravel(given))
         gathered, scattered = results[: len(SHAPES) + 1], results[len(SHAPES) + 1 :]
         places.append(int(place))
         assert total == count * (count + 1) / 2
@@ -56,6 +63,10 @@ def main():
         for (own, _), piece in zip(arrays(count), scattered, strict=True):
             rows = own.shape[0] // count
             np.testing.assert_array_equal(piece, own[int(place) * rows :][:rows] * count + total)
+    for place, given in received.items():
+        if len(numbers) == count:  # All replicas are in this process.
+            np.testing.assert_array_equal(np.ravel(given), [16 * numbers[i] + place for i in range(count)])
+        assert sorted(np.ravel(given - place)) == [16 * i for i in range(1, count + 1)]
     assert places == collectives.places_of_this_process(strategy)
     own = per_replica_on(strategy)
     if len(strategy.experimental_local_results(own)) > 1:

@@ -142,3 +142,11 @@ def test_blocks_made_again_keep_their_inputs_and_one_block():
     one_input = 2 * 512 * 256 * 4
     assert kept(1, "blocks") == kept(1, "attention") + one_input
     assert kept(7, "blocks") - kept(1, "blocks") == 6 * one_input
+
+
+def test_a_replica_keeps_its_rows_of_the_momentum_of_muon():
+    config = make_config(SETTINGS, ["optimizer.kind=muon", "distribution.shard=optimizer"])
+    # Of 256 rows an eighth, and of the 255 rows of attention_output as many, one of them of zeros.
+    of_matrices = 2 * (32 * 3 * 255 + 32 * 256 + 2 * 32 * 256)
+    numbers = pieces_numbers(config, 5000, V5E_8)
+    assert estimate_memory(config, 5000, V5E_8)["optimizer"] == (3 * numbers - of_matrices) * 4

@@ -58,9 +58,9 @@ def test_a_split_optimizer_scatters_each_gradient_once_and_gathers_each_weight_o
 
 
 @pytest.mark.parametrize(
-    "setting", ["distribution.shard=nothing", "distribution.shard=optimizer", "optimizer.kind=muon"]
+    ("kind", "shard"), [("adamw", "nothing"), ("adamw", "optimizer"), ("muon", "nothing"), ("muon", "optimizer")]
 )
-def test_plan_counts_what_a_step_sends(monkeypatch, setting):
+def test_plan_counts_what_a_step_sends(monkeypatch, kind, shard):
     sent = []
 
     def record(owner, name, tensors_of, share):
@@ -76,8 +76,12 @@ def test_plan_counts_what_a_step_sends(monkeypatch, setting):
     record(lower._StepOfMany, "sum_over_replicas", lambda arguments: arguments[1], 2 * 3 / 4)
     record(lower.XlaCollectives, "gather", lambda arguments: arguments[0], 3)
     record(lower.XlaCollectives, "reduce_scatter", lambda arguments: arguments[0], 3 / 4)
+    record(lower.XlaCollectives, "all_to_all", lambda arguments: arguments[0], 3 / 4)
     settings = config_of(precision="mixed_bfloat16", micro_batch_size=2).model_dump(mode="json")
-    config, four = make_config(settings, [setting]), parse_target("tpu:v5e-4")
+    config, four = (
+        make_config(settings, [f"optimizer.kind={kind}", f"distribution.shard={shard}"]),
+        parse_target("tpu:v5e-4"),
+    )
     lower_step(config, 13, four)
     hash_bytes = 4 * hash_to_floats(tf.zeros([], tf.int64)).shape.num_elements()
     of_hash = 0 if config.distribution.shard == "optimizer" else 2 * 3 / 4 * hash_bytes

@@ -49,6 +49,12 @@ SPLIT = [
         "micro_batches": 1,
     },
     {"model": ODD, "precision": "float32", "micro_batches": 3},
+    {
+        "model": {**ODD, **MODERN["model"]},
+        "optimizer": {"kind": "muon"},
+        "precision": "float64",
+        "micro_batches": 1,
+    },
 ]
 
 

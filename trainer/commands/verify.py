@@ -54,8 +54,7 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
 
     The replicas are GPUs if distribution.kind is "gpu" or distribution.gpus names some, otherwise parts of the CPU.
     Each number is trained in a new process. All use the same micro-batches, so on a CPU they make the same bits after
-    any number of steps; with Muon, whose matrices they share, and with distribution.shard, which splits the norm of the
-    gradients over them, up to rounding.
+    any number of steps; with distribution.shard, which splits the norm of the gradients over them, up to rounding.
 
     train.micro_batch_size="auto" is treated like no setting.
 

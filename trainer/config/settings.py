@@ -824,11 +824,6 @@ class Config(Section):
                 f"model.document_mask=true does not go with data.mode={self.data.mode!r}, where every example is one "
                 "document; leave it out, or choose 'packed'."
             )
-        if self.distribution.shard != "nothing" and self.optimizer.kind == "muon":
-            raise ValueError(
-                f"distribution.shard={self.distribution.shard!r} cuts matrices, and optimizer.kind='muon' needs them "
-                "whole; choose 'nothing', or optimizer.kind='adamw'."
-            )
         return self
 
     def check_total_steps(self, total_steps: int, what: str) -> None:

@@ -6,6 +6,9 @@ reduce_scatter  CollectiveAllToAllV2, a sum;  CollectiveReduceScatterV2    stabl
                 from 12 replicas on
                 CollectiveReduceV2, a slice
 all_reduce      CollectiveReduceV2            CollectiveReduceV2           stablehlo.all_reduce
+all_to_all      CollectiveAllToAllV2;         CollectiveAllToAllV2         stablehlo.all_to_all
+                from 12 replicas on
+                CollectiveGatherV2, a slice
 
 Why these:
 - CPUs have no kernel for CollectiveReduceScatterV2. Each replica sends the others their rows and adds up its own, in
@@ -77,6 +80,12 @@ class Collectives(abc.ABC):
         """Returns the sum of a vector over replicas, equal on all."""
         return self._all_reduce(summand)
 
+    def all_to_all(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Gives part i of each tensor [num_pieces, ...] to the replica of place i. Returns tensors like these, of which
+        part i is what the replica of place i gave.
+        """
+        return _by_dtype(self._all_to_all, tensors)
+
     def own(self, whole: tf.Tensor) -> tf.Tensor:
         """Returns this replica's piece of a tensor [num_pieces * rows, ...] that all replicas have."""
         return tf.gather(tf.reshape(whole, [self.num_pieces, -1, *whole.shape[1:]]), self.place())
@@ -101,6 +110,9 @@ class Collectives(abc.ABC):
 
     @abc.abstractmethod
     def _all_reduce(self, summand: tf.Tensor) -> tf.Tensor: ...
+
+    @abc.abstractmethod
+    def _all_to_all(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]: ...
 
 
 class TensorFlowCollectives(Collectives):
@@ -165,6 +177,17 @@ class TensorFlowCollectives(Collectives):
         total = tf.raw_ops.CollectiveReduceV2(input=summand, merge_op="Add", final_op="Id", **self._how())
         return tf.ensure_shape(total, summand.shape)
 
+    def _all_to_all(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        parts = [tf.reshape(tensor, [self.num_pieces, -1]) for tensor in tensors]
+        flat = tf.concat(parts, axis=1)
+        if self._is_gpu or self.num_pieces < _ALL_TO_ALL_BELOW:
+            received = tf.raw_ops.CollectiveAllToAllV2(input=flat, **self._how())
+        else:
+            of_all = tf.reshape(self._gather([flat])[0], [self.num_pieces, *flat.shape])
+            received = tf.gather(of_all, self.place(), axis=1)
+        own = tf.split(tf.ensure_shape(received, flat.shape), [part.shape[1] for part in parts], axis=1)
+        return [tf.reshape(part, tensor.shape) for part, tensor in zip(own, tensors, strict=True)]
+
     def _how(self) -> dict[str, Any]:
         number = _number()
         self._num_calls[number] = self._num_calls.get(number, 0) + 1
@@ -209,6 +232,10 @@ class XlaCollectives(Collectives):
 
     def _all_reduce(self, summand: tf.Tensor) -> tf.Tensor:
         return self._call("all_reduce", summand, summand.shape.as_list(), adds=True)
+
+    def _all_to_all(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        how = f"split_dimension = 0 : i64, concat_dimension = 0 : i64, split_count = {self.num_pieces} : i64, "
+        return [self._call("all_to_all", tensor, tensor.shape.as_list(), how) for tensor in tensors]
 
     def _joining_vectors(
         self,
@@ -285,6 +312,9 @@ class RehearsedCollectives(Collectives):
 
     def _all_reduce(self, summand: tf.Tensor) -> tf.Tensor:
         return tf.identity(summand)
+
+    def _all_to_all(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        return [tf.identity(tensor) for tensor in tensors]
 
 
 def make_collectives(strategy: tf.distribute.Strategy) -> Collectives:

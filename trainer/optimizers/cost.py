@@ -18,18 +18,29 @@ def optimizer_flops(config: Config, num_replicas: int) -> float:
     if config.optimizer.kind != "muon":
         return 0.0
     flops = 0
-    for (rows, columns), number in Counter(tuple(sorted(part)) for part in parts_of_matrices(config.model)).items():
+    for shape, number in _numbers_by_shape(config).items():
+        rows, columns = sorted(shape)
         flops += -(-number // num_replicas) * 2 * rows * rows * (2 * columns + rows)
     return float(NUM_ITERATIONS * flops)
 
 
 def exchanged_numbers(config: Config, num_replicas: int) -> int:
-    """Returns how many numbers the optimizer sums over the replicas in a step: those of Muon's matrices, and of the
-    matrices of zeros that fill the last shares.
+    """Returns how many numbers each operation on Muon's matrices takes from a replica in a step, with the zeros that
+    fill the last shares: all matrices, for a sum over replicas; or if distribution.shard cuts them, this replica's rows
+    of all, for an all-to-all.
     """
     if config.optimizer.kind != "muon" or num_replicas == 1:
         return 0
-    by_shape = Counter(tuple(sorted(part)) for part in parts_of_matrices(config.model))
-    return sum(
-        -(-number // num_replicas) * num_replicas * rows * columns for (rows, columns), number in by_shape.items()
-    )
+    numbers = 0
+    for (rows, columns), number in _numbers_by_shape(config).items():
+        own_rows = rows if config.distribution.shard == "nothing" else -(-rows // num_replicas)
+        numbers += -(-number // num_replicas) * num_replicas * own_rows * columns
+    return numbers
+
+
+def _numbers_by_shape(config: Config) -> Counter[tuple[int, int]]:
+    """Returns how many matrices of each shape are shared among the replicas. Pieces differ by which axis is longer."""
+    parts = parts_of_matrices(config.model)
+    if config.distribution.shard != "nothing":
+        return Counter(parts)
+    return Counter((min(part), max(part)) for part in parts)

@@ -9,12 +9,14 @@ import tensorflow as tf
 from trainer.config.settings import OptimizerConfig
 from trainer.optimizers.adamw import AdamW
 from trainer.optimizers.newton_schulz import orthogonalize
-from trainer.optimizers.replicas import Replicas, map_in_shares
-from trainer.optimizers.variables import slot
+from trainer.optimizers.replicas import Replicas, map_in_shares, map_pieces_in_shares
+from trainer.optimizers.variables import Piece, slot
 
 # The root mean square of the numbers in one of AdamW's updates, which those of Muon get too: so both optimizers take
 # the same learning rate and weight decay. Source: Liu et al. 2025, section 2.2.
 RMS_OF_UPDATE = 0.2
+
+Shape = tuple[int, int]
 
 
 class Muon(tf.Module):
@@ -24,7 +26,8 @@ class Muon(tf.Module):
 
     Args:
         config: momentum and weight decay, and the settings of AdamW.
-        variables: the model's trainable variables by name. Create the optimizer under the strategy scope of these.
+        variables: the model's trainable variables, or this replica's pieces of them, by name. Create the optimizer
+            under the strategy scope of these.
         matrices: the variables [rows, columns] that Muon trains, by name, each with the widths of its parts, matrices
             that are side by side: their sum is columns, and each part is orthogonalized by itself.
         dtype: the dtype in which matrices are orthogonalized.
@@ -38,7 +41,7 @@ class Muon(tf.Module):
     def __init__(
         self,
         config: OptimizerConfig,
-        variables: Mapping[str, keras.Variable],
+        variables: Mapping[str, keras.Variable | Piece],
         matrices: Mapping[str, Sequence[int]],
         dtype: str,
         direction_dtype: str,
@@ -51,6 +54,8 @@ class Muon(tf.Module):
         self.is_matrix = [name in matrices for name in variables]
         self.names = [name for name in variables if name in matrices]
         self.variables_to_train = [variables[name] for name in self.names]
+        wholes = [each.whole_shape if isinstance(each, Piece) else each.shape for each in self.variables_to_train]
+        self.rows = [shape[0] for shape in wholes]
         self.widths = [list(matrices[name]) for name in self.names]
         self.momenta = [slot(variable) for variable in self.variables_to_train]
         self.adamw = AdamW(config, {name: each for name, each in variables.items() if name not in matrices})
@@ -78,7 +83,7 @@ class Muon(tf.Module):
         for gradient, momentum in zip(self._of_matrices(gradients), self.momenta, strict=True):
             ahead.append(gradient + self.config.momentum * self._next_momentum(momentum, gradient))
         parts = [tf.split(each, widths, axis=1) for each, widths in zip(ahead, self.widths, strict=True)]
-        flat = iter(self._orthogonalized([part for each in parts for part in each], replicas))
+        flat = iter(self._directions([part for each in parts for part in each], replicas))
         return [*gradients, *(tf.concat([next(flat) for _ in each], axis=1) for each in parts)]
 
     def apply(self, updates: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
@@ -108,28 +113,62 @@ class Muon(tf.Module):
     def _next_momentum(self, momentum: tf.Variable, gradient: tf.Tensor) -> tf.Tensor:
         return self.config.momentum * momentum.read_value() + gradient
 
-    def _orthogonalized(self, matrices: Sequence[tf.Tensor], replicas: Replicas) -> list[tf.Tensor]:
+    def _directions(self, matrices: Sequence[tf.Tensor], replicas: Replicas) -> list[tf.Tensor]:
         """Returns matrices like these with singular values near 1, times the factor that makes the root mean square of
-        their numbers RMS_OF_UPDATE.
+        their numbers RMS_OF_UPDATE; of pieces, the same pieces of these.
         """
-        # Matrices of one shape are one stack, of which each replica takes its share; see `map_in_shares`.
-        places: dict[tuple[int, ...], list[int]] = {}
-        for place, matrix in enumerate(matrices):
-            places.setdefault(tuple(sorted(matrix.shape)), []).append(place)
+        rows = [rows for rows, widths in zip(self.rows, self.widths, strict=True) for _ in widths]
+        shapes = [(number, matrix.shape[1]) for number, matrix in zip(rows, matrices, strict=True)]
+        find = self._orthogonalized if replicas.all_to_all is None else self._orthogonalized_pieces
+        return [
+            tf.cast(found, matrix.dtype) * (RMS_OF_UPDATE * math.sqrt(max(shape)))
+            for found, matrix, shape in zip(find(matrices, shapes, replicas), matrices, shapes, strict=True)
+        ]
+
+    def _orthogonalized(
+        self, matrices: Sequence[tf.Tensor], shapes: Sequence[Shape], replicas: Replicas
+    ) -> list[tf.Tensor]:
+        # Matrices of one shape are one stack, of which each replica takes its share.
+        places = _places([(min(shape), max(shape)) for shape in shapes])
         stacks = [tf.stack([_lying(tf.cast(matrices[i], self.dtype)) for i in each]) for each in places.values()]
-        dtype = matrices[0].dtype
+        results = map_in_shares(self._orthogonalized_stack, stacks, replicas)
+        found = _unstacked(places, results)
+        return [
+            tf.transpose(each) if rows > columns else each for each, (rows, columns) in zip(found, shapes, strict=True)
+        ]
+
+    def _orthogonalized_pieces(
+        self, pieces: Sequence[tf.Tensor], shapes: Sequence[Shape], replicas: Replicas
+    ) -> list[tf.Tensor]:
+        places = _places(shapes)
+        stacks = [tf.stack([tf.cast(pieces[i], self.dtype) for i in each]) for each in places.values()]
 
         def orthogonalized(stack: tf.Tensor) -> tf.Tensor:
-            done = orthogonalize(stack) if self.stacks else tf.stack([*map(orthogonalize, tf.unstack(stack))])
-            return tf.cast(done, self.direction_dtype)
+            if stack.shape[1] <= stack.shape[2]:
+                return self._orthogonalized_stack(stack)
+            return tf.transpose(self._orthogonalized_stack(tf.transpose(stack, [0, 2, 1])), [0, 2, 1])
 
-        found: dict[int, tf.Tensor] = {}
-        for each, stack in zip(places.values(), map_in_shares(orthogonalized, stacks, replicas), strict=True):
-            for place, matrix in zip(each, tf.unstack(stack), strict=True):
-                rows, columns = matrices[place].shape
-                upright = tf.transpose(matrix) if rows > columns else matrix
-                found[place] = tf.cast(upright, dtype) * (RMS_OF_UPDATE * math.sqrt(max(rows, columns)))
-        return [found[place] for place in range(len(matrices))]
+        return _unstacked(places, map_pieces_in_shares(orthogonalized, stacks, [rows for rows, _ in places], replicas))
+
+    def _orthogonalized_stack(self, stack: tf.Tensor) -> tf.Tensor:
+        done = orthogonalize(stack) if self.stacks else tf.stack([*map(orthogonalize, tf.unstack(stack))])
+        return tf.cast(done, self.direction_dtype)
+
+
+def _places(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
+    """Returns the places of each shape."""
+    places: dict[Shape, list[int]] = {}
+    for place, shape in enumerate(shapes):
+        places.setdefault(shape, []).append(place)
+    return places
+
+
+def _unstacked(places: Mapping[Shape, Sequence[int]], stacks: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Returns the matrices of stacks, each at its place."""
+    found: dict[int, tf.Tensor] = {}
+    for each, stack in zip(places.values(), stacks, strict=True):
+        found |= zip(each, tf.unstack(stack), strict=True)
+    return [found[place] for place in range(len(found))]
 
 
 def _lying(matrix: tf.Tensor) -> tf.Tensor:

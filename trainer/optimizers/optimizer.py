@@ -26,8 +26,8 @@ def make_optimizer(
 
     Args:
         config: its settings.
-        variables: the model's trainable variables, or this replica's pieces of them, which only AdamW takes, by name.
-            Call it under the strategy scope of these.
+        variables: the model's trainable variables, or this replica's pieces of them, by name. Call it under
+            the strategy scope of these.
         model: the model to train.
         sequence_length: tokens of an example.
         execution: how each replica computes.

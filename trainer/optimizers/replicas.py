@@ -13,11 +13,14 @@ class Replicas(NamedTuple):
         num_replicas: how many there are.
         number: which one this is, from 0 on: int32 scalar, a tensor if one program serves all replicas.
         sum: adds up tensors of one dtype over all replicas, in one operation.
+        all_to_all: if each replica has its rows of every matrix, and not whole matrices: gives replica i part i of each
+            tensor [num_replicas, ...], and returns what each replica gave to this one, in tensors of the same shapes.
     """
 
     num_replicas: int
     number: tf.Tensor | int
     sum: Callable[[list[tf.Tensor]], list[tf.Tensor]]
+    all_to_all: Callable[[list[tf.Tensor]], list[tf.Tensor]] | None = None
 
 
 ALONE = Replicas(1, 0, lambda summands: summands)
@@ -51,4 +54,42 @@ def map_in_shares(
     return [
         tf.reshape(total, [-1, *stack.shape[1:]])[: stack.shape[0]]
         for total, stack in zip(replicas.sum(spread), stacks, strict=True)
+    ]
+
+
+def map_pieces_in_shares(
+    function: Callable[[tf.Tensor], tf.Tensor],
+    stacks: Sequence[tf.Tensor],
+    num_rows: Sequence[int],
+    replicas: Replicas,
+) -> list[tf.Tensor]:
+    """Applies a function to stacks of matrices of which each replica has some rows. Each replica gets its share of
+    every stack whole, of ceil(L / N) of L matrices, computes it, and gives everyone their rows of the results.
+
+    Args:
+        function: maps float [matrices, rows, columns] to a tensor of the same shape, each matrix by itself.
+        stacks: this replica's rows of every matrix, each stack float [L, rows of a piece, columns]. The pieces of all
+            replicas one below the other are the matrix, with rows of zeros after it.
+        num_rows: for each stack, the rows of its whole matrices.
+        replicas: who has the pieces and shares the work.
+
+    Returns:
+        This replica's rows of function(stack) of each stack, with zeros where stacks have rows beyond the matrix.
+    """
+    count = replicas.num_replicas
+    assert replicas.all_to_all is not None
+    shares = []
+    for stack in stacks:
+        size = -(-stack.shape[0] // count)
+        padded = tf.pad(stack, [[0, count * size - stack.shape[0]], [0, 0], [0, 0]])
+        shares.append(tf.reshape(padded, [count, size, *stack.shape[1:]]))
+    results = []
+    for pieces, rows in zip(replicas.all_to_all(shares), num_rows, strict=True):
+        _, size, piece_rows, columns = pieces.shape  # [replica that has the rows, matrix, rows, columns]
+        matrices = tf.reshape(tf.transpose(pieces, [1, 0, 2, 3]), [size, count * piece_rows, columns])
+        done = tf.pad(function(matrices[:, :rows]), [[0, 0], [0, count * piece_rows - rows], [0, 0]])
+        results.append(tf.transpose(tf.reshape(done, [size, count, piece_rows, columns]), [1, 0, 2, 3]))
+    return [
+        tf.reshape(part, [-1, *stack.shape[1:]])[: stack.shape[0]]
+        for part, stack in zip(replicas.all_to_all(results), stacks, strict=True)
     ]

@@ -13,13 +13,14 @@ class Piece:
         name: the weight's own name, such as "kernel".
         shape: the shape of the piece; a piece of a vector has one axis, any other has two.
         dtype: the weight's dtype.
+        whole_shape: the shape of the weight.
 
     Attributes:
         value: a variable of that shape, which every replica has for itself.
     """
 
-    def __init__(self, name: str, shape: Sequence[int], dtype: str) -> None:
-        self.name, self.shape, self.dtype = name, tuple(shape), dtype
+    def __init__(self, name: str, shape: Sequence[int], dtype: str, whole_shape: Sequence[int]) -> None:
+        self.name, self.shape, self.dtype, self.whole_shape = name, tuple(shape), dtype, tuple(whole_shape)
         self.value = per_replica(shape, dtype, name)
 
 

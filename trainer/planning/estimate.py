@@ -7,6 +7,7 @@ from trainer.model.pieces import most_bytes_at_once, numbers_of_pieces
 from trainer.model.size import (
     count_parameters,
     matrix_parameters,
+    matrix_widths,
     optimizer_numbers,
     parameter_shapes,
     tokens_per_sec_at_peak,
@@ -25,7 +26,7 @@ def estimate_memory(
     several, the weights with a copy of their matrices in the compute dtype, what the optimizer keeps, and the average
     of the weights if there is one. Muon needs a copy of its matrices in the dtype in which they are orthogonalized, and
     the results, when no activations are there. If distribution.shard splits the optimizer, a replica has its piece of
-    two moments and a weight, of a gradient at the end, and copies of what travels at a time.
+    what the optimizer keeps and of a weight, of a gradient at the end, and copies of what travels at a time.
 
     Args:
         config: the run's configuration.
@@ -42,10 +43,16 @@ def estimate_memory(
     num_logits = config.model.num_logits(vocabulary_size)
     copies = matrix_parameters(config, vocabulary_size) * compute_bytes if compute_bytes < weight_bytes else 0
     sums = num_weights * execution.gradient_sum_bytes
+    orthogonalization_bytes = DTYPE_BYTES[execution.orthogonalization_dtype]
+    of_muon = 2 * num_weights - optimizer_numbers(config, vocabulary_size)
+    updates = of_muon * float(weight_bytes + orthogonalization_bytes)
     optimizer, piece = float(optimizer_numbers(config, vocabulary_size) * weight_bytes), 0.0
     if config.distribution.shard == "optimizer":
         numbers = pieces_numbers(config, vocabulary_size, target)
-        optimizer = 3.0 * numbers * weight_bytes
+        of_muon = muon_pieces_numbers(config, target)
+        # The pieces that travel, the matrices that this replica gets whole, and their result.
+        updates = of_muon * float(weight_bytes + 3 * orthogonalization_bytes)
+        optimizer = float(3 * numbers - of_muon) * weight_bytes
         shapes = dict(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
         at_once = most_bytes_at_once(shapes, target.num_devices, execution.sum_bytes)
         piece = float(numbers * execution.sum_bytes) + 2 * at_once
@@ -58,8 +65,6 @@ def estimate_memory(
         "activations": kept_bytes(config, execution, copies_operands=target.processor().kind != "TPU"),
         "logits": logit_rows * float(num_logits * (weight_bytes + compute_bytes)),
     }
-    of_muon = 2 * num_weights - optimizer_numbers(config, vocabulary_size)
-    updates = of_muon * float(weight_bytes + DTYPE_BYTES[execution.orthogonalization_dtype])
     gradients = max(sums, updates) + num_weights * float(weight_bytes) + piece
     at_end = {"gradients": gradients, "activations": 0.0, "logits": 0.0}
     return always | max(after_loss, at_end, key=lambda parts: sum(parts.values()))
@@ -69,6 +74,14 @@ def pieces_numbers(config: Config, vocabulary_size: int, target: Target) -> int:
     """Returns how many numbers a replica has of all weights if they are split over the target's devices."""
     shapes = dict(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
     return numbers_of_pieces(shapes, target.num_devices)
+
+
+def muon_pieces_numbers(config: Config, target: Target) -> int:
+    """Returns how many of these numbers Muon trains."""
+    if config.optimizer.kind != "muon":
+        return 0
+    shapes = dict(parameter_shapes(config.model, 1, 1))
+    return numbers_of_pieces({name: shapes[name] for name in matrix_widths(config.model)}, target.num_devices)
 
 
 def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> float:
@@ -142,7 +155,11 @@ def sent_bytes(config: Config, vocabulary_size: int, target: Target) -> dict[str
     share = (number - 1) / number
     if config.distribution.shard == "optimizer":
         padded = number * pieces_numbers(config, vocabulary_size, target)
-        return {"gradients": share * padded * execution.sum_bytes, "weights": share * padded * execution.weight_bytes}
+        sent = {"gradients": share * padded * execution.sum_bytes, "weights": share * padded * execution.weight_bytes}
+        if of_optimizer := exchanged_numbers(config, number):
+            dtypes = execution.orthogonalization_dtype, execution.direction_dtype
+            sent["matrices"] = share * of_optimizer * sum(DTYPE_BYTES[dtype] for dtype in dtypes)
+        return sent
     sent = {"gradients": 2 * share * count_parameters(config, vocabulary_size) * execution.sum_bytes}
     if of_optimizer := exchanged_numbers(config, number):
         sent["directions"] = 2 * share * of_optimizer * DTYPE_BYTES[execution.direction_dtype]
@@ -167,7 +184,8 @@ def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> 
     num_micro_batches = execution.examples // execution.micro_batch_size
     moments_bytes = float(execution.weight_bytes) * optimizer_numbers(config, vocabulary_size)
     if config.distribution.shard == "optimizer":
-        moments_bytes = 2.0 * execution.weight_bytes * pieces_numbers(config, vocabulary_size, target)
+        of_moments = 2 * pieces_numbers(config, vocabulary_size, target) - muon_pieces_numbers(config, target)
+        moments_bytes = float(execution.weight_bytes) * of_moments
     num_passes = 3 + 2 * (config.optimizer.ema_decay is not None)
     traffic = num_passes * weights_bytes + 2 * moments_bytes
     traffic += num_micro_batches * (2 * kept + matrices_bytes + 2 * weights_bytes)

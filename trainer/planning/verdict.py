@@ -93,7 +93,7 @@ def way_lines(
         least = smallest_memory(config, vocabulary_size, target)
         parts = ", ".join(f"{part} {size_of(size)}" for part, size in least.items() if size)
         why = (
-            "Every device holds all weights and gradients: trainer splits over devices only what AdamW keeps "
+            "Every device holds all weights and gradients: trainer splits over devices only what the optimizer keeps "
             "(distribution.shard)."
         )
         if max(least, key=lambda part: least[part]) == "activations":
@@ -127,17 +127,17 @@ def _part_lines(config: Config, parts: dict[str, float], execution: Execution) -
         if execution.micro_batch_size < execution.examples:
             gradients += f" over {execution.examples // execution.micro_batch_size} micro-batches"
     moments = "AdamW's two moments of each weight"
+    if config.optimizer.kind == "muon":
+        moments = "Muon's momentum of the matrices in blocks, AdamW's two moments of all other weights"
     if config.distribution.shard == "optimizer":
         piece = f"1/{config.train.global_batch_size // execution.examples} of "
-        moments = f"{piece}AdamW's two moments of each weight, and of the weights that it updates"
+        moments = f"{piece}{moments}, and of the weights that it updates"
         gradients += f", and {piece}the sum over devices" if is_end else ""
     sequence = config.train.sequence_length
     recomputed = {"attention": "; attention is computed again", "blocks": "; blocks are computed again"}
     notes = {
         "weights": f"the model in {execution.weight_dtype}{copies}",
-        "optimizer": moments
-        if config.optimizer.kind == "adamw"
-        else "Muon's momentum of the matrices in blocks, AdamW's two moments of all other weights",
+        "optimizer": moments,
         "average": "the average of each weight",
         "gradients": gradients,
         "activations": f"of {execution.examples_at_once} x {sequence:,} tokens"
@@ -170,7 +170,7 @@ def _change(config: Config, target: Target, way: Way) -> str:
         what = settings["train.recompute"]
         said.append(f"{what} computed again, {more[what]}")
     if settings.get("distribution.shard") == "optimizer":
-        said.append("AdamW's moments split over the devices, the same model up to rounding")
+        said.append("the optimizer split over the devices, the same model up to rounding")
     if "train.micro_batch_size" in settings:
         is_whole = way.micro_batch_size == execution.examples
         size = f"{way.micro_batch_size} examples at a time"

@@ -191,7 +191,7 @@ class _Search:
             is_several: whether there are several devices whatever the target has.
         """
         distribution, is_several = self.config.distribution, is_several or self.target.num_devices > 1
-        if not is_several or distribution.shard != "nothing" or self.config.optimizer.kind != "adamw":
+        if not is_several or distribution.shard != "nothing":
             return []
         return [{"distribution.shard": "optimizer"}]
 

@@ -43,7 +43,7 @@ class SplitOptimizer:
         shapes = {name: variable.shape for name, variable in variables.items()}
         self._cuts = cut_all(shapes, collectives.num_pieces)
         self.pieces = {
-            name: Piece(variables[name].name, cut.piece_shape, variables[name].dtype)
+            name: Piece(variables[name].name, cut.piece_shape, variables[name].dtype, cut.shape)
             for name, cut in self._cuts.items()
         }
 
@@ -79,6 +79,10 @@ class SplitOptimizer:
         *sums, squares = tf.split(total, [each.shape[0] for each in summands])
         shaped = [tf.reshape(each, count.shape) for each, count in zip(sums, counts, strict=True)]
         return pieces, shaped, tf.sqrt(squares[0])
+
+    def all_to_all(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Exchanges parts of tensors [number of replicas, ...]; see `Collectives.all_to_all`."""
+        return self._collectives.all_to_all(tensors)
 
     def begin(self) -> None:
         """Gives the pieces the newest weights, whoever has changed these since the last step."""

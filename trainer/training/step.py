@@ -324,7 +324,8 @@ class TrainingStep:
     def replicas(self, replica: tf.distribute.ReplicaContext) -> Replicas:
         """Returns the replicas as the one of this context sees them, for the optimizer."""
         total = functools.partial(self.sum_over_replicas, replica)
-        return Replicas(self.strategy.num_replicas_in_sync, replica.replica_id_in_sync_group, total)
+        all_to_all = None if self.split is None else self.split.all_to_all
+        return Replicas(self.strategy.num_replicas_in_sync, replica.replica_id_in_sync_group, total, all_to_all)
 
     def _update_if(
         self, finite: tf.Tensor, updates: list[tf.Tensor], state: list[tf.Tensor], hash_sum: tf.Tensor
@@ -374,10 +375,12 @@ class TrainingStep:
             split = self.split.rehearsing()
             pieces, (num_targets, loss_sum), norm = split.sums(local.by_weight, [local.num_targets, local.loss_sum])
             clipped, _ = mean_and_clip(pieces, num_targets, self.config.optimizer.clip_norm, scale, norm)
+            replicas = self.replicas(tf.distribute.get_replica_context())._replace(all_to_all=split.all_to_all)
+            updates = self.optimizer.updates(clipped, replicas)
             # As in a step, the weights are gathered when the gradients are no longer needed.
-            with tf.control_dependencies(clipped):
+            with tf.control_dependencies(updates):
                 weights_norm = tf.linalg.global_norm(split.gathered())
-            return tf.linalg.global_norm([*clipped, tf.cast(weights_norm, loss_sum.dtype)])
+            return tf.linalg.global_norm([*updates, tf.cast(weights_norm, loss_sum.dtype)])
         # This stands for the sum over replicas, which joins its summands into one tensor.
         summands = [*local.by_weight, local.loss_sum, local.num_targets]
         joined = tf.concat([tf.reshape(summand, [-1]) for summand in summands], axis=0)
