@@ -16,7 +16,7 @@ from trainer.planning.estimate import estimate_memory, kept_bytes, pieces_number
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SETTINGS = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 1}}
-GPT2 = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml")
+GPT2 = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", ["optimizer.kind=adamw"])
 V5E_8 = parse_target("tpu:v5e-8")
 
 

@@ -23,7 +23,7 @@ from trainer.planning.verdict import Command
 CONFIGS = Path(__file__).parent.parent / "configs"
 SETTINGS = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 1}}
 MODERN = ["model.norm=rms", "model.positions=rope", "model.num_key_value_heads=2", "model.activation=swiglu"]
-GPT2 = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml")
+GPT2 = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", ["optimizer.kind=adamw"])
 V5E_8 = parse_target("tpu:v5e-8")
 
 

@@ -131,7 +131,7 @@ def _part_lines(config: Config, parts: dict[str, float], execution: Execution) -
         moments = "Muon's momentum of the matrices in blocks, AdamW's two moments of all other weights"
     if config.distribution.shard == "optimizer":
         piece = f"1/{config.train.global_batch_size // execution.examples} of "
-        moments = f"{piece}{moments}, and of the weights that it updates"
+        moments = f"{piece}{moments.replace(', AdamW', ' and of AdamW')}, and of the weights that it updates"
         gradients += f", and {piece}the sum over devices" if is_end else ""
     sequence = config.train.sequence_length
     recomputed = {"attention": "; attention is computed again", "blocks": "; blocks are computed again"}
