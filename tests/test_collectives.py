@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from trainer.distributed.collectives import XlaCollectives
+from trainer.distributed.collectives import TensorFlowCollectives, XlaCollectives
+from trainer.optimizers.variables import per_replica
 
 SCRIPT = Path(__file__).parent / "exchange_pieces.py"
 
@@ -41,8 +42,25 @@ def test_a_program_of_xla_exchanges_no_integers():
         XlaCollectives(2).gather([tf.zeros([4], tf.int32)])
 
 
+def test_on_gpus_bfloat16_travels_as_float16_because_nccl_does_not_take_it_from_tensorflow():
+    # As on a GPU, without the exchange by which the replicas learn their places.
+    collectives = TensorFlowCollectives.__new__(TensorFlowCollectives)
+    collectives.num_pieces, collectives._is_gpu, collectives._group_key, collectives._num_calls = 2, True, 1, {}
+    collectives._token = per_replica([], tf.float32)
+
+    @tf.function(autograph=False)
+    def exchange(tensor):
+        return collectives.gather([tensor]), collectives.all_to_all([tensor])
+
+    narrow = tf.TensorSpec([2, 3], tf.bfloat16)
+    graph = exchange.get_concrete_function(narrow).graph
+    travels = [each.get_attr("T") for each in graph.get_operations() if each.type.startswith("Collective")]
+    assert travels == [tf.float16, tf.float16]
+    assert [each.dtype for each in tf.nest.flatten(graph.structured_outputs)] == [tf.bfloat16, tf.bfloat16]
+
+
 @pytest.mark.slow
-# All-to-all, in one process; and from 12 replicas on a sum and a slice.
+# All-to-all, in one process; from 12 replicas on a sum or a gather, and a slice.
 @pytest.mark.parametrize("num_replicas", [3, 12])
 def test_replicas_of_a_process_exchange_pieces(num_replicas):
     assert places_of([start({"kind": "cpu", "logical_devices": num_replicas})]) == [list(range(num_replicas))]

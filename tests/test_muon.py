@@ -6,18 +6,20 @@ import pytest
 import tensorflow as tf
 from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has this folder on its path
 
-from trainer.config.settings import ModelConfig, OptimizerConfig
+from trainer.config.settings import DistributionConfig, ModelConfig, OptimizerConfig
 from trainer.errors import UserError
 from trainer.execution import resolve
 from trainer.hardware.processor import Processor
 from trainer.model.gpt import GPT
 from trainer.model.language_model import adapt
+from trainer.model.pieces import cut_all
 from trainer.optimizers.adamw import AdamW
 from trainer.optimizers.cost import optimizer_flops
 from trainer.optimizers.muon import Muon
 from trainer.optimizers.newton_schulz import orthogonalize
 from trainer.optimizers.optimizer import make_optimizer
 from trainer.optimizers.replicas import ALONE, Replicas
+from trainer.optimizers.variables import Piece
 
 STEPS = 20
 CONFIG = OptimizerConfig(
@@ -186,6 +188,16 @@ def test_the_work_of_a_replica_falls_with_their_number():
     # The plan counts the same.
     config = tiny_config(model=model.config.model_dump(), optimizer={"kind": "muon"})
     assert [optimizer_flops(config, count) for count in (1, 2, 3)] == [alone, alone / 2, 3 * square + 2 * oblong]
+
+    # In pieces, 2 matrices of 16 x 32 and 2 of 32 x 16 are shared separately.
+    cuts = cut_all({name: weight.shape for name, weight in weights.items()}, 4)
+    pieces = {name: Piece(name, cut.piece_shape, "float32", cut.shape) for name, cut in cuts.items()}
+    split = Muon(CONFIG, pieces, adapt(model).matrices(8), "float32", "float32")
+    own = [tf.zeros(piece.shape) for piece in pieces.values()]
+    of_four = Replicas(4, 0, lambda summands: summands, lambda tensors: tensors)
+    assert products(lambda: split.updates(own, of_four)) == 2 * square + 2 * oblong
+    in_pieces = config.model_copy(update={"distribution": DistributionConfig(shard="optimizer")})
+    assert optimizer_flops(in_pieces, 4) == 2 * square + 2 * oblong
 
 
 @pytest.mark.parametrize(

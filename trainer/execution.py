@@ -173,9 +173,9 @@ def resolve(
         compute_dtype=compute_dtype,
         weight_dtype=weight_dtype,
         sum_dtype="float64" if is_wide else weight_dtype,
+        stacks_matrices=not is_cpu,
         # Half the bytes, and the same numbers, because every sum has one term. NCCL, which adds up on GPUs, cannot add
         # up bfloat16 in every version.
-        stacks_matrices=not is_cpu,
         direction_dtype="bfloat16" if device.kind == "TPU" and compute_dtype == "bfloat16" else weight_dtype,
     )
 

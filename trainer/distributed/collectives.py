@@ -15,7 +15,7 @@ Why these:
   the order of the ranks, so the same bits come out every time.
 - TensorFlow's all-to-all on CPUs names a message by its sender and receiver without a separator: with 12 replicas, 1 to
   10 and 11 to 0 have the same name.
-- CollectiveGatherV2 does not take bfloat16; its bits travel as float16.
+- CollectiveGatherV2 does not take bfloat16, and TensorFlow's NcclManager in no operation; its bits travel as float16.
 - XLA has no kernels for these operations, and `XlaAllReduce` and `XlaReduceScatter` refuse float64. `XlaCallModule`
   holds one StableHLO operation of any dtype. XLA turns reduce_scatter of a vector into an all-reduce of twice the
   traffic, so vectors are joined to one matrix [pieces, numbers].
@@ -181,7 +181,10 @@ class TensorFlowCollectives(Collectives):
         parts = [tf.reshape(tensor, [self.num_pieces, -1]) for tensor in tensors]
         flat = tf.concat(parts, axis=1)
         if self._is_gpu or self.num_pieces < _ALL_TO_ALL_BELOW:
-            received = tf.raw_ops.CollectiveAllToAllV2(input=flat, **self._how())
+            is_bfloat16 = flat.dtype == tf.bfloat16
+            travels = tf.bitcast(flat, tf.float16) if is_bfloat16 else flat
+            received = tf.raw_ops.CollectiveAllToAllV2(input=travels, **self._how())
+            received = tf.bitcast(received, tf.bfloat16) if is_bfloat16 else received
         else:
             of_all = tf.reshape(self._gather([flat])[0], [self.num_pieces, *flat.shape])
             received = tf.gather(of_all, self.place(), axis=1)
@@ -314,7 +317,11 @@ class RehearsedCollectives(Collectives):
         return tf.identity(summand)
 
     def _all_to_all(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        return [tf.identity(tensor) for tensor in tensors]
+        parts = [tf.reshape(tensor, [self.num_pieces, -1]) for tensor in tensors]
+        flat = tf.concat(parts, axis=1)
+        received = tf.reverse(flat, axis=[0])  # A second array, as the operation's result is.
+        own = tf.split(received, [part.shape[1] for part in parts], axis=1)
+        return [tf.reshape(part, tensor.shape) for part, tensor in zip(own, tensors, strict=True)]
 
 
 def make_collectives(strategy: tf.distribute.Strategy) -> Collectives:

@@ -25,9 +25,9 @@ def optimizer_flops(config: Config, num_replicas: int) -> float:
 
 
 def exchanged_numbers(config: Config, num_replicas: int) -> int:
-    """Returns how many numbers each operation on Muon's matrices takes from a replica in a step, with the zeros that
-    fill the last shares: all matrices, for a sum over replicas; or if distribution.shard cuts them, this replica's rows
-    of all, for an all-to-all.
+    """Returns how many numbers a replica gives to each exchange of Muon's matrices in a step, with the zeros that fill
+    the last shares. Without a split that is a sum over replicas of all matrices. If distribution.shard cuts them, it is
+    an all-to-all of this replica's rows of every matrix.
     """
     if config.optimizer.kind != "muon" or num_replicas == 1:
         return 0
@@ -39,7 +39,9 @@ def exchanged_numbers(config: Config, num_replicas: int) -> int:
 
 
 def _numbers_by_shape(config: Config) -> Counter[tuple[int, int]]:
-    """Returns how many matrices of each shape are shared among the replicas. Pieces differ by which axis is longer."""
+    """Returns how many matrices of each shape are shared among the replicas. With distribution.shard, [rows, columns]
+    and [columns, rows] are two shapes, because a replica's rows of them differ in shape.
+    """
     parts = parts_of_matrices(config.model)
     if config.distribution.shard != "nothing":
         return Counter(parts)

@@ -115,7 +115,7 @@ class Muon(tf.Module):
 
     def _directions(self, matrices: Sequence[tf.Tensor], replicas: Replicas) -> list[tf.Tensor]:
         """Returns matrices like these with singular values near 1, times the factor that makes the root mean square of
-        their numbers RMS_OF_UPDATE; of pieces, the same pieces of these.
+        their numbers RMS_OF_UPDATE. If the matrices are pieces, returns this replica's rows of these results.
         """
         rows = [rows for rows, widths in zip(self.rows, self.widths, strict=True) for _ in widths]
         shapes = [(number, matrix.shape[1]) for number, matrix in zip(rows, matrices, strict=True)]

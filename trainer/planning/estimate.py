@@ -50,8 +50,10 @@ def estimate_memory(
     if config.distribution.shard == "optimizer":
         numbers = pieces_numbers(config, vocabulary_size, target)
         of_muon = muon_pieces_numbers(config, target)
-        # The pieces that travel, the matrices that this replica gets whole, and their result.
-        updates = of_muon * float(weight_bytes + 3 * orthogonalization_bytes)
+        # The updates; the rows that travel and the matrices that this replica gets whole; and their result.
+        in_shares = exchanged_numbers(config, target.num_devices)
+        result_bytes = DTYPE_BYTES[execution.direction_dtype]
+        updates = float(of_muon * weight_bytes + in_shares * (2 * orthogonalization_bytes + result_bytes))
         optimizer = float(3 * numbers - of_muon) * weight_bytes
         shapes = dict(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
         at_once = most_bytes_at_once(shapes, target.num_devices, execution.sum_bytes)

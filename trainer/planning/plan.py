@@ -255,7 +255,8 @@ def _exchange_lines(config: Config, vocabulary_size: int, target: Target) -> Ite
         "gradients": f"gradients in {execution.sum_dtype}",
         "weights": f"new weights in {execution.weight_dtype}",
         "directions": f"Muon's matrices in {execution.direction_dtype}",
-        "matrices": "pieces of Muon's matrices before and after its work",
+        "matrices": f"rows of Muon's matrices in {execution.orthogonalization_dtype} and of its results in "
+        f"{execution.direction_dtype}",
     }
     if sent:
         parts = ", ".join(f"{size_of(size)} of {names[part]}" for part, size in sent.items())
