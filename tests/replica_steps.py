@@ -6,6 +6,7 @@ DISTRIBUTION is the section of the config as JSON, and a CASE the other sections
 One process makes one strategy: two could collide on the keys of their collective operations.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -23,7 +24,9 @@ from trainer.data.batches import places_of_slots
 from trainer.distributed.strategy import distributed, make_strategy
 from trainer.model.dropout import DropoutDraw
 from trainer.model.gpt import GPT
+from trainer.model.held import without_values
 from trainer.optimizers.adamw import AdamW
+from trainer.optimizers.variables import Piece
 
 VOCABULARY, NUM_STEPS, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH = 29, 5, 96, 8
 
@@ -118,9 +121,12 @@ SPLIT_MISTAKES = ["piece_updated_twice", "gather_of_the_step_before", "moments_o
 
 
 def break_split(what):
-    """Makes a mistake that only a trainer with a split optimizer could make; returns what undoes it."""
-    split = split_module.SplitOptimizer
-    apply, begin, finish, write = AdamW.apply, split.begin, split.finish, split.write
+    """Makes a mistake that only a trainer that splits something could make; returns what undoes it."""
+    split, weights, array = split_module.SplitOptimizer, split_module.SplitWeights, split_module.SplitArray
+    good = [(AdamW, "apply"), (split, "begin"), (split, "finish"), (array, "assign")]
+    good += [(weights, "__init__"), (weights, "begin"), (weights, "held"), (step_module, "forward_backward")]
+    good = [(owner, name, getattr(owner, name)) for owner, name in good]
+    apply, begin, _, assign, make, _, held, forward_backward = (value for *_, value in good)
     before = []
 
     def apply_twice(self, gradients, rate):
@@ -135,19 +141,40 @@ def break_split(what):
         for variable, whole in zip(self._variables, before, strict=True):
             tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=whole)
 
-    def write_the_next(self, variable, cut, array):
-        moved = np.roll(cut.padded(array), cut.piece_shape[0], axis=0)
-        write(self, variable, cut, moved[: cut.num_rows].reshape(cut.shape))
+    def make_and_remember(self, collectives, variables):
+        make(self, collectives, variables)
+        self.before = [Piece(piece.name, piece.shape, piece.dtype, piece.whole_shape) for piece in self.pieces.values()]
+        for piece, (variable, _, cut) in zip(self.before, self._together(), strict=True):
+            self.write(piece.value, cut, variable.numpy())
+
+    def remember(self):
+        for old, piece in zip(self.before, self.pieces.values(), strict=True):
+            value = tf.convert_to_tensor(piece.value)
+            tf.raw_ops.AssignVariableOp(resource=old.value.handle, value=value)
+
+    def held_before(self, dtype, values=None):
+        return held(self, dtype, [tf.convert_to_tensor(piece.value) for piece in self.before])
+
+    def with_those_values(model, weights, *arguments, held=None, **options):
+        values = weights if held is None else [piece.value for piece in held._pieces.values()]
+        return forward_backward(model, values, *arguments, held=held, **options)
+
+    def assign_the_next(self, array):
+        moved = np.roll(self._cut.padded(array), self._cut.piece_shape[0], axis=0)
+        assign(self, moved[: self._cut.num_rows].reshape(self._cut.shape))
 
     if what == "piece_updated_twice":
         AdamW.apply = apply_twice
     elif what == "gather_of_the_step_before":
         split.begin, split.finish = begin_with_a_gather, finish_with_it
+        weights.__init__, weights.begin, weights.held = make_and_remember, remember, held_before
+        step_module.forward_backward = with_those_values
     else:
-        split.write = write_the_next
+        array.assign = assign_the_next
 
     def mend():
-        AdamW.apply, split.begin, split.finish, split.write = apply, begin, finish, write
+        for owner, name, value in good:
+            setattr(owner, name, value)
 
     return mend
 
@@ -161,7 +188,8 @@ def count_reductions(function):
 
 def take_steps(strategy, config):
     """Returns the weights after all steps, each clipped gradient of the first step, and what the step reported."""
-    with strategy.scope():
+    in_pieces = config.distribution.shard == "weights"
+    with strategy.scope(), without_values() if in_pieces else contextlib.nullcontext():
         model = GPT(config.model, VOCABULARY, SEQUENCE_LENGTH, dtype=config.train.precision)
     step = step_module.TrainingStep(config, NUM_STEPS, model, strategy)
     batches = iter(distributed(strategy, functools.partial(elements, config.train)))
@@ -175,7 +203,7 @@ def take_steps(strategy, config):
             step.state()[name].assign(array)
     metrics = run_steps(batches, tf.constant(NUM_STEPS - 1, tf.int64))
     assert int(metrics.num_steps) == NUM_STEPS - 1
-    averages = {} if step.average is None else step.average.state()
+    averages = {} if step.average is None else step.average_state()
     return {
         **{f"averages/{name}": value.numpy() for name, value in averages.items()},
         **{f"weights/{name}": value.numpy() for name, value in step.named_variables.items()},

@@ -62,6 +62,40 @@ def test_an_optimizer_that_is_split_over_eight_needs_an_eighth_of_two_moments_an
     assert more[1] - more[0] == 4 * pieces_numbers(short, 50_000, V5E_8) + 2 * 4 * embedding
 
 
+def test_weights_that_are_split_over_eight_need_an_eighth_of_all_that_lasts_and_two_blocks():
+    setting = ["distribution.shard=weights", "optimizer.ema_decay=0.9", "train.precision=mixed_bfloat16"]
+    split = estimate_memory(make_config(SETTINGS, setting), 5000, V5E_8)
+    piece = 4 * pieces_numbers(make_config(SETTINGS), 5000, V5E_8)
+    assert (split["weights"], split["optimizer"], split["average"]) == (piece, 2 * piece, piece)
+    assert 0 < piece - 4 * 3_387_266 / 8 < 0.02 * piece
+    # The table of 5,000 x 256 is larger than two blocks: the loss needs most, the table in two dtypes and its gradient.
+    assert split["gathered"] == 5000 * 256 * (2 + 4) and split["gradients"] == piece + 5000 * 256 * 4
+    # The blocks of GPT-2 1.5B are larger: two of them in bfloat16, and the gradients of one.
+    large = ["model.num_layers=48", "model.hidden_dim=1600", "model.num_heads=25", "model.intermediate_dim=6400"]
+    config = make_config(GPT2.model_dump(mode="json"), [*large, "distribution.shard=weights"])
+    parts = estimate_memory(config, 50257, V5E_8, 4)
+    of_block = 12 * 1600**2 + 13 * 1600
+    assert parts["logits"] > 0 or parts["gathered"] == pytest.approx(2 * 2 * of_block)
+    # It fits, which it does not with all weights.
+    assert sum(parts.values()) < V5E_8.device.memory_bytes
+    whole = make_config(config.model_dump(mode="json"), ["distribution.shard=optimizer", "train.recompute=blocks"])
+    assert sum(estimate_memory(whole, 50257, V5E_8, 4).values()) > V5E_8.device.memory_bytes
+
+
+def test_split_weights_are_sent_in_the_dtype_that_blocks_compute_in_twice_for_each_micro_batch():
+    settings = ["distribution.shard=weights", "train.precision=mixed_bfloat16"]
+    whole = sent_bytes(make_config(SETTINGS, settings), 5000, V5E_8)
+    config = make_config(SETTINGS, [*settings, "train.micro_batch_size=1"])
+    parts = sent_bytes(config, 5000, V5E_8)
+    number = resolve(config, V5E_8.processor(), 8).examples
+    assert number > 1 and parts == {name: pytest.approx(number * size) for name, size in whole.items()}
+    weights = count_parameters(config, 5000)
+    # Every gradient once in float32; blocks twice and tables once in bfloat16; rows of padding on top.
+    assert whole["gradients"] / (7 / 8 * 4 * weights) == pytest.approx(1, abs=0.02)
+    tables = 2 * 5000 * 256 + config.train.sequence_length * 256
+    assert whole["weights"] / (7 / 8 * 2 * (2 * (weights - tables) + tables)) == pytest.approx(1, abs=0.02)
+
+
 def test_a_cpu_sends_gradients_in_the_wider_dtype_in_which_it_adds_up_many_micro_batches():
     number, four = count_parameters(make_config(SETTINGS), 5000), cpu(4)
     assert sent_bytes(make_config(SETTINGS, ["train.global_batch_size=64"]), 5000, cpu(1)) == {}

@@ -289,7 +289,7 @@ def kill_after(run, step, *processes):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_split_of_its_optimizer_and_ends_with_the_same_weights(tmp_path, free_addresses):
+def test_a_run_goes_on_with_another_split_and_ends_with_the_same_weights(tmp_path, free_addresses):
     settings = settings_of(
         tmp_path,
         train__precision="float64",
@@ -297,11 +297,11 @@ def test_a_run_goes_on_with_another_split_of_its_optimizer_and_ends_with_the_sam
         checkpoint__every_steps=6,
         evaluation__every_steps=8,
     )
-    settings["samples"] = {"samplers": ["greedy"], "num_tokens": 1}
+    settings["samples"] = {"samplers": ["greedy"], "num_tokens": 1, "every_steps": 10}
     settings["optimizer"] |= {"ema_decay": 0.9, "kind": "muon"}  # The embeddings have AdamW.
     run, split = tmp_path / "run", "distribution.shard=optimizer"
     kill_after(run, 6, start("train", json.dumps(settings), pause=0.4))
-    on_four = (split, "distribution.logical_devices=4", "train.micro_batch_size=auto")
+    on_four = ("distribution.shard=weights", "distribution.logical_devices=4", "train.micro_batch_size=auto")
     kill_after(run, 12, start("resume", str(run), *on_four, pause=0.4))
     (output,) = kill_after(run, 18, *two_workers(free_addresses(2), "resume", str(run), split, pause=0.4))
     assert "UserError: worker 1 (127.0.0.1:" in output and f"trainer train --resume {run}" in output
@@ -323,9 +323,10 @@ def test_a_run_goes_on_with_another_split_of_its_optimizer_and_ends_with_the_sam
 
 
 @pytest.mark.slow
-def test_a_run_with_a_split_optimizer_that_resumes_from_a_checkpoint_ends_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("shard", ["optimizer", "weights"])
+def test_a_split_run_that_resumes_from_a_checkpoint_ends_with_the_same_bits(tmp_path, shard):
     settings = settings_of(tmp_path, train__total_steps=12, checkpoint__every_steps=6)
-    settings |= {"distribution": {"shard": "optimizer", "logical_devices": 2}, "samples": {"samplers": ["greedy"]}}
+    settings |= {"distribution": {"shard": shard, "logical_devices": 2}, "samples": {"samplers": ["greedy"]}}
     run = tmp_path / "run"
     returncode, output = finish(start("train", json.dumps(settings)))
     assert returncode == 0, output
@@ -338,10 +339,13 @@ def test_a_run_with_a_split_optimizer_that_resumes_from_a_checkpoint_ends_with_t
     assert_bit_identical(saved(run, 12), whole)
 
 
-def test_an_optimizer_is_not_split_over_one_device_and_nothing_is_left_behind(tmp_path):
+def test_a_split_that_cannot_be_is_refused_and_leaves_nothing_behind(tmp_path):
     settings = settings_of(tmp_path) | {"distribution": {"kind": "cpu", "shard": "optimizer"}}
     with pytest.raises(trainer.UserError, match=r"distribution.shard='optimizer' splits over several .*; choose 'noth"):
         trainer.train(trainer.make_config(settings))
+    settings["distribution"] = {"kind": "cpu", "shard": "weights", "logical_devices": 2}
+    with pytest.raises(trainer.UserError, match=r"distribution.shard='weights' works only with trainer's own GPT"):
+        trainer.train(trainer.make_config(settings), build_model=lambda config, vocabulary_size: None)
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
@@ -349,7 +353,8 @@ def test_an_optimizer_is_not_split_over_one_device_and_nothing_is_left_behind(tm
 def test_a_signal_to_one_worker_stops_all_of_them_saved(tmp_path, free_addresses):
     run = tmp_path / "run"
     # The save needs both workers' pieces.
-    settings = settings_of(tmp_path, checkpoint__every_steps=1000) | {"distribution": {"shard": "optimizer"}}
+    settings = settings_of(tmp_path, checkpoint__every_steps=1000) | {"distribution": {"shard": "weights"}}
+    settings["samples"] = {"samplers": ["greedy"], "num_tokens": 1, "every_steps": 2}
     chief, other = two_workers(free_addresses(2), "train", json.dumps(settings), pause=0.4)
     while "step 4/" not in chief.stdout.readline():
         assert chief.poll() is None

@@ -190,6 +190,8 @@ def test_several_devices_have_a_line_about_what_each_sends(capsys: pytest.Captur
     assert re.search(
         r"sends \S+ MB a step: \S+ MB of gradients in float32, \S+ MB of new weights in f", capsys.readouterr().out
     )
+    print_plan(make_config(SETTINGS, ["distribution.shard=weights", "train.precision=mixed_bfloat16"]), 50257, V5E_8)
+    assert re.search(r"MB of gradients in float32, \S+ MB of weights in bfloat16\n", capsys.readouterr().out)
     print_plan(make_config(SETTINGS, ["optimizer.kind=muon", "train.precision=mixed_bfloat16"]), 50257, V5E_8)
     assert re.search(r"of gradients in float32, \S+ MB of Muon's matrices in bfloat16\n", capsys.readouterr().out)
     print_plan(GPT2, None, parse_target("gpu:H100"))

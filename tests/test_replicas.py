@@ -63,7 +63,9 @@ def split(case, shard="optimizer"):
     return {**case, "distribution": {"shard": shard}}
 
 
+SHARDS = ("optimizer", "weights")
 SPLIT_CONTROLS = [split({"mistake": mistake}) for mistake in [*MISTAKES, *replica_steps.SPLIT_MISTAKES]]
+SPLIT_CONTROLS += [split({"mistake": mistake}, "weights") for mistake in replica_steps.SPLIT_MISTAKES]
 # The same eight micro-batches on any number of replicas.
 EIGHTHS = {n: {"model": {}, "precision": "float32", "micro_batches": 8 // n} for n in (1, 2, 4, 8)}
 EIGHTHS_OF_MUON = {n: {**MODERN, "train": {}, "precision": "float32", "micro_batches": 8 // n} for n in (1, 4)}
@@ -79,8 +81,14 @@ ON_EIGHT = [
 CASES_ON = {
     1: [*CASES, EIGHTHS[1], EIGHTHS_OF_MUON[1], *SPLIT, *MUON[::2]],
     2: [*CASES, *SPLIT_CONTROLS, *CONTROLS],
-    4: [*CASES, EIGHTHS[4], EIGHTHS_OF_MUON[4], *map(split, SPLIT), MUON[1]],
-    8: [*ON_EIGHT, split(SPLIT[0])],
+    4: [
+        *CASES,
+        EIGHTHS[4],
+        EIGHTHS_OF_MUON[4],
+        *(split(case, shard) for shard in SHARDS for case in SPLIT),
+        MUON[1],
+    ],
+    8: [*ON_EIGHT, *(split(SPLIT[0], shard) for shard in SHARDS)],
 }
 
 
@@ -154,8 +162,9 @@ def one_device(results):
 
 
 def test_two_replicas_make_the_weights_of_one(tmp_path):
-    cases = [{}, MODERN | {"micro_batches": 4}, SPLIT[0] | {"micro_batches": 6}]
-    halves = [{"micro_batches": 2}, {"micro_batches": 2}, split({"micro_batches": 3})]
+    cases = [{}, MODERN | {"micro_batches": 4}, SPLIT[0] | {"micro_batches": 6}, SPLIT[1]]
+    thirds = {"micro_batches": 3}
+    halves = [{"micro_batches": 2}, {"micro_batches": 2}, split(thirds), split(thirds, "weights")]
     given = [case | half for case, half in zip(cases, halves, strict=True)]
     process = start(tmp_path / "2.npz", on_replicas(2), given)
     wholes = []
@@ -206,12 +215,13 @@ def test_replicas_that_share_the_work_of_muon_change_nothing(results):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard", SHARDS)
 @pytest.mark.parametrize("num_replicas", [4, 8])
-def test_an_optimizer_in_pieces_changes_nothing(results, num_replicas):
-    cases = [case for case in SPLIT if split(case) in CASES_ON[num_replicas]]
+def test_what_is_in_pieces_changes_nothing(results, num_replicas, shard):
+    cases = [case for case in SPLIT if split(case, shard) in CASES_ON[num_replicas]]
     assert len(cases) == (1 if num_replicas == 8 else len(SPLIT))
     for case in cases:
-        result = results[num_replicas][CASES_ON[num_replicas].index(split(case))]
+        result = results[num_replicas][CASES_ON[num_replicas].index(split(case, shard))]
         assert_equal(result, results[1][CASES_ON[1].index(case)], TOLERANCE[case["precision"]])
         # The loss, the counts and the square of the norm; the gradients are scattered.
         assert result["num_reductions"] == num_replicas
@@ -220,7 +230,7 @@ def test_an_optimizer_in_pieces_changes_nothing(results, num_replicas):
 @pytest.mark.slow
 def test_a_mistake_would_be_seen(results, one_device):
     controls = [case for case in CASES_ON[2] if "mistake" in case]
-    assert len(controls) == 2 * len(MISTAKES) + len(replica_steps.SPLIT_MISTAKES)
+    assert len(controls) == 2 * len(MISTAKES) + 2 * len(replica_steps.SPLIT_MISTAKES)
     for mistake, broken in zip(controls, results[2][-len(controls) :], strict=True):
         with pytest.raises(AssertionError):
             assert_equal(broken, one_device[0], TOLERANCE["float32"])
@@ -239,15 +249,15 @@ def test_the_number_of_hosts_changes_nothing(tmp_path, results, one_device, num_
         start(
             out,
             {"kind": "multi_worker"},
-            [*(CASES[i] for i in chosen), *map(split, apart)],
+            [*(CASES[i] for i in chosen), *(split(case, shard) for shard in SHARDS for case in apart)],
             {"TF_CONFIG": json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}})},
         )
         for i, out in enumerate(outs)
     ]
     all_results = [results_of(process, out) for process, out in zip(processes, outs, strict=True)]
-    expected = [one_device[i - i % 2] for i in chosen] + [results[1][CASES_ON[1].index(case)] for case in SPLIT[:2]]
+    expected = [one_device[i - i % 2] for i in chosen] + 2 * [results[1][CASES_ON[1].index(case)] for case in SPLIT[:2]]
     for of_worker in all_results:
-        for case, result, one in zip([*(CASES[i] for i in chosen), *apart], of_worker, expected, strict=True):
+        for case, result, one in zip([*(CASES[i] for i in chosen), *apart, *apart], of_worker, expected, strict=True):
             assert_equal(result, one, TOLERANCE[case["precision"]])
             assert result["num_reductions"] == 1
     for others, first in zip(zip(*all_results[1:], strict=True), all_results[0], strict=True):

@@ -117,6 +117,7 @@ def test_text_changed_after_the_start_of_a_run_changes_nothing_in_it(tmp_path: P
     said: list[str] = []
     resumed = trainer.resume(str(tmp_path / "run"), say=said.append)
     assert "; steps 1 to 2 of " in "\n".join(said)
+    assert resumed.model is not None and whole.model is not None
     for ours, theirs in zip(resumed.model.get_weights(), whole.model.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

@@ -1,7 +1,11 @@
-"""Laws of a step whose optimizer is split, on one device: its only piece is the whole. test_replicas.py has several."""
+"""Laws of a step whose optimizer, or whose weights are split, on one device: the only piece of a weight is the whole.
+test_replicas.py has several devices.
+"""
 
+import contextlib
 import logging
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -9,21 +13,23 @@ from tiny import tiny_config  # type: ignore[import-not-found]  # pytest has thi
 
 from trainer.distributed.collectives import RehearsedCollectives
 from trainer.distributed.strategy import make_strategy
+from trainer.errors import UserError
 from trainer.model.gpt import GPT
+from trainer.model.held import without_values
 from trainer.training.step import TrainingStep
 
 VOCABULARY, NUM_STEPS = 17, 3
 
 
-def make_step(shard, precision="float64", **train):
+def make_step(shard, precision="float64", model_of=None, **train):
     config = tiny_config(
         train={"precision": precision, "total_steps": 9, "global_batch_size": 4, "sequence_length": 6, **train},
         optimizer={"learning_rate": 0.01, "clip_norm": 0.1, "weight_decay": 0.1, "ema_decay": 0.9},
         distribution={"kind": "cpu", "shard": shard},
     )
     strategy = make_strategy(config.distribution)
-    with strategy.scope():
-        model = GPT(config.model, VOCABULARY, 6, dtype=precision)
+    with strategy.scope(), without_values() if shard == "weights" else contextlib.nullcontext():
+        model = GPT(config.model, VOCABULARY, 6, dtype=precision) if model_of is None else model_of()
     # With one replica they exchange with nobody, and what each returns is right.
     return TrainingStep(config, 9, model, strategy, collectives=RehearsedCollectives(1))
 
@@ -35,13 +41,13 @@ def batches():
 
 
 def values_of(step):
-    variables = {**step.named_variables, **step.state(), **step.average.state()}
+    variables = {**step.named_variables, **step.state(), **step.average_state()}
     return {name: np.array(variable.numpy()) for name, variable in variables.items()}
 
 
-@pytest.fixture(scope="module")
-def split():
-    return make_step("optimizer")
+@pytest.fixture(scope="module", params=["optimizer", "weights"])
+def split(request):
+    return make_step(request.param)
 
 
 def test_a_step_on_the_only_piece_is_the_step_on_the_whole(split):
@@ -57,14 +63,16 @@ def test_a_step_on_the_only_piece_is_the_step_on_the_whole(split):
 
 def test_a_loss_scale_and_a_batch_warmup_give_the_only_piece_the_same_steps():
     results = []
-    for shard in ("nothing", "optimizer"):
+    for shard in ("nothing", "optimizer", "weights"):
         step = make_step(shard, "mixed_float16", batch_warmup={2: 2})
         step.run_steps(batches(), tf.constant(NUM_STEPS, tf.int64))
         results.append(values_of(step))
-    whole, pieces = results
-    assert whole.keys() == pieces.keys() and int(whole["num_updates"]) > 0
-    for name, value in whole.items():
-        np.testing.assert_allclose(pieces[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+    whole, *others = results
+    assert int(whole["num_updates"]) > 0
+    for pieces in others:
+        assert whole.keys() == pieces.keys()
+        for name, value in whole.items():
+            np.testing.assert_allclose(pieces[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 def test_weights_that_are_set_between_two_steps_are_those_that_the_next_step_changes(split):
@@ -108,6 +116,47 @@ def test_a_first_checkpoint_prints_no_warning_of_tensorflow():
     finally:
         tf.get_logger().removeHandler(handler)
     assert not [record.getMessage() for record in printed]
+
+
+def foreign_model():
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input([6], dtype="int32"),
+            layers.Embedding(VOCABULARY, 5),
+            layers.LayerNormalization(),
+            layers.Dense(17),
+        ]
+    )
+
+
+def test_the_optimizer_of_any_keras_model_is_split_and_its_weights_are_not():
+    results = []
+    for shard in ("nothing", "optimizer"):
+        keras.utils.set_random_seed(0)
+        step = make_step(shard, "float32", foreign_model)
+        step.run_steps(batches(), tf.constant(NUM_STEPS, tf.int64))
+        results.append(values_of(step))
+    whole, pieces = results
+    assert whole.keys() == pieces.keys() and int(whole["num_updates"]) == NUM_STEPS
+    for name, value in whole.items():
+        np.testing.assert_allclose(pieces[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+    with pytest.raises(
+        UserError, match=r"distribution.shard='weights' works only with trainer's own GPT.*; choose 'opt"
+    ):
+        make_step("weights", "float32", foreign_model)
+
+
+def test_a_model_without_values_begins_with_the_same_bits_and_nothing_gives_it_values():
+    config = tiny_config(model={"tied_embeddings": True, "pre_norm": True}).model
+    whole = GPT(config, VOCABULARY, 6, seed=3)
+    with without_values():
+        empty = GPT(config, VOCABULARY, 6, seed=3)
+    with keras.StatelessScope():  # At its end Keras makes the values that it was told to make.
+        pass
+    for one, other in zip(empty.variables, whole.variables, strict=True):
+        assert one._value is None and one.path == other.path
+        np.testing.assert_array_equal(one.numpy(), other.numpy(), err_msg=one.path)
 
 
 def test_a_rehearsal_changes_nothing(split):

@@ -139,13 +139,20 @@ def resolve(
     asked = (micro_batch_size or train.fixed_micro_batch_size()) if use == "training" else None
     # In a batch warm-up a replica's share of every batch is a number of whole micro-batches.
     share = divisor_of_shares(config, num_replicas) if use == "training" else examples
-    size = asked or _examples_at_a_time(share, train.sequence_length, device)
+    # Every micro-batch gathers the weights again, and operations that replicas exchange by are in turn.
+    gathers = config.distribution.shard == "weights" and num_replicas > 1
+    size = asked or (share if gathers else _examples_at_a_time(share, train.sequence_length, device))
     if use == "training" and train.xla == "on" and not device.compiles:
         raise UserError(
             f"train.xla='on': this build of TensorFlow does not know this {device.kind}, and XLA would abort. "
             "Set train.xla=off, or leave it out; a build with a newer CUDA may know it."
         )
-    wants_xla = train.xla == "on" or (train.xla == "auto" and device.kind == "GPU")
+    if use == "training" and train.xla == "on" and gathers and device.kind != "TPU":
+        raise UserError(
+            "train.xla='on' compiles a micro-batch as a whole, and with distribution.shard='weights' the replicas "
+            "exchange weights within it, which XLA cannot do outside of TPUs. Leave train.xla out."
+        )
+    wants_xla = train.xla == "on" or (train.xla == "auto" and device.kind == "GPU" and not gathers)
     is_compiled = use == "training" and wants_xla and device.compiles
     ops = ops_of(device, is_compiled, use)
     recompute = _recompute(config, device) if use == "training" else "nothing"
@@ -162,7 +169,7 @@ def resolve(
         micro_batch_size=size,
         # On a CPU two micro-batches run side by side: the cores that the sums and softmaxes of one leave idle compute
         # the matrix products of the other. One micro-batch fills any other device.
-        at_once=2 if is_cpu else 1,
+        at_once=2 if is_cpu and not gathers else 1,
         total_micro_batches=total_micro_batches,
         is_compiled=is_compiled,
         ops=ops,

@@ -1,5 +1,6 @@
 """Verifies on this machine that a config gives the same model on any number of replicas."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from trainer.data.shards import PreparedData
 from trainer.distributed.strategy import distributed, make_strategy
 from trainer.errors import UserError
 from trainer.model.build import build_gpt
+from trainer.model.held import without_values
 from trainer.system.process import call_in_new_process
 from trainer.training.step import TrainingStep
 
@@ -137,7 +139,8 @@ def take_steps(config: Config, prepared: PreparedData, distribution: Distributio
     """Takes the first steps of a config on these devices, in this process."""
     strategy = make_strategy(distribution)
     config = config.model_copy(update={"distribution": distribution})
-    with strategy.scope():
+    in_pieces = distribution.shard == "weights"
+    with strategy.scope(), without_values() if in_pieces else contextlib.nullcontext():
         model = build_gpt(config, prepared.vocabulary_size, prepared.bos_id)
     # The rates of the run's own first steps: a decay over the last ones would make these few steps change nothing.
     length = max(num_steps, total_steps(prepared, config))
@@ -152,7 +155,7 @@ def take_steps(config: Config, prepared: PreparedData, distribution: Distributio
     return Trace(
         np.array([float(m.loss_sum) / max(1.0, float(m.num_targets)) for m in metrics]),
         np.array([float(m.grad_norm_sum) for m in metrics]),
-        np.concatenate([np.ravel(variable.numpy()) for variable in model.variables]),
+        np.concatenate([np.ravel(variable.numpy()) for variable in training_step.named_variables.values()]),
     )
 
 

@@ -745,9 +745,10 @@ class DistributionConfig(Section):
     several workers uses all that it sees; CUDA_VISIBLE_DEVICES restricts these."""
     logical_devices: PositiveInt = 1
     """Split the CPU into this many replicas, to rehearse a run on as many accelerators."""
-    shard: Literal["nothing", "optimizer"] = "nothing"
+    shard: Literal["nothing", "optimizer", "weights"] = "nothing"
     """What is split over the replicas, instead of being held by each. optimizer: what the optimizer keeps of every
-    weight; each replica updates its piece of the weights."""
+    weight; each replica updates its piece of the weights. weights: the weights too; each replica gathers those of a
+    block when it computes the block."""
     tpu_name: Annotated[str, Field(min_length=1)] = "local"
     """local: the TPU of this VM. Or the grpc:// addresses of a TPU's servers, with commas. The name of a TPU in Google
     Cloud needs Google's API client, which is not installed, and is untested."""
@@ -823,6 +824,11 @@ class Config(Section):
             raise ValueError(
                 f"model.document_mask=true does not go with data.mode={self.data.mode!r}, where every example is one "
                 "document; leave it out, or choose 'packed'."
+            )
+        if self.distribution.shard == "weights" and self.log.histograms_every_steps is not None:
+            raise ValueError(
+                f"log.histograms_every_steps={self.log.histograms_every_steps} needs whole weights and gradients, and "
+                "distribution.shard='weights' never has them; leave it out, or choose 'optimizer'."
             )
         return self
 
@@ -941,6 +947,20 @@ def check_shard(config: Config, num_replicas: int) -> None:
         raise UserError(
             f"distribution.shard={shard!r} splits over several replicas, and there is only one; choose 'nothing', or "
             "train on more devices."
+        )
+
+
+def check_can_shard(config: Config, is_gpt: bool) -> None:
+    """Raises UserError if distribution.shard cannot split the model.
+
+    Args:
+        config: the run's configuration.
+        is_gpt: whether the model is trainer's own GPT.
+    """
+    if config.distribution.shard == "weights" and not is_gpt:
+        raise UserError(
+            "distribution.shard='weights' works only with trainer's own GPT, and this is another model; choose "
+            "'optimizer', or 'nothing'."
         )
 
 

@@ -86,6 +86,10 @@ class Collectives(abc.ABC):
         """
         return _by_dtype(self._all_to_all, tensors)
 
+    def after(self, first: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns tensors that are there only after another one is: what reads them waits for it."""
+        return self._after(first, tensors)
+
     def own(self, whole: tf.Tensor) -> tf.Tensor:
         """Returns this replica's piece of a tensor [num_pieces * rows, ...] that all replicas have."""
         return tf.gather(tf.reshape(whole, [self.num_pieces, -1, *whole.shape[1:]]), self.place())
@@ -98,6 +102,10 @@ class Collectives(abc.ABC):
             return strategy.run(lambda: tf.identity(tf.convert_to_tensor(self.place(), tf.int32)))
 
         return [int(each) for each in strategy.experimental_local_results(places())]
+
+    def _after(self, first: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        with tf.control_dependencies([first]):
+            return [tf.identity(tensor) for tensor in tensors]
 
     @abc.abstractmethod
     def _place(self) -> int | tf.Tensor: ...
@@ -212,6 +220,10 @@ class XlaCollectives(Collectives):
 
     def __init__(self, num_pieces: int) -> None:
         self.num_pieces = num_pieces
+
+    def _after(self, first: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        # XLA sees no control dependencies.
+        return list(gen_xla_ops.xla_optimization_barrier([*tensors, first])[:-1])
 
     def _place(self) -> tf.Tensor:
         # Not the number that tf.distribute gives a replica: on a TPU the two need not agree.

@@ -17,12 +17,12 @@ from trainer.model.attention import Cache, attention_beside_cache, filled_up_to
 from trainer.model.block import Block
 from trainer.model.documents import document_starts
 from trainer.model.dropout import DropoutDraw, dropout
+from trainer.model.held import WHOLE, Held
 from trainer.model.initial import Initializers
 from trainer.model.layers import Unembedding, make_norm
 from trainer.model.loss import next_token_loss, next_token_loss_without_gradient, next_token_scores
 from trainer.model.ops.plain import PLAIN, Ops
 from trainer.model.precision import accumulation_dtype
-from trainer.model.recompute import recomputed
 
 
 @keras.saving.register_keras_serializable("trainer")
@@ -132,20 +132,29 @@ class GPT(keras.Model):
             draw: what the dropout masks depend on; None drops nothing.
             ops: the way of computing. The hidden states are of its compute_dtype.
         """
+        return self._normalized(self._read(tokens, draw, ops), ops)
+
+    def _read(
+        self, tokens: tf.Tensor, draw: DropoutDraw | None = None, ops: Ops = PLAIN, held: Held = WHOLE
+    ) -> tf.Tensor:
+        """Returns what the last block makes of tokens; see `hidden_states`. The argument held is how layers get their
+        weights.
+        """
         positions, starts = tf.range(tf.shape(tokens)[1]), None
         if self.config.document_mask:
             assert self.bos_id is not None  # The constructor checks it.
             starts = document_starts(tokens, self.bos_id)
             positions -= starts  # [batch, sequence]
-        x = self._embed(tokens, positions, ops)
+        embed = functools.partial(self._embed, positions=positions, ops=ops)
+        x = held.keeping(self._first_layers(), embed, tokens)
         if self.config.pre_norm:
             x = dropout(x, self.config.dropout, 0, draw)
         attend = functools.partial(ops.attention, starts=starts)
         for block in self.blocks:
             # block.__call__, because mypy does not accept a Keras layer as an argument of partial.
             run = functools.partial(block.__call__, positions=positions, attend=attend, draw=draw, ops=ops)
-            x = recomputed(block, run, x) if ops.recompute == "blocks" else run(x)
-        return x if self.final_norm is None else self.final_norm(x, ops=ops)
+            x = held.block(block, run, x, ops.recompute == "blocks")
+        return x
 
     def logits(self, hidden: tf.Tensor, ops: Ops = PLAIN) -> tf.Tensor:
         """Returns float [batch, sequence, num_logits] for hidden states [batch, sequence, hidden_dim]."""
@@ -162,31 +171,50 @@ class GPT(keras.Model):
         loss_scale: tf.Tensor | None = None,
         z_loss: float = 0.0,
         ops: Ops = PLAIN,
+        held: Held = WHOLE,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns (loss_sum, num_targets); loss_sum can be differentiated. See `next_token_loss`, `hidden_states`."""
-        hidden = self.hidden_states(tokens, draw, ops)
-        return next_token_loss(hidden, *self._output_projection(), targets, weights, loss_scale, z_loss, ops)
+
+        def loss(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            hidden, projection = self._normalized(x, ops), self._output_projection()
+            return next_token_loss(hidden, *projection, targets, weights, loss_scale, z_loss, ops)
+
+        return held.loss(self._last_layers(), loss, self._read(tokens, draw, ops, held))
 
     def evaluation_loss(
-        self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, ops: Ops = PLAIN
+        self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, ops: Ops = PLAIN, held: Held = WHOLE
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns (loss_sum, num_targets) for evaluation."""
-        hidden = self.hidden_states(tokens, ops=ops)
-        return next_token_loss_without_gradient(hidden, *self._output_projection(), targets, weights, ops)
+
+        def loss(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            hidden, projection = self._normalized(x, ops), self._output_projection()
+            return next_token_loss_without_gradient(hidden, *projection, targets, weights, ops)
+
+        sums: tuple[tf.Tensor, tf.Tensor] = held.keeping(
+            self._last_layers(), loss, self._read(tokens, ops=ops, held=held)
+        )
+        return sums
 
     def token_scores(
-        self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, ops: Ops = PLAIN
+        self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, ops: Ops = PLAIN, held: Held = WHOLE
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns (losses, are_likeliest) of each target; see `next_token_scores`."""
-        hidden, (kernel, bias) = self.hidden_states(tokens, ops=ops), self._output_projection()
-        kernel = tf.cast(kernel, hidden.dtype)
 
-        def logits_of(rows: tf.Tensor) -> tf.Tensor:
-            # As in the loss: the bias is added in the dtype of the sums.
-            logits = tf.cast(tf.matmul(rows, kernel, transpose_b=True), accumulation_dtype(rows.dtype))
-            return logits if bias is None else logits + tf.cast(bias, logits.dtype)
+        def score(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            hidden, (kernel, bias) = self._normalized(x, ops), self._output_projection()
+            kernel = tf.cast(kernel, hidden.dtype)
 
-        return next_token_scores(hidden, logits_of, targets, weights, self.vocabulary_size, ops)
+            def logits_of(rows: tf.Tensor) -> tf.Tensor:
+                # As in the loss: the bias is added in the dtype of the sums.
+                logits = tf.cast(tf.matmul(rows, kernel, transpose_b=True), accumulation_dtype(rows.dtype))
+                return logits if bias is None else logits + tf.cast(bias, logits.dtype)
+
+            return next_token_scores(hidden, logits_of, targets, weights, self.vocabulary_size, ops)
+
+        scores: tuple[tf.Tensor, tf.Tensor] = held.keeping(
+            self._last_layers(), score, self._read(tokens, ops=ops, held=held)
+        )
+        return scores
 
     def empty_cache(self, batch: int | tf.Tensor, ops: Ops = PLAIN) -> list[Cache]:
         """Returns zeros for `decode` to fill: for each block its keys and its values, each
@@ -231,8 +259,7 @@ class GPT(keras.Model):
 
             for block, cache_of_block in zip(self.blocks, cache, strict=True):
                 x = block(x, positions=positions, attend=functools.partial(attend, cache_of_block), ops=ops)
-        x = x if self.final_norm is None else self.final_norm(x, ops=ops)
-        return self.logits(x, ops), filled
+        return self.logits(self._normalized(x, ops), ops), filled
 
     def _next_in_compiled_blocks(
         self, x: tf.Tensor, cache: Sequence[Cache], index: tf.Tensor
@@ -271,6 +298,18 @@ class GPT(keras.Model):
         x = self.token_embedding(tokens)
         x = tf.cast(x, ops.compute_dtype or x.dtype)
         return x if self.position_embedding is None else x + tf.cast(self.position_embedding(positions), x.dtype)
+
+    def _normalized(self, x: tf.Tensor, ops: Ops) -> tf.Tensor:
+        return x if self.final_norm is None else self.final_norm(x, ops=ops)
+
+    def _first_layers(self) -> list[keras.layers.Layer]:
+        """Returns the layers whose weights `_embed` reads."""
+        return [layer for layer in (self.token_embedding, self.position_embedding) if layer is not None]
+
+    def _last_layers(self) -> list[keras.layers.Layer]:
+        """Returns the layers whose weights `_normalized` and `_output_projection` read."""
+        projection = self.token_embedding if self.unembedding is None else self.unembedding
+        return [layer for layer in (self.final_norm, projection) if layer is not None]
 
     def _output_projection(self) -> tuple[tf.Tensor, tf.Tensor | None]:
         if self.unembedding is None:

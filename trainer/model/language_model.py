@@ -10,6 +10,7 @@ from trainer.hardware.processor import processor
 from trainer.model.attention import Cache
 from trainer.model.dropout import DropoutDraw
 from trainer.model.gpt import GPT
+from trainer.model.held import WHOLE, Held
 from trainer.model.loss import next_token_loss_from_logits, next_token_scores
 from trainer.model.ops import decoding_ops, scoring_ops
 from trainer.model.ops.plain import PLAIN, Ops
@@ -21,6 +22,7 @@ class LanguageModel:
 
     Args:
         model: the Keras model.
+        held: how the layers of trainer's own GPT get their weights; other models have theirs whole.
 
     Attributes:
         is_gpt: whether it is the GPT of trainer/model/gpt.py: it has a way of computing, `ops`, can recompute, and its
@@ -29,8 +31,9 @@ class LanguageModel:
 
     is_gpt = False
 
-    def __init__(self, model: keras.Model) -> None:
+    def __init__(self, model: keras.Model, held: Held = WHOLE) -> None:
         self.model = model
+        self._held = held
 
     def named_variables(self) -> dict[str, keras.Variable]:
         """Returns every variable by the name it is saved under: its place in the model.
@@ -149,17 +152,17 @@ class _GptModel(LanguageModel):
         z_loss: float = 0.0,
         ops: Ops = PLAIN,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        return self.model.training_loss(tokens, targets, weights, draw, loss_scale, z_loss, ops)
+        return self.model.training_loss(tokens, targets, weights, draw, loss_scale, z_loss, ops, self._held)
 
     def evaluation_loss(
         self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, ops: Ops = PLAIN
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        return self.model.evaluation_loss(tokens, targets, weights, ops)
+        return self.model.evaluation_loss(tokens, targets, weights, ops, self._held)
 
     def token_scores(
         self, tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, ops: Ops = PLAIN
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        return self.model.token_scores(tokens, targets, weights, ops)
+        return self.model.token_scores(tokens, targets, weights, ops, self._held)
 
     def max_length(self) -> int | None:
         return self.model.sequence_length
@@ -192,6 +195,6 @@ class _GptModel(LanguageModel):
         return logits[:, 0], cache
 
 
-def adapt(model: keras.Model) -> LanguageModel:
-    """Returns the interface to a model."""
-    return _GptModel(model) if isinstance(model, GPT) else LanguageModel(model)
+def adapt(model: keras.Model, held: Held = WHOLE) -> LanguageModel:
+    """Returns the interface to a model; see `LanguageModel`."""
+    return _GptModel(model, held) if isinstance(model, GPT) else LanguageModel(model)

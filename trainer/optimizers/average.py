@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import keras
 import tensorflow as tf
 
-from trainer.optimizers.variables import counter, slot
+from trainer.optimizers.variables import Piece, counter, slot
 
 # The average of t weights is mostly of the last t / (ETA + 1) of them, until `decay` limits it to 1 / (1 - decay).
 ETA = 8
@@ -24,14 +24,15 @@ class WeightAverage(tf.Module):
 
     Args:
         decay: above 0 and below 1.
-        variables: the model's trainable variables by name. Create the average under the strategy scope of these.
+        variables: the model's trainable variables, or this replica's pieces of them, by name. Create the average under
+            the strategy scope of these.
 
     Source: Shamir and Zhang 2013, section 4, polynomial-decay averaging, for the second rate. It is also the rate of
     TensorFlow's ExponentialMovingAverage with num_updates, which is one update behind and so begins with a tenth of the
     initial weights.
     """
 
-    def __init__(self, decay: float, variables: Mapping[str, keras.Variable]) -> None:
+    def __init__(self, decay: float, variables: Mapping[str, keras.Variable | Piece]) -> None:
         super().__init__(name="weight_average")
         self.decay = decay
         self.names = list(variables)
@@ -39,6 +40,7 @@ class WeightAverage(tf.Module):
         self.num_averaged = counter("num_averaged")
         self.averages = [slot(variable) for variable in self.variables_to_average]
         self._strategy = tf.distribute.get_strategy()
+        self._begin = tf.function(lambda: self._strategy.run(self._begin_on_replica), autograph=False)
         self._exchange = tf.function(lambda: self._strategy.run(self._exchange_on_replica), autograph=False)
 
     def state(self) -> dict[str, tf.Variable]:
@@ -49,8 +51,7 @@ class WeightAverage(tf.Module):
     def begin(self) -> None:
         """Begins anew with the weights that the model has now."""
         self.num_averaged.assign(0)
-        for variable, average in zip(self.variables_to_average, self.averages, strict=True):
-            average.assign(variable.numpy())
+        self._begin()
 
     def update(self) -> None:
         """Adds the newest weights to the average. Every replica does the same with its own copy."""
@@ -74,6 +75,11 @@ class WeightAverage(tf.Module):
     def exchange(self) -> None:
         """Exchanges the weights and their average. Nothing may be saved or trained before they are exchanged back."""
         self._exchange()
+
+    def _begin_on_replica(self) -> None:
+        for variable, average in zip(self.variables_to_average, self.averages, strict=True):
+            # The raw operation, as above.
+            tf.raw_ops.AssignVariableOp(resource=average.handle, value=tf.convert_to_tensor(variable.value))
 
     def _exchange_on_replica(self) -> None:
         for variable, average in zip(self.variables_to_average, self.averages, strict=True):

@@ -1,9 +1,11 @@
 """What a step needs of its device by arithmetic: memory by part, and the least time it can take."""
 
+import math
+
 from trainer.config.settings import Config
 from trainer.execution import DTYPE_BYTES, Execution, query_blocks, resolve
 from trainer.hardware.devices import Target
-from trainer.model.pieces import most_bytes_at_once, numbers_of_pieces
+from trainer.model.pieces import cut_all, most_bytes_at_once, numbers_of_pieces
 from trainer.model.size import (
     count_parameters,
     matrix_parameters,
@@ -26,7 +28,8 @@ def estimate_memory(
     several, the weights with a copy of their matrices in the compute dtype, what the optimizer keeps, and the average
     of the weights if there is one. Muon needs a copy of its matrices in the dtype in which they are orthogonalized, and
     the results, when no activations are there. If distribution.shard splits the optimizer, a replica has its piece of
-    what the optimizer keeps and of a weight, of a gradient at the end, and copies of what travels at a time.
+    what the optimizer keeps and of a weight, of a gradient at the end, and copies of what travels at a time. If it
+    splits the weights, see `_in_pieces`.
 
     Args:
         config: the run's configuration.
@@ -41,19 +44,17 @@ def estimate_memory(
     compute_bytes, weight_bytes = execution.compute_bytes, execution.weight_bytes
     num_weights = count_parameters(config, vocabulary_size)
     num_logits = config.model.num_logits(vocabulary_size)
+    if config.distribution.shard == "weights":
+        return _in_pieces(config, vocabulary_size, target, execution)
     copies = matrix_parameters(config, vocabulary_size) * compute_bytes if compute_bytes < weight_bytes else 0
     sums = num_weights * execution.gradient_sum_bytes
-    orthogonalization_bytes = DTYPE_BYTES[execution.orthogonalization_dtype]
     of_muon = 2 * num_weights - optimizer_numbers(config, vocabulary_size)
-    updates = of_muon * float(weight_bytes + orthogonalization_bytes)
+    updates = of_muon * float(weight_bytes + DTYPE_BYTES[execution.orthogonalization_dtype])
     optimizer, piece = float(optimizer_numbers(config, vocabulary_size) * weight_bytes), 0.0
     if config.distribution.shard == "optimizer":
         numbers = pieces_numbers(config, vocabulary_size, target)
         of_muon = muon_pieces_numbers(config, target)
-        # The updates; the rows that travel and the matrices that this replica gets whole; and their result.
-        in_shares = exchanged_numbers(config, target.num_devices)
-        result_bytes = DTYPE_BYTES[execution.direction_dtype]
-        updates = float(of_muon * weight_bytes + in_shares * (2 * orthogonalization_bytes + result_bytes))
+        updates = _updates_of_muon(config, target, execution)
         optimizer = float(3 * numbers - of_muon) * weight_bytes
         shapes = dict(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
         at_once = most_bytes_at_once(shapes, target.num_devices, execution.sum_bytes)
@@ -70,6 +71,58 @@ def estimate_memory(
     gradients = max(sums, updates) + num_weights * float(weight_bytes) + piece
     at_end = {"gradients": gradients, "activations": 0.0, "logits": 0.0}
     return always | max(after_loss, at_end, key=lambda parts: sum(parts.values()))
+
+
+def _in_pieces(config: Config, vocabulary_size: int, target: Target, execution: Execution) -> dict[str, float]:
+    """Estimates what `estimate_memory` does if every replica holds only its piece of each weight, of its moments and of
+    its gradient.
+
+    Three instants compete. In the backward pass of the last block, its whole weights are there in the compute dtype
+    with those of one that is gathered or dropped, its whole gradients, and what it keeps. In the loss, the table of the
+    output projection is there in the compute dtype and in the dtype of the weights, with its gradient. At both there
+    are the inputs of all blocks. At the end there is what Muon exchanges, if it trains the blocks.
+    """
+    weight_bytes, compute_bytes = execution.weight_bytes, execution.compute_bytes
+    pieces = float(pieces_numbers(config, vocabulary_size, target) * weight_bytes)
+    of_muon = float(muon_pieces_numbers(config, target) * weight_bytes)
+    always = {"weights": pieces, "optimizer": 2 * pieces - of_muon}
+    if config.optimizer.ema_decay is not None:
+        always["average"] = pieces
+    shapes = parameter_shapes(config.model, vocabulary_size, config.train.sequence_length)
+    of_block = sum(math.prod(shape) for name, shape in shapes if "/block_0/" in name)
+    num_logits = config.model.num_logits(vocabulary_size)
+    table = num_logits * config.model.hidden_dim
+    logit_rows = min(execution.logit_rows, execution.examples_at_once * config.train.sequence_length)
+    sums = pieces + pieces / weight_bytes * execution.gradient_sum_bytes
+    kept = kept_bytes(config, execution, copies_operands=target.processor().kind != "TPU")
+    in_block = {
+        "gathered": 2.0 * of_block * compute_bytes,
+        "gradients": sums + of_block * weight_bytes,
+        "activations": kept,
+        "logits": 0.0,
+    }
+    in_loss = {
+        "gathered": float(table * (compute_bytes + weight_bytes)),
+        "gradients": sums + table * weight_bytes,
+        "activations": kept,
+        "logits": logit_rows * float(num_logits * (weight_bytes + compute_bytes)),
+    }
+    at_end = {
+        "gathered": 0.0,
+        "gradients": sums + _updates_of_muon(config, target, execution),
+        "activations": 0.0,
+        "logits": 0.0,
+    }
+    return always | max(in_block, in_loss, at_end, key=lambda parts: sum(parts.values()))
+
+
+def _updates_of_muon(config: Config, target: Target, execution: Execution) -> float:
+    """Returns the bytes of Muon's updates of a replica's pieces, with what it exchanges for them: the rows that travel
+    and the matrices that the replica gets whole, and their result.
+    """
+    in_shares = exchanged_numbers(config, target.num_devices)
+    exchanged = 2 * DTYPE_BYTES[execution.orthogonalization_dtype] + DTYPE_BYTES[execution.direction_dtype]
+    return float(muon_pieces_numbers(config, target) * execution.weight_bytes + in_shares * exchanged)
 
 
 def pieces_numbers(config: Config, vocabulary_size: int, target: Target) -> int:
@@ -129,7 +182,7 @@ def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> f
             floats = tokens * width
     block = numbers * compute_bytes + floats * 4 + (2 * tokens * width if model.dropout else 0)
     ends = 2 * tokens * width * compute_bytes  # What the loss reads, and its gradient.
-    if recompute == "blocks":
+    if recompute == "blocks" or config.distribution.shard == "weights":
         return model.num_layers * tokens * width * compute_bytes + block + ends
     return model.num_layers * block + ends
 
@@ -158,13 +211,36 @@ def sent_bytes(config: Config, vocabulary_size: int, target: Target) -> dict[str
     if config.distribution.shard == "optimizer":
         padded = number * pieces_numbers(config, vocabulary_size, target)
         sent = {"gradients": share * padded * execution.sum_bytes, "weights": share * padded * execution.weight_bytes}
-        if of_optimizer := exchanged_numbers(config, number):
-            dtypes = execution.orthogonalization_dtype, execution.direction_dtype
-            sent["matrices"] = share * of_optimizer * sum(DTYPE_BYTES[dtype] for dtype in dtypes)
-        return sent
+        return sent | _sent_of_muon(config, number, execution)
+    if config.distribution.shard == "weights":
+        of_muon = _sent_of_muon(config, number, execution)
+        return _sent_in_pieces(config, vocabulary_size, number, execution) | of_muon
     sent = {"gradients": 2 * share * count_parameters(config, vocabulary_size) * execution.sum_bytes}
     if of_optimizer := exchanged_numbers(config, number):
         sent["directions"] = 2 * share * of_optimizer * DTYPE_BYTES[execution.direction_dtype]
+    return sent
+
+
+def _sent_of_muon(config: Config, num_replicas: int, execution: Execution) -> dict[str, float]:
+    """Returns what Muon sends of matrices in pieces, as a part of `sent_bytes`; nothing without Muon."""
+    numbers = exchanged_numbers(config, num_replicas) * (num_replicas - 1) / num_replicas
+    dtypes = execution.orthogonalization_dtype, execution.direction_dtype
+    return {"matrices": numbers * sum(DTYPE_BYTES[dtype] for dtype in dtypes)} if numbers else {}
+
+
+def _sent_in_pieces(config: Config, vocabulary_size: int, num_replicas: int, execution: Execution) -> dict[str, float]:
+    """Returns what `sent_bytes` does if the weights are split: in each micro-batch every block is gathered twice and
+    everything else once, and each gradient is scattered. A table that embeds tokens and makes logits is used twice.
+    """
+    sent = {"gradients": 0.0, "weights": 0.0}
+    of_step = (num_replicas - 1) / num_replicas * (execution.examples // execution.micro_batch_size)
+    shapes = dict(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
+    for name, cut in cut_all(shapes, num_replicas).items():
+        is_tied = config.model.tied_embeddings and "/token_embedding/" in name
+        numbers = of_step * math.prod(cut.padded_shape)
+        travels = execution.compute_bytes if len(cut.shape) > 1 else execution.weight_bytes
+        sent["weights"] += numbers * travels * (2 if is_tied or "/block_" in name else 1)
+        sent["gradients"] += numbers * execution.weight_bytes * (2 if is_tied else 1)
     return sent
 
 
@@ -185,11 +261,13 @@ def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> 
     matrices_bytes = 2.0 * matrix_parameters(config, vocabulary_size) * execution.compute_bytes
     num_micro_batches = execution.examples // execution.micro_batch_size
     moments_bytes = float(execution.weight_bytes) * optimizer_numbers(config, vocabulary_size)
-    if config.distribution.shard == "optimizer":
+    if config.distribution.shard != "nothing":
         of_moments = 2 * pieces_numbers(config, vocabulary_size, target) - muon_pieces_numbers(config, target)
         moments_bytes = float(execution.weight_bytes) * of_moments
     num_passes = 3 + 2 * (config.optimizer.ema_decay is not None)
-    traffic = num_passes * weights_bytes + 2 * moments_bytes
+    of_pieces = float(execution.weight_bytes) * pieces_numbers(config, vocabulary_size, target)
+    updated_bytes = of_pieces if config.distribution.shard == "weights" else weights_bytes
+    traffic = num_passes * updated_bytes + 2 * moments_bytes
     traffic += num_micro_batches * (2 * kept + matrices_bytes + 2 * weights_bytes)
     tokens = train.global_batch_size * train.sequence_length
     peak = target.device.flops.get(execution.orthogonalization_dtype) or target.device.flops[execution.compute_dtype]

@@ -33,6 +33,11 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
             train.micro_batch_size is not a number.
     """
     train = config.train
+    if config.distribution.shard == "weights":
+        raise UserError(
+            "distribution.shard='weights' is not compiled for devices that are not there; leave out --compile, or "
+            "choose 'optimizer'."
+        )
     # XLA compiles the whole step here, whatever train.xla is.
     compiled = config.model_copy(update={"train": train.model_copy(update={"xla": "on"})})
     execution = resolve(compiled, target.processor(), target.num_devices)

@@ -251,9 +251,10 @@ def _exchange_lines(config: Config, vocabulary_size: int, target: Target) -> Ite
     """Yields a line about what several devices exchange in a step."""
     sent = sent_bytes(config, vocabulary_size, target)
     execution = resolve(config, target.processor(), target.num_devices)
+    in_pieces = config.distribution.shard == "weights"
     names = {
-        "gradients": f"gradients in {execution.sum_dtype}",
-        "weights": f"new weights in {execution.weight_dtype}",
+        "gradients": f"gradients in {execution.weight_dtype if in_pieces else execution.sum_dtype}",
+        "weights": f"weights in {execution.compute_dtype}" if in_pieces else f"new weights in {execution.weight_dtype}",
         "directions": f"Muon's matrices in {execution.direction_dtype}",
         "matrices": f"rows of Muon's matrices in {execution.orthogonalization_dtype} and of its results in "
         f"{execution.direction_dtype}",

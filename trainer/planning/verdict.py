@@ -92,10 +92,9 @@ def way_lines(
     if not any(way.target.device.name == target.device.name for way in ways):
         least = smallest_memory(config, vocabulary_size, target)
         parts = ", ".join(f"{part} {size_of(size)}" for part, size in least.items() if size)
-        why = (
-            "Every device holds all weights and gradients: trainer splits over devices only what the optimizer keeps "
-            "(distribution.shard)."
-        )
+        why = "A single device holds all weights and gradients."
+        if "gathered" in least:
+            why = "That is with weights, moments and gradients split over the devices (distribution.shard=weights)."
         if max(least, key=lambda part: least[part]) == "activations":
             why = "These are the activations of a single example: trainer cannot split a sequence over devices."
         needed = f"{size_of(sum(least.values()))} of {size_of(target.device.memory_bytes)}"
@@ -120,7 +119,8 @@ def _part_lines(config: Config, parts: dict[str, float], execution: Execution) -
     copies = (
         f", and its matrices in {execution.compute_dtype}" if execution.compute_bytes < execution.weight_bytes else ""
     )
-    is_end = parts["activations"] == 0
+    is_end, in_pieces = parts["activations"] == 0, config.distribution.shard == "weights"
+    piece = f"1/{config.train.global_batch_size // execution.examples} of "
     gradients = "of all weights" if is_end else "of the output projection"
     if execution.gradient_sum_bytes:
         gradients += f", and the sum of all gradients in {execution.sum_dtype}"
@@ -130,21 +130,32 @@ def _part_lines(config: Config, parts: dict[str, float], execution: Execution) -
     if config.optimizer.kind == "muon":
         moments = "Muon's momentum of the matrices in blocks, AdamW's two moments of all other weights"
     if config.distribution.shard == "optimizer":
-        piece = f"1/{config.train.global_batch_size // execution.examples} of "
         moments = f"{piece}{moments.replace(', AdamW', ' and of AdamW')}, and of the weights that it updates"
         gradients += f", and {piece}the sum over devices" if is_end else ""
+    is_in_loss = parts["logits"] > 0
+    if in_pieces:
+        moments = f"{piece}{moments.replace(', AdamW', ' and of AdamW')}"
+        of_whole = "what Muon exchanges" if is_end else "of the output projection" if is_in_loss else "of a block"
+        gradients = f"{piece}all weights, and {of_whole}"
+        if execution.gradient_sum_bytes:
+            gradients += f"; {piece}their sum in {execution.sum_dtype}"
     sequence = config.train.sequence_length
     recomputed = {"attention": "; attention is computed again", "blocks": "; blocks are computed again"}
     notes = {
-        "weights": f"the model in {execution.weight_dtype}{copies}",
+        "weights": f"{piece}the model in {execution.weight_dtype}"
+        if in_pieces
+        else f"the model in {execution.weight_dtype}{copies}",
+        "gathered": "the output projection" if is_in_loss else f"two blocks in {execution.compute_dtype}",
         "optimizer": moments,
-        "average": "the average of each weight",
+        "average": f"{piece if in_pieces else ''}the average of each weight",
         "gradients": gradients,
         "activations": f"of {execution.examples_at_once} x {sequence:,} tokens"
-        + recomputed.get(execution.recompute, ""),
+        + recomputed.get("blocks" if in_pieces else execution.recompute, ""),
         "logits": f"of {min(execution.logit_rows, execution.examples_at_once * sequence)} tokens at a time",
     }
     when = "at the end of the backward pass" if is_end else "right after the loss"
+    if in_pieces:
+        when = "in the loss" if is_in_loss else "when Muon works" if is_end else "in the backward pass of a block"
     yield f"  the most is needed {when}:"
     for part, size in parts.items():
         if size:
@@ -171,6 +182,8 @@ def _change(config: Config, target: Target, way: Way) -> str:
         said.append(f"{what} computed again, {more[what]}")
     if settings.get("distribution.shard") == "optimizer":
         said.append("the optimizer split over the devices, the same model up to rounding")
+    if settings.get("distribution.shard") == "weights":
+        said.append("weights and optimizer split over the devices, which gather each block twice a micro-batch")
     if "train.micro_batch_size" in settings:
         is_whole = way.micro_batch_size == execution.examples
         size = f"{way.micro_batch_size} examples at a time"

@@ -112,7 +112,9 @@ class _Search:
         alone = [self._first([{}], sizes=True) if sizes_help else None, self._first(recomputing)]
         two = [self._first(recomputing, sizes=True), self._first(splitting, sizes=True)]
         three = [self._first(_together(recomputing, splitting), sizes=True)]
-        for number in ([*alone, self._first(splitting)], two, three):
+        # Last, because the devices then exchange the weights in every micro-batch.
+        weights = [self._first(self.splitting_weights()) or self._first(self.splitting_weights(), sizes=True)]
+        for number in ([*alone, self._first(splitting)], two, three, weights):
             if found := [way for way in number if way is not None]:
                 return found
         return []
@@ -143,13 +145,14 @@ class _Search:
         """Returns the way with the fewest more devices of the same kind, at the same global batch.
 
         Args:
-            splits: whether the optimizer may be split over them if that alone makes it fit.
+            splits: whether the optimizer or the weights may be split over them if that alone makes it fit.
         """
         if self.target.device.name == "cpu":
             return []
         numbers = [self.target.num_devices << doublings for doublings in range(1, 13)]
         targets = [target for number in numbers if (target := _as_offered(Target(self.target.device, number)))]
-        for change in [{}, *(self.splitting(is_several=True) if splits else [])]:
+        splitting = [*self.splitting(is_several=True), *self.splitting_weights(is_several=True)]
+        for change in [{}, *(splitting if splits else [])]:
             if way := next((way for target in targets if (way := self._try(change, target))), None):
                 return [way]
         return []
@@ -195,10 +198,17 @@ class _Search:
             return []
         return [{"distribution.shard": "optimizer"}]
 
+    def splitting_weights(self, is_several: bool = False) -> list[Change]:
+        """Returns the split of the weights, as `splitting` does."""
+        is_several = is_several or self.target.num_devices > 1
+        if not is_several or self.config.distribution.shard == "weights":
+            return []
+        return [{"distribution.shard": "weights"}]
+
     def all_changes(self) -> list[Change]:
         """Returns every change and all that go together, without those of the micro-batch."""
         changes = [{}, *self.recomputing(), *self.narrower(), *_together(self.narrower(), self.recomputing())]
-        return [*changes, *_together(changes, self.splitting())]
+        return [*changes, *_together(changes, self.splitting()), *self.splitting_weights()]
 
     def narrower(self) -> list[Change]:
         """Returns the precisions that keep less, the nearest first."""

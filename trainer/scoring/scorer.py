@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.model.held import WHOLE, Held
 from trainer.model.language_model import adapt
 from trainer.scoring.score import Score, total
 from trainer.scoring.windows import TOKENS_PER_BATCH, Batch, batches_of, windows_of
@@ -67,6 +68,7 @@ class Scorer:
         sequence_length: the most tokens that the model can read at once.
         strategy: the strategy under whose scope the model was built; None: it was built under none.
         note: takes the number of tokens that are scored so far, after each batch.
+        held: returns, in a replica function, how the layers of a GPT get their weights.
     """
 
     def __init__(
@@ -76,12 +78,13 @@ class Scorer:
         sequence_length: int,
         strategy: tf.distribute.Strategy | None = None,
         note: Callable[[int], None] = ignore,
+        held: Callable[[], Held] = lambda: WHOLE,
     ) -> None:
         self._note, self._num_scored = note, 0
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.strategy = strategy or tf.distribute.get_strategy()
-        self._model = adapt(model)
+        self._model, self._held = adapt(model), held
         self._ops = self._model.scoring_ops()
         self._score_batch = tf.function(self._score_shares, autograph=False)
         self._traced_shapes: set[tuple[int, ...]] = set()
@@ -197,7 +200,7 @@ class Scorer:
 
     def _score_shares(self, shares: tuple[Any, ...]) -> tuple[Any, Any]:
         def score(tokens: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            return self._model.token_scores(tokens, targets, weights, self._ops)
+            return adapt(self._model.model, self._held()).token_scores(tokens, targets, weights, self._ops)
 
         scores: tuple[Any, Any] = self.strategy.run(score, shares)
         return scores

@@ -13,6 +13,7 @@ from trainer.data.coverage import TextBytes, coverage_of
 from trainer.data.shards import PreparedData, Split
 from trainer.distributed.strategy import distributed, processor_of
 from trainer.execution import resolve
+from trainer.model.held import WHOLE, Held
 from trainer.model.language_model import adapt
 from trainer.model.ops import make_ops
 from trainer.optimizers.average import WeightAverage
@@ -31,6 +32,7 @@ class Evaluator:
         prepared: the data whose validation split is scored.
         config: the run's configuration.
         average: the average of the model's weights; None: there is none, or the model already has it as its weights.
+        held: returns, in a replica function, how the layers of a GPT get their weights.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class Evaluator:
         prepared: PreparedData,
         config: Config,
         average: WeightAverage | None = None,
+        held: Callable[[], Held] = lambda: WHOLE,
     ) -> None:
         self.model = model
         self.strategy = strategy
         self.prepared = prepared
         self.config = config
         self._average = average
+        self._held = held
         self._execution = resolve(config, processor_of(strategy), strategy.num_replicas_in_sync, use="evaluation")
         text_bytes = TextBytes(prepared)
         parts = prepared.parts("validation")
@@ -150,7 +154,8 @@ class Evaluator:
 
     def _score_part(self, part: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, ...]:
         inputs, targets, weights = part
-        loss_sum, num_tokens = adapt(self.model).evaluation_loss(inputs, targets, weights, make_ops(self._execution))
+        model = adapt(self.model, self._held())
+        loss_sum, num_tokens = model.evaluation_loss(inputs, targets, weights, make_ops(self._execution))
         num_bytes = tf.gather(self._bytes_of_token, targets) * tf.cast(weights, tf.int32)
         return loss_sum, num_tokens, tf.cast(tf.reduce_sum(num_bytes), loss_sum.dtype)
 

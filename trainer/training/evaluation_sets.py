@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from trainer.config.settings import Config
 from trainer.errors import UserError
+from trainer.model.held import WHOLE, Held
 from trainer.scoring.score import Score
 from trainer.scoring.scorer import Scorer, tokenized
 from trainer.text.sources import find_inputs, read_texts
@@ -21,15 +22,21 @@ class EvaluationSets:
         strategy: the strategy under whose scope the model was built.
         tokenizer: the run's tokenizer.
         config: the run's configuration.
+        held: returns, in a replica function, how the layers of a GPT get their weights.
 
     Raises:
         UserError: a file is missing or cannot be read.
     """
 
     def __init__(
-        self, model: keras.Model, strategy: tf.distribute.Strategy, tokenizer: Tokenizer, config: Config
+        self,
+        model: keras.Model,
+        strategy: tf.distribute.Strategy,
+        tokenizer: Tokenizer,
+        config: Config,
+        held: Callable[[], Held] = lambda: WHOLE,
     ) -> None:
-        self._scorer = Scorer(model, tokenizer, config.train.sequence_length, strategy)
+        self._scorer = Scorer(model, tokenizer, config.train.sequence_length, strategy, held=held)
         self._texts = {}
         for name, sources in config.evaluation.sets.items():
             setting = f"evaluation.sets.{name}"

@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data.batches import Batch
+from trainer.model.language_model import adapt
 from trainer.monitoring import tags
 from trainer.monitoring.events import Histogram
 from trainer.training.step import TrainingStep, mean_and_clip
@@ -26,7 +27,7 @@ class Histograms:
         self._training_step = training_step
         self._batches_from = batches_from
         self._compute = tf.function(self._on_all_replicas, autograph=False)
-        name_of = {id(variable): name for name, variable in training_step.named_variables.items()}
+        name_of = {id(variable): name for name, variable in adapt(training_step.model).named_variables().items()}
         self._names = [name_of[id(variable)] for variable in training_step.model.trainable_variables]
 
     def at(self, step: int) -> dict[str, Histogram]:

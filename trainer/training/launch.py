@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from trainer.config.settings import Config, check_shard, examples_per_replica
+from trainer.config.settings import Config, check_can_shard, check_shard, examples_per_replica
 from trainer.data.batches import total_steps
 from trainer.data.prepare import prepare, text_fingerprint
 from trainer.data.shards import PreparedData
@@ -187,6 +187,7 @@ def _launch(request: Request, workers: Workers, say: Say) -> TrainingResult:
     # A finished run goes on to report its result, on a full disk, too.
     has_steps = request.run is None or request.step is not None or has_steps_left(request.run)
     check_start(request.config, say, workers.is_chief and has_steps)
+    check_can_shard(request.config, is_gpt=request.build_model is None)
     if request.run is not None:
         request.run.check_model(request.build_model)
     if workers.are_several:

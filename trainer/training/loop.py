@@ -1,7 +1,8 @@
 """The story of a training run: `train`, from top to bottom.
 
 A run has one worker or several. A worker is a process, usually one per host (a Cloud TPU slice has one worker for all
-its hosts). Each of its devices is a replica, which holds the whole model. Worker 0 is the chief: only the chief writes
+its hosts). Each of its devices is a replica, which holds the whole model, or its piece of it if
+distribution.shard says so. Worker 0 is the chief: only the chief writes
 checkpoints, logs, samples and results. On a single machine the only worker is the chief.
 
 launch    Every worker, in launch.py. The chief locks the run's folder; a run to go on with is opened. A single worker
@@ -14,11 +15,13 @@ prepare   Every worker makes the batches, the compiled steps, and what scores, s
           the settings that are others from here on.
 loop      Every worker takes the same steps. In a step (step.py) each replica computes the gradients of its share of the
           batch, the gradients are summed over all replicas, and each replica makes the same update of its copy of the
-          model; or, if distribution.shard says so, updates its piece of the weights and passes it on (split.py).
+          model; or, if distribution.shard says so, updates its piece of the weights and passes it on (split.py), at
+          once or to who computes with it (gathered.py).
           Between calls of the compiled loop, whenever it is due: the chief logs; histograms of weights and gradients
           are computed by every worker and written by the chief; the chief saves a checkpoint, and every worker sends
           its pieces for it; every worker scores its share of the validation text and of evaluation.sets; the
-          chief writes samples. If a signal stops the run, it is saved, and ends here.
+          chief writes samples, for which every worker sends its pieces if the weights are split. If a signal stops the
+          run, it is saved, and ends here.
 finish    Every worker scores its share of the whole validation text and of evaluation.sets. The chief writes samples
           and the results.
 
@@ -26,6 +29,7 @@ With optimizer.ema_decay every worker also keeps an average of the weights. The 
 in the model while the model is scored or writes samples, and for good once everything is saved.
 """
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -37,12 +41,11 @@ from trainer.config.settings import Config
 from trainer.data.batches import Batch, training_batches
 from trainer.data.batches import total_steps as count_steps
 from trainer.data.shards import PreparedData
-from trainer.decoding.generate import Generator
-from trainer.decoding.samples import warn_about_samples, write_samples
 from trainer.distributed.strategy import distributed
 from trainer.distributed.workers import Workers
 from trainer.errors import quoted
 from trainer.model.build import BuildModel, make_model
+from trainer.model.held import without_values
 from trainer.monitoring.callbacks import Callback, Callbacks
 from trainer.monitoring.curves import Curve, read_history
 from trainer.monitoring.monitor import Monitor, SilentMonitor, describe_run, make_monitor
@@ -63,6 +66,7 @@ from trainer.training.health import check_is_learning, report_skipped
 from trainer.training.histograms import Histograms
 from trainer.training.meter import Meter
 from trainer.training.micro_batch import advising_on_memory, settle_micro_batch
+from trainer.training.sampler import Sampler
 from trainer.training.snapshot import restore, save
 from trainer.training.step import TrainingStep
 from trainer.training.stopwatch import Stopwatch
@@ -95,7 +99,9 @@ def train(
 
     with spent.on("start"), run.undone_if_it_fails():
         # Build, every worker: the model, and everything else that a step changes.
-        with strategy.scope():
+        # A device that holds pieces of the weights never holds all of them, and begins without any.
+        in_pieces = config.distribution.shard == "weights"
+        with strategy.scope(), without_values() if in_pieces else contextlib.nullcontext():
             model = make_model(build_model, config, prepared.vocabulary_size, prepared.bos_id)
         training_step = TrainingStep(config, total_steps, model, strategy)
         # The micro-batch is the examples of one forward and backward pass. `resolve` (execution.py) decides it from
@@ -112,7 +118,8 @@ def train(
         has_changed, is_scored_otherwise = bool(changes_of(run)), has_other_scores(run)
         if workers.is_chief:
             bring_up_to_date(run, prepared, say)
-        result = TrainingResult(run_folder=str(run.path), model=model, step=step, samples={})
+        model_with_weights = None if in_pieces else model
+        result = TrainingResult(run_folder=str(run.path), model=model_with_weights, step=step, samples={})
         if step == total_steps and not has_changed and (written := read_result(run, step)) is not None:
             say(f"{run.path}: all {total_steps} steps are taken, and this is the result.")
             training_step.hand_over_average()
@@ -121,10 +128,11 @@ def train(
 
         # Prepare the loop, every worker: what scores, samples and reports; the batches; the compiled steps.
         tokenizer = load_tokenizer_of(run)
-        evaluator = Evaluator(model, strategy, prepared, config, training_step.average)
-        evaluation_sets = EvaluationSets(model, strategy, tokenizer, config)
-        generator = Generator(model, tokenizer, config.train.sequence_length)
-        warn_about_samples(generator, config.samples, say)
+        held = training_step.held
+        evaluator = Evaluator(model, strategy, prepared, config, training_step.average, held)
+        evaluation_sets = EvaluationSets(model, strategy, tokenizer, config, held)
+        sampler = Sampler(training_step, tokenizer, config.samples, say)
+        takes_part_in_samples = workers.is_chief or sampler.is_in_pieces
         # Not before all of these are made: settings that they refuse must not stay in the record.
         if workers.is_chief:
             record_changes(run, step, total_steps, say)
@@ -211,10 +219,10 @@ def train(
                     if is_best and not is_saved:
                         save_now()
 
-                # Sample, the chief.
-                if is_due(step, config.samples.every_steps) and step < total_steps and workers.is_chief:
+                # Sample, the chief; every worker if the weights are split.
+                if is_due(step, config.samples.every_steps) and step < total_steps and takes_part_in_samples:
                     with spent.on("sample"), monitor.doing(step, "sampling"), training_step.averaged():
-                        monitor.samples(step, write_samples(generator, config.samples, monitor.say, stop_requested))
+                        monitor.samples(step, sampler.write(workers.is_chief, monitor.say, stop_requested))
 
             is_stopped = is_stopped or stop_requested()
             if is_stopped:
@@ -241,7 +249,7 @@ def train(
         monitor.evaluation(step, evaluation)
         record_score(run, workers, step, comparable.loss, scores, monitor.say)
         with spent.on("sample"), monitor.doing(step, "sampling"):
-            samples = write_samples(generator, config.samples, monitor.say) if workers.is_chief else {}
+            samples = sampler.write(workers.is_chief, monitor.say) if takes_part_in_samples else {}
         monitor.samples(step, samples)
         if workers.is_chief:
             write_result(run, step, evaluation, samples, say)
@@ -255,7 +263,8 @@ class TrainingResult(NamedTuple):
 
     Attributes:
         run_folder: the run's folder.
-        model: the model, with its weights after step steps, or their average if there is one.
+        model: the model, with its weights after step steps, or their average if there is one. None if
+            distribution.shard split the weights: `trainer.load` reads them from the run's folder.
         step: the steps that were taken.
         samples: what each decoder wrote, by its name; empty if the run was stopped, and on workers except the chief.
         is_stopped: whether a signal, or a callback, stopped the run before its end.
@@ -264,7 +273,7 @@ class TrainingResult(NamedTuple):
     """
 
     run_folder: str
-    model: keras.Model
+    model: keras.Model | None
     step: int
     samples: dict[str, str]
     is_stopped: bool = False

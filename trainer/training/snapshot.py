@@ -25,7 +25,7 @@ def restore(training_step: TrainingStep, checkpoint: Checkpoint | None) -> int:
         assign(training_step.named_variables, checkpoint.arrays("weights"), checkpoint.folder)
     if training_step.average is not None:
         if checkpoint is not None and checkpoint.has("average"):
-            assign(training_step.average.state(), checkpoint.arrays("average"), checkpoint.folder)
+            assign(training_step.average_state(), checkpoint.arrays("average"), checkpoint.folder)
         else:
             training_step.average.begin()
     if checkpoint is None:
@@ -62,7 +62,7 @@ def save(checkpoints: Checkpoints, training_step: TrainingStep, run: RunFolder, 
         "optimizer": _snapshot(training_step.state(), writes),
     }
     if training_step.average is not None:
-        groups["average"] = _snapshot(training_step.average.state(), writes)
+        groups["average"] = _snapshot(training_step.average_state(), writes)
     if writes:
         checkpoints.save(int(training_step.step.numpy()), groups, facts_of(run))
 

@@ -1,13 +1,16 @@
-"""An optimizer whose state is split over the replicas (`distribution.shard = "optimizer"`).
+"""What is split over the replicas: the optimizer's state, or the weights too (`distribution.shard`).
 
-Every replica keeps all weights, computes with them, and updates its piece of each. Its optimizer has slots for these
-pieces only. In a step
+"optimizer": every replica keeps all weights, computes with them, and updates its piece of each. Its optimizer has slots
+for these pieces only. In a step
 
     SplitOptimizer.sums      gradients -> this replica's pieces of their sums, and the norm of the whole sums
     SplitOptimizer.begin     the pieces of the weights -> variables, which the optimizer updates
     SplitOptimizer.finish    these variables -> the weights, whole on every replica
 
-Source: Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion parameter models", stage 1.
+"weights": these variables are the weights, and the model has no others. SplitWeights.held gathers them layer by layer
+(gathered.py), where their gradients become pieces of sums as well.
+
+Source: Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion parameter models", stages 1 and 3.
 """
 
 import copy
@@ -20,8 +23,10 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.distributed.collectives import Collectives, RehearsedCollectives
+from trainer.model.held import Held
 from trainer.model.pieces import Cut, cut_all, travel_together
 from trainer.optimizers.variables import Piece
+from trainer.training.gathered import PieceOfWeight, gathered
 
 
 class SplitOptimizer:
@@ -68,10 +73,7 @@ class SplitOptimizer:
             (pieces, counts, norm): this replica's piece of each gradient's sum, the sum of each count, and the global
             norm of the sums of all gradients, the same on all replicas. All have the dtype of the arguments.
         """
-        cuts = list(self._cuts.values())
-        pieces: list[tf.Tensor] = []
-        for places in travel_together(cuts, gradients[0].dtype.size):
-            pieces += self._collectives.reduce_scatter([cuts[i].padded(gradients[i], tf) for i in places])
+        pieces = self._scattered(gradients)
         # Rows of zeros, which pad the last pieces, add nothing.
         squares = 2 * tf.add_n([tf.nn.l2_loss(piece) for piece in pieces])
         summands = [tf.reshape(each, [-1]) for each in (*counts, squares)]
@@ -83,6 +85,13 @@ class SplitOptimizer:
     def all_to_all(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Exchanges parts of tensors [number of replicas, ...]; see `Collectives.all_to_all`."""
         return self._collectives.all_to_all(tensors)
+
+    def _scattered(self, gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        cuts = list(self._cuts.values())
+        pieces: list[tf.Tensor] = []
+        for places in travel_together(cuts, gradients[0].dtype.size):
+            pieces += self._collectives.reduce_scatter([cuts[i].padded(gradients[i], tf) for i in places])
+        return pieces
 
     def begin(self) -> None:
         """Gives the pieces the newest weights, whoever has changed these since the last step."""
@@ -109,7 +118,7 @@ class SplitOptimizer:
         """Returns a variable of the optimizer as checkpoints have it: of a slot, which is split, the whole array.
 
         Args:
-            name: its name in the optimizer's state, which begins with its weight's name if it is a slot.
+            name: its name, which begins with its weight's name if it is a slot.
             variable: the variable.
         """
         cut = self._cuts.get(name.rpartition("/")[0])
@@ -155,6 +164,55 @@ class SplitOptimizer:
             function = tf.function(lambda piece: self._strategy.run(gather, (piece,)), autograph=False)
             self._gathers[key] = function.get_concrete_function(pieces)
         return self._gathers[key](pieces)
+
+
+class SplitWeights(SplitOptimizer):
+    """What the replicas exchange if each holds only its piece of every weight.
+
+    Args:
+        collectives: how they exchange.
+        variables: the GPT's variables by name, which need no values: each initial value is made by itself, cut and
+            dropped. Create it under the strategy scope.
+
+    Attributes:
+        pieces: the weights; the variables of the model are none any more.
+    """
+
+    def __init__(self, collectives: Collectives, variables: Mapping[str, keras.Variable]) -> None:
+        super().__init__(collectives, variables)
+        for variable, piece, cut in self._together():
+            self.write(piece.value, cut, variable.numpy())
+
+    def held(self, dtype: str, values: Sequence[tf.Tensor] | None = None) -> Held:
+        """Returns what gives layers their weights. Call it in a replica function.
+
+        Args:
+            dtype: the dtype that blocks compute in.
+            values: this replica's pieces; None: what the pieces are now.
+        """
+        now = [tf.convert_to_tensor(piece.value) for piece in self.pieces.values()] if values is None else values
+        of_weights = [PieceOfWeight(cut, value) for cut, value in zip(self._cuts.values(), now, strict=True)]
+        ids = map(id, self._variables)
+        return gathered(self._collectives, dict(zip(ids, of_weights, strict=True)), dtype)
+
+    def arrays(self) -> dict[str, "SplitArray"]:
+        """Returns the whole weights by name, as checkpoints have them."""
+        names = zip(self.pieces.items(), self._cuts.values(), strict=True)
+        return {name: SplitArray(piece.value, cut, self) for (name, piece), cut in names}
+
+    def begin(self) -> None:
+        """Does nothing: the pieces are the weights."""
+
+    def finish(self) -> None:
+        """Does nothing: the pieces are the weights."""
+
+    def gathered(self) -> list[tf.Tensor]:
+        """Returns nothing: a step ends without whole weights."""
+        return []
+
+    def _scattered(self, gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns the gradients, which are pieces of sums since they were made."""
+        return list(gradients)
 
 
 class SplitArray:

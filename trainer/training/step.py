@@ -3,26 +3,28 @@
 run_steps              many steps in one compiled call: the next batch, then
 take_step_on_replica   a step on every replica: the replica's gradients -> one all-reduce -> clip -> optimizer; if the
                        optimizer is split: -> reduce-scatter -> clip -> optimizer -> all-gather (split.py)
-accumulate             a replica's gradients: the sums of its micro-batches, in order; on a CPU two are computed at once
+accumulate             a replica's gradients: the sums of its micro-batches, in order; on a CPU two are computed at
+                       once; if the weights are split: its pieces of sums over replicas (gathered.py)
 forward_backward       the loss and the gradients of a micro-batch
 mean_and_clip          sums -> means, scaled down to a largest norm
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
 from trainer.config.schedule import batch_size_at, learning_rate
-from trainer.config.settings import Config, check_shard
+from trainer.config.settings import Config, check_can_shard, check_shard
 from trainer.distributed.collectives import Collectives, make_collectives
 from trainer.distributed.strategy import processor_of
 from trainer.errors import UserError
 from trainer.execution import Execution, resolve
 from trainer.model.dropout import DropoutDraw
+from trainer.model.held import WHOLE, Held
 from trainer.model.language_model import adapt
 from trainer.model.ops import make_ops
 from trainer.model.ops.plain import PLAIN, Ops
@@ -33,7 +35,7 @@ from trainer.optimizers.replicas import Replicas
 from trainer.optimizers.variables import counter
 from trainer.training.batch_hash import batch_hash, hash_from_floats, hash_to_floats
 from trainer.training.loss_scale import LossScale
-from trainer.training.split import SplitArray, SplitOptimizer
+from trainer.training.split import SplitArray, SplitOptimizer, SplitWeights
 
 # Inputs int32, targets int32 and weights float32, each [batch, sequence]. The weight is 0 if the target is padding.
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
@@ -110,8 +112,10 @@ class TrainingStep:
     Attributes:
         run_steps: the compiled `_run_steps`.
         execution: how each replica computes.
+        named_variables: the model's variables by name; if distribution.shard splits the weights, these as whole arrays,
+            and the model's variables count no more.
         average: the average of the weights; None: the config has no optimizer.ema_decay.
-        split: splits the optimizer over the replicas; None: every replica has all of it.
+        split: splits the optimizer, or the weights too, over the replicas; None: every replica has all of it.
         stop_requested: bool variable, read at the start of each step. Set it, from any thread, to end a call of
             run_steps after the next step, which sees it.
 
@@ -135,22 +139,27 @@ class TrainingStep:
         self.strategy = strategy
         self.execution = execution or resolve(config, processor_of(strategy), strategy.num_replicas_in_sync)
         _check_model(config, model, strategy)
-        self.named_variables = adapt(model).named_variables()
-        name_of = {id(variable): name for name, variable in self.named_variables.items()}
+        named = adapt(model).named_variables()
+        self.named_variables: Mapping[str, keras.Variable | SplitArray] = named
+        name_of = {id(variable): name for name, variable in named.items()}
         trainable = {name_of[id(variable)]: variable for variable in model.trainable_variables}
         self.split: SplitOptimizer | None = None
-        if config.distribution.shard == "optimizer":
+        if config.distribution.shard != "nothing":
             if collectives is None:
                 check_shard(config, strategy.num_replicas_in_sync)
                 collectives = make_collectives(strategy)
             with strategy.scope():
-                self.split = SplitOptimizer(collectives, trainable)
+                is_optimizer = config.distribution.shard == "optimizer"
+                self.split = (SplitOptimizer if is_optimizer else SplitWeights)(collectives, trainable)
+        if isinstance(self.split, SplitWeights):
+            self.named_variables = self.split.arrays()
         with strategy.scope():
             length = config.train.sequence_length
             trained = trainable if self.split is None else self.split.pieces
             self.optimizer = make_optimizer(config.optimizer, trained, model, length, self.execution)
             decay = config.optimizer.ema_decay
-            self.average = None if decay is None else WeightAverage(decay, trainable)
+            averaged = self.split.pieces if isinstance(self.split, SplitWeights) else trainable
+            self.average = None if decay is None else WeightAverage(decay, averaged)
             self.step = counter("step")
             self.batches_hash = counter("batches_hash")
             self.skipped_in_a_row = counter("skipped_in_a_row")
@@ -181,6 +190,17 @@ class TrainingStep:
         if self.split is not None:
             of_optimizer = {name: self.split.whole(name, each) for name, each in of_optimizer.items()}
         return of_optimizer | counters | scale
+
+    def average_state(self) -> dict[str, tf.Variable | SplitArray]:
+        """Returns every variable of the average by name, as `state` does. Call it if there is an average."""
+        assert self.average is not None
+        if not isinstance(self.split, SplitWeights):
+            return dict(self.average.state())
+        return {name: self.split.whole(name, each) for name, each in self.average.state().items()}
+
+    def held(self) -> Held:
+        """Returns how the model's layers get their weights. Call it in a replica function."""
+        return self.split.held(self.execution.compute_dtype) if isinstance(self.split, SplitWeights) else WHOLE
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Lets the model have the average as its weights in a block. Without an average the weights stay."""
@@ -291,21 +311,35 @@ class TrainingStep:
         return (inputs, targets, target_weights), first_example, num_examples
 
     def _sums_on_replica(
-        self, batch: Batch, first_example: tf.Tensor, scale: tf.Tensor | None, num_examples: tf.Tensor | None = None
+        self,
+        batch: Batch,
+        first_example: tf.Tensor,
+        scale: tf.Tensor | None,
+        num_examples: tf.Tensor | None = None,
+        split: SplitOptimizer | None = None,
     ) -> Gradients:
-        """Computes what this replica contributes to a step: see `accumulate`."""
-        model, execution = self.model, self.execution
-        weights = [tf.convert_to_tensor(variable.value) for variable in model.trainable_variables]
+        """Computes what this replica contributes to a step: see `accumulate`. If the weights are split, these are
+        pieces of sums over all replicas; split is what exchanges them, None: `self.split`.
+        """
+        model, execution, split = self.model, self.execution, split or self.split
+        in_pieces = isinstance(split, SplitWeights)
+        trained = split.pieces.values() if isinstance(split, SplitWeights) else model.trainable_variables
+        weights = [tf.convert_to_tensor(variable.value) for variable in trained]
         state = [tf.convert_to_tensor(variable.value) for variable in model.non_trainable_variables]
         seed, number = tf.constant(self.config.train.seed, tf.int64), tf.convert_to_tensor(self.step)
 
         def gradients_of(
             weights: Sequence[tf.Tensor], state: Sequence[tf.Tensor], batch: Batch, first_example: tf.Tensor
         ) -> Gradients:
-            return self._forward_backward(weights, state, batch, DropoutDraw(seed, number, first_example), scale)
+            draw = DropoutDraw(seed, number, first_example)
+            if not isinstance(split, SplitWeights):
+                return self._forward_backward(weights, state, batch, draw, scale)
+            return self._forward_backward(
+                weights, state, batch, draw, scale, held=split.held(execution.compute_dtype, weights)
+            )
 
         return accumulate(
-            gradients_of,
+            _in_a_function(gradients_of) if in_pieces else gradients_of,
             weights,
             state,
             batch,
@@ -332,12 +366,14 @@ class TrainingStep:
     ) -> None:
         """Applies the optimizer's updates if the gradients are finite, and counts the step either way."""
         rate = learning_rate(self.config.optimizer, tf.cast(self.step, tf.float64), self.total_steps, tf)
+        # Whether a step ends with a gather of the whole weights, which are then averaged.
+        gathers = self.split is not None and not isinstance(self.split, SplitWeights)
         if self.split is not None:
             self.split.begin()
 
         def update() -> None:
             self.optimizer.apply(updates, rate)
-            if self.average is not None and self.split is None:
+            if self.average is not None and not gathers:
                 self.average.update()
             for variable, value in zip(self.model.non_trainable_variables, state, strict=True):
                 variable.value.assign(value)
@@ -349,7 +385,7 @@ class TrainingStep:
             # Not in the condition: no collective operation may be there. A step that is skipped gets the same weights
             # back.
             self.split.finish()
-            if self.average is not None:
+            if self.average is not None and gathers:
                 tf.cond(finite, self.average.update, lambda: None)
         self.step.assign_add(1)
         one, zero = tf.ones([], tf.int64), tf.zeros([], tf.int64)
@@ -370,17 +406,17 @@ class TrainingStep:
             A scalar that depends on every tensor that was computed.
         """
         scale = None if self.loss_scale is None else tf.convert_to_tensor(self.loss_scale.value)
-        local = self._sums_on_replica(batch, tf.zeros([], tf.int64), scale)
-        if self.split is not None:
-            split = self.split.rehearsing()
+        split = None if self.split is None else self.split.rehearsing()
+        local = self._sums_on_replica(batch, tf.zeros([], tf.int64), scale, split=split)
+        if split is not None:
             pieces, (num_targets, loss_sum), norm = split.sums(local.by_weight, [local.num_targets, local.loss_sum])
             clipped, _ = mean_and_clip(pieces, num_targets, self.config.optimizer.clip_norm, scale, norm)
             replicas = self.replicas(tf.distribute.get_replica_context())._replace(all_to_all=split.all_to_all)
             updates = self.optimizer.updates(clipped, replicas)
             # As in a step, the weights are gathered when the gradients are no longer needed.
             with tf.control_dependencies(updates):
-                weights_norm = tf.linalg.global_norm(split.gathered())
-            return tf.linalg.global_norm([*updates, tf.cast(weights_norm, loss_sum.dtype)])
+                norms = [tf.cast(tf.linalg.global_norm([whole]), loss_sum.dtype) for whole in split.gathered()]
+            return tf.linalg.global_norm([*updates, *norms])
         # This stands for the sum over replicas, which joins its summands into one tensor.
         summands = [*local.by_weight, local.loss_sum, local.num_targets]
         joined = tf.concat([tf.reshape(summand, [-1]) for summand in summands], axis=0)
@@ -457,29 +493,31 @@ def forward_backward(
     loss_scale: tf.Tensor | None = None,
     z_loss: float = 0.0,
     ops: Ops = PLAIN,
+    held: Held | None = None,
 ) -> Gradients:
     """Computes the loss sum of a batch and its gradients: a function of tensors, which reads no variable.
 
     Args:
         model: a GPT, or any Keras model from int32 [batch, sequence] to logits [batch, sequence, vocabulary].
-        weights: values for model.trainable_variables.
+        weights: values for model.trainable_variables; or what held makes these of.
         state: values for model.non_trainable_variables.
         batch: inputs int32, targets int32 and weights float32, each [batch, sequence].
         draw: what the dropout masks depend on; None drops nothing.
         loss_scale: scalar that multiplies the gradients.
         z_loss: see `next_token_loss`.
         ops: the GPT's way of computing.
+        held: how the GPT's layers get their weights, made of weights; None: weights are whole.
 
     Raises:
         ValueError: a weight has no influence on the loss.
     """
     inputs, targets, target_weights = batch
-    values = [*zip(model.trainable_variables, weights, strict=True)]
+    values = [] if held is not None else [*zip(model.trainable_variables, weights, strict=True)]
     values += zip(model.non_trainable_variables, state, strict=True)
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(weights)
         with keras.StatelessScope(state_mapping=values) as scope:
-            loss_sum, num_targets = adapt(model).training_loss(
+            loss_sum, num_targets = adapt(model, held or WHOLE).training_loss(
                 inputs, targets, target_weights, draw, loss_scale, z_loss, ops
             )
     gradients = tape.gradient(loss_sum, weights)
@@ -521,6 +559,26 @@ def mean_and_clip(
     return [gradient * tf.cast(scale, gradient.dtype) for gradient in gradients], norm
 
 
+def _in_a_function(gradients_of: GradientsOf) -> GradientsOf:
+    """Returns the same as a call of a function of TensorFlow. The replicas of a process find each other's messages by
+    the name of the loop that an operation is in, and each replica has a loop of its own; an operation in a function
+    that is called is in none.
+    """
+
+    def call(
+        weights: Sequence[tf.Tensor], state: Sequence[tf.Tensor], batch: Batch, first_example: tf.Tensor
+    ) -> Gradients:
+        # Made for every replica, as each has operations of its own. TensorFlow would take these for one function that
+        # is traced again and again, and warn, unless they are traced by get_concrete_function.
+        function = tf.function(gradients_of, autograph=False, experimental_attributes={"_noinline": True})
+        gradients: Gradients = function.get_concrete_function(weights, state, batch, first_example)(
+            weights, state, batch, first_example
+        )
+        return gradients
+
+    return call
+
+
 def _check_model(config: Config, model: keras.Model, strategy: tf.distribute.Strategy) -> None:
     if model.non_trainable_variables and strategy.num_replicas_in_sync > 1:
         names = ", ".join(variable.path for variable in model.non_trainable_variables[:3])
@@ -528,6 +586,7 @@ def _check_model(config: Config, model: keras.Model, strategy: tf.distribute.Str
             f"The model has variables that are not trained ({names}), and every replica would have its own. Leave out "
             "layers such as BatchNormalization and Dropout, or use one device."
         )
+    check_can_shard(config, adapt(model).is_gpt)
     if config.train.recompute in ("attention", "blocks") and not adapt(model).is_gpt:
         raise UserError(
             f"train.recompute={config.train.recompute!r} works only with trainer's own GPT, and this is another model; "

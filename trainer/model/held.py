@@ -1,0 +1,74 @@
+"""How a model's layers get their weights: whole, as here, or made of pieces when they are needed
+(trainer/training/gathered.py).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.backend.common import global_state
+
+from trainer.model.recompute import recomputed
+
+
+class Held:
+    """Every replica holds every weight: each layer reads its own variables."""
+
+    def keeping(self, layers: Sequence[keras.layers.Layer], call: Callable[[tf.Tensor], Any], x: tf.Tensor) -> Any:
+        """Returns call(x). Gradients keep what call needs for them.
+
+        Args:
+            layers: hold all the weights that call reads.
+            call: a function of one tensor.
+            x: its argument, which gets no gradient if the weights are in pieces: it is the tokens, or nothing asks for
+                gradients.
+        """
+        return call(x)
+
+    def block(
+        self, block: keras.layers.Layer, call: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor, recomputes: bool
+    ) -> tf.Tensor:
+        """Returns call(x). Gradients keep only x, and call again, if recomputes or if the weights are in pieces.
+
+        Args:
+            block: holds all the weights that call reads.
+            call: a function of one tensor.
+            x: its argument.
+            recomputes: whether gradients call again even if the weights are whole.
+        """
+        return recomputed(block, call, x) if recomputes else call(x)
+
+    def loss(
+        self,
+        layers: Sequence[keras.layers.Layer],
+        call: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]],
+        hidden: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns call(hidden), which is (loss_sum, num_targets).
+
+        Args:
+            layers: hold all the weights that call reads.
+            call: makes the gradients of loss_sum along with it; see `trainer.model.loss.next_token_loss`.
+            hidden: float [batch, sequence, hidden_dim].
+        """
+        return call(hidden)
+
+
+WHOLE = Held()
+
+# What Keras calls the list of the variables that have no value yet.
+_WAITING = "uninitialized_variables"
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Lets layers make variables that hold no value: nothing is allocated. What reads such a variable gets its initial
+    value, made anew; in a `keras.StatelessScope` that has a value for it, that value.
+    """
+    waiting = list(global_state.get_global_attribute(_WAITING, []))
+    with keras.StatelessScope(initialize_variables=False):
+        yield
+    # Keras makes the values of all variables that wait for them when the next StatelessScope ends, whatever it is for.
+    global_state.set_global_attribute(_WAITING, waiting)
