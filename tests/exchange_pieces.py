@@ -25,7 +25,7 @@ SHAPES, DTYPES = [(3,), (2, 5), (1,)], (tf.float64, tf.float32, tf.bfloat16, tf.
 
 def main():
     strategy = make_strategy(DistributionConfig(**json.loads(sys.argv[1])))
-    collectives, count = make_collectives(strategy), strategy.num_replicas_in_sync
+    collectives, count = make_collectives(strategy, strategy.num_replicas_in_sync), strategy.num_replicas_in_sync
 
     def on_replica():
         # The numbers of replica i are i + 1, plus their own places: exact in every dtype.

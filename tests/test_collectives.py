@@ -39,13 +39,13 @@ def places_of(processes):
 
 def test_a_program_of_xla_exchanges_no_integers():
     with tf.Graph().as_default(), pytest.raises(ValueError, match="exchange floating-point numbers, not int32"):
-        XlaCollectives(2).gather([tf.zeros([4], tf.int32)])
+        XlaCollectives(2, 2).gather([tf.zeros([4], tf.int32)])
 
 
 def test_on_gpus_bfloat16_travels_as_float16_because_nccl_does_not_take_it_from_tensorflow():
     # As on a GPU, without the exchange by which the replicas learn their places.
     collectives = TensorFlowCollectives.__new__(TensorFlowCollectives)
-    collectives.num_pieces, collectives._is_gpu, collectives._group_key, collectives._num_calls = 2, True, 1, {}
+    collectives.num_pieces, collectives._is_gpu, collectives._key_of_all, collectives._num_calls = 2, True, 1, {}
     collectives._token = per_replica([], tf.float32)
 
     @tf.function(autograph=False)

@@ -84,6 +84,10 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
             ["distribution.gpus=[0, 1]", "distribution.logical_devices=2"],
             "distribution.gpus=[0, 1] and distribution.logical_devices=2: replicas are on GPUs or on a split CPU",
         ),
+        (
+            ["distribution.shard_over=2"],
+            "distribution.shard_over=2 has no effect with distribution.shard='nothing'; choose",
+        ),
         (["distribution.gpus=[]"], "distribution.gpus=[] must name at least one GPU, and none twice; leave it out for"),
         (["distribution.gpus=[1, 1]"], "distribution.gpus=[1, 1] must name at least one GPU, and none twice; leave it"),
         (["distribution.gpus=[-1]"], "distribution.gpus.0=-1: input should be greater than or equal to 0."),

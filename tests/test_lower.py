@@ -58,10 +58,18 @@ def test_a_split_optimizer_scatters_each_gradient_once_and_gathers_each_weight_o
 
 
 @pytest.mark.parametrize(
-    ("kind", "shard"), [("adamw", "nothing"), ("adamw", "optimizer"), ("muon", "nothing"), ("muon", "optimizer")]
+    ("kind", "shard", "over"),
+    [
+        ("adamw", "nothing", None),
+        ("adamw", "optimizer", None),
+        ("adamw", "optimizer", 2),
+        ("muon", "nothing", None),
+        ("muon", "optimizer", None),
+        ("muon", "optimizer", 2),
+    ],
 )
-def test_plan_counts_what_a_step_sends(monkeypatch, kind, shard):
-    sent = []
+def test_plan_counts_what_a_step_sends(monkeypatch, kind, shard, over):
+    sent, pieces = [], over or 4
 
     def record(owner, name, tensors_of, share):
         real = getattr(owner, name)
@@ -74,12 +82,17 @@ def test_plan_counts_what_a_step_sends(monkeypatch, kind, shard):
         monkeypatch.setattr(owner, name, recording)
 
     record(lower._StepOfMany, "sum_over_replicas", lambda arguments: arguments[1], 2 * 3 / 4)
-    record(lower.XlaCollectives, "gather", lambda arguments: arguments[0], 3)
-    record(lower.XlaCollectives, "reduce_scatter", lambda arguments: arguments[0], 3 / 4)
-    record(lower.XlaCollectives, "all_to_all", lambda arguments: arguments[0], 3 / 4)
+    record(lower.XlaCollectives, "gather", lambda arguments: arguments[0], pieces - 1)
+    record(lower.XlaCollectives, "reduce_scatter", lambda arguments: arguments[0], (pieces - 1) / pieces)
+    record(lower.XlaCollectives, "all_to_all", lambda arguments: arguments[0], (pieces - 1) / pieces)
+    # Two groups of two add up their pieces.
+    record(lower.XlaCollectives, "_reduced", lambda arguments: arguments[:1] if arguments[1] == "place" else [], 1)
     settings = config_of(precision="mixed_bfloat16", micro_batch_size=2).model_dump(mode="json")
     config, four = (
-        make_config(settings, [f"optimizer.kind={kind}", f"distribution.shard={shard}"]),
+        make_config(
+            settings,
+            [f"optimizer.kind={kind}", f"distribution.shard={shard}", f"distribution.shard_over={over or 'none'}"],
+        ),
         parse_target("tpu:v5e-4"),
     )
     lower_step(config, 13, four)

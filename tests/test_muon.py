@@ -194,7 +194,7 @@ def test_the_work_of_a_replica_falls_with_their_number():
     pieces = {name: Piece(name, cut.piece_shape, "float32", cut.shape) for name, cut in cuts.items()}
     split = Muon(CONFIG, pieces, adapt(model).matrices(8), "float32", "float32")
     own = [tf.zeros(piece.shape) for piece in pieces.values()]
-    of_four = Replicas(4, 0, lambda summands: summands, lambda tensors: tensors)
+    of_four = Replicas(4, 0, lambda summands: summands, lambda tensors: tensors, num_pieces=4)
     assert products(lambda: split.updates(own, of_four)) == 2 * square + 2 * oblong
     in_pieces = config.model_copy(update={"distribution": DistributionConfig(shard="optimizer")})
     assert optimizer_flops(in_pieces, 4) == 2 * square + 2 * oblong

@@ -180,6 +180,18 @@ def test_a_split_over_one_device_is_refused_as_training_does():
             print_plan(split, 50257, target)
 
 
+def test_groups_that_do_not_divide_the_devices_are_refused_and_those_that_do_hold_a_part_of_the_moments(
+    capsys: pytest.CaptureFixture[str],
+):
+    def split(over: int) -> Config:
+        return make_config(SETTINGS, ["distribution.shard=optimizer", f"distribution.shard_over={over}"])
+
+    with pytest.raises(UserError, match=r"distribution.shard_over=3 does not divide 8 replicas into equal groups"):
+        print_plan(split(3), 50257, V5E_8)
+    print_plan(split(2), 50257, V5E_8)
+    assert "1/2 of AdamW's two moments of each weight" in capsys.readouterr().out
+
+
 def test_several_devices_have_a_line_about_what_each_sends(capsys: pytest.CaptureFixture[str]):
     print_plan(GPT2, None, V5E_8)
     # 2 x 7/8 of 4 bytes for each weight.

@@ -58,9 +58,9 @@ SPLIT = [
 ]
 
 
-def split(case, shard="optimizer"):
-    """The same case with something split over the replicas."""
-    return {**case, "distribution": {"shard": shard}}
+def split(case, shard="optimizer", over=None):
+    """The same case with something split over the replicas, or over groups of them."""
+    return {**case, "distribution": {"shard": shard, "shard_over": over}}
 
 
 SHARDS = ("optimizer", "weights")
@@ -77,6 +77,8 @@ ON_EIGHT = [
     {"model": TIED, "precision": "float64", "micro_batches": 1},
     {"model": TIED, "precision": "float32", "micro_batches": 4},
 ]
+# Two groups of two replicas; one case has an average and AdamW, one Muon, and both pieces that pad.
+IN_GROUPS = {"optimizer": SPLIT[3], "weights": SPLIT[1]}
 # A process takes all the cases that a number of replicas is needed for.
 CASES_ON = {
     1: [*CASES, EIGHTHS[1], EIGHTHS_OF_MUON[1], *SPLIT, *MUON[::2]],
@@ -86,6 +88,7 @@ CASES_ON = {
         EIGHTHS[4],
         EIGHTHS_OF_MUON[4],
         *(split(case, shard) for shard in SHARDS for case in SPLIT),
+        *(split(case, shard, 2) for shard, case in IN_GROUPS.items()),
         MUON[1],
     ],
     8: [*ON_EIGHT, *(split(SPLIT[0], shard) for shard in SHARDS)],
@@ -225,6 +228,14 @@ def test_what_is_in_pieces_changes_nothing(results, num_replicas, shard):
         assert_equal(result, results[1][CASES_ON[1].index(case)], TOLERANCE[case["precision"]])
         # The loss, the counts and the square of the norm; the gradients are scattered.
         assert result["num_reductions"] == num_replicas
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", SHARDS)
+def test_pieces_in_each_of_two_groups_change_nothing(results, shard):
+    case = IN_GROUPS[shard]
+    result = results[4][CASES_ON[4].index(split(case, shard, 2))]
+    assert_equal(result, results[1][CASES_ON[1].index(case)], TOLERANCE["float64"])
 
 
 @pytest.mark.slow

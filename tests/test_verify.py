@@ -133,6 +133,12 @@ def test_replicas_are_the_first_gpus_named_or_parts_of_the_cpu(tmp_path):
     split = DistributionConfig(shard="optimizer")
     assert distribution_of(split, 2) == DistributionConfig(kind="cpu", logical_devices=2, shard="optimizer")
     assert distribution_of(split, 1) == DistributionConfig(kind="cpu")
+    in_pairs = split.model_copy(update={"shard_over": 2})
+    assert distribution_of(in_pairs, 4).shard_over == 2 and distribution_of(in_pairs, 1).shard_over is None
+    with pytest.raises(UserError, match=r"distribution.shard_over=2 does not divide 3 replicas"):
+        verify(
+            tiny_config(distribution={"shard": "optimizer", "shard_over": 2}, train={"global_batch_size": 3}), [1, 3]
+        )
     config = config_of(tmp_path).model_copy(update={"distribution": DistributionConfig(gpus=(3, 1))})
     with pytest.raises(
         UserError, match=r"--replicas 4 is more than the GPUs of distribution\.gpus=\[3, 1\]; name more"

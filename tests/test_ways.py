@@ -104,6 +104,12 @@ CASES = {
         "distribution.logical_devices=2 distribution.shard=optimizer optimizer.kind=adamw",
         "distribution.logical_devices=1 distribution.shard=nothing",
     ),
+    "a split CPU in groups, of which one part is left": (
+        "quickstart model.num_layers=22 model.hidden_dim=1280 model.intermediate_dim=3424 model.num_heads=20 "
+        "distribution.logical_devices=2 distribution.shard=optimizer distribution.shard_over=2 "
+        "optimizer.kind=adamw",
+        "distribution.logical_devices=1 distribution.shard=nothing distribution.shard_over=none",
+    ),
     "a CPU in parts": (
         "quickstart model.num_layers=24 model.hidden_dim=768 model.intermediate_dim=3072 model.num_heads=12 "
         "distribution.logical_devices=16",

@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainer.config.settings import Config, DistributionConfig, divisor_of_shares, examples_per_replica
+from trainer.config.settings import (
+    Config,
+    DistributionConfig,
+    check_shard,
+    divisor_of_shares,
+    examples_per_replica,
+)
 from trainer.data.batches import total_steps, training_batches
 from trainer.data.prepare import prepare
 from trainer.data.shards import PreparedData
@@ -70,14 +76,16 @@ def verify(config: Config, replicas: Sequence[int], num_steps: int = 5, say: Cal
         Whether rounding explains all differences.
 
     Raises:
-        UserError: fewer than two numbers are given, a batch cannot be spread over that many replicas, too few GPUs are
-            named, or the text cannot be used.
+        UserError: fewer than two numbers are given, a batch cannot be spread over that many replicas,
+            distribution.shard_over does not divide them, too few GPUs are named, or the text cannot be used.
     """
     if len(replicas) < 2:
         raise UserError(f"verify compares numbers of replicas, and {list(replicas)} names fewer than two; give more.")
     distributions = [distribution_of(config.distribution, num_replicas) for num_replicas in replicas]
     for num_replicas in replicas:
         examples_per_replica(config, num_replicas)
+        if num_replicas > 1:  # One splits nothing.
+            check_shard(config, num_replicas)
     divisors = [divisor_of_shares(config, num_replicas) for num_replicas in replicas]
     micro_batch_size = config.train.fixed_micro_batch_size() or math.gcd(*divisors)
     config = config.with_micro_batch_size(micro_batch_size)
@@ -123,16 +131,16 @@ def distribution_of(config: DistributionConfig, num_replicas: int) -> Distributi
     Raises:
         UserError: the config names fewer GPUs.
     """
-    shard = config.shard if num_replicas > 1 else "nothing"
+    split = {"shard": config.shard, "shard_over": config.shard_over} if num_replicas > 1 else {}
     if config.kind != "gpu" and config.gpus is None:
-        return DistributionConfig(kind="cpu", logical_devices=num_replicas, shard=shard)
+        return DistributionConfig(kind="cpu", logical_devices=num_replicas, **split)
     gpus = config.gpus or tuple(range(num_replicas))
     if num_replicas > len(gpus):
         raise UserError(
             f"--replicas {num_replicas} is more than the GPUs of distribution.gpus={list(gpus)}; name more, or leave "
             "it out to use the first GPUs of the machine."
         )
-    return DistributionConfig(kind="gpu", gpus=gpus[:num_replicas], shard=shard)
+    return DistributionConfig(kind="gpu", gpus=gpus[:num_replicas], **split)
 
 
 def take_steps(config: Config, prepared: PreparedData, distribution: DistributionConfig, num_steps: int) -> Trace:

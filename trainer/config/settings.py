@@ -749,6 +749,9 @@ class DistributionConfig(Section):
     """What is split over the replicas, instead of being held by each. optimizer: what the optimizer keeps of every
     weight; each replica updates its piece of the weights. weights: the weights too; each replica gathers those of a
     block when it computes the block."""
+    shard_over: Annotated[int, Field(ge=2)] | None = None
+    """This many neighbouring replicas hold it together, such as the GPUs of a host, and every such group holds all of
+    it. Then only sums of gradients leave a group. By default all replicas are one group."""
     tpu_name: Annotated[str, Field(min_length=1)] = "local"
     """local: the TPU of this VM. Or the grpc:// addresses of a TPU's servers, with commas. The name of a TPU in Google
     Cloud needs Google's API client, which is not installed, and is untested."""
@@ -824,6 +827,11 @@ class Config(Section):
             raise ValueError(
                 f"model.document_mask=true does not go with data.mode={self.data.mode!r}, where every example is one "
                 "document; leave it out, or choose 'packed'."
+            )
+        if self.distribution.shard_over is not None and self.distribution.shard == "nothing":
+            raise ValueError(
+                f"distribution.shard_over={self.distribution.shard_over} has no effect with distribution.shard="
+                "'nothing'; choose 'optimizer' or 'weights', or leave it out."
             )
         if self.distribution.shard == "weights" and self.log.histograms_every_steps is not None:
             raise ValueError(
@@ -940,9 +948,19 @@ def examples_per_replica(config: Config, num_replicas: int) -> int:
     return train.global_batch_size // num_replicas
 
 
+def num_pieces(config: Config, num_replicas: int) -> int:
+    """Returns how many replicas hold together what distribution.shard splits."""
+    return config.distribution.shard_over or num_replicas
+
+
 def check_shard(config: Config, num_replicas: int) -> None:
     """Raises UserError if distribution.shard cannot split anything over this many replicas."""
-    shard = config.distribution.shard
+    shard, over = config.distribution.shard, num_pieces(config, num_replicas)
+    if num_replicas % over and num_replicas > 1:
+        raise UserError(
+            f"distribution.shard_over={over} does not divide {num_replicas} replicas into equal groups; choose a "
+            "number that does, or leave it out."
+        )
     if shard != "nothing" and num_replicas == 1:
         raise UserError(
             f"distribution.shard={shard!r} splits over several replicas, and there is only one; choose 'nothing', or "

@@ -36,7 +36,7 @@ import abc
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import tensorflow as tf
 from tensorflow.compiler.mlir.stablehlo import stablehlo
@@ -44,6 +44,9 @@ from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
 from trainer.distributed.strategy import device_kind
 from trainer.optimizers.variables import per_replica
+
+# Who takes part in an operation: all replicas, those of a group, or those that have the same place in their groups.
+Among = Literal["all", "group", "place"]
 
 # From this many replicas on CollectiveAllToAllV2 fails on CPUs; see above.
 _ALL_TO_ALL_BELOW = 12
@@ -54,35 +57,40 @@ _group_keys = itertools.count(7_000)
 class Collectives(abc.ABC):
     """What replicas exchange, as one of them sees it. Call it in a replica function, except `places_of_this_process`.
 
+    The replicas are in groups of neighbours, mostly in one. A group has everything: each of its replicas has a piece.
+    Pieces travel within groups, and sums are of all replicas.
+
     Attributes:
-        num_pieces: the replicas that exchange, each of which has a piece.
+        num_pieces: the replicas of a group.
+        num_groups: the groups.
     """
 
     num_pieces: int
+    num_groups: int = 1
 
     def place(self) -> int | tf.Tensor:
         """Returns which piece is this replica's, from 0 on: a number, or an int32 scalar."""
         return self._place()
 
     def gather(self, pieces: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Returns all replicas' pieces one below the other. For each input [rows, ...] returns
+        """Returns all pieces one below the other. For each input [rows, ...] returns
         [num_pieces * rows, ...].
         """
         return _by_dtype(self._gather, pieces)
 
     def reduce_scatter(self, summands: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Returns this replica's piece of sums over replicas. For each input [num_pieces * rows, ...] returns
+        """Returns this replica's piece of sums over all replicas. For each input [num_pieces * rows, ...] returns
         [rows, ...].
         """
         return _by_dtype(self._reduce_scatter, summands)
 
     def all_reduce(self, summand: tf.Tensor) -> tf.Tensor:
-        """Returns the sum of a vector over replicas, equal on all."""
+        """Returns the sum of a vector over all replicas, equal on all."""
         return self._all_reduce(summand)
 
     def all_to_all(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Gives part i of each tensor [num_pieces, ...] to the replica of place i. Returns tensors like these, of which
-        part i is what the replica of place i gave.
+        """Gives part i of each tensor [num_pieces, ...] to the group's replica of place i. Returns tensors like these,
+        of which part i is what the replica of place i gave.
         """
         return _by_dtype(self._all_to_all, tensors)
 
@@ -130,33 +138,42 @@ class TensorFlowCollectives(Collectives):
 
     Args:
         strategy: the run's strategy, of several replicas.
+        num_pieces: the replicas of a group; divides their number.
     """
 
-    def __init__(self, strategy: tf.distribute.Strategy) -> None:
-        self.num_pieces = strategy.num_replicas_in_sync
+    def __init__(self, strategy: tf.distribute.Strategy, num_pieces: int) -> None:
+        self.num_pieces, self.num_groups = num_pieces, strategy.num_replicas_in_sync // num_pieces
         self._is_gpu = device_kind(strategy) == "GPU"
-        self._group_key = next(_group_keys)
+        # The keys of those who exchange: all replicas, those of a group, and those that have the same place.
+        self._key_of_all = next(_group_keys)
+        self._keys_of_groups = [next(_group_keys) for _ in range(self.num_groups)]
+        self._keys_of_places = [next(_group_keys) for _ in range(num_pieces)]
         self._num_calls: dict[int, int] = {}
         with strategy.scope():
             self._token = per_replica([], tf.float32, "ordering_token")
 
         def number() -> tf.Tensor:
-            return tf.raw_ops.CollectiveGatherV2(input=tf.constant([_number()], tf.int32), **self._how())
+            return tf.raw_ops.CollectiveGatherV2(input=tf.constant([_number()], tf.int32), **self._how("all"))
 
         @tf.function(autograph=False)
         def numbers() -> tf.Tensor:
             return strategy.run(number)
 
-        self._order = strategy.experimental_local_results(numbers())[0].numpy().tolist()
+        order = strategy.experimental_local_results(numbers())[0].numpy().tolist()
+        groups = [[each for each in order if self._group(each) == group] for group in range(self.num_groups)]
+        self._place_of = {number: place for group in groups for place, number in enumerate(group)}
+
+    def _group(self, number: int) -> int:
+        return number // self.num_pieces
 
     def _place(self) -> int:
-        return int(self._order.index(_number()))
+        return self._place_of[_number()]
 
     def _gather(self, pieces: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         flat = tf.concat([tf.reshape(piece, [1, -1]) for piece in pieces], axis=1)
         is_bfloat16 = flat.dtype == tf.bfloat16
         travels = tf.bitcast(flat, tf.float16) if is_bfloat16 else flat
-        joined = tf.raw_ops.CollectiveGatherV2(input=travels, **self._how())
+        joined = tf.raw_ops.CollectiveGatherV2(input=travels, **self._how("group"))
         joined = tf.ensure_shape(joined, [self.num_pieces, flat.shape[1]])
         joined = tf.bitcast(joined, tf.bfloat16) if is_bfloat16 else joined
         parts = tf.split(joined, [math.prod(piece.shape) for piece in pieces], axis=1)
@@ -169,12 +186,14 @@ class TensorFlowCollectives(Collectives):
         parts = [tf.reshape(summand, [self.num_pieces, -1]) for summand in summands]
         flat = tf.concat(parts, axis=1)
         if self._is_gpu:
-            own = tf.raw_ops.CollectiveReduceScatterV2(input=flat, merge_op="Add", final_op="Id", **self._how())
+            own = tf.raw_ops.CollectiveReduceScatterV2(input=flat, merge_op="Add", final_op="Id", **self._how("group"))
         elif self.num_pieces < _ALL_TO_ALL_BELOW:
-            own = tf.reduce_sum(tf.raw_ops.CollectiveAllToAllV2(input=flat, **self._how()), axis=0)
+            own = tf.reduce_sum(tf.raw_ops.CollectiveAllToAllV2(input=flat, **self._how("group")), axis=0)
         else:
-            own = self.own(self._all_reduce(flat))
+            own = self.own(self._reduced(flat, "group"))
         own = tf.ensure_shape(tf.reshape(own, [-1]), [flat.shape[1]])
+        if self.num_groups > 1:
+            own = self._reduced(own, "place")
         pieces = tf.split(own, [part.shape[1] for part in parts])
         return [
             tf.reshape(piece, [summand.shape[0] // self.num_pieces, *summand.shape[1:]])
@@ -182,7 +201,10 @@ class TensorFlowCollectives(Collectives):
         ]
 
     def _all_reduce(self, summand: tf.Tensor) -> tf.Tensor:
-        total = tf.raw_ops.CollectiveReduceV2(input=summand, merge_op="Add", final_op="Id", **self._how())
+        return self._reduced(summand, "all")
+
+    def _reduced(self, summand: tf.Tensor, among: Among) -> tf.Tensor:
+        total = tf.raw_ops.CollectiveReduceV2(input=summand, merge_op="Add", final_op="Id", **self._how(among))
         return tf.ensure_shape(total, summand.shape)
 
     def _all_to_all(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
@@ -191,7 +213,7 @@ class TensorFlowCollectives(Collectives):
         if self._is_gpu or self.num_pieces < _ALL_TO_ALL_BELOW:
             is_bfloat16 = flat.dtype == tf.bfloat16
             travels = tf.bitcast(flat, tf.float16) if is_bfloat16 else flat
-            received = tf.raw_ops.CollectiveAllToAllV2(input=travels, **self._how())
+            received = tf.raw_ops.CollectiveAllToAllV2(input=travels, **self._how("group"))
             received = tf.bitcast(received, tf.bfloat16) if is_bfloat16 else received
         else:
             of_all = tf.reshape(self._gather([flat])[0], [self.num_pieces, *flat.shape])
@@ -199,12 +221,19 @@ class TensorFlowCollectives(Collectives):
         own = tf.split(tf.ensure_shape(received, flat.shape), [part.shape[1] for part in parts], axis=1)
         return [tf.reshape(part, tensor.shape) for part, tensor in zip(own, tensors, strict=True)]
 
-    def _how(self) -> dict[str, Any]:
+    def _how(self, among: Among) -> dict[str, Any]:
+        """Returns the arguments of an operation among all replicas, those of a group, or those of the same place."""
         number = _number()
+        if among == "all" or self.num_groups == 1:
+            size, key = self.num_pieces * self.num_groups, self._key_of_all
+        elif among == "group":
+            size, key = self.num_pieces, self._keys_of_groups[self._group(number)]
+        else:
+            size, key = self.num_groups, self._keys_of_places[self._place()]
         self._num_calls[number] = self._num_calls.get(number, 0) + 1
         return {
-            "group_size": self.num_pieces,
-            "group_key": self._group_key,
+            "group_size": size,
+            "group_key": key,
             "instance_key": self._num_calls[number],
             "ordering_token": [self._token.handle],
             "communication_hint": "nccl" if self._is_gpu else "auto",
@@ -215,11 +244,12 @@ class XlaCollectives(Collectives):
     """Operations of one program that XLA compiles as a whole for several replicas.
 
     Args:
-        num_pieces: the replicas that run the program.
+        num_replicas: the replicas that run the program.
+        num_pieces: the replicas of a group; divides their number.
     """
 
-    def __init__(self, num_pieces: int) -> None:
-        self.num_pieces = num_pieces
+    def __init__(self, num_replicas: int, num_pieces: int) -> None:
+        self.num_pieces, self.num_groups = num_pieces, num_replicas // num_pieces
 
     def _after(self, first: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         # XLA sees no control dependencies.
@@ -227,7 +257,8 @@ class XlaCollectives(Collectives):
 
     def _place(self) -> tf.Tensor:
         # Not the number that tf.distribute gives a replica: on a TPU the two need not agree.
-        return gen_xla_ops.xla_replica_id()
+        number = gen_xla_ops.xla_replica_id()
+        return number if self.num_groups == 1 else number % self.num_pieces
 
     def _gather(self, pieces: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         return self._joining_vectors(self._gather_one, pieces, lambda piece: piece[tf.newaxis])
@@ -237,16 +268,20 @@ class XlaCollectives(Collectives):
         return self._call("all_gather", piece, shape, "all_gather_dim = 0 : i64, ")
 
     def _reduce_scatter(self, summands: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        return self._joining_vectors(
+        pieces = self._joining_vectors(
             self._scatter_one, summands, lambda summand: tf.reshape(summand, [self.num_pieces, -1])
         )
+        return pieces if self.num_groups == 1 else [self._reduced(piece, "place") for piece in pieces]
 
     def _scatter_one(self, summand: tf.Tensor) -> tf.Tensor:
         shape = [summand.shape[0] // self.num_pieces, *summand.shape[1:]]
         return self._call("reduce_scatter", summand, shape, "scatter_dimension = 0 : i64, ", adds=True)
 
     def _all_reduce(self, summand: tf.Tensor) -> tf.Tensor:
-        return self._call("all_reduce", summand, summand.shape.as_list(), adds=True)
+        return self._reduced(summand, "all")
+
+    def _reduced(self, summand: tf.Tensor, among: Among) -> tf.Tensor:
+        return self._call("all_reduce", summand, summand.shape.as_list(), adds=True, among=among)
 
     def _all_to_all(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         how = f"split_dimension = 0 : i64, concat_dimension = 0 : i64, split_count = {self.num_pieces} : i64, "
@@ -265,7 +300,13 @@ class XlaCollectives(Collectives):
         return [next(flat) if each.shape.rank == 1 else run(each) for each in tensors]
 
     def _call(
-        self, name: str, operand: tf.Tensor, shape: Sequence[int], how: str = "", adds: bool = False
+        self,
+        name: str,
+        operand: tf.Tensor,
+        shape: Sequence[int],
+        how: str = "",
+        adds: bool = False,
+        among: Among = "group",
     ) -> tf.Tensor:
         """Returns what a collective operation of StableHLO makes of a tensor."""
         before, after = _type_of(operand.shape, operand.dtype), _type_of(shape, operand.dtype)
@@ -275,9 +316,15 @@ class XlaCollectives(Collectives):
                 %sum = stablehlo.add %one, %other : {number}
                 stablehlo.return %sum : {number}
             }}) """
-        groups = f"dense<[{list(range(self.num_pieces))}]> : tensor<1x{self.num_pieces}xi64>"
+        num_replicas = self.num_pieces * self.num_groups
+        numbers = [[*range(first, first + self.num_pieces)] for first in range(0, num_replicas, self.num_pieces)]
+        if among == "all":
+            numbers = [[*range(num_replicas)]]
+        elif among == "place":
+            numbers = [list(each) for each in zip(*numbers, strict=True)]
+        groups = f"dense<{numbers}> : tensor<{len(numbers)}x{len(numbers[0])}xi64>"
         text = f"""
-        module @{name} attributes {{mhlo.num_partitions = 1 : i32, mhlo.num_replicas = {self.num_pieces} : i32}} {{
+        module @{name} attributes {{mhlo.num_partitions = 1 : i32, mhlo.num_replicas = {num_replicas} : i32}} {{
           func.func public @main(%operand: {before}) -> {after} {{
             %result = "stablehlo.{name}"(%operand) {region if adds else ""}{{{how}replica_groups = {groups}}} :
                 ({before}) -> {after}
@@ -336,11 +383,13 @@ class RehearsedCollectives(Collectives):
         return [tf.reshape(part, tensor.shape) for part, tensor in zip(own, tensors, strict=True)]
 
 
-def make_collectives(strategy: tf.distribute.Strategy) -> Collectives:
-    """Returns the collectives of a run's replicas. Every worker calls it at the same time."""
+def make_collectives(strategy: tf.distribute.Strategy, num_pieces: int) -> Collectives:
+    """Returns the collectives of a run's replicas, num_pieces of which are a group. Every worker calls it at the same
+    time.
+    """
     if device_kind(strategy) == "TPU":
-        return XlaCollectives(strategy.num_replicas_in_sync)
-    return TensorFlowCollectives(strategy)
+        return XlaCollectives(strategy.num_replicas_in_sync, num_pieces)
+    return TensorFlowCollectives(strategy, num_pieces)
 
 
 def _number() -> int:

@@ -13,14 +13,17 @@ class Replicas(NamedTuple):
         num_replicas: how many there are.
         number: which one this is, from 0 on: int32 scalar, a tensor if one program serves all replicas.
         sum: adds up tensors of one dtype over all replicas, in one operation.
-        all_to_all: if each replica has its rows of every matrix, and not whole matrices: gives replica i part i of each
-            tensor [num_replicas, ...], and returns what each replica gave to this one, in tensors of the same shapes.
+        all_to_all: if each of num_pieces replicas has its rows of every matrix, and not whole matrices: gives the i-th
+            of these part i of each tensor [num_pieces, ...], and returns what each gave to this one, in tensors of the
+            same shapes.
+        num_pieces: the replicas that have all matrices together, if they have rows.
     """
 
     num_replicas: int
     number: tf.Tensor | int
     sum: Callable[[list[tf.Tensor]], list[tf.Tensor]]
     all_to_all: Callable[[list[tf.Tensor]], list[tf.Tensor]] | None = None
+    num_pieces: int = 1
 
 
 ALONE = Replicas(1, 0, lambda summands: summands)
@@ -76,7 +79,7 @@ def map_pieces_in_shares(
     Returns:
         This replica's rows of function(stack) of each stack, with zeros where stacks have rows beyond the matrix.
     """
-    count = replicas.num_replicas
+    count = replicas.num_pieces
     assert replicas.all_to_all is not None
     shares = []
     for stack in stacks:

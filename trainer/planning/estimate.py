@@ -2,7 +2,7 @@
 
 import math
 
-from trainer.config.settings import Config
+from trainer.config.settings import Config, num_pieces
 from trainer.execution import DTYPE_BYTES, Execution, query_blocks, resolve
 from trainer.hardware.devices import Target
 from trainer.model.pieces import cut_all, most_bytes_at_once, numbers_of_pieces
@@ -57,7 +57,7 @@ def estimate_memory(
         updates = _updates_of_muon(config, target, execution)
         optimizer = float(3 * numbers - of_muon) * weight_bytes
         shapes = dict(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
-        at_once = most_bytes_at_once(shapes, target.num_devices, execution.sum_bytes)
+        at_once = most_bytes_at_once(shapes, num_pieces(config, target.num_devices), execution.sum_bytes)
         piece = float(numbers * execution.sum_bytes) + 2 * at_once
     always = {"weights": float(num_weights * weight_bytes + copies), "optimizer": optimizer}
     if config.optimizer.ema_decay is not None:
@@ -120,7 +120,7 @@ def _updates_of_muon(config: Config, target: Target, execution: Execution) -> fl
     """Returns the bytes of Muon's updates of a replica's pieces, with what it exchanges for them: the rows that travel
     and the matrices that the replica gets whole, and their result.
     """
-    in_shares = exchanged_numbers(config, target.num_devices)
+    in_shares = exchanged_numbers(config, num_pieces(config, target.num_devices))
     exchanged = 2 * DTYPE_BYTES[execution.orthogonalization_dtype] + DTYPE_BYTES[execution.direction_dtype]
     return float(muon_pieces_numbers(config, target) * execution.weight_bytes + in_shares * exchanged)
 
@@ -128,7 +128,7 @@ def _updates_of_muon(config: Config, target: Target, execution: Execution) -> fl
 def pieces_numbers(config: Config, vocabulary_size: int, target: Target) -> int:
     """Returns how many numbers a replica has of all weights if they are split over the target's devices."""
     shapes = dict(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
-    return numbers_of_pieces(shapes, target.num_devices)
+    return numbers_of_pieces(shapes, num_pieces(config, target.num_devices))
 
 
 def muon_pieces_numbers(config: Config, target: Target) -> int:
@@ -136,7 +136,8 @@ def muon_pieces_numbers(config: Config, target: Target) -> int:
     if config.optimizer.kind != "muon":
         return 0
     shapes = dict(parameter_shapes(config.model, 1, 1))
-    return numbers_of_pieces({name: shapes[name] for name in matrix_widths(config.model)}, target.num_devices)
+    matrices = {name: shapes[name] for name in matrix_widths(config.model)}
+    return numbers_of_pieces(matrices, num_pieces(config, target.num_devices))
 
 
 def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> float:
@@ -207,23 +208,31 @@ def sent_bytes(config: Config, vocabulary_size: int, target: Target) -> dict[str
     execution, number = resolve(config, target.processor(), target.num_devices), target.num_devices
     if number == 1:
         return {}
-    share = (number - 1) / number
     if config.distribution.shard == "optimizer":
-        padded = number * pieces_numbers(config, vocabulary_size, target)
-        sent = {"gradients": share * padded * execution.sum_bytes, "weights": share * padded * execution.weight_bytes}
+        own, over = pieces_numbers(config, vocabulary_size, target), num_pieces(config, number)
+        scattered = own * (over - 1) + _sent_among_groups(config, number, own)
+        sent = {"gradients": scattered * execution.sum_bytes, "weights": own * (over - 1.0) * execution.weight_bytes}
         return sent | _sent_of_muon(config, number, execution)
     if config.distribution.shard == "weights":
         of_muon = _sent_of_muon(config, number, execution)
         return _sent_in_pieces(config, vocabulary_size, number, execution) | of_muon
+    share = (number - 1) / number
     sent = {"gradients": 2 * share * count_parameters(config, vocabulary_size) * execution.sum_bytes}
     if of_optimizer := exchanged_numbers(config, number):
         sent["directions"] = 2 * share * of_optimizer * DTYPE_BYTES[execution.direction_dtype]
     return sent
 
 
+def _sent_among_groups(config: Config, num_replicas: int, numbers: float) -> float:
+    """Returns the numbers that a replica sends so that these, a piece of a sum, are added up over all groups."""
+    num_groups = num_replicas // num_pieces(config, num_replicas)
+    return 2 * numbers * (num_groups - 1) / num_groups
+
+
 def _sent_of_muon(config: Config, num_replicas: int, execution: Execution) -> dict[str, float]:
     """Returns what Muon sends of matrices in pieces, as a part of `sent_bytes`; nothing without Muon."""
-    numbers = exchanged_numbers(config, num_replicas) * (num_replicas - 1) / num_replicas
+    over = num_pieces(config, num_replicas)
+    numbers = exchanged_numbers(config, over) * (over - 1) / over
     dtypes = execution.orthogonalization_dtype, execution.direction_dtype
     return {"matrices": numbers * sum(DTYPE_BYTES[dtype] for dtype in dtypes)} if numbers else {}
 
@@ -233,14 +242,15 @@ def _sent_in_pieces(config: Config, vocabulary_size: int, num_replicas: int, exe
     everything else once, and each gradient is scattered. A table that embeds tokens and makes logits is used twice.
     """
     sent = {"gradients": 0.0, "weights": 0.0}
-    of_step = (num_replicas - 1) / num_replicas * (execution.examples // execution.micro_batch_size)
+    over, num_micro_batches = num_pieces(config, num_replicas), execution.examples // execution.micro_batch_size
     shapes = dict(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
-    for name, cut in cut_all(shapes, num_replicas).items():
+    for name, cut in cut_all(shapes, over).items():
         is_tied = config.model.tied_embeddings and "/token_embedding/" in name
-        numbers = of_step * math.prod(cut.padded_shape)
+        own = num_micro_batches * math.prod(cut.piece_shape)
+        numbers, scattered = own * (over - 1), own * (over - 1) + _sent_among_groups(config, num_replicas, own)
         travels = execution.compute_bytes if len(cut.shape) > 1 else execution.weight_bytes
         sent["weights"] += numbers * travels * (2 if is_tied or "/block_" in name else 1)
-        sent["gradients"] += numbers * execution.weight_bytes * (2 if is_tied else 1)
+        sent["gradients"] += scattered * execution.weight_bytes * (2 if is_tied else 1)
     return sent
 
 
@@ -271,5 +281,5 @@ def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> 
     traffic += num_micro_batches * (2 * kept + matrices_bytes + 2 * weights_bytes)
     tokens = train.global_batch_size * train.sequence_length
     peak = target.device.flops.get(execution.orthogonalization_dtype) or target.device.flops[execution.compute_dtype]
-    of_optimizer = optimizer_flops(config, target.num_devices) / peak
+    of_optimizer = optimizer_flops(config, num_pieces(config, target.num_devices)) / peak
     return max(tokens / at_peak + of_optimizer, traffic / target.device.bytes_per_sec)

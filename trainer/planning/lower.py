@@ -7,7 +7,7 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
 from trainer.config.file import load_config
-from trainer.config.settings import Config, check_shard, divisor_of_shares
+from trainer.config.settings import Config, check_shard, divisor_of_shares, num_pieces
 from trainer.distributed.collectives import XlaCollectives
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
@@ -51,7 +51,7 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
     with strategy.scope():
         # The number of the [BOS] token makes no difference to what the program costs.
         model = build_gpt(config, vocabulary_size, bos_id=0)
-    collectives = XlaCollectives(target.num_devices)
+    collectives = XlaCollectives(target.num_devices, num_pieces(config, target.num_devices))
     training_step = _StepOfMany(config, train.total_steps or 1, model, strategy, execution, collectives)
     training_step.num_replicas = target.num_devices
 

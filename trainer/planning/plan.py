@@ -13,7 +13,7 @@ import rich.console
 import rich.table
 
 from trainer.config.schedule import describe_batch_warmup, examples_before, full_steps_between, steps_for
-from trainer.config.settings import CharConfig, Config, micro_batch_sizes
+from trainer.config.settings import CharConfig, Config, micro_batch_sizes, num_pieces
 from trainer.data.shards import PreparedData, num_examples, prepared_in, token_dtype
 from trainer.errors import UserError
 from trainer.execution import resolve
@@ -210,7 +210,7 @@ def _data_lines(config: Config, vocabulary_size: int) -> Iterator[str]:
 
 def _time_lines(config: Config, vocabulary_size: int, target: Target, utilisation: float | None) -> Iterator[str]:
     at_peak = tokens_per_sec_at_peak(config, vocabulary_size, target)
-    of_optimizer = optimizer_flops(config, target.num_devices)
+    of_optimizer = optimizer_flops(config, num_pieces(config, target.num_devices))
     yield (
         f"operations   {flops_per_token(config, vocabulary_size) / 1e9:.3g} gigaflop a token"
         + (f"; Muon adds {of_optimizer / 1e9:.3g} a step on each device" if of_optimizer else "")

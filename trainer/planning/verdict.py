@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from trainer.config.settings import Config
+from trainer.config.settings import Config, num_pieces
 from trainer.execution import Execution, resolve
 from trainer.hardware.cuda import NEWEST_WHEEL, Build, Gpu, installed_build, lacks_code, support_of
 from trainer.hardware.devices import Target
@@ -120,7 +120,7 @@ def _part_lines(config: Config, parts: dict[str, float], execution: Execution) -
         f", and its matrices in {execution.compute_dtype}" if execution.compute_bytes < execution.weight_bytes else ""
     )
     is_end, in_pieces = parts["activations"] == 0, config.distribution.shard == "weights"
-    piece = f"1/{config.train.global_batch_size // execution.examples} of "
+    piece = f"1/{num_pieces(config, config.train.global_batch_size // execution.examples)} of "
     gradients = "of all weights" if is_end else "of the output projection"
     if execution.gradient_sum_bytes:
         gradients += f", and the sum of all gradients in {execution.sum_dtype}"

@@ -225,6 +225,8 @@ class _Search:
         """Returns the way with a change and perhaps another micro-batch; None if it does not fit."""
         if target.num_devices == 1 and self.config.distribution.shard != "nothing":
             change = {**change, "distribution.shard": "nothing"}
+            if self.config.distribution.shard_over is not None:
+                change["distribution.shard_over"] = None
         needs, most_bytes = self._needs(change, target), self.budget * target.device.memory_bytes
         if needs is None:
             return None
@@ -237,7 +239,7 @@ class _Search:
             change = {**change, "train.micro_batch_size": size}
         if needs.by_size[size] > most_bytes:
             return None
-        overrides = tuple(f"{name}={value}" for name, value in change.items())
+        overrides = tuple(f"{name}={'none' if value is None else value}" for name, value in change.items())
         return Way(target, overrides, needs.by_size[size], size)
 
     def _needs(self, change: Change, target: Target) -> Needs | None:

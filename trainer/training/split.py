@@ -76,14 +76,21 @@ class SplitOptimizer:
         pieces = self._scattered(gradients)
         # Rows of zeros, which pad the last pieces, add nothing.
         squares = 2 * tf.add_n([tf.nn.l2_loss(piece) for piece in pieces])
+        if self._collectives.num_groups > 1:  # Each of which has all pieces.
+            squares /= self._collectives.num_groups
         summands = [tf.reshape(each, [-1]) for each in (*counts, squares)]
         total = self._collectives.all_reduce(tf.concat(summands, axis=0))
         *sums, squares = tf.split(total, [each.shape[0] for each in summands])
         shaped = [tf.reshape(each, count.shape) for each, count in zip(sums, counts, strict=True)]
         return pieces, shaped, tf.sqrt(squares[0])
 
+    @property
+    def num_pieces(self) -> int:
+        """The replicas that hold everything together."""
+        return self._collectives.num_pieces
+
     def all_to_all(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Exchanges parts of tensors [number of replicas, ...]; see `Collectives.all_to_all`."""
+        """Exchanges parts of tensors [num_pieces, ...]; see `Collectives.all_to_all`."""
         return self._collectives.all_to_all(tensors)
 
     def _scattered(self, gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:

@@ -18,7 +18,7 @@ import keras
 import tensorflow as tf
 
 from trainer.config.schedule import batch_size_at, learning_rate
-from trainer.config.settings import Config, check_can_shard, check_shard
+from trainer.config.settings import Config, check_can_shard, check_shard, num_pieces
 from trainer.distributed.collectives import Collectives, make_collectives
 from trainer.distributed.strategy import processor_of
 from trainer.errors import UserError
@@ -147,7 +147,7 @@ class TrainingStep:
         if config.distribution.shard != "nothing":
             if collectives is None:
                 check_shard(config, strategy.num_replicas_in_sync)
-                collectives = make_collectives(strategy)
+                collectives = make_collectives(strategy, num_pieces(config, strategy.num_replicas_in_sync))
             with strategy.scope():
                 is_optimizer = config.distribution.shard == "optimizer"
                 self.split = (SplitOptimizer if is_optimizer else SplitWeights)(collectives, trainable)
@@ -358,8 +358,9 @@ class TrainingStep:
     def replicas(self, replica: tf.distribute.ReplicaContext) -> Replicas:
         """Returns the replicas as the one of this context sees them, for the optimizer."""
         total = functools.partial(self.sum_over_replicas, replica)
-        all_to_all = None if self.split is None else self.split.all_to_all
-        return Replicas(self.strategy.num_replicas_in_sync, replica.replica_id_in_sync_group, total, all_to_all)
+        own = Replicas(self.strategy.num_replicas_in_sync, replica.replica_id_in_sync_group, total)
+        split = self.split
+        return own if split is None else own._replace(all_to_all=split.all_to_all, num_pieces=split.num_pieces)
 
     def _update_if(
         self, finite: tf.Tensor, updates: list[tf.Tensor], state: list[tf.Tensor], hash_sum: tf.Tensor
