@@ -163,7 +163,8 @@ def resolve(
     # micro-batches give the same bits on any number of replicas, except with distribution.shard, whose replicas add up
     # the gradients' norm in pieces. Two terms give the same bits in either order, and need no wider sum. Accelerators
     # are slow in float64, or lack it.
-    is_wide = is_cpu and total_micro_batches > 2
+    # Split weights have gradients that are sums over replicas in their own dtype already.
+    is_wide = is_cpu and total_micro_batches > 2 and not gathers
     return Execution(
         examples=examples,
         micro_batch_size=size,
