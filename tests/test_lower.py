@@ -69,6 +69,8 @@ def test_a_split_optimizer_scatters_each_gradient_once_and_gathers_each_weight_o
         ("muon", "nothing", None),
         ("muon", "optimizer", None),
         ("muon", "optimizer", 2),
+        ("adamw", "weights", None),
+        ("muon", "weights", 2),
     ],
 )
 def test_plan_counts_what_a_step_sends(monkeypatch, kind, shard, over):
@@ -100,8 +102,22 @@ def test_plan_counts_what_a_step_sends(monkeypatch, kind, shard, over):
     )
     lower_step(config, 13, four)
     hash_bytes = 4 * hash_to_floats(tf.zeros([], tf.int64)).shape.num_elements()
-    of_hash = 0 if config.distribution.shard == "optimizer" else 2 * 3 / 4 * hash_bytes
+    of_hash = 0 if config.distribution.shard != "nothing" else 2 * 3 / 4 * hash_bytes
     assert sum(sent) - of_hash == sum(sent_bytes(config, 13, four).values())
+
+
+def test_a_step_with_split_weights_gathers_each_block_twice_and_scatters_its_gradients_once():
+    settings = config_of(micro_batch_size=2).model_dump(mode="json")
+    config = make_config(settings, ["distribution.shard=weights", "model.num_layers=3", "model.tied_embeddings=false"])
+    of_four = lower_step(config, 13, parse_target("tpu:v5e-4"))
+    # A block has four matrices, and its vectors are joined; the embeddings have two, and the rest a matrix and vectors.
+    assert [count_operations(of_four, name) for name in (b"all-gather", b"reduce-scatter", b"all-reduce")] == [
+        2 * 3 * 5 + 2 + 2,
+        3 * 5 + 2 + 2,
+        1,
+    ]
+    with pytest.raises(UserError, match=r"distribution.shard='weights' is compiled as a whole only on TPUs; leave out"):
+        lower_step(config, 13, GPU._replace(num_devices=4))
 
 
 def test_a_batch_that_replicas_cannot_share_is_refused():

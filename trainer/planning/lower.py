@@ -1,5 +1,6 @@
 """Lowers a config's training step to the program that a TPU's or GPU's compiler reads, on any machine."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from trainer.errors import UserError
 from trainer.execution import resolve
 from trainer.hardware.devices import Target, parse_target
 from trainer.model.build import build_gpt
+from trainer.model.held import without_values
 from trainer.optimizers.replicas import Replicas
 from trainer.training.step import TrainingStep
 
@@ -33,13 +35,14 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
             train.micro_batch_size is not a number.
     """
     train = config.train
-    if config.distribution.shard == "weights":
+    in_pieces = config.distribution.shard == "weights"
+    if in_pieces and target.processor().kind != "TPU":
         raise UserError(
-            "distribution.shard='weights' is not compiled for devices that are not there; leave out --compile, or "
-            "choose 'optimizer'."
+            "distribution.shard='weights' is compiled as a whole only on TPUs; leave out --compile, or choose "
+            "'optimizer'."
         )
-    # XLA compiles the whole step here, whatever train.xla is.
-    compiled = config.model_copy(update={"train": train.model_copy(update={"xla": "on"})})
+    # XLA compiles the whole step here, whatever train.xla is, which no config of a TPU sets for 'weights'.
+    compiled = config if in_pieces else config.model_copy(update={"train": train.model_copy(update={"xla": "on"})})
     execution = resolve(compiled, target.processor(), target.num_devices)
     if train.micro_batch_size == "auto":
         raise UserError(
@@ -48,10 +51,10 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
         )
     check_shard(config, target.num_devices)
     strategy = make_strategy(config.distribution.model_copy(update={"kind": "cpu", "gpus": None}))
-    with strategy.scope():
+    with strategy.scope(), without_values() if in_pieces else contextlib.nullcontext():
         # The number of the [BOS] token makes no difference to what the program costs.
         model = build_gpt(config, vocabulary_size, bos_id=0)
-    collectives = XlaCollectives(target.num_devices, num_pieces(config, target.num_devices))
+    collectives = _CollectivesOfMany(target.num_devices, num_pieces(config, target.num_devices))
     training_step = _StepOfMany(config, train.total_steps or 1, model, strategy, execution, collectives)
     training_step.num_replicas = target.num_devices
 
@@ -63,6 +66,13 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
     specs = [tf.TensorSpec(shape, dtype) for dtype in (tf.int32, tf.int32, tf.float32)]
     hlo: bytes = take_step.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
     return hlo
+
+
+class _CollectivesOfMany(XlaCollectives):
+    """Those of one of several replicas, none of which is here to be asked for its place."""
+
+    def places_of_this_process(self, strategy: tf.distribute.Strategy) -> list[int]:
+        return [0]
 
 
 class _StepOfMany(TrainingStep):
