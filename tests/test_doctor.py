@@ -20,6 +20,7 @@ from tiny import tiny_config, tiny_prepared  # type: ignore[import-not-found]  #
 from trainer.cli import main
 from trainer.commands import doctor
 from trainer.commands.doctor import check_folders, examine, host_memory, need_of_text
+from trainer.config.settings import Config
 from trainer.errors import UserError
 from trainer.exit_status import ExitStatus
 from trainer.hardware.checks import Machine, check_driver
@@ -610,7 +611,7 @@ def test_a_computation_that_fails_is_reported_with_what_to_try(monkeypatch: pyte
             return outcome
 
         monkeypatch.setattr(doctor, "call_in_new_process", call)
-        (one,) = doctor.check_devices(tiny_config().distribution)
+        (one,) = doctor.check_devices(tiny_config())
         return one
 
     assert found(("GPU", 4, True, 67_108_864, 0.001)).what == "4 x GPU add up 67.1 MB at 67.11 GB/s"
@@ -620,6 +621,24 @@ def test_a_computation_that_fails_is_reported_with_what_to_try(monkeypatch: pyte
     assert killed.level == "error" and "killed by SIGABRT" in killed.what and "distribution.kind=cpu" in killed.repair
     endless = found(UserError("The process of _compute was killed by SIGALRM."))
     assert "had no end" in endless.what and "NCCL_DEBUG=INFO" in endless.repair
+
+
+def test_a_split_over_one_device_is_found(monkeypatch: pytest.MonkeyPatch):
+    split = tiny_config(distribution={"shard": "optimizer"})
+
+    def found(config: Config, num_devices: int) -> list[Finding]:
+        monkeypatch.setattr(doctor, "call_in_new_process", lambda *_: ("GPU", num_devices, True, 67_108_864, 0.001))
+        _, *others = doctor.check_devices(config)
+        return others
+
+    (one,) = found(split, 1)
+    assert (one.level, one.check) == ("error", "distribution.shard")
+    assert one.what == "distribution.shard='optimizer' splits over several replicas, and there is only one"
+    assert one.repair == "Choose 'nothing', or train on more devices"
+    assert not found(split, 2) and not found(tiny_config(), 1)
+    workers = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(workers))
+    assert not found(split, 1)
 
 
 @pytest.mark.slow

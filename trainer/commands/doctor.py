@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from trainer.config.settings import Config, DistributionConfig
+from trainer.config.settings import Config, DistributionConfig, check_shard
 from trainer.distributed.tpu_install import check_tpu
 from trainer.distributed.workers import find_workers
 from trainer.errors import UserError
@@ -90,7 +90,7 @@ def check_up(config: Config) -> Iterator[Finding]:
     yield from check_folders(config)
     # TensorFlow would end the process, for a reason that is known by now.
     if not faults & {"code", "TensorFlow", "TPU"}:
-        yield from check_devices(config.distribution)
+        yield from check_devices(config)
 
 
 def check_unused_tpu(config: Config, machine: Machine) -> Iterator[Finding]:
@@ -168,10 +168,12 @@ def need_of_text(config: Config) -> Need:
     return Need("data.prepared_folder", size, size / 4, "the prepared text, at most twice the text")
 
 
-def check_devices(config: DistributionConfig) -> Iterator[Finding]:
-    """Computes on the devices, and adds up an array over them, in a process of its own."""
+def check_devices(config: Config) -> Iterator[Finding]:
+    """Computes on the devices, and adds up an array over them, in a process of its own. Checks that there are several
+    if distribution.shard splits something.
+    """
     try:
-        kind, count, is_right, num_bytes, secs = call_in_new_process(_compute, config)
+        kind, count, is_right, num_bytes, secs = call_in_new_process(_compute, config.distribution)
     except Exception as cause:
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
         yield _failed(lines[0])
@@ -186,6 +188,24 @@ def check_devices(config: DistributionConfig) -> Iterator[Finding]:
         yield ok("devices", f"1 x {kind} computes; there is no other one to add up gradients with")
     else:
         yield ok("devices", f"{count} x {kind} add up {size_of(num_bytes)} at {size_of(num_bytes / secs)}/s")
+    yield from check_split(config, count)
+
+
+def check_split(config: Config, num_devices: int) -> Iterator[Finding]:
+    """Checks that distribution.shard has several replicas to split over.
+
+    Args:
+        config: the settings of the run.
+        num_devices: this worker's devices.
+    """
+    with contextlib.suppress(UserError):  # check_workers reports it.
+        with quiet_import():
+            num_workers = len(find_workers(config.distribution).addresses)
+        try:
+            check_shard(config, num_devices * num_workers)
+        except UserError as cause:
+            what, _, remedy = str(cause).partition("; ")
+            yield error("distribution.shard", what, remedy[0].upper() + remedy[1:].rstrip("."))
 
 
 def _failed(reason: str) -> Finding:
