@@ -273,6 +273,16 @@ def test_a_plan_without_a_target_is_for_the_gpus_of_this_machine_if_a_run_would_
         "the table of devices lacks a GPU of this machine: NVIDIA GeForce GTX 1080"
     )
     assert own(["distribution.kind=tpu"], *two)[0] == "None"
+    # A split is for several devices: such a config is for another machine, unless it names the CPU.
+    for names in ((), two[:1]):
+        target, why = own(["distribution.shard=optimizer"], *names)
+        assert target == "None" and re.match(
+            rf"this machine has one device for the run \({'gpu:RTX4090x1' if names else 'cpu'}\), and "
+            "distribution.shard='optimizer' splits over several; --target adds memory and time",
+            why,
+        )
+    assert own(["distribution.shard=optimizer"], *two)[0] == "gpu:RTX4090x2"
+    assert own(["distribution.shard=optimizer", "distribution.kind=cpu"])[0] == "cpu"
 
 
 def test_the_commands_keep_what_was_typed(capsys: pytest.CaptureFixture[str], tmp_path: Path):
