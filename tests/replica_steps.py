@@ -14,6 +14,7 @@ import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -21,6 +22,7 @@ import trainer.training.split as split_module
 import trainer.training.step as step_module
 from trainer.config.file import make_config
 from trainer.data.batches import places_of_slots
+from trainer.distributed.collectives import TensorFlowCollectives, _number
 from trainer.distributed.strategy import distributed, make_strategy
 from trainer.model.dropout import DropoutDraw
 from trainer.model.gpt import GPT
@@ -33,7 +35,8 @@ VOCABULARY, NUM_STEPS, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH = 29, 5, 96, 8
 
 def config_of(distribution, case, num_replicas=1):
     """The config of a case: clipped in every step, and with masks that a replica could get wrong."""
-    rows = GLOBAL_BATCH_SIZE // num_replicas // case.get("micro_batches", 1)
+    train = {"global_batch_size": GLOBAL_BATCH_SIZE, **case.get("train", {})}
+    rows = train["global_batch_size"] // num_replicas // case.get("micro_batches", 1)
     settings = {
         "run_folder": "unused",
         "model": {
@@ -48,9 +51,8 @@ def config_of(distribution, case, num_replicas=1):
             "precision": case.get("precision", "float64"),
             "micro_batch_size": rows,
             "total_steps": NUM_STEPS,
-            "global_batch_size": GLOBAL_BATCH_SIZE,
             "sequence_length": SEQUENCE_LENGTH,
-            **case.get("train", {}),
+            **train,
         },
         "optimizer": {"learning_rate": 1e-2, "clip_norm": 0.1, "weight_decay": 0.1, **case.get("optimizer", {})},
         "distribution": {**distribution, **case.get("distribution", {})},
@@ -58,10 +60,10 @@ def config_of(distribution, case, num_replicas=1):
     return make_config(settings)
 
 
-def global_batches():
+def global_batches(batch_size=GLOBAL_BATCH_SIZE):
     """Random examples whose ends are padding: of other lengths in each, so that replicas hold unequal counts."""
     random = np.random.default_rng(0)
-    shape = (NUM_STEPS, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH)
+    shape = (NUM_STEPS, batch_size, SEQUENCE_LENGTH)
     tokens = random.integers(0, VOCABULARY, shape).astype(np.int32)
     lengths = random.integers(1, SEQUENCE_LENGTH + 1, shape[:2])
     lengths[:, -7:] = 0  # The last replica has next to nothing to learn from.
@@ -72,12 +74,13 @@ def global_batches():
 
 def elements(train, share):
     """The part of the batches that a worker feeds to its replicas."""
-    parts = [tf.reshape(part, [-1, SEQUENCE_LENGTH]) for part in global_batches()]
+    size = train.global_batch_size
+    parts = [tf.reshape(part, [-1, SEQUENCE_LENGTH]) for part in global_batches(size)]
 
     def element(number):
-        batch, slots = share.of_element(number, GLOBAL_BATCH_SIZE)
-        places, is_used = places_of_slots(batch * GLOBAL_BATCH_SIZE + slots, train, share.total_replicas)
-        shape = [GLOBAL_BATCH_SIZE // share.total_replicas, SEQUENCE_LENGTH]
+        batch, slots = share.of_element(number, size)
+        places, is_used = places_of_slots(batch * size + slots, train, share.total_replicas)
+        shape = [size // share.total_replicas, SEQUENCE_LENGTH]
         inputs, targets, weights = (tf.ensure_shape(tf.gather(part, places), shape) for part in parts)
         return inputs, targets, weights * tf.cast(is_used, tf.float32)[:, tf.newaxis]
 
@@ -88,6 +91,10 @@ def break_on_purpose(what):
     """Makes a mistake that a trainer could make; returns what undoes it."""
     if what in SPLIT_MISTAKES:
         return break_split(what)
+    if what == "place_is_number":
+        place = TensorFlowCollectives._place
+        TensorFlowCollectives._place = lambda self: _number()
+        return lambda: setattr(TensorFlowCollectives, "_place", place)
     accumulate = step_module.accumulate
 
     def clip_before_reduce(*arguments, **options):
@@ -186,11 +193,22 @@ def count_reductions(function):
     return sum(node.op == "CollectiveReduceV2" for node in nodes)
 
 
-def take_steps(strategy, config):
+def foreign_model(dtype):
+    """A model of Keras's own layers, of odd sizes; on many replicas some pieces of its vectors are only padding."""
+    keras.utils.set_random_seed(0)
+    layers = [
+        keras.layers.Embedding(VOCABULARY, 7, dtype=dtype),
+        keras.layers.LayerNormalization(dtype=dtype),
+        keras.layers.Dense(VOCABULARY, dtype=dtype),
+    ]
+    return keras.Sequential([keras.Input([SEQUENCE_LENGTH], dtype="int32"), *layers])
+
+
+def take_steps(strategy, config, is_foreign=False):
     """Returns the weights after all steps, each clipped gradient of the first step, and what the step reported."""
-    in_pieces = config.distribution.shard == "weights"
+    in_pieces, dtype = config.distribution.shard == "weights", config.train.precision
     with strategy.scope(), without_values() if in_pieces else contextlib.nullcontext():
-        model = GPT(config.model, VOCABULARY, SEQUENCE_LENGTH, dtype=config.train.precision)
+        model = foreign_model(dtype) if is_foreign else GPT(config.model, VOCABULARY, SEQUENCE_LENGTH, dtype=dtype)
     step = step_module.TrainingStep(config, NUM_STEPS, model, strategy)
     batches = iter(distributed(strategy, functools.partial(elements, config.train)))
     run_steps = step.run_steps.get_concrete_function(batches, tf.constant(0, tf.int64))
@@ -222,7 +240,9 @@ def main():
     for number, case in enumerate(map(json.loads, cases)):
         mend = break_on_purpose(case.get("mistake"))
         config = config_of(json.loads(distribution), case, strategy.num_replicas_in_sync)
-        results |= {f"{number}/{name}": value for name, value in take_steps(strategy, config).items()}
+        results |= {
+            f"{number}/{name}": value for name, value in take_steps(strategy, config, "foreign" in case).items()
+        }
         mend()
     np.savez(out, num_replicas=strategy.num_replicas_in_sync, **results)
 

@@ -64,6 +64,9 @@ def split(case, shard="optimizer", over=None):
 
 
 SHARDS = ("optimizer", "weights")
+# A step that is traced in a moment, for many replicas. Eleven share another batch.
+FOREIGN = {"foreign": True}
+ELEVENTHS = {**FOREIGN, "train": {"global_batch_size": 88}}
 SPLIT_CONTROLS = [split({"mistake": mistake}) for mistake in [*MISTAKES, *replica_steps.SPLIT_MISTAKES]]
 SPLIT_CONTROLS += [split({"mistake": mistake}, "weights") for mistake in replica_steps.SPLIT_MISTAKES]
 # The same eight micro-batches on any number of replicas.
@@ -81,7 +84,7 @@ ON_EIGHT = [
 IN_GROUPS = {"optimizer": SPLIT[3], "weights": SPLIT[1]}
 # A process takes all the cases that a number of replicas is needed for.
 CASES_ON = {
-    1: [*CASES, EIGHTHS[1], EIGHTHS_OF_MUON[1], *SPLIT, *MUON[::2]],
+    1: [*CASES, EIGHTHS[1], EIGHTHS_OF_MUON[1], *SPLIT, FOREIGN, ELEVENTHS, *MUON[::2]],
     2: [*CASES, *SPLIT_CONTROLS, *CONTROLS],
     4: [
         *CASES,
@@ -92,6 +95,8 @@ CASES_ON = {
         MUON[1],
     ],
     8: [*ON_EIGHT, *(split(SPLIT[0], shard) for shard in SHARDS)],
+    12: [split(FOREIGN)],
+    16: [split(FOREIGN)],
 }
 
 
@@ -104,6 +109,16 @@ def start(out, distribution, cases, environment=None):
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def start_workers(folder, addresses, cases):
+    """Starts workers that take the cases together; returns the processes and their files of results."""
+    outs = [folder / f"worker{i}.npz" for i in range(len(addresses))]
+    cluster = [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}} for i in range(len(outs))]
+    return [
+        start(out, {"kind": "multi_worker"}, cases, {"TF_CONFIG": json.dumps(task)})
+        for out, task in zip(outs, cluster, strict=True)
+    ], outs
 
 
 def results_of(process, out):
@@ -239,6 +254,26 @@ def test_pieces_in_each_of_two_groups_change_nothing(results, shard):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_replicas", [12, 16])
+def test_an_optimizer_in_pieces_changes_nothing_for_a_model_of_keras_on_many_replicas(results, num_replicas):
+    (result,) = results[num_replicas]
+    assert_equal(result, results[1][CASES_ON[1].index(FOREIGN)], TOLERANCE["float64"])
+
+
+@pytest.mark.slow
+def test_eleven_workers_with_an_optimizer_in_pieces_make_the_weights_of_one(tmp_path, results, free_addresses):
+    # The names of eleven workers are not in the order of their numbers as texts: 0, 1, 10, 2, ...
+    cases = [split(ELEVENTHS), split({**ELEVENTHS, "mistake": "place_is_number"})]
+    processes, outs = start_workers(tmp_path, free_addresses(11), cases)
+    reference = results[1][CASES_ON[1].index(ELEVENTHS)]
+    for right, broken in [results_of(process, out) for process, out in zip(processes, outs, strict=True)]:
+        assert_equal(right, reference, TOLERANCE["float64"])
+        with pytest.raises(AssertionError):
+            assert_equal(broken, reference, TOLERANCE["float32"])
+        assert relative_difference(broken, reference, "weights/") > 1e-4
+
+
+@pytest.mark.slow
 def test_a_mistake_would_be_seen(results, one_device):
     controls = [case for case in CASES_ON[2] if "mistake" in case]
     assert len(controls) == 2 * len(MISTAKES) + 2 * len(replica_steps.SPLIT_MISTAKES)
@@ -255,16 +290,8 @@ def test_the_number_of_hosts_changes_nothing(tmp_path, results, one_device, num_
     chosen = [0, 3, 5]
     # Three workers have no whole number of examples in three micro-batches.
     apart = [SPLIT[0] | {"micro_batches": 4}, SPLIT[1]]
-    outs = [tmp_path / f"worker{i}.npz" for i in range(num_workers)]
-    processes = [
-        start(
-            out,
-            {"kind": "multi_worker"},
-            [*(CASES[i] for i in chosen), *(split(case, shard) for shard in SHARDS for case in apart)],
-            {"TF_CONFIG": json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}})},
-        )
-        for i, out in enumerate(outs)
-    ]
+    in_pieces = [split(case, shard) for shard in SHARDS for case in apart]
+    processes, outs = start_workers(tmp_path, workers, [*(CASES[i] for i in chosen), *in_pieces])
     all_results = [results_of(process, out) for process, out in zip(processes, outs, strict=True)]
     expected = [one_device[i - i % 2] for i in chosen] + 2 * [results[1][CASES_ON[1].index(case)] for case in SPLIT[:2]]
     for of_worker in all_results:
