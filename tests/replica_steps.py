@@ -144,7 +144,7 @@ def break_split(what):
         begin(self)
         before[:] = self.gathered()
 
-    def finish_with_it(self):
+    def finish_with_it(self, finite):
         for variable, whole in zip(self._variables, before, strict=True):
             tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=whole)
 

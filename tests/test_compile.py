@@ -18,10 +18,11 @@ import pytest
 from trainer.config.file import load_config, make_config
 from trainer.errors import UserError
 from trainer.hardware.devices import parse_target
+from trainer.model.size import count_parameters
 from trainer.optimizers.cost import optimizer_flops
 from trainer.planning import compiler
 from trainer.planning.compiler import CompiledStep, compile_step, largest_that_fits
-from trainer.planning.estimate import estimate_memory
+from trainer.planning.estimate import estimate_memory, sent_bytes
 from trainer.planning.plan import find_vocabulary_size
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +134,60 @@ def test_the_work_of_muon_on_each_tpu_core_falls_with_their_number():
     assert in_products[1] == in_products[0] / 4
     # The compiler counts the other operations of these steps, too: a few for each number.
     assert alone - shared == pytest.approx(in_products[0] - in_products[1], rel=0.03)
+
+
+SPLIT_FIGURES = Path(__file__).with_name("compiled_splits.json")
+SHARDS = ["nothing", "optimizer"]
+# Matrices of rows that fill a TPU's tiles.
+SMALL = {
+    "run_folder": "unused",
+    "model": {"num_layers": 2, "num_heads": 4, "hidden_dim": 256, "intermediate_dim": 1024, "tied_embeddings": True},
+    "train": {
+        "precision": "mixed_bfloat16",
+        "total_steps": 4,
+        "global_batch_size": 64,
+        "micro_batch_size": 4,
+        "sequence_length": 128,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.parametrize("target_name", ["tpu:v5e-8", "gpu:H100x8"])
+def test_a_split_optimizer_sends_no_more_and_leaves_each_device_its_share(
+    target_name: str, request: pytest.FixtureRequest
+):
+    target, vocabulary_size, writes = parse_target(target_name), 2048, request.config.getoption("--write-figures")
+    steps: dict[str, CompiledStep] = {}
+    for shard in SHARDS:
+        config, name = make_config(SMALL, [f"distribution.shard={shard}"]), f"{shard} {target_name}"
+        stored = json.loads(SPLIT_FIGURES.read_text())
+        known = None if writes else CompiledStep(compile_secs=0.0, **stored[name])
+        try:
+            steps[shard] = compile_step(config, vocabulary_size, target, known=known)
+        except UserError as error:
+            if "the package index cannot be reached" in str(error):
+                pytest.skip("no package index to take the compiler from")
+            raise
+        # A loss, counts and a hash are not planned.
+        planned = sum(sent_bytes(config, vocabulary_size, target).values())
+        assert steps[shard].sent_bytes == pytest.approx(planned, rel=0.01)
+        figures = {key: value for key, value in steps[shard]._asdict().items() if key in (*STORED, "sent_bytes")}
+        if writes:
+            SPLIT_FIGURES.write_text(json.dumps(stored | {name: figures}, indent=2) + "\n")
+        else:
+            del figures["program"], stored[name]["program"]
+            assert figures == pytest.approx(stored[name], rel=0.03)
+    whole, split = steps["nothing"], steps["optimizer"]
+    assert whole.sent_bytes and split.sent_bytes
+    # Gradients once and weights once, in place of gradients twice.
+    assert split.sent_bytes <= 1.05 * whole.sent_bytes
+    of_weights = 4 * count_parameters(config, vocabulary_size)
+    batch = whole.arguments_bytes - 3 * of_weights
+    # Two moments, and the rows of the weights that the device updates.
+    kept = split.arguments_bytes - of_weights - batch
+    assert kept == pytest.approx(3 * of_weights / target.num_devices, rel=0.02)
 
 
 @pytest.mark.parametrize("largest", [0, 1, 2, 4, 8, 16, 32, 64])

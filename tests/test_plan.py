@@ -230,7 +230,7 @@ def test_only_micro_batches_that_divide_smaller_batches_too_are_compiled(
         size = make_config(config.model_dump(mode="json", exclude_none=True)).train.micro_batch_size
         assert isinstance(size, int)
         compiled.append(size)
-        return CompiledStep(10**9, 10**9 if size <= limit else 20 * 10**9, 1e12, 1e9, 4, 0, 60.0, program="")
+        return CompiledStep(10**9, 10**9 if size <= limit else 20 * 10**9, 1e12, 1e9, 4, 0, 60.0, "", sent_bytes=2e9)
 
     monkeypatch.setattr("trainer.planning.plan.compile_step", compile_step)
     sizes = ["train.global_batch_size=384", "train.batch_warmup.9=192", f"train.micro_batch_size={own}"]
@@ -260,13 +260,14 @@ def test_the_largest_micro_batch_is_found_with_few_compiles(
         compiled.append(size)
         if size > 32:
             raise DoesNotFit("Used 40G of 15.75G hbm.")
-        return CompiledStep(10**9, 10**9 if size <= largest else 20 * 10**9, 1e12, 1e9, 4, 0, 60.0, program="")
+        return CompiledStep(10**9, 10**9 if size <= largest else 20 * 10**9, 1e12, 1e9, 4, 0, 60.0, "", sent_bytes=2e9)
 
     monkeypatch.setattr("trainer.planning.plan.compile_step", compile_step)
     config = load_config(CONFIGS / "gpt2_124m_tpu_v5e_8.toml", [f"train.micro_batch_size={own}"])
     assert print_compiled(config, None, V5E_8, Command("c.toml", (), ("--compile",))) == (own <= largest)
     out = capsys.readouterr().out
     assert f"largest train.micro_batch_size that fits: {largest or 'none'}\n" in out
+    assert "; a device sends 2.00 GB a step; in 60 s\n" in out
     assert len(compiled) == num_compiled
     command = f"    trainer plan c.toml train.micro_batch_size={largest} --target tpu:v5e-8 --compile\n"
     assert (command in out) == (0 < largest < own)

@@ -18,7 +18,8 @@ Why these:
 - CollectiveGatherV2 does not take bfloat16, and TensorFlow's NcclManager in no operation; its bits travel as float16.
 - XLA has no kernels for these operations, and `XlaAllReduce` and `XlaReduceScatter` refuse float64. `XlaCallModule`
   holds one StableHLO operation of any dtype. XLA turns reduce_scatter of a vector into an all-reduce of twice the
-  traffic, so vectors are joined to one matrix [pieces, numbers].
+  traffic, so vectors are joined to one matrix [pieces, numbers]. For TPUs it does the same with a matrix that it has
+  laid out by columns, so reduce_scatter gets [pieces, rows, columns], whose first axis stays the outermost.
 - Operations in a replica function are chained in the order of the program over all replicas of a process, so that
   replica 0's would wait for replica 1's, which wait for replica 0. An ordering token, a variable that each replica has
   for itself, chains only one replica's operations.
@@ -63,10 +64,12 @@ class Collectives(abc.ABC):
     Attributes:
         num_pieces: the replicas of a group.
         num_groups: the groups.
+        is_one_program: whether XLA compiles the operations with all of the step.
     """
 
     num_pieces: int
     num_groups: int = 1
+    is_one_program = False
 
     def place(self) -> int | tf.Tensor:
         """Returns which piece is this replica's, from 0 on: a number, or an int32 scalar."""
@@ -248,6 +251,8 @@ class XlaCollectives(Collectives):
         num_pieces: the replicas of a group; divides their number.
     """
 
+    is_one_program = True
+
     def __init__(self, num_replicas: int, num_pieces: int) -> None:
         self.num_pieces, self.num_groups = num_pieces, num_replicas // num_pieces
 
@@ -275,7 +280,9 @@ class XlaCollectives(Collectives):
 
     def _scatter_one(self, summand: tf.Tensor) -> tf.Tensor:
         shape = [summand.shape[0] // self.num_pieces, *summand.shape[1:]]
-        return self._call("reduce_scatter", summand, shape, "scatter_dimension = 0 : i64, ", adds=True)
+        pieces = tf.reshape(summand, [self.num_pieces, *shape])
+        piece = self._call("reduce_scatter", pieces, [1, *shape], "scatter_dimension = 0 : i64, ", adds=True)
+        return tf.reshape(piece, shape)
 
     def _all_reduce(self, summand: tf.Tensor) -> tf.Tensor:
         return self._reduced(summand, "all")

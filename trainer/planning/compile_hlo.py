@@ -75,7 +75,39 @@ def compile_for(devices: list[Any], text: str) -> Any:
         return devices[0].client.compile(ir.Module.parse(text), xla_client.DeviceList(tuple(devices)), options)
 
 
-def figures(executable: Any, is_tpu: bool) -> dict[str, float | None]:
+def bytes_of(types: str) -> int:
+    """Returns the bytes of all arrays in a type of HLO, such as (f32[2,3]{1,0}, bf16[4]{0})."""
+    arrays = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", types)
+    return sum(BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in arrays)
+
+
+def sent_bytes(text: str, num_devices: int) -> float:
+    """Returns the bytes that each device sends to others in a compiled program; see `sent_bytes` in
+    trainer/planning/estimate.py. Operations inside a loop count once.
+    """
+    number, total, is_scatter = num_devices, 0.0, False
+    operation = r" = (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(-start)?\("
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY")):
+            # A TPU's compiler writes some reduce-scatters as a computation of this name: an all-reduce and a slice.
+            is_scatter = line.startswith("%all-reduce-scatter")
+        if not (found := re.search(operation, line)):
+            continue
+        returned, kind, starts = bytes_of(found[1]), found[2], found[3] is not None
+        if kind == "collective-permute":
+            total += returned / 2 if starts else returned  # What starts an operation returns the operand, too.
+            continue
+        whole = float(returned)
+        if kind in ("reduce-scatter", "all-gather") and starts:
+            whole = returned * number / (number + 1)
+        elif kind == "reduce-scatter":
+            whole = returned * number
+        passes = 2 if kind == "all-reduce" and not is_scatter else 1
+        total += passes * whole * (number - 1) / number
+    return total
+
+
+def figures(executable: Any, is_tpu: bool, num_devices: int) -> dict[str, float | None]:
     """Returns the figures of a compiled program that CompiledStep in trainer/planning/compiler.py describes."""
     import jax
     from jaxlib import _jax
@@ -91,15 +123,15 @@ def figures(executable: Any, is_tpu: bool) -> dict[str, float | None]:
         text = None
     # The GPU's compiler does not count operations. XLA's CPU client does, for a program of any device.
     cost = executable.cost_analysis() if is_tpu else _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
-    constants = re.findall(r"= (\w+)\[([\d,]*)\]\S* constant\(", text or "")
-    sizes = (BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in constants)
+    constants = re.findall(r"= (\w+\[[\d,]*\])\S* constant\(", text or "")
     return {
         "arguments_bytes": memory.argument_size_in_bytes,
         "temporaries_bytes": memory.temp_size_in_bytes,
         "flops": cost["flops"],
         "accessed_bytes": cost["bytes accessed"],
         "num_all_reduces": None if text is None else len(re.findall(r" all-reduce(?:-start)?\(", text)),
-        "largest_constant_bytes": None if text is None else max(sizes, default=0),
+        "sent_bytes": None if text is None else sent_bytes(text, num_devices),
+        "largest_constant_bytes": None if text is None else max(map(bytes_of, constants), default=0),
     }
 
 
@@ -122,7 +154,8 @@ def main() -> None:
         print(json.dumps({"does_not_fit": str(error)[:600]}))
         return
     secs = time.monotonic() - begin
-    print(json.dumps(figures(executable, "topology" in settings) | {"compile_secs": secs, "program": program}))
+    found = figures(executable, "topology" in settings, settings["num_devices"])
+    print(json.dumps(found | {"compile_secs": secs, "program": program}))
 
 
 if __name__ == "__main__":

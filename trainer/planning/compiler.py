@@ -41,6 +41,7 @@ class CompiledStep(NamedTuple):
         largest_constant_bytes: size of the largest constant in the program; None if it cannot be read back.
         compile_secs: time that the compiler took.
         program: digest of the program, the device and the compiler.
+        sent_bytes: bytes that the device sends to others, at least; None if the program cannot be read back.
     """
 
     arguments_bytes: int
@@ -51,6 +52,7 @@ class CompiledStep(NamedTuple):
     largest_constant_bytes: int | None
     compile_secs: float
     program: str
+    sent_bytes: float | None = None
 
     def memory_bytes(self) -> int:
         """Returns all memory that the step needs."""

@@ -144,11 +144,13 @@ def _compiles(config: Config, vocabulary_size: int, target: Target, micro_batch_
         say(f"{label}: does not fit: {error}")
         return False
     verdict = "fits" if step.memory_bytes() <= memory_bytes else "does not fit"
+    sends = f"; a device sends {size_of(step.sent_bytes)} a step" if step.sent_bytes else ""
     say(
         f"{label}: {size_of(step.memory_bytes())} of {size_of(memory_bytes)}: {verdict}. "
         f"{size_of(step.arguments_bytes)} of weights, optimizer and batch and "
         f"{size_of(step.temporaries_bytes)} of temporaries; a micro-batch and an update are "
-        f"{step.flops / 1e12:.3g} teraflop and move {size_of(step.accessed_bytes)}; in {step.compile_secs:.0f} s"
+        f"{step.flops / 1e12:.3g} teraflop and move {size_of(step.accessed_bytes)}{sends}; in "
+        f"{step.compile_secs:.0f} s"
     )
     return verdict == "fits"
 

@@ -106,9 +106,17 @@ class SplitOptimizer:
             own = self._collectives.own(cut.padded(tf.convert_to_tensor(variable.value), tf))
             tf.raw_ops.AssignVariableOp(resource=piece.value.handle, value=tf.ensure_shape(own, piece.shape))
 
-    def finish(self) -> None:
-        """Gives the weights the values of all replicas' pieces."""
+    def finish(self, finite: tf.Tensor) -> None:
+        """Gives the weights the values of all replicas' pieces.
+
+        Args:
+            finite: bool scalar, whether the pieces were updated. Otherwise they are those of the weights.
+        """
         for variable, whole in zip(self._variables, self.gathered(), strict=True):
+            if self._collectives.is_one_program:
+                # XLA writes the result of a choice over the old weights. It gathers nothing in place: without the
+                # choice its program for a TPU copies all weights at its beginning, and keeps the copy in the step.
+                whole = tf.where(finite, whole, tf.convert_to_tensor(variable.value))
             # The raw operation, as `assign` would aggregate over replicas, which all have the same.
             tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=whole)
 

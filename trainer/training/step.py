@@ -385,7 +385,7 @@ class TrainingStep:
         if self.split is not None:
             # Not in the condition: no collective operation may be there. A step that is skipped gets the same weights
             # back.
-            self.split.finish()
+            self.split.finish(finite)
             if self.average is not None and gathers:
                 tf.cond(finite, self.average.update, lambda: None)
         self.step.assign_add(1)
