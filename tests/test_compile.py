@@ -10,20 +10,33 @@ its program, the device or the compiler has changed since; otherwise the file's 
 import functools
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import replica_steps  # type: ignore[import-not-found]  # pytest has this folder on its path
+import tensorflow as tf
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+from test_replicas import ODD, TIED, TOLERANCE, assert_equal, relative_difference  # type: ignore[import-not-found]
 
 from trainer.config.file import load_config, make_config
+from trainer.config.settings import Config
+from trainer.distributed.collectives import XlaCollectives
+from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.hardware.devices import parse_target
+from trainer.model.pieces import Cut
 from trainer.model.size import count_parameters
 from trainer.optimizers.cost import optimizer_flops
-from trainer.planning import compiler
+from trainer.planning import compiler, lower
 from trainer.planning.compiler import CompiledStep, compile_step, largest_that_fits
 from trainer.planning.estimate import estimate_memory, sent_bytes
+from trainer.planning.lower import trace_step
 from trainer.planning.plan import find_vocabulary_size
+from trainer.training.split import SplitArray
+from trainer.training.step import Batch, StepMetrics
 
 ROOT = Path(__file__).parent.parent
 FIGURES = Path(__file__).with_name("compiled_steps.json")
@@ -188,6 +201,143 @@ def test_a_split_optimizer_sends_no_more_and_leaves_each_device_its_share(
     # Two moments, and the rows of the weights that the device updates.
     kept = split.arguments_bytes - of_weights - batch
     assert kept == pytest.approx(3 * of_weights / target.num_devices, rel=0.02)
+
+
+# The splits are run on as many virtual devices of the CPU as there are replicas.
+NUM_REPLICAS = 8
+
+
+def config_of_program(shard: str, num_replicas: int, micro_batches: int) -> Config:
+    """A step that is clipped, drops, and adds up micro-batches, of sizes that leave pieces with padding."""
+    case = {"model": ODD | TIED, "micro_batches": micro_batches, "distribution": {"shard": shard}}
+    config: Config = replica_steps.config_of({"kind": "cpu"}, case, num_replicas)
+    return config
+
+
+def split_among(values: np.ndarray) -> np.ndarray:
+    """Returns the batches [steps, examples, ...] as [steps, replicas, examples of each, ...]."""
+    return values.reshape(len(values), NUM_REPLICAS, -1, *values.shape[2:])
+
+
+class StepThatRuns(lower._StepOfMany):
+    """A step whose replicas have the places of their examples: when it is only compiled, they make no difference."""
+
+    def _place_on_replica(self, batch: Batch) -> tuple[Batch, tf.Tensor, tf.Tensor | None]:
+        batch, _, num_examples = super()._place_on_replica(batch)
+        return batch, tf.cast(gen_xla_ops.xla_replica_id(), tf.int64) * self.execution.examples, num_examples
+
+
+class Program:
+    """The program of a step for a TPU's replicas, with names for what it takes and returns."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.folder = folder
+        target = parse_target(f"tpu:v5e-{NUM_REPLICAS}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lower, "_StepOfMany", StepThatRuns)
+            self.step, take_step, specs = trace_step(config, replica_steps.VOCABULARY, target)
+        function = take_step.get_concrete_function(*specs)
+        pieces = {} if self.step.split is None else self.step.split.pieces
+        named = self.step.named_variables.items()
+        self.weights = {name: each.value for name, each in named if not isinstance(each, SplitArray)}
+        known = [*self.weights.values(), *(each.value for each in pieces.values())]
+        known += [*self.step.optimizer.state().values(), self.step.step, self.step.batches_hash]
+        of_handle = {id(each.handle): each for each in (*known, self.step.skipped_in_a_row)}
+        self.variables = [of_handle[id(handle)] for handle in function.captured_inputs]
+        arguments = {f"b{i}": split_among(part) for i, part in enumerate(replica_steps.global_batches())}
+        for i, variable in enumerate(self.variables):
+            arguments[f"s{i}"] = np.stack([variable.numpy()] * NUM_REPLICAS)
+        folder.mkdir()
+        np.savez(folder / "arguments.npz", **arguments)  # type: ignore[arg-type]  # Its stub lacks keywords.
+        (folder / "program.hlo").write_bytes(take_step.experimental_get_compiler_ir(*specs)(stage="hlo_serialized"))
+
+    def results(self) -> dict[str, np.ndarray]:
+        """Returns what `replica_steps.take_steps` does, of the steps that run_program.py took."""
+        arrays = dict(np.load(self.folder / "results.npz"))
+        assert len([name for name in arrays if name[0] == "s"]) == len(self.variables)
+        state = {id(variable): arrays[f"s{i}"] for i, variable in enumerate(self.variables)}
+        metrics = StepMetrics(*(arrays[f"m{i}"] for i in range(len(StepMetrics._fields))))
+        assert metrics.num_steps.tolist() == [[1] * NUM_REPLICAS] * replica_steps.NUM_STEPS
+        shapes = {name: tuple(each.shape) for name, each in self.step.named_variables.items()}
+        found = {"batches_hash": state[id(self.step.batches_hash)][-1, 0]}
+        for name, variable in self.weights.items():
+            found[f"weights/{name}"] = whole(state[id(variable)][-1], shapes[name])
+        for name, variable in self.step.optimizer.state().items():
+            weight, _, what = name.rpartition("/")
+            if what == "first_moment":
+                found[f"gradients/{name}"] = whole(state[id(variable)][0], shapes[weight])
+        alike = [state[id(variable)][-1] for variable in self.weights.values()]
+        alike += [each[-1] for each in metrics]
+        found["replicas_agree"] = np.all([(each == each[:1]).all() for each in alike])
+        after_first = StepMetrics(*(each[1:, 0].sum() for each in metrics))
+        found["num_clipped"] = after_first.num_clipped
+        found["loss"] = after_first.loss_sum / after_first.num_targets
+        return found
+
+
+def whole(of_replicas: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the array that replicas hold pieces of, or the first of those that each holds whole."""
+    if of_replicas.shape[1:] == shape:
+        return of_replicas[0]
+    cut = Cut(shape, NUM_REPLICAS)
+    array: np.ndarray = cut.whole(of_replicas.reshape(cut.padded_shape))
+    return array
+
+
+def without_reduction(self, name, operand, shape, how="", adds=False, among="group"):
+    """In place of XlaCollectives._call: a replica takes its own summand for the sum."""
+    if not adds:
+        return with_reduction(self, name, operand, shape, how, adds, among)
+    return operand if list(operand.shape) == list(shape) else self.own(operand)
+
+
+with_reduction = XlaCollectives._call
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Program]:
+    """The program of each split, which was run, and without a reduction."""
+    folder, found = tmp_path_factory.mktemp("programs"), {}
+    for shard in SHARDS:
+        config = config_of_program(shard, NUM_REPLICAS, micro_batches=3)
+        found[shard] = Program(config, folder / shard)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(XlaCollectives, "_call", without_reduction)
+            found[f"{shard}, broken"] = Program(config, folder / f"{shard}, broken")
+    try:
+        python = compiler._compiler_environment("tpu", print)
+    except UserError as error:
+        if "the package index cannot be reached" in str(error):
+            pytest.skip("no package index to take the compiler from")
+        raise
+    script, module = Path(__file__).with_name("run_program.py"), Path(compiler.__file__).with_name("compile_hlo.py")
+    command = [str(python), "-I", str(script), str(module), *(str(each.folder) for each in found.values())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert not done.returncode, done.stderr[-3000:]
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_device() -> dict[str, np.ndarray]:
+    """What TensorFlow's own operations make of the same batches on one device."""
+    config = config_of_program("nothing", 1, micro_batches=2)
+    found: dict[str, np.ndarray] = replica_steps.take_steps(make_strategy(config.distribution), config)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.parametrize("shard", SHARDS)
+def test_the_program_of_eight_tpu_replicas_makes_the_weights_of_one_device(
+    programs: dict[str, Program], one_device: dict[str, np.ndarray], shard: str
+):
+    results, broken = programs[shard].results(), programs[f"{shard}, broken"].results()
+    assert_equal(results, one_device, TOLERANCE["float64"])
+    assert results["replicas_agree"]
+    # Without the reduction every replica trains on its own examples.
+    with pytest.raises(AssertionError):
+        assert_equal(broken, one_device, TOLERANCE["float32"])
+    assert relative_difference(broken, one_device, "weights/") > 1e-3
 
 
 @pytest.mark.parametrize("largest", [0, 1, 2, 4, 8, 16, 32, 64])

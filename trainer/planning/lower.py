@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
@@ -20,6 +21,20 @@ from trainer.optimizers.replicas import Replicas
 from trainer.training.step import TrainingStep
 
 
+class TracedStep(NamedTuple):
+    """One replica's whole step, traced for several replicas.
+
+    Attributes:
+        training_step: the model, its optimizer and the counters, whose variables the program takes and changes.
+        take_step: the step as a function of inputs, targets and weights, compiled as a whole.
+        specs: the shapes and dtypes of these three.
+    """
+
+    training_step: TrainingStep
+    take_step: tf.types.experimental.PolymorphicFunction
+    specs: list[tf.TensorSpec]
+
+
 def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
     """Returns one replica's whole step (forward, backward, clip and update) as a serialized XLA HloModuleProto.
 
@@ -34,6 +49,13 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
         UserError: the batch cannot be spread over that many replicas, there is only one to split over, or
             train.micro_batch_size is not a number.
     """
+    step = trace_step(config, vocabulary_size, target)
+    hlo: bytes = step.take_step.experimental_get_compiler_ir(*step.specs)(stage="hlo_serialized")
+    return hlo
+
+
+def trace_step(config: Config, vocabulary_size: int, target: Target) -> TracedStep:
+    """Returns the step that `lower_step` lowers; see there."""
     train = config.train
     in_pieces = config.distribution.shard == "weights"
     if in_pieces and target.processor().kind != "TPU":
@@ -64,8 +86,7 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
 
     shape = [execution.examples, train.sequence_length]
     specs = [tf.TensorSpec(shape, dtype) for dtype in (tf.int32, tf.int32, tf.float32)]
-    hlo: bytes = take_step.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
-    return hlo
+    return TracedStep(training_step, take_step, specs)
 
 
 class _CollectivesOfMany(XlaCollectives):
@@ -76,7 +97,11 @@ class _CollectivesOfMany(XlaCollectives):
 
 
 class _StepOfMany(TrainingStep):
-    """The step of one of several replicas, although the strategy that lowers it has only one replica."""
+    """The step of one of several replicas, although the strategy that lowers it has only one replica.
+
+    Every replica takes its examples for the first ones of the batch. That changes dropout masks and the batch's hash,
+    but nothing that a compiler reports.
+    """
 
     num_replicas = 1
 
@@ -91,6 +116,8 @@ class _StepOfMany(TrainingStep):
     def sum_over_replicas(self, replica: tf.distribute.ReplicaContext, summands: list[tf.Tensor]) -> list[tf.Tensor]:
         if self.num_replicas == 1:
             return summands
+        if summands[0].dtype == tf.float64:  # XlaAllReduce refuses it.
+            return [XlaCollectives(self.num_replicas, self.num_replicas).all_reduce(x) for x in summands]
         groups = tf.constant([[*range(self.num_replicas)]], tf.int32)
         return [gen_xla_ops.xla_all_reduce(x, groups, "Add", "CrossReplica") for x in summands]
 

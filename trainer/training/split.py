@@ -218,7 +218,7 @@ class SplitWeights(SplitOptimizer):
     def begin(self) -> None:
         """Does nothing: the pieces are the weights."""
 
-    def finish(self) -> None:
+    def finish(self, finite: tf.Tensor) -> None:
         """Does nothing: the pieces are the weights."""
 
     def gathered(self) -> list[tf.Tensor]:
