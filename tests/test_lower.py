@@ -55,9 +55,6 @@ def test_a_split_optimizer_scatters_each_gradient_once_and_gathers_each_weight_o
     assert [count_operations(of_four, name) for name in (b"reduce-scatter", b"all-gather", b"all-reduce")] == [8, 8, 1]
     with pytest.raises(UserError, match=r"distribution.shard='optimizer' splits over several replicas"):
         lower_step(config, 13, GPU)
-    weights = make_config(config.model_dump(mode="json"), ["distribution.shard=weights"])
-    with pytest.raises(UserError, match=r"distribution.shard='weights' is not compiled .*; leave out --compile"):
-        lower_step(weights, 13, GPU._replace(num_devices=4))
 
 
 @pytest.mark.parametrize(

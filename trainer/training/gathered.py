@@ -99,9 +99,9 @@ class _Gathered(Held):
         def run(hidden: tf.Tensor, *pieces: tf.Tensor) -> tuple[tuple[tf.Tensor, tf.Tensor], object]:
             # The gradients are made here. If the tape around this one recorded how, the loop over the chunks of logits
             # would keep all of them for a second derivative.
-            hidden, *pieces = map(tf.stop_gradient, (hidden, *pieces))
+            hidden = tf.stop_gradient(hidden)
+            gathered = self._gather(cuts, [tf.stop_gradient(piece) for piece in pieces], hidden)
             # The loss adds up the gradient of the output projection, chunk by chunk, in the dtype that it gets it in.
-            gathered = self._gather(cuts, pieces, hidden)
             whole = [tf.cast(each, piece.dtype) for each, piece in zip(gathered, pieces, strict=True)]
             with tf.GradientTape() as tape:
                 tape.watch([hidden, *whole])
