@@ -22,7 +22,7 @@ from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from test_replicas import ODD, TIED, TOLERANCE, assert_equal, relative_difference  # type: ignore[import-not-found]
 
 from trainer.config.file import load_config, make_config
-from trainer.config.settings import Config
+from trainer.config.settings import Config, num_pieces
 from trainer.distributed.collectives import XlaCollectives
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
@@ -150,7 +150,6 @@ def test_the_work_of_muon_on_each_tpu_core_falls_with_their_number():
 
 
 SPLIT_FIGURES = Path(__file__).with_name("compiled_splits.json")
-SHARDS = ["nothing", "optimizer"]
 # Matrices of rows that fill a TPU's tiles.
 SMALL = {
     "run_folder": "unused",
@@ -173,7 +172,7 @@ def test_a_split_optimizer_sends_no_more_and_leaves_each_device_its_share(
 ):
     target, vocabulary_size, writes = parse_target(target_name), 2048, request.config.getoption("--write-figures")
     steps: dict[str, CompiledStep] = {}
-    for shard in SHARDS:
+    for shard in ("nothing", "optimizer"):
         config, name = make_config(SMALL, [f"distribution.shard={shard}"]), f"{shard} {target_name}"
         stored = json.loads(SPLIT_FIGURES.read_text())
         known = None if writes else CompiledStep(compile_secs=0.0, **stored[name])
@@ -205,11 +204,17 @@ def test_a_split_optimizer_sends_no_more_and_leaves_each_device_its_share(
 
 # The splits are run on as many virtual devices of the CPU as there are replicas.
 NUM_REPLICAS = 8
+SPLITS = {
+    "nothing": {"shard": "nothing"},
+    "optimizer": {"shard": "optimizer"},
+    "weights": {"shard": "weights"},
+    "weights in two groups": {"shard": "weights", "shard_over": 4},
+}
 
 
-def config_of_program(shard: str, num_replicas: int, micro_batches: int) -> Config:
+def config_of_program(split: str, num_replicas: int, micro_batches: int) -> Config:
     """A step that is clipped, drops, and adds up micro-batches, of sizes that leave pieces with padding."""
-    case = {"model": ODD | TIED, "micro_batches": micro_batches, "distribution": {"shard": shard}}
+    case = {"model": ODD | TIED, "micro_batches": micro_batches, "distribution": SPLITS[split]}
     config: Config = replica_steps.config_of({"kind": "cpu"}, case, num_replicas)
     return config
 
@@ -228,9 +233,15 @@ class StepThatRuns(lower._StepOfMany):
 
 
 class Program:
-    """The program of a step for a TPU's replicas, with names for what it takes and returns."""
+    """The program of a step for a TPU's replicas, with names for what it takes and returns.
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    Args:
+        config: the run's configuration.
+        folder: where the program and its arguments are written.
+        initial: the whole weights that it begins with, by name; None: those of its own model, which has them.
+    """
+
+    def __init__(self, config: Config, folder: Path, initial: dict[str, np.ndarray] | None = None) -> None:
         self.folder = folder
         target = parse_target(f"tpu:v5e-{NUM_REPLICAS}")
         with pytest.MonkeyPatch.context() as patch:
@@ -239,14 +250,24 @@ class Program:
         function = take_step.get_concrete_function(*specs)
         pieces = {} if self.step.split is None else self.step.split.pieces
         named = self.step.named_variables.items()
-        self.weights = {name: each.value for name, each in named if not isinstance(each, SplitArray)}
+        self.num_pieces = num_pieces(config, NUM_REPLICAS)
+        self.whole = {name: each.value for name, each in named if not isinstance(each, SplitArray)}
+        self.initial = initial or {name: each.numpy() for name, each in self.whole.items()}
+        self.weights = self.whole or {name: each.value for name, each in pieces.items()}
         known = [*self.weights.values(), *(each.value for each in pieces.values())]
         known += [*self.step.optimizer.state().values(), self.step.step, self.step.batches_hash]
         of_handle = {id(each.handle): each for each in (*known, self.step.skipped_in_a_row)}
         self.variables = [of_handle[id(handle)] for handle in function.captured_inputs]
         arguments = {f"b{i}": split_among(part) for i, part in enumerate(replica_steps.global_batches())}
+        name_of = {id(variable): name for name, variable in self.weights.items()}
         for i, variable in enumerate(self.variables):
-            arguments[f"s{i}"] = np.stack([variable.numpy()] * NUM_REPLICAS)
+            values = [variable.numpy()]
+            if not self.whole and id(variable) in name_of:
+                array = self.initial[name_of[id(variable)]]
+                cut = Cut(array.shape, self.num_pieces)
+                values = list(cut.padded(array).reshape(self.num_pieces, *cut.piece_shape))
+            # The replicas of each group have all of it.
+            arguments[f"s{i}"] = np.stack(values * (NUM_REPLICAS // len(values)))
         folder.mkdir()
         np.savez(folder / "arguments.npz", **arguments)  # type: ignore[arg-type]  # Its stub lacks keywords.
         (folder / "program.hlo").write_bytes(take_step.experimental_get_compiler_ir(*specs)(stage="hlo_serialized"))
@@ -261,13 +282,16 @@ class Program:
         shapes = {name: tuple(each.shape) for name, each in self.step.named_variables.items()}
         found = {"batches_hash": state[id(self.step.batches_hash)][-1, 0]}
         for name, variable in self.weights.items():
-            found[f"weights/{name}"] = whole(state[id(variable)][-1], shapes[name])
+            found[f"weights/{name}"] = whole(state[id(variable)][-1], shapes[name], self.num_pieces)
         for name, variable in self.step.optimizer.state().items():
             weight, _, what = name.rpartition("/")
             if what == "first_moment":
-                found[f"gradients/{name}"] = whole(state[id(variable)][0], shapes[weight])
-        alike = [state[id(variable)][-1] for variable in self.weights.values()]
+                found[f"gradients/{name}"] = whole(state[id(variable)][0], shapes[weight], self.num_pieces)
+        alike = [state[id(variable)][-1] for variable in self.whole.values()]
         alike += [each[-1] for each in metrics]
+        if not self.whole:  # Groups are alike.
+            last = [state[id(variable)][-1] for variable in self.weights.values()]
+            alike += [each.reshape(-1, self.num_pieces, *each.shape[1:]) for each in last]
         found["replicas_agree"] = np.all([(each == each[:1]).all() for each in alike])
         after_first = StepMetrics(*(each[1:, 0].sum() for each in metrics))
         found["num_clipped"] = after_first.num_clipped
@@ -275,12 +299,12 @@ class Program:
         return found
 
 
-def whole(of_replicas: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the array that replicas hold pieces of, or the first of those that each holds whole."""
+def whole(of_replicas: np.ndarray, shape: tuple[int, ...], num_pieces: int) -> np.ndarray:
+    """Returns the array that the first group's replicas hold pieces of, or the first of those that each holds whole."""
     if of_replicas.shape[1:] == shape:
         return of_replicas[0]
-    cut = Cut(shape, NUM_REPLICAS)
-    array: np.ndarray = cut.whole(of_replicas.reshape(cut.padded_shape))
+    cut = Cut(shape, num_pieces)
+    array: np.ndarray = cut.whole(of_replicas[:num_pieces].reshape(cut.padded_shape))
     return array
 
 
@@ -298,12 +322,14 @@ with_reduction = XlaCollectives._call
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Program]:
     """The program of each split, which was run, and without a reduction."""
     folder, found = tmp_path_factory.mktemp("programs"), {}
-    for shard in SHARDS:
-        config = config_of_program(shard, NUM_REPLICAS, micro_batches=3)
-        found[shard] = Program(config, folder / shard)
+    initial = None
+    for split in SPLITS:
+        config = config_of_program(split, NUM_REPLICAS, micro_batches=3)
+        found[split] = Program(config, folder / split, initial)
+        initial = initial or found[split].initial
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(XlaCollectives, "_call", without_reduction)
-            found[f"{shard}, broken"] = Program(config, folder / f"{shard}, broken")
+            found[f"{split}, broken"] = Program(config, folder / f"{split}, broken", initial)
     try:
         python = compiler._compiler_environment("tpu", print)
     except UserError as error:
@@ -327,11 +353,11 @@ def one_device() -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.tpu
-@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_the_program_of_eight_tpu_replicas_makes_the_weights_of_one_device(
-    programs: dict[str, Program], one_device: dict[str, np.ndarray], shard: str
+    programs: dict[str, Program], one_device: dict[str, np.ndarray], split: str
 ):
-    results, broken = programs[shard].results(), programs[f"{shard}, broken"].results()
+    results, broken = programs[split].results(), programs[f"{split}, broken"].results()
     assert_equal(results, one_device, TOLERANCE["float64"])
     assert results["replicas_agree"]
     # Without the reduction every replica trains on its own examples.
