@@ -116,9 +116,8 @@ def test_split_weights_are_gathered_by_one_micro_batch_at_a_time_which_xla_compi
         assert (found.ops == "xla") == (device is TPU)
     # Each replica's gradients are sums over replicas in the dtype of the weights.
     assert execution(2, micro_batch_size=4).sum_dtype == "float32"
-    if device is not TPU:
-        with pytest.raises(UserError, match=r"train.xla='on' .* distribution.shard='weights'.*Leave train.xla out"):
-            execution(2, xla="on")
+    with pytest.raises(UserError, match=r"train.xla='on' .* distribution.shard='weights'.*Leave train.xla out"):
+        execution(2, xla="on")
 
 
 def test_a_cpu_sums_more_than_two_gradients_in_float64():

@@ -289,6 +289,27 @@ def kill_after(run, step, *processes):
 
 
 @pytest.mark.slow
+def test_what_a_run_with_split_weights_scores_and_writes_is_what_one_without_does(tmp_path):
+    (tmp_path / "other.txt").write_text("a lazy fox jumps .\nthe dog\n" * 5, encoding="utf-8")
+    found = []
+    for shard in ("nothing", "weights"):
+        settings = settings_of(tmp_path, shard, train__precision="float64", train__total_steps=4)
+        settings["optimizer"] |= {"ema_decay": 0.9, "warmup_steps": 2}
+        settings["evaluation"] = {"every_steps": 2, "sets": {"other": str(tmp_path / "other.txt")}}
+        settings["samples"] = {"samplers": ["greedy"], "num_tokens": 5}
+        settings["distribution"] = {"shard": shard, "logical_devices": 2}
+        returncode, output = finish(start("train", json.dumps(settings)))
+        assert returncode == 0, output
+        found.append(json.loads((tmp_path / shard / "result.json").read_text()))
+    whole, split = found
+    assert split["samples"] == whole["samples"] and len(whole["samples"]["greedy"]) > 0
+    scores = [[each["evaluation"][name] for name in ("loss", "raw_loss")] for each in found]
+    for each, result in zip(scores, found, strict=True):
+        each.append(result["evaluation"]["sets"]["other"]["nats"])
+    np.testing.assert_allclose(*scores, rtol=1e-12)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_split_and_ends_with_the_same_weights(tmp_path, free_addresses):
     settings = settings_of(
         tmp_path,

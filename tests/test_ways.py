@@ -95,6 +95,12 @@ CASES = {
         f"{GPU_CONFIG} {XL} train.recompute=blocks distribution.shard=optimizer --target gpu:RTX4090x8",
         "distribution.shard=weights --target gpu:RTX4090x8",
     ),
+    "split weights and a narrower precision": (
+        f"{GPU_CONFIG} model.num_layers=40 model.num_heads=24 model.hidden_dim=3072 model.intermediate_dim=12288 "
+        "train.sequence_length=4096 train.precision=float32 train.global_batch_size=64 train.micro_batch_size=1 "
+        "--target gpu:RTX4080x8",
+        "train.precision=mixed_bfloat16 distribution.shard=weights train.micro_batch_size=1 --target gpu:RTX4080x8",
+    ),
     "a split that is there already": (
         f"{GPU_CONFIG} {XL} model.num_layers=200 distribution.shard=weights --target gpu:RTX4090x8",
         "--target gpu:RTX4090x16",
@@ -172,7 +178,9 @@ def test_a_model_that_no_device_holds_is_said_to_be_too_large(capsys: pytest.Cap
         "at least 453.87 GB of 80.00 GB are needed, by the estimate: weights 87.30 GB, optimizer 174.59 GB, gathered"
     )
     assert f"makes it fit gpu:H100x8: {needed}" in printed
-    assert "That is with weights, moments and gradients split over the devices (distribution.shard=weights)" in printed
+    assert (
+        "This counts weights, moments and gradients as split over the devices (distribution.shard=weights)" in printed
+    )
     assert "No device of the table holds it either. What is left is another model" in printed
 
 

@@ -101,7 +101,8 @@ def train(
         callbacks: objects of `trainer.Callback`, which the run calls as it reports something, and which may stop it.
 
     Returns:
-        The run's folder, the trained model, its evaluation, its samples, and its curves as `history`.
+        The run's folder, the trained model (None if distribution.shard split the weights: `load` reads it), its
+        evaluation, its samples, and its curves as `history`.
 
     Raises:
         UserError: a setting, the text or the run folder is wrong.
@@ -134,7 +135,8 @@ def resume(
         callbacks: objects of `trainer.Callback`; see `train`.
 
     Returns:
-        The run's folder, the trained model, its evaluation, its samples, and its curves as `history`.
+        The run's folder, the trained model (None if distribution.shard split the weights: `load` reads it), its
+        evaluation, its samples, and its curves as `history`.
 
     Raises:
         UserError: the run does not exist, its data is gone, or an override would make it another run.

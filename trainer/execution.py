@@ -147,10 +147,10 @@ def resolve(
             f"train.xla='on': this build of TensorFlow does not know this {device.kind}, and XLA would abort. "
             "Set train.xla=off, or leave it out; a build with a newer CUDA may know it."
         )
-    if use == "training" and train.xla == "on" and gathers and device.kind != "TPU":
+    if use == "training" and train.xla == "on" and gathers:
         raise UserError(
-            "train.xla='on' compiles a micro-batch as a whole, and with distribution.shard='weights' the replicas "
-            "exchange weights within it, which XLA cannot do outside of TPUs. Leave train.xla out."
+            "train.xla='on' compiles a micro-batch by itself, and with distribution.shard='weights' the replicas "
+            "exchange weights within it. Leave train.xla out; on a TPU XLA compiles the whole step anyway."
         )
     wants_xla = train.xla == "on" or (train.xla == "auto" and device.kind == "GPU" and not gathers)
     is_compiled = use == "training" and wants_xla and device.compiles
@@ -163,7 +163,8 @@ def resolve(
     # micro-batches give the same bits on any number of replicas, except with distribution.shard, whose replicas add up
     # the gradients' norm in pieces. Two terms give the same bits in either order, and need no wider sum. Accelerators
     # are slow in float64, or lack it.
-    # Split weights have gradients that are sums over replicas in their own dtype already.
+    # The gradients of split weights are sums over replicas, in the dtype of the weights, before micro-batches are added
+    # up.
     is_wide = is_cpu and total_micro_batches > 2 and not gathers
     return Execution(
         examples=examples,

@@ -16,7 +16,7 @@ from trainer.hardware.checks import Machine, check_build, check_driver, check_re
 from trainer.hardware.devices import cpu
 from trainer.hardware.library_checks import check_libraries
 from trainer.hardware.unused import unused_tpu
-from trainer.model.size import bytes_of_checkpoint
+from trainer.model.size import bytes_of_checkpoint, count_parameters
 from trainer.planning.estimate import estimate_memory
 from trainer.planning.plan import find_vocabulary_size, newest_prepared
 from trainer.system.findings import Finding, error, ok, warning
@@ -124,8 +124,14 @@ def host_memory(config: Config, machine: Machine) -> float:
     distribution = config.distribution
     takes_gpus = may_use_gpus(config) and bool(machine.gpus())
     if distribution.kind in ("auto", "cpu", "multi_worker") and not takes_gpus:
-        target = cpu(distribution.logical_devices)
-        need += target.num_devices * sum(estimate_memory(config, vocabulary_size, target).values())
+        num_workers = 1
+        with contextlib.suppress(UserError), quiet_import():  # check_workers reports it.
+            num_workers = len(find_workers(distribution).addresses) or 1
+        target = cpu(distribution.logical_devices * num_workers)
+        with contextlib.suppress(UserError):  # The batch cannot be spread over them, which training reports.
+            need += distribution.logical_devices * sum(estimate_memory(config, vocabulary_size, target).values())
+    if distribution.shard == "weights" and config.samples.samplers:
+        need += 4 * count_parameters(config, vocabulary_size)  # The chief gathers the model there to write samples.
     return need
 
 

@@ -750,8 +750,8 @@ class DistributionConfig(Section):
     weight; each replica updates its piece of the weights. weights: the weights too; each replica gathers those of a
     block when it computes the block."""
     shard_over: Annotated[int, Field(ge=2)] | None = None
-    """This many neighbouring replicas hold it together, such as the GPUs of a host, and every such group holds all of
-    it. Then only sums of gradients leave a group. By default all replicas are one group."""
+    """Split within groups of this many neighbouring replicas, such as the GPUs of a host. Each group holds everything
+    that is split, so only sums of gradients travel between groups. By default all replicas are one group."""
     tpu_name: Annotated[str, Field(min_length=1)] = "local"
     """local: the TPU of this VM. Or the grpc:// addresses of a TPU's servers, with commas. The name of a TPU in Google
     Cloud needs Google's API client, which is not installed, and is untested."""
@@ -831,7 +831,7 @@ class Config(Section):
         if self.distribution.shard_over is not None and self.distribution.shard == "nothing":
             raise ValueError(
                 f"distribution.shard_over={self.distribution.shard_over} has no effect with distribution.shard="
-                "'nothing'; choose 'optimizer' or 'weights', or leave it out."
+                "'nothing'; choose 'optimizer' or 'weights', or set distribution.shard_over=none."
             )
         if self.distribution.shard == "weights" and self.log.histograms_every_steps is not None:
             raise ValueError(

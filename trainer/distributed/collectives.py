@@ -24,7 +24,8 @@ Why these:
   replica 0's would wait for replica 1's, which wait for replica 0. An ordering token, a variable that each replica has
   for itself, chains only one replica's operations.
 - A piece's place is the rank, which the operations' results are ordered by: the order of the names of tasks and devices
-  as texts. With 11 workers, worker 10 comes after worker 1. So it is learned once, by gathering the replicas' numbers.
+  as texts. With 11 workers, worker 10 comes after worker 1. So it is learned once, by gathering the
+  replicas' numbers in each group.
 - No operation has a timeout: for each one that has, TensorFlow keeps a thread asleep as long as the timeout, though the
   operation is over, so that a run would have thousands. A lost worker ends the others' operations by TensorFlow's own
   checks of workers, as in a run without pieces.
@@ -58,8 +59,8 @@ _group_keys = itertools.count(7_000)
 class Collectives(abc.ABC):
     """What replicas exchange, as one of them sees it. Call it in a replica function, except `places_of_this_process`.
 
-    The replicas are in groups of neighbours, mostly in one. A group has everything: each of its replicas has a piece.
-    Pieces travel within groups, and sums are of all replicas.
+    The replicas form groups of neighbours, usually a single one. The replicas of a group together hold all pieces.
+    Gathers stay within a group; sums are over all replicas.
 
     Attributes:
         num_pieces: the replicas of a group.
@@ -98,7 +99,7 @@ class Collectives(abc.ABC):
         return _by_dtype(self._all_to_all, tensors)
 
     def after(self, first: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Returns tensors that are there only after another one is: what reads them waits for it."""
+        """Returns copies of tensors that are computed only after `first`; what reads a copy waits for `first`."""
         return self._after(first, tensors)
 
     def own(self, whole: tf.Tensor) -> tf.Tensor:
@@ -156,15 +157,15 @@ class TensorFlowCollectives(Collectives):
             self._token = per_replica([], tf.float32, "ordering_token")
 
         def number() -> tf.Tensor:
-            return tf.raw_ops.CollectiveGatherV2(input=tf.constant([_number()], tf.int32), **self._how("all"))
+            return tf.raw_ops.CollectiveGatherV2(input=tf.constant([_number()], tf.int32), **self._how("group"))
 
         @tf.function(autograph=False)
         def numbers() -> tf.Tensor:
             return strategy.run(number)
 
-        order = strategy.experimental_local_results(numbers())[0].numpy().tolist()
-        groups = [[each for each in order if self._group(each) == group] for group in range(self.num_groups)]
-        self._place_of = {number: place for group in groups for place, number in enumerate(group)}
+        # In each group by itself: TensorFlow ranks the members of every group anew, on GPUs along their links.
+        orders = [each.numpy().tolist() for each in strategy.experimental_local_results(numbers())]
+        self._place_of = {number: place for order in orders for place, number in enumerate(order)}
 
     def _group(self, number: int) -> int:
         return number // self.num_pieces
@@ -257,8 +258,7 @@ class XlaCollectives(Collectives):
         self.num_pieces, self.num_groups = num_pieces, num_replicas // num_pieces
 
     def _after(self, first: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        # XLA sees no control dependencies.
-        return list(gen_xla_ops.xla_optimization_barrier([*tensors, first])[:-1])
+        return _after_in_xla(first, tensors)
 
     def _place(self) -> tf.Tensor:
         # Not the number that tf.distribute gives a replica: on a TPU the two need not agree.
@@ -360,10 +360,14 @@ class RehearsedCollectives(Collectives):
 
     Args:
         num_pieces: the replicas that would exchange.
+        in_xla: whether XLA compiles what waits for the exchange, as on a TPU.
     """
 
-    def __init__(self, num_pieces: int) -> None:
-        self.num_pieces = num_pieces
+    def __init__(self, num_pieces: int, in_xla: bool = False) -> None:
+        self.num_pieces, self._in_xla = num_pieces, in_xla
+
+    def _after(self, first: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        return _after_in_xla(first, tensors) if self._in_xla else super()._after(first, tensors)
 
     def _place(self) -> int:
         return 0
@@ -397,6 +401,11 @@ def make_collectives(strategy: tf.distribute.Strategy, num_pieces: int) -> Colle
     if device_kind(strategy) == "TPU":
         return XlaCollectives(strategy.num_replicas_in_sync, num_pieces)
     return TensorFlowCollectives(strategy, num_pieces)
+
+
+def _after_in_xla(first: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    # XLA sees no control dependencies.
+    return list(gen_xla_ops.xla_optimization_barrier([*tensors, first])[:-1])
 
 
 def _number() -> int:

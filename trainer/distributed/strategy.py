@@ -49,8 +49,9 @@ def share_cores(config: Config, workers: Workers) -> None:
         return
     num_replicas = len(workers.addresses) if workers.are_several else distribution.logical_devices
     execution = resolve(config, processor("CPU"), num_replicas)
-    # XLA compiles a step as one operation.
-    if execution.ops == "xla" or execution.total_micro_batches == 1 or "TF_NUM_INTRAOP_THREADS" in os.environ:
+    # XLA compiles a step as one operation. A worker's only replica may compute one micro-batch at a time.
+    is_alone = execution.total_micro_batches == 1 or (workers.are_several and execution.at_once == 1)
+    if execution.ops == "xla" or is_alone or "TF_NUM_INTRAOP_THREADS" in os.environ:
         return
     with contextlib.suppress(RuntimeError):  # This process has used TensorFlow already.
         tf.config.threading.set_intra_op_parallelism_threads(max(1, num_cores() // 2))

@@ -68,7 +68,10 @@ def without_values() -> Iterator[None]:
     value, made anew; in a `keras.StatelessScope` that has a value for it, that value.
     """
     waiting = list(global_state.get_global_attribute(_WAITING, []))
-    with keras.StatelessScope(initialize_variables=False):
-        yield
-    # Keras makes the values of all variables that wait for them when the next StatelessScope ends, whatever it is for.
-    global_state.set_global_attribute(_WAITING, waiting)
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        # Keras makes the values of all variables that wait for them when the next StatelessScope ends, whatever it is
+        # for.
+        global_state.set_global_attribute(_WAITING, waiting)

@@ -85,7 +85,7 @@ def sent_bytes(text: str, num_devices: int) -> float:
     """Returns the bytes that each device sends to others in a compiled program; see `sent_bytes` in
     trainer/planning/estimate.py. Operations inside a loop count once.
     """
-    number, total, is_scatter = num_devices, 0.0, False
+    total, is_scatter = 0.0, False
     operation = r" = (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(-start)?\("
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY")):
@@ -94,6 +94,9 @@ def sent_bytes(text: str, num_devices: int) -> float:
         if not (found := re.search(operation, line)):
             continue
         returned, kind, starts = bytes_of(found[1]), found[2], found[3] is not None
+        number = num_devices
+        if groups := re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line):
+            number = int(groups[2]) if groups[2] else groups[1].count(",") + 1
         if kind == "collective-permute":
             total += returned / 2 if starts else returned  # What starts an operation returns the operand, too.
             continue

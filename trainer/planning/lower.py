@@ -63,7 +63,7 @@ def trace_step(config: Config, vocabulary_size: int, target: Target) -> TracedSt
             "distribution.shard='weights' is compiled as a whole only on TPUs; leave out --compile, or choose "
             "'optimizer'."
         )
-    # XLA compiles the whole step here, whatever train.xla is, which no config of a TPU sets for 'weights'.
+    # XLA compiles the whole step here, whatever train.xla is. With "weights" it may not be "on"; see `resolve`.
     compiled = config if in_pieces else config.model_copy(update={"train": train.model_copy(update={"xla": "on"})})
     execution = resolve(compiled, target.processor(), target.num_devices)
     if train.micro_batch_size == "auto":

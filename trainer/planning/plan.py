@@ -144,7 +144,7 @@ def _compiles(config: Config, vocabulary_size: int, target: Target, micro_batch_
         say(f"{label}: does not fit: {error}")
         return False
     verdict = "fits" if step.memory_bytes() <= memory_bytes else "does not fit"
-    sends = f"; a device sends {size_of(step.sent_bytes)} a step" if step.sent_bytes else ""
+    sends = f", and a device sends {size_of(step.sent_bytes)} in them" if step.sent_bytes else ""
     say(
         f"{label}: {size_of(step.memory_bytes())} of {size_of(memory_bytes)}: {verdict}. "
         f"{size_of(step.arguments_bytes)} of weights, optimizer and batch and "

@@ -94,7 +94,7 @@ def way_lines(
         parts = ", ".join(f"{part} {size_of(size)}" for part, size in least.items() if size)
         why = "A single device holds all weights and gradients."
         if "gathered" in least:
-            why = "That is with weights, moments and gradients split over the devices (distribution.shard=weights)."
+            why = "This counts weights, moments and gradients as split over the devices (distribution.shard=weights)."
         if max(least, key=lambda part: least[part]) == "activations":
             why = "These are the activations of a single example: trainer cannot split a sequence over devices."
         needed = f"{size_of(sum(least.values()))} of {size_of(target.device.memory_bytes)}"

@@ -123,7 +123,7 @@ class _Search:
         """Returns the way with the nearest narrower precision, together with other settings if it must be."""
         for change in self.narrower():
             changes = [change, *_together([change], self.recomputing())]
-            changes += _together(changes, self.splitting())
+            changes += [*_together(changes, self.splitting()), *_together([change], self.splitting_weights())]
             way = self._first([change]) or self._first([change], sizes=True) or self._first(changes, sizes=True)
             if way is not None:
                 return [way]
@@ -208,7 +208,11 @@ class _Search:
     def all_changes(self) -> list[Change]:
         """Returns every change and all that go together, without those of the micro-batch."""
         changes = [{}, *self.recomputing(), *self.narrower(), *_together(self.narrower(), self.recomputing())]
-        return [*changes, *_together(changes, self.splitting()), *self.splitting_weights()]
+        return [
+            *changes,
+            *_together(changes, self.splitting()),
+            *_together([{}, *self.narrower()], self.splitting_weights()),
+        ]
 
     def narrower(self) -> list[Change]:
         """Returns the precisions that keep less, the nearest first."""

@@ -7,6 +7,7 @@ score it.
 
 import itertools
 import numbers
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import tensorflow as tf
 from trainer.errors import UserError
 from trainer.model.held import WHOLE, Held
 from trainer.model.language_model import adapt
+from trainer.model.ops.plain import Ops
 from trainer.scoring.score import Score, total
 from trainer.scoring.windows import TOKENS_PER_BATCH, Batch, batches_of, windows_of
 from trainer.system.progress import ignore
@@ -79,13 +81,14 @@ class Scorer:
         strategy: tf.distribute.Strategy | None = None,
         note: Callable[[int], None] = ignore,
         held: Callable[[], Held] = lambda: WHOLE,
+        ops: Ops | None = None,
     ) -> None:
         self._note, self._num_scored = note, 0
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.strategy = strategy or tf.distribute.get_strategy()
         self._model, self._held = adapt(model), held
-        self._ops = self._model.scoring_ops()
+        self._ops = ops or self._model.scoring_ops()
         self._score_batch = tf.function(self._score_shares, autograph=False)
         self._traced_shapes: set[tuple[int, ...]] = set()
         # A foreign model returns the logits of all its tokens at once.
@@ -139,6 +142,7 @@ class Scorer:
         Raises:
             UserError: the workers have different texts.
         """
+        self._check_same(texts)
         nats = num_tokens = 0.0
         for found in self._scores_of_windows(texts, self.sequence_length):
             nats += found.losses.sum()
@@ -147,12 +151,24 @@ class Scorer:
                 return None
         nats, num_tokens = self._over_workers([nats, num_tokens])
         score = total(self._score_of(text, 0.0) for text in texts)
-        if num_tokens != score.num_tokens:
-            raise UserError(
-                f"the workers have different texts to score: one has {score.num_tokens:,} tokens, and together they "
-                f"scored {num_tokens:,.0f}; give all workers the same files."
-            )
+        assert num_tokens == score.num_tokens, (num_tokens, score.num_tokens)
         return score._replace(nats=nats)
+
+    def _check_same(self, texts: Sequence[ScoredText]) -> None:
+        """Raises UserError if the workers have different texts. Before any batch is scored: with split weights a batch
+        is a collective operation, and a worker with other batches would leave the others waiting.
+        """
+        digest = 0
+        for text in texts:
+            digest = zlib.crc32(np.array([text.first, *text.tokens], np.int64).tobytes(), digest)
+        own = float(digest % 65521)  # Few enough digits for exact sums of squares.
+        summed, squares, count = self._over_workers([own, own * own, 1.0])
+        if abs(count * squares - summed * summed) > 0.5:  # It is 0 for equal numbers.
+            num_tokens = sum(len(text.tokens) for text in texts)
+            raise UserError(
+                f"the workers have different texts to score, and this one has {len(texts):,} texts of {num_tokens:,} "
+                "tokens; give all workers the same files."
+            )
 
     def _score_of(self, text: ScoredText, nats: float) -> Score:
         scored = text.tokens[text.first + 1 :]

@@ -6,8 +6,11 @@ import keras
 import tensorflow as tf
 
 from trainer.config.settings import Config
+from trainer.distributed.strategy import processor_of
 from trainer.errors import UserError
 from trainer.model.held import WHOLE, Held
+from trainer.model.language_model import adapt
+from trainer.model.ops import scoring_ops
 from trainer.scoring.score import Score
 from trainer.scoring.scorer import Scorer, tokenized
 from trainer.text.sources import find_inputs, read_texts
@@ -36,7 +39,9 @@ class EvaluationSets:
         config: Config,
         held: Callable[[], Held] = lambda: WHOLE,
     ) -> None:
-        self._scorer = Scorer(model, tokenizer, config.train.sequence_length, strategy, held=held)
+        # The variables of a model whose weights are split are on no device.
+        ops = scoring_ops(config.train.precision, processor_of(strategy)) if adapt(model).is_gpt else None
+        self._scorer = Scorer(model, tokenizer, config.train.sequence_length, strategy, held=held, ops=ops)
         self._texts = {}
         for name, sources in config.evaluation.sets.items():
             setting = f"evaluation.sets.{name}"

@@ -1,9 +1,9 @@
 """The story of a training run: `train`, from top to bottom.
 
 A run has one worker or several. A worker is a process, usually one per host (a Cloud TPU slice has one worker for all
-its hosts). Each of its devices is a replica, which holds the whole model, or its piece of it if
-distribution.shard says so. Worker 0 is the chief: only the chief writes
-checkpoints, logs, samples and results. On a single machine the only worker is the chief.
+its hosts). Each of its devices is a replica, which holds the whole model, or only its pieces of the weights if
+distribution.shard="weights". Worker 0 is the chief: only the chief writes checkpoints, logs, samples and results. On a
+single machine the only worker is the chief.
 
 launch    Every worker, in launch.py. The chief locks the run's folder; a run to go on with is opened. A single worker
           then opens its devices, gets the prepared data, and makes the folder if the run is new. Several workers first
@@ -15,8 +15,8 @@ prepare   Every worker makes the batches, the compiled steps, and what scores, s
           the settings that are others from here on.
 loop      Every worker takes the same steps. In a step (step.py) each replica computes the gradients of its share of the
           batch, the gradients are summed over all replicas, and each replica makes the same update of its copy of the
-          model; or, if distribution.shard says so, updates its piece of the weights and passes it on (split.py), at
-          once or to who computes with it (gathered.py).
+          model. If distribution.shard splits something, it updates its piece of the weights, and the pieces are
+          gathered at the end of the step (split.py), or when a block is computed (gathered.py).
           Between calls of the compiled loop, whenever it is due: the chief logs; histograms of weights and gradients
           are computed by every worker and written by the chief; the chief saves a checkpoint, and every worker sends
           its pieces for it; every worker scores its share of the validation text and of evaluation.sets; the
@@ -208,7 +208,7 @@ def train(
                     with spent.on("histograms"), advising_on_memory(run):
                         monitor.histograms(step, histograms.at(step))
 
-                # Save, the chief; every worker if the optimizer is split.
+                # Save, the chief; every worker if something is split.
                 is_saved = is_due(step, config.checkpoint.every_steps) or step in saved_anyway
                 if is_saved:
                     save_now()

@@ -38,7 +38,7 @@ class Sampler:
         self._training_step, self._tokenizer, self._config = training_step, tokenizer, config
         self._length = training_step.config.train.sequence_length
         self.is_in_pieces = isinstance(training_step.split, SplitWeights)
-        # In pieces it only tells what it would do: the weights are not in the model.
+        # With split weights this generator only checks the settings: its model has no values.
         ops = PLAIN if self.is_in_pieces else None
         self._generator = Generator(training_step.model, tokenizer, self._length, ops)
         warn_about_samples(self._generator, config, say)
@@ -52,11 +52,15 @@ class Sampler:
             say: see `write_samples`.
             stop_requested: see `write_samples`.
         """
-        generator = self._generator
-        if self.is_in_pieces and self._config.samplers:
-            model = self._gathered(is_chief)
-            generator = generator if model is None else Generator(model, self._tokenizer, self._length)
-        return write_samples(generator, self._config, say, stop_requested) if is_chief else {}
+        if not self.is_in_pieces or not self._config.samplers:
+            return write_samples(self._generator, self._config, say, stop_requested) if is_chief else {}
+        model = self._gathered(is_chief)
+        if model is None:
+            return {}
+        # Without it TensorFlow would copy the weights to a GPU for every token.
+        with tf.device("/cpu:0"):
+            generator = Generator(model, self._tokenizer, self._length)
+            return write_samples(generator, self._config, say, stop_requested)
 
     def _gathered(self, is_chief: bool) -> keras.Model | None:
         """Returns the model with whole weights in the memory of the chief's host; None on other workers, which send

@@ -22,7 +22,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.distributed.collectives import Collectives, RehearsedCollectives
+from trainer.distributed.collectives import Collectives, RehearsedCollectives, XlaCollectives
 from trainer.model.held import Held
 from trainer.model.pieces import Cut, cut_all, travel_together
 from trainer.optimizers.variables import Piece
@@ -57,7 +57,8 @@ class SplitOptimizer:
     def rehearsing(self) -> Self:
         """Returns the same with collectives that wait for nobody."""
         other = copy.copy(self)
-        other._collectives = RehearsedCollectives(self._collectives.num_pieces)
+        in_xla = isinstance(self._collectives, XlaCollectives)
+        other._collectives = RehearsedCollectives(self._collectives.num_pieces, in_xla)
         return other
 
     def sums(
@@ -190,7 +191,7 @@ class SplitWeights(SplitOptimizer):
             dropped. Create it under the strategy scope.
 
     Attributes:
-        pieces: the weights; the variables of the model are none any more.
+        pieces: the weights. The model's own variables hold no values and are not read.
     """
 
     def __init__(self, collectives: Collectives, variables: Mapping[str, keras.Variable]) -> None:

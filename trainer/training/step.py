@@ -112,8 +112,8 @@ class TrainingStep:
     Attributes:
         run_steps: the compiled `_run_steps`.
         execution: how each replica computes.
-        named_variables: the model's variables by name; if distribution.shard splits the weights, these as whole arrays,
-            and the model's variables count no more.
+        named_variables: the model's variables by name. If distribution.shard splits the weights: the weights as whole
+            arrays (SplitArray); the model's own variables then hold no values.
         average: the average of the weights; None: the config has no optimizer.ema_decay.
         split: splits the optimizer, or the weights too, over the replicas; None: every replica has all of it.
         stop_requested: bool variable, read at the start of each step. Set it, from any thread, to end a call of
@@ -561,9 +561,9 @@ def mean_and_clip(
 
 
 def _in_a_function(gradients_of: GradientsOf) -> GradientsOf:
-    """Returns the same as a call of a function of TensorFlow. The replicas of a process find each other's messages by
-    the name of the loop that an operation is in, and each replica has a loop of its own; an operation in a function
-    that is called is in none.
+    """Wraps gradients_of in a tf.function that is not inlined. TensorFlow matches the messages of a collective
+    operation by a key that holds the frame of the while_loop around it, and the replicas of a process have different
+    frames. Inside a called function the key holds no frame.
     """
 
     def call(
