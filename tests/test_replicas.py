@@ -72,25 +72,27 @@ SPLIT_CONTROLS += [split({"mistake": mistake}, "weights") for mistake in replica
 # The same eight micro-batches on any number of replicas.
 EIGHTHS = {n: {"model": {}, "precision": "float32", "micro_batches": 8 // n} for n in (1, 2, 4, 8)}
 EIGHTHS_OF_MUON = {n: {**MODERN, "train": {}, "precision": "float32", "micro_batches": 8 // n} for n in (1, 4)}
-# Eight replicas are traced one by one, which takes minutes for all cases: each model and precision comes once, and each
-# number of micro-batches twice.
+# Replicas are traced one by one, which takes minutes for all cases on four and more: there each model and precision
+# comes once or twice, and so does each number of micro-batches.
+ON_FOUR = [CASES[1], CASES[4], CASES[7]]
 ON_EIGHT = [
     {"model": {}, "precision": "float64", "micro_batches": 4},
     EIGHTHS[8],
     {"model": TIED, "precision": "float64", "micro_batches": 1},
     {"model": TIED, "precision": "float32", "micro_batches": 4},
 ]
-# Two groups of two replicas; one case has an average and AdamW, one Muon, and both pieces that pad.
+# Four replicas as one group have some of the cases with each split, and as two groups others.
+SPLIT_ON_FOUR = {"optimizer": SPLIT[:3], "weights": [SPLIT[0], SPLIT[3]]}
 IN_GROUPS = {"optimizer": SPLIT[3], "weights": SPLIT[1]}
 # A process takes all the cases that a number of replicas is needed for.
 CASES_ON = {
     1: [*CASES, EIGHTHS[1], EIGHTHS_OF_MUON[1], *SPLIT, FOREIGN, ELEVENTHS, *MUON[::2]],
     2: [*CASES, *SPLIT_CONTROLS, *CONTROLS],
     4: [
-        *CASES,
+        *ON_FOUR,
         EIGHTHS[4],
         EIGHTHS_OF_MUON[4],
-        *(split(case, shard) for shard in SHARDS for case in SPLIT),
+        *(split(case, shard) for shard in SHARDS for case in SPLIT_ON_FOUR[shard]),
         *(split(case, shard, 2) for shard, case in IN_GROUPS.items()),
         MUON[1],
     ],
@@ -214,7 +216,7 @@ def test_the_same_micro_batches_make_the_same_bits_on_any_number_of_replicas(res
 @pytest.mark.parametrize("num_replicas", [2, 4, 8])
 def test_the_number_of_replicas_changes_nothing(results, one_device, num_replicas):
     cases = [case for case in CASES_ON[num_replicas] if case in CASES]
-    assert len(cases) == (len(ON_EIGHT) if num_replicas == 8 else len(CASES))
+    assert len(cases) == len({2: CASES, 4: ON_FOUR, 8: ON_EIGHT}[num_replicas])
     for case in cases:
         result = results[num_replicas][CASES_ON[num_replicas].index(case)]
         i = CASES.index(case)
@@ -238,7 +240,7 @@ def test_replicas_that_share_the_work_of_muon_change_nothing(results):
 @pytest.mark.parametrize("num_replicas", [4, 8])
 def test_what_is_in_pieces_changes_nothing(results, num_replicas, shard):
     cases = [case for case in SPLIT if split(case, shard) in CASES_ON[num_replicas]]
-    assert len(cases) == (1 if num_replicas == 8 else len(SPLIT))
+    assert cases == ([SPLIT[0]] if num_replicas == 8 else SPLIT_ON_FOUR[shard])
     for case in cases:
         result = results[num_replicas][CASES_ON[num_replicas].index(split(case, shard))]
         assert_equal(result, results[1][CASES_ON[1].index(case)], TOLERANCE[case["precision"]])
