@@ -301,7 +301,11 @@ num_beams = 1
 def start_training(folder: Path, total_steps: int) -> subprocess.Popen[str]:
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog .\n" * 40)
     (folder / "tiny.toml").write_text(TINY.format(total_steps=total_steps))
-    command = [sys.executable, "-m", "trainer", "train", "tiny.toml"]
+    # Tests behind nohup ignore SIGHUP, and so would what they start.
+    heeding = (
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", heeding, sys.executable, "-m", "trainer", "train", "tiny.toml"]
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command, cwd=folder, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -333,7 +337,10 @@ def test_a_closed_terminal_saves_and_exits_75_and_so_does_a_signal_while_a_run_i
         process.stdout.close()
         process.stderr.close()
         process.send_signal(signal.SIGHUP)
-        assert process.wait(30) == 75
+        try:
+            assert process.wait(30) == 75
+        finally:
+            process.kill()
     (saved,) = (tmp_path / "runs/tiny/checkpoints").iterdir()
     assert int(saved.name.removeprefix("step_")) >= 5 and (saved / "manifest.json").is_file()
     assert not (tmp_path / "runs/tiny/lock").exists()  # It is there again once the run is held.

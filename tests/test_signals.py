@@ -1,10 +1,11 @@
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from trainer.system.signals import stop_on_signals, watched
 ROOT = Path(__file__).parent.parent
 
 # The command, whose verb catches whatever is raised, as imports do, and never ends. A shell's background job, as which
-# tests may run, ignores SIGINT. The program sets its signals itself, and not preexec_fn: that runs Python between fork
-# and exec, and a child of a process with threads can die there.
+# tests may run, ignores SIGINT, and one behind nohup SIGHUP. The program sets its signals itself, and not preexec_fn:
+# that runs Python between fork and exec, and a child of a process with threads can die there.
 STUBBORN = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if sys.argv[1]:
     signal.signal(int(sys.argv[1]), signal.SIG_IGN)
 from trainer import cli, verbs
@@ -36,8 +38,9 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
-def start(*arguments: str, ignored: int | None = None) -> subprocess.Popen[str]:
-    """Returns a process of STUBBORN, once its verb runs."""
+@contextlib.contextmanager
+def running(*arguments: str, ignored: int | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Yields a process of STUBBORN, once its verb runs, and kills it in the end."""
     pipe = subprocess.PIPE
     program = [sys.executable, "-c", STUBBORN, "" if ignored is None else str(int(ignored)), *arguments]
     process = subprocess.Popen(program, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
@@ -45,7 +48,11 @@ def start(*arguments: str, ignored: int | None = None) -> subprocess.Popen[str]:
     if process.stdout.readline() != "in\n":
         _, errors = process.communicate()
         pytest.fail(f"ended with {process.returncode} before its verb ran: {errors}")
-    return process
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(
@@ -62,14 +69,14 @@ def start(*arguments: str, ignored: int | None = None) -> subprocess.Popen[str]:
 def test_a_signal_ends_a_verb_at_once_whatever_the_code_under_way_catches(
     verb: str, number: int, status: int, message: str
 ):
-    with start(verb, "x") as process:
+    with running(verb, "x") as process:
         process.send_signal(number)
         _, errors = process.communicate(timeout=10)
     assert process.returncode == status and errors.startswith(message) and "Traceback" not in errors, errors
 
 
 def test_what_nohup_started_outlives_the_terminal():
-    with start("train", "x", ignored=signal.SIGHUP) as process:
+    with running("train", "x", ignored=signal.SIGHUP) as process:
         process.send_signal(signal.SIGHUP)
         time.sleep(0.3)
         assert process.poll() is None
