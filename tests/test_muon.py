@@ -263,3 +263,15 @@ def test_matrices_are_orthogonalized_in_bfloat16_where_it_is_fast_and_asked_for(
     assert execution.orthogonalization_dtype == dtype
     # NCCL and the CPUs' collectives add up the weights' dtype.
     assert execution.direction_dtype == (dtype if processor.kind == "TPU" else execution.weight_dtype)
+
+
+@pytest.mark.parametrize(("kind", "product"), [("CPU", "MatMul"), ("TPU", "BatchMatMulV2")])
+def test_a_cpu_multiplies_matrices_one_by_one_and_other_devices_a_stack_of_those_of_one_shape(kind, product):
+    config = tiny_config(optimizer={"kind": "muon"})
+    model = GPT(config.model, 11, config.train.sequence_length)
+    weights = {variable.path: variable for variable in model.trainable_variables}
+    execution = resolve(config, Processor(kind), 1)
+    optimizer = make_optimizer(config.optimizer, weights, model, config.train.sequence_length, execution)
+    gradients = [tf.zeros(variable.shape) for variable in weights.values()]
+    traced = tf.function(lambda: optimizer.updates(gradients, ALONE), autograph=False).get_concrete_function()
+    assert {node.type for node in traced.graph.get_operations() if "MatMul" in node.type} == {product}
