@@ -11,6 +11,7 @@ import pytest
 
 from trainer.cli import main
 from trainer.config.file import make_config
+from trainer.parser import parse
 from trainer.runs.run_folder import FORMAT
 from trainer.storybook.storybook import story, verdict
 from trainer.system.manifest import sealed
@@ -171,6 +172,23 @@ def test_a_step_is_a_number_or_best_and_goes_with_a_run(tmp_path: Path, capsys: 
 def test_a_second_prompt_is_refused(capsys: pytest.CaptureFixture[str]):
     assert "unrecognized arguments: b" in unusable(["generate", "RUN", "a", "b"], capsys)
     assert "unrecognized arguments: b" in unusable(["generate", "RUN", "a", "--seed", "1", "b"], capsys)
+
+
+def test_generate_tells_devices_from_the_prompt_in_any_order(capsys: pytest.CaptureFixture[str]):
+    devices = ["distribution.kind=cpu", "distribution.shard=nothing"]
+    for words in (
+        ["a", *devices],
+        [*devices, "a"],
+        [devices[0], "--seed", "1", devices[1], "a"],
+        ["--k", "2", "a", *devices],
+    ):
+        options = parse(["generate", "RUN", *words])
+        assert (options.text, options.overrides) == ("a", devices)
+    options = parse(["generate", "RUN", *devices])
+    assert (options.text, options.overrides) == (None, devices)
+    assert parse(["generate", "RUN", "x=1"]).text == "x=1"
+    refused = refusal(["generate", "RUN", "a", "train.xla=on"], capsys)
+    assert "train.xla=on: generate changes only the devices of a run, distribution.*; leave it out." in refused
 
 
 def test_train_needs_a_config_or_a_run(capsys: pytest.CaptureFixture[str]):

@@ -369,7 +369,6 @@ def score(
         UserError: the run does not exist or has no checkpoint, or its data is gone.
     """
     check_not_forked()
-    from trainer.exchange.open import open_model
     from trainer.runs.run_folder import RunFolder, run_and_step
 
     run_folder, step = run_and_step(run_folder, step)
@@ -379,12 +378,12 @@ def score(
         from trainer.distributed.strategy import make_strategy
         from trainer.runs.run_data import find_prepared
         from trainer.training.evaluation import Evaluator
+        from trainer.training.on_devices import open_on_devices
     strategy = make_strategy(run.config.distribution, ignore_workers=True)
     prepared = find_prepared(run)
-    with strategy.scope():
-        opened = open_model(run_folder, build_model, step, say)
+    opened, _, held = open_on_devices(run_folder, strategy, run.config, build_model, step, say)
     with shown(say, "evaluating") as bar:
-        evaluation = Evaluator(opened.model, strategy, prepared, run.config)(note=bar.note)
+        evaluation = Evaluator(opened.model, strategy, prepared, run.config, held=held)(note=bar.note)
     say(f"step {opened.step}: {evaluation}")
     return evaluation
 

@@ -1,6 +1,7 @@
 """The arguments of each verb, by argparse."""
 
 import argparse
+import re
 from typing import Any, NoReturn
 
 from trainer.exit_status import ExitStatus
@@ -35,13 +36,25 @@ def parse(words: list[str]) -> argparse.Namespace:
     options, rest = parser.parse_known_args(words)
     options.beam_options = beam_options
     # After an option argparse accepts no further overrides, and no prompt.
-    if len(rest) == 1 and rest[0][:1] != "-" and getattr(options, "text", "") is None:
-        options.text = rest.pop()
+    if hasattr(options, "text"):
+        rest = _tell_apart(options, rest)
     if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
     return options
+
+
+def _tell_apart(options: argparse.Namespace, rest: list[str]) -> list[str]:
+    """Tells the prompt of `generate` apart from the overrides, which may come in any order. Returns the words that are
+    neither.
+    """
+    words = [word for word in (options.text, *options.overrides) if word is not None]
+    words += [word for word in rest if word[:1] != "-"]
+    options.overrides = [word for word in words if re.match(r"distribution\.\w+=", word)]
+    prompts = [word for word in words if word not in options.overrides]
+    options.text = prompts[0] if prompts else None
+    return [*prompts[1:], *(word for word in rest if word[:1] == "-")]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -209,6 +222,13 @@ def _add_generate(verbs: Any) -> None:
         nargs="?",
         metavar="PROMPT",
         help="the text to continue (default: on a terminal, ask for prompts; otherwise none, which begins a new text)",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="other devices, such as distribution.kind=cpu: the first of them writes, or, with "
+        "distribution.shard=weights, all of them, which hold the model together",
     )
     parser.add_argument("--prompt", help="the same as PROMPT")
     parser.add_argument(

@@ -5,10 +5,12 @@ reported at once.
 """
 
 import argparse
+import contextlib
 import json
 import shlex
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import trainer
@@ -49,6 +51,7 @@ from trainer.text.downloads import fetch_texts
 from trainer.text.sources import find_inputs
 
 if TYPE_CHECKING:
+    from trainer.decoding.generate import Generator
     from trainer.training.loop import TrainingResult
 
 
@@ -217,15 +220,15 @@ def evaluate(options: argparse.Namespace) -> None:
     with quiet_import():
         from trainer.distributed.strategy import describe_devices, make_strategy
         from trainer.training.evaluation import Evaluator
+        from trainer.training.on_devices import open_on_devices
 
     strategy = make_strategy(run.config.distribution, ignore_workers=True)
     for line in describe_devices(strategy, run.config.distribution, Workers()):
         warn(line)
     prepared = find_prepared(run)
-    with strategy.scope():
-        opened = open_model(run_folder, step=step, say=warn)
+    opened, _, held = open_on_devices(run_folder, strategy, run.config, step=step, say=warn)
     with shown(warn, "evaluating") as bar:
-        evaluation = Evaluator(opened.model, strategy, prepared, run.config)(note=bar.note)
+        evaluation = Evaluator(opened.model, strategy, prepared, run.config, held=held)(note=bar.note)
     if options.json:
         print(json.dumps({"model": str(opened.folder), "step": opened.step, **evaluation.figures()}), flush=True)
     else:
@@ -241,7 +244,7 @@ def _evaluate_texts(options: argparse.Namespace, files: list[str], overrides: li
         raise UserError(f"--last-word and {other}: a last word has neither windows nor an end to score; leave out one.")
     if options.stride is not None and options.stride < 1:
         raise UserError(f"--stride {options.stride} must be at least 1.")
-    config = make_config(read_config(options.run_folder, step=options.step).model_dump(mode="json"), overrides)
+    config = _config_of(options, overrides)
     with quiet_import():
         inputs = find_inputs(files, "--data")
         from trainer.commands.evaluate_texts import Texts, evaluate_texts
@@ -254,7 +257,7 @@ def _evaluate_texts(options: argparse.Namespace, files: list[str], overrides: li
         options.with_ends,
         options.last_word,
     )
-    evaluate_texts(options.run_folder, options.step, config.distribution, texts, options.json)
+    evaluate_texts(options.run_folder, options.step, config, texts, options.json)
 
 
 _GENERATE_OPTIONS = (
@@ -282,9 +285,38 @@ def generate(options: argparse.Namespace) -> None:
     given = [f"{name} {value!r}" for name, value in names.items() if value is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} are two ways to give prompts; leave out one.")
-    config = read_config(options.run_folder, step=options.step)
+    for override in options.overrides:
+        if not override.startswith("distribution."):
+            raise UserError(f"{override}: generate changes only the devices of a run, distribution.*; leave it out.")
+    config = _config_of(options, options.overrides)
     request = Request.from_options(config.samples, **{name: getattr(options, name) for name in _GENERATE_OPTIONS})
     prompts = read_prompts(options.prompts) if options.prompts else [options.prompt or options.text or ""]
+    asks = not given and not options.json and sys.stdin.isatty() and sys.stdout.isatty()
+    with _generator(options, config) as generator:
+        if asks:
+            answer_prompts(generator, request)
+        else:
+            write_texts(generator, prompts, request, options.json or options.prompts is not None)
+
+
+def _config_of(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
+    """Returns the settings of the model that options name, on other devices if overrides name these."""
+    return make_config(read_config(options.run_folder, step=options.step).model_dump(mode="json"), overrides)
+
+
+@contextlib.contextmanager
+def _generator(options: argparse.Namespace, config: Config) -> Iterator["Generator"]:
+    """Yields what writes with a checkpoint: on the devices of config if they hold the model together or were asked for,
+    otherwise on the one that TensorFlow chooses.
+    """
+    distribution, length = config.distribution, config.train.sequence_length
+    if distribution.kind == "tpu" and options.overrides:
+        raise UserError(
+            "distribution.kind='tpu': generate writes on a CPU or on GPUs; add distribution.kind=cpu, or leave out "
+            f"{' '.join(options.overrides)}."
+        )
+    in_pieces = distribution.shard == "weights" and distribution.kind != "tpu"
+    on_named_devices = in_pieces or bool(options.overrides)
     with quiet_import():
         from trainer.decoding.generate import Generator
         from trainer.distributed.strategy import (
@@ -294,17 +326,20 @@ def generate(options: argparse.Namespace) -> None:
             visible_gpus,
         )
 
-    use_one_inter_op_thread()
+        if on_named_devices:
+            from trainer.training.on_devices import generator_on_devices
+
+    if not in_pieces or distribution.logical_devices == 1:  # Replicas on one thread would wait for each other.
+        use_one_inter_op_thread()
+    if on_named_devices:
+        with generator_on_devices(options.run_folder, config, step=options.step, say=warn) as generator:
+            yield generator
+        return
     refuse_gpus_without_code(visible_gpus())
     if warning := unseen_gpu():
         warn(f"warning: {warning}")
     opened = open_model(options.run_folder, step=options.step, say=warn)
-    length = config.train.sequence_length
-    generator = Generator(opened.model, opened.tokenizer, length, end_tokens=opened.end_tokens)
-    if not given and not options.json and sys.stdin.isatty() and sys.stdout.isatty():
-        answer_prompts(generator, request)
-    else:
-        write_texts(generator, prompts, request, options.json or options.prompts is not None)
+    yield Generator(opened.model, opened.tokenizer, length, end_tokens=opened.end_tokens)
 
 
 def export(options: argparse.Namespace) -> None:

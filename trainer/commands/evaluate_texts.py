@@ -4,11 +4,11 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from trainer.config.settings import DistributionConfig
-from trainer.distributed.strategy import describe_devices, make_strategy
+from trainer.config.settings import Config
+from trainer.distributed.strategy import describe_devices, make_strategy, processor_of
 from trainer.distributed.workers import Workers
-from trainer.exchange.open import open_model
 from trainer.model.language_model import adapt
+from trainer.model.ops import scoring_ops
 from trainer.scoring.last_word import LastWords, score_last_words
 from trainer.scoring.score import Score, total
 from trainer.scoring.scorer import Scorer, checked_stride
@@ -16,6 +16,7 @@ from trainer.system.progress import shown
 from trainer.system.terminal import say, warn
 from trainer.text.source import Input
 from trainer.text.sources import Documents, read_texts
+from trainer.training.on_devices import open_on_devices
 
 
 class Texts(NamedTuple):
@@ -40,24 +41,25 @@ class Texts(NamedTuple):
     last_word: bool
 
 
-def evaluate_texts(path: str, step: str | None, distribution: DistributionConfig, texts: Texts, as_json: bool) -> None:
+def evaluate_texts(path: str, step: str | None, config: Config, texts: Texts, as_json: bool) -> None:
     """Prints the score of a model on some texts.
 
     Args:
         path: the folder of the model; see `open_model`.
         step: the step of the checkpoint; see `open_model`.
-        distribution: the devices to use.
+        config: the settings of the model, with the devices to use.
         texts: the texts.
         as_json: whether to print a JSON object instead of a line.
 
     Raises:
         UserError: the model, the devices, the texts or the stride cannot be used.
     """
-    strategy = make_strategy(distribution, ignore_workers=True)
-    for line in describe_devices(strategy, distribution, Workers()):
+    strategy = make_strategy(config.distribution, ignore_workers=True)
+    for line in describe_devices(strategy, config.distribution, Workers()):
         warn(line)
-    with strategy.scope():
-        opened = open_model(path, step=step, say=warn)
+    opened, is_in_pieces, held = open_on_devices(path, strategy, config, step=step, say=warn)
+    # The variables of a model in pieces are on no device.
+    ops = scoring_ops(opened.config.train.precision, processor_of(strategy)) if is_in_pieces else None
     sequence_length = adapt(opened.model).max_length() or opened.config.train.sequence_length
     stride = checked_stride(texts.stride, sequence_length)
     with shown(warn, "evaluating") as bar:
@@ -65,7 +67,8 @@ def evaluate_texts(path: str, step: str | None, distribution: DistributionConfig
         def note(num_tokens: int) -> None:
             bar.update(num_tokens, ["tokens"])
 
-        score = _score(Scorer(opened.model, opened.tokenizer, sequence_length, strategy, note), texts)
+        scorer = Scorer(opened.model, opened.tokenizer, sequence_length, strategy, note, held, ops)
+        score = _score(scorer, texts)
     if not as_json:
         # The step of another program's model is not known.
         say(f"{f'step {opened.step}: ' if opened.step else ''}{texts.name}: {score}")

@@ -7,17 +7,19 @@ import dataclasses
 import itertools
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from trainer.decoding.decoder import Decoder
 from trainer.decoding.request import Request
 from trainer.decoding.text_loop import TextLoop
 from trainer.decoding.writing import Text, Writing
 from trainer.errors import UserError
+from trainer.model.held import WHOLE, Held
 from trainer.model.language_model import adapt
 from trainer.model.ops.plain import Ops
 from trainer.tokenizers.tokenizer import Tokenizer
@@ -38,6 +40,9 @@ class Generator:
         sequence_length: the most tokens, [BOS] included, that a text can have.
         ops: a GPT's way of computing; None: the fastest on the device that holds it.
         end_tokens: tokens that end each text as [BOS] does; the text does not hold them.
+        strategy: the strategy under whose scope the model was built; None: it was built under none.
+        held: returns, in a replica function, how the layers of a GPT get their weights. If these are gathered, every
+            process of the strategy writes the same texts at the same time.
 
     Raises:
         UserError: the model has fewer positions than sequence_length.
@@ -50,15 +55,17 @@ class Generator:
         sequence_length: int,
         ops: Ops | None = None,
         end_tokens: Sequence[int] = (),
+        strategy: tf.distribute.Strategy | None = None,
+        held: Callable[[], Held] = lambda: WHOLE,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self._end_tokens = end_tokens
-        self._loops: dict[tuple[Decoder, bool], TextLoop] = {}
-        self._language_model = adapt(model)
-        self._ops = ops or self._language_model.decoding_ops()
-        max_length = self._language_model.max_length()
+        self._loops: dict[tuple[Decoder, int | None], TextLoop] = {}
+        self._strategy, self._held = strategy or tf.distribute.get_strategy(), held
+        self._ops = ops or adapt(model).decoding_ops()
+        max_length = adapt(model).max_length()
         if max_length is not None and sequence_length > max_length:
             raise UserError(
                 f"train.sequence_length={sequence_length} is more than the model's {max_length} positions; lower the "
@@ -136,9 +143,10 @@ class Generator:
                 )
         request = dataclasses.replace(request, stop_tokens=[*self._end_tokens, *request.stop_tokens])
         prompts = [(prompt, self.encode(prompt, request.sliding_window)) for prompt, _ in rows]
-        key = request.decoder, len(rows) == 1 and request.decoder.name != "beam"
+        is_known = self._strategy.num_replicas_in_sync > 1 or (len(rows) == 1 and request.decoder.name != "beam")
+        key = request.decoder, len(rows) if is_known else None
         loop = self._loops.pop(key, None) or TextLoop(
-            self._language_model, self.tokenizer, self.sequence_length, *key, self._ops
+            self.model, self.tokenizer, self.sequence_length, *key, self._ops, self._strategy, self._held
         )
         self._loops[key] = loop  # The last one is the newest.
         if len(self._loops) > _MAX_LOOPS:

@@ -1,8 +1,10 @@
 """The compiled loop that writes texts token by token. sampling.py picks the tokens; no strings are known here."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -11,7 +13,8 @@ from trainer.decoding.decoder import Decoder
 from trainer.decoding.sampling import best_beams, draw, most_likely, penalize_repetition, uniform
 from trainer.errors import UserError
 from trainer.model.attention import Cache
-from trainer.model.language_model import LanguageModel
+from trainer.model.held import Held
+from trainer.model.language_model import adapt
 from trainer.model.ops.plain import Ops
 from trainer.tokenizers.tokenizer import Tokenizer
 
@@ -64,16 +67,18 @@ class Texts(NamedTuple):
 class TextLoop:
     """Writes texts with one decoder, as two compiled functions.
 
-    Only the number of rows is open in the shapes of their arguments, so that each is traced once. A single row has its
-    own loop, because the model reads it faster if it is known to be single; see `Ops.compiles_blocks`.
+    Only the number of rows can be open in the shapes of their arguments, so that each is traced once. A single row has
+    its own loop, because the model reads it faster if it is known to be single; see `Ops.compiles_blocks`.
 
     Args:
-        model: the model.
+        model: a GPT, or any Keras model that returns logits.
         tokenizer: the tokenizer of its texts.
         sequence_length: the most tokens that a text can have.
         decoder: how tokens are picked.
-        is_single: whether the texts are one row.
+        num_rows: the number of texts; None: any. Replicas that exchange weights need to know it.
         ops: a GPT's way of computing.
+        strategy: the devices that hold the model together. Each replica writes the same texts, with a cache of its own.
+        held: returns, in a replica function, how the layers of a GPT get their weights.
 
     Attributes:
         begin: a function from Prompts to Texts, which reads what all prompts have.
@@ -83,35 +88,50 @@ class TextLoop:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: keras.Model,
         tokenizer: Tokenizer,
         sequence_length: int,
         decoder: Decoder,
-        is_single: bool,
+        num_rows: int | None,
         ops: Ops,
+        strategy: tf.distribute.Strategy,
+        held: Callable[[], Held],
     ) -> None:
         self._model = model
+        self._strategy = strategy
+        self._held = held
         self._tokenizer = tokenizer
         self._sequence_length = sequence_length
         self._decoder = decoder
         self._ops = ops
         self._num_beams = decoder.num_beams if decoder.name == "beam" else 1
-        num_rows = 1 if is_single else None
         per_row, any_number = tf.TensorSpec([num_rows], tf.int32), tf.TensorSpec([None], tf.int32)
         tokens = tf.TensorSpec([num_rows, sequence_length], tf.int32)
         num_best, number = tf.TensorSpec([], tf.int32), tf.TensorSpec([], tf.int64)
         prompts = Prompts(tokens, per_row, per_row, per_row, any_number, num_best, number, number)
-        self.begin = tf.function(self._begin, [prompts], autograph=False)
+        self.begin = tf.function(self._on_replicas(self._begin), [prompts], autograph=False)
         # Traced here: TensorFlow warns if many calls trace the same code, as generators in one process do.
-        texts = self.begin.get_concrete_function().structured_outputs
-        texts = tf.nest.map_structure(lambda tensor: tf.TensorSpec(tensor.shape, tensor.dtype), texts)
-        self.write = tf.function(self._write, [prompts, texts, tf.TensorSpec([], tf.int32)], autograph=False)
+        texts = tf.nest.map_structure(tf.type_spec_from_value, self.begin.get_concrete_function().structured_outputs)
+        write = self._on_replicas(self._write)
+        self.write = tf.function(write, [prompts, texts, tf.TensorSpec([], tf.int32)], autograph=False)
         self.write.get_concrete_function()
+
+    def _on_replicas(self, function: Callable[..., Texts]) -> Callable[..., Texts]:
+        """Returns a function that has every replica call this one. All replicas return the same, except that the cache
+        of each is on its own device.
+        """
+
+        def call(*arguments: Any) -> Texts:
+            *texts, cache = self._strategy.run(function, arguments)
+            first = [self._strategy.experimental_local_results(each)[0] for each in texts]
+            return Texts._make([*first, cache])
+
+        return call
 
     def _begin(self, prompts: Prompts) -> Texts:
         first = tf.reduce_min(prompts.lengths)
         # All texts have these tokens. The last of them is read with the first step.
-        cache = self._model.read(prompts.tokens, first - 1, self._ops)
+        cache = adapt(self._model, self._held()).read(prompts.tokens, first - 1, self._ops)
         # Only the first beam of a text is real at the start; the others get -inf.
         scores = tf.tile([[0.0] + [-math.inf] * (self._num_beams - 1)], [tf.shape(prompts.tokens)[0], 1])
         tokens, ends, cache = self._per_beam((prompts.tokens, prompts.ends, cache))
@@ -125,22 +145,24 @@ class TextLoop:
 
     def _write(self, prompts: Prompts, texts: Texts, until: tf.Tensor) -> Texts:
         prompts = Prompts._make((*self._per_beam(prompts[:4]), *prompts[4:]))
+        held = self._held()
 
         def is_unfinished(*state: Any) -> tf.Tensor:
             index, ends = Texts(*state).index, Texts(*state).ends
             return index < tf.minimum(until, tf.reduce_max(ends))
 
         def write_next(*state: Any) -> Texts:
-            return self._write_next(prompts, Texts(*state))
+            return self._write_next(prompts, Texts(*state), held)
 
-        return Texts(*tf.while_loop(is_unfinished, write_next, texts))
+        return Texts(*tf.while_loop(is_unfinished, held.loop_body(write_next), texts))
 
-    def _write_next(self, prompts: Prompts, texts: Texts) -> Texts:
+    def _write_next(self, prompts: Prompts, texts: Texts, held: Held) -> Texts:
         """Returns the texts with one more token."""
         index, tokens, ends, is_finite, scores, cache = texts
         decoder, bos_id = self._decoder, self._tokenizer.bos_id
-        logits, cache = self._model.next_logits(tokens, index, cache, self._ops)
-        logits = self._possible(logits, tokens[:, index - 1])
+        model = adapt(self._model, held)
+        logits, cache = model.next_logits(tokens, index, cache, self._ops)
+        logits = self._possible(logits, tokens[:, index - 1], model.num_tokens(logits))
         is_prompt, is_over = index < prompts.lengths, index >= ends
         is_number = tf.math.is_finite(tf.reduce_logsumexp(logits, axis=1))
         is_unreal = tf.math.is_inf(tf.reshape(scores, [-1]))  # Such a beam holds arbitrary tokens.
@@ -157,10 +179,11 @@ class TextLoop:
             # A token that ends a text is one of those chosen.
             lengths = tf.minimum(tf.minimum(index, ends) + 1, prompts.ends) - prompts.lengths
             origins, picked, scores = best_beams(logits, scores, lengths, decoder.length_penalty)
+            origins, picked, scores, is_finite = held.of_first([origins, picked, scores, is_finite])
             tokens, ends, cache = _gather((tokens, ends, cache), origins)
         else:
             picked = self._pick(logits, prompts, index)
-            picked = tf.where(given < 0, picked, given)
+            picked, is_finite = held.of_first([tf.where(given < 0, picked, given), is_finite])
         tokens = tf.where(tf.range(self._sequence_length) == index, picked[:, tf.newaxis], tokens)
         is_end = tf.reduce_any(picked[:, tf.newaxis] == prompts.end_tokens, axis=1) & ~is_prompt
         ends = tf.where(is_end, tf.minimum(ends, index), ends)
@@ -171,7 +194,7 @@ class TextLoop:
             ends = tf.where(is_decided, tf.minimum(ends, index + 1), ends)
         return Texts(index + 1, tokens, ends, is_finite, scores, cache)
 
-    def _possible(self, logits: tf.Tensor, newest: tf.Tensor) -> tf.Tensor:
+    def _possible(self, logits: tf.Tensor, newest: tf.Tensor, num_tokens: int) -> tf.Tensor:
         """Returns the logits with -inf for tokens that cannot come.
 
         Padding and [UNK] are never written, and [BOS] is not written after [BOS]: no document is empty, but a model at
@@ -180,13 +203,13 @@ class TextLoop:
         Args:
             logits: float [rows, num_logits].
             newest: int32 [rows], the token before each.
+            num_tokens: the tokens of the model's vocabulary.
 
         Returns:
             float32 [rows, vocabulary].
         """
         pad_id, unknown_id, bos_id = self._tokenizer.pad_id, self._tokenizer.unknown_id, self._tokenizer.bos_id
         vocabulary_size = self._tokenizer.vocabulary_size
-        num_tokens = self._model.num_tokens(logits)
         if num_tokens != vocabulary_size:
             raise UserError(
                 f"The model has a vocabulary of {num_tokens} tokens, the tokenizer one of {vocabulary_size}; use the "

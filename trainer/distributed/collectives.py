@@ -98,6 +98,22 @@ class Collectives(abc.ABC):
         """
         return _by_dtype(self._all_to_all, tensors)
 
+    def of_first(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns the tensors of the first replica of all, on every replica.
+
+        Args:
+            tensors: numbers that float32 holds, of the same shapes on all replicas and in all calls.
+        """
+        flat = tf.concat([tf.reshape(tf.cast(tensor, tf.float32), [-1]) for tensor in tensors], axis=0)
+        is_first = tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, 0)
+        # In a sum with zeros every number stays what it is, infinite or not.
+        total = self.all_reduce(tf.where(is_first, flat, tf.zeros_like(flat)))
+        parts = tf.split(total, [tf.size(tensor) for tensor in tensors], num=len(tensors))
+        return [
+            tf.ensure_shape(tf.cast(tf.reshape(part, tf.shape(tensor)), tensor.dtype), tensor.shape)
+            for part, tensor in zip(parts, tensors, strict=True)
+        ]
+
     def after(self, first: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Returns copies of tensors that are computed only after `first`; what reads a copy waits for `first`."""
         return self._after(first, tensors)
@@ -401,6 +417,22 @@ def make_collectives(strategy: tf.distribute.Strategy, num_pieces: int) -> Colle
     if device_kind(strategy) == "TPU":
         return XlaCollectives(strategy.num_replicas_in_sync, num_pieces)
     return TensorFlowCollectives(strategy, num_pieces)
+
+
+def in_a_function(function: Callable) -> Callable:
+    """Wraps a function of tensors, to be called in a tf.while_loop, in a tf.function that is not inlined.
+
+    TensorFlow matches the messages of a collective operation by a key that holds the frame of the while_loop around it,
+    and the replicas of a process have different frames. Inside a called function the key holds no frame.
+    """
+
+    def call(*arguments: Any) -> Any:
+        # Made for every replica, as each has operations of its own. TensorFlow would take these for one function that
+        # is traced again and again, and warn, unless they are traced by get_concrete_function.
+        called = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+        return called.get_concrete_function(*arguments)(*arguments)
+
+    return call
 
 
 def _after_in_xla(first: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:

@@ -3,6 +3,7 @@
 Whatever scores or writes with a model gets it from here, so that a further kind of folder is a change of this module.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +22,9 @@ from trainer.tokenizers.tokenizer_files import train_tokenizer
 
 if TYPE_CHECKING:
     import keras
+    import numpy as np
+
+    from trainer.runs.run_checkpoints import MakeHolders
 
 
 class OpenedModel(NamedTuple):
@@ -71,6 +75,7 @@ def open_model(
     build_model: BuildModel | None = None,
     step: str | CheckpointStep | None = None,
     say: Callable[[str], None] = print,
+    make_holders: "MakeHolders | None" = None,
 ) -> OpenedModel:
     """Builds the model of a folder, and reads its weights. Call it in the scope of a strategy to place them on devices.
 
@@ -80,6 +85,7 @@ def open_model(
         build_model: the function that was given to `trainer.train`.
         step: the step of the checkpoint, or "best" for the one with the lowest validation loss; None: the newest.
         say: prints a line.
+        make_holders: makes what gets the weights in place of the model's variables; see `built`.
 
     Raises:
         UserError: the folder holds no model, the model is of another kind than build_model builds, or the checkpoint
@@ -87,15 +93,15 @@ def open_model(
     """
     with quiet_import():
         from trainer.runs.checkpoint import assign
-        from trainer.runs.run_checkpoints import load_model
+        from trainer.runs.run_checkpoints import built, load_model
 
     if _is_huggingface(path):
         _check_is_plain(path, build_model, step)
         config = config_of(path)
         tokenizer = train_tokenizer(config.tokenizer, ())  # It is read from the folder.
-        model = build_gpt(config, tokenizer.vocabulary_size, tokenizer.bos_id)
-        weights = read_weights(path, config, tokenizer.vocabulary_size, say)
-        assign({variable.path: variable for variable in model.variables}, weights, path)
+        build = functools.partial(build_gpt, config, tokenizer.vocabulary_size, tokenizer.bos_id)
+        model, holders = built(build, make_holders)
+        assign(holders, read_weights(path, config, tokenizer.vocabulary_size, say), path)
         for remark in remarks_on_bos(path, tokenizer):
             say(remark)
         ends = end_tokens(path, tokenizer.vocabulary_size)
@@ -104,13 +110,27 @@ def open_model(
         _check_is_plain(path, build_model, step)
         file = KerasFile(path)
         tokenizer = file.tokenizer()
-        model = build_gpt(file.config, tokenizer.vocabulary_size, tokenizer.bos_id)
-        file.load_weights(model)
+        build = functools.partial(build_gpt, file.config, tokenizer.vocabulary_size, tokenizer.bos_id)
+        model, holders = built(build, make_holders)
+        if make_holders is None:
+            file.load_weights(model)
+        else:
+            assign(holders, _arrays_on_host(file, build), path)
         return OpenedModel(model, tokenizer, file.config, file.step, file.path)
     run_folder, at = run_and_step(path, step)
     run = RunFolder(run_folder)
-    model, checkpoint = load_model(run, build_model, say, at)
+    model, checkpoint = load_model(run, build_model, say, at, make_holders)
     return OpenedModel(model, load_tokenizer_of(run), run.config, checkpoint.step, run.path)
+
+
+def _arrays_on_host(file: KerasFile, build: "Callable[[], keras.Model]") -> "dict[str, np.ndarray]":
+    """Returns the weights in a .keras file, by the paths of their variables. No device holds them."""
+    import tensorflow as tf
+
+    with tf.device("/cpu:0"):
+        model = build()
+        file.load_weights(model)
+    return {variable.path: variable.numpy() for variable in model.variables}
 
 
 def _is_huggingface(path: str) -> bool:

@@ -225,7 +225,7 @@ class GPT(keras.Model):
         return [(tf.zeros(shape, dtype), tf.zeros(shape, dtype)) for _ in self.blocks]
 
     def decode(
-        self, tokens: tf.Tensor, cache: Sequence[Cache], index: tf.Tensor, ops: Ops = PLAIN
+        self, tokens: tf.Tensor, cache: Sequence[Cache], index: tf.Tensor, ops: Ops = PLAIN, held: Held = WHOLE
     ) -> tuple[tf.Tensor, list[Cache]]:
         """Reads some more tokens, given what a cache remembers of the tokens before them.
 
@@ -236,14 +236,16 @@ class GPT(keras.Model):
                 zeros.
             index: int32 scalar; index + new is at most sequence_length.
             ops: the way of computing, the same that made the cache.
+            held: how layers get their weights.
 
         Returns:
             (logits float [batch, new, num_logits], cache).
         """
         positions = index + tf.range(tokens.shape[1] or tf.shape(tokens)[1])
-        x = self._embed(tokens, positions, ops)
+        embed = functools.partial(self._embed, positions=positions, ops=ops)
+        x = held.read(self._first_layers(), embed, tokens)
         places = ops.places(cache[0][0], positions)  # Once for all blocks.
-        if ops.compiles_blocks(x):
+        if held is WHOLE and ops.compiles_blocks(x):
             x, new = self._next_in_compiled_blocks(x, cache, index)
             filled = [
                 (ops.write(keys, key, places), ops.write(values, value, places))
@@ -258,8 +260,12 @@ class GPT(keras.Model):
                 return ops.cached_attention(query, keys, values, allowed)
 
             for block, cache_of_block in zip(self.blocks, cache, strict=True):
-                x = block(x, positions=positions, attend=functools.partial(attend, cache_of_block), ops=ops)
-        return self.logits(self._normalized(x, ops), ops), filled
+                # block.__call__, because mypy does not accept a Keras layer as an argument of partial.
+                run = functools.partial(
+                    block.__call__, positions=positions, attend=functools.partial(attend, cache_of_block), ops=ops
+                )
+                x = held.read([block], run, x)
+        return held.read(self._last_layers(), lambda x: self.logits(self._normalized(x, ops), ops), x), filled
 
     def _next_in_compiled_blocks(
         self, x: tf.Tensor, cache: Sequence[Cache], index: tf.Tensor

@@ -55,6 +55,31 @@ class Held:
         """
         return call(hidden)
 
+    def read(self, layers: Sequence[keras.layers.Layer], call: Callable[[tf.Tensor], Any], x: tf.Tensor) -> Any:
+        """Returns call(x), for which there are no gradients.
+
+        Args:
+            layers: hold all the weights that call reads.
+            call: a function of one tensor.
+            x: its argument.
+        """
+        return call(x)
+
+    def loop_body(self, body: Callable) -> Callable:
+        """Returns body, a function of tensors, in a form that a tf.while_loop can run if it reads weights."""
+        return body
+
+    def of_first(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns the tensors of the first replica, on all replicas.
+
+        Replicas that read the same weights for the same tokens can round differently, and so differ in what they
+        decide. A loop that reads weights must end after the same iteration on all of them.
+
+        Args:
+            tensors: numbers that float32 holds, of the same shapes on all replicas and in all calls.
+        """
+        return list(tensors)
+
 
 WHOLE = Held()
 

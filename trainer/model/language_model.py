@@ -182,7 +182,7 @@ class _GptModel(LanguageModel):
         empty = self.model.empty_cache(tokens.shape[0] or tf.shape(tokens)[0], ops)
 
         def read() -> list[Cache]:
-            return self.model.decode(tokens[:, :length], empty, tf.constant(0), ops)[1]
+            return self.model.decode(tokens[:, :length], empty, tf.constant(0), ops, self._held)[1]
 
         cache: list[Cache] = tf.cond(length > 0, read, lambda: empty)
         return cache
@@ -191,7 +191,7 @@ class _GptModel(LanguageModel):
         self, texts: tf.Tensor, index: tf.Tensor, cache: list[Cache], ops: Ops
     ) -> tuple[tf.Tensor, list[Cache]]:
         newest = texts[:, index - 1][:, tf.newaxis]
-        logits, cache = self.model.decode(newest, cache, index - 1, ops)
+        logits, cache = self.model.decode(newest, cache, index - 1, ops, self._held)
         return logits[:, 0], cache
 
 

@@ -1,5 +1,6 @@
 """Opens the checkpoints of a run, finds the one that is meant, and loads a model from it."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from trainer.config.file import differing_settings, make_config, shortened
 from trainer.config.schedule import can_extend
 from trainer.errors import UserError, quoted
 from trainer.model.build import BuildModel, make_model
+from trainer.model.held import without_values
 from trainer.model.language_model import adapt
 from trainer.optimizers.average import name_of_average
 from trainer.runs.checkpoint import Arrays, Checkpoint, Checkpoints, assign, write_first
@@ -21,6 +23,9 @@ from trainer.system.storage import Location
 
 # The facts of a run's record that the manifest of each checkpoint repeats.
 _FACTS = ("data_fingerprint", "tokenizer_fingerprint", "model")
+
+# Makes what holds the weights of a model that has no values, by the names of `named_variables`.
+MakeHolders = Callable[[keras.Model], Mapping[str, Any]]
 
 
 def open_checkpoints(run: RunFolder, say: Callable[[str], None] = print) -> Checkpoints:
@@ -88,6 +93,7 @@ def load_model(
     build_model: BuildModel | None = None,
     say: Callable[[str], None] = print,
     step: CheckpointStep | None = None,
+    make_holders: MakeHolders | None = None,
 ) -> tuple[keras.Model, Checkpoint]:
     """Builds the model of a run with the weights of a checkpoint, or with their average if it has one.
 
@@ -96,6 +102,7 @@ def load_model(
         build_model: the function that was given to `trainer.train`.
         say: prints a line.
         step: the checkpoint's step, or "best" for the one with the lowest validation loss; None: the newest.
+        make_holders: see `built`.
 
     Raises:
         UserError: the checkpoint does not exist, is damaged, or belongs to another model.
@@ -103,9 +110,30 @@ def load_model(
     run.check_model(build_model)
     checkpoint, groups = read_checkpoint(run, ("weights", "average"), say, step)
     tokenizer = load_tokenizer_of(run)
-    model = make_model(build_model, run.config, tokenizer.vocabulary_size, tokenizer.bos_id)
-    assign(adapt(model).named_variables(), averaged(groups), checkpoint.folder)
+    build = functools.partial(make_model, build_model, run.config, tokenizer.vocabulary_size, tokenizer.bos_id)
+    model, holders = built(build, make_holders)
+    assign(holders, averaged(groups), checkpoint.folder)
     return model, checkpoint
+
+
+def built(
+    build: Callable[[], keras.Model], make_holders: MakeHolders | None = None
+) -> tuple[keras.Model, Mapping[str, Any]]:
+    """Builds a model, for `assign` to fill.
+
+    Args:
+        build: builds it.
+        make_holders: if something else than the model's variables holds the weights. Then these have no values.
+
+    Returns:
+        (model, what holds its weights, by name).
+    """
+    if make_holders is None:
+        model = build()
+        return model, adapt(model).named_variables()
+    with without_values():
+        model = build()
+    return model, make_holders(model)
 
 
 def averaged(groups: Mapping[str, Arrays]) -> dict[str, np.ndarray]:

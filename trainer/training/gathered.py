@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from trainer.distributed.collectives import Collectives
+from trainer.distributed.collectives import Collectives, in_a_function
 from trainer.model.held import Held
 from trainer.model.pieces import Cut, travel_together
 
@@ -115,6 +115,16 @@ class _Gathered(Held):
             return (loss_sum, num_targets), gradient
 
         return run(hidden, *pieces)
+
+    def read(self, layers: Sequence[keras.layers.Layer], call: Callable[[tf.Tensor], Any], x: tf.Tensor) -> Any:
+        variables, cuts, pieces = self._of(layers)
+        return _called(call, variables, self._gather(cuts, pieces, x), x)
+
+    def loop_body(self, body: Callable) -> Callable:
+        return in_a_function(body)
+
+    def of_first(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        return self._collectives.of_first(tensors)
 
     def _of(self, layers: Sequence[keras.layers.Layer]) -> tuple[list[keras.Variable], list[Cut], list[tf.Tensor]]:
         """Returns the weights of layers, how each is cut, and this replica's piece of each."""

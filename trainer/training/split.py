@@ -189,14 +189,15 @@ class SplitWeights(SplitOptimizer):
         collectives: how they exchange.
         variables: the GPT's variables by name, which need no values: each initial value is made by itself, cut and
             dropped. Create it under the strategy scope.
+        begins: whether the pieces begin with the initial values; otherwise they are zeros until a checkpoint is read.
 
     Attributes:
         pieces: the weights. The model's own variables hold no values and are not read.
     """
 
-    def __init__(self, collectives: Collectives, variables: Mapping[str, keras.Variable]) -> None:
+    def __init__(self, collectives: Collectives, variables: Mapping[str, keras.Variable], begins: bool = True) -> None:
         super().__init__(collectives, variables)
-        for variable, piece, cut in self._together():
+        for variable, piece, cut in self._together() if begins else ():
             self.write(piece.value, cut, variable.numpy())
 
     def held(self, dtype: str, values: Sequence[tf.Tensor] | None = None) -> Held:

@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from trainer.config.schedule import batch_size_at, learning_rate
 from trainer.config.settings import Config, check_can_shard, check_shard, num_pieces
-from trainer.distributed.collectives import Collectives, make_collectives
+from trainer.distributed.collectives import Collectives, in_a_function, make_collectives
 from trainer.distributed.strategy import processor_of
 from trainer.errors import UserError
 from trainer.execution import Execution, resolve
@@ -339,7 +339,7 @@ class TrainingStep:
             )
 
         return accumulate(
-            _in_a_function(gradients_of) if in_pieces else gradients_of,
+            in_a_function(gradients_of) if in_pieces else gradients_of,
             weights,
             state,
             batch,
@@ -558,26 +558,6 @@ def mean_and_clip(
     if clip_norm is not None:
         scale *= tf.minimum(tf.ones([], norm.dtype), tf.constant(clip_norm, norm.dtype) / norm)
     return [gradient * tf.cast(scale, gradient.dtype) for gradient in gradients], norm
-
-
-def _in_a_function(gradients_of: GradientsOf) -> GradientsOf:
-    """Wraps gradients_of in a tf.function that is not inlined. TensorFlow matches the messages of a collective
-    operation by a key that holds the frame of the while_loop around it, and the replicas of a process have different
-    frames. Inside a called function the key holds no frame.
-    """
-
-    def call(
-        weights: Sequence[tf.Tensor], state: Sequence[tf.Tensor], batch: Batch, first_example: tf.Tensor
-    ) -> Gradients:
-        # Made for every replica, as each has operations of its own. TensorFlow would take these for one function that
-        # is traced again and again, and warn, unless they are traced by get_concrete_function.
-        function = tf.function(gradients_of, autograph=False, experimental_attributes={"_noinline": True})
-        gradients: Gradients = function.get_concrete_function(weights, state, batch, first_example)(
-            weights, state, batch, first_example
-        )
-        return gradients
-
-    return call
 
 
 def _check_model(config: Config, model: keras.Model, strategy: tf.distribute.Strategy) -> None:
