@@ -227,7 +227,7 @@ def _add_generate(verbs: Any) -> None:
         "overrides",
         nargs="*",
         metavar="key.sub=value",
-        help="other devices, such as distribution.kind=cpu: the first of them writes, or, with "
+        help="other devices, such as distribution.kind=cpu; the first of them writes, or, with "
         "distribution.shard=weights, all of them, which hold the model together",
     )
     parser.add_argument("--prompt", help="the same as PROMPT")
