@@ -27,6 +27,7 @@ from trainer.exchange.open import open_model
 from trainer.model.build import make_model
 from trainer.model.gpt import GPT
 from trainer.runs import checkpoint, results
+from trainer.runs.checkpoint import write_first
 from trainer.runs.results import read_scores, write_scores
 from trainer.runs.run_checkpoints import open_checkpoints
 from trainer.runs.run_folder import RunFolder
@@ -358,6 +359,27 @@ def test_a_split_run_that_resumes_from_a_checkpoint_ends_with_the_same_bits(tmp_
     returncode, output = finish(start("resume", str(run)))
     assert returncode == 0, output
     assert_bit_identical(saved(run, 12), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shard", "group"), [("weights", "weights"), ("optimizer", "optimizer")])
+def test_a_checkpoint_that_lacks_an_array_is_an_error_with_its_name_on_every_worker(
+    tmp_path, uninterrupted, free_addresses, shard, group
+):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    found = open_checkpoints(RunFolder(run)).latest()
+    groups = {name: found.arrays(name) for name in ("weights", "optimizer")}
+    lacking = next(name for name in groups[group] if "/block_0/" in name)
+    del groups[group][lacking]
+    facts = {key: each for key, each in found.manifest.items() if key not in ("format", "step", "files", "sha256")}
+    write_first(run / "checkpoints", found.step, groups, facts)
+    split = f"distribution.shard={shard}"
+    ends = [finish(start("resume", str(run), split, "distribution.logical_devices=2"))]
+    ends += [finish(process) for process in two_workers(free_addresses(2), "resume", str(run), split)]
+    for returncode, output in ends:
+        assert returncode == 1, output
+        assert f"UserError: {found.folder} does not hold this model: it lacks ['{lacking}'] and has nothing" in output
 
 
 def test_a_split_that_cannot_be_is_refused_and_leaves_nothing_behind(tmp_path):

@@ -4,6 +4,7 @@ test_replicas.py has several devices.
 
 import contextlib
 import logging
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -16,6 +17,7 @@ from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.model.gpt import GPT
 from trainer.model.held import without_values
+from trainer.training.snapshot import _snapshot, restore
 from trainer.training.step import TrainingStep
 
 VOCABULARY, NUM_STEPS = 17, 3
@@ -104,6 +106,24 @@ def test_what_is_split_is_restored_from_whole_arrays(split):
         variable.assign(before[name] + np.asarray(1, before[name].dtype))
         np.testing.assert_array_equal(variable.numpy(), before[name] + np.asarray(1, before[name].dtype))
         variable.assign(before[name])
+
+
+@pytest.mark.parametrize("group", ["weights", "optimizer"])
+def test_a_checkpoint_that_lacks_an_array_is_refused_with_its_name(split, group):
+    arrays = {"weights": split.named_variables, "optimizer": split.state(), "average": split.average_state()}
+    groups = {name: {key: np.array(each.numpy()) for key, each in some.items()} for name, some in arrays.items()}
+    lacking = next(name for name in groups[group] if name.startswith("gpt/block_0/"))
+    del groups[group][lacking]
+    checkpoint = SimpleNamespace(arrays=groups.get, has=groups.__contains__, folder="here", step=1)
+    with pytest.raises(UserError) as error:
+        restore(split, checkpoint)
+    assert str(error.value).startswith(f"here does not hold this model: it lacks ['{lacking}'] and has nothing in add")
+
+
+def test_a_worker_that_writes_no_checkpoint_keeps_nothing_of_it(split):
+    arrays = {**split.named_variables, **split.state()}
+    assert _snapshot(arrays, keeps=False) == {}
+    assert _snapshot(arrays, keeps=True).keys() == arrays.keys()
 
 
 def test_a_first_checkpoint_prints_no_warning_of_tensorflow():

@@ -1,6 +1,7 @@
 import errno
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from trainer.system import storage, whole
 from trainer.system.storage import Location, Url, locate
 from trainer.system.whole import copy_whole_folder, rename_unless_there, write_whole, write_whole_folder
 
-FILES = {"weights": b"\0\1" * 100, "manifest.json": b"{}"}
+CONTENT = {"weights": b"\0\1" * 100, "manifest.json": b"{}"}
+FILES = {"weights": [b"\0\1" * 60, b"", b"\0\1" * 40], "manifest.json": [b"{}"]}
 
 
 @pytest.fixture(params=["disk", "store"])
@@ -23,11 +25,11 @@ def content(folder: Location) -> dict[str, bytes]:
 
 def test_a_file_and_a_folder_replace_existing_ones(place: Location):
     for each in ("one", "two"):
-        write_whole_folder(place / "folders" / "step", {"weights": each.encode(), "manifest.json": b"{}"})
+        write_whole_folder(place / "folders" / "step", {"weights": [each.encode()], "manifest.json": [b"{}"]})
         write_whole(place / "folders" / "step" / "note.txt", each)
     assert content(place / "folders" / "step") == {"weights": b"two", "manifest.json": b"{}", "note.txt": b"two"}
     write_whole_folder(place / "folders" / "step", FILES)
-    assert content(place / "folders" / "step") == FILES
+    assert content(place / "folders" / "step") == CONTENT
     assert [path.name for path in (place / "folders").iterdir()] == ["step"]
 
 
@@ -46,8 +48,8 @@ def test_an_error_leaves_what_was_there_and_nothing_half_written(
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        write_whole_folder(tmp_path / "step", dict.fromkeys(FILES, b"new"))
-    assert content(tmp_path / "step") == FILES and not (tmp_path / ".partial").exists()
+        write_whole_folder(tmp_path / "step", {name: [b"new"] for name in FILES})
+    assert content(tmp_path / "step") == CONTENT and not (tmp_path / ".partial").exists()
     if failing_call == 1:
         calls.clear()
         with pytest.raises(OSError, match="No space left"):
@@ -59,30 +61,30 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path):
     (tmp_path / ".partial").mkdir()
     (tmp_path / ".partial" / "rubbish").write_bytes(b"x")
     write_whole_folder(tmp_path / "step", FILES)
-    assert content(tmp_path / "step") == FILES and not (tmp_path / ".partial").exists()
+    assert content(tmp_path / "step") == CONTENT and not (tmp_path / ".partial").exists()
 
 
 def test_in_a_store_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store = Url(f"ram://{uuid.uuid4().hex[:8]}")
     order: list[str] = []
-    write, copy = Url.write_bytes, storage.copy_file
+    write, copy = Url.write_parts, storage.copy_file
 
-    def note_write(url: Url, data: bytes) -> None:
+    def note_write(url: Url, parts: Iterable[bytes]) -> int:
         order.append(url.name)
-        write(url, data)
+        return write(url, parts)
 
     def note_copy(source: Location, target: Location) -> None:
         order.append(target.name)
         copy(source, target)
 
-    monkeypatch.setattr(Url, "write_bytes", note_write)
+    monkeypatch.setattr(Url, "write_parts", note_write)
     monkeypatch.setattr(storage, "copy_file", note_copy)
     monkeypatch.setattr(whole, "copy_file", note_copy)
     write_whole_folder(store / "step", FILES)
     assert order == list(FILES)
     order.clear()
     source = tmp_path / "source"
-    write_whole_folder(source, {"a.json": b"a", "manifest.json": b"{}", "z.tokens": b"z"})
+    write_whole_folder(source, {"a.json": [b"a"], "manifest.json": [b"{}"], "z.tokens": [b"z"]})
     (source / "tokenizer").mkdir()
     (source / "tokenizer" / "vocab.txt").write_text("v")
     copy_whole_folder(source, store / "copy", "manifest.json")

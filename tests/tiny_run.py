@@ -36,7 +36,7 @@ def saved(run: str | Path, step: int) -> dict[str, np.ndarray]:
     """Returns all arrays of a checkpoint."""
     checkpoint = open_checkpoints(RunFolder(run)).of_step(step)
     arrays = {group: checkpoint.arrays(group) for group in ("weights", "optimizer")}
-    return {f"{group}/{name}": array for group in arrays for name, array in arrays[group].items()}
+    return {f"{group}/{name}": np.asarray(array) for group in arrays for name, array in arrays[group].items()}
 
 
 def assert_same_bits(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> None:

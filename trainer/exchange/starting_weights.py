@@ -5,7 +5,7 @@ from, and several workers read it there.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from trainer.exchange.huggingface import TOKENIZER, digest_of_weights, read_weig
 from trainer.exchange.source import kind_of_source
 from trainer.model.build import GPT_MODEL
 from trainer.model.size import parameter_shapes
+from trainer.runs.array_file import Arrays, StoredArray
 from trainer.runs.parentage import Beginning, parents_by_run
 from trainer.runs.run_checkpoints import averaged, read_checkpoint
 from trainer.runs.run_data import load_tokenizer_of
@@ -27,8 +28,6 @@ from trainer.tokenizers.tokenizer_files import train_tokenizer
 
 POSITIONS = "gpt/position_embedding/embeddings"
 _FOREIGN = "init.from={source!r} has the weights of trainer's GPT, and build_model builds another model; leave out one."
-
-Weights = Mapping[str, np.ndarray]
 
 
 def read_beginning(config: Config, is_foreign: bool, say: Say) -> Beginning | None:
@@ -66,8 +65,8 @@ def _from_run(source: str, config: Config, is_foreign: bool, tokenizer: Tokenize
             f"init.from={source!r} has the weights of a model that {parent.facts['model']} built; give that function "
             "as build_model, from Python, or leave out init.from."
         )
-    checkpoint, groups = read_checkpoint(parent, ("weights", "average"), say, step)
-    weights: Weights = averaged(groups)
+    checkpoint, found = read_checkpoint(parent, lambda checkpoint: (checkpoint, averaged(checkpoint)), say, step)
+    weights: Arrays = found
     changed = differing_settings(config, parent.config)
     if not is_foreign:
         weights = fitted(weights, config, tokenizer.vocabulary_size, source, say, hint=advice(config, parent.config))
@@ -111,11 +110,11 @@ def check_tokenizer(source: str, tokenizer: Tokenizer, of_source: Tokenizer) -> 
 
 
 def fitted(
-    weights: Weights, config: Config, vocabulary_size: int, source: str, say: Say, hint: str = ""
-) -> dict[str, np.ndarray]:
+    weights: Arrays, config: Config, vocabulary_size: int, source: str, say: Say, hint: str = ""
+) -> dict[str, np.ndarray | StoredArray]:
     """Returns weights in the order, shapes and dtype of a config's GPT.
 
-    Positions beyond train.sequence_length are left out, with a line.
+    Positions beyond train.sequence_length are left out, with a line. What already fits is not read.
 
     Args:
         weights: arrays by the names of `parameter_shapes`.
@@ -130,19 +129,19 @@ def fitted(
     """
     dtype = np.float64 if config.train.precision == "float64" else np.float32
     shapes = dict(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, np.ndarray | StoredArray] = {}
     for name, wanted in shapes.items():
         array = weights.get(name)
-        if array is not None and name == POSITIONS and len(array) > wanted[0] and array.shape[1:] == wanted[1:]:
-            say(f"init.from={source!r} has {len(array)} positions: the first {wanted[0]} are used.")
-            array = array[: wanted[0]]
+        if array is not None and name == POSITIONS and array.shape[:1] > wanted[:1] and array.shape[1:] == wanted[1:]:
+            say(f"init.from={source!r} has {array.shape[0]} positions: the first {wanted[0]} are used.")
+            array = np.asarray(array)[: wanted[0]]
         if array is None or array.shape != wanted:
             there = "does not have it" if array is None else f"has it as {list(array.shape)}"
             raise UserError(
                 f"init.from={source!r} does not fit this config, which needs {name} as {list(wanted)}: it {there}. "
                 f"{hint or 'Change model.* and train.sequence_length to its sizes.'}"
             )
-        found[name] = array.astype(dtype, copy=False)
+        found[name] = array if array.dtype == dtype else np.asarray(array).astype(dtype)
     for name in sorted(weights.keys() - shapes.keys()):
         raise UserError(
             f"init.from={source!r} does not fit this config: it has {name} as {list(weights[name].shape)}, which "

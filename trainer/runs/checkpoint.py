@@ -5,7 +5,6 @@ is written last, and a folder counts as a checkpoint once its manifest is there 
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import threading
@@ -16,10 +15,10 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-import safetensors.numpy
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.runs.array_file import ArrayFile, Arrays, StoredArray, identity_of, parts_of
 from trainer.runs.run_folder import steps_in
 from trainer.system.manifest import DamagedError, sealed, unsealed
 from trainer.system.storage import (
@@ -40,19 +39,19 @@ FORMAT = 1
 RETRY_SECS = (1.0, 5.0, 20.0, 60.0)
 LAST_TRIES, LAST_RETRY_SECS = 3, 1.0
 
-Arrays = Mapping[str, np.ndarray]
-
 
 class Checkpoint(NamedTuple):
-    """A verified checkpoint.
+    """A verified checkpoint, whose files are open. On a disk they can be read even if the checkpoint is removed.
 
     Attributes:
         folder: the checkpoint's folder.
         manifest: the entries of its manifest: the step, the files, and the facts that were given to `save`.
+        files: its files by name.
     """
 
     folder: Location
     manifest: dict[str, Any]
+    files: Mapping[str, ArrayFile]
 
     @property
     def step(self) -> int:
@@ -63,13 +62,9 @@ class Checkpoint(NamedTuple):
         """Returns whether the checkpoint has a group. The first one of a run may lack `optimizer`: it begins anew."""
         return f"{group}.safetensors" in self.manifest["files"]
 
-    def arrays(self, group: str) -> dict[str, np.ndarray]:
-        """Reads a group of arrays, such as `weights`, and verifies it again.
-
-        Raises:
-            UserError: the file differs from its entry in the manifest.
-        """
-        return safetensors.numpy.load(_verified_bytes(self.folder, f"{group}.safetensors", self.manifest))
+    def arrays(self, group: str) -> dict[str, StoredArray]:
+        """Returns a group of arrays, such as `weights`. Each is read, and verified again, when NumPy needs it."""
+        return self.files[f"{group}.safetensors"].arrays()
 
 
 class Checkpoints:
@@ -217,10 +212,11 @@ class Checkpoints:
             UserError: the checkpoint is not there, is damaged, or belongs to another run.
         """
         folder = self._folder_of(step)
-        manifest = _verified_manifest(folder)
+        manifest = _read_manifest(folder)
+        files = _verified_files(folder, manifest)
         if (fault := self._fault_of(manifest)) is not None:
             raise _Fault(fault)
-        return Checkpoint(folder, manifest)
+        return Checkpoint(folder, manifest, files)
 
     def steps(self) -> list[int]:
         """Returns the steps that have a folder, oldest first.
@@ -365,23 +361,25 @@ def write_first(checkpoints: Location, step: int, groups: Mapping[str, Arrays], 
 
 def _files_of(
     step: int, groups: Mapping[str, Arrays], facts: Mapping[str, Any]
-) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Returns the files of a checkpoint, and its manifest."""
-    files = {f"{group}.safetensors": _serialized(arrays) for group, arrays in groups.items()}
-    identities = {name: _identity(content) for name, content in files.items()}
-    return files, sealed({"format": FORMAT, "step": step, **facts, "files": identities})
+) -> tuple[dict[str, Iterator[bytes]], dict[str, Any]]:
+    """Returns the files of a checkpoint, whose parts are made as they are written, and its manifest."""
+    files = {f"{group}.safetensors": arrays for group, arrays in groups.items()}
+    identities = {name: identity_of(parts_of(arrays)) for name, arrays in files.items()}
+    manifest = sealed({"format": FORMAT, "step": step, **facts, "files": identities})
+    return {name: parts_of(arrays) for name, arrays in files.items()}, manifest
 
 
-def _write_folder(final: Location, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
+def _write_folder(final: Location, files: Mapping[str, Iterable[bytes]], manifest: Mapping[str, Any]) -> None:
     with _as_user_error(f"Cannot write the checkpoint {final}"):
-        write_whole_folder(final, {**files, MANIFEST: json.dumps(manifest, indent=2).encode()})
+        write_whole_folder(final, {**files, MANIFEST: [json.dumps(manifest, indent=2).encode()]})
 
 
 def assign(variables: Mapping[str, Any], arrays: Arrays, source: str | Location) -> None:
-    """Gives variables the values saved under their names.
+    """Gives variables the values saved under their names, one after the other: no more than one array is in memory.
 
     Raises:
-        UserError: a variable has no array, an array has no variable, or their shapes or dtypes differ.
+        UserError: a variable has no array, an array has no variable, or their shapes or dtypes differ; no variable was
+            changed. Or an array cannot be read any more, and some variables were.
     """
     missing, extra = sorted(variables.keys() - arrays.keys()), sorted(arrays.keys() - variables.keys())
     if missing or extra:
@@ -397,12 +395,7 @@ def assign(variables: Mapping[str, Any], arrays: Arrays, source: str | Location)
                 f"{tf.as_dtype(variable.dtype).name}{list(variable.shape)}. Use the config it was trained with."
             )
     for name, variable in variables.items():
-        variable.assign(arrays[name])
-
-
-def _serialized(arrays: Arrays) -> bytes:
-    # safetensors copies the memory of an array and ignores its strides, and does not take NumPy scalars.
-    return safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()})
+        variable.assign(np.asarray(arrays[name]))
 
 
 def _read_manifest(folder: Location) -> dict[str, Any]:
@@ -420,25 +413,8 @@ def _read_manifest(folder: Location) -> dict[str, Any]:
     return manifest
 
 
-def _verified_manifest(folder: Location) -> dict[str, Any]:
-    manifest = _read_manifest(folder)
-    for name in manifest["files"]:
-        _verified_bytes(folder, name, manifest)
-    return manifest
-
-
-def _verified_bytes(folder: Location, name: str, manifest: Mapping[str, Any]) -> bytes:
-    path = folder / name
+def _verified_files(folder: Location, manifest: Mapping[str, Any]) -> dict[str, ArrayFile]:
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise _Fault(f"{path} is missing.") from None
-    except OSError as error:
-        raise _Fault(f"{path} cannot be read: {reason_and_remedy(error)}.") from None
-    if _identity(data) != manifest["files"][name]:
-        raise _Fault(f"{path} is damaged: its length or its SHA-256 differs from the manifest.")
-    return data
-
-
-def _identity(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return {name: ArrayFile(folder / name, identity) for name, identity in manifest["files"].items()}
+    except DamagedError as error:
+        raise _Fault(str(error)) from None

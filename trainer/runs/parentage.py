@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from trainer.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from trainer.runs.array_file import Arrays
     from trainer.runs.checkpoint import Checkpoint
 
 
@@ -23,7 +22,7 @@ class Beginning(NamedTuple):
     """
 
     step: int
-    groups: "Mapping[str, Mapping[str, np.ndarray]]"
+    groups: "Mapping[str, Arrays]"
     parents: Sequence[Mapping[str, Any]]
     data_offset: int = 0
 

@@ -1,11 +1,10 @@
 """Opens the checkpoints of a run, finds the one that is meant, and loads a model from it."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import keras
-import numpy as np
 
 from trainer.config.file import differing_settings, make_config, shortened
 from trainer.config.schedule import can_extend
@@ -14,7 +13,8 @@ from trainer.model.build import BuildModel, make_model
 from trainer.model.held import without_values
 from trainer.model.language_model import adapt
 from trainer.optimizers.average import name_of_average
-from trainer.runs.checkpoint import Arrays, Checkpoint, Checkpoints, assign, write_first
+from trainer.runs.array_file import StoredArray
+from trainer.runs.checkpoint import Checkpoint, Checkpoints, assign, write_first
 from trainer.runs.parentage import Beginning
 from trainer.runs.results import read_scores
 from trainer.runs.run_data import load_tokenizer_of
@@ -108,12 +108,15 @@ def load_model(
         UserError: the checkpoint does not exist, is damaged, or belongs to another model.
     """
     run.check_model(build_model)
-    checkpoint, groups = read_checkpoint(run, ("weights", "average"), say, step)
     tokenizer = load_tokenizer_of(run)
     build = functools.partial(make_model, build_model, run.config, tokenizer.vocabulary_size, tokenizer.bos_id)
-    model, holders = built(build, make_holders)
-    assign(holders, averaged(groups), checkpoint.folder)
-    return model, checkpoint
+
+    def model_of(checkpoint: Checkpoint) -> tuple[keras.Model, Checkpoint]:
+        model, holders = built(build, make_holders)
+        assign(holders, averaged(checkpoint), checkpoint.folder)
+        return model, checkpoint
+
+    return read_checkpoint(run, model_of, say, step)
 
 
 def built(
@@ -136,30 +139,37 @@ def built(
     return model, make_holders(model)
 
 
-def averaged(groups: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
-    """Returns the weights to use a model with: their average if the groups of its checkpoint have one, else they
-    themselves. A variable that is not trained has no average.
+def averaged(checkpoint: Checkpoint) -> dict[str, StoredArray]:
+    """Returns the weights to use a model with: their average if its checkpoint has one, else they themselves. A
+    variable that is not trained has no average.
     """
-    average = groups.get("average", {})
-    return {name: average.get(name_of_average(name), array) for name, array in groups["weights"].items()}
+    average = checkpoint.arrays("average") if checkpoint.has("average") else {}
+    return {name: average.get(name_of_average(name), array) for name, array in checkpoint.arrays("weights").items()}
+
+
+T = TypeVar("T")
 
 
 def read_checkpoint(
     run: RunFolder,
-    names: Sequence[str],
+    read: Callable[[Checkpoint], T],
     say: Callable[[str], None] = print,
     step: CheckpointStep | None = None,
-) -> tuple[Checkpoint, dict[str, dict[str, np.ndarray]]]:
-    """Reads groups of arrays of a checkpoint of a run, in which another process may be training.
+) -> T:
+    """Reads a checkpoint of a run, in which another process may be training.
 
     Args:
         run: the run.
-        names: the groups to read; a group that the checkpoint does not have is left out.
+        read: returns what is wanted of the checkpoint. Called again, for another checkpoint, if the first one is
+            replaced before all of it is read.
         say: prints a line.
         step: the checkpoint's step, or "best" for the one with the lowest validation loss; None: the newest.
 
+    Returns:
+        What `read` returns.
+
     Raises:
-        UserError: the checkpoint does not exist, is damaged, or belongs to another run.
+        UserError: the checkpoint does not exist, is damaged, or belongs to another run; or `read` raised it.
     """
     while True:
         checkpoints = open_checkpoints(run, say)
@@ -170,7 +180,7 @@ def read_checkpoint(
                 raise UserError(
                     f"{run.path} has no checkpoint yet; train on with: trainer train --resume {quoted(run.path)}"
                 )
-            return checkpoint, {name: checkpoint.arrays(name) for name in names if checkpoint.has(name)}
+            return read(checkpoint)
         except UserError:
             # The process that trains may have replaced it by a newer or a better one since it was listed.
             if seen == (checkpoints.steps(), read_scores(run)):

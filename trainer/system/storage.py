@@ -13,7 +13,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,18 @@ class Url:
 
     def write_bytes(self, content: bytes) -> None:
         """Writes the file; other processes see all of it or nothing."""
+        self.write_parts([content])
+
+    def write_parts(self, parts: Iterable[bytes]) -> int:
+        """Writes the file as `write_bytes` does, one part of its content after the other. Returns their bytes."""
+        num_bytes = 0
         if self._text.startswith("ram://") and self.is_file():
             _gfile().remove(self._text)  # Only in this store TensorFlow appends to an existing file.
         with _as_user_errors(self), _gfile().GFile(self._text, "wb") as file:
-            file.write(content)
+            for part in parts:
+                file.write(part)
+                num_bytes += len(part)
+        return num_bytes
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """Returns the text of the file."""
@@ -120,6 +129,44 @@ class Url:
 
 
 Location = Path | Url
+
+
+class EndedError(OSError):
+    """A file in a store ends before the place that is to be read."""
+
+
+class OpenedFile:
+    """A file that is read in parts, in any order. It is closed when nothing refers to it any more.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: it does not exist or cannot be read; a store may notice this only in `read`.
+        UserError: the store cannot be read.
+    """
+
+    def __init__(self, path: Location) -> None:
+        self._path = path
+        with self._errors():
+            self._file = path.open("rb")
+        # Python warns of a file that is open when it is dropped.
+        weakref.finalize(self, self._file.close)
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        """Returns the bytes from a place on; fewer at the end of the file.
+
+        Raises:
+            EndedError: in a store, the place is after the end.
+            OSError: the file cannot be read, or it is in a store and was removed.
+            UserError: the store cannot be read.
+        """
+        with self._errors():
+            self._file.seek(start)
+            return bytes(self._file.read(num_bytes))
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return _as_user_errors(self._path) if isinstance(self._path, Url) else contextlib.nullcontext()
 
 
 def is_url(path: object) -> bool:
@@ -202,6 +249,22 @@ def copy_file(source: Location, target: Location) -> None:
         return
     with _as_user_errors(source if isinstance(source, Url) else target):
         _gfile().copy(str(source), str(target), overwrite=True)
+
+
+def write_parts(file: Location, parts: Iterable[bytes]) -> None:
+    """Writes a file, one part of its content after the other, so that no more than one of them has to be in memory.
+
+    Raises:
+        OSError: it cannot be written, or the store kept less than was written.
+        UserError: the store cannot be written.
+    """
+    if isinstance(file, Path):
+        with file.open("wb") as opened:
+            opened.writelines(parts)
+        return
+    # gfile does not report every short write.
+    if file.write_parts(parts) != file.stat().st_size:
+        raise OSError(f"{file} was cut short")
 
 
 def remove_folder(folder: Location) -> None:
@@ -316,6 +379,8 @@ def _as_user_errors(where: object) -> Iterator[None]:
         yield
     except tf.errors.NotFoundError as error:
         raise FileNotFoundError(f"{where}: {error.message}") from None
+    except tf.errors.OutOfRangeError:
+        raise EndedError(f"{where} has fewer bytes than it had, or than it should have") from None
     except tf.errors.UnimplementedError as error:  # Raised for http:// and s3://, too.
         raise UserError(
             f"{where}: the object store failed: {error.message[:300]}. TensorFlow cannot read this kind of URL here; "

@@ -10,11 +10,11 @@ There is one way for each kind of place:
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from trainer.errors import UserError
-from trainer.system.storage import Location, Url, copy_file, copy_folder, is_url, remove_tree
+from trainer.system.storage import Location, Url, copy_file, copy_folder, is_url, remove_tree, write_parts
 
 # One name for all folders below a parent: the next process clears away what a killed process left there.
 _PARTIAL_FOLDER = ".partial"
@@ -32,7 +32,7 @@ def write_whole(file: Location, text: str) -> None:
     sync(file.parent)
 
 
-def write_whole_folder(folder: Location, files: Mapping[str, bytes]) -> None:
+def write_whole_folder(folder: Location, files: Mapping[str, Iterable[bytes]]) -> None:
     """Writes a folder of files, or replaces an existing one. The caller syncs the folder that it is in.
 
     An existing folder is removed before the new one gets its name, because a rename cannot replace a folder that has
@@ -41,7 +41,8 @@ def write_whole_folder(folder: Location, files: Mapping[str, bytes]) -> None:
     Args:
         folder: the folder. The folder that it is in is made if it is missing; only one process may write there at a
             time.
-        files: the content of each file by its name. The last one is the manifest: a folder without it does not count.
+        files: the content of each file by its name, in parts, each of which is dropped once it is written. The last
+            file is the manifest: a folder without it does not count.
 
     Raises:
         OSError: the disk cannot be written, or the store kept less than was written. Nothing half-written is left.
@@ -53,11 +54,8 @@ def write_whole_folder(folder: Location, files: Mapping[str, bytes]) -> None:
         if not isinstance(folder, Url):
             make_folder(folder.parent)
         written.mkdir()
-        for name, content in files.items():
-            (written / name).write_bytes(content)
-            # gfile does not report every short write.
-            if isinstance(written, Url) and (written / name).stat().st_size != len(content):
-                raise OSError(f"{written / name} was cut short")
+        for name, parts in files.items():
+            write_parts(written / name, parts)
         if not isinstance(folder, Url) and not isinstance(written, Url):
             sync_tree(written)
             remove_tree(folder)

@@ -261,8 +261,9 @@ def _beginning(request: Request, read: Callable[..., Beginning | None], say: Say
         return read(request.config, request.build_model is not None, say=say)
     parent = request.fork.parent
     # A fork without optimizer.ema_decay drops the average of its parent.
-    average = () if request.config.optimizer.ema_decay is None else ("average",)
-    checkpoint, groups = read_checkpoint(parent, ("weights", "optimizer", *average), say, request.fork.step)
+    names = ["weights", "optimizer", *(() if request.config.optimizer.ema_decay is None else ("average",))]
+    checkpoint = read_checkpoint(parent, lambda checkpoint: checkpoint, say, request.fork.step)
+    groups = {name: checkpoint.arrays(name) for name in names if checkpoint.has(name)}
     parents = parents_by_run(parent, checkpoint, "fork", request.fork.changed)
     return Beginning(checkpoint.step, groups, parents)
 

@@ -33,7 +33,7 @@ def restore(training_step: TrainingStep, checkpoint: Checkpoint | None) -> int:
     if checkpoint.step == 0 and not checkpoint.has("optimizer"):
         return 0  # A new run, which begins with the weights of another model.
     # Runs of older releases did not count the steps that were skipped in a row.
-    state = {"skipped_in_a_row": np.zeros([], np.int64), **checkpoint.arrays("optimizer")}
+    state: dict[str, Any] = {"skipped_in_a_row": np.zeros([], np.int64), **checkpoint.arrays("optimizer")}
     assign(training_step.state(), _with_loss_scale(state, training_step), checkpoint.folder)
     training_step.step.assign(checkpoint.step)
     return checkpoint.step
