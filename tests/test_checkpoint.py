@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
@@ -113,6 +114,16 @@ def test_saving_returns_before_it_is_written_and_writes_what_it_was_given(tmp_pa
     returned = time.monotonic() - start
     checkpoints.wait()
     assert returned < (time.monotonic() - start) / 2
+
+
+def test_the_arrays_of_a_checkpoint_are_dropped_once_it_makes_way(tmp_path: Path):
+    array = np.ones([4096], np.float32)
+    kept, checkpoints = weakref.ref(array), Checkpoints(str(tmp_path))
+    checkpoints.save(1, {"weights": {"x": array}}, {})
+    del array
+    checkpoints.make_way()
+    wait_until(lambda: kept() is None)  # The writer returns a moment before its thread has dropped its arguments.
+    assert checkpoints.steps() == [1]
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "manifest.json"])

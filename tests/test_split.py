@@ -17,6 +17,7 @@ from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
 from trainer.model.gpt import GPT
 from trainer.model.held import without_values
+from trainer.training import snapshot
 from trainer.training.snapshot import _snapshot, restore
 from trainer.training.step import TrainingStep
 
@@ -124,6 +125,16 @@ def test_a_worker_that_writes_no_checkpoint_keeps_nothing_of_it(split):
     arrays = {**split.named_variables, **split.state()}
     assert _snapshot(arrays, keeps=False) == {}
     assert _snapshot(arrays, keeps=True).keys() == arrays.keys()
+
+
+def test_the_chief_drops_the_checkpoint_before_it_takes_the_next(monkeypatch):
+    done = []
+    checkpoints = SimpleNamespace(make_way=lambda: done.append("drop"), save=lambda *_: done.append("save"))
+    array = SimpleNamespace(numpy=lambda: done.append("take") or np.zeros(1))
+    step = SimpleNamespace(named_variables={"a": array}, state=dict, average=None, step=tf.Variable(1))
+    monkeypatch.setattr(snapshot, "facts_of", lambda run: {})
+    snapshot.save(checkpoints, step, run=None)
+    assert done == ["drop", "take", "save"]
 
 
 def test_a_first_checkpoint_prints_no_warning_of_tensorflow():

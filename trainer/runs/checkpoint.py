@@ -83,7 +83,7 @@ class Checkpoints:
     Attributes:
         kept_steps: steps whose checkpoints are kept, too.
         on_whole: called with the step and the folder of each checkpoint that is whole, by the thread that saves, from
-            within `save`, `check` or `wait`; once for a step that is saved twice in a row.
+            within `save`, `make_way`, `check` or `wait`; once for a step that is saved twice in a row.
     """
 
     def __init__(
@@ -140,9 +140,18 @@ class Checkpoints:
         Raises:
             UserError: checkpoints could not be written `max_failures` times in a row.
         """
+        self.make_way()
+        self._pending = self._writer.submit(self._write_or_try_again, step, groups, facts)
+
+    def make_way(self) -> None:
+        """Waits for the checkpoint before the next one, or for its present try if it cannot be written. Its arrays are
+        dropped then, so the caller that waits before it copies the next ones holds no two copies.
+
+        Raises:
+            UserError: checkpoints could not be written `max_failures` times in a row.
+        """
         self._is_superseded = True
         self._join()
-        self._pending = self._writer.submit(self._write_or_try_again, step, groups, facts)
 
     def check(self) -> None:
         """Raises the error of a checkpoint that could not be written, if there is one; does not wait.

@@ -205,6 +205,7 @@ def _launch_one(request: Request, workers: Workers, say: Say) -> TrainingResult:
     if request.run is not None and request.may_prepare:
         report_changed_text(config, prepared, say, text_fingerprint)
     run = request.run or _create(request, prepared, beginning, say)
+    beginning = None  # Its arrays are in the run's folder now, and the training needs their memory.
     return train(run, workers, strategy, prepared, request.build_model, say, request.step, request.callbacks)
 
 
@@ -228,6 +229,7 @@ def _launch_several(request: Request, workers: Workers, say: Say) -> TrainingRes
             report_changed_text(config, prepared, say, functools.partial(call_in_new_process, text_fingerprint))
         run = meeting.in_turn(lambda: _run_of_several(request, workers, prepared, beginning, say))
         meeting.agree(contents(run, request.step))
+    beginning = None  # As in _launch_one.
     with _reporting_lost_workers(run, workers):
         strategy = open_devices(run.config, workers, say)
         return train(run, workers, strategy, prepared, request.build_model, say, request.step, request.callbacks)

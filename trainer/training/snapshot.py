@@ -57,6 +57,8 @@ def save(checkpoints: Checkpoints, training_step: TrainingStep, run: RunFolder, 
         writes: whether this worker writes the checkpoint. If distribution.shard splits something, all workers call
             this: those that do not write pass on their pieces.
     """
+    if writes:
+        checkpoints.make_way()
     groups = {
         "weights": _snapshot(training_step.named_variables, writes),
         "optimizer": _snapshot(training_step.state(), writes),
