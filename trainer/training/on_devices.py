@@ -69,6 +69,7 @@ def open_on_devices(
     made: list[SplitWeights] = []
 
     def make_pieces(model: keras.Model) -> Mapping[str, SplitArray]:
+        made.clear()  # It is called again if a store lost the checkpoint while it was read.
         with strategy.scope():
             made.append(SplitWeights(collectives, adapt(model).named_variables(), begins=False))
         return made[-1].arrays()
