@@ -240,5 +240,6 @@ def test_neither_saving_nor_restoring_makes_a_process_much_larger(folder: str):
         command = [sys.executable, "-c", SAVE_OR_RESTORE, verb, folder]
         done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        # An array (32 MiB), TensorFlow's copy of it, and two parts of the file; together they have 512.
-        assert float(done.stdout) < 160, verb
+        # An array of 32 MiB and copies of it and of parts of the file, in Python and in TensorFlow: 144 MiB were seen.
+        # All arrays have 512.
+        assert float(done.stdout) < 224, verb

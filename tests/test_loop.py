@@ -382,6 +382,16 @@ def test_a_checkpoint_that_lacks_an_array_is_an_error_with_its_name_on_every_wor
         assert f"UserError: {found.folder} does not hold this model: it lacks ['{lacking}'] and has nothing" in output
 
 
+@pytest.mark.slow
+def test_two_workers_begin_with_the_weights_of_another_run(tmp_path, uninterrupted, free_addresses):
+    settings = settings_of(tmp_path, train__total_steps=8, tokenizer__kind="saved", tokenizer__path=str(uninterrupted))
+    settings |= {"init": {"from": str(uninterrupted)}, "samples": {"samplers": ["greedy"]}}
+    ends = [finish(process) for process in two_workers(free_addresses(2), "train", json.dumps(settings))]
+    assert [returncode for returncode, _ in ends] == [0, 0], ends
+    weights = {name: array for name, array in saved(uninterrupted, 40).items() if name.startswith("weights/")}
+    assert_bit_identical(saved(tmp_path / "run", 0), weights)
+
+
 def test_a_split_that_cannot_be_is_refused_and_leaves_nothing_behind(tmp_path):
     settings = settings_of(tmp_path) | {"distribution": {"kind": "cpu", "shard": "optimizer"}}
     with pytest.raises(trainer.UserError, match=r"distribution.shard='optimizer' splits over several .*; choose 'noth"):
