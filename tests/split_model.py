@@ -3,6 +3,7 @@ test_on_devices.py runs it.
 
     python tests/split_model.py CASE RUN OVERRIDE...
 
+There all replicas except the first get wrong logits: they must write what the first one does, and end when it does.
 A process of its own, because a CPU can only be split before TensorFlow computes anything.
 """
 
@@ -15,15 +16,29 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import tensorflow as tf
+
 from trainer.cli import main
 from trainer.config.file import make_config
 from trainer.decoding.decoder import Decoder
 from trainer.decoding.request import Request
+from trainer.decoding.text_loop import TextLoop
 from trainer.exchange.open import read_config
 from trainer.training.on_devices import generator_on_devices
 
 PROMPTS = ["the c", "on"]
 GREEDY, BEAM, TOP_K, TOP_P = Decoder("greedy"), Decoder("beam", num_beams=2), Decoder("top-k", 4), Decoder("top-p")
+
+
+def let_replicas_differ():
+    """Gives all replicas except the first other logits, as if they rounded differently in the extreme."""
+    possible = TextLoop._possible
+
+    def turned(*arguments):
+        number = tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group)
+        return tf.roll(possible(*arguments), int(number), axis=1)
+
+    TextLoop._possible = turned
 
 
 def printed(*words):
@@ -81,4 +96,5 @@ def tied(run, overrides):
 
 
 if __name__ == "__main__":
+    let_replicas_differ()
     print(json.dumps({"untied": untied, "tied": tied}[sys.argv[1]](sys.argv[2], sys.argv[3:])))

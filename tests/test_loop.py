@@ -290,24 +290,31 @@ def kill_after(run, step, *processes):
 
 
 @pytest.mark.slow
-def test_what_a_run_with_split_weights_scores_and_writes_is_what_one_without_does(tmp_path):
+def test_what_a_run_with_split_weights_scores_and_writes_is_what_one_without_does(tmp_path, free_addresses):
     (tmp_path / "other.txt").write_text("a lazy fox jumps .\nthe dog\n" * 5, encoding="utf-8")
-    found = []
-    for shard in ("nothing", "weights"):
-        settings = settings_of(tmp_path, shard, train__precision="float64", train__total_steps=4)
+    on_two = {"logical_devices": 2}
+    runs = {"whole": on_two, "split": on_two | {"shard": "weights"}, "workers": {"shard": "weights"}}
+    found = {}
+    for name, distribution in runs.items():
+        settings = settings_of(tmp_path, name, train__precision="float64", train__total_steps=6)
         settings["optimizer"] |= {"ema_decay": 0.9, "warmup_steps": 2}
         settings["evaluation"] = {"every_steps": 2, "sets": {"other": str(tmp_path / "other.txt")}}
-        settings["samples"] = {"samplers": ["greedy"], "num_tokens": 5}
-        settings["distribution"] = {"shard": shard, "logical_devices": 2}
-        returncode, output = finish(start("train", json.dumps(settings)))
-        assert returncode == 0, output
-        found.append(json.loads((tmp_path / shard / "result.json").read_text()))
-    whole, split = found
-    assert split["samples"] == whole["samples"] and len(whole["samples"]["greedy"]) > 0
-    scores = [[each["evaluation"][name] for name in ("loss", "raw_loss")] for each in found]
-    for each, result in zip(scores, found, strict=True):
-        each.append(result["evaluation"]["sets"]["other"]["nats"])
-    np.testing.assert_allclose(*scores, rtol=1e-12)
+        settings["samples"] = {"samplers": ["greedy", "top-p"], "num_tokens": 5, "every_steps": 3}
+        settings["distribution"] = distribution
+        if name == "workers":
+            processes = two_workers(free_addresses(2), "train", json.dumps(settings))
+        else:
+            processes = [start("train", json.dumps(settings))]
+        for returncode, output in map(finish, processes):
+            assert returncode == 0, output
+        found[name] = json.loads((tmp_path / name / "result.json").read_text())
+        assert all(found[name]["samples"].values()) and len(found[name]["samples"]) == 2
+        scores = [found[name]["evaluation"][score] for score in ("loss", "raw_loss")]
+        scores.append(found[name]["evaluation"]["sets"]["other"]["nats"])
+        found[name]["scores"] = scores
+    for name in ("split", "workers"):
+        assert found[name]["samples"] == found["whole"]["samples"]
+        np.testing.assert_allclose(found[name]["scores"], found["whole"]["scores"], rtol=1e-12)
 
 
 @pytest.mark.slow

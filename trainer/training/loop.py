@@ -20,8 +20,8 @@ loop      Every worker takes the same steps. In a step (step.py) each replica co
           Between calls of the compiled loop, whenever it is due: the chief logs; histograms of weights and gradients
           are computed by every worker and written by the chief; the chief saves a checkpoint, and every worker sends
           its pieces for it; every worker scores its share of the validation text and of evaluation.sets; the
-          chief writes samples, for which every worker sends its pieces if the weights are split. If a signal stops the
-          run, it is saved, and ends here.
+          chief writes samples, together with all other workers if the weights are split. If a signal stops the run, it
+          is saved, and ends here.
 finish    Every worker scores its share of the whole validation text and of evaluation.sets. The chief writes samples
           and the results.
 
