@@ -159,8 +159,8 @@ def break_split(what):
             value = tf.convert_to_tensor(piece.value)
             tf.raw_ops.AssignVariableOp(resource=old.value.handle, value=value)
 
-    def held_before(self, dtype, values=None):
-        return held(self, dtype, [tf.convert_to_tensor(piece.value) for piece in self.before])
+    def held_before(self, dtype, values=None, is_compiled=False):
+        return held(self, dtype, [tf.convert_to_tensor(piece.value) for piece in self.before], is_compiled)
 
     def with_those_values(model, weights, *arguments, held=None, **options):
         values = weights if held is None else [piece.value for piece in held._pieces.values()]

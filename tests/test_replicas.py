@@ -84,10 +84,11 @@ ON_EIGHT = [
 # Four replicas as one group have some of the cases with each split, and as two groups others.
 SPLIT_ON_FOUR = {"optimizer": SPLIT[:3], "weights": [SPLIT[0], SPLIT[3]]}
 IN_GROUPS = {"optimizer": SPLIT[3], "weights": SPLIT[1]}
+COMPILED = split({**SPLIT[0], "train": {"xla": "on"}}, "weights")
 # A process takes all the cases that a number of replicas is needed for.
 CASES_ON = {
     1: [*CASES, EIGHTHS[1], EIGHTHS_OF_MUON[1], *SPLIT, FOREIGN, ELEVENTHS, *MUON[::2]],
-    2: [*CASES, *SPLIT_CONTROLS, *CONTROLS],
+    2: [*CASES, COMPILED, *SPLIT_CONTROLS, *CONTROLS],
     4: [
         *ON_FOUR,
         EIGHTHS[4],
@@ -246,6 +247,12 @@ def test_what_is_in_pieces_changes_nothing(results, num_replicas, shard):
         assert_equal(result, results[1][CASES_ON[1].index(case)], TOLERANCE[case["precision"]])
         # The loss, the counts and the square of the norm; the gradients are scattered.
         assert result["num_reductions"] == num_replicas
+
+
+@pytest.mark.slow
+def test_blocks_that_xla_compiles_between_the_exchanges_change_nothing(results):
+    result = results[2][CASES_ON[2].index(COMPILED)]
+    assert_equal(result, results[1][CASES_ON[1].index(SPLIT[0])], TOLERANCE["float64"])
 
 
 @pytest.mark.slow

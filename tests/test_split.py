@@ -48,9 +48,10 @@ def values_of(step):
     return {name: np.array(variable.numpy()) for name, variable in variables.items()}
 
 
-@pytest.fixture(scope="module", params=["optimizer", "weights"])
+@pytest.fixture(scope="module", params=["optimizer", "weights", "weights in blocks that XLA compiles"])
 def split(request):
-    return make_step(request.param)
+    shard, *compiled = request.param.split(maxsplit=1)
+    return make_step(shard, xla="on" if compiled else "auto")
 
 
 def test_a_step_on_the_only_piece_is_the_step_on_the_whole(split):

@@ -47,8 +47,8 @@ class Execution(NamedTuple):
         micro_batch_size: examples at a time; divides examples.
         at_once: micro-batches of a replica that may be under way at the same time.
         total_micro_batches: the micro-batches of all replicas.
-        is_compiled: whether we compile forward and backward pass with XLA. A TPU's strategy compiles the whole step
-            anyway.
+        is_compiled: whether we compile forward and backward pass with XLA: if the weights are split, those of a block,
+            and the loss. A TPU's strategy compiles the whole step anyway.
         ops: the way of computing: "cpu" for operations one by one on a CPU, "plain" for operations one by one on
             another device, "xla" for a function that XLA compiles as a whole.
         recompute: what the backward pass computes again.
@@ -147,12 +147,7 @@ def resolve(
             f"train.xla='on': this build of TensorFlow does not know this {device.kind}, and XLA would abort. "
             "Set train.xla=off, or leave it out; a build with a newer CUDA may know it."
         )
-    if use == "training" and train.xla == "on" and gathers:
-        raise UserError(
-            "train.xla='on' compiles a micro-batch by itself, and with distribution.shard='weights' the replicas "
-            "exchange weights within it. Leave train.xla out; on a TPU XLA compiles the whole step anyway."
-        )
-    wants_xla = train.xla == "on" or (train.xla == "auto" and device.kind == "GPU" and not gathers)
+    wants_xla = train.xla == "on" or (train.xla == "auto" and device.kind == "GPU")
     is_compiled = use == "training" and wants_xla and device.compiles
     ops = ops_of(device, is_compiled, use)
     recompute = _recompute(config, device) if use == "training" else "nothing"

@@ -380,10 +380,10 @@ class RehearsedCollectives(Collectives):
     """
 
     def __init__(self, num_pieces: int, in_xla: bool = False) -> None:
-        self.num_pieces, self._in_xla = num_pieces, in_xla
+        self.num_pieces, self.is_one_program = num_pieces, in_xla
 
     def _after(self, first: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        return _after_in_xla(first, tensors) if self._in_xla else super()._after(first, tensors)
+        return _after_in_xla(first, tensors) if self.is_one_program else super()._after(first, tensors)
 
     def _place(self) -> int:
         return 0

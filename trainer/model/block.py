@@ -76,7 +76,13 @@ class Block(keras.layers.Layer):
         return input_shape
 
     def call(
-        self, x: tf.Tensor, positions: tf.Tensor, attend: Attend, draw: DropoutDraw | None = None, ops: Ops = PLAIN
+        self,
+        x: tf.Tensor,
+        positions: tf.Tensor,
+        attend: Attend,
+        draw: DropoutDraw | None = None,
+        ops: Ops = PLAIN,
+        place: int | tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Transforms a sequence, or the new positions of one that a cache remembers.
 
@@ -87,11 +93,15 @@ class Block(keras.layers.Layer):
                 queries attend and returns a tensor like them.
             draw: what the dropout masks depend on.
             ops: the way of computing.
+            place: the place in the model, on which the dropout masks depend, too: int, or an int32 scalar; None: the
+                block's own.
         """
+        place = self.index if place is None else place
         attention = functools.partial(self._attention, positions=positions, attend=attend, ops=ops)
         feed_forward = functools.partial(self._feed_forward, ops=ops)
         parts = (attention, self.attention_norm), (feed_forward, self.feedforward_norm)
-        for layer, (part, norm) in enumerate(parts, start=2 * self.index + 1):
+        for i, (part, norm) in enumerate(parts, start=1):
+            layer = 2 * place + i
             if self.config.pre_norm:
                 x += dropout(part(norm(x, ops=ops)), self.config.dropout, layer, draw)
             else:

@@ -20,13 +20,13 @@ class DropoutDraw(NamedTuple):
     first_example: tf.Tensor
 
 
-def dropout(x: tf.Tensor, rate: float, layer: int, draw: DropoutDraw | None) -> tf.Tensor:
+def dropout(x: tf.Tensor, rate: float, layer: int | tf.Tensor, draw: DropoutDraw | None) -> tf.Tensor:
     """Sets a share of the numbers to 0 and scales the others up by 1 / (1 - rate).
 
     Args:
         x: float [batch, ...]. Only the batch size may be unknown.
         rate: share to set to 0.
-        layer: number of the dropout layer in the model.
+        layer: number of the dropout layer in the model: int, or an int32 scalar.
         draw: what the mask depends on; None leaves x as it is.
 
     Returns:
@@ -40,7 +40,8 @@ def dropout(x: tf.Tensor, rate: float, layer: int, draw: DropoutDraw | None) -> 
     blocks_per_row = -(-row_size // 4)
     key = tf.reshape(tf.cast(draw.seed, tf.uint64), [1])
     low = tf.cast(draw.first_example, tf.uint64) * tf.constant(blocks_per_row, tf.uint64)
-    high = tf.cast(draw.step, tf.uint64) * tf.constant(2**16, tf.uint64) + tf.constant(layer, tf.uint64)
+    of_layer = tf.constant(layer, tf.uint64) if isinstance(layer, int) else tf.cast(layer, tf.uint64)
+    high = tf.cast(draw.step, tf.uint64) * tf.constant(2**16, tf.uint64) + of_layer
     bits = tf.raw_ops.StatelessRandomUniformFullIntV2(
         shape=[tf.shape(x)[0], 4 * blocks_per_row], key=key, counter=tf.stack([low, high]), alg=1, dtype=tf.uint32
     )

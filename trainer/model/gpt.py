@@ -150,11 +150,11 @@ class GPT(keras.Model):
         if self.config.pre_norm:
             x = dropout(x, self.config.dropout, 0, draw)
         attend = functools.partial(ops.attention, starts=starts)
-        for block in self.blocks:
-            # block.__call__, because mypy does not accept a Keras layer as an argument of partial.
-            run = functools.partial(block.__call__, positions=positions, attend=attend, draw=draw, ops=ops)
-            x = held.block(block, run, x, ops.recompute == "blocks")
-        return x
+
+        def run(block: Block, place: int | tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+            return block(x, positions=positions, attend=attend, draw=draw, ops=ops, place=place)
+
+        return held.blocks(self.blocks, run, x, ops.recompute == "blocks")
 
     def logits(self, hidden: tf.Tensor, ops: Ops = PLAIN) -> tf.Tensor:
         """Returns float [batch, sequence, num_logits] for hidden states [batch, sequence, hidden_dim]."""

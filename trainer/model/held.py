@@ -2,6 +2,7 @@
 (trainer/training/gathered.py).
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,11 @@ import keras
 import tensorflow as tf
 from keras.src.backend.common import global_state
 
+from trainer.model.block import Block
 from trainer.model.recompute import recomputed
+
+# Computes a block, as the block at a place in the model, of float [batch, sequence, hidden_dim].
+RunBlock = Callable[[Block, int | tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 class Held:
@@ -27,18 +32,24 @@ class Held:
         """
         return call(x)
 
-    def block(
-        self, block: keras.layers.Layer, call: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor, recomputes: bool
-    ) -> tf.Tensor:
-        """Returns call(x). Gradients keep only x, and call again, if recomputes or if the weights are in pieces.
+    def blocks(self, blocks: Sequence[Block], run: RunBlock, x: tf.Tensor, recomputes: bool) -> tf.Tensor:
+        """Runs blocks one after the other. Gradients keep only the input of each, and run it again, if recomputes or if
+        the weights are in pieces.
 
         Args:
-            block: holds all the weights that call reads.
-            call: a function of one tensor.
-            x: its argument.
-            recomputes: whether gradients call again even if the weights are whole.
+            blocks: blocks of the same shapes.
+            run: computes a block, and reads no other weights than those of the block. One block may stand for another,
+                whose weights and place it then has.
+            x: the input of the first block.
+            recomputes: whether gradients run a block again even if the weights are whole.
+
+        Returns:
+            The output of the last block.
         """
-        return recomputed(block, call, x) if recomputes else call(x)
+        for place, block in enumerate(blocks):
+            call = functools.partial(run, block, place)
+            x = recomputed(block, call, x) if recomputes else call(x)
+        return x
 
     def loss(
         self,

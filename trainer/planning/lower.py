@@ -58,13 +58,8 @@ def trace_step(config: Config, vocabulary_size: int, target: Target) -> TracedSt
     """Returns the step that `lower_step` lowers; see there."""
     train = config.train
     in_pieces = config.distribution.shard == "weights"
-    if in_pieces and target.processor().kind != "TPU":
-        raise UserError(
-            "distribution.shard='weights' is compiled as a whole only on TPUs; leave out --compile, or choose "
-            "'optimizer'."
-        )
-    # XLA compiles the whole step here, whatever train.xla is. With "weights" it may not be "on"; see `resolve`.
-    compiled = config if in_pieces else config.model_copy(update={"train": train.model_copy(update={"xla": "on"})})
+    # XLA compiles the whole step here, whatever train.xla is.
+    compiled = config.model_copy(update={"train": train.model_copy(update={"xla": "on"})})
     execution = resolve(compiled, target.processor(), target.num_devices)
     if train.micro_batch_size == "auto":
         raise UserError(
@@ -93,7 +88,7 @@ class _CollectivesOfMany(XlaCollectives):
     """Those of one of several replicas, none of which is here to be asked for its place."""
 
     def places_of_this_process(self, strategy: tf.distribute.Strategy) -> list[int]:
-        return [0]
+        return []
 
 
 class _StepOfMany(TrainingStep):

@@ -8,9 +8,15 @@ The embeddings, and the last normalization with the output projection and the lo
 of a look-up does not read the table, and the loss makes its gradients along with itself. Matrices travel in the dtype
 that the model computes in, gradients in the dtype of the weights.
 
+The first block stands for all: its forward pass and its backward pass are two programs that get the weights and the
+place of a block. On CPUs and GPUs these are two functions, called for block after block, which XLA compiles on GPUs;
+replicas exchange between the calls, where TensorFlow has operations for it. In a program of XLA, as on TPUs, they are
+the bodies of two loops over the blocks, so the whole program is as long for one block as for a hundred.
+
 Source: Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion parameter models", stage 3.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +24,8 @@ import keras
 import tensorflow as tf
 
 from trainer.distributed.collectives import Collectives, in_a_function
-from trainer.model.held import Held
+from trainer.model.block import Block
+from trainer.model.held import Held, RunBlock
 from trainer.model.pieces import Cut, travel_together
 
 
@@ -34,7 +41,9 @@ class PieceOfWeight(NamedTuple):
     value: tf.Tensor
 
 
-def gathered(collectives: Collectives, pieces: Mapping[int, PieceOfWeight], dtype: str) -> Held:
+def gathered(
+    collectives: Collectives, pieces: Mapping[int, PieceOfWeight], dtype: str, is_compiled: bool = False
+) -> Held:
     """Returns what gives layers weights that are gathered when they are needed. Call it in a replica function, on every
     replica.
 
@@ -42,13 +51,20 @@ def gathered(collectives: Collectives, pieces: Mapping[int, PieceOfWeight], dtyp
         collectives: how replicas exchange.
         pieces: this replica's pieces, by the id of the Keras variable of their weight.
         dtype: the dtype that blocks compute in.
+        is_compiled: whether XLA compiles what is computed between the exchanges. In a program of XLA it does anyway.
     """
-    return _Gathered(collectives, pieces, tf.as_dtype(dtype))
+    way = _GatheredInOneProgram if collectives.is_one_program else _Gathered
+    return way(collectives, pieces, tf.as_dtype(dtype), is_compiled)
 
 
 class _Gathered(Held):
-    def __init__(self, collectives: Collectives, pieces: Mapping[int, PieceOfWeight], dtype: tf.DType) -> None:
+    """What replicas exchange is between calls of functions."""
+
+    def __init__(
+        self, collectives: Collectives, pieces: Mapping[int, PieceOfWeight], dtype: tf.DType, is_compiled: bool
+    ) -> None:
         self._collectives, self._pieces, self._dtype = collectives, pieces, dtype
+        self._is_compiled = is_compiled
 
     def keeping(self, layers: Sequence[keras.layers.Layer], call: Callable[[tf.Tensor], Any], x: tf.Tensor) -> Any:
         variables, cuts, pieces = self._of(layers)
@@ -67,25 +83,43 @@ class _Gathered(Held):
 
         return run(*pieces)
 
-    def block(
-        self, block: keras.layers.Layer, call: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor, recomputes: bool
+    def blocks(self, blocks: Sequence[Block], run: RunBlock, x: tf.Tensor, recomputes: bool) -> tf.Tensor:
+        forward, backward = (self._function(each) for each in _passes(blocks[0], run))
+        for place, block in enumerate(blocks):
+            x = self._block(block, functools.partial(forward, place), functools.partial(backward, place), x)
+        return x
+
+    def _block(
+        self, block: Block, forward: Callable[..., tf.Tensor], backward: Callable[..., list[tf.Tensor]], x: tf.Tensor
     ) -> tf.Tensor:
-        variables, cuts, pieces = self._of([block])
+        """Runs a block; see `_passes`."""
+        _, cuts, pieces = self._of([block])
 
         @tf.custom_gradient
         def run(x: tf.Tensor, *pieces: tf.Tensor) -> tuple[tf.Tensor, object]:
             def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
                 again = self._collectives.after(upstream, [x])[0]
-                whole = self._gather(cuts, pieces, upstream)
-                with tf.GradientTape() as tape:
-                    tape.watch([again, *whole])
-                    result = _called(call, variables, whole, again)
-                of_x, *of_weights = tape.gradient(result, [again, *whole], upstream)
+                of_x, *of_weights = backward(upstream, again, *self._gather(cuts, pieces, upstream))
                 return [of_x, *self._scatter(cuts, pieces, of_weights)]
 
-            return _called(call, variables, self._gather(cuts, pieces, x), x), gradient
+            # If the tape around this one recorded the call, it would keep what is computed within.
+            whole = self._gather(cuts, [tf.stop_gradient(piece) for piece in pieces], x)
+            return forward(tf.stop_gradient(x), *whole), gradient
 
         return run(x, *pieces)
+
+    def _function(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns call as a function that TensorFlow keeps once, however often it is called."""
+        how = {"jit_compile": True} if self._is_compiled else {"experimental_attributes": {"_noinline": True}}
+        function = tf.function(call, autograph=False, **how)
+
+        def called(*arguments: tf.Tensor | int) -> Any:
+            tensors = [tf.convert_to_tensor(each) for each in arguments]
+            # Made for every replica, which TensorFlow would take for one function that is traced again and again, and
+            # warn, unless they are traced by get_concrete_function.
+            return function.get_concrete_function(*tensors)(*tensors)
+
+        return called
 
     def loss(
         self,
@@ -95,6 +129,14 @@ class _Gathered(Held):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         variables, cuts, pieces = self._of(layers)
 
+        def with_gradients(hidden: tf.Tensor, *whole: tf.Tensor) -> list[tf.Tensor]:
+            with tf.GradientTape() as tape:
+                tape.watch([hidden, *whole])
+                loss_sum, num_targets = _called(call, variables, whole, hidden)
+            return [loss_sum, num_targets, *tape.gradient(loss_sum, [hidden, *whole])]
+
+        differentiated = self._function(with_gradients) if self._is_compiled else with_gradients
+
         @tf.custom_gradient
         def run(hidden: tf.Tensor, *pieces: tf.Tensor) -> tuple[tuple[tf.Tensor, tf.Tensor], object]:
             # The gradients are made here. If the tape around this one recorded how, the loop over the chunks of logits
@@ -103,10 +145,7 @@ class _Gathered(Held):
             gathered = self._gather(cuts, [tf.stop_gradient(piece) for piece in pieces], hidden)
             # The loss adds up the gradient of the output projection, chunk by chunk, in the dtype that it gets it in.
             whole = [tf.cast(each, piece.dtype) for each, piece in zip(gathered, pieces, strict=True)]
-            with tf.GradientTape() as tape:
-                tape.watch([hidden, *whole])
-                loss_sum, num_targets = _called(call, variables, whole, hidden)
-            of_hidden, *of_weights = tape.gradient(loss_sum, [hidden, *whole])
+            loss_sum, num_targets, of_hidden, *of_weights = differentiated(hidden, *whole)
             scattered = self._scatter(cuts, pieces, of_weights)
 
             def gradient(upstream: tf.Tensor, _: tf.Tensor) -> list[tf.Tensor]:
@@ -141,13 +180,17 @@ class _Gathered(Held):
             pieces: this replica's piece of each.
             after: a tensor to wait for. Nothing else keeps TensorFlow from gathering all weights of the model at once.
         """
-        narrow = [tf.cast(piece, self._dtype) if len(piece.shape) > 1 else piece for piece in pieces]
+        narrow = [self._narrow(piece) for piece in pieces]
         whole: list[tf.Tensor] = []
         for places in travel_together(cuts, self._dtype.size):
             held_back = self._collectives.after(after, [narrow[i] for i in places])
             padded = self._collectives.gather(held_back)
             whole += [cuts[i].whole(each, tf) for i, each in zip(places, padded, strict=True)]
         return whole
+
+    def _narrow(self, piece: tf.Tensor) -> tf.Tensor:
+        """Returns a piece in the dtype that it travels in."""
+        return tf.cast(piece, self._dtype) if len(piece.shape) > 1 else piece
 
     def _scatter(
         self, cuts: Sequence[Cut], pieces: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor]
@@ -162,6 +205,69 @@ class _Gathered(Held):
         for places in travel_together(cuts, pieces[0].dtype.size):
             scattered += self._collectives.reduce_scatter([cuts[i].padded(dense[i], tf) for i in places])
         return scattered
+
+
+class _GatheredInOneProgram(_Gathered):
+    """XLA compiles what replicas exchange with all of the step."""
+
+    def blocks(self, blocks: Sequence[Block], run: RunBlock, x: tf.Tensor, recomputes: bool) -> tf.Tensor:
+        forward, backward = _passes(blocks[0], run)
+        of_blocks = [self._of([block]) for block in blocks]
+        cuts, num_blocks, num_weights = of_blocks[0][1], len(blocks), len(of_blocks[0][1])
+
+        @tf.custom_gradient
+        def run_all(x: tf.Tensor, *pieces: tf.Tensor) -> tuple[tf.Tensor, object]:
+            # All pieces of the first weight of a block, in one tensor, then those of the second one.
+            stacked = [tf.stack([self._narrow(each) for each in pieces[i::num_weights]]) for i in range(num_weights)]
+
+            def gathered(place: tf.Tensor, after: tf.Tensor) -> list[tf.Tensor]:
+                return self._gather(cuts, [tf.gather(each, place) for each in stacked], after)
+
+            def next_block(place: tf.Tensor, x: tf.Tensor, inputs: tf.TensorArray) -> tuple[Any, ...]:
+                return place + 1, forward(place, x, *gathered(place, x)), inputs.write(place, x)
+
+            def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
+                def block_before(place: tf.Tensor, upstream: tf.Tensor, *of_pieces: tf.TensorArray) -> tuple[Any, ...]:
+                    of_x, *of_weights = backward(place, upstream, inputs.read(place), *gathered(place, upstream))
+                    scattered = self._scatter(cuts, pieces[:num_weights], of_weights)
+                    written = [each.write(place, own) for each, own in zip(of_pieces, scattered, strict=True)]
+                    return place - 1, of_x, *written
+
+                of_pieces = [tf.TensorArray(each.dtype, num_blocks) for each in pieces[:num_weights]]
+                start = (num_blocks - 1, upstream, *of_pieces)
+                _, of_x, *of_pieces = tf.while_loop(
+                    lambda place, *_: place >= 0, block_before, start, parallel_iterations=1
+                )
+                by_weight = [tf.unstack(each.stack(), num_blocks) for each in of_pieces]
+                return [of_x, *(each for of_block in zip(*by_weight, strict=True) for each in of_block)]
+
+            start = (0, x, tf.TensorArray(x.dtype, num_blocks, element_shape=x.shape))
+            _, x, inputs = tf.while_loop(lambda place, *_: place < num_blocks, next_block, start, parallel_iterations=1)
+            return x, gradient
+
+        return run_all(x, *(piece for _, _, pieces in of_blocks for piece in pieces))
+
+
+def _passes(block: Block, run: RunBlock) -> tuple[Callable[..., tf.Tensor], Callable[..., list[tf.Tensor]]]:
+    """Returns the forward and the backward pass of a block that stands for all.
+
+    forward(place, x, *weights) returns what the block at a place makes of x. backward(place, upstream, x, *weights)
+    returns the gradients of x and of each weight, in the dtype of its variable, given that of what forward returns.
+    """
+    variables = block.trainable_variables
+
+    def forward(place: tf.Tensor, x: tf.Tensor, *weights: tf.Tensor) -> tf.Tensor:
+        return _called(functools.partial(run, block, place), variables, weights, x)
+
+    def backward(place: tf.Tensor, upstream: tf.Tensor, x: tf.Tensor, *weights: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch([x, *weights])
+            result = forward(place, x, *weights)
+        of_x, *of_weights = tape.gradient(result, [x, *weights], upstream)
+        pairs = zip(of_weights, variables, strict=True)
+        return [of_x, *(tf.cast(gradient, variable.dtype) for gradient, variable in pairs)]
+
+    return forward, backward
 
 
 def _called(

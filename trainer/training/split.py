@@ -197,20 +197,22 @@ class SplitWeights(SplitOptimizer):
 
     def __init__(self, collectives: Collectives, variables: Mapping[str, keras.Variable], begins: bool = True) -> None:
         super().__init__(collectives, variables)
-        for variable, piece, cut in self._together() if begins else ():
+        # A step that is only lowered is of no process, and needs no values.
+        for variable, piece, cut in self._together() if begins and self._places else ():
             self.write(piece.value, cut, variable.numpy())
 
-    def held(self, dtype: str, values: Sequence[tf.Tensor] | None = None) -> Held:
+    def held(self, dtype: str, values: Sequence[tf.Tensor] | None = None, is_compiled: bool = False) -> Held:
         """Returns what gives layers their weights. Call it in a replica function.
 
         Args:
             dtype: the dtype that blocks compute in.
             values: this replica's pieces; None: what the pieces are now.
+            is_compiled: whether XLA compiles what is computed between the exchanges.
         """
         now = [tf.convert_to_tensor(piece.value) for piece in self.pieces.values()] if values is None else values
         of_weights = [PieceOfWeight(cut, value) for cut, value in zip(self._cuts.values(), now, strict=True)]
         ids = map(id, self._variables)
-        return gathered(self._collectives, dict(zip(ids, of_weights, strict=True)), dtype)
+        return gathered(self._collectives, dict(zip(ids, of_weights, strict=True)), dtype, is_compiled)
 
     def arrays(self) -> dict[str, "SplitArray"]:
         """Returns the whole weights by name, as checkpoints have them."""

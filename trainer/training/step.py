@@ -172,7 +172,8 @@ class TrainingStep:
         self._forward_backward: Callable[..., Gradients] = functools.partial(
             forward_backward, model, z_loss=config.train.z_loss, ops=make_ops(self.execution)
         )
-        if self.execution.is_compiled:
+        # With split weights XLA compiles less at a time: what is between the exchanges; see gathered.py.
+        if self.execution.is_compiled and not isinstance(self.split, SplitWeights):
             self._forward_backward = tf.function(self._forward_backward, autograph=False, jit_compile=True)
 
     def set_micro_batch_size(self, size: int) -> None:
@@ -334,9 +335,8 @@ class TrainingStep:
             draw = DropoutDraw(seed, number, first_example)
             if not isinstance(split, SplitWeights):
                 return self._forward_backward(weights, state, batch, draw, scale)
-            return self._forward_backward(
-                weights, state, batch, draw, scale, held=split.held(execution.compute_dtype, weights)
-            )
+            held = split.held(execution.compute_dtype, weights, execution.is_compiled)
+            return self._forward_backward(weights, state, batch, draw, scale, held=held)
 
         return accumulate(
             in_a_function(gradients_of) if in_pieces else gradients_of,
