@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 # Pieces of several weights travel in one operation, of at most this many bytes of whole weights, or of one weight. More
 # bytes need more memory for the copies that are joined; fewer make more operations.
-BYTES_AT_ONCE = 1 << 25
+BYTES_AT_ONCE = 1 << 23
 
 
 class Cut(NamedTuple):
