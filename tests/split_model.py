@@ -16,18 +16,15 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import pytest
 import tensorflow as tf
 
+import trainer
 from trainer.cli import main
-from trainer.config.file import make_config
-from trainer.decoding.decoder import Decoder
-from trainer.decoding.request import Request
 from trainer.decoding.text_loop import TextLoop
-from trainer.exchange.open import read_config
-from trainer.training.on_devices import generator_on_devices
+from trainer.errors import UserError
 
 PROMPTS = ["the c", "on"]
-GREEDY, BEAM, TOP_K, TOP_P = Decoder("greedy"), Decoder("beam", num_beams=2), Decoder("top-k", 4), Decoder("top-p")
 
 
 def let_replicas_differ():
@@ -49,50 +46,36 @@ def printed(*words):
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 
-def written(run, overrides, write):
-    """What `write` makes of the run's generator."""
-    config = make_config(read_config(run).model_dump(mode="json"), overrides)
-    with generator_on_devices(run, config, say=str) as generator:
-
-        def texts(prompts, *options, **more):
-            return [
-                [str(text), text.finish, text.score] for text in generator.texts(prompts, Request(*options, **more))
-            ]
-
-        return write(generator, texts)
-
-
 def untied(run, overrides):
     """What verbs make of the command line's texts, and what a text is alone."""
     prompts = Path(run) / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
-
-    def write(generator, texts):
-        return [
-            texts(PROMPTS[:1], BEAM, num_samples=2),
-            texts(PROMPTS, TOP_K, seed=3),
-            "".join(generator.stream(PROMPTS[0], Request(GREEDY))),
-        ]
-
+    model = trainer.load(run, overrides=overrides)
+    if overrides:
+        with pytest.raises(UserError, match=r"none holds all of it; load it without distribution\.shard=weights"):
+            model.model.summary()
     return {
         "scores": printed("evaluate", run, "--data", prompts, *overrides, "--json"),
         "texts": printed("generate", run, "--prompts", prompts, "--sampler", "greedy", *overrides),
-        "written": written(run, overrides, write),
+        "beam": facts_of(model.generate(PROMPTS[0], "beam", num_beams=2, num_samples=2)),
+        "top-k": facts_of(model.generate(PROMPTS, "top-k", k=4, seed=3)),
+        "stream": "".join(model.stream(PROMPTS[0], "greedy")),
     }
 
 
 def tied(run, overrides):
     """The score of the validation text, and texts of several contexts."""
+    model = trainer.load(run, overrides=overrides)
+    return {
+        "scores": printed("evaluate", run, *overrides, "--json"),
+        "beam": facts_of(model.generate(PROMPTS, "beam", num_beams=2, num_samples=2)),
+        "top-p": facts_of(model.generate(PROMPTS[0], "top-p", seed=3)),
+        "greedy": facts_of(model.generate(PROMPTS, "greedy", num_tokens=20, stop=["hh"], sliding_window=True)),
+    }
 
-    def write(_, texts):
-        return [
-            texts(PROMPTS, BEAM, num_samples=2),
-            texts(PROMPTS[:1], TOP_P, seed=3),
-            texts(PROMPTS, GREEDY, 20, stop=["hh"], sliding_window=True),
-        ]
 
-    scores = printed("evaluate", run, *overrides, "--json")
-    return {"scores": scores, "texts": [], "written": written(run, overrides, write)}
+def facts_of(texts):
+    return [[str(text), text.finish, text.score] for text in texts]
 
 
 if __name__ == "__main__":

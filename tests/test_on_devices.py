@@ -5,12 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import split_model  # type: ignore[import-not-found]  # pytest has this folder on its path
+import tensorflow as tf
 from tiny import quiet, tiny_config  # type: ignore[import-not-found]
 
+import trainer
 from trainer.data.prepare import prepare
+from trainer.errors import UserError
+from trainer.exchange.open import open_model
 from trainer.model.build import build_gpt
 from trainer.optimizers.average import name_of_average
 from trainer.runs.run_checkpoints import open_checkpoints
@@ -62,10 +67,10 @@ def make_run(folder: Path, name: str) -> RunFolder:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("split")
     (folder / "a.txt").write_text("the cat sat on the mat with a hat .\nand a dog\n" * 20, encoding="utf-8")
-    return folder
+    return {name: str(make_run(folder, name).path) for name in MODELS}
 
 
 def split_over(number: int, name: str, run: str) -> subprocess.Popen:
@@ -74,8 +79,7 @@ def split_over(number: int, name: str, run: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_devices_that_hold_a_model_together_score_and_write_what_a_single_one_does(folder: Path):
-    runs = {name: str(make_run(folder, name).path) for name in MODELS}
+def test_devices_that_hold_a_model_together_score_and_write_what_a_single_one_does(runs: dict[str, str]):
     started = {"untied": split_over(2, "untied", runs["untied"]), "tied": split_over(3, "tied", runs["tied"])}
     try:
         for name, process in started.items():
@@ -83,15 +87,47 @@ def test_devices_that_hold_a_model_together_score_and_write_what_a_single_one_do
             out, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors[-3000:]
             split = json.loads(out)
-            assert split["texts"] == whole["texts"]
-            assert split["written"] == whole["written"]
-            ((one,), (other,)) = whole["scores"], split["scores"]
+            (one,), (other,) = whole.pop("scores"), split.pop("scores")
             assert one.keys() == other.keys()
             for figure, value in one.items():
                 # float64: separates a bug from rounding.
                 expected = pytest.approx(value, rel=1e-12) if isinstance(value, float) else value
                 assert other[figure] == expected, figure
+            assert split == whole
     finally:
         for process in started.values():
             process.kill()
             process.communicate()
+
+
+def test_a_single_device_holds_a_model_whole_whatever_its_run_had(runs: dict[str, str]):
+    model = trainer.load(runs["tied"], overrides=["distribution.kind=cpu", "distribution.shard=weights"])
+    expected = trainer.load(runs["tied"])
+    for one, other in zip(model.model.get_weights(), expected.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert model.generate("the", "greedy") == expected.generate("the", "greedy")
+
+
+def test_other_holders_get_the_weights_of_each_kind_of_folder_and_file(runs: dict[str, str], tmp_path: Path):
+    places = [runs["tied"]]
+    for kind, name in (("keras", "model.keras"), ("huggingface", "model")):
+        places.append(str(trainer.export(runs["tied"], kind, str(tmp_path / name), say=quiet).path))
+    for place in places:
+        expected = {variable.path: variable.numpy() for variable in open_model(place, say=quiet).model.variables}
+        held: dict[str, tf.Variable] = {}
+
+        def make_holders(model: keras.Model, held: dict[str, tf.Variable] = held) -> dict[str, tf.Variable]:
+            held |= {each.path: tf.Variable(tf.zeros(each.shape, each.dtype)) for each in model.variables}
+            return held
+
+        open_model(place, say=quiet, make_holders=make_holders)
+        assert held.keys() == expected.keys()
+        for path, array in expected.items():
+            np.testing.assert_array_equal(held[path].numpy(), array, err_msg=f"{place}: {path}")
+
+
+def test_devices_that_cannot_write_are_refused(runs: dict[str, str]):
+    with pytest.raises(UserError, match=r"train\.xla=on: only the devices can be others here"):
+        trainer.load(runs["tied"], overrides=["train.xla=on"])
+    with pytest.raises(UserError, match=r"texts are written on a CPU or on GPUs; set distribution\.kind=cpu"):
+        trainer.generate(runs["tied"], overrides=["distribution.kind=tpu"])

@@ -236,6 +236,7 @@ def load(
     run_folder: str,
     step: int | Literal["best"] | None = None,
     build_model: Callable[[Config, int], keras.Model] | None = None,
+    overrides: Sequence[str] = (),
 ) -> LoadedModel:
     """Loads the newest checkpoint of a run, or another one, as an object: `run = trainer.load("runs/quickstart")`.
 
@@ -247,20 +248,41 @@ def load(
             another form: a folder of Hugging Face, or a .keras file that trainer exported.
         step: the step of the checkpoint to load, or "best" for the one with the lowest validation loss.
         build_model: the function that was given to `train`.
+        overrides: `distribution.key=value` strings that name devices. The first of them holds the model, or, with
+            `distribution.shard=weights`, all of them together, each its pieces: then `run.model` is refused. Without
+            overrides one device that TensorFlow chooses holds the model.
 
     Returns:
         The model with all that belongs to it.
 
     Raises:
-        UserError: the run does not exist, has no checkpoint, or is damaged.
+        UserError: the run does not exist, has no checkpoint, or is damaged; or the devices cannot be used.
     """
     check_not_forked()
-    from trainer.exchange.open import open_model, read_config
-
-    read_config(run_folder, build_model, step)  # Before TensorFlow is loaded: a mistake is reported at once.
+    # Before TensorFlow is loaded: a mistake is reported at once.
+    config = _config_on_devices(run_folder, build_model, step, overrides)
     with quiet_import():
         from trainer.loaded import LoadedModel
-    return LoadedModel(open_model(run_folder, build_model, step, warn))
+        from trainer.training.on_devices import open_to_write, open_whole
+    if not overrides:
+        return LoadedModel(open_whole(run_folder, build_model, step, warn))
+    return LoadedModel(open_to_write(run_folder, config, True, build_model, step, warn))
+
+
+def _config_on_devices(
+    run_folder: str,
+    build_model: Callable[[Config, int], keras.Model] | None,
+    step: int | Literal["best"] | None,
+    overrides: Sequence[str],
+) -> Config:
+    """Returns the settings of a model, on the devices that overrides name. Loads no TensorFlow."""
+    from trainer.config.file import make_config
+    from trainer.exchange.open import read_config
+
+    for override in overrides:
+        if not override.startswith("distribution."):
+            raise UserError(f"{override}: only the devices can be others here, distribution.*; leave it out.")
+    return make_config(read_config(run_folder, build_model, step).model_dump(mode="json"), overrides)
 
 
 def generate(
@@ -284,6 +306,7 @@ def generate(
     num_samples: int | None = None,
     sliding_window: bool | None = None,
     batch_size: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> list[Text]:
     """Continues prompts with the newest checkpoint of a run, or with another one.
 
@@ -311,6 +334,8 @@ def generate(
         num_samples: the number of texts for each prompt; with beam search its best texts.
         sliding_window: whether a text goes on when the context is full, with its last half as the new context.
         batch_size: the most texts that are written at a time; each beam counts as one.
+        overrides: `distribution.key=value` strings for other devices; see `load`. A run that has
+            distribution.shard="weights" needs none to be written with on its devices, which hold the model together.
 
     Returns:
         The prompts with their continuations, as texts that know more: `prompt`, `continuation`, `num_tokens`, `finish`
@@ -321,7 +346,6 @@ def generate(
     """
     check_not_forked()
     from trainer.decoding.request import Request
-    from trainer.exchange.open import open_model, read_config
 
     options = {
         "num_tokens": num_tokens,
@@ -340,10 +364,13 @@ def generate(
         "batch_size": batch_size,
     }
     # Before TensorFlow and the model are loaded: a mistake is reported at once.
-    Request.from_options(read_config(run_folder, build_model, step).samples, sampler, **options)
+    config = _config_on_devices(run_folder, build_model, step, overrides)
+    Request.from_options(config.samples, sampler, **options)
     with quiet_import():
         from trainer.loaded import LoadedModel
-    return LoadedModel(open_model(run_folder, build_model, step, warn)).generate(prompts, sampler, **options)
+        from trainer.training.on_devices import open_to_write
+    model = open_to_write(run_folder, config, bool(overrides), build_model, step, warn)
+    return LoadedModel(model).generate(prompts, sampler, **options)
 
 
 def score(
@@ -381,10 +408,10 @@ def score(
         from trainer.training.on_devices import open_on_devices
     strategy = make_strategy(run.config.distribution, ignore_workers=True)
     prepared = find_prepared(run)
-    opened, _, held = open_on_devices(run_folder, strategy, run.config, build_model, step, say)
+    model = open_on_devices(run_folder, strategy, run.config, build_model, step, say)
     with shown(say, "evaluating") as bar:
-        evaluation = Evaluator(opened.model, strategy, prepared, run.config, held=held)(note=bar.note)
-    say(f"step {opened.step}: {evaluation}")
+        evaluation = Evaluator(model.opened.model, strategy, prepared, run.config, held=model.held)(note=bar.note)
+    say(f"step {model.opened.step}: {evaluation}")
     return evaluation
 
 

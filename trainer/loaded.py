@@ -14,44 +14,58 @@ from trainer.decoding.generate import Generator
 from trainer.decoding.request import Request, one_or_several
 from trainer.decoding.writing import Text
 from trainer.errors import UserError
-from trainer.exchange.open import OpenedModel
 from trainer.monitoring.curves import Curve, read_history
 from trainer.scoring.scorer import Scorer
 from trainer.system.storage import Location
 from trainer.system.terminal import warn
 from trainer.tokenizers.tokenizer import Tokenizer
+from trainer.training.on_devices import ModelOnDevices
 
 
 class LoadedModel:
     """A trained model with what belongs to it.
 
+    Args:
+        model: the model on its devices.
+
     Attributes:
-        model: the Keras model, from int32 [batch, sequence] to logits [batch, sequence, vocabulary].
         tokenizer: its tokenizer, for strings, lists and tensors.
         config: the settings that it was trained with.
         step: the steps that it was trained for.
         folder: the folder that it was read from; for a checkpoint the folder of its run.
     """
 
-    def __init__(self, opened: OpenedModel) -> None:
-        self.model: keras.Model = opened.model
+    def __init__(self, model: ModelOnDevices) -> None:
+        self._model, opened = model, model.opened
         self.tokenizer = TextTokenizer(opened.tokenizer)
         self.config: Config = opened.config
         self.step: int = opened.step
         self.folder: Location = opened.folder
-        self._end_tokens = opened.end_tokens
+
+    @property
+    def model(self) -> keras.Model:
+        """The Keras model, from int32 [batch, sequence] to logits [batch, sequence, vocabulary].
+
+        Raises:
+            UserError: several devices hold its weights together.
+        """
+        if self._model.is_in_pieces:
+            raise UserError(
+                "The devices hold this model together, and none holds all of it; load it without "
+                "distribution.shard=weights."
+            )
+        return self._model.opened.model
 
     def __repr__(self) -> str:
         trained = f" at step {self.step:,}" if self.step else ""
         return (
-            f"<{self.folder}{trained}: {self.model.count_params():,} parameters, {self.tokenizer.kind} "
+            f"<{self.folder}{trained}: {self._model.opened.model.count_params():,} parameters, {self.tokenizer.kind} "
             f"vocabulary of {self.tokenizer.vocabulary_size:,}>"
         )
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        length = self.config.train.sequence_length
-        return Generator(self.model, self.tokenizer.wrapped, length, end_tokens=self._end_tokens)
+        return self._model.generator()
 
     def generate(self, prompts: str | Sequence[str] = "", sampler: str = "top-p", **options: Any) -> list[Text]:
         """Continues prompts: `trainer.generate` without loading the model again. A decoder is compiled once.
@@ -92,7 +106,7 @@ class LoadedModel:
 
     @functools.cached_property
     def _scorer(self) -> Scorer:
-        return Scorer(self.model, self.tokenizer.wrapped, self.config.train.sequence_length)
+        return self._model.scorer(self.config.train.sequence_length)
 
     def score(self, texts: str | Sequence[str], stride: int | None = None, with_ends: bool = False) -> Any:
         """Scores texts, each by itself: its first token given [BOS], and each other token given those before it.

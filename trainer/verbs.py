@@ -5,12 +5,11 @@ reported at once.
 """
 
 import argparse
-import contextlib
 import json
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import trainer
@@ -28,7 +27,7 @@ from trainer.distributed.tpu_install import check_tpu_install
 from trainer.distributed.workers import Workers, find_workers
 from trainer.errors import UserError
 from trainer.exchange.huggingface import is_huggingface
-from trainer.exchange.open import open_model, read_config
+from trainer.exchange.open import read_config
 from trainer.exchange.source import check_source
 from trainer.exit_status import ExitStatus
 from trainer.hardware.devices import parse_target
@@ -51,7 +50,6 @@ from trainer.text.downloads import fetch_texts
 from trainer.text.sources import find_inputs
 
 if TYPE_CHECKING:
-    from trainer.decoding.generate import Generator
     from trainer.training.loop import TrainingResult
 
 
@@ -226,9 +224,10 @@ def evaluate(options: argparse.Namespace) -> None:
     for line in describe_devices(strategy, run.config.distribution, Workers()):
         warn(line)
     prepared = find_prepared(run)
-    opened, _, held = open_on_devices(run_folder, strategy, run.config, step=step, say=warn)
+    model = open_on_devices(run_folder, strategy, run.config, step=step, say=warn)
+    opened = model.opened
     with shown(warn, "evaluating") as bar:
-        evaluation = Evaluator(opened.model, strategy, prepared, run.config, held=held)(note=bar.note)
+        evaluation = Evaluator(opened.model, strategy, prepared, run.config, held=model.held)(note=bar.note)
     if options.json:
         print(json.dumps({"model": str(opened.folder), "step": opened.step, **evaluation.figures()}), flush=True)
     else:
@@ -291,55 +290,24 @@ def generate(options: argparse.Namespace) -> None:
     config = _config_of(options, options.overrides)
     request = Request.from_options(config.samples, **{name: getattr(options, name) for name in _GENERATE_OPTIONS})
     prompts = read_prompts(options.prompts) if options.prompts else [options.prompt or options.text or ""]
-    asks = not given and not options.json and sys.stdin.isatty() and sys.stdout.isatty()
-    with _generator(options, config) as generator:
-        if asks:
-            answer_prompts(generator, request)
-        else:
-            write_texts(generator, prompts, request, options.json or options.prompts is not None)
+    with quiet_import():
+        from trainer.distributed.strategy import use_one_inter_op_thread
+        from trainer.training.on_devices import open_to_write
+
+    distribution = config.distribution
+    if distribution.shard != "weights" or distribution.logical_devices == 1:
+        use_one_inter_op_thread()  # Several replicas on one thread would wait for each other.
+    model = open_to_write(options.run_folder, config, bool(options.overrides), step=options.step, say=warn)
+    generator = model.generator()
+    if not given and not options.json and sys.stdin.isatty() and sys.stdout.isatty():
+        answer_prompts(generator, request)
+    else:
+        write_texts(generator, prompts, request, options.json or options.prompts is not None)
 
 
 def _config_of(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
     """Returns the settings of the model that options name, on other devices if overrides name these."""
     return make_config(read_config(options.run_folder, step=options.step).model_dump(mode="json"), overrides)
-
-
-@contextlib.contextmanager
-def _generator(options: argparse.Namespace, config: Config) -> Iterator["Generator"]:
-    """Yields what writes with a checkpoint: on the devices of config if they hold the model together or were asked for,
-    otherwise on the one that TensorFlow chooses.
-    """
-    distribution, length = config.distribution, config.train.sequence_length
-    if distribution.kind == "tpu" and options.overrides:
-        raise UserError(
-            "distribution.kind='tpu': generate writes on a CPU or on GPUs; add distribution.kind=cpu, or leave out "
-            f"{' '.join(options.overrides)}."
-        )
-    in_pieces = distribution.shard == "weights" and distribution.kind != "tpu"
-    on_named_devices = in_pieces or bool(options.overrides)
-    with quiet_import():
-        from trainer.decoding.generate import Generator
-        from trainer.distributed.strategy import (
-            refuse_gpus_without_code,
-            unseen_gpu,
-            use_one_inter_op_thread,
-            visible_gpus,
-        )
-
-        if on_named_devices:
-            from trainer.training.on_devices import generator_on_devices
-
-    if not in_pieces or distribution.logical_devices == 1:  # Replicas on one thread would wait for each other.
-        use_one_inter_op_thread()
-    if on_named_devices:
-        with generator_on_devices(options.run_folder, config, step=options.step, say=warn) as generator:
-            yield generator
-        return
-    refuse_gpus_without_code(visible_gpus())
-    if warning := unseen_gpu():
-        warn(f"warning: {warning}")
-    opened = open_model(options.run_folder, step=options.step, say=warn)
-    yield Generator(opened.model, opened.tokenizer, length, end_tokens=opened.end_tokens)
 
 
 def export(options: argparse.Namespace) -> None:

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from trainer.config.settings import Config
-from trainer.distributed.strategy import describe_devices, make_strategy, processor_of
+from trainer.distributed.strategy import describe_devices, make_strategy
 from trainer.distributed.workers import Workers
 from trainer.model.language_model import adapt
-from trainer.model.ops import scoring_ops
 from trainer.scoring.last_word import LastWords, score_last_words
 from trainer.scoring.score import Score, total
 from trainer.scoring.scorer import Scorer, checked_stride
@@ -57,9 +56,8 @@ def evaluate_texts(path: str, step: str | None, config: Config, texts: Texts, as
     strategy = make_strategy(config.distribution, ignore_workers=True)
     for line in describe_devices(strategy, config.distribution, Workers()):
         warn(line)
-    opened, is_in_pieces, held = open_on_devices(path, strategy, config, step=step, say=warn)
-    # The variables of a model in pieces are on no device.
-    ops = scoring_ops(opened.config.train.precision, processor_of(strategy)) if is_in_pieces else None
+    model = open_on_devices(path, strategy, config, step=step, say=warn)
+    opened = model.opened
     sequence_length = adapt(opened.model).max_length() or opened.config.train.sequence_length
     stride = checked_stride(texts.stride, sequence_length)
     with shown(warn, "evaluating") as bar:
@@ -67,8 +65,7 @@ def evaluate_texts(path: str, step: str | None, config: Config, texts: Texts, as
         def note(num_tokens: int) -> None:
             bar.update(num_tokens, ["tokens"])
 
-        scorer = Scorer(opened.model, opened.tokenizer, sequence_length, strategy, note, held, ops)
-        score = _score(scorer, texts)
+        score = _score(model.scorer(sequence_length, note), texts)
     if not as_json:
         # The step of another program's model is not known.
         say(f"{f'step {opened.step}: ' if opened.step else ''}{texts.name}: {score}")

@@ -89,6 +89,11 @@ def make_strategy(config: DistributionConfig, ignore_workers: bool = False) -> t
     return _gpus(config.gpus) if _wants_gpus(config) else _cpu(config.logical_devices)
 
 
+def first_device(strategy: tf.distribute.Strategy) -> tf.distribute.Strategy:
+    """Returns the first device of this process's replicas, as a strategy of its own."""
+    return tf.distribute.OneDeviceStrategy(strategy.extended.worker_devices[0])
+
+
 def count_replicas_of(workers: Workers) -> int:
     """Returns how many replicas `make_strategy` will make for several workers with equal devices, before it does."""
     return len(workers.addresses) * max(1, _num_gpus())

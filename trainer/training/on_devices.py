@@ -2,8 +2,7 @@
 pieces that the devices hold together if distribution.shard="weights".
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import keras
@@ -12,15 +11,26 @@ import tensorflow as tf
 from trainer.config.settings import Config, check_can_shard, check_shard, num_pieces
 from trainer.decoding.generate import Generator
 from trainer.distributed.collectives import make_collectives
-from trainer.distributed.strategy import describe_devices, make_strategy, processor_of
+from trainer.distributed.strategy import (
+    describe_devices,
+    first_device,
+    make_strategy,
+    processor_of,
+    refuse_gpus_without_code,
+    unseen_gpu,
+    visible_gpus,
+)
 from trainer.distributed.workers import Workers
+from trainer.errors import UserError
 from trainer.exchange.open import OpenedModel, open_model
 from trainer.execution import compute_dtype_of, ops_of
 from trainer.model.build import BuildModel
 from trainer.model.held import WHOLE, Held
 from trainer.model.language_model import adapt
-from trainer.model.ops import decoding_ops
+from trainer.model.ops import decoding_ops, scoring_ops
 from trainer.runs.run_folder import CheckpointStep
+from trainer.scoring.scorer import Scorer
+from trainer.system.progress import ignore
 from trainer.training.split import SplitArray, SplitWeights
 
 
@@ -29,13 +39,34 @@ class ModelOnDevices(NamedTuple):
 
     Attributes:
         opened: the model with what belongs to it. If it is in pieces, its variables hold no values.
+        strategy: the devices.
         is_in_pieces: whether each device has only its pieces of the weights.
         held: returns, in a replica function, how the model's layers get their weights.
     """
 
     opened: OpenedModel
-    is_in_pieces: bool
-    held: Callable[[], Held]
+    strategy: tf.distribute.Strategy
+    is_in_pieces: bool = False
+    held: Callable[[], Held] = lambda: WHOLE
+
+    def generator(self) -> Generator:
+        """Returns what writes with the model."""
+        model, tokenizer, config = self.opened[:3]
+        # The variables of a model in pieces are on no device.
+        ops = decoding_ops(config.train.precision, processor_of(self.strategy)) if self.is_in_pieces else None
+        length, ends = config.train.sequence_length, self.opened.end_tokens
+        return Generator(model, tokenizer, length, ops, ends, self.strategy, self.held)
+
+    def scorer(self, sequence_length: int, note: Callable[[int], None] = ignore) -> Scorer:
+        """Returns what scores texts with the model.
+
+        Args:
+            sequence_length: see `Scorer`.
+            note: see `Scorer`.
+        """
+        model, tokenizer, config = self.opened[:3]
+        ops = scoring_ops(config.train.precision, processor_of(self.strategy)) if self.is_in_pieces else None
+        return Scorer(model, tokenizer, sequence_length, self.strategy, note, self.held, ops)
 
 
 def open_on_devices(
@@ -62,7 +93,7 @@ def open_on_devices(
     num_replicas = strategy.num_replicas_in_sync
     if not _splits(config, strategy):
         with strategy.scope():
-            return ModelOnDevices(open_model(path, build_model, step, say), False, lambda: WHOLE)
+            return ModelOnDevices(open_model(path, build_model, step, say), strategy)
     check_shard(config, num_replicas)
     check_can_shard(config, is_gpt=build_model is None)
     collectives = make_collectives(strategy, num_pieces(config, num_replicas))
@@ -77,40 +108,58 @@ def open_on_devices(
     opened = open_model(path, build_model, step, say, make_pieces)
     device = processor_of(strategy)
     dtype = compute_dtype_of(config.train.precision, device, ops_of(device, use="evaluation"))
-    return ModelOnDevices(opened, True, lambda: made[-1].held(dtype))
+    return ModelOnDevices(opened, strategy, True, lambda: made[-1].held(dtype))
 
 
-@contextlib.contextmanager
-def generator_on_devices(
+def open_to_write(
     path: str,
     config: Config,
+    is_asked: bool = False,
+    build_model: BuildModel | None = None,
     step: str | CheckpointStep | None = None,
     say: Callable[[str], None] = print,
-) -> Iterator[Generator]:
-    """Opens a model to write with it: on all devices that `distribution` names if they hold it together, otherwise on
-    the first of them.
+) -> ModelOnDevices:
+    """Opens a model to write with it: on all devices that `distribution` names if they hold it together. Otherwise one
+    device writes: the first of them if they are asked for, or else the one that TensorFlow chooses.
 
     Args:
         path: see `open_model`.
         config: see `open_on_devices`.
+        is_asked: whether the devices are asked for now, and not only part of the model's settings.
+        build_model: see `open_model`.
         step: see `open_model`.
         say: see `open_model`.
 
     Raises:
-        UserError: see `open_on_devices`.
+        UserError: see `open_on_devices`; or a TPU is asked for.
     """
-    strategy, length = make_strategy(config.distribution, ignore_workers=True), config.train.sequence_length
-    for line in describe_devices(strategy, config.distribution, Workers()):
+    distribution = config.distribution
+    is_tpu = distribution.kind == "tpu"
+    if is_tpu and is_asked:
+        raise UserError(
+            "distribution.kind='tpu': texts are written on a CPU or on GPUs; set distribution.kind=cpu, or change no "
+            "devices, for the memory of this host."
+        )
+    if not is_asked and (is_tpu or distribution.shard != "weights"):
+        refuse_gpus_without_code(visible_gpus())
+        if warning := unseen_gpu():
+            say(f"warning: {warning}")
+        return open_whole(path, build_model, step, say)
+    strategy = make_strategy(distribution, ignore_workers=True)
+    for line in describe_devices(strategy, distribution, Workers()):
         say(line)
-    if not _splits(config, strategy):
-        with tf.device(strategy.extended.worker_devices[0]):
-            opened = open_model(path, step=step, say=say)
-            yield Generator(opened.model, opened.tokenizer, length, end_tokens=opened.end_tokens)
-        return
-    opened, _, held = open_on_devices(path, strategy, config, step=step, say=say)
-    # The variables of a model in pieces are on no device.
-    ops = decoding_ops(config.train.precision, processor_of(strategy))
-    yield Generator(opened.model, opened.tokenizer, length, ops, opened.end_tokens, strategy, held)
+    devices = strategy if _splits(config, strategy) else first_device(strategy)
+    return open_on_devices(path, devices, config, build_model, step, say)
+
+
+def open_whole(
+    path: str,
+    build_model: BuildModel | None = None,
+    step: str | CheckpointStep | None = None,
+    say: Callable[[str], None] = print,
+) -> ModelOnDevices:
+    """Opens a model on the one device that TensorFlow chooses; see `open_model`."""
+    return ModelOnDevices(open_model(path, build_model, step, say), tf.distribute.get_strategy())
 
 
 def _splits(config: Config, strategy: tf.distribute.Strategy) -> bool:
