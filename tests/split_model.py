@@ -23,6 +23,7 @@ import trainer
 from trainer.cli import main
 from trainer.decoding.text_loop import TextLoop
 from trainer.errors import UserError
+from trainer.model import pieces
 
 PROMPTS = ["the c", "on"]
 
@@ -79,5 +80,6 @@ def facts_of(texts):
 
 
 if __name__ == "__main__":
+    pieces.BYTES_AT_ONCE = 500  # Several operations for a block, as a large model has them.
     let_replicas_differ()
     print(json.dumps({"untied": untied, "tied": tied}[sys.argv[1]](sys.argv[2], sys.argv[3:])))

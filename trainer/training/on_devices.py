@@ -52,8 +52,9 @@ class ModelOnDevices(NamedTuple):
     def generator(self) -> Generator:
         """Returns what writes with the model."""
         model, tokenizer, config = self.opened[:3]
-        # The variables of a model in pieces are on no device.
-        ops = decoding_ops(config.train.precision, processor_of(self.strategy)) if self.is_in_pieces else None
+        ops = None
+        if self.is_in_pieces:  # Its variables are on no device.
+            ops = decoding_ops(config.train.precision, processor_of(self.strategy), gathers=True)
         length, ends = config.train.sequence_length, self.opened.end_tokens
         return Generator(model, tokenizer, length, ops, ends, self.strategy, self.held)
 

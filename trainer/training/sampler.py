@@ -49,7 +49,7 @@ class Sampler:
         self._gathers_whole = self.is_in_pieces and device.kind == "TPU"
         if self.is_in_pieces:
             # The variables of a model in pieces are on no device. On a TPU this generator only checks the settings.
-            ops = decoding_ops(training_step.config.train.precision, device)
+            ops = decoding_ops(training_step.config.train.precision, device, gathers=True)
             self._generator = Generator(model, tokenizer, self._length, ops, strategy=strategy, held=training_step.held)
         else:
             self._generator = Generator(model, tokenizer, self._length)
