@@ -22,8 +22,8 @@ class Sampler:
 
     If distribution.shard splits the weights, all replicas write together, and gather each block for each token. All
     workers write the same tokens, those of the first replica, and none stops before the others: with several workers
-    only the votes in a step end a run. A TPU cannot compile this loop: there the chief gathers the model into the
-    memory of its host for as long as it writes.
+    only the votes in a step end a run. On a TPU XLA would have to know the lengths of prompts when it compiles: there
+    the chief gathers the model into the memory of its host for as long as it writes.
 
     Args:
         training_step: the model and its devices.
