@@ -138,6 +138,40 @@ def test_blackwell_s_compute_capabilities_are_10_and_12():
     assert newest == {name for name in GPUS if name.startswith(("RTX50", "RTXPRO"))}
 
 
+@pytest.mark.parametrize("device", [*GPUS.values(), *TPUS.values()], ids=lambda device: device.name)
+def test_a_link_is_slower_than_its_device_s_memory_and_known_for_all_but_those_without_a_figure(device: Device):
+    assert (device.link is None) == (device.name in ("A10G", "GH200-96GB", "GH200-144GB"))
+    if device.link is not None and device.bytes_per_sec is not None:
+        speeds = {"NVLink": (150e9, 900e9), "PCIe": (16e9, 64e9), "ICI": (200e9, 600e9)}[device.link.name]
+        assert speeds[0] <= device.link.bytes_per_sec <= speeds[1]
+        assert device.link.bytes_per_sec < device.bytes_per_sec * device.per_chip
+        assert device.link.num_devices >= 8
+
+
+@pytest.mark.parametrize(
+    ("text", "gigabytes"),
+    [
+        # Half of what data sheets have, for one direction.
+        ("gpu:A100-80GBx8", 600 / 2),
+        ("gpu:H100x8", 900 / 2),
+        ("gpu:H100-NVLx2", 128 / 2),
+        ("gpu:B200x8", 1800 / 2),
+        ("gpu:GB200x72", 1800 / 2),
+        ("gpu:RTX4090x2", 64 / 2),
+        # Of two links for each axis, one leads to the only neighbour on an axis of two chips, none to oneself.
+        ("tpu:v5e-1", 0),
+        ("tpu:v5e-4", 400 / 2 * 2 / 4),
+        ("tpu:v5e-8", 400 / 2 * 3 / 4),
+        ("tpu:v5e-256", 400 / 2),
+        ("tpu:v4-8", 300 * 2 / 6),
+        ("tpu:v5p-16", 1200 / 2 * 3 / 6),
+        ("tpu:v5p-128", 1200 / 2),
+    ],
+)
+def test_a_device_sends_at_the_speed_of_the_links_to_its_neighbours(text: str, gigabytes: float):
+    assert parse_target(text).sent_bytes_per_sec() == gigabytes * 1e9
+
+
 def test_a_chip_is_shared_by_its_cores():
     v4, v5p = TPUS["v4"], TPUS["v5p"]
     assert (v4.flops["bfloat16"], v4.memory_bytes) == (275e12 / 2, 16e9)

@@ -1,18 +1,27 @@
 """Laws of what a step is estimated to need of its device."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from trainer.config.file import load_config, make_config
 from trainer.execution import resolve
-from trainer.hardware.data_sheets import Device
+from trainer.hardware.data_sheets import Device, Link
 from trainer.hardware.devices import Target, cpu, parse_target
 from trainer.hardware.processor import Processor
 from trainer.model.pieces import BYTES_AT_ONCE
 from trainer.model.size import bytes_of_checkpoint, count_parameters, matrix_parameters, tokens_per_sec_at_peak
 from trainer.optimizers.cost import optimizer_flops
-from trainer.planning.estimate import estimate_memory, kept_bytes, pieces_numbers, sent_bytes, smallest_step_secs
+from trainer.planning.estimate import (
+    computing_secs,
+    estimate_memory,
+    exchange_secs,
+    kept_bytes,
+    pieces_numbers,
+    sent_bytes,
+    smallest_step_secs,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SETTINGS = {"run_folder": "r", "train": {"precision": "float32", "total_steps": 1}}
@@ -31,6 +40,35 @@ def test_the_roofline_is_the_memory_s_if_memory_is_slow():
     of_slow, of_slower = (smallest_step_secs(GPT2, 50257, Target(each, 8)) for each in (slow, slower))
     assert of_slow is not None and of_slow > fast
     assert of_slower == pytest.approx(2 * of_slow)
+
+
+@pytest.mark.parametrize("shard", ["nothing", "optimizer", "weights"])
+def test_an_exchange_takes_what_is_sent_at_the_link_s_speed_and_a_step_takes_no_less(shard: str):
+    config, h100s = make_config(SETTINGS, [f"distribution.shard={shard}"]), parse_target("gpu:H100x8")
+    sent = sum(sent_bytes(config, 5000, h100s).values())
+    assert exchange_secs(config, 5000, h100s) == sent / 450e9
+    fast, slow = (
+        h100s._replace(device=dataclasses.replace(h100s.device, link=Link("wire", speed, 8))) for speed in (1e15, 1e6)
+    )
+    computing = computing_secs(config, 5000, h100s)
+    assert computing is not None and smallest_step_secs(config, 5000, fast) == computing
+    assert smallest_step_secs(config, 5000, slow) == sent / 1e6 > computing
+
+
+def test_how_long_an_exchange_takes_is_not_known_between_machines():
+    config = make_config(SETTINGS, ["train.global_batch_size=144"])
+    workers = make_config(SETTINGS, ["distribution.kind=multi_worker"])
+    cases = [(config, 8), (config, 9), (config, 16), (workers, 8)]
+    times = [exchange_secs(each, 5000, parse_target(f"gpu:H100x{number}")) for each, number in cases]
+    assert times[0] and times[1:] == [None, None, None]
+    assert exchange_secs(config, 5000, parse_target("gpu:GB200x72"))
+    assert exchange_secs(config, 5000, parse_target("gpu:A10Gx8")) is None
+    # A slice of a TPU has one kind of link, however many hosts and workers it has.
+    assert exchange_secs(workers, 5000, parse_target("tpu:v5e-32"))
+    assert exchange_secs(config, 5000, parse_target("gpu:A10Gx1")) == 0
+    # A step is then as long as what is known of it.
+    sixteen = parse_target("gpu:H100x16")
+    assert smallest_step_secs(config, 5000, sixteen) == computing_secs(config, 5000, sixteen) is not None
 
 
 def test_memory_of_weights_and_moments_is_exact():

@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.hardware.devices import Target, parse_target
 from trainer.model.size import count_parameters, tokens_per_sec_at_peak
 from trainer.planning.compiler import CompiledStep, DoesNotFit
-from trainer.planning.estimate import estimate_memory
+from trainer.planning.estimate import estimate_memory, smallest_step_secs
 from trainer.planning.plan import print_compiled, print_plan
 from trainer.planning.verdict import Command
 
@@ -207,7 +207,47 @@ def test_several_devices_have_a_line_about_what_each_sends(capsys: pytest.Captur
     print_plan(make_config(SETTINGS, ["optimizer.kind=muon", "train.precision=mixed_bfloat16"]), 50257, V5E_8)
     assert re.search(r"of gradients in float32, \S+ MB of Muon's matrices in bfloat16\n", capsys.readouterr().out)
     print_plan(GPT2, None, parse_target("gpu:H100"))
-    assert "exchange " not in capsys.readouterr().out
+    assert not re.search("exchange|links", capsys.readouterr().out)
+
+
+def test_the_exchange_has_a_time_beside_that_of_computing(capsys: pytest.CaptureFixture[str]):
+    print_plan(GPT2, None, V5E_8)
+    sent, at_peak = 7 * count_parameters(GPT2, 50257), tokens_per_sec_at_peak(GPT2, 50257, V5E_8)
+    assert at_peak is not None
+    line = f"{1e3 * sent / 150e9:.1f} ms a step at 150 GB/s of ICI within a slice, beside {512 * 1024 / at_peak * 1e3:.1f} ms"
+    out = capsys.readouterr().out
+    assert f"\nlinks        {line} of computing at peak\n" in out and "hours at the roofline; " in out
+    # 16 GPUs are in two machines, and no data sheet has what connects A10Gs.
+    for target, reason in (
+        ("gpu:H100x16", "a network connects machines with 8 or fewer H100 each"),
+        ("gpu:A10Gx8", "the table of devices has no speed of the links of A10G"),
+    ):
+        print_plan(GPT2, None, parse_target(target))
+        out = capsys.readouterr().out
+        assert f"\nlinks        not known: {reason}\n" in out and " at the roofline without the exchange; " in out
+    print_plan(make_config(SETTINGS, ["distribution.kind=cpu", "distribution.logical_devices=2"]))
+    assert "links" not in capsys.readouterr().out
+
+
+def test_a_utilisation_above_the_roofline_gives_no_hours(capsys: pytest.CaptureFixture[str]):
+    config = make_config(GPT2.model_dump(mode="json"), ["distribution.shard=weights", "train.micro_batch_size=1"])
+    target = parse_target("gpu:RTX4090x8")
+    least, at_peak = smallest_step_secs(config, 50257, target), tokens_per_sec_at_peak(config, 50257, target)
+    assert least is not None and at_peak is not None
+    most = 512 * 1024 / at_peak / least
+    hours = f"{19_000 * least / 3600:,.1f} hours at the roofline of the exchange"
+    for utilisation, end in ((most + 1e-6, ""), (None, ", which is assumed (--utilisation)")):
+        print_plan(config, None, target, utilisation)
+        below = f"a model FLOPs utilisation of {100 * most:.3g}%, below {utilisation or 0.4:.0%}{end}\n"
+        assert f"time         {hours}: {below}" in capsys.readouterr().out
+    print_plan(config, None, target, most)
+    assert f"time         {hours}; {19_000 * least / 3600:,.1f} hours at a model" in capsys.readouterr().out
+    # If operations take longest, no utilisation is above the roofline, rounding aside.
+    for tpu in ("tpu:v5e-8", "tpu:v5e-16", "tpu:v5e-64", "tpu:v4-8"):
+        print_plan(GPT2, None, parse_target(tpu), 1.0)
+        assert re.search(
+            r"time +(.+) at the roofline; \1 at a model FLOPs utilisation of 100%\n", capsys.readouterr().out
+        )
 
 
 def test_an_auto_micro_batch_is_planned_as_the_largest_that_fits(capsys: pytest.CaptureFixture[str]):

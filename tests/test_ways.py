@@ -317,7 +317,7 @@ def test_the_page_about_the_plan_shows_what_it_prints_and_all_devices(
     root = Path(__file__).parent.parent
     page = (root / "docs" / "plan.md").read_text()
     shown = re.findall(r"```sh\n\S*(trainer plan [^\n]+)\n```\n\n```text\n(.+?)```", page, re.DOTALL)
-    assert len(shown) == 2
+    assert len(shown) == 3
     monkeypatch.chdir(root)
     for command, printed in shown:
         assert printed in planned(command, capsys)

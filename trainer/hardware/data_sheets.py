@@ -2,6 +2,21 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Link(NamedTuple):
+    """What a device sends over to the others of its machine, or of its slice of TPUs.
+
+    Attributes:
+        name: its name, for a message.
+        bytes_per_sec: what one device can send in a second, while it receives as much.
+        num_devices: the most devices that are usually linked so.
+    """
+
+    name: str
+    bytes_per_sec: float
+    num_devices: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +29,8 @@ class Device:
             and an addition are two operations. A dtype without circuits is left out, and a CPU has none.
         memory_bytes: the device's own memory.
         bytes_per_sec: the bandwidth of that memory; None if it is unknown.
+        link: what connects it with others; None if that is unknown. Each of two cores on a chip counts with all links
+            of the chip: in a ring of cores, every second hop stays on a chip.
         num_axes: the axes of the grid that wires a TPU's chips; 0 if the device is not a TPU.
         per_chip: the number of these devices on a chip of a TPU.
         num_cores: the number of cores in this device, as Google's accelerator types count cores.
@@ -27,6 +44,7 @@ class Device:
     flops: Mapping[str, float]
     memory_bytes: float
     bytes_per_sec: float | None = None
+    link: Link | None = None
     num_axes: int = 0
     per_chip: int = 1
     num_cores: int = 1
@@ -41,6 +59,7 @@ def _tpu(
     teraflops: float,
     gigabytes: float,
     gb_per_sec: float,
+    sent_gb_per_sec: float,
     num_axes: int,
     most_chips: int,
     per_chip: int = 1,
@@ -51,26 +70,37 @@ def _tpu(
     # TPUs multiply float32 matrices as bfloat16 roundings, unless a program requests more precision.
     flops = {"bfloat16": peak, "float32": peak}
     share = 1e9 / per_chip
-    memory, bandwidth = gigabytes * share, gb_per_sec * share
+    link = Link("ICI", sent_gb_per_sec * 1e9, most_chips * per_chip)
     return Device(
-        name, flops, memory, bandwidth, num_axes, per_chip, num_cores, most_chips, in_tensorflow=in_tensorflow
+        name,
+        flops,
+        gigabytes * share,
+        gb_per_sec * share,
+        link,
+        num_axes,
+        per_chip,
+        num_cores,
+        most_chips,
+        in_tensorflow=in_tensorflow,
     )
 
 
-# The numbers of a chip: bfloat16 teraflops, gigabytes, gigabytes per second, axes, chips.
-# Source: cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e, tpu7x; for v2 Jouppi et al. 2021 ("Ten Lessons"), table 1.
+# The numbers of a chip: bfloat16 teraflops, gigabytes, gigabytes per second of its memory, and those that it sends over
+# all its links (the documentation counts what it receives, too), axes, chips.
+# Source: cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e, tpu7x; for v2, and the links of v3, Jouppi et al. 2021 ("Ten
+# Lessons"), table 1; for the links of v4 Jouppi et al. 2023 ("TPU v4"), table 4.
 # Their compiler, libtpu, decides which chips have their cores apart.
 TPUS = {
     tpu.name: tpu
     for tpu in (
-        _tpu("v2", 46, 16, 700, 2, 256, per_chip=2),
-        _tpu("v3", 123, 32, 900, 2, 1024, per_chip=2),
-        _tpu("v4", 275, 32, 1228, 3, 4096, per_chip=2),
-        _tpu("v5e", 197, 16, 819, 2, 256),
-        _tpu("v5p", 459, 95, 2765, 3, 4096, num_cores=2),
-        _tpu("v6e", 918, 32, 1640, 2, 256),
+        _tpu("v2", 46, 16, 700, 248, 2, 256, per_chip=2),
+        _tpu("v3", 123, 32, 900, 328, 2, 1024, per_chip=2),
+        _tpu("v4", 275, 32, 1228, 300, 3, 4096, per_chip=2),
+        _tpu("v5e", 197, 16, 819, 200, 2, 256),
+        _tpu("v5p", 459, 95, 2765, 600, 3, 4096, num_cores=2),
+        _tpu("v6e", 918, 32, 1640, 400, 2, 256),
         # "TensorFlow is not supported": cloud.google.com/tpu/docs/tpu7x.
-        _tpu("v7x", 2307, 192, 7380, 3, 8192, per_chip=2, in_tensorflow=False),
+        _tpu("v7x", 2307, 192, 7380, 600, 3, 8192, per_chip=2, in_tensorflow=False),
     )
 }
 
@@ -82,6 +112,27 @@ _ADA = {"cc": 8.9, "fpus_per_core": 128, "shared": 102400, "optin": 101376, "thr
 _HOPPER = {"cc": 9.0, "fpus_per_core": 128, "shared": 233472, "optin": 232448, "threads_per_core": 2048}
 _GB100 = {"cc": 10.0, "fpus_per_core": 128, "shared": 233472, "optin": 232448, "threads_per_core": 2048}
 _GB202 = {"cc": 12.0, "fpus_per_core": 128, "shared": 102400, "optin": 101376, "threads_per_core": 1536}
+
+
+def _linked(name: str, gb_per_sec: float, gpus: str, num_devices: int = 8) -> Mapping[str, Link]:
+    return dict.fromkeys(gpus.split(), Link(name, gb_per_sec * 1e9, num_devices))
+
+
+# Gigabytes per second in one direction: NVIDIA's data sheets have twice that, for both. NVLink counts if it connects
+# all GPUs of the usual board, as with SXM modules, and not if it bridges pairs of cards. Otherwise PCIe counts, with 16
+# lanes, or the eight of the RTX 5060 Ti. A10G and GH200 are left out: no data sheet has the lanes of the first, and
+# machines differ in what connects the second.
+_LINKS = {
+    **_linked("NVLink", 150, "V100-16GB V100-32GB"),
+    **_linked("NVLink", 300, "A100-40GB A100-80GB"),
+    **_linked("NVLink", 450, "H100 H200"),
+    **_linked("NVLink", 900, "B200"),
+    **_linked("NVLink", 900, "GB200", num_devices=72),
+    **_linked("PCIe", 16, "T4"),
+    **_linked("PCIe", 32, "A10 A40 RTXA6000 RTX3090 RTX4070 RTX4070Ti RTX4080 RTX4090 RTX6000Ada L4 L40S"),
+    **_linked("PCIe", 32, "RTX5060Ti-8GB RTX5060Ti-16GB"),
+    **_linked("PCIe", 64, "H100-PCIe H100-NVL RTX5070 RTX5070Ti RTX5080 RTX5090 RTXPRO6000"),
+}
 
 
 def _gpu(
@@ -98,7 +149,8 @@ def _gpu(
     flops = {dtype: value * 1e12 for dtype, value in teraflops.items()}
     circuits = {**architecture, "cores": cores, "ghz": ghz, "l2_bytes": l2_mebibytes << 20}
     names = (known_as,) if isinstance(known_as, str) else known_as
-    return Device(name, flops, gigabytes * 1e9, gb_per_sec * 1e9, known_as=names, circuits=circuits)
+    link = _LINKS.get(name)
+    return Device(name, flops, gigabytes * 1e9, gb_per_sec * 1e9, link, known_as=names, circuits=circuits)
 
 
 def _tensor_cores(half: float, float32: float) -> Mapping[str, float]:

@@ -38,12 +38,26 @@ class Target(NamedTuple):
 
     def topology(self) -> str:
         """Returns the arrangement of a TPU's chips, in the form that its compiler needs: v5e:2x4."""
+        return f"{_LIBTPU_NAMES.get(self.device.name, self.device.name)}:{'x'.join(map(str, self._grid()))}"
+
+    def sent_bytes_per_sec(self) -> float | None:
+        """Returns how much each device can send in a second to others in its machine or slice; None if that is unknown.
+
+        A TPU's chip has two links for each axis of the grid. It uses one if it has one neighbour there. A longer axis
+        counts as a ring, in which every chip has two neighbours, although in small slices its ends are not connected.
+        """
+        link, num_axes = self.device.link, self.device.num_axes
+        if link is None or not num_axes:
+            return link and link.bytes_per_sec
+        num_links = sum(min(size - 1, 2) for size in self._grid())
+        return link.bytes_per_sec * num_links / (2 * num_axes)
+
+    def _grid(self) -> list[int]:
         chips, axes = self.num_devices // self.device.per_chip, self.device.num_axes
         doublings = chips.bit_length() - 1
         sizes = sorted(2 ** ((doublings + i) // axes) for i in range(axes))
-        if axes == 3 and chips == 4:
-            sizes = [2, 2, 1]  # The four chips of a host are never in one row.
-        return f"{_LIBTPU_NAMES.get(self.device.name, self.device.name)}:{'x'.join(map(str, sizes))}"
+        # The four chips of a host are never in one row.
+        return [2, 2, 1] if axes == 3 and chips == 4 else sizes
 
 
 def parse_target(text: str) -> Target:

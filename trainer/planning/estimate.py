@@ -254,9 +254,35 @@ def _sent_in_pieces(config: Config, vocabulary_size: int, num_replicas: int, exe
     return sent
 
 
+def exchange_secs(config: Config, vocabulary_size: int, target: Target) -> float | None:
+    """Returns the time in which a device sends what `sent_bytes` counts, at the full speed of its links: 0 for one
+    device, None if the speed is not known, as between machines.
+    """
+    sent, speed = sum(sent_bytes(config, vocabulary_size, target).values()), target.sent_bytes_per_sec()
+    if not sent:
+        return 0.0
+    return None if speed is None or leaves_machine(config, target) else sent / speed
+
+
+def leaves_machine(config: Config, target: Target) -> bool:
+    """Returns whether a network connects GPUs: those of several workers, or more than a machine usually has."""
+    link = target.device.link
+    if link is None or target.device.num_axes:
+        return False
+    return config.distribution.kind == "multi_worker" or target.num_devices > link.num_devices
+
+
 def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> float | None:
-    """Returns the time of a step at the roofline: the longer of its operations at the device's peak and of its traffic
-    at the peak of the device's memory. None if a peak is not known.
+    """Returns the time of a step at the roofline: the longer of what it computes (`computing_secs`) and of what the
+    devices exchange meanwhile (`exchange_secs`), if that is known. None if a peak of the device is not known.
+    """
+    computing = computing_secs(config, vocabulary_size, target)
+    return None if computing is None else max(computing, exchange_secs(config, vocabulary_size, target) or 0.0)
+
+
+def computing_secs(config: Config, vocabulary_size: int, target: Target) -> float | None:
+    """Returns the time of what a step computes: the longer of its operations at the device's peak and of its traffic at
+    the peak of the device's memory. None if a peak is not known.
 
     The traffic is the least possible: the optimizer reads weights, moments and gradients and writes the first two; an
     average of the weights is read and written; a micro-batch writes what it keeps and reads it again, reads its

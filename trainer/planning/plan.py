@@ -28,7 +28,7 @@ from trainer.model.size import (
 )
 from trainer.optimizers.cost import optimizer_flops
 from trainer.planning.compiler import DoesNotFit, compile_step, largest_that_fits
-from trainer.planning.estimate import sent_bytes, smallest_step_secs
+from trainer.planning.estimate import computing_secs, exchange_secs, sent_bytes, smallest_step_secs
 from trainer.planning.own_devices import own_devices
 from trainer.planning.verdict import UNKNOWN, Command, memory_lines, print_line, way_lines, with_xla
 from trainer.planning.ways import Way, needs_of, ways_to_fit
@@ -235,13 +235,15 @@ def _time_lines(config: Config, vocabulary_size: int, target: Target, utilisatio
     elif steps is not None and tokens is not None:
         assumed = "" if utilisation is not None else ", which is assumed (--utilisation)"
         utilisation = utilisation or ASSUMED_UTILISATION
-        xla = f"; both{only}" if (only := with_xla(config, target)) else ""
-        full_steps = full_steps_between(config.train, 0, steps)
-        at_roofline, likely = _duration(full_steps * least), _duration(tokens / at_peak / utilisation)
-        yield (
-            f"time         {at_roofline} at the roofline; {likely} at a model FLOPs utilisation of "
-            f"{utilisation:.0%}{assumed}{xla}"
-        )
+        only = with_xla(config, target)
+        roofline_secs = full_steps_between(config.train, 0, steps) * least
+        roofline = f"{_duration(roofline_secs)} at the roofline{_part_of_exchange(config, vocabulary_size, target)}"
+        at_roofline = tokens / at_peak / roofline_secs
+        of, given, xla = "a model FLOPs utilisation of", f"{utilisation:.0%}{assumed}", f"; both{only}" if only else ""
+        if utilisation <= at_roofline * (1 + 1e-9):  # A roofline of operations has exactly 1, apart from rounding.
+            yield f"time         {roofline}; {_duration(tokens / at_peak / utilisation)} at {of} {given}{xla}"
+        else:
+            yield f"time         {roofline}{only}: {of} {100 * at_roofline:.3g}%, below {given}"
     elif utilisation is not None:
         raise UserError(
             f"--utilisation {utilisation} has no effect: the number of steps is known once the text is prepared. Leave "
@@ -264,6 +266,29 @@ def _exchange_lines(config: Config, vocabulary_size: int, target: Target) -> Ite
     if sent:
         parts = ", ".join(f"{size_of(size)} of {names[part]}" for part, size in sent.items())
         yield f"exchange     each device sends {size_of(sum(sent.values()))} a step: {parts}"
+        if target.device.name != "cpu":
+            yield f"links        {_time_of_exchange(config, vocabulary_size, target)}"
+
+
+def _time_of_exchange(config: Config, vocabulary_size: int, target: Target) -> str:
+    """Returns how long a step's exchange takes beside what the step computes, or why that is not known."""
+    link, speed = target.device.link, target.sent_bytes_per_sec()
+    if link is None or speed is None:
+        return f"not known: the table of devices has no speed of the links of {target.device.name}"
+    secs, computing = (of(config, vocabulary_size, target) for of in (exchange_secs, computing_secs))
+    if secs is None:
+        return f"not known: a network connects machines with {link.num_devices} or fewer {target.device.name} each"
+    where = "within a slice" if target.device.num_axes else "within a machine"
+    beside = "" if computing is None else f", beside {_short(computing)} of computing at peak"
+    return f"{_short(secs)} a step at {speed / 1e9:.0f} GB/s of {link.name} {where}{beside}"
+
+
+def _part_of_exchange(config: Config, vocabulary_size: int, target: Target) -> str:
+    """Returns what a plan appends to the time at the roofline if that is the exchange's or leaves it out."""
+    secs, computing = (of(config, vocabulary_size, target) for of in (exchange_secs, computing_secs))
+    if secs is None:
+        return " without the exchange"
+    return " of the exchange" if computing is not None and secs > computing else ""
 
 
 def _print_weights(config: Config, vocabulary_size: int) -> None:
@@ -313,3 +338,7 @@ def _num_tokens(config: Config) -> int | None:
 
 def _duration(secs: float) -> str:
     return f"{secs / 3600:,.1f} hours" if secs >= 3600 else f"{secs / 60:.1f} minutes"
+
+
+def _short(secs: float) -> str:
+    return f"{secs:.2f} s" if secs >= 1 else f"{1e3 * secs:.1f} ms"
