@@ -9,9 +9,12 @@ its program, the device or the compiler has changed since; otherwise the file's 
 
 import functools
 import json
+import math
+import os
 import re
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +29,10 @@ from trainer.config.settings import Config, num_pieces
 from trainer.distributed.collectives import XlaCollectives
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
-from trainer.hardware.devices import parse_target
+from trainer.execution import resolve
+from trainer.hardware.devices import Target, parse_target
 from trainer.model.pieces import Cut
-from trainer.model.size import count_parameters
+from trainer.model.size import count_parameters, parameter_shapes
 from trainer.optimizers.cost import optimizer_flops
 from trainer.planning import compiler, lower
 from trainer.planning.compiler import CompiledStep, compile_step, largest_that_fits
@@ -43,6 +47,7 @@ FIGURES = Path(__file__).with_name("compiled_steps.json")
 # The one that needs most memory comes first; see conftest.py.
 TARGETS = {
     "gpt2_1.5b_tpu_v5e_8": "tpu:v5e-8",
+    "llama_7b_8gpu": "gpu:H100x8",
     "gpt2_350m_tpu_v4_32": "tpu:v4-32",
     "gpt2_124m_tpu_v5e_8": "tpu:v5e-8",
     "gpt2_124m_8gpu": "gpu:A100-80GBx8",
@@ -55,6 +60,7 @@ STORED = (
     "accessed_bytes",
     "num_all_reduces",
     "largest_constant_bytes",
+    "sent_bytes",
     "program",
 )
 
@@ -150,7 +156,7 @@ def test_the_work_of_muon_on_each_tpu_core_falls_with_their_number():
     assert alone - shared == pytest.approx(in_products[0] - in_products[1], rel=0.03)
 
 
-SPLIT_FIGURES = Path(__file__).with_name("compiled_splits.json")
+SPLIT_FIGURES, VOCABULARY_OF_SMALL = Path(__file__).with_name("compiled_splits.json"), 2048
 # Matrices of rows that fill a TPU's tiles.
 SMALL = {
     "run_folder": "unused",
@@ -165,42 +171,71 @@ SMALL = {
 }
 
 
+def compiled_split(overrides: list[str], target: Target, request: pytest.FixtureRequest) -> tuple[Config, CompiledStep]:
+    """Returns SMALL with overrides, and its step compiled, whose figures are those of before."""
+    writes, stored = request.config.getoption("--write-figures"), json.loads(SPLIT_FIGURES.read_text())
+    config, name = make_config(SMALL, overrides), f"{' '.join(overrides)} {target}"
+    known = None if writes else CompiledStep(compile_secs=0.0, **stored[name])
+    try:
+        step = compile_step(config, VOCABULARY_OF_SMALL, target, known=known)
+    except UserError as error:
+        if "the package index cannot be reached" in str(error):
+            pytest.skip("no package index to take the compiler from")
+        raise
+    figures = {key: value for key, value in step._asdict().items() if key in STORED}
+    if writes:
+        SPLIT_FIGURES.write_text(json.dumps(stored | {name: figures}, indent=2) + "\n")
+    else:
+        del figures["program"], stored[name]["program"]
+        assert figures == pytest.approx(stored[name], rel=0.03)
+    return config, step
+
+
 @pytest.mark.slow
 @pytest.mark.tpu
 @pytest.mark.parametrize("target_name", ["tpu:v5e-8", "gpu:H100x8"])
 def test_a_split_optimizer_sends_no_more_and_leaves_each_device_its_share(
     target_name: str, request: pytest.FixtureRequest
 ):
-    target, vocabulary_size, writes = parse_target(target_name), 2048, request.config.getoption("--write-figures")
-    steps: dict[str, CompiledStep] = {}
+    target, steps = parse_target(target_name), {}
     for shard in ("nothing", "optimizer"):
-        config, name = make_config(SMALL, [f"distribution.shard={shard}"]), f"{shard} {target_name}"
-        stored = json.loads(SPLIT_FIGURES.read_text())
-        known = None if writes else CompiledStep(compile_secs=0.0, **stored[name])
-        try:
-            steps[shard] = compile_step(config, vocabulary_size, target, known=known)
-        except UserError as error:
-            if "the package index cannot be reached" in str(error):
-                pytest.skip("no package index to take the compiler from")
-            raise
+        config, steps[shard] = compiled_split([f"distribution.shard={shard}"], target, request)
         # A loss, counts and a hash are not planned.
-        planned = sum(sent_bytes(config, vocabulary_size, target).values())
+        planned = sum(sent_bytes(config, VOCABULARY_OF_SMALL, target).values())
         assert steps[shard].sent_bytes == pytest.approx(planned, rel=0.01)
-        figures = {key: value for key, value in steps[shard]._asdict().items() if key in (*STORED, "sent_bytes")}
-        if writes:
-            SPLIT_FIGURES.write_text(json.dumps(stored | {name: figures}, indent=2) + "\n")
-        else:
-            del figures["program"], stored[name]["program"]
-            assert figures == pytest.approx(stored[name], rel=0.03)
     whole, split = steps["nothing"], steps["optimizer"]
     assert whole.sent_bytes and split.sent_bytes
     # Gradients once and weights once, in place of gradients twice.
     assert split.sent_bytes <= 1.05 * whole.sent_bytes
-    of_weights = 4 * count_parameters(config, vocabulary_size)
+    of_weights = 4 * count_parameters(config, VOCABULARY_OF_SMALL)
     batch = whole.arguments_bytes - 3 * of_weights
     # Two moments, and the rows of the weights that the device updates.
     kept = split.arguments_bytes - of_weights - batch
     assert kept == pytest.approx(3 * of_weights / target.num_devices, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.parametrize("target_name", ["tpu:v5e-8", "gpu:H100x8"])
+def test_split_weights_send_each_block_twice_and_its_gradients_once_in_every_micro_batch(
+    target_name: str, request: pytest.FixtureRequest
+):
+    target = parse_target(target_name)
+    config, step = compiled_split(["distribution.shard=weights", "model.tied_embeddings=false"], target, request)
+    shapes = parameter_shapes(config.model, VOCABULARY_OF_SMALL, config.train.sequence_length)
+    numbers = {name: math.prod(shape) for name, shape in shapes}
+    of_blocks = sum(number for name, number in numbers.items() if "/block_" in name)
+    # In bfloat16 the weights of blocks twice and all others once, and in float32 the gradients.
+    of_micro_batch = 2 * (2 * of_blocks + sum(numbers.values()) - of_blocks) + 4 * sum(numbers.values())
+    execution = resolve(config, target.processor(), target.num_devices)
+    num_micro_batches = execution.examples // execution.micro_batch_size
+    least = num_micro_batches * of_micro_batch * (target.num_devices - 1) / target.num_devices
+    assert num_micro_batches == 2 and step.sent_bytes is not None
+    assert least <= step.sent_bytes <= 1.05 * least
+    batch = 3 * 4 * config.train.global_batch_size // target.num_devices * config.train.sequence_length
+    # Weights and two moments.
+    kept = step.arguments_bytes - batch
+    assert kept == pytest.approx(3 * 4 * sum(numbers.values()) / target.num_devices, rel=0.02)
 
 
 # The splits are run on as many virtual devices of the CPU as there are replicas.
@@ -376,6 +411,46 @@ def test_a_program_without_its_reductions_is_seen(
     with pytest.raises(AssertionError):
         assert_equal(broken, one_device, TOLERANCE["float32"])
     assert relative_difference(broken, one_device, "weights/") > 1e-3
+
+
+# A loop of three turns, as the GPU's compiler writes it, around one of two turns as a TPU's compiler does.
+LOOPS = """
+%inner_condition (p: (s32[], f32[8])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(2)
+  ROOT %less = pred[] compare(%counter, %bound), direction=LT
+}
+%part (p: bf16[8,4]) -> bf16[64,4] {
+  %gather.2 = bf16[64,4]{1,0} all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="0"}
+}
+%all-reduce-scatter.1 (p: f32[64,4]) -> f32[8,4] {
+  %sum = f32[64,4]{1,0} all-reduce(%p), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
+%inner_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %gather.1 = bf16[64,4]{1,0} all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="0"}
+  %rest = bf16[64,4]{1,0} fusion(%gather.1), kind=kCustom, calls=%part
+  %scattered = f32[8,4]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+}
+%outer_condition (p: (s32[], f32[8])) -> pred[] {
+  ROOT %less = pred[] compare(%counter, %unknown), direction=LT
+}
+%outer_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %inner = (s32[], f32[8]) while(%p), condition=%inner_condition, body=%inner_body
+}
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %outer = (s32[], f32[8]) while(%p), condition=%outer_condition, body=%outer_body, backend_config={KNOWN}
+  %total = f32[16]{0} all-reduce(%p), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
+"""
+
+
+def test_what_a_loop_sends_counts_as_often_as_it_turns_and_the_parts_of_an_operation_once():
+    with unittest.mock.patch.dict(os.environ):  # It sets variables for the compilers.
+        from trainer.planning.compile_hlo import sent_bytes as sent_by_program
+    text, of_turn = LOOPS.replace("KNOWN", '"known_trip_count":{"n":"3"}'), 7 / 8 * (2 * 64 * 4 + 4 * 64 * 4)
+    assert sent_by_program(text, 8) == 3 * 2 * of_turn + 2 * 7 / 8 * 4 * 16
 
 
 @pytest.mark.parametrize("largest", [0, 1, 2, 4, 8, 16, 32, 64])

@@ -308,7 +308,7 @@ def test_the_largest_micro_batch_is_found_with_few_compiles(
     assert print_compiled(config, None, V5E_8, Command("c.toml", (), ("--compile",))) == (own <= largest)
     out = capsys.readouterr().out
     assert f"largest train.micro_batch_size that fits: {largest or 'none'}\n" in out
-    assert ", and a device sends 2.00 GB in them; in 60 s\n" in out
+    assert "; a device sends 2.00 GB a step; in 60 s\n" in out
     assert len(compiled) == num_compiled
     command = f"    trainer plan c.toml train.micro_batch_size={largest} --target tpu:v5e-8 --compile\n"
     assert (command in out) == (0 < largest < own)

@@ -419,18 +419,24 @@ def make_collectives(strategy: tf.distribute.Strategy, num_pieces: int) -> Colle
     return TensorFlowCollectives(strategy, num_pieces)
 
 
-def in_a_function(function: Callable) -> Callable:
-    """Wraps a function of tensors, to be called in a tf.while_loop, in a tf.function that is not inlined.
+def in_a_function(function: Callable, is_compiled: bool = False) -> Callable:
+    """Wraps a function of tensors in a tf.function that is not inlined. Call it for every replica, whose operations and
+    tensors the function may use.
 
-    TensorFlow matches the messages of a collective operation by a key that holds the frame of the while_loop around it,
-    and the replicas of a process have different frames. Inside a called function the key holds no frame.
+    TensorFlow matches the messages of a collective operation by a key that holds the frame of the tf.while_loop around
+    it, and the replicas of a process have different frames. Inside a called function the key holds no frame.
+
+    Args:
+        function: a function of tensors.
+        is_compiled: whether XLA compiles it. Then it has no collective operations.
     """
+    how = {"jit_compile": True} if is_compiled else {"experimental_attributes": {"_noinline": True}}
+    traced = tf.function(function, autograph=False, **how)
 
     def call(*arguments: Any) -> Any:
-        # Made for every replica, as each has operations of its own. TensorFlow would take these for one function that
-        # is traced again and again, and warn, unless they are traced by get_concrete_function.
-        called = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
-        return called.get_concrete_function(*arguments)(*arguments)
+        # TensorFlow takes the functions of all replicas for one that is traced again and again, and warns, unless they
+        # are traced by get_concrete_function.
+        return traced.get_concrete_function(*arguments)(*arguments)
 
     return call
 

@@ -7,6 +7,7 @@ trainer/planning/compiler.py runs this program in an environment that has JAX an
 With the settings' key known, the digest of a program whose figures are known, this program is not compiled again.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -83,31 +84,67 @@ def bytes_of(types: str) -> int:
 
 def sent_bytes(text: str, num_devices: int) -> float:
     """Returns the bytes that each device sends to others in a compiled program; see `sent_bytes` in
-    trainer/planning/estimate.py. Operations inside a loop count once.
+    trainer/planning/estimate.py. What is inside a loop counts as often as the loop turns.
     """
-    total, is_scatter = 0.0, False
-    operation = r" = (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(-start)?\("
+    name = ""
+    lines_of: dict[str, list[str]] = {}
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY")):
-            # A TPU's compiler writes some reduce-scatters as a computation of this name: an all-reduce and a slice.
-            is_scatter = line.startswith("%all-reduce-scatter")
-        if not (found := re.search(operation, line)):
-            continue
-        returned, kind, starts = bytes_of(found[1]), found[2], found[3] is not None
-        number = num_devices
-        if groups := re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line):
-            number = int(groups[2]) if groups[2] else groups[1].count(",") + 1
-        if kind == "collective-permute":
-            total += returned / 2 if starts else returned  # What starts an operation returns the operand, too.
-            continue
-        whole = float(returned)
-        if kind in ("reduce-scatter", "all-gather") and starts:
-            whole = returned * number / (number + 1)
-        elif kind == "reduce-scatter":
-            whole = returned * number
-        passes = 2 if kind == "all-reduce" and not is_scatter else 1
-        total += passes * whole * (number - 1) / number
-    return total
+            name = "ENTRY" if line.startswith("ENTRY") else line[1:].split(" ")[0]
+        lines_of.setdefault(name, []).append(line)
+
+    chains: set[str] = set()
+
+    @functools.cache
+    def of(name: str) -> float:
+        # A TPU's compiler writes some reduce-scatters as a computation of this name: an all-reduce and a slice.
+        is_scatter, total = name.startswith("all-reduce-scatter"), 0.0
+        for line in lines_of[name]:
+            # It also lets several operations do parts of one, beside products. Each has the type of the whole.
+            chain = re.search(r'chain_id="(\d+)"', line)
+            if chain is None or chain[1] not in chains:
+                total += sent_bytes_of(line, num_devices, is_scatter)
+            if chain is not None:
+                chains.add(chain[1])
+            if loop := re.search(r"condition=%([^\s,]+), body=%([^\s,]+)", line):
+                total += turns_of(line, lines_of[loop[1]]) * of(loop[2])
+            called = re.findall(r"(?:calls|to_apply|async_computation|(?:true|false)_computation)=%([^\s,)}]+)", line)
+            for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                called += [each.strip(" %") for each in branches.split(",")]
+            total += sum(map(of, called))
+        return total
+
+    return of("ENTRY")
+
+
+def turns_of(line: str, condition: list[str]) -> int:
+    """Returns how often a loop of a program's text turns. A TPU's compiler does not say: there it is the bound that its
+    condition compares a counter with, which is right for a loop that counts from 0; 1 if there is none.
+    """
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    bounds = re.findall(r" = [su]\d+\[\]\S* constant\((\d+)\)", "\n".join(condition))
+    return int(bounds[0]) if len(bounds) == 1 and any("direction=LT" in each for each in condition) else 1
+
+
+def sent_bytes_of(line: str, num_devices: int, is_scatter: bool) -> float:
+    """Returns the bytes that each device sends in an operation, a line of a program's text."""
+    operation = r" = (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(-start)?\("
+    if not (found := re.search(operation, line)):
+        return 0.0
+    returned, kind, starts = bytes_of(found[1]), found[2], found[3] is not None
+    number = num_devices
+    if groups := re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line):
+        number = int(groups[2]) if groups[2] else groups[1].count(",") + 1
+    if kind == "collective-permute":
+        return returned / 2 if starts else returned  # What starts an operation returns the operand, too.
+    whole = float(returned)
+    if kind in ("reduce-scatter", "all-gather") and starts:
+        whole = returned * number / (number + 1)
+    elif kind == "reduce-scatter":
+        whole = returned * number
+    passes = 2 if kind == "all-reduce" and not is_scatter else 1
+    return passes * whole * (number - 1) / number
 
 
 def figures(executable: Any, is_tpu: bool, num_devices: int) -> dict[str, float | None]:

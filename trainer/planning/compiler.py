@@ -41,7 +41,7 @@ class CompiledStep(NamedTuple):
         largest_constant_bytes: size of the largest constant in the program; None if it cannot be read back.
         compile_secs: time that the compiler took.
         program: digest of the program, the device and the compiler.
-        sent_bytes: bytes that the device sends to others, at least; None if the program cannot be read back.
+        sent_bytes: bytes that the device sends to others in a step, at least; None if the program cannot be read back.
     """
 
     arguments_bytes: int

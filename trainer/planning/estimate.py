@@ -88,21 +88,25 @@ def _in_pieces(config: Config, vocabulary_size: int, target: Target, execution: 
     always = {"weights": pieces, "optimizer": 2 * pieces - of_muon}
     if config.optimizer.ema_decay is not None:
         always["average"] = pieces
-    shapes = parameter_shapes(config.model, vocabulary_size, config.train.sequence_length)
-    of_block = sum(math.prod(shape) for name, shape in shapes if "/block_0/" in name)
+    shapes = dict(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
+    of_block = sum(math.prod(shape) for name, shape in shapes.items() if "/block_0/" in name)
     num_logits = config.model.num_logits(vocabulary_size)
     table = num_logits * config.model.hidden_dim
     logit_rows = min(execution.logit_rows, execution.examples_at_once * config.train.sequence_length)
     sums = pieces + pieces / weight_bytes * execution.gradient_sum_bytes
+    stacked = 0.0
+    if target.processor().kind == "TPU":  # There a loop runs the blocks, whose pieces are in one array per weight.
+        of_blocks = {name: shape for name, shape in shapes.items() if "/block_" in name}
+        stacked = float(numbers_of_pieces(of_blocks, num_pieces(config, target.num_devices)) * compute_bytes)
     kept = kept_bytes(config, execution, copies_operands=target.processor().kind != "TPU")
     in_block = {
-        "gathered": 2.0 * of_block * compute_bytes,
+        "gathered": 2.0 * of_block * compute_bytes + stacked,
         "gradients": sums + of_block * weight_bytes,
         "activations": kept,
         "logits": 0.0,
     }
     in_loss = {
-        "gathered": float(table * (compute_bytes + weight_bytes)),
+        "gathered": float(table * (compute_bytes + weight_bytes)) + stacked,
         "gradients": sums + table * weight_bytes,
         "activations": kept,
         "logits": logit_rows * float(num_logits * (weight_bytes + compute_bytes)),
@@ -215,7 +219,7 @@ def sent_bytes(config: Config, vocabulary_size: int, target: Target) -> dict[str
         return sent | _sent_of_muon(config, number, execution)
     if config.distribution.shard == "weights":
         of_muon = _sent_of_muon(config, number, execution)
-        return _sent_in_pieces(config, vocabulary_size, number, execution) | of_muon
+        return _sent_in_pieces(config, vocabulary_size, target, execution) | of_muon
     share = (number - 1) / number
     sent = {"gradients": 2 * share * count_parameters(config, vocabulary_size) * execution.sum_bytes}
     if of_optimizer := exchanged_numbers(config, number):
@@ -237,12 +241,14 @@ def _sent_of_muon(config: Config, num_replicas: int, execution: Execution) -> di
     return {"matrices": numbers * sum(DTYPE_BYTES[dtype] for dtype in dtypes)} if numbers else {}
 
 
-def _sent_in_pieces(config: Config, vocabulary_size: int, num_replicas: int, execution: Execution) -> dict[str, float]:
+def _sent_in_pieces(config: Config, vocabulary_size: int, target: Target, execution: Execution) -> dict[str, float]:
     """Returns what `sent_bytes` does if the weights are split: in each micro-batch every block is gathered twice and
-    everything else once, and each gradient is scattered. A table that embeds tokens and makes logits is used twice.
+    everything else once, and each gradient is scattered. A table that embeds tokens and makes logits is used twice; a
+    TPU's compiler adds its two gradients before they are scattered.
     """
     sent = {"gradients": 0.0, "weights": 0.0}
-    over, num_micro_batches = num_pieces(config, num_replicas), execution.examples // execution.micro_batch_size
+    num_replicas, num_micro_batches = target.num_devices, execution.examples // execution.micro_batch_size
+    over = num_pieces(config, num_replicas)
     shapes = dict(parameter_shapes(config.model, vocabulary_size, config.train.sequence_length))
     for name, cut in cut_all(shapes, over).items():
         is_tied = config.model.tied_embeddings and "/token_embedding/" in name
@@ -250,7 +256,8 @@ def _sent_in_pieces(config: Config, vocabulary_size: int, num_replicas: int, exe
         numbers, scattered = own * (over - 1), own * (over - 1) + _sent_among_groups(config, num_replicas, own)
         travels = execution.compute_bytes if len(cut.shape) > 1 else execution.weight_bytes
         sent["weights"] += numbers * travels * (2 if is_tied or "/block_" in name else 1)
-        sent["gradients"] += scattered * execution.weight_bytes * (2 if is_tied else 1)
+        is_twice = is_tied and target.processor().kind != "TPU"
+        sent["gradients"] += scattered * execution.weight_bytes * (2 if is_twice else 1)
     return sent
 
 

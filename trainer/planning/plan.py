@@ -144,14 +144,21 @@ def _compiles(config: Config, vocabulary_size: int, target: Target, micro_batch_
         say(f"{label}: does not fit: {error}")
         return False
     verdict = "fits" if step.memory_bytes() <= memory_bytes else "does not fit"
-    sends = f", and a device sends {size_of(step.sent_bytes)} in them" if step.sent_bytes else ""
+    in_pieces = config.distribution.shard == "weights"
+    work = f"a micro-batch and an update are {step.flops / 1e12:.3g} teraflop and move {size_of(step.accessed_bytes)}; "
+    sends = f"a device sends {size_of(step.sent_bytes)} a step; " if step.sent_bytes else ""
     say(
         f"{label}: {size_of(step.memory_bytes())} of {size_of(memory_bytes)}: {verdict}. "
         f"{size_of(step.arguments_bytes)} of weights, optimizer and batch and "
-        f"{size_of(step.temporaries_bytes)} of temporaries; a micro-batch and an update are "
-        f"{step.flops / 1e12:.3g} teraflop and move {size_of(step.accessed_bytes)}{sends}; in "
+        # The compiler counts the body of a loop once, and split blocks are one.
+        f"{size_of(step.temporaries_bytes)} of temporaries; {'' if in_pieces else work}{sends}in "
         f"{step.compile_secs:.0f} s"
     )
+    if in_pieces and target.processor().kind == "GPU":
+        print_line(
+            f"{'':<12} This is the step as one program. A run on GPUs compiles a block and the loss by themselves, and "
+            "exchanges weights between them."
+        )
     return verdict == "fits"
 
 

@@ -84,8 +84,9 @@ class _Gathered(Held):
         return run(*pieces)
 
     def blocks(self, blocks: Sequence[Block], run: RunBlock, x: tf.Tensor, recomputes: bool) -> tf.Tensor:
-        forward, backward = (self._function(each) for each in _passes(blocks[0], run))
-        for place, block in enumerate(blocks):
+        forward, backward = (in_a_function(each, self._is_compiled) for each in _passes(blocks[0], run))
+        for i, block in enumerate(blocks):
+            place = tf.constant(i)
             x = self._block(block, functools.partial(forward, place), functools.partial(backward, place), x)
         return x
 
@@ -108,19 +109,6 @@ class _Gathered(Held):
 
         return run(x, *pieces)
 
-    def _function(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns call as a function that TensorFlow keeps once, however often it is called."""
-        how = {"jit_compile": True} if self._is_compiled else {"experimental_attributes": {"_noinline": True}}
-        function = tf.function(call, autograph=False, **how)
-
-        def called(*arguments: tf.Tensor | int) -> Any:
-            tensors = [tf.convert_to_tensor(each) for each in arguments]
-            # Made for every replica, which TensorFlow would take for one function that is traced again and again, and
-            # warn, unless they are traced by get_concrete_function.
-            return function.get_concrete_function(*tensors)(*tensors)
-
-        return called
-
     def loss(
         self,
         layers: Sequence[keras.layers.Layer],
@@ -135,7 +123,7 @@ class _Gathered(Held):
                 loss_sum, num_targets = _called(call, variables, whole, hidden)
             return [loss_sum, num_targets, *tape.gradient(loss_sum, [hidden, *whole])]
 
-        differentiated = self._function(with_gradients) if self._is_compiled else with_gradients
+        differentiated = in_a_function(with_gradients, True) if self._is_compiled else with_gradients
 
         @tf.custom_gradient
         def run(hidden: tf.Tensor, *pieces: tf.Tensor) -> tuple[tuple[tf.Tensor, tf.Tensor], object]:
@@ -215,6 +203,10 @@ class _GatheredInOneProgram(_Gathered):
         of_blocks = [self._of([block]) for block in blocks]
         cuts, num_blocks, num_weights = of_blocks[0][1], len(blocks), len(of_blocks[0][1])
 
+        def in_turn(body: Callable[..., tuple[Any, ...]], *first: Any) -> tuple[Any, ...]:
+            loop = tf.while_loop(lambda turn, *_: turn < num_blocks, body, (0, *first), parallel_iterations=1)
+            return tuple(loop)
+
         @tf.custom_gradient
         def run_all(x: tf.Tensor, *pieces: tf.Tensor) -> tuple[tf.Tensor, object]:
             # All pieces of the first weight of a block, in one tensor, then those of the second one.
@@ -227,17 +219,15 @@ class _GatheredInOneProgram(_Gathered):
                 return place + 1, forward(place, x, *gathered(place, x)), inputs.write(place, x)
 
             def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
-                def block_before(place: tf.Tensor, upstream: tf.Tensor, *of_pieces: tf.TensorArray) -> tuple[Any, ...]:
+                def block_before(turn: tf.Tensor, upstream: tf.Tensor, *of_pieces: tf.TensorArray) -> tuple[Any, ...]:
+                    place = num_blocks - 1 - turn
                     of_x, *of_weights = backward(place, upstream, inputs.read(place), *gathered(place, upstream))
                     scattered = self._scatter(cuts, pieces[:num_weights], of_weights)
                     written = [each.write(place, own) for each, own in zip(of_pieces, scattered, strict=True)]
-                    return place - 1, of_x, *written
+                    return turn + 1, of_x, *written
 
                 of_pieces = [tf.TensorArray(each.dtype, num_blocks) for each in pieces[:num_weights]]
-                start = (num_blocks - 1, upstream, *of_pieces)
-                _, of_x, *of_pieces = tf.while_loop(
-                    lambda place, *_: place >= 0, block_before, start, parallel_iterations=1
-                )
+                _, of_x, *of_pieces = in_turn(block_before, upstream, *of_pieces)
                 by_weight = [tf.unstack(each.stack(), num_blocks) for each in of_pieces]
                 return [of_x, *(each for of_block in zip(*by_weight, strict=True) for each in of_block)]
 
