@@ -130,7 +130,7 @@ def host_memory(config: Config, machine: Machine) -> float:
         target = cpu(distribution.logical_devices * num_workers)
         with contextlib.suppress(UserError):  # The batch cannot be spread over them, which training reports.
             need += distribution.logical_devices * sum(estimate_memory(config, vocabulary_size, target).values())
-    if distribution.shard == "weights" and config.samples.samplers:
+    if distribution.kind == "tpu" and distribution.shard == "weights" and config.samples.samplers:
         need += 4 * count_parameters(config, vocabulary_size)  # The chief gathers the model there to write samples.
     return need
 

@@ -22,10 +22,11 @@ from trainer.decoding.generate import Generator
 from trainer.decoding.request import Request
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import UserError
-from trainer.exchange.open import open_model, read_config
+from trainer.exchange.open import read_config
 from trainer.model.language_model import adapt
-from trainer.scoring.scorer import ScoredText, Scorer, tokenized
+from trainer.scoring.scorer import ScoredText, tokenized
 from trainer.system.terminal import warn
+from trainer.training.on_devices import open_on_devices
 
 # The names that tasks give to the most tokens to write, and how many that are if a task has none of them.
 _NUM_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -62,15 +63,19 @@ class TrainerModel(TemplateLM):
             kind = {"cpu": "cpu", "cuda": "gpu"}.get(str(device))
             if kind is None:
                 raise UserError(f"device={device!r} is not known; use cpu, or cuda for all GPUs.")
-            overrides.append(f"distribution.kind={kind}")
+            overrides += [f"distribution.kind={kind}", "distribution.gpus=none"]
         config = make_config(read_config(run, step=step).model_dump(mode="json"), overrides)
         strategy = make_strategy(config.distribution, ignore_workers=True)
-        with strategy.scope():
-            opened = open_model(run, step=step, say=warn)
+        model = open_on_devices(run, strategy, config, step=step, say=warn)
+        opened = model.opened
         self._tokenizer = opened.tokenizer
         self.max_length = adapt(opened.model).max_length() or opened.config.train.sequence_length
-        self._scorer = Scorer(opened.model, opened.tokenizer, self.max_length, strategy)
-        self._generator = Generator(opened.model, opened.tokenizer, self.max_length, end_tokens=opened.end_tokens)
+        self._scorer = model.scorer(self.max_length)
+        self._generator = (
+            model.generator()
+            if model.is_in_pieces
+            else Generator(opened.model, opened.tokenizer, self.max_length, end_tokens=opened.end_tokens)
+        )
         self._folder = opened.folder
 
     @property

@@ -65,9 +65,13 @@ def export(
     for remark in remarks(run.config.model) if to == "huggingface" else ():
         say(f"warning: {remark}")
     with quiet_import():
+        import tensorflow as tf
+
         from trainer.exchange.formats import FORMATS as formats
 
-    opened, form = open_model(path, step=step, say=say), formats[to]
+    # A GPU may be too small for the whole model.
+    with tf.device("/cpu:0"):
+        opened, form = open_model(path, step=step, say=say), formats[to]
     card = card_of(run, opened).to_markdown(form.how_to_load(opened, target.name))
     num_weight_bytes = opened.model.count_params() * (2 if dtype == "bfloat16" else 4)
     with (
