@@ -236,11 +236,16 @@ def test_a_utilisation_above_the_roofline_gives_no_hours(capsys: pytest.CaptureF
     least, at_peak = smallest_step_secs(config, 50257, target), tokens_per_sec_at_peak(config, 50257, target)
     assert least is not None and at_peak is not None
     most = 512 * 1024 / at_peak / least
-    hours = f"{19_000 * least / 3600:,.1f} hours at the roofline of the exchange"
+    hours = f"{19_000 * least / 3600:,.1f} hours at the roofline with the exchange"
     for utilisation, end in ((most + 1e-6, ""), (None, ", which is assumed (--utilisation)")):
         print_plan(config, None, target, utilisation)
         below = f"a model FLOPs utilisation of {100 * most:.3g}%, below {utilisation or 0.4:.0%}{end}\n"
         assert f"time         {hours}: {below}" in capsys.readouterr().out
+    # A TPU may exchange while it computes: then the exchange is longer, and decides alone.
+    print_plan(config, None, V5E_8)
+    assert " hours at the roofline of the exchange; " in capsys.readouterr().out
+    print_plan(GPT2, None, parse_target("gpu:H100x1"))
+    assert " hours at the roofline; " in capsys.readouterr().out
     print_plan(config, None, target, most)
     assert f"time         {hours}; {19_000 * least / 3600:,.1f} hours at a model" in capsys.readouterr().out
     # If operations take longest, no utilisation is above the roofline, rounding aside.

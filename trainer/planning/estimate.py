@@ -280,11 +280,22 @@ def leaves_machine(config: Config, target: Target) -> bool:
 
 
 def smallest_step_secs(config: Config, vocabulary_size: int, target: Target) -> float | None:
-    """Returns the time of a step at the roofline: the longer of what it computes (`computing_secs`) and of what the
-    devices exchange meanwhile (`exchange_secs`), if that is known. None if a peak of the device is not known.
+    """Returns the time of a step at the roofline, from what it computes (`computing_secs`) and what the devices
+    exchange (`exchange_secs`), if that is known. None if a peak of the device is not known.
+
+    It is the longer of the two on TPUs, where XLA compiles the whole step and may do both at once. On GPUs it is the
+    sum. Gradients are exchanged once, after the last of them, and the update needs the norm of all. If the weights are
+    split, a block is one compiled function, which waits for all its weights, and exchanges take turns.
     """
-    computing = computing_secs(config, vocabulary_size, target)
-    return None if computing is None else max(computing, exchange_secs(config, vocabulary_size, target) or 0.0)
+    computing, exchange = (of(config, vocabulary_size, target) for of in (computing_secs, exchange_secs))
+    if computing is None:
+        return None
+    return max(computing, exchange or 0.0) if exchanges_meanwhile(target) else computing + (exchange or 0.0)
+
+
+def exchanges_meanwhile(target: Target) -> bool:
+    """Returns whether devices may exchange while they compute; see `smallest_step_secs`."""
+    return target.processor().kind == "TPU"
 
 
 def computing_secs(config: Config, vocabulary_size: int, target: Target) -> float | None:

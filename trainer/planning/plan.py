@@ -28,7 +28,13 @@ from trainer.model.size import (
 )
 from trainer.optimizers.cost import optimizer_flops
 from trainer.planning.compiler import DoesNotFit, compile_step, largest_that_fits
-from trainer.planning.estimate import computing_secs, exchange_secs, sent_bytes, smallest_step_secs
+from trainer.planning.estimate import (
+    computing_secs,
+    exchange_secs,
+    exchanges_meanwhile,
+    sent_bytes,
+    smallest_step_secs,
+)
 from trainer.planning.own_devices import own_devices
 from trainer.planning.verdict import UNKNOWN, Command, memory_lines, print_line, way_lines, with_xla
 from trainer.planning.ways import Way, needs_of, ways_to_fit
@@ -291,10 +297,14 @@ def _time_of_exchange(config: Config, vocabulary_size: int, target: Target) -> s
 
 
 def _part_of_exchange(config: Config, vocabulary_size: int, target: Target) -> str:
-    """Returns what a plan appends to the time at the roofline if that is the exchange's or leaves it out."""
+    """Returns what a plan appends to the time at the roofline: whether that adds the exchange, is the exchange's or
+    leaves it out.
+    """
     secs, computing = (of(config, vocabulary_size, target) for of in (exchange_secs, computing_secs))
     if secs is None:
         return " without the exchange"
+    if secs and not exchanges_meanwhile(target):
+        return " with the exchange"
     return " of the exchange" if computing is not None and secs > computing else ""
 
 
