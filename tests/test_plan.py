@@ -210,6 +210,16 @@ def test_several_devices_have_a_line_about_what_each_sends(capsys: pytest.Captur
     assert not re.search("exchange|links", capsys.readouterr().out)
 
 
+def test_what_a_tpu_gathers_counts_the_pieces_of_all_blocks(capsys: pytest.CaptureFixture[str]):
+    config = make_config(SETTINGS, ["distribution.shard=weights", "train.precision=mixed_bfloat16"])
+    # The loss needs most with the first vocabulary, a block with the second; see test_estimate.py.
+    for vocabulary_size, part in ((5000, "the output projection"), (500, "two blocks in bfloat16")):
+        print_plan(config, vocabulary_size, V5E_8)
+        assert f"MB  {part}, and the pieces of all blocks in bfloat16\n" in capsys.readouterr().out
+        print_plan(config, vocabulary_size, parse_target("gpu:H100x8"))
+        assert f"MB  {part}\n" in capsys.readouterr().out
+
+
 def test_the_exchange_has_a_time_beside_that_of_computing(capsys: pytest.CaptureFixture[str]):
     print_plan(GPT2, None, V5E_8)
     sent, at_peak = 7 * count_parameters(GPT2, 50257), tokens_per_sec_at_peak(GPT2, 50257, V5E_8)

@@ -80,7 +80,8 @@ def _in_pieces(config: Config, vocabulary_size: int, target: Target, execution: 
     Three instants compete. In the backward pass of the last block, its whole weights are there in the compute dtype
     with those of one that is gathered or dropped, its whole gradients, and what it keeps. In the loss, the table of the
     output projection is there in the compute dtype and in the dtype of the weights, with its gradient. At both there
-    are the inputs of all blocks. At the end there is what Muon exchanges, if it trains the blocks.
+    are the inputs of all blocks, and on a TPU the pieces of all blocks in the compute dtype. At the end there is what
+    Muon exchanges, if it trains the blocks.
     """
     weight_bytes, compute_bytes = execution.weight_bytes, execution.compute_bytes
     pieces = float(pieces_numbers(config, vocabulary_size, target) * weight_bytes)

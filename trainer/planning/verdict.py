@@ -68,10 +68,10 @@ def memory_lines(config: Config, vocabulary_size: int, target: Target, command: 
             f"{verdict} fits, by this estimate; train.micro_batch_size={largest} is the largest that does"
             f"{with_xla(config, target)}"
         )
-        yield from _part_lines(config, parts, execution)
+        yield from _part_lines(config, parts, execution, target)
         return
     yield f"{verdict} does not fit, by this estimate"
-    yield from _part_lines(config, parts, execution)
+    yield from _part_lines(config, parts, execution, target)
     ways = ways_to_fit(config, vocabulary_size, target)
     yield from way_lines(config, vocabulary_size, target, ways, command)
 
@@ -115,7 +115,7 @@ def way_lines(
         yield command.with_way(way)
 
 
-def _part_lines(config: Config, parts: dict[str, float], execution: Execution) -> Iterator[str]:
+def _part_lines(config: Config, parts: dict[str, float], execution: Execution, target: Target) -> Iterator[str]:
     copies = (
         f", and its matrices in {execution.compute_dtype}" if execution.compute_bytes < execution.weight_bytes else ""
     )
@@ -139,13 +139,16 @@ def _part_lines(config: Config, parts: dict[str, float], execution: Execution) -
         gradients = f"{piece}all weights, and {of_whole}"
         if execution.gradient_sum_bytes:
             gradients += f"; {piece}their sum in {execution.sum_dtype}"
+    gathered = "the output projection" if is_in_loss else f"two blocks in {execution.compute_dtype}"
+    if target.processor().kind == "TPU":
+        gathered += f", and the pieces of all blocks in {execution.compute_dtype}"
     sequence = config.train.sequence_length
     recomputed = {"attention": "; attention is computed again", "blocks": "; blocks are computed again"}
     notes = {
         "weights": f"{piece}the model in {execution.weight_dtype}"
         if in_pieces
         else f"the model in {execution.weight_dtype}{copies}",
-        "gathered": "the output projection" if is_in_loss else f"two blocks in {execution.compute_dtype}",
+        "gathered": gathered,
         "optimizer": moments,
         "average": f"{piece if in_pieces else ''}the average of each weight",
         "gradients": gradients,
