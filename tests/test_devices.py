@@ -82,7 +82,7 @@ def test_every_target_and_every_name_of_a_driver_is_read_back():
 @pytest.mark.parametrize(
     ("text", "nearest"),
     [
-        ("gpu:A100x8", "gpu:A100-40GBx8 or gpu:A100-80GBx8"),
+        ("gpu:A100x8", "gpu:A100-40GBx8 or gpu:A100-80GBx8 or gpu:A100-40GB-PCIex8"),
         ("V100", "gpu:V100-16GB or gpu:V100-32GB"),
         ("gpu:RTX5060Ti", "gpu:RTX5060Ti-8GB or gpu:RTX5060Ti-16GB"),
         ("gpu:RTX4099", "gpu:RTX4090"),
@@ -153,6 +153,8 @@ def test_a_link_is_slower_than_its_device_s_memory_and_known_for_all_but_those_w
     [
         # Half of what data sheets have, for one direction.
         ("gpu:A100-80GBx8", 600 / 2),
+        ("NVIDIA A100 80GB PCIe", 64 / 2),
+        ("NVIDIA A100-PCIE-40GB", 64 / 2),
         ("gpu:H100x8", 900 / 2),
         ("gpu:H100-NVLx2", 128 / 2),
         ("gpu:B200x8", 1800 / 2),
@@ -181,6 +183,8 @@ def test_a_chip_is_shared_by_its_cores():
 
 def test_a_gpu_is_found_only_by_the_name_that_its_driver_gives_it():
     assert find_gpu("NVIDIA A100-SXM4-80GB") == GPUS["A100-80GB"]
+    assert find_gpu("NVIDIA A100 80GB PCIe") == GPUS["A100-80GB-PCIe"]
+    assert find_gpu("NVIDIA A100-PCIE-40GB") == find_gpu("A100-PCIE-40GB") == GPUS["A100-40GB-PCIe"]
     assert find_gpu("NVIDIA GeForce RTX 4090") == GPUS["RTX4090"]
     # Half of the desktop card's cores.
     assert find_gpu("NVIDIA GeForce RTX 4090 Laptop GPU") is None

@@ -130,7 +130,7 @@ _LINKS = {
     **_linked("NVLink", 900, "GB200", num_devices=72),
     **_linked("PCIe", 16, "T4"),
     **_linked("PCIe", 32, "A10 A40 RTXA6000 RTX3090 RTX4070 RTX4070Ti RTX4080 RTX4090 RTX6000Ada L4 L40S"),
-    **_linked("PCIe", 32, "RTX5060Ti-8GB RTX5060Ti-16GB"),
+    **_linked("PCIe", 32, "A100-40GB-PCIe A100-80GB-PCIe RTX5060Ti-8GB RTX5060Ti-16GB"),
     **_linked("PCIe", 64, "H100-PCIe H100-NVL RTX5070 RTX5070Ti RTX5080 RTX5090 RTXPRO6000"),
 }
 
@@ -167,8 +167,9 @@ def _geforce(cores: int, ghz: float) -> Mapping[str, float]:
     return _tensor_cores(512 * cores * ghz / 1e3, 256 * cores * ghz / 1e3)
 
 
-_A100_SXM = ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "A100-SXM4-40GB", "A100-PCIE-40GB")
-_A100_80GB = ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe", "A100-SXM4-80GB")
+_A100_40GB = ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB")
+_A100_80GB = ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB")
+_A100_40GB_PCIE = ("NVIDIA A100-PCIE-40GB", "A100-PCIE-40GB")
 _5060_TI = "NVIDIA GeForce RTX 5060 Ti"  # The driver gives both sizes of memory this name.
 _6000_ADA = "NVIDIA RTX 6000 Ada Generation"
 _PRO_6000 = "NVIDIA RTX PRO 6000 Blackwell Workstation Edition"
@@ -183,8 +184,10 @@ GPUS = {
         _gpu("V100-16GB", "Tesla V100-SXM2-16GB", _half_only(125, 15.7), 16, 900, _VOLTA, 80, 1.53, 6),
         _gpu("V100-32GB", "Tesla V100-SXM2-32GB", _half_only(125, 15.7), 32, 900, _VOLTA, 80, 1.53, 6),
         _gpu("T4", "Tesla T4", _half_only(65, 8.1), 16, 320, _TURING, 40, 1.59, 4),
-        _gpu("A100-40GB", _A100_SXM, _tensor_cores(312, 156), 40, 1555, _GA100, 108, 1.41, 40),
+        _gpu("A100-40GB", _A100_40GB, _tensor_cores(312, 156), 40, 1555, _GA100, 108, 1.41, 40),
         _gpu("A100-80GB", _A100_80GB, _tensor_cores(312, 156), 80, 2039, _GA100, 108, 1.41, 40),
+        _gpu("A100-40GB-PCIe", _A100_40GB_PCIE, _tensor_cores(312, 156), 40, 1555, _GA100, 108, 1.41, 40),
+        _gpu("A100-80GB-PCIe", "NVIDIA A100 80GB PCIe", _tensor_cores(312, 156), 80, 1935, _GA100, 108, 1.41, 40),
         _gpu("A10", "NVIDIA A10", _tensor_cores(125, 62.5), 24, 600, _GA102, 72, 1.695, 6),
         _gpu("A10G", "NVIDIA A10G", _tensor_cores(70, 35), 24, 600, _GA102, 80, 1.71, 6),
         _gpu("A40", "NVIDIA A40", _tensor_cores(149.7, 74.8), 48, 696, _GA102, 84, 1.74, 6),
