@@ -16,8 +16,8 @@ from trainer.errors import UserError
 from trainer.hardware.devices import Target, parse_target
 from trainer.model.size import count_parameters, tokens_per_sec_at_peak
 from trainer.planning.compiler import CompiledStep, DoesNotFit
-from trainer.planning.estimate import estimate_memory, smallest_step_secs
-from trainer.planning.plan import print_compiled, print_plan
+from trainer.planning.estimate import computing_secs, estimate_memory, exchange_secs, smallest_step_secs
+from trainer.planning.plan import print_compiled, print_plan, short_time
 from trainer.planning.verdict import Command
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -224,8 +224,8 @@ def test_the_exchange_has_a_time_beside_that_of_computing(capsys: pytest.Capture
     print_plan(GPT2, None, V5E_8)
     sent, at_peak = 7 * count_parameters(GPT2, 50257), tokens_per_sec_at_peak(GPT2, 50257, V5E_8)
     assert at_peak is not None
-    line = f"{1e3 * sent / 150e9:.1f} ms a step at 150 GB/s of ICI within a slice"
-    beside = f"beside {512 * 1024 / at_peak * 1e3:.1f} ms of computing at peak"
+    line = f"{1e3 * sent / 150e9:.3g} ms a step at 150 GB/s of ICI within a slice"
+    beside = f"beside {512 * 1024 / at_peak * 1e3:.3g} ms of computing at peak"
     out = capsys.readouterr().out
     assert f"\nlinks        {line}, {beside}\n" in out and "hours at the roofline; " in out
     # 16 GPUs are in two machines, and no data sheet has what connects A10Gs.
@@ -238,6 +238,31 @@ def test_the_exchange_has_a_time_beside_that_of_computing(capsys: pytest.Capture
         assert f"\nlinks        not known: {reason}\n" in out and " at the roofline without the exchange; " in out
     print_plan(make_config(SETTINGS, ["distribution.kind=cpu", "distribution.logical_devices=2"]))
     assert "links" not in capsys.readouterr().out
+    # Short times have as many digits.
+    small = make_config(SETTINGS, ["model.num_layers=1", "model.hidden_dim=16", "model.num_heads=1"])
+    target = parse_target("gpu:H100x8")
+    times = [of(small, 20, target) for of in (exchange_secs, computing_secs)]
+    assert all(secs is not None and secs < 1e-4 for secs in times)
+    print_plan(small, 20, target)
+    line = "{:.3g} ms a step at 450 GB/s of NVLink within a machine, beside {:.3g} ms".format(
+        *(1e3 * secs for secs in times if secs is not None)
+    )
+    assert f"\nlinks        {line} of computing at peak" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("secs", "printed"),
+    [
+        (12_345, "12,300 s"),
+        (2.006, "2.01 s"),
+        (0.9996, "1 s"),
+        (0.9994, "999 ms"),
+        (0.3404, "340 ms"),
+        (2.5e-6, "0.0025 ms"),
+    ],
+)
+def test_the_time_of_an_exchange_has_three_significant_digits(secs: float, printed: str):
+    assert short_time(secs) == printed
 
 
 def test_a_utilisation_above_the_roofline_gives_no_hours(capsys: pytest.CaptureFixture[str]):

@@ -292,8 +292,8 @@ def _time_of_exchange(config: Config, vocabulary_size: int, target: Target) -> s
     if secs is None:
         return f"not known: a network connects machines with {link.num_devices} or fewer {target.device.name} each"
     where = "within a slice" if target.device.num_axes else "within a machine"
-    beside = "" if computing is None else f", beside {_short(computing)} of computing at peak"
-    return f"{_short(secs)} a step at {speed / 1e9:.0f} GB/s of {link.name} {where}{beside}"
+    beside = "" if computing is None else f", beside {short_time(computing)} of computing at peak"
+    return f"{short_time(secs)} a step at {speed / 1e9:.0f} GB/s of {link.name} {where}{beside}"
 
 
 def _part_of_exchange(config: Config, vocabulary_size: int, target: Target) -> str:
@@ -357,5 +357,7 @@ def _duration(secs: float) -> str:
     return f"{secs / 3600:,.1f} hours" if secs >= 3600 else f"{secs / 60:.1f} minutes"
 
 
-def _short(secs: float) -> str:
-    return f"{secs:.2f} s" if secs >= 1 else f"{1e3 * secs:.1f} ms"
+def short_time(secs: float) -> str:
+    """Returns the time of a part of a step, with three significant digits."""
+    rounded = float(f"{secs:.3g}")
+    return f"{rounded:,g} s" if rounded >= 1 else f"{1e3 * rounded:.3g} ms"
