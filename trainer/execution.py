@@ -50,7 +50,8 @@ class Execution(NamedTuple):
         is_compiled: whether we compile forward and backward pass with XLA: if the weights are split, those of a block,
             and the loss. A TPU's strategy compiles the whole step anyway.
         ops: the way of computing: "cpu" for operations one by one on a CPU, "plain" for operations one by one on
-            another device, "xla" for a function that XLA compiles as a whole.
+            another device, "xla" for a function that XLA compiles as a whole. Without a TPU that is both passes, or
+            with split weights a pass of a block, or the loss.
         recompute: what the backward pass computes again.
         query_block: queries that attention takes at a time, in sequences that are not attended to as a whole.
         keeps_probabilities: whether the backward pass reads the probabilities of attention from memory.

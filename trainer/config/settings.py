@@ -477,9 +477,10 @@ class TrainConfig(Section):
     steps_per_call: PositiveInt = 50
     """The number of steps in one call of the compiled loop, without a return to Python."""
     xla: Literal["auto", "on", "off"] = "auto"
-    """Compile the forward and backward pass of each replica with XLA. auto: on GPUs only, and not on those that the
-    build of TensorFlow does not know (Blackwell with TensorFlow up to 2.21): XLA aborts there. On a machine with only a
-    CPU, normalizations and the activations other than relu are compiled in any case."""
+    """Compile the forward and backward pass of each replica with XLA; if distribution.shard is "weights", the two
+    passes of a block, and the loss. A TPU's whole step is compiled in any case. auto: on GPUs only, and not on those
+    that the build of TensorFlow does not know (Blackwell with TensorFlow up to 2.21): XLA aborts there. On a machine
+    with only a CPU, normalizations and the activations other than relu are compiled in any case."""
     recompute: Literal["auto", "nothing", "attention", "blocks"] = "auto"
     """What the backward pass computes again instead of keeping it in memory. attention: the probabilities of attention,
     for a sixth more of its matrix products, and the outputs of activations. blocks: all of a transformer block except
