@@ -20,7 +20,8 @@ import tensorflow as tf
 from trainer.errors import UserError
 from trainer.runs import checkpoint as module
 from trainer.runs.checkpoint import FORMAT, Checkpoint, Checkpoints, assign
-from trainer.system.manifest import sealed
+from trainer.system.manifest import DamagedError, sealed
+from trainer.system.storage import OpenedFile
 
 ROOT = Path(__file__).parent.parent
 
@@ -217,6 +218,20 @@ def test_a_checkpoint_on_a_disk_can_be_read_if_it_is_removed_after_it_was_found(
         checkpoints.of_step(3)
 
 
+def test_a_file_that_is_gone_when_an_array_is_read_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 3)
+    checkpoint = checkpoints.of_step(3)
+
+    def fail(self: OpenedFile, start: int, num_bytes: int) -> bytes:
+        raise FileNotFoundError(2, "No such file or directory")  # As a store does, which has no open files.
+
+    monkeypatch.setattr(OpenedFile, "read", fail)
+    with pytest.raises(DamagedError) as error:
+        np.asarray(checkpoint.arrays("weights")["kernel"])
+    assert str(error.value) == f"{tmp_path}/step_000000003/weights.safetensors is missing."
+
+
 def test_another_format_is_refused_with_the_advice_to_use_its_release(tmp_path: Path):
     save(Checkpoints(str(tmp_path)), 3)
     path = tmp_path / "step_000000003/manifest.json"
@@ -382,6 +397,29 @@ def test_assign_gives_variables_their_values():
     }
     arrays = {"a": np.ones([2, 3], np.float32), "b": np.array(2**40), "c": np.array([1 / 3, 2])}
     assign(variables, arrays, "here")
+    for name, variable in variables.items():
+        np.testing.assert_array_equal(variable.numpy(), arrays[name])
+
+
+def test_assign_reads_a_file_from_its_beginning_to_its_end(folder: str, monkeypatch: pytest.MonkeyPatch):
+    arrays: dict[str, np.ndarray] = {name: np.ones(3, np.float32) for name in ("c", "d")}
+    arrays |= {"a": np.ones(2, np.int64), "b": np.ones(4)}
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, {"weights": arrays}, {})
+    checkpoints.wait()
+    checkpoint = checkpoints.of_step(1)
+    starts: list[int] = []
+    read = OpenedFile.read
+
+    def read_and_note(self: OpenedFile, start: int, num_bytes: int) -> bytes:
+        starts.append(start)
+        return read(self, start, num_bytes)
+
+    monkeypatch.setattr(OpenedFile, "read", read_and_note)
+    # The model has them in another order than the file, which sorts them by their dtypes and names.
+    variables = {name: tf.Variable(np.zeros_like(arrays[name])) for name in ("d", "c", "b", "a")}
+    assign(variables, checkpoint.arrays("weights"), folder)
+    assert len(starts) == 4 and starts == sorted(starts)
     for name, variable in variables.items():
         np.testing.assert_array_equal(variable.numpy(), arrays[name])
 

@@ -403,8 +403,9 @@ def assign(variables: Mapping[str, Any], arrays: Arrays, source: str | Location)
                 f"{source} has {name} as {array.dtype}{list(array.shape)}, the model as "
                 f"{tf.as_dtype(variable.dtype).name}{list(variable.shape)}. Use the config it was trained with."
             )
-    for name, variable in variables.items():
-        variable.assign(np.asarray(arrays[name]))
+    # In the order of the arrays, which is that of their file: a store reads ahead, and again after each jump back.
+    for name, array in arrays.items():
+        variables[name].assign(np.asarray(array))
 
 
 def _read_manifest(folder: Location) -> dict[str, Any]:
