@@ -1,3 +1,4 @@
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -15,10 +16,22 @@ from tiny_run import (  # type: ignore[import-not-found]  # pytest has this fold
 from trainer.config.file import load_config
 from trainer.errors import UserError
 from trainer.runs import run_checkpoints
+from trainer.runs.array_file import StoredArray
+from trainer.runs.checkpoint import Checkpoints
+from trainer.runs.parentage import Beginning
 from trainer.runs.results import write_scores
-from trainer.runs.run_checkpoints import facts_of, find_checkpoint, load_model, open_checkpoints
+from trainer.runs.run_checkpoints import (
+    facts_of,
+    find_checkpoint,
+    lasting,
+    load_model,
+    open_checkpoints,
+    write_beginning,
+)
 from trainer.runs.run_data import find_prepared, load_tokenizer_of
 from trainer.runs.run_folder import RunFolder, run_and_step
+from trainer.system.manifest import DamagedError
+from trainer.system.storage import copy_folder, locate, remove_tree
 
 
 @pytest.fixture
@@ -144,3 +157,49 @@ def test_a_reader_reads_the_checkpoint_that_it_found_or_goes_on_to_the_one_that_
     assert checkpoint.step == (2 if is_lost else 1)
     for variable in model.variables:
         np.testing.assert_array_equal(variable.numpy(), weights[variable.path])
+
+
+def test_a_model_that_does_not_fit_is_refused_at_once_though_the_run_trains_on(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+):
+    save_checkpoint(run, 1)
+    tries = []
+
+    def fail(*arguments: Any) -> Any:
+        tries.append(1)
+        save_checkpoint(run, 1 + len(tries))
+        raise UserError("no such model")
+
+    monkeypatch.setattr(run_checkpoints, "built", fail)
+    with pytest.raises(UserError, match="no such model"):
+        load_model(run)
+    assert tries == [1]
+
+
+def test_arrays_from_a_store_last_and_those_of_a_disk_are_read_when_they_are_used(run: RunFolder, tmp_path: Path):
+    save_checkpoint(run, 1)
+    store = f"ram://{tmp_path.name}/checkpoints"
+    copy_folder(run.path / "checkpoints", locate(store))
+    for place, kind in ((run.path / "checkpoints", StoredArray), (store, np.ndarray)):
+        checkpoint = Checkpoints(place).of_step(1)
+        arrays = lasting(checkpoint.arrays("weights"), checkpoint)
+        expected = {name: np.asarray(array) for name, array in checkpoint.arrays("weights").items()}
+        remove_tree(checkpoint.folder)
+        assert {type(array) for array in arrays.values()} == {kind}
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(np.asarray(array), expected[name])
+
+
+def test_a_parent_that_is_damaged_while_it_is_copied_is_named_and_not_the_new_folder(run: RunFolder, tmp_path: Path):
+    save_checkpoint(run, 1)
+    checkpoint = find_checkpoint(run, open_checkpoints(run))
+    assert checkpoint is not None
+    beginning = Beginning(0, {"weights": checkpoint.arrays("weights")}, [])
+    file = f"{run.path}/checkpoints/step_000000001/weights.safetensors"
+    os.truncate(file, 0)
+    config = tiny(tmp_path, "train.total_steps=6", f"run_folder={tmp_path}/new")
+    with pytest.raises(DamagedError) as error:
+        write = functools.partial(write_beginning, beginning)
+        RunFolder.create(config, prepared_text(tmp_path), write_first=write)
+    assert str(error.value) == f"{file} is damaged: its length or its SHA-256 differs from the manifest."
+    assert not list((tmp_path / "new").iterdir())

@@ -17,8 +17,9 @@ from trainer.exchange.source import kind_of_source
 from trainer.model.build import GPT_MODEL
 from trainer.model.size import parameter_shapes
 from trainer.runs.array_file import Arrays, StoredArray
+from trainer.runs.checkpoint import Checkpoint
 from trainer.runs.parentage import Beginning, parents_by_run
-from trainer.runs.run_checkpoints import averaged, read_checkpoint
+from trainer.runs.run_checkpoints import averaged, lasting, read_checkpoint
 from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import RunFolder, run_and_step
 from trainer.system.storage import locate
@@ -65,8 +66,11 @@ def _from_run(source: str, config: Config, is_foreign: bool, tokenizer: Tokenize
             f"init.from={source!r} has the weights of a model that {parent.facts['model']} built; give that function "
             "as build_model, from Python, or leave out init.from."
         )
-    checkpoint, found = read_checkpoint(parent, lambda checkpoint: (checkpoint, averaged(checkpoint)), say, step)
-    weights: Arrays = found
+
+    def read_weights_of(checkpoint: Checkpoint) -> tuple[Checkpoint, Arrays]:
+        return checkpoint, lasting(averaged(checkpoint), checkpoint)
+
+    checkpoint, weights = read_checkpoint(parent, read_weights_of, say, step)
     changed = differing_settings(config, parent.config)
     if not is_foreign:
         weights = fitted(weights, config, tokenizer.vocabulary_size, source, say, hint=advice(config, parent.config))

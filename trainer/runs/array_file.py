@@ -151,8 +151,8 @@ class ArrayFile:
     """A file that is opened once, verified as a whole, and then read one array at a time.
 
     An array that is read is hashed again, on from the SHA-256 of what comes before it in the file. So its bytes are
-    those that were verified, even if somebody writes to the file in between. A file on a disk stays readable if it is
-    removed in between; in most stores it does not.
+    those that were verified, even if somebody writes to the file in between. A file on a local disk stays readable if
+    it is removed in between; in most stores it does not.
 
     Args:
         path: the file.
@@ -180,7 +180,9 @@ class ArrayFile:
             raise self._damaged()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the file, and verifies it, again."""
+        """Another process opens the file by its name, and verifies it, again: it gets a DamagedError if the file was
+        removed meanwhile.
+        """
         return ArrayFile, (self._path, self._identity)
 
     def arrays(self) -> dict[str, StoredArray]:

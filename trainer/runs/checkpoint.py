@@ -41,7 +41,7 @@ LAST_TRIES, LAST_RETRY_SECS = 3, 1.0
 
 
 class Checkpoint(NamedTuple):
-    """A verified checkpoint, whose files are open. On a disk they can be read even if the checkpoint is removed.
+    """A verified checkpoint, whose files are open. On a local disk they can be read even if the checkpoint is removed.
 
     Attributes:
         folder: the checkpoint's folder.
@@ -339,9 +339,13 @@ class _Unfinished(_Fault):
 
 @contextlib.contextmanager
 def _as_user_error(what: str) -> Iterator[None]:
-    """Turns an error of the disk or the store into a UserError with this beginning."""
+    """Turns an error of the disk or the store into a UserError with this beginning. An array of another checkpoint that
+    cannot be read is not an error of what is written.
+    """
     try:
         yield
+    except DamagedError:
+        raise
     except (OSError, UserError, tf.errors.OpError) as error:
         raise UserError(f"{what}: {reason_and_remedy(error)}.") from error
 
@@ -362,6 +366,7 @@ def write_first(checkpoints: Location, step: int, groups: Mapping[str, Arrays], 
 
     Raises:
         UserError: it cannot be written.
+        DamagedError: an array cannot be read any more.
     """
     _write_folder(folder_of(checkpoints, step), *_files_of(step, groups, facts))
     if not isinstance(checkpoints, Url):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import keras
+import numpy as np
 
 from trainer.config.file import differing_settings, make_config, shortened
 from trainer.config.schedule import can_extend
@@ -13,13 +14,14 @@ from trainer.model.build import BuildModel, make_model
 from trainer.model.held import without_values
 from trainer.model.language_model import adapt
 from trainer.optimizers.average import name_of_average
-from trainer.runs.array_file import StoredArray
+from trainer.runs.array_file import Arrays, StoredArray
 from trainer.runs.checkpoint import Checkpoint, Checkpoints, assign, write_first
 from trainer.runs.parentage import Beginning
 from trainer.runs.results import read_scores
 from trainer.runs.run_data import load_tokenizer_of
 from trainer.runs.run_folder import CONFIG, CheckpointStep, RunFolder, check_has_checkpoint
-from trainer.system.storage import Location
+from trainer.system.manifest import DamagedError
+from trainer.system.storage import Location, Url
 
 # The facts of a run's record that the manifest of each checkpoint repeats.
 _FACTS = ("data_fingerprint", "tokenizer_fingerprint", "model")
@@ -160,8 +162,8 @@ def read_checkpoint(
 
     Args:
         run: the run.
-        read: returns what is wanted of the checkpoint. Called again, for another checkpoint, if the first one is
-            replaced before all of it is read.
+        read: returns what is wanted of the checkpoint. Called again, for another checkpoint, if an array cannot be
+            read because the first one was replaced.
         say: prints a line.
         step: the checkpoint's step, or "best" for the one with the lowest validation loss; None: the newest.
 
@@ -174,6 +176,7 @@ def read_checkpoint(
     while True:
         checkpoints = open_checkpoints(run, say)
         seen = checkpoints.steps(), checkpoints.scores
+        checkpoint = None
         try:
             checkpoint = find_checkpoint(run, checkpoints, step)
             if checkpoint is None:
@@ -181,10 +184,24 @@ def read_checkpoint(
                     f"{run.path} has no checkpoint yet; train on with: trainer train --resume {quoted(run.path)}"
                 )
             return read(checkpoint)
-        except UserError:
-            # The process that trains may have replaced it by a newer or a better one since it was listed.
-            if seen == (checkpoints.steps(), read_scores(run)):
+        except UserError as error:
+            # The process that trains may have replaced it by a newer or a better one since it was listed. Another
+            # checkpoint does not help if `read` cannot use what it got, such as a model that does not fit.
+            may_be_replaced = checkpoint is None or isinstance(error, DamagedError)
+            if not may_be_replaced or seen == (checkpoints.steps(), read_scores(run)):
                 raise
+
+
+def lasting(arrays: Mapping[str, StoredArray], checkpoint: Checkpoint) -> Arrays:
+    """Returns arrays of a checkpoint that can still be used when the run that it is of has removed it. From a disk they
+    are read when they are used; those in an object store are read now, into memory.
+
+    Raises:
+        DamagedError: they cannot be read any more.
+    """
+    if isinstance(checkpoint.folder, Url):
+        return {name: np.asarray(array) for name, array in arrays.items()}
+    return arrays
 
 
 def facts_of(run: RunFolder) -> dict[str, Any]:

@@ -132,6 +132,7 @@ class RunFolder:
 
         Raises:
             UserError: the folder is there already and not empty, or cannot be written.
+            DamagedError: write_first cannot read what the run begins with.
         """
         import keras
         import tensorflow as tf
@@ -164,7 +165,8 @@ class RunFolder:
             write_whole(path / CONFIG, config.to_toml())
         except BaseException as error:
             _undo(path)
-            if not isinstance(error, (OSError, UserError)):
+            # The parent's checkpoint, which write_first reads, can be damaged: another folder would not help.
+            if isinstance(error, DamagedError) or not isinstance(error, (OSError, UserError)):
                 raise
             raise UserError(
                 f"run_folder={config.run_folder!r} cannot be written: {reason_and_remedy(error)}, or choose another "

@@ -39,10 +39,12 @@ from trainer.exchange.starting_weights import read_beginning
 from trainer.model.build import BuildModel
 from trainer.monitoring.callbacks import Callback
 from trainer.monitoring.trackers import check_trackers
+from trainer.runs.array_file import Arrays
+from trainer.runs.checkpoint import Checkpoint
 from trainer.runs.fork import Fork, check_batch_warmup, check_has_steps, place_in_data, plan_fork
 from trainer.runs.parentage import Beginning, parents_by_run
 from trainer.runs.run_changes import has_steps_left
-from trainer.runs.run_checkpoints import find_checkpoint, open_checkpoints, read_checkpoint, write_beginning
+from trainer.runs.run_checkpoints import find_checkpoint, lasting, open_checkpoints, read_checkpoint, write_beginning
 from trainer.runs.run_data import find_prepared
 from trainer.runs.run_folder import CheckpointStep, RunFolder, check_is_free, find_run, run_and_step
 from trainer.runs.run_lock import only_run_in
@@ -264,8 +266,12 @@ def _beginning(request: Request, read: Callable[..., Beginning | None], say: Say
     parent = request.fork.parent
     # A fork without optimizer.ema_decay drops the average of its parent.
     names = ["weights", "optimizer", *(() if request.config.optimizer.ema_decay is None else ("average",))]
-    checkpoint = read_checkpoint(parent, lambda checkpoint: checkpoint, say, request.fork.step)
-    groups = {name: checkpoint.arrays(name) for name in names if checkpoint.has(name)}
+
+    def read_groups(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Arrays]]:
+        found = filter(checkpoint.has, names)
+        return checkpoint, {name: lasting(checkpoint.arrays(name), checkpoint) for name in found}
+
+    checkpoint, groups = read_checkpoint(parent, read_groups, say, request.fork.step)
     parents = parents_by_run(parent, checkpoint, "fork", request.fork.changed)
     return Beginning(checkpoint.step, groups, parents)
 
