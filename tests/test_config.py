@@ -70,19 +70,47 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
 
 
 @pytest.mark.parametrize(
+    ("recorded", "given", "remedy"),
+    [
+        (["kind=gpu", "gpus=[0, 1]"], "kind=cpu", "gpus=none"),
+        (["kind=cpu", "logical_devices=4"], "kind=gpu", "logical_devices=1"),
+        (["kind=auto", "gpus=[0, 1]"], "logical_devices=2", "gpus=none"),
+        (["kind=auto", "logical_devices=2"], "gpus=[0, 1]", "logical_devices=1"),
+        (["shard=weights", "shard_over=2"], "shard=nothing", "shard_over=none"),
+        (["kind=tpu", "tpu_name=grpc://1.2.3.4:8470"], "kind=cpu", "tpu_name=local"),
+        (
+            ["kind=tpu", "tpu_name=grpc://1.2.3.4:8470", "tpu_zone=a"],
+            "kind=cpu",
+            "tpu_name=local distribution.tpu_zone=none",
+        ),
+    ],
+)
+def test_devices_that_a_run_has_recorded_are_undone_by_the_overrides_that_the_refusal_names(
+    recorded: list[str], given: str, remedy: str
+):
+    run = make_config(SETTINGS, [f"distribution.{each}" for each in recorded]).model_dump(mode="json")
+    with pytest.raises(UserError) as error:
+        make_config(run, [f"distribution.{given}"])
+    assert f"distribution.{remedy}" in str(error.value)
+    make_config(run, [f"distribution.{given}", *f"distribution.{remedy}".split()])
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (
             ["distribution.logical_devices=2", "distribution.kind=gpu"],
-            "distribution.logical_devices=2 splits a CPU and does not go with distribution.kind='gpu'",
+            "distribution.logical_devices=2 splits a CPU and does not go with distribution.kind='gpu'; set "
+            "distribution.logical_devices=1, or choose 'cpu'.",
         ),
         (
             ["distribution.gpus=[0, 1]", "distribution.kind=cpu"],
-            "distribution.gpus=[0, 1] does not go with distribution.kind='cpu'",
+            "distribution.gpus=[0, 1] does not go with distribution.kind='cpu'; set distribution.gpus=none, or choose",
         ),
         (
             ["distribution.gpus=[0, 1]", "distribution.logical_devices=2"],
-            "distribution.gpus=[0, 1] and distribution.logical_devices=2: replicas are on GPUs or on a split CPU",
+            "distribution.gpus=[0, 1] and distribution.logical_devices=2: replicas are on GPUs or on a split CPU; "
+            "set distribution.gpus=none, or distribution.logical_devices=1.",
         ),
         (
             ["distribution.shard_over=2"],
@@ -93,7 +121,8 @@ def test_unknown_key_names_the_nearest_known_one(override: str, advice: str):
         (["distribution.gpus=[-1]"], "distribution.gpus.0=-1: input should be greater than or equal to 0."),
         (
             ["distribution.tpu_zone=us-central1-a"],
-            "distribution.tpu_name, tpu_zone and tpu_project do not go with distribution.kind='auto'",
+            "distribution.tpu_name, tpu_zone and tpu_project do not go with distribution.kind='auto'; set "
+            "distribution.tpu_zone=none, or choose 'tpu'.",
         ),
         (
             ["train.micro_batch_size=24"],

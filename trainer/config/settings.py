@@ -764,14 +764,18 @@ class DistributionConfig(Section):
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
         if self.kind != "tpu" and (self.tpu_name != "local" or self.tpu_zone or self.tpu_project):
+            unset = {"tpu_name": "local", "tpu_zone": None, "tpu_project": None}
+            changes = [
+                f"distribution.{key}={value or 'none'}" for key, value in unset.items() if getattr(self, key) != value
+            ]
             raise ValueError(
                 f"distribution.tpu_name, tpu_zone and tpu_project do not go with distribution.kind={self.kind!r}; "
-                "leave them out, or choose 'tpu'."
+                f"set {' '.join(changes)}, or choose 'tpu'."
             )
         if self.logical_devices > 1 and self.kind in ("gpu", "multi_worker", "tpu"):
             raise ValueError(
                 f"distribution.logical_devices={self.logical_devices} splits a CPU and does not go with "
-                f"distribution.kind={self.kind!r}; leave it out, or choose 'cpu'."
+                f"distribution.kind={self.kind!r}; set distribution.logical_devices=1, or choose 'cpu'."
             )
         if self.gpus is None:
             return self
@@ -781,13 +785,14 @@ class DistributionConfig(Section):
             )
         if self.kind in ("cpu", "tpu"):
             raise ValueError(
-                f"distribution.gpus={list(self.gpus)} does not go with distribution.kind={self.kind!r}; leave it out, "
-                "or choose 'gpu'."
+                f"distribution.gpus={list(self.gpus)} does not go with distribution.kind={self.kind!r}; set "
+                "distribution.gpus=none, or choose 'gpu'."
             )
         if self.logical_devices > 1:
             raise ValueError(
                 f"distribution.gpus={list(self.gpus)} and distribution.logical_devices={self.logical_devices}: "
-                "replicas are on GPUs or on a split CPU; leave out one of the two."
+                "replicas are on GPUs or on a split CPU; set distribution.gpus=none, or "
+                "distribution.logical_devices=1."
             )
         return self
 
@@ -960,7 +965,7 @@ def check_shard(config: Config, num_replicas: int) -> None:
     if num_replicas % over and num_replicas > 1:
         raise UserError(
             f"distribution.shard_over={over} does not divide {num_replicas} replicas into equal groups; choose a "
-            "number that does, or leave it out."
+            "number that does, or set distribution.shard_over=none."
         )
     if shard != "nothing" and num_replicas == 1:
         raise UserError(
