@@ -40,7 +40,7 @@ class Generator:
         sequence_length: the most tokens, [BOS] included, that a text can have.
         ops: a GPT's way of computing; None: the fastest on the device that holds it.
         end_tokens: tokens that end each text as [BOS] does; the text does not hold them.
-        strategy: the strategy under whose scope the model was built; None: it was built under none.
+        strategy: the devices that write together; None: the one that TensorFlow chooses.
         held: returns, in a replica function, how the layers of a GPT get their weights. If these are gathered, every
             process of the strategy writes the same texts at the same time.
 

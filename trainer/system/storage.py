@@ -109,7 +109,10 @@ class Url:
         self.write_parts([content])
 
     def write_parts(self, parts: Iterable[bytes]) -> int:
-        """Writes the file as `write_bytes` does, one part of its content after the other. Returns their bytes."""
+        """Writes the file as `write_bytes` does, one part of its content after the other. Returns their bytes.
+
+        If a part raises an error, the store may keep a file that is cut short.
+        """
         num_bytes = 0
         if self._text.startswith("ram://") and self.is_file():
             _gfile().remove(self._text)  # Only in this store TensorFlow appends to an existing file.
