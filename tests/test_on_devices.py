@@ -15,7 +15,8 @@ from tiny import quiet, tiny_config  # type: ignore[import-not-found]
 import trainer
 from trainer.data.prepare import prepare
 from trainer.errors import UserError
-from trainer.exchange.open import open_model
+from trainer.exchange.keras_file import KerasFile
+from trainer.exchange.open import _variables_on_host, open_model
 from trainer.model.build import build_gpt
 from trainer.optimizers.average import name_of_average
 from trainer.runs.run_checkpoints import open_checkpoints
@@ -131,3 +132,12 @@ def test_devices_that_cannot_write_are_refused(runs: dict[str, str]):
         trainer.load(runs["tied"], overrides=["train.xla=on"])
     with pytest.raises(UserError, match=r"texts are written on a CPU or on GPUs; set distribution\.kind=cpu"):
         trainer.generate(runs["tied"], overrides=["distribution.kind=tpu"])
+
+
+def test_a_keras_file_is_in_memory_only_once_when_other_holders_get_its_weights(runs: dict[str, str], tmp_path: Path):
+    path = str(trainer.export(runs["tied"], "keras", str(tmp_path / "model.keras"), say=quiet).path)
+    file = KerasFile(path)
+    tokenizer = file.tokenizer()
+    arrays = _variables_on_host(file, lambda: build_gpt(file.config, tokenizer.vocabulary_size, tokenizer.bos_id))
+    # Copies by NumPy would be a second model: `assign` makes them one by one.
+    assert arrays and not any(isinstance(array, np.ndarray) for array in arrays.values())

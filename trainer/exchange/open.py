@@ -4,8 +4,8 @@ Whatever scores or writes with a model gets it from here, so that a further kind
 """
 
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.config.settings import Config
 from trainer.errors import UserError
@@ -22,7 +22,6 @@ from trainer.tokenizers.tokenizer_files import train_tokenizer
 
 if TYPE_CHECKING:
     import keras
-    import numpy as np
 
     from trainer.runs.run_checkpoints import MakeHolders
 
@@ -115,7 +114,7 @@ def open_model(
         if make_holders is None:
             file.load_weights(model)
         else:
-            assign(holders, _arrays_on_host(file, build), path)
+            assign(holders, _variables_on_host(file, build), path)
         return OpenedModel(model, tokenizer, file.config, file.step, file.path)
     run_folder, at = run_and_step(path, step)
     run = RunFolder(run_folder)
@@ -123,14 +122,16 @@ def open_model(
     return OpenedModel(model, load_tokenizer_of(run), run.config, checkpoint.step, run.path)
 
 
-def _arrays_on_host(file: KerasFile, build: "Callable[[], keras.Model]") -> "dict[str, np.ndarray]":
-    """Returns the weights in a .keras file, by the paths of their variables. No device holds them."""
+def _variables_on_host(file: KerasFile, build: "Callable[[], keras.Model]") -> Mapping[str, Any]:
+    """Returns the variables of a model with the weights in a .keras file, by their paths. They are in the host's
+    memory, on no other device, and NumPy copies each when it is used.
+    """
     import tensorflow as tf
 
     with tf.device("/cpu:0"):
         model = build()
         file.load_weights(model)
-    return {variable.path: variable.numpy() for variable in model.variables}
+    return {variable.path: variable for variable in model.variables}
 
 
 def _is_huggingface(path: str) -> bool:
