@@ -187,8 +187,12 @@ def test_generate_tells_devices_from_the_prompt_in_any_order(capsys: pytest.Capt
     options = parse(["generate", "RUN", *devices])
     assert (options.text, options.overrides) == (None, devices)
     assert parse(["generate", "RUN", "x=1"]).text == "x=1"
-    refused = refusal(["generate", "RUN", "a", "train.xla=on"], capsys)
-    assert "train.xla=on: generate changes only the devices of a run, distribution.*; leave it out." in refused
+    assert parse(["generate", "RUN", "train.xla=on"]).text == "train.xla=on"
+    for words in (["a", "train.xla=on"], [devices[0], "train.xla=on"], ["train.xla=on", "--k", "2", devices[0]]):
+        refused = refusal(["generate", "RUN", *words], capsys)
+        assert "train.xla=on: generate and load change only the devices, distribution.*; leave it out." in refused
+    spaced = parse(["generate", "RUN", "data.weights.a =1", devices[0]])
+    assert (spaced.text, spaced.overrides) == (None, ["data.weights.a =1", devices[0]])
 
 
 def test_train_needs_a_config_or_a_run(capsys: pytest.CaptureFixture[str]):

@@ -259,30 +259,16 @@ def load(
         UserError: the run does not exist, has no checkpoint, or is damaged; or the devices cannot be used.
     """
     check_not_forked()
+    from trainer.exchange.open import read_config_on_devices
+
     # Before TensorFlow is loaded: a mistake is reported at once.
-    config = _config_on_devices(run_folder, build_model, step, overrides)
+    config = read_config_on_devices(run_folder, overrides, build_model, step)
     with quiet_import():
         from trainer.loaded import LoadedModel
         from trainer.training.on_devices import open_to_write, open_whole
     if not overrides:
         return LoadedModel(open_whole(run_folder, build_model, step, warn))
     return LoadedModel(open_to_write(run_folder, config, True, build_model, step, warn))
-
-
-def _config_on_devices(
-    run_folder: str,
-    build_model: Callable[[Config, int], keras.Model] | None,
-    step: int | Literal["best"] | None,
-    overrides: Sequence[str],
-) -> Config:
-    """Returns the settings of a model, on the devices that overrides name. Loads no TensorFlow."""
-    from trainer.config.file import make_config
-    from trainer.exchange.open import read_config
-
-    for override in overrides:
-        if not override.startswith("distribution."):
-            raise UserError(f"{override}: only the devices can be others here, distribution.*; leave it out.")
-    return make_config(read_config(run_folder, build_model, step).model_dump(mode="json"), overrides)
 
 
 def generate(
@@ -346,6 +332,7 @@ def generate(
     """
     check_not_forked()
     from trainer.decoding.request import Request
+    from trainer.exchange.open import read_config_on_devices
 
     options = {
         "num_tokens": num_tokens,
@@ -364,7 +351,7 @@ def generate(
         "batch_size": batch_size,
     }
     # Before TensorFlow and the model are loaded: a mistake is reported at once.
-    config = _config_on_devices(run_folder, build_model, step, overrides)
+    config = read_config_on_devices(run_folder, overrides, build_model, step)
     Request.from_options(config.samples, sampler, **options)
     with quiet_import():
         from trainer.loaded import LoadedModel

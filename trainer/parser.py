@@ -52,6 +52,9 @@ def _tell_apart(options: argparse.Namespace, rest: list[str]) -> list[str]:
     words = [word for word in (options.text, *options.overrides) if word is not None]
     words += [word for word in rest if word[:1] != "-"]
     options.overrides = [word for word in words if re.match(r"distribution\.\w+=", word)]
+    if options.overrides:
+        # The verb refuses another setting. Without an override it is a prompt, as any text may be.
+        options.overrides = [word for word in words if re.match(r"[a-z_]+(\.\w+)+ ?=", word)]
     prompts = [word for word in words if word not in options.overrides]
     options.text = prompts[0] if prompts else None
     return [*prompts[1:], *(word for word in rest if word[:1] == "-")]

@@ -9,7 +9,6 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import trainer
@@ -27,7 +26,7 @@ from trainer.distributed.tpu_install import check_tpu_install
 from trainer.distributed.workers import Workers, find_workers
 from trainer.errors import UserError
 from trainer.exchange.huggingface import is_huggingface
-from trainer.exchange.open import read_config
+from trainer.exchange.open import read_config_on_devices
 from trainer.exchange.source import check_source
 from trainer.exit_status import ExitStatus
 from trainer.hardware.devices import parse_target
@@ -243,7 +242,7 @@ def _evaluate_texts(options: argparse.Namespace, files: list[str], overrides: li
         raise UserError(f"--last-word and {other}: a last word has neither windows nor an end to score; leave out one.")
     if options.stride is not None and options.stride < 1:
         raise UserError(f"--stride {options.stride} must be at least 1.")
-    config = _config_of(options, overrides)
+    config = read_config_on_devices(options.run_folder, overrides, step=options.step)
     with quiet_import():
         inputs = find_inputs(files, "--data")
         from trainer.commands.evaluate_texts import Texts, evaluate_texts
@@ -284,10 +283,7 @@ def generate(options: argparse.Namespace) -> None:
     given = [f"{name} {value!r}" for name, value in names.items() if value is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} are two ways to give prompts; leave out one.")
-    for override in options.overrides:
-        if not override.startswith("distribution."):
-            raise UserError(f"{override}: generate changes only the devices of a run, distribution.*; leave it out.")
-    config = _config_of(options, options.overrides)
+    config = read_config_on_devices(options.run_folder, options.overrides, step=options.step)
     request = Request.from_options(config.samples, **{name: getattr(options, name) for name in _GENERATE_OPTIONS})
     prompts = read_prompts(options.prompts) if options.prompts else [options.prompt or options.text or ""]
     with quiet_import():
@@ -303,11 +299,6 @@ def generate(options: argparse.Namespace) -> None:
         answer_prompts(generator, request)
     else:
         write_texts(generator, prompts, request, options.json or options.prompts is not None)
-
-
-def _config_of(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
-    """Returns the settings of the model that options name, on other devices if overrides name these."""
-    return make_config(read_config(options.run_folder, step=options.step).model_dump(mode="json"), overrides)
 
 
 def export(options: argparse.Namespace) -> None:

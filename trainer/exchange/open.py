@@ -4,9 +4,10 @@ Whatever scores or writes with a model gets it from here, so that a further kind
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trainer.config.file import make_config
 from trainer.config.settings import Config
 from trainer.errors import UserError
 from trainer.exchange.huggingface import config_of, end_tokens, is_huggingface, read_weights, remarks_on_bos
@@ -67,6 +68,29 @@ def read_config(path: str, build_model: BuildModel | None = None, step: str | Ch
     run = RunFolder(run_folder)
     run.check_model(build_model)
     return run.config
+
+
+def read_config_on_devices(
+    path: str,
+    overrides: Sequence[str],
+    build_model: BuildModel | None = None,
+    step: str | CheckpointStep | None = None,
+) -> Config:
+    """Returns the settings of the model in a folder, on the devices that overrides name. Loads no TensorFlow.
+
+    Args:
+        path: see `open_model`.
+        overrides: `distribution.key=value` strings.
+        build_model: see `open_model`.
+        step: see `open_model`.
+
+    Raises:
+        UserError: as `read_config`, or an override is wrong, or of another section.
+    """
+    for override in overrides:
+        if not override.startswith("distribution."):
+            raise UserError(f"{override}: generate and load change only the devices, distribution.*; leave it out.")
+    return make_config(read_config(path, build_model, step).model_dump(mode="json"), overrides)
 
 
 def open_model(
