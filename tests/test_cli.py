@@ -195,6 +195,15 @@ def test_generate_tells_devices_from_the_prompt_in_any_order(capsys: pytest.Capt
     assert (spaced.text, spaced.overrides) == (None, ["data.weights.a =1", devices[0]])
 
 
+@pytest.mark.parametrize("verb", ["train", "plan", "doctor"])
+def test_histograms_of_weights_in_pieces_are_refused_before_anything_is_done(
+    verb: str, capsys: pytest.CaptureFixture[str]
+):
+    given = ["distribution.shard=weights", "log.histograms_every_steps=5"]
+    refused = refusal([verb, MINIGPT, *given], capsys)
+    assert "log.histograms_every_steps=5 needs whole weights and gradients" in refused
+
+
 def test_train_needs_a_config_or_a_run(capsys: pytest.CaptureFixture[str]):
     assert "train needs a config, such as quickstart or your own TOML file, or --resume RUN." in refusal(
         ["train"], capsys

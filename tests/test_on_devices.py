@@ -16,7 +16,7 @@ import trainer
 from trainer.data.prepare import prepare
 from trainer.errors import UserError
 from trainer.exchange.keras_file import KerasFile
-from trainer.exchange.open import _variables_on_host, open_model
+from trainer.exchange.open import _variables_on_host, open_model, read_config_on_devices
 from trainer.model.build import build_gpt
 from trainer.optimizers.average import name_of_average
 from trainer.runs.run_checkpoints import open_checkpoints
@@ -53,6 +53,7 @@ def make_run(folder: Path, name: str) -> RunFolder:
         model=MODELS[name],
         train={"total_steps": 2, "sequence_length": 12, "global_batch_size": 6, "precision": "float64"},
         optimizer={"ema_decay": 0.9},
+        log={"histograms_every_steps": 1},  # No training in pieces makes them; scores and texts need none.
     )
     run = RunFolder.create(config, prepare(config, quiet))
     tokenizer, random = load_tokenizer_of(run), np.random.default_rng(2)
@@ -134,6 +135,20 @@ def test_devices_that_cannot_write_are_refused(runs: dict[str, str]):
         trainer.load(runs["tied"], overrides=["train.xla=on"])
     with pytest.raises(UserError, match=r"texts are written on a CPU or on GPUs; set distribution\.kind=cpu"):
         trainer.generate(runs["tied"], overrides=["distribution.kind=tpu"])
+
+
+def test_a_training_in_pieces_makes_no_histograms_and_refuses_them(runs: dict[str, str], tmp_path: Path):
+    pieces = ["distribution.kind=cpu", "distribution.logical_devices=2", "distribution.shard=weights"]
+    config = read_config_on_devices(runs["tied"], pieces)
+    assert config.log.histograms_every_steps == 1
+    message = r"histograms_every_steps=1 needs whole weights .*; set log\.histograms_every_steps=none, or choose 'optim"
+    with pytest.raises(UserError, match=message):
+        trainer.train(config.model_copy(update={"run_folder": str(tmp_path / "new")}), say=quiet)
+    with pytest.raises(UserError, match=message):
+        trainer.resume(runs["tied"], overrides=pieces, say=quiet)
+    with pytest.raises(UserError, match=message):
+        trainer.fork(runs["tied"], [*pieces, "train.total_steps=4", f"run_folder={tmp_path}/fork"], say=quiet)
+    assert not (tmp_path / "fork" / "run.json").exists() and not (tmp_path / "new" / "run.json").exists()
 
 
 def test_a_keras_file_is_in_memory_only_once_when_other_holders_get_its_weights(runs: dict[str, str], tmp_path: Path):

@@ -17,7 +17,7 @@ from trainer.commands.generate import answer_prompts, read_prompts, write_texts
 from trainer.commands.inspect_run import inspect as inspect_data
 from trainer.completion import shell_code
 from trainer.config.file import kept_changes, load_config, make_config, whole_number
-from trainer.config.settings import Config
+from trainer.config.settings import Config, check_histograms
 from trainer.data.beam import prepare_with_beam
 from trainer.data.prepare import check_sets, check_sources
 from trainer.data.prepare import prepare as prepare_text
@@ -94,6 +94,7 @@ def fork(options: argparse.Namespace) -> ExitStatus:
     planned = plan_fork(options.run_folder, options.overrides, options.step)
     planned.parent.check_model(None)
     config = planned.config
+    check_histograms(config)
     check_is_free(config)
     options.ending.advice = lambda: how_to_resume(config, config.run_folder)
     with quiet_import():
@@ -130,6 +131,7 @@ def _check_resumed(options: argparse.Namespace) -> tuple[str, CheckpointStep | N
     run_folder, step = run_and_step(options.resume, options.step)
     run = RunFolder(run_folder, overrides)
     run.check_model(None)
+    check_histograms(run.config)
     if step != "best":
         check_length(run, newest_step(run) if step is None else step)
     options.ending.advice = lambda: how_to_resume(run.config, run_folder)
@@ -144,6 +146,7 @@ def _check_started(options: argparse.Namespace) -> Config:
     if options.step is not None:
         raise UserError(f"--step {options.step} goes with --resume RUN; a new run begins at step 0. Leave it out.")
     config = load_config(options.config, options.overrides)
+    check_histograms(config)
     if config.distribution.kind == "tpu":
         check_tpu_install()
     run = find_run(config, options.or_resume)
@@ -330,6 +333,7 @@ def watch(options: argparse.Namespace) -> ExitStatus:
 def plan(options: argparse.Namespace) -> ExitStatus:
     """Prints what a config costs."""
     config = load_config(options.config, options.overrides)
+    check_histograms(config)
     target = None if options.target is None else parse_target(options.target)
     size = [] if options.vocabulary_size is None else ["--vocabulary-size", str(options.vocabulary_size)]
     further = (*size, *(["--compile"] if options.compile else []))
@@ -347,6 +351,7 @@ def doctor(options: argparse.Namespace) -> ExitStatus:
         overrides, name = [name, *overrides], None
     anything = {"run_folder": "runs", "train": {"precision": "float32", "total_steps": 1}}
     config = make_config(anything, overrides) if name is None else load_config(name, overrides)
+    check_histograms(config)
     return ExitStatus.DONE if run_doctor(config, say, options.json) else ExitStatus.FAILED
 
 

@@ -839,11 +839,6 @@ class Config(Section):
                 f"distribution.shard_over={self.distribution.shard_over} has no effect with distribution.shard="
                 "'nothing'; choose 'optimizer' or 'weights', or set distribution.shard_over=none."
             )
-        if self.distribution.shard == "weights" and self.log.histograms_every_steps is not None:
-            raise ValueError(
-                f"log.histograms_every_steps={self.log.histograms_every_steps} needs whole weights and gradients, and "
-                "distribution.shard='weights' never has them; leave it out, or choose 'optimizer'."
-            )
         return self
 
     def check_total_steps(self, total_steps: int, what: str) -> None:
@@ -971,6 +966,17 @@ def check_shard(config: Config, num_replicas: int) -> None:
         raise UserError(
             f"distribution.shard={shard!r} splits over several replicas, and there is only one; choose 'nothing', or "
             "train on more devices."
+        )
+
+
+def check_histograms(config: Config) -> None:
+    """Raises UserError if a training could not make its histograms. They do not keep a run from being scored, or from
+    writing, in pieces.
+    """
+    if config.distribution.shard == "weights" and config.log.histograms_every_steps is not None:
+        raise UserError(
+            f"log.histograms_every_steps={config.log.histograms_every_steps} needs whole weights and gradients, and "
+            "distribution.shard='weights' never has them; set log.histograms_every_steps=none, or choose 'optimizer'."
         )
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from trainer.config.settings import Config, check_can_shard, check_shard, examples_per_replica
+from trainer.config.settings import Config, check_can_shard, check_histograms, check_shard, examples_per_replica
 from trainer.data.batches import total_steps
 from trainer.data.prepare import prepare, text_fingerprint
 from trainer.data.shards import PreparedData
@@ -186,6 +186,7 @@ def _locked_by_chief(folder: Location, workers: Workers, say: Say) -> contextlib
 def _launch(request: Request, workers: Workers, say: Say) -> TrainingResult:
     if workers.is_chief:
         check_trackers(request.config.log)
+    check_histograms(request.config)
     # A finished run goes on to report its result, on a full disk, too.
     has_steps = request.run is None or request.step is not None or has_steps_left(request.run)
     check_start(request.config, say, workers.is_chief and has_steps)
