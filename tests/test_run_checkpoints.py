@@ -1,3 +1,4 @@
+import errno
 import functools
 import os
 import shutil
@@ -31,7 +32,7 @@ from trainer.runs.run_checkpoints import (
 from trainer.runs.run_data import find_prepared, load_tokenizer_of
 from trainer.runs.run_folder import RunFolder, run_and_step
 from trainer.system.manifest import DamagedError
-from trainer.system.storage import copy_folder, locate, remove_tree
+from trainer.system.storage import OpenedFile, copy_folder, locate, remove_tree
 
 
 @pytest.fixture
@@ -136,25 +137,40 @@ def test_a_checkpoint_is_found_by_its_step_by_best_and_by_its_folder(run: RunFol
         run_and_step(folder, "best")
 
 
-@pytest.mark.parametrize("is_lost", [False, True])
+@pytest.mark.parametrize("loss", ["nothing", "content", "file"])
 def test_a_reader_reads_the_checkpoint_that_it_found_or_goes_on_to_the_one_that_took_its_place(
-    is_lost: bool, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+    loss: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ):
     weights = save_checkpoint(run, 1)
-    verified = run_checkpoints.find_checkpoint
+    verified, read = run_checkpoints.find_checkpoint, OpenedFile.read
+    num_failures = 0
+
+    def fail_in(folder: Path) -> Any:
+        def read_or_fail(self: OpenedFile, start: int, num_bytes: int) -> bytes:
+            nonlocal num_failures
+            if str(self._path).startswith(str(folder)):
+                num_failures += 1
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+            return read(self, start, num_bytes)
+
+        return read_or_fail
 
     def then_replaced(run: RunFolder, *arguments: Any) -> Any:
         found: Any = verified(run, *arguments)
         if found.step == 1:
             save_checkpoint(run, 2)
-            if is_lost:  # A file on a disk stays as long as it is open, but one in a store is lost.
+            # A file on a disk stays as long as it is open, but one in a store is lost.
+            if loss == "content":
                 os.truncate(found.folder / "weights.safetensors", 0)
+            if loss == "file":
+                monkeypatch.setattr(OpenedFile, "read", fail_in(found.folder))
             shutil.rmtree(found.folder)
         return found
 
     monkeypatch.setattr(run_checkpoints, "find_checkpoint", then_replaced)
     model, checkpoint = load_model(run)
-    assert checkpoint.step == (2 if is_lost else 1)
+    assert checkpoint.step == (1 if loss == "nothing" else 2)
+    assert num_failures == (1 if loss == "file" else 0)
     for variable in model.variables:
         np.testing.assert_array_equal(variable.numpy(), weights[variable.path])
 
