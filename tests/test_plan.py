@@ -242,10 +242,10 @@ def test_the_exchange_has_a_time_beside_that_of_computing(capsys: pytest.Capture
     assert "links" not in capsys.readouterr().out
     # Short times have as many digits.
     small = make_config(SETTINGS, ["model.num_layers=1", "model.hidden_dim=16", "model.num_heads=1"])
-    target = parse_target("gpu:H100x8")
-    times = [of(small, 20, target) for of in (exchange_secs, computing_secs)]
+    h100s = parse_target("gpu:H100x8")
+    times = [of(small, 20, h100s) for of in (exchange_secs, computing_secs)]
     assert all(secs is not None and secs < 1e-4 for secs in times)
-    print_plan(small, 20, target)
+    print_plan(small, 20, h100s)
     line = "{:.3g} ms a step at 450 GB/s of NVLink within a machine, beside {:.3g} ms".format(
         *(1e3 * secs for secs in times if secs is not None)
     )
