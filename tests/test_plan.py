@@ -227,7 +227,9 @@ def test_the_exchange_has_a_time_beside_that_of_computing(capsys: pytest.Capture
     sent, at_peak = 7 * count_parameters(GPT2, 50257), tokens_per_sec_at_peak(GPT2, 50257, V5E_8)
     assert at_peak is not None
     line = f"{1e3 * sent / 150e9:.3g} ms a step at 150 GB/s of ICI within a slice"
-    beside = f"beside {512 * 1024 / at_peak * 1e3:.3g} ms of computing at peak"
+    beside = (
+        f"beside {512 * 1024 / at_peak * 1e3:.3g} ms of computing at peak, apart from attention that is computed again"
+    )
     out = capsys.readouterr().out
     assert f"\nlinks        {line}, {beside}\n" in out and "hours at the roofline; " in out
     # 16 GPUs are in two machines, and no data sheet has what connects A10Gs.
@@ -250,6 +252,20 @@ def test_the_exchange_has_a_time_beside_that_of_computing(capsys: pytest.Capture
         *(1e3 * secs for secs in times if secs is not None)
     )
     assert f"\nlinks        {line} of computing at peak" in capsys.readouterr().out
+
+
+def test_a_plan_tells_that_the_time_of_computing_leaves_out_what_is_computed_again(
+    capsys: pytest.CaptureFixture[str],
+):
+    for overrides, left_out in (
+        (["train.recompute=nothing"], ""),
+        (["train.recompute=attention"], ", apart from attention that is computed again"),
+        (["train.recompute=attention", "train.sequence_length=255"], ""),  # Its probabilities are kept.
+        (["train.recompute=blocks"], ", apart from blocks that are computed again"),
+        (["distribution.shard=weights", "train.recompute=nothing"], ", apart from blocks that are computed again"),
+    ):
+        print_plan(make_config(GPT2.model_dump(mode="json"), overrides), None, V5E_8)
+        assert f" of computing at peak{left_out}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,9 @@ def computing_secs(config: Config, vocabulary_size: int, target: Target) -> floa
     """Returns the time of what a step computes: the longer of its operations at the device's peak and of its traffic at
     the peak of the device's memory. None if a peak is not known.
 
+    The operations are those of the model and of the optimizer. What gradients compute again is left out: compilers drop
+    a part of it, such as the last product of a block if model.pre_norm is set, because no gradient reads its result.
+
     The traffic is the least possible: the optimizer reads weights, moments and gradients and writes the first two; an
     average of the weights is read and written; a micro-batch writes what it keeps and reads it again, reads its
     matrices forward and backward and adds to the sum of gradients.

@@ -292,8 +292,18 @@ def _time_of_exchange(config: Config, vocabulary_size: int, target: Target) -> s
     if secs is None:
         return f"not known: a network connects machines with {link.num_devices} or fewer {target.device.name} each"
     where = "within a slice" if target.device.num_axes else "within a machine"
-    beside = "" if computing is None else f", beside {short_time(computing)} of computing at peak"
+    beside = ""
+    if computing is not None:
+        beside = f", beside {short_time(computing)} of computing at peak{_computed_again(config, target)}"
     return f"{short_time(secs)} a step at {speed / 1e9:.0f} GB/s of {link.name} {where}{beside}"
+
+
+def _computed_again(config: Config, target: Target) -> str:
+    """Returns what a plan appends to the time of computing if that leaves out products that gradients compute again."""
+    execution = resolve(config, target.processor(), target.num_devices)
+    if execution.recompute == "blocks" or config.distribution.shard == "weights":
+        return ", apart from blocks that are computed again"
+    return "" if execution.keeps_probabilities else ", apart from attention that is computed again"
 
 
 def _part_of_exchange(config: Config, vocabulary_size: int, target: Target) -> str:
