@@ -451,6 +451,11 @@ def test_what_a_loop_sends_counts_as_often_as_it_turns_and_the_parts_of_an_opera
         from trainer.planning.compile_hlo import sent_bytes as sent_by_program
     text, of_turn = LOOPS.replace("KNOWN", '"known_trip_count":{"n":"3"}'), 7 / 8 * (2 * 64 * 4 + 4 * 64 * 4)
     assert sent_by_program(text, 8) == 3 * 2 * of_turn + 2 * 7 / 8 * 4 * 16
+    assert sent_by_program(LOOPS, 8) is None
+    alone = "ENTRY %main (p: f32[16]) -> f32[16] {\n  %all = OPERATION, replica_groups={{0,1,2,3,4,5,6,7}}\n}"
+    one_by_one = sent_by_program(alone.replace("OPERATION", "f32[16]{0} all-to-all(%p)"), 8)
+    at_once = sent_by_program(alone.replace("OPERATION", "(f32[16]{0}, f32[16]{0}) all-to-all-start(%p)"), 8)
+    assert one_by_one == at_once == 7 / 8 * 4 * 16
 
 
 @pytest.mark.parametrize("largest", [0, 1, 2, 4, 8, 16, 32, 64])

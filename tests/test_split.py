@@ -24,8 +24,9 @@ from trainer.training.step import TrainingStep
 VOCABULARY, NUM_STEPS = 17, 3
 
 
-def make_step(shard, precision="float64", model_of=None, **train):
+def make_step(shard, precision="float64", model_of=None, num_layers=1, **train):
     config = tiny_config(
+        model={"num_layers": num_layers},
         train={"precision": precision, "total_steps": 9, "global_batch_size": 4, "sequence_length": 6, **train},
         optimizer={"learning_rate": 0.01, "clip_norm": 0.1, "weight_decay": 0.1, "ema_decay": 0.9},
         distribution={"kind": "cpu", "shard": shard},
@@ -63,6 +64,15 @@ def test_a_step_on_the_only_piece_is_the_step_on_the_whole(split):
     assert whole.keys() == pieces.keys() and whole["clipped"] == NUM_STEPS
     for name, value in whole.items():
         np.testing.assert_allclose(pieces[name], value, rtol=1e-12, atol=1e-15, err_msg=name)
+
+
+@pytest.mark.parametrize(("xla", "num_programs"), [("off", 0), ("on", 3)])
+def test_xla_compiles_two_passes_for_all_blocks_and_the_loss(xla, num_programs):
+    step = make_step("weights", xla=xla, num_layers=3)
+    run_steps = step.run_steps.get_concrete_function(batches(), tf.constant(1, tf.int64))
+    functions = run_steps.graph.as_graph_def().library.function
+    is_large = [len(function.node_def) > 50 and function.attr["_XlaMustCompile"].b for function in functions]
+    assert sum(is_large) == num_programs
 
 
 def test_a_loss_scale_and_a_batch_warmup_give_the_only_piece_the_same_steps():

@@ -82,9 +82,9 @@ def bytes_of(types: str) -> int:
     return sum(BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in arrays)
 
 
-def sent_bytes(text: str, num_devices: int) -> float:
+def sent_bytes(text: str, num_devices: int) -> float | None:
     """Returns the bytes that each device sends to others in a compiled program; see `sent_bytes` in
-    trainer/planning/estimate.py. What is inside a loop counts as often as the loop turns.
+    trainer/planning/estimate.py. What is inside a loop counts as often as the loop turns; None if that is not known.
     """
     name = ""
     lines_of: dict[str, list[str]] = {}
@@ -107,24 +107,26 @@ def sent_bytes(text: str, num_devices: int) -> float:
             if chain is not None:
                 chains.add(chain[1])
             if loop := re.search(r"condition=%([^\s,]+), body=%([^\s,]+)", line):
-                total += turns_of(line, lines_of[loop[1]]) * of(loop[2])
+                in_loop = of(loop[2])
+                total += in_loop * turns_of(line, lines_of[loop[1]]) if in_loop else 0.0
             called = re.findall(r"(?:calls|to_apply|async_computation|(?:true|false)_computation)=%([^\s,)}]+)", line)
             for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
                 called += [each.strip(" %") for each in branches.split(",")]
             total += sum(map(of, called))
         return total
 
-    return of("ENTRY")
+    total = of("ENTRY")
+    return None if math.isnan(total) else total
 
 
-def turns_of(line: str, condition: list[str]) -> int:
+def turns_of(line: str, condition: list[str]) -> float:
     """Returns how often a loop of a program's text turns. A TPU's compiler does not say: there it is the bound that its
-    condition compares a counter with, which is right for a loop that counts from 0; 1 if there is none.
+    condition compares a counter with, which is right for a loop that counts from 0; NaN if there is none.
     """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     bounds = re.findall(r" = [su]\d+\[\]\S* constant\((\d+)\)", "\n".join(condition))
-    return int(bounds[0]) if len(bounds) == 1 and any("direction=LT" in each for each in condition) else 1
+    return int(bounds[0]) if len(bounds) == 1 and any("direction=LT" in each for each in condition) else math.nan
 
 
 def sent_bytes_of(line: str, num_devices: int, is_scatter: bool) -> float:
@@ -132,13 +134,15 @@ def sent_bytes_of(line: str, num_devices: int, is_scatter: bool) -> float:
     operation = r" = (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(-start)?\("
     if not (found := re.search(operation, line)):
         return 0.0
-    returned, kind, starts = bytes_of(found[1]), found[2], found[3] is not None
+    returned, kind, starts = float(bytes_of(found[1])), found[2], found[3] is not None
     number = num_devices
     if groups := re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line):
         number = int(groups[2]) if groups[2] else groups[1].count(",") + 1
+    if starts and kind in ("collective-permute", "all-to-all"):
+        returned /= 2  # What starts an operation returns the operand, too.
     if kind == "collective-permute":
-        return returned / 2 if starts else returned  # What starts an operation returns the operand, too.
-    whole = float(returned)
+        return returned
+    whole = returned
     if kind in ("reduce-scatter", "all-gather") and starts:
         whole = returned * number / (number + 1)
     elif kind == "reduce-scatter":

@@ -168,11 +168,11 @@ class _Gathered(Held):
             pieces: this replica's piece of each.
             after: a tensor to wait for. Nothing else keeps TensorFlow from gathering all weights of the model at once.
         """
-        narrow = [self._narrow(piece) for piece in pieces]
         whole: list[tf.Tensor] = []
         for places in travel_together(cuts, self._dtype.size):
-            held_back = self._collectives.after(after, [narrow[i] for i in places])
-            padded = self._collectives.gather(held_back)
+            held_back = self._collectives.after(after, [pieces[i] for i in places])
+            # Cast once they may travel: TensorFlow would cast all pieces of the model at once, and keep the results.
+            padded = self._collectives.gather([self._narrow(piece) for piece in held_back])
             whole += [cuts[i].whole(each, tf) for i, each in zip(places, padded, strict=True)]
         return whole
 

@@ -200,8 +200,13 @@ class TrainingStep:
         return {name: self.split.whole(name, each) for name, each in self.average.state().items()}
 
     def held(self) -> Held:
-        """Returns how the model's layers get their weights. Call it in a replica function."""
-        return self.split.held(self.execution.compute_dtype) if isinstance(self.split, SplitWeights) else WHOLE
+        """Returns how the model's layers get their weights for an evaluation or samples. Call it in a replica
+        function.
+        """
+        if not isinstance(self.split, SplitWeights):
+            return WHOLE
+        kind, num_replicas = processor_of(self.strategy), self.strategy.num_replicas_in_sync
+        return self.split.held(resolve(self.config, kind, num_replicas, use="evaluation").compute_dtype)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Lets the model have the average as its weights in a block. Without an average the weights stay."""
