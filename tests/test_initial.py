@@ -47,12 +47,16 @@ def test_the_first_loss_of_every_shipped_config_is_that_of_guessing(path):
     config = load_config(path)
     # A deeper model starts alike: what a block adds is divided by the root of the number of blocks. A slow test has the
     # whole models.
-    model = config.model.model_copy(update={"num_layers": min(2, config.model.num_layers)})
+    most = 1 if config.model.hidden_dim > 2048 else 2
+    model = config.model.model_copy(update={"num_layers": min(most, config.model.num_layers)})
     assert abs(first_loss_above_guessing(model, config.vocabulary_size() or 65)) <= 0.2
 
 
+# Up to 24 blocks: GPT-2 1.5B would take a minute and ten gigabytes.
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in SHIPPED if "gpt2" in path.stem], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in SHIPPED if "gpt2" in path.stem and "1.5b" not in path.stem], ids=lambda path: path.stem
+)
 def test_the_first_loss_of_a_whole_shipped_config_is_that_of_guessing(path):
     config = load_config(path)
     assert abs(first_loss_above_guessing(config.model, config.vocabulary_size() or 65)) <= 0.2

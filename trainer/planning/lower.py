@@ -2,8 +2,9 @@
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
@@ -49,9 +50,20 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
         UserError: the batch cannot be spread over that many replicas, there is only one to split over, or
             train.micro_batch_size is not a number.
     """
-    step = trace_step(config, vocabulary_size, target)
+    with tf.variable_creator_scope(_unwritten):
+        step = trace_step(config, vocabulary_size, target)
     hlo: bytes = step.take_step.experimental_get_compiler_ir(*step.specs)(stage="hlo_serialized")
     return hlo
+
+
+def _unwritten(next_creator: Callable[..., tf.Variable], **options: Any) -> tf.Variable:
+    """Creates a variable whose memory nobody has written, so that the system gives it none: a step that is only lowered
+    reads no values, and those of a large model would fill this machine.
+    """
+    value = options["initial_value"]
+    shape_and_dtype = tf.convert_to_tensor(value() if callable(value) else value, options.get("dtype"))
+    options["initial_value"] = tf.raw_ops.Empty(shape=shape_and_dtype.shape, dtype=shape_and_dtype.dtype)
+    return next_creator(**options)
 
 
 def trace_step(config: Config, vocabulary_size: int, target: Target) -> TracedStep:
