@@ -83,7 +83,8 @@ def parse_target(text: str) -> Target:
         return Target(*gpu)
     nearest = " or ".join(_nearest(kind, name))
     guess = f"did you mean {nearest}? Otherwise " if nearest else ""
-    raise UserError(f"--target {text} is unknown; {guess}{known_targets()}")
+    name = text if len(text) <= 100 else f"{text[:100]}..."
+    raise UserError(f"--target {name} is unknown; {guess}{known_targets()}")
 
 
 def known_targets() -> str:
