@@ -50,7 +50,8 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
         UserError: the batch cannot be spread over that many replicas, there is only one to split over, or
             train.micro_batch_size is not a number.
     """
-    with tf.variable_creator_scope(_unwritten):
+    in_pieces = config.distribution.shard == "weights"
+    with tf.variable_creator_scope(_unwritten) if in_pieces else contextlib.nullcontext():
         step = trace_step(config, vocabulary_size, target)
     hlo: bytes = step.take_step.experimental_get_compiler_ir(*step.specs)(stage="hlo_serialized")
     return hlo
@@ -58,7 +59,7 @@ def lower_step(config: Config, vocabulary_size: int, target: Target) -> bytes:
 
 def _unwritten(next_creator: Callable[..., tf.Variable], **options: Any) -> tf.Variable:
     """Creates a variable whose memory nobody has written, so that the system gives it none: a step that is only lowered
-    reads no values, and those of a large model would fill this machine.
+    reads no values, and the pieces of a large model would fill this machine.
     """
     value = options["initial_value"]
     shape_and_dtype = tf.convert_to_tensor(value() if callable(value) else value, options.get("dtype"))
