@@ -35,6 +35,7 @@ from trainer.model.pieces import Cut
 from trainer.model.size import count_parameters, parameter_shapes
 from trainer.optimizers.cost import optimizer_flops
 from trainer.planning import compiler, lower
+from trainer.planning.compile_hlo import digest
 from trainer.planning.compiler import CompiledStep, compile_step, largest_that_fits
 from trainer.planning.estimate import estimate_memory, sent_bytes
 from trainer.planning.lower import trace_step
@@ -129,8 +130,12 @@ def compiled_for_tpus(num_devices: int) -> CompiledStep:
 
 @pytest.mark.slow
 @pytest.mark.tpu
-def test_only_a_program_that_has_changed_is_compiled(monkeypatch: pytest.MonkeyPatch):
+def test_only_a_program_that_has_changed_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = compiled_for_tpus(4)
+    # The packages lie elsewhere on another machine.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.symlink_to(Path(tf.__file__).parent.parent, target_is_directory=True)
+    monkeypatch.setenv("PYTHONPATH", str(elsewhere))
     printed: list[str] = []
     run = compiler._run
 
@@ -144,6 +149,16 @@ def test_only_a_program_that_has_changed_is_compiled(monkeypatch: pytest.MonkeyP
     assert compile_step(TINY, 300, parse_target("tpu:v5e-4"), known=found) is found
     # The program that compiles said only which program this is.
     assert json.loads(printed[-1].splitlines()[-1]) == {"program": found.program}
+
+
+def test_a_program_has_the_same_digest_however_its_functions_are_numbered():
+    call = "func.func @while_cond_{} ... call @while_cond_{} ... call @step_{}"
+    program = call.format("31__.1", "31__.1", "90")
+    one = digest({}, program)
+    assert digest({}, call.format("7__.1", "7__.1", "8")) == one
+    another_call, another_number = call.format("31__.1", "32__.1", "90"), f"{program} ... 1024"
+    others = [digest({}, another_call), digest({}, another_number), digest({"topology": "v5e:2x4"}, program)]
+    assert len({one, *others}) == 4
 
 
 @pytest.mark.slow

@@ -48,19 +48,30 @@ def find_devices(settings: dict[str, Any]) -> list[Any]:
 
 
 def stable_hlo(hlo: bytes) -> str:
-    """Returns a serialized HloModuleProto as StableHLO. The same step always gives the same text; the order of the
-    attributes in the proto differs each time.
-    """
+    """Returns a serialized HloModuleProto as StableHLO, without the paths of the sources."""
     from jax._src.interpreters import mlir
     from jaxlib import _jax, xla_client
     from jaxlib.mlir import ir
 
     with mlir.make_ir_context():
         text = _jax.mlir.xla_computation_to_mlir_module(xla_client.XlaComputation(hlo))
-        if isinstance(text, bytes):
-            text = str(ir.Module.parse(text))
+        text = str(ir.Module.parse(text))
     # StableHLO has no copy; a conversion to the same type is one.
     return re.sub(r"mhlo\.copy (%\S+) : (tensor<[^>]*>)", r"stablehlo.convert \1 : (\2) -> \2", text)
+
+
+def digest(settings: dict[str, Any], text: str) -> str:
+    """Returns the digest of a program for a device and a compiler: the same for the same step on any machine. The order
+    of the attributes in an HloModuleProto differs each time, and TensorFlow numbers its functions by all that it has
+    traced before.
+    """
+    numbers: dict[str, int] = {}
+
+    def numbered_here(name: re.Match[str]) -> str:
+        return f"{re.sub('[0-9]+', '', name[0])}{numbers.setdefault(name[0], len(numbers))}"
+
+    names = re.sub(r"@[\w.]+", numbered_here, text)
+    return hashlib.sha256((json.dumps(settings, sort_keys=True) + names).encode()).hexdigest()
 
 
 def compile_for(devices: list[Any], text: str) -> Any:
@@ -184,7 +195,7 @@ def main() -> None:
     settings, text = json.loads(sys.argv[1]), stable_hlo(Path(sys.argv[2]).read_bytes())
     known = settings.pop("known")
     # The same program has other figures for another device or from another compiler.
-    program = hashlib.sha256((json.dumps(settings, sort_keys=True) + text).encode()).hexdigest()
+    program = digest(settings, text)
     if program == known:
         print(json.dumps({"program": program}))
         return
