@@ -266,7 +266,9 @@ CONTROLS = ["nothing", "weights"]
 
 def config_of_program(split: str, num_replicas: int, micro_batches: int) -> Config:
     """A step that is clipped, drops, and adds up micro-batches, of sizes that leave pieces with padding."""
+    recompute = "blocks" if "groups" in split else "auto"  # So that both ways to run blocks are in a loop.
     case = {"model": ODD | TIED, "micro_batches": micro_batches, "distribution": SPLITS[split]}
+    case["train"] = {"recompute": recompute}
     config: Config = replica_steps.config_of({"kind": "cpu"}, case, num_replicas)
     return config
 

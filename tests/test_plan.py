@@ -262,7 +262,7 @@ def test_a_plan_tells_that_the_time_of_computing_leaves_out_what_is_computed_aga
         (["train.recompute=attention"], ", apart from attention that is computed again"),
         (["train.recompute=attention", "train.sequence_length=255"], ""),  # Its probabilities are kept.
         (["train.recompute=blocks"], ", apart from blocks that are computed again"),
-        (["distribution.shard=weights", "train.recompute=nothing"], ", apart from blocks that are computed again"),
+        (["distribution.shard=weights", "train.recompute=nothing"], ""),
     ):
         print_plan(make_config(GPT2.model_dump(mode="json"), overrides), None, V5E_8)
         assert f" of computing at peak{left_out}\n" in capsys.readouterr().out

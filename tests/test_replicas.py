@@ -186,7 +186,8 @@ def test_two_replicas_make_the_weights_of_one(tmp_path):
     grown = MODERN | {"micro_batches": 4}  # In the warm-up a loop over micro-batches has a length that changes.
     cases = [{}, grown, SPLIT[0] | {"micro_batches": 6}, SPLIT[1], grown]
     twice, thirds = {"micro_batches": 2}, {"micro_batches": 3}
-    halves = [twice, twice, split(thirds), split(thirds, "weights"), split(twice, "weights")]
+    again = thirds | {"train": {"recompute": "blocks"}}
+    halves = [twice, twice, split(thirds), split(again, "weights"), split(twice, "weights")]
     given = [case | half for case, half in zip(cases, halves, strict=True)]
     process = start(tmp_path / "2.npz", on_replicas(2), given)
     wholes = []

@@ -99,10 +99,12 @@ CASES = {
         f"{GPU_CONFIG} model.num_layers=40 model.num_heads=24 model.hidden_dim=3072 model.intermediate_dim=12288 "
         "train.sequence_length=4096 train.precision=float32 train.global_batch_size=64 train.micro_batch_size=1 "
         "--target gpu:RTX4080x8",
-        "train.precision=mixed_bfloat16 distribution.shard=weights train.micro_batch_size=1 --target gpu:RTX4080x8",
+        "train.precision=mixed_bfloat16 train.recompute=blocks distribution.shard=weights train.micro_batch_size=1 "
+        "--target gpu:RTX4080x8",
     ),
     "a split that is there already": (
-        f"{GPU_CONFIG} {XL} model.num_layers=200 distribution.shard=weights --target gpu:RTX4090x8",
+        f"{GPU_CONFIG} {XL} model.num_layers=200 train.recompute=blocks distribution.shard=weights "
+        "--target gpu:RTX4090x8",
         "--target gpu:RTX4090x16",
     ),
     "a split CPU of which one part is left": (

@@ -33,15 +33,14 @@ class Held:
         return call(x)
 
     def blocks(self, blocks: Sequence[Block], run: RunBlock, x: tf.Tensor, recomputes: bool) -> tf.Tensor:
-        """Runs blocks one after the other. Gradients keep only the input of each, and run it again, if recomputes or if
-        the weights are in pieces.
+        """Runs blocks one after the other. Gradients keep only the input of each, and run it again, if recomputes.
 
         Args:
             blocks: blocks of the same shapes.
             run: computes a block, and reads no other weights than those of the block. One block may stand for another,
                 whose weights and place it then has.
             x: the input of the first block.
-            recomputes: whether gradients run a block again even if the weights are whole.
+            recomputes: whether gradients run a block again.
 
         Returns:
             The output of the last block.

@@ -78,9 +78,9 @@ def _in_pieces(config: Config, vocabulary_size: int, target: Target, execution: 
     its gradient.
 
     Three instants compete. In the backward pass of the last block, its whole weights are there in the compute dtype
-    with those of one that is gathered or dropped, its whole gradients, and what it keeps. In the loss, the table of the
+    with those of one that is gathered or dropped, and its whole gradients. In the loss, the table of the
     output projection is there in the compute dtype and in the dtype of the weights, with its gradient. At both there
-    are the inputs of all blocks, and on a TPU the pieces of all blocks in the compute dtype. At the end there is what
+    is what blocks keep, and on a TPU the pieces of all blocks in the compute dtype. At the end there is what
     Muon exchanges, if it trains the blocks.
     """
     weight_bytes, compute_bytes = execution.weight_bytes, execution.compute_bytes
@@ -169,6 +169,20 @@ def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> f
         copies_operands: whether matrix products read all operands from memory, as on every device except a TPU.
     """
     model, sequence, compute_bytes = config.model, config.train.sequence_length, execution.compute_bytes
+    tokens, width, recompute = execution.examples_at_once * sequence, model.hidden_dim, execution.recompute
+    block = _block_bytes(config, execution, copies_operands)
+    ends = 2 * tokens * width * compute_bytes  # What the loss reads, and its gradient.
+    if recompute == "blocks":
+        return model.num_layers * tokens * width * compute_bytes + block + ends
+    if copies_operands and config.distribution.shard == "weights" and execution.is_compiled:
+        # The forward pass of a block hands over what products made; the backward pass makes the operands of it.
+        return model.num_layers * _block_bytes(config, execution, copies_operands=False) + block + ends
+    return model.num_layers * block + ends
+
+
+def _block_bytes(config: Config, execution: Execution, copies_operands: bool) -> float:
+    """Estimates what a block keeps; see `kept_bytes`."""
+    model, sequence, compute_bytes = config.model, config.train.sequence_length, execution.compute_bytes
     examples, recompute = execution.examples_at_once, execution.recompute
     tokens, width, attention = examples * sequence, model.hidden_dim, model.num_heads * model.head_width()
     blocks = query_blocks(sequence, execution.query_block)
@@ -186,11 +200,7 @@ def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> f
         if compute_bytes < 4:
             numbers -= tokens * width
             floats = tokens * width
-    block = numbers * compute_bytes + floats * 4 + (2 * tokens * width if model.dropout else 0)
-    ends = 2 * tokens * width * compute_bytes  # What the loss reads, and its gradient.
-    if recompute == "blocks" or config.distribution.shard == "weights":
-        return model.num_layers * tokens * width * compute_bytes + block + ends
-    return model.num_layers * block + ends
+    return numbers * compute_bytes + floats * 4 + (2 * tokens * width if model.dropout else 0)
 
 
 def sent_bytes(config: Config, vocabulary_size: int, target: Target) -> dict[str, float]:

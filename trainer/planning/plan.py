@@ -301,7 +301,7 @@ def _time_of_exchange(config: Config, vocabulary_size: int, target: Target) -> s
 def _computed_again(config: Config, target: Target) -> str:
     """Returns what a plan appends to the time of computing if that leaves out products that gradients compute again."""
     execution = resolve(config, target.processor(), target.num_devices)
-    if execution.recompute == "blocks" or config.distribution.shard == "weights":
+    if execution.recompute == "blocks":
         return ", apart from blocks that are computed again"
     return "" if execution.keeps_probabilities else ", apart from attention that is computed again"
 

@@ -153,7 +153,7 @@ def _part_lines(config: Config, parts: dict[str, float], execution: Execution, t
         "average": f"{piece if in_pieces else ''}the average of each weight",
         "gradients": gradients,
         "activations": f"of {execution.examples_at_once} x {sequence:,} tokens"
-        + recomputed.get("blocks" if in_pieces else execution.recompute, ""),
+        + recomputed.get(execution.recompute, ""),
         "logits": f"of {min(execution.logit_rows, execution.examples_at_once * sequence)} tokens at a time",
     }
     when = "at the end of the backward pass" if is_end else "right after the loss"

@@ -199,11 +199,11 @@ class _Search:
         return [{"distribution.shard": "optimizer"}]
 
     def splitting_weights(self, is_several: bool = False) -> list[Change]:
-        """Returns the split of the weights, as `splitting` does."""
+        """Returns the split of the weights, alone and with recomputations, as `splitting` does."""
         is_several = is_several or self.target.num_devices > 1
         if not is_several or self.config.distribution.shard == "weights":
             return []
-        return [{"distribution.shard": "weights"}]
+        return [change | {"distribution.shard": "weights"} for change in [{}, *self.recomputing()]]
 
     def all_changes(self) -> list[Change]:
         """Returns every change and all that go together, without those of the micro-batch."""

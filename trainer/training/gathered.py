@@ -1,7 +1,7 @@
 """Weights that a replica holds only pieces of, and gathers layer by layer (`distribution.shard = "weights"`).
 
     forward    gather a block's weights -> compute the block -> drop them
-    backward   gather them again -> compute the block again, and its gradients -> reduce-scatter these
+    backward   gather them again -> compute the block's gradients -> reduce-scatter these
 
 so that a replica holds one or two blocks of whole weights at a time, and gradients only of the block that it computes.
 The embeddings, and the last normalization with the output projection and the loss, are each gathered once: the gradient
@@ -16,7 +16,6 @@ the bodies of two loops over the blocks, so the whole program is as long for one
 Source: Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion parameter models", stage 3.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from trainer.distributed.collectives import Collectives, in_a_function
 from trainer.model.block import Block
 from trainer.model.held import Held, RunBlock
 from trainer.model.pieces import Cut, travel_together
+from trainer.training.passes import BlockPasses, called, passes_that_compute_again, passes_that_keep
 
 
 class PieceOfWeight(NamedTuple):
@@ -42,7 +42,11 @@ class PieceOfWeight(NamedTuple):
 
 
 def gathered(
-    collectives: Collectives, pieces: Mapping[int, PieceOfWeight], dtype: str, is_compiled: bool = False
+    collectives: Collectives,
+    pieces: Mapping[int, PieceOfWeight],
+    dtype: str,
+    is_compiled: bool = False,
+    is_differentiated: bool = True,
 ) -> Held:
     """Returns what gives layers weights that are gathered when they are needed. Call it in a replica function, on every
     replica.
@@ -52,19 +56,25 @@ def gathered(
         pieces: this replica's pieces, by the id of the Keras variable of their weight.
         dtype: the dtype that blocks compute in.
         is_compiled: whether XLA compiles what is computed between the exchanges. In a program of XLA it does anyway.
+        is_differentiated: whether gradients follow; otherwise nothing is kept for them.
     """
     way = _GatheredInOneProgram if collectives.is_one_program else _Gathered
-    return way(collectives, pieces, tf.as_dtype(dtype), is_compiled)
+    return way(collectives, pieces, tf.as_dtype(dtype), is_compiled, is_differentiated)
 
 
 class _Gathered(Held):
     """What replicas exchange is between calls of functions."""
 
     def __init__(
-        self, collectives: Collectives, pieces: Mapping[int, PieceOfWeight], dtype: tf.DType, is_compiled: bool
+        self,
+        collectives: Collectives,
+        pieces: Mapping[int, PieceOfWeight],
+        dtype: tf.DType,
+        is_compiled: bool,
+        is_differentiated: bool,
     ) -> None:
         self._collectives, self._pieces, self._dtype = collectives, pieces, dtype
-        self._is_compiled = is_compiled
+        self._is_compiled, self._is_differentiated = is_compiled, is_differentiated
 
     def keeping(self, layers: Sequence[keras.layers.Layer], call: Callable[[tf.Tensor], Any], x: tf.Tensor) -> Any:
         variables, cuts, pieces = self._of(layers)
@@ -74,7 +84,7 @@ class _Gathered(Held):
             with tf.GradientTape() as tape:
                 whole = self._gather(cuts, pieces, x)
                 tape.watch(whole)
-                result = _called(call, variables, whole, x)
+                result = called(call, variables, whole, x)
 
             def gradient(*upstream: tf.Tensor) -> list[tf.Tensor]:
                 return self._scatter(cuts, pieces, tape.gradient(result, whole, *upstream))
@@ -84,28 +94,42 @@ class _Gathered(Held):
         return run(*pieces)
 
     def blocks(self, blocks: Sequence[Block], run: RunBlock, x: tf.Tensor, recomputes: bool) -> tf.Tensor:
-        forward, backward = (in_a_function(each, self._is_compiled) for each in _passes(blocks[0], run))
+        passes = self._passes(blocks[0], run, x, recomputes, self._is_compiled)
+        passes = passes._replace(
+            forward=in_a_function(passes.forward, self._is_compiled),
+            backward=in_a_function(passes.backward, self._is_compiled),
+        )
         for i, block in enumerate(blocks):
-            place = tf.constant(i)
-            x = self._block(block, functools.partial(forward, place), functools.partial(backward, place), x)
+            x = self._block(block, passes, tf.constant(i), x)
         return x
 
-    def _block(
-        self, block: Block, forward: Callable[..., tf.Tensor], backward: Callable[..., list[tf.Tensor]], x: tf.Tensor
-    ) -> tf.Tensor:
-        """Runs a block; see `_passes`."""
+    def _passes(self, block: Block, run: RunBlock, x: tf.Tensor, recomputes: bool, is_compiled: bool) -> BlockPasses:
+        """Returns the passes of a block that stands for all."""
+        if recomputes or not self._is_differentiated:
+            return passes_that_compute_again(block, run)
+        _, cuts, pieces = self._of([block])
+        weights = [
+            tf.TensorSpec(cut.shape, self._dtype if self._is_narrow(piece) else piece.dtype)
+            for cut, piece in zip(cuts, pieces, strict=True)
+        ]
+        return passes_that_keep(block, run, tf.TensorSpec(x.shape, x.dtype), weights, is_compiled)
+
+    def _block(self, block: Block, passes: BlockPasses, place: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         _, cuts, pieces = self._of([block])
 
         @tf.custom_gradient
         def run(x: tf.Tensor, *pieces: tf.Tensor) -> tuple[tf.Tensor, object]:
-            def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
-                again = self._collectives.after(upstream, [x])[0]
-                of_x, *of_weights = backward(upstream, again, *self._gather(cuts, pieces, upstream))
-                return [of_x, *self._scatter(cuts, pieces, of_weights)]
-
             # If the tape around this one recorded the call, it would keep what is computed within.
             whole = self._gather(cuts, [tf.stop_gradient(piece) for piece in pieces], x)
-            return forward(tf.stop_gradient(x), *whole), gradient
+            result, *handed_over = passes.forward(place, tf.stop_gradient(x), *whole)
+
+            def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
+                again = self._collectives.after(upstream, [x])[0]
+                whole = self._gather(cuts, pieces, upstream)
+                of_x, *of_weights = passes.backward(place, upstream, again, *handed_over, *whole)
+                return [of_x, *self._scatter(cuts, pieces, of_weights)]
+
+            return result, gradient
 
         return run(x, *pieces)
 
@@ -120,7 +144,7 @@ class _Gathered(Held):
         def with_gradients(hidden: tf.Tensor, *whole: tf.Tensor) -> list[tf.Tensor]:
             with tf.GradientTape() as tape:
                 tape.watch([hidden, *whole])
-                loss_sum, num_targets = _called(call, variables, whole, hidden)
+                loss_sum, num_targets = called(call, variables, whole, hidden)
             return [loss_sum, num_targets, *tape.gradient(loss_sum, [hidden, *whole])]
 
         differentiated = in_a_function(with_gradients, True) if self._is_compiled else with_gradients
@@ -145,7 +169,7 @@ class _Gathered(Held):
 
     def read(self, layers: Sequence[keras.layers.Layer], call: Callable[[tf.Tensor], Any], x: tf.Tensor) -> Any:
         variables, cuts, pieces = self._of(layers)
-        return _called(call, variables, self._gather(cuts, pieces, x), x)
+        return called(call, variables, self._gather(cuts, pieces, x), x)
 
     def loop_body(self, body: Callable) -> Callable:
         return in_a_function(body)
@@ -178,7 +202,11 @@ class _Gathered(Held):
 
     def _narrow(self, piece: tf.Tensor) -> tf.Tensor:
         """Returns a piece in the dtype that it travels in."""
-        return tf.cast(piece, self._dtype) if len(piece.shape) > 1 else piece
+        return tf.cast(piece, self._dtype) if self._is_narrow(piece) else piece
+
+    def _is_narrow(self, piece: tf.Tensor) -> bool:
+        """Whether a piece travels in the dtype that blocks compute in."""
+        return len(piece.shape) > 1
 
     def _scatter(
         self, cuts: Sequence[Cut], pieces: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor]
@@ -199,7 +227,7 @@ class _GatheredInOneProgram(_Gathered):
     """XLA compiles what replicas exchange with all of the step."""
 
     def blocks(self, blocks: Sequence[Block], run: RunBlock, x: tf.Tensor, recomputes: bool) -> tf.Tensor:
-        forward, backward = _passes(blocks[0], run)
+        forward, backward, handed_over = self._passes(blocks[0], run, x, recomputes, is_compiled=True)
         of_blocks = [self._of([block]) for block in blocks]
         cuts, num_blocks, num_weights = of_blocks[0][1], len(blocks), len(of_blocks[0][1])
 
@@ -215,13 +243,17 @@ class _GatheredInOneProgram(_Gathered):
             def gathered(place: tf.Tensor, after: tf.Tensor) -> list[tf.Tensor]:
                 return self._gather(cuts, [tf.gather(each, place) for each in stacked], after)
 
-            def next_block(place: tf.Tensor, x: tf.Tensor, inputs: tf.TensorArray) -> tuple[Any, ...]:
-                return place + 1, forward(place, x, *gathered(place, x)), inputs.write(place, x)
+            def next_block(place: tf.Tensor, x: tf.Tensor, *kept: tf.TensorArray) -> tuple[Any, ...]:
+                result, *of_block = forward(place, x, *gathered(place, x))
+                written = [all.write(place, one) for all, one in zip(kept, [x, *of_block], strict=True)]
+                return place + 1, result, *written
 
             def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
                 def block_before(turn: tf.Tensor, upstream: tf.Tensor, *of_pieces: tf.TensorArray) -> tuple[Any, ...]:
                     place = num_blocks - 1 - turn
-                    of_x, *of_weights = backward(place, upstream, inputs.read(place), *gathered(place, upstream))
+                    of_x, *of_weights = backward(
+                        place, upstream, *(each.read(place) for each in kept), *gathered(place, upstream)
+                    )
                     scattered = self._scatter(cuts, pieces[:num_weights], of_weights)
                     written = [each.write(place, own) for each, own in zip(of_pieces, scattered, strict=True)]
                     return turn + 1, of_x, *written
@@ -231,41 +263,8 @@ class _GatheredInOneProgram(_Gathered):
                 by_weight = [tf.unstack(each.stack(), num_blocks) for each in of_pieces]
                 return [of_x, *(each for of_block in zip(*by_weight, strict=True) for each in of_block)]
 
-            start = (0, x, tf.TensorArray(x.dtype, num_blocks, element_shape=x.shape))
-            _, x, inputs = tf.while_loop(lambda place, *_: place < num_blocks, next_block, start, parallel_iterations=1)
+            first = [tf.TensorArray(each.dtype, num_blocks, element_shape=each.shape) for each in [x, *handed_over]]
+            _, x, *kept = in_turn(next_block, x, *first)
             return x, gradient
 
         return run_all(x, *(piece for _, _, pieces in of_blocks for piece in pieces))
-
-
-def _passes(block: Block, run: RunBlock) -> tuple[Callable[..., tf.Tensor], Callable[..., list[tf.Tensor]]]:
-    """Returns the forward and the backward pass of a block that stands for all.
-
-    forward(place, x, *weights) returns what the block at a place makes of x. backward(place, upstream, x, *weights)
-    returns the gradients of x and of each weight, in the dtype of its variable, given that of what forward returns.
-    """
-    variables = block.trainable_variables
-
-    def forward(place: tf.Tensor, x: tf.Tensor, *weights: tf.Tensor) -> tf.Tensor:
-        return _called(functools.partial(run, block, place), variables, weights, x)
-
-    def backward(place: tf.Tensor, upstream: tf.Tensor, x: tf.Tensor, *weights: tf.Tensor) -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            tape.watch([x, *weights])
-            result = forward(place, x, *weights)
-        of_x, *of_weights = tape.gradient(result, [x, *weights], upstream)
-        pairs = zip(of_weights, variables, strict=True)
-        return [of_x, *(tf.cast(gradient, variable.dtype) for gradient, variable in pairs)]
-
-    return forward, backward
-
-
-def _called(
-    call: Callable[[tf.Tensor], Any], variables: Sequence[keras.Variable], values: Sequence[tf.Tensor], x: tf.Tensor
-) -> Any:
-    """Returns call(x), in which variables have these values."""
-    with keras.StatelessScope(initialize_variables=False) as scope:
-        for variable, value in zip(variables, values, strict=True):
-            # An update, because a mapping would cast the value to the dtype of the variable.
-            scope.add_update((variable, value))
-        return call(x)

@@ -206,13 +206,14 @@ class SplitWeights(SplitOptimizer):
 
         Args:
             dtype: the dtype that blocks compute in.
-            values: this replica's pieces; None: what the pieces are now.
+            values: this replica's pieces, for which gradients follow; None: what the pieces are now, without gradients.
             is_compiled: whether XLA compiles what is computed between the exchanges.
         """
         now = [tf.convert_to_tensor(piece.value) for piece in self.pieces.values()] if values is None else values
         of_weights = [PieceOfWeight(cut, value) for cut, value in zip(self._cuts.values(), now, strict=True)]
         ids = map(id, self._variables)
-        return gathered(self._collectives, dict(zip(ids, of_weights, strict=True)), dtype, is_compiled)
+        pieces = dict(zip(ids, of_weights, strict=True))
+        return gathered(self._collectives, pieces, dtype, is_compiled, is_differentiated=values is not None)
 
     def arrays(self) -> dict[str, "SplitArray"]:
         """Returns the whole weights by name, as checkpoints have them."""
