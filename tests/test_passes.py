@@ -42,11 +42,11 @@ class Watched(Held):
         return super().blocks(blocks, run, x, recomputes)
 
 
-def made(name: str, **train: object) -> tuple[Block, RunBlock, tf.Tensor]:
+def made(name: str, changed: dict[str, Any] | None = None, **train: object) -> tuple[Block, RunBlock, tf.Tensor]:
     """Returns a block with random weights, what runs it in a training step, and what it reads."""
     shape = {"num_layers": 1, "num_heads": 2, "hidden_dim": 12, "intermediate_dim": 20}
     train = {"precision": "float64", "global_batch_size": 4, "sequence_length": SEQUENCE, "total_steps": 1, **train}
-    config = tiny_config(model=shape | MODELS[name], train=train)
+    config = tiny_config(model=shape | MODELS[name] | (changed or {}), train=train)
     model, random = GPT(config.model, 17, SEQUENCE, dtype=config.train.precision), np.random.default_rng(0)
     for variable in model.variables:
         variable.assign(random.normal(size=variable.shape))
@@ -107,3 +107,11 @@ def test_a_backward_pass_in_bfloat16_gets_nothing_in_float32_but_sums():
     block, run, x = made("llama", recompute="nothing", xla="on", precision="mixed_bfloat16")
     passes = kept(block, run, x, is_compiled=True)
     assert {each.dtype for each in passes.handed_over if each.shape[-1] > 1} == {tf.bfloat16}
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "swiglu"])
+def test_what_leads_into_a_custom_gradient_and_is_not_read_is_not_kept(activation: str):
+    block, run, x = made("gpt2", {"activation": activation}, recompute="nothing", xla="off")
+    sizes = [each.shape[-1] for each in kept(block, run, x, is_compiled=False).handed_over]
+    num_wide = sum(size in (20, 40) for size in sizes)
+    assert num_wide == (1 if activation == "relu" else 2), sizes

@@ -82,7 +82,7 @@ ON_EIGHT = [
     {"model": TIED, "precision": "float32", "micro_batches": 4},
 ]
 # Four replicas as one group have some of the cases with each split, and as two groups others.
-SPLIT_ON_FOUR = {"optimizer": SPLIT[:3], "weights": [SPLIT[0], SPLIT[3]]}
+SPLIT_ON_FOUR = {"optimizer": SPLIT[:3], "weights": [SPLIT[0], *SPLIT[2:]]}
 IN_GROUPS = {"optimizer": SPLIT[3], "weights": SPLIT[1]}
 COMPILED = split({**SPLIT[0], "train": {"xla": "on"}}, "weights")
 # A process takes all the cases that a number of replicas is needed for.

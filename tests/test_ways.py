@@ -107,6 +107,14 @@ CASES = {
         "--target gpu:RTX4090x8",
         "--target gpu:RTX4090x16",
     ),
+    "split weights and a recomputation over more devices": (
+        "llama_7b_8gpu distribution.shard=nothing train.recompute=auto train.micro_batch_size=1 --target gpu:RTX4090x2",
+        "train.recompute=blocks distribution.shard=weights --target gpu:RTX4090x8",
+    ),
+    "split weights that are gathered least often": (
+        f"{GPU_CONFIG} {XL} train.micro_batch_size=64 --target gpu:RTX4090x2",
+        "train.recompute=blocks distribution.shard=weights train.micro_batch_size=32 --target gpu:RTX4090x2",
+    ),
     "a split CPU of which one part is left": (
         "quickstart model.num_layers=22 model.hidden_dim=1280 model.intermediate_dim=3424 model.num_heads=20 "
         "distribution.logical_devices=2 distribution.shard=optimizer optimizer.kind=adamw",

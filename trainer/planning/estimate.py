@@ -169,26 +169,45 @@ def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> f
         copies_operands: whether matrix products read all operands from memory, as on every device except a TPU.
     """
     model, sequence, compute_bytes = config.model, config.train.sequence_length, execution.compute_bytes
-    tokens, width, recompute = execution.examples_at_once * sequence, model.hidden_dim, execution.recompute
+    tokens, width = execution.examples_at_once * sequence, model.hidden_dim
     block = _block_bytes(config, execution, copies_operands)
     ends = 2 * tokens * width * compute_bytes  # What the loss reads, and its gradient.
-    if recompute == "blocks":
+    if execution.recompute == "blocks":
         return model.num_layers * tokens * width * compute_bytes + block + ends
-    if copies_operands and config.distribution.shard == "weights" and execution.is_compiled:
-        # The forward pass of a block hands over what products made; the backward pass makes the operands of it.
-        return model.num_layers * _block_bytes(config, execution, copies_operands=False) + block + ends
+    if config.distribution.shard == "weights":
+        is_compiled = execution.is_compiled or not copies_operands
+        handed_over = _block_bytes(
+            config, execution, copies_operands and not is_compiled, is_compiled, draws_again=True
+        )
+        # The operands of products are made again in one block at a time.
+        return model.num_layers * handed_over + (block if copies_operands and is_compiled else 0.0) + ends
     return model.num_layers * block + ends
 
 
-def _block_bytes(config: Config, execution: Execution, copies_operands: bool) -> float:
-    """Estimates what a block keeps; see `kept_bytes`."""
+def _block_bytes(
+    config: Config,
+    execution: Execution,
+    copies_operands: bool,
+    activates_again: bool = False,
+    draws_again: bool = False,
+) -> float:
+    """Estimates what a block keeps; see `kept_bytes`.
+
+    Args:
+        config: the run's configuration.
+        execution: how the replica computes.
+        copies_operands: whether matrix products read all operands from memory.
+        activates_again: whether the backward pass makes the feed-forward layer after its activation again in any case.
+        draws_again: whether it draws the dropout masks again.
+    """
     model, sequence, compute_bytes = config.model, config.train.sequence_length, execution.compute_bytes
     examples, recompute = execution.examples_at_once, execution.recompute
     tokens, width, attention = examples * sequence, model.hidden_dim, model.num_heads * model.head_width()
     blocks = query_blocks(sequence, execution.query_block)
     scores = examples * model.num_heads * sum((end - first) * end for first, end in blocks)
     scores *= execution.keeps_probabilities
-    feedforward = model.intermediate_projection_dim() + model.intermediate_dim * (recompute == "nothing")
+    is_activated = recompute == "nothing" and not activates_again
+    feedforward = model.intermediate_projection_dim() + model.intermediate_dim * is_activated
     numbers = tokens * (2 * width + feedforward + 2 * attention) + scores
     if model.qk_norm:
         numbers += tokens * (attention + model.key_value_heads() * model.head_width())
@@ -200,7 +219,7 @@ def _block_bytes(config: Config, execution: Execution, copies_operands: bool) ->
         if compute_bytes < 4:
             numbers -= tokens * width
             floats = tokens * width
-    return numbers * compute_bytes + floats * 4 + (2 * tokens * width if model.dropout else 0)
+    return numbers * compute_bytes + floats * 4 + (2 * tokens * width if model.dropout and not draws_again else 0)
 
 
 def sent_bytes(config: Config, vocabulary_size: int, target: Target) -> dict[str, float]:

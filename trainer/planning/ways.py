@@ -9,7 +9,7 @@ from trainer.execution import resolve
 from trainer.hardware.cuda import NEWEST_WHEEL, support_of
 from trainer.hardware.data_sheets import GPUS, TPUS, Device
 from trainer.hardware.devices import Target, parse_target
-from trainer.planning.estimate import estimate_memory
+from trainer.planning.estimate import computing_secs, estimate_memory, exchange_secs, exchanges_meanwhile
 
 # Values by names such as train.recompute.
 Change = dict[str, Any]
@@ -113,7 +113,8 @@ class _Search:
         two = [self._first(recomputing, sizes=True), self._first(splitting, sizes=True)]
         three = [self._first(_together(recomputing, splitting), sizes=True)]
         # Last, because the devices then exchange the weights in every micro-batch.
-        weights = [self._first(self.splitting_weights()) or self._first(self.splitting_weights(), sizes=True)]
+        is_auto, splits = self.config.train.micro_batch_size == "auto", self.splitting_weights()
+        weights = [(None if is_auto else self._first(splits)) or self._quickest(splits)]
         for number in ([*alone, self._first(splitting)], two, three, weights):
             if found := [way for way in number if way is not None]:
                 return found
@@ -145,15 +146,16 @@ class _Search:
         """Returns the way with the fewest more devices of the same kind, at the same global batch.
 
         Args:
-            splits: whether the optimizer or the weights may be split over them if that alone makes it fit.
+            splits: whether the optimizer or the weights may be split over them, the weights with a recomputation, too.
         """
         if self.target.device.name == "cpu":
             return []
         numbers = [self.target.num_devices << doublings for doublings in range(1, 13)]
         targets = [target for number in numbers if (target := _as_offered(Target(self.target.device, number)))]
-        splitting = [*self.splitting(is_several=True), *self.splitting_weights(is_several=True)]
-        for change in [{}, *(splitting if splits else [])]:
-            if way := next((way for target in targets if (way := self._try(change, target))), None):
+        splitting = [self.splitting(is_several=True), self.splitting_weights(is_several=True)]
+        unchanged: list[Change] = [{}]
+        for changes in [unchanged, *(splitting if splits else [])]:
+            if way := next((way for target in targets if (way := self._first(changes, target))), None):
                 return [way]
         return []
 
@@ -224,6 +226,25 @@ class _Search:
     def _first(self, changes: list[Change], target: Target | None = None, sizes: bool = False) -> Way | None:
         """Returns the way with the first change that fits, and if sizes with the largest micro-batch that does."""
         return next((way for change in changes if (way := self._try(change, target or self.target, sizes))), None)
+
+    def _quickest(self, changes: list[Change]) -> Way | None:
+        """Returns the way that takes the least time of those with each change and the largest micro-batch that fits; if
+        the time is not known, that with the largest micro-batch.
+        """
+        found = [(change, way) for change in changes if (way := self._try(change, self.target, sizes=True))]
+
+        def cost(each: tuple[Change, Way]) -> tuple[float, int]:
+            change, way = each
+            config = _changed(self.config, change | {"train.micro_batch_size": way.micro_batch_size})
+            secs = exchange_secs(config, self.vocabulary_size, self.target)
+            computing = computing_secs(config, self.vocabulary_size, self.target)
+            if secs is None or computing is None:
+                return 0.0, -way.micro_batch_size
+            computing *= 4 / 3 if config.train.recompute == "blocks" else 1.0  # One more forward pass.
+            is_beside = exchanges_meanwhile(self.target)
+            return max(secs, computing) if is_beside else secs + computing, -way.micro_batch_size
+
+        return min(found, key=cost)[1] if found else None
 
     def _try(self, change: Change, target: Target, sizes: bool = False) -> Way | None:
         """Returns the way with a change and perhaps another micro-batch; None if it does not fit."""

@@ -109,7 +109,7 @@ class _Gathered(Held):
             return passes_that_compute_again(block, run)
         _, cuts, pieces = self._of([block])
         weights = [
-            tf.TensorSpec(cut.shape, self._dtype if self._is_narrow(piece) else piece.dtype)
+            tf.TensorSpec(cut.shape, self._dtype if self._travels_in_compute_dtype(piece) else piece.dtype)
             for cut, piece in zip(cuts, pieces, strict=True)
         ]
         return passes_that_keep(block, run, tf.TensorSpec(x.shape, x.dtype), weights, is_compiled)
@@ -202,9 +202,9 @@ class _Gathered(Held):
 
     def _narrow(self, piece: tf.Tensor) -> tf.Tensor:
         """Returns a piece in the dtype that it travels in."""
-        return tf.cast(piece, self._dtype) if self._is_narrow(piece) else piece
+        return tf.cast(piece, self._dtype) if self._travels_in_compute_dtype(piece) else piece
 
-    def _is_narrow(self, piece: tf.Tensor) -> bool:
+    def _travels_in_compute_dtype(self, piece: tf.Tensor) -> bool:
         """Whether a piece travels in the dtype that blocks compute in."""
         return len(piece.shape) > 1
 
@@ -245,7 +245,7 @@ class _GatheredInOneProgram(_Gathered):
 
             def next_block(place: tf.Tensor, x: tf.Tensor, *kept: tf.TensorArray) -> tuple[Any, ...]:
                 result, *of_block = forward(place, x, *gathered(place, x))
-                written = [all.write(place, one) for all, one in zip(kept, [x, *of_block], strict=True)]
+                written = [each.write(place, one) for each, one in zip(kept, [x, *of_block], strict=True)]
                 return place + 1, result, *written
 
             def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:

@@ -1,8 +1,9 @@
 """The forward pass and the backward pass of a block as two programs that get the weights from outside, so that weights
 need not stay in memory between them.
 
-What the backward pass needs of the forward pass is handed over, apart from what follows from the weights alone. Or the
-backward pass computes the block again, and only its input stays.
+What the backward pass needs of what the forward pass made of the batch is handed over. What follows from weights, from
+positions or from the draws of dropout alone is made again. Or the backward pass computes the whole block again, and
+only its input stays.
 """
 
 import functools
@@ -15,8 +16,8 @@ import tensorflow as tf
 from trainer.model.block import Block
 from trainer.model.held import RunBlock
 
-# What returns its input's numbers, in another shape or dtype.
-_VIEWS = frozenset({"Cast", "ExpandDims", "Identity", "IdentityN", "Reshape", "Squeeze", "StopGradient"})
+# Operations that return the numbers of their input, in another shape or dtype.
+_VIEWS = frozenset({"Cast", "ExpandDims", "Identity", "Reshape", "Squeeze", "StopGradient"})
 # XLA computes these within the operation that reads them, and writes their results only if something else keeps them.
 _WITHIN_ANOTHER = _VIEWS | {
     *("Abs", "Add", "AddN", "AddV2", "BiasAdd", "BroadcastTo", "ConcatV2", "Erf", "Exp", "GreaterEqual", "IsFinite"),
@@ -111,30 +112,29 @@ def _both(
         tape.watch([x, *weights])
         result = called(functools.partial(run, block, place), variables, weights, x)
     of_x, *of_weights = tape.gradient(result, [x, *weights], upstream)
-    cast = [tf.cast(gradient, variable.dtype) for gradient, variable in zip(of_weights, variables, strict=True)]
-    # An output of a function is its own operation.
-    return [tf.identity(each) for each in (result, of_x, *cast)]
+    pairs = zip(of_weights, variables, strict=True)
+    return [result, of_x, *(tf.cast(gradient, variable.dtype) for gradient, variable in pairs)]
 
 
 def _between(
     x: tf.Operation, result: tf.Operation, gradients: Sequence[tf.Operation], is_compiled: bool
 ) -> list[tf.Tensor]:
     """Returns the tensors on the way from x to the result that the gradients need. What is made of others at no cost,
-    or does not follow from x, such as a weight in another shape, is left to be made again.
+    or does not follow from x, such as a weight in another shape or a mask, is left to be made again.
     """
     follows_x, leads_to_result, waiting = {x}, {result}, [result]
     for op in x.graph.get_operations():
-        if any(each.op in follows_x for each in op.inputs):
+        if any(each.op in follows_x for each in _inputs(op)):
             follows_x.add(op)
     while waiting:
-        new = {each.op for each in waiting.pop().inputs} - leads_to_result
+        new = {each.op for each in _inputs(waiting.pop())} - leads_to_result
         leads_to_result |= new
         waiting += new
     between = (follows_x & leads_to_result) - {x}
     found: dict[str, tf.Tensor] = {}
     seen, waiting = set(gradients), list(gradients)
     while waiting:
-        for each in waiting.pop().inputs:
+        for each in _inputs(waiting.pop()):
             if each.op in between and not _is_free(each.op, is_compiled):
                 found[each.name] = each
             elif each.op not in seen:
@@ -144,7 +144,7 @@ def _between(
 
 
 def _is_free(op: tf.Operation, is_compiled: bool) -> bool:
-    """Whether an operation costs nothing, in time and in memory that its inputs need more than its result."""
+    """Whether making an operation's result again takes no time, and keeping its inputs no more memory."""
     if is_compiled:
         return op.type in _WITHIN_ANOTHER
     is_narrowing = op.type == "Cast" and op.inputs[0].dtype.size > op.outputs[0].dtype.size
@@ -152,11 +152,18 @@ def _is_free(op: tf.Operation, is_compiled: bool) -> bool:
 
 
 def _copied(outputs: Sequence[tf.Tensor], known: Mapping[int, tf.Tensor]) -> list[tf.Tensor]:
-    """Copies the operations that lead from known tensors to the outputs into the graph of now; returns its outputs.
+    """Copies the operations that lead from known tensors to the outputs into the default graph. Copies follow the data
+    alone, so there must be no operation with a state.
 
     Args:
         outputs: tensors of another graph.
         known: what stands for its tensors here, by their ids.
+
+    Returns:
+        The copies of the outputs.
+
+    Raises:
+        ValueError: an operation has a state.
     """
     graph, found, needed = tf.compat.v1.get_default_graph(), dict(known), set()
     waiting = [each for each in outputs if id(each) not in found]
@@ -164,14 +171,32 @@ def _copied(outputs: Sequence[tf.Tensor], known: Mapping[int, tf.Tensor]) -> lis
         op = waiting.pop().op
         if op not in needed:
             needed.add(op)
-            waiting += [each for each in op.inputs if id(each) not in found]
+            waiting += [each for each in _inputs(op) if id(each) not in found]
     for op in outputs[0].graph.get_operations():  # Every operation comes after those that it reads.
         if op in needed:
+            if op.op_def.is_stateful:
+                raise ValueError(
+                    f"{op.name}: {op.type} has a state, and a block's passes cannot be cut apart around it."
+                )
             attributes = {name: value for name, value in op.node_def.attr.items() if name != "_class"}
             dtypes = [each.dtype for each in op.outputs]
             with tf.device(op.device):
-                copy = graph.create_op(op.type, [found[id(each)] for each in op.inputs], dtypes, attrs=attributes)
+                copy = graph.create_op(
+                    op.type, [found[id(each)] for each in _inputs(op)], dtypes, name=op.name, attrs=attributes
+                )
             for old, new in zip(op.outputs, copy.outputs, strict=True):
                 new.set_shape(old.shape)
                 found.setdefault(id(old), new)
     return [found[id(each)] for each in outputs]
+
+
+def _inputs(op: tf.Operation) -> list[tf.Tensor]:
+    """Returns the tensors that an operation reads. A tf.custom_gradient returns its results by way of an IdentityN that
+    holds its arguments, too, which nothing reads: this looks through it.
+    """
+    inputs = list(op.inputs)
+    for i, each in enumerate(inputs):
+        while each.op.type == "IdentityN":
+            each = each.op.inputs[each.value_index]
+        inputs[i] = each
+    return inputs
