@@ -163,6 +163,10 @@ def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> f
     outputs of its norms; the queries, keys and values that each block of queries meets, by themselves, instead of all
     queries, keys and values; and if the compute dtype is narrower than float32, one residual stream in float32.
 
+    If weights are split, a block keeps what its forward pass hands over (trainer/training/passes.py): no masks; and if
+    XLA compiles it, neither those copies, which the backward pass makes for one block at a time, nor the feed-forward
+    layer after its activation.
+
     Args:
         config: the run's configuration.
         execution: how the replica computes.
@@ -175,38 +179,21 @@ def kept_bytes(config: Config, execution: Execution, copies_operands: bool) -> f
     if execution.recompute == "blocks":
         return model.num_layers * tokens * width * compute_bytes + block + ends
     if config.distribution.shard == "weights":
-        is_compiled = execution.is_compiled or not copies_operands
-        handed_over = _block_bytes(
-            config, execution, copies_operands and not is_compiled, is_compiled, draws_again=True
-        )
-        # The operands of products are made again in one block at a time.
-        return model.num_layers * handed_over + (block if copies_operands and is_compiled else 0.0) + ends
+        copies_later = copies_operands and execution.is_compiled
+        handed_over = _block_bytes(config, execution, copies_operands and not copies_later, is_handed_over=True)
+        return model.num_layers * handed_over + (block if copies_later else 0.0) + ends
     return model.num_layers * block + ends
 
 
-def _block_bytes(
-    config: Config,
-    execution: Execution,
-    copies_operands: bool,
-    activates_again: bool = False,
-    draws_again: bool = False,
-) -> float:
-    """Estimates what a block keeps; see `kept_bytes`.
-
-    Args:
-        config: the run's configuration.
-        execution: how the replica computes.
-        copies_operands: whether matrix products read all operands from memory.
-        activates_again: whether the backward pass makes the feed-forward layer after its activation again in any case.
-        draws_again: whether it draws the dropout masks again.
-    """
+def _block_bytes(config: Config, execution: Execution, copies_operands: bool, is_handed_over: bool = False) -> float:
+    """Estimates what a block keeps, or of split weights what its forward pass hands over; see `kept_bytes`."""
     model, sequence, compute_bytes = config.model, config.train.sequence_length, execution.compute_bytes
     examples, recompute = execution.examples_at_once, execution.recompute
     tokens, width, attention = examples * sequence, model.hidden_dim, model.num_heads * model.head_width()
     blocks = query_blocks(sequence, execution.query_block)
     scores = examples * model.num_heads * sum((end - first) * end for first, end in blocks)
     scores *= execution.keeps_probabilities
-    is_activated = recompute == "nothing" and not activates_again
+    is_activated = recompute == "nothing" and (copies_operands or not is_handed_over)
     feedforward = model.intermediate_projection_dim() + model.intermediate_dim * is_activated
     numbers = tokens * (2 * width + feedforward + 2 * attention) + scores
     if model.qk_norm:
@@ -219,7 +206,7 @@ def _block_bytes(
         if compute_bytes < 4:
             numbers -= tokens * width
             floats = tokens * width
-    return numbers * compute_bytes + floats * 4 + (2 * tokens * width if model.dropout and not draws_again else 0)
+    return numbers * compute_bytes + floats * 4 + (2 * tokens * width if model.dropout and not is_handed_over else 0)
 
 
 def sent_bytes(config: Config, vocabulary_size: int, target: Target) -> dict[str, float]:
